@@ -1,0 +1,233 @@
+"""Deformable attention (DAT, arXiv 2201.00520; DAT++, arXiv 2309.01430), the letter D."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import LayerNorm, PointwiseConv
+from ..ops.deformable import attention, deformable_attention
+from ..ops.grids import query_grid, reference_points
+from ..ops.position_bias import fixed_bias, log_continuous_bias, table_bias
+from ..ops.sampling import sample
+
+Size = tuple[int, int]
+
+
+class Deformation(NamedTuple):
+    """What one deformable attention looked at; coordinates are (y, x), -1 and +1 the centres of the corner pixels.
+
+    Attributes:
+        key_size: height and width of the grid of keys, ``Hk * Wk = Ns``.
+        reference: undeformed positions ``[Ns, 2]``.
+        positions: sampling positions ``[B, g, Ns, 2]``.
+        weights: attention weights ``[B, heads, H*W, Ns]``.
+    """
+
+    key_size: Size
+    reference: Tensor
+    positions: Tensor
+    weights: Tensor
+
+
+class DeformableAttention(nn.Module):
+    """Every pixel attends to keys sampled from the map at positions that the map itself decides.
+
+    Args:
+        dim: channels C.
+        heads: attention heads; divides ``dim``.
+        groups: offset groups g; divides ``heads``. Each group samples its C/g channels at its own positions.
+        map_size: native side of the map, which sizes the position tables.
+        stride: pixels per key on each axis.
+        kernel_size: kernel of the depthwise convolution of the offset network.
+        offset_range_factor: bound of the offsets in key cells; negative for unbounded ones.
+        use_offsets: False pools the map instead of sampling it.
+        position_bias: ``table``, ``log_cpb``, ``fixed``, ``dwc`` or ``none``.
+        coordinates: ``dat++`` or ``cvpr22``, see `models.ops.grids`.
+        attn_drop: probability of dropping an attention weight.
+        proj_drop: dropout rate of the output.
+
+    Attributes:
+        form: form of the operation, see `models.ops.deformable`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        groups: int,
+        map_size: int,
+        stride: int,
+        kernel_size: int,
+        offset_range_factor: float = -1.0,
+        use_offsets: bool = True,
+        position_bias: str = "table",
+        coordinates: str = "dat++",
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.groups = groups
+        self.native_size = (map_size, map_size)
+        self.stride = stride
+        self.offset_range_factor = offset_range_factor
+        self.use_offsets = use_offsets
+        self.position_bias = position_bias
+        self.coordinates = coordinates
+        self.scale = (dim // heads) ** -0.5
+        self.attn_drop = attn_drop
+        self.form = "auto"
+
+        width = dim // groups
+        padding = 0 if kernel_size == stride and coordinates == "dat++" else kernel_size // 2
+        self.conv_offset = nn.Sequential(
+            nn.Conv2d(width, width, kernel_size, stride, padding, groups=width),
+            LayerNorm(width),
+            nn.GELU(),
+            PointwiseConv(width, 2, bias=False),
+        ).requires_grad_(use_offsets)
+        self.proj_q = PointwiseConv(dim, dim)
+        self.proj_k = PointwiseConv(dim, dim)
+        self.proj_v = PointwiseConv(dim, dim)
+        self.proj_out = PointwiseConv(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.rpe_table = self._build_position_bias(dim)
+
+    def _build_position_bias(self, dim: int) -> nn.Module | nn.Parameter | None:
+        if self.position_bias == "none":
+            return None
+        if self.position_bias == "dwc":
+            return nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+        if self.position_bias == "log_cpb":
+            return nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, self.heads // self.groups, bias=False))
+        height, width = self.native_size
+        if self.position_bias == "fixed":
+            key_height, key_width = self._key_size(self.native_size)
+            table = torch.empty(self.heads, height * width, key_height * key_width)
+        else:
+            table = torch.empty(self.heads, 2 * height - 1, 2 * width - 1)
+        return nn.Parameter(nn.init.trunc_normal_(table, std=0.01))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.shape[-2:]
+        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
+        q = self.proj_q(x)
+        samples, positions, key_size = self._sample_keys(x, q)
+        queries, k, v = (self._split_heads(y) for y in (q.flatten(1, 2), self.proj_k(samples), self.proj_v(samples)))
+        dropout = self.attn_drop if self.training else 0.0
+        if self.position_bias == "table":
+            x = deformable_attention(
+                queries,
+                k,
+                v,
+                positions,
+                self.rpe_table,
+                map_size=size,
+                coordinates=self.coordinates,
+                scale=self.scale,
+                dropout=dropout,
+                form=self.form,
+            )
+        else:
+            bias = self._additive_bias(positions, size, key_size)
+            x = attention(queries, k, v, bias, scale=self.scale, dropout=dropout)
+        x = x.flatten(2).unflatten(1, size)  # [B, H, W, C]
+        if self.position_bias == "dwc":
+            x = x + self.rpe_table(q.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj_drop(self.proj_out(x)).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def inspect(self, x: Tensor) -> Deformation:
+        """Return where the keys of a map ``[B, C, H, W]`` are sampled, and how much each pixel attends to each key."""
+        size = x.shape[-2:]
+        x = x.permute(0, 2, 3, 1)
+        q = self.proj_q(x)
+        samples, positions, key_size = self._sample_keys(x, q)
+        queries, k = (self._split_heads(y).transpose(1, 2) for y in (q.flatten(1, 2), self.proj_k(samples)))
+        logits = queries @ k.transpose(-2, -1) * self.scale
+        bias = self._additive_bias(positions, size, key_size)
+        weights = (logits if bias is None else logits + bias).softmax(dim=-1)
+        reference = reference_points(
+            key_size, coordinates=self.coordinates, dtype=positions.dtype, device=positions.device
+        )
+        return Deformation(key_size, reference.flatten(0, 1), positions, weights)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1))
+
+    def _sample_keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Size]:
+        """Return what the keys are made of, ``[B, Ns, C]``, their positions ``[B, g, Ns, 2]`` and their grid's size."""
+        if self.use_offsets:
+            positions, key_size = self._positions(self._offsets(q))
+            return sample(x, positions), positions, key_size
+        height, width = x.shape[1:3]
+        window = min(self.stride, height), min(self.stride, width)
+        samples = F.avg_pool2d(x.permute(0, 3, 1, 2), window, stride=self.stride).permute(0, 2, 3, 1)
+        key_size = samples.shape[1:3]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        reference = reference_points(key_size, coordinates=self.coordinates, dtype=dtype, device=x.device)
+        positions = reference.flatten(0, 1).expand(x.shape[0], self.groups, -1, -1)
+        return samples.flatten(1, 2), positions, key_size
+
+    def _offsets(self, q: Tensor) -> Tensor:
+        """Return the offset network's output ``[B, Hk, Wk, g, 2]``, at least float32, for queries ``[B, H, W, C]``.
+
+        The network is shared by the groups; its depthwise convolution runs on all of them as one.
+        """
+        conv, norm, activation, project = self.conv_offset
+        height, width = q.shape[1:3]
+        (kernel, _), (padding, _) = conv.kernel_size, conv.padding
+        smallest = kernel - 2 * padding
+        q = F.pad(q, (0, 0, 0, max(smallest - width, 0), 0, max(smallest - height, 0))).permute(0, 3, 1, 2)
+        weight, bias = conv.weight.repeat(self.groups, 1, 1, 1), conv.bias.repeat(self.groups)
+        x = F.conv2d(q, weight, bias, conv.stride, conv.padding, groups=q.shape[1])
+        x = activation(norm.norm(x.permute(0, 2, 3, 1).unflatten(-1, (self.groups, -1))))  # [B, Hk, Wk, g, C/g]
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(dtype), project.weight.flatten(1).to(dtype))
+
+    def _positions(self, offsets: Tensor) -> tuple[Tensor, Size]:
+        """Return the sampling positions ``[B, g, Hk*Wk, 2]`` and the size of the key grid."""
+        key_size = offsets.shape[1:3]
+        reference = reference_points(
+            key_size, coordinates=self.coordinates, dtype=offsets.dtype, device=offsets.device
+        ).unsqueeze(2)
+        factor = self.offset_range_factor
+        if self.coordinates == "cvpr22":
+            if factor > 0:
+                offsets = self._bounded(offsets, key_size)
+            positions = reference + offsets
+            positions = positions.tanh() if factor < 0 else positions
+        elif factor >= 0:
+            positions = reference + self._bounded(offsets, [max(length - 1, 1) for length in key_size])
+        else:
+            positions = (reference + offsets).clamp(-1, 1)
+        return positions.flatten(1, 2).transpose(1, 2), key_size
+
+    def _bounded(self, offsets: Tensor, cells: Size) -> Tensor:
+        y, x = (offsets.tanh() * self.offset_range_factor).unbind(-1)
+        return torch.stack((y / cells[0], x / cells[1]), dim=-1)
+
+    def _additive_bias(self, positions: Tensor, size: Size, key_size: Size) -> Tensor | None:
+        """Return what is added to the logits, broadcastable to ``[B, heads, H*W, Ns]``, or None."""
+        if self.position_bias == "fixed":
+            native = (self.native_size, self._key_size(self.native_size))
+            return fixed_bias(self.rpe_table, native=native, size=(size, key_size))
+        if self.position_bias in ("table", "log_cpb"):
+            grid = query_grid(size, coordinates=self.coordinates, dtype=positions.dtype, device=positions.device)
+            bias = table_bias if self.position_bias == "table" else log_continuous_bias
+            return bias(self.rpe_table, grid, positions)
+        return None
+
+    def _key_size(self, size: Size) -> Size:
+        """Return the size of the key grid of a map."""
+        if not self.use_offsets:
+            return tuple(max(length // self.stride, 1) for length in size)
+        conv = self.conv_offset[0]
+        (kernel, _), (padding, _) = conv.kernel_size, conv.padding
+        return tuple((max(length + 2 * padding, kernel) - kernel) // self.stride + 1 for length in size)

@@ -1,0 +1,36 @@
+"""Spatial-reduction attention of the Pyramid Vision Transformer (arXiv 2102.12122), the letter P."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import LayerNorm, PointwiseConv
+
+
+class PyramidAttention(nn.Module):
+    """Global attention whose keys and values come from a map reduced ``sr_ratio`` times on each axis."""
+
+    def __init__(self, dim: int, *, heads: int, sr_ratio: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.sr_ratio = sr_ratio
+        self.attn_drop = attn_drop
+        self.q = PointwiseConv(dim, dim)
+        self.kv = PointwiseConv(dim, 2 * dim)
+        self.proj = PointwiseConv(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_ds = nn.Identity()
+        if sr_ratio > 1:
+            self.proj_ds = nn.Sequential(nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio), LayerNorm(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        bottom, right = max(self.sr_ratio - height, 0), max(self.sr_ratio - width, 0)
+        reduced = self.proj_ds(F.pad(x, (0, right, 0, bottom)))
+        q = self.q(x.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(-1, (self.heads, -1))  # [B, H*W, heads, d]
+        k, v = self.kv(reduced.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
+        x = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+        return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)

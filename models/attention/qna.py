@@ -1,0 +1,89 @@
+"""Learned queries for local attention (QnA, arXiv 2112.11435), the letter Q."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layers import PointwiseConv
+
+# Keeps the sums of a window from vanishing whose scores are all far below the map's largest.
+SCORE_FLOOR = -40.0
+
+
+class QueryAndAttend(nn.Module):
+    """Attention of a few learned queries, the same everywhere, to the ``kernel_size`` squared pixels around each pixel.
+
+    As the queries do not depend on the position, numerator and denominator of the attention are depthwise convolutions.
+    Windows end at the border of the map. The learned factors ``attn_scale`` of the weights start at one.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        num_queries: int,
+        kernel_size: int,
+        activation: str = "exp",
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.num_queries = num_queries
+        self.kernel_size = kernel_size
+        self.activation = activation
+        self.scale = (dim // heads) ** -0.5
+        self.q_param = nn.Parameter(torch.empty(num_queries, dim))
+        self.attn_scale = nn.Parameter(torch.ones(1, 1, kernel_size**2, num_queries * heads))
+        self.rpb_table = nn.Parameter(torch.empty(kernel_size**2, num_queries * heads))
+        nn.init.trunc_normal_(self.q_param, std=dim**-0.5)
+        nn.init.trunc_normal_(self.rpb_table, std=0.02)
+        self.proj_k = nn.Linear(dim, dim, bias=False)
+        self.proj_v = nn.Linear(dim, dim, bias=False)
+        self.proj_out = PointwiseConv(dim, dim, bias=False)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
+        k = self.proj_k(x).unflatten(-1, (self.heads, -1))  # [B, H, W, heads, d]
+        v = self.proj_v(x).permute(0, 3, 1, 2).unflatten(1, (self.heads, -1))  # [B, heads, d, H, W]
+        q = self.q_param.unflatten(1, (self.heads, -1)) * self.scale  # [queries, heads, d]
+        scores = torch.einsum("bhwnd,qnd->bqnhw", k, q)
+        x = self._attend(scores, v).permute(0, 2, 3, 1)
+        return self.proj_drop(self.proj_out(x)).permute(0, 3, 1, 2)
+
+    def _attend(self, scores: Tensor, v: Tensor) -> Tensor:
+        """Return the sum over queries of the weighted means of ``v``.
+
+        Args:
+            scores: ``[B, queries, heads, H, W]``.
+            v: ``[B, heads, d, H, W]``.
+
+        Returns:
+            ``[B, heads * d, H, W]``. Always at least float32: a quotient of small sums has no digits to spare.
+        """
+        dtype = torch.promote_types(v.dtype, torch.float32)
+        scores = self._activate(scores.to(dtype), dims=(3, 4))
+        prior = self._activate(self.rpb_table.to(dtype), dims=(0,))  # [K*K, queries * heads]
+        values = scores.unsqueeze(3) * v.to(dtype).unsqueeze(1)  # [B, queries, heads, d, H, W]
+        with torch.autocast(v.device.type, enabled=False):
+            numerator = self._window_sum(values, prior * self.attn_scale[0, 0])
+            denominator = self._window_sum(scores.unsqueeze(3), prior)
+        denominator = torch.where(denominator == 0, 1.0, denominator)  # linear scores may cancel
+        return (numerator / denominator).sum(1).flatten(1, 2).to(v.dtype)
+
+    def _window_sum(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Sum maps ``[B, queries, heads, d, H, W]`` over each window with ``weight [K*K, queries * heads]``."""
+        kernel = weight.t().reshape(-1, 1, self.kernel_size, self.kernel_size).repeat_interleave(x.shape[3], dim=0)
+        maps = F.conv2d(x.flatten(1, 3), kernel, padding=self.kernel_size // 2, groups=kernel.shape[0])
+        return maps.unflatten(1, x.shape[1:4])
+
+    def _activate(self, scores: Tensor, *, dims: tuple[int, ...]) -> Tensor:
+        if self.activation == "linear":
+            return scores
+        if self.activation == "sigmoid":
+            return scores.clamp(min=SCORE_FLOOR).sigmoid()
+        # The maximum over the map cancels in the quotient.
+        return (scores - scores.amax(dims, keepdim=True).detach()).clamp(min=SCORE_FLOOR).exp()

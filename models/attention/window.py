@@ -1,0 +1,77 @@
+"""Window and shifted-window attention (Swin, arXiv 2103.14030), the letters L and S."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.window import merge, padding_mask, partition, relative_position_index, shift_mask
+
+
+class WindowAttention(nn.Module):
+    """Self-attention inside windows of ``window_size`` squared pixels, on a map rolled by half one if ``shifted``.
+
+    A map that the window does not divide is padded on the right and bottom; padding is never attended to.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        window_size: int,
+        map_size: int,
+        shifted: bool,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.window_size = window_size
+        self.shift = (window_size + 1) // 2 if shifted else 0
+        self.attn_drop = attn_drop
+        self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.01)
+        self.register_buffer("relative_position_index", relative_position_index(window_size))
+        self.native_size = self._padded((map_size, map_size))
+        if shifted:
+            self.register_buffer("attn_mask", shift_mask(self.native_size, window_size, self.shift))
+        self.proj_qkv = nn.Linear(dim, 3 * dim)
+        self.proj_out = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        size = self._padded((height, width))
+        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, size[1] - width, 0, size[0] - height))  # [B, H, W, C]
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), (1, 2))
+        qkv = self.proj_qkv(partition(x, self.window_size)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B * windows, heads, w*w, d]
+        dropout = self.attn_drop if self.training else 0.0
+        bias = self._bias((height, width), size, batch, q.dtype)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        x = self.proj_drop(self.proj_out(x.transpose(1, 2).flatten(2)))
+        x = merge(x, self.window_size, size)
+        if self.shift:
+            x = x.roll((self.shift, self.shift), (1, 2))
+        return x[:, :height, :width].permute(0, 3, 1, 2)
+
+    def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
+        height, width = (-(-length // self.window_size) * self.window_size for length in size)
+        return height, width
+
+    def _bias(self, size: tuple[int, int], padded: tuple[int, int], batch: int, dtype: torch.dtype) -> Tensor:
+        """Return position bias plus masks, ``[1 or B * windows, heads, w*w, w*w]``."""
+        bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
+        masks = []
+        if self.shift and padded == self.native_size:
+            masks.append(self.attn_mask)
+        elif self.shift:
+            masks.append(shift_mask(padded, self.window_size, self.shift, bias.device))
+        if size != padded:
+            masks.append(padding_mask(size, padded, self.window_size, self.shift, bias.device))
+        if masks:
+            bias = (bias + sum(masks)[:, None]).repeat(batch, 1, 1, 1)
+        return bias.to(dtype)

@@ -1,0 +1,100 @@
+"""Layers shared by every stage.
+
+Maps between modules are logical ``[B, C, H, W]`` tensors in channels-last memory, so that ``permute(0, 2, 3, 1)`` is a
+contiguous view whose last axis holds the channels. Norms and 1x1 convolutions work on that view.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class LayerNorm(nn.Module):
+    """Layer norm over the channels of a map ``[B, C, H, W]``."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel of a map ``[B, C, H, W]`` (CaiT, arXiv 2103.17239)."""
+
+    def __init__(self, dim: int, init: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((dim,), init))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight[:, None, None]
+
+
+class PointwiseConv(nn.Conv2d):
+    """A 1x1 convolution, weight ``[out, in, 1, 1]``, applied as a linear map to the last axis of ``[..., in]``."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: drops the whole branch of a sample with probability ``rate`` (arXiv 1603.09382)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = 1.0 - self.rate
+        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+class MLP(nn.Module):
+    """Two linear layers over the channels of a map ``[B, C, H, W]``."""
+
+    def __init__(self, dim: int, *, expansion: int, drop: float) -> None:
+        super().__init__()
+        self.chunk = nn.Sequential(
+            OrderedDict(
+                linear1=nn.Linear(dim, dim * expansion),
+                act=nn.GELU(),
+                drop1=nn.Dropout(drop),
+                linear2=nn.Linear(dim * expansion, dim),
+                drop2=nn.Dropout(drop),
+            )
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.chunk(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvMLP(nn.Module):
+    """An MLP with a depthwise 3x3 convolution and its skip between the two layers (DAT++, section 4.2)."""
+
+    def __init__(self, dim: int, *, expansion: int, drop: float) -> None:
+        super().__init__()
+        hidden = dim * expansion
+        self.linear1 = nn.Sequential(PointwiseConv(dim, hidden))
+        self.drop1 = nn.Dropout(drop)
+        self.act = nn.GELU()
+        self.linear2 = nn.Sequential(PointwiseConv(hidden, dim))
+        self.drop2 = nn.Dropout(drop)
+        self.dwc = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop1(self.linear1(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)  # [B, hidden, H, W]
+        x = self.act(x + self.dwc(x))
+        return self.drop2(self.linear2(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)

@@ -1,0 +1,69 @@
+"""Windows of a map, and what their queries may attend to (Swin, arXiv 2103.14030, section 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def partition(x: Tensor, window: int) -> Tensor:
+    """Cut ``[B, H, W, C]`` into windows ``[B*nh*nw, window*window, C]``; the window divides H and W."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // window, window, width // window, window, channels)
+    return x.transpose(2, 3).reshape(-1, window * window, channels)
+
+
+def merge(windows: Tensor, window: int, size: tuple[int, int]) -> Tensor:
+    """Put windows ``[B*nh*nw, window*window, C]`` back into a map ``[B, H, W, C]`` of ``size``."""
+    height, width = size
+    x = windows.reshape(-1, height // window, width // window, window, window, windows.shape[-1])
+    return x.transpose(2, 3).reshape(-1, height, width, windows.shape[-1])
+
+
+def relative_position_index(window: int) -> Tensor:
+    """Return the row of the bias table for every query and key of a window, ``[window*window, window*window]``."""
+    axis = torch.arange(window)
+    cells = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), dim=-1).flatten(0, 1)  # [w*w, 2]
+    offset = cells[:, None] - cells[None] + window - 1
+    return offset[..., 0] * (2 * window - 1) + offset[..., 1]
+
+
+def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device | None = None) -> Tensor:
+    """Return -100 where a rolled window joins pixels that were not neighbours, ``[windows, w*w, w*w]``.
+
+    Args:
+        size: height and width of the rolled map, multiples of the window.
+        window: side of the window.
+        shift: rows and columns that the map was rolled by.
+        device: where to make the mask.
+    """
+
+    def bands(length: int) -> Tensor:
+        position = torch.arange(length, device=device)
+        return (position >= length - window).long() + (position >= length - shift).long()
+
+    height, width = size
+    region = 3 * bands(height)[:, None] + bands(width)
+    region = partition(region[None, :, :, None], window).squeeze(-1)  # [windows, w*w]
+    return (region[:, :, None] != region[:, None, :]).float() * -100.0
+
+
+def padding_mask(
+    size: tuple[int, int], padded: tuple[int, int], window: int, shift: int, device: torch.device
+) -> Tensor:
+    """Return minus infinity where a pixel of the map would attend to padding, ``[windows, w*w, w*w]``.
+
+    Padding may attend to anything: its rows are cropped afterwards, and a row of minus infinities has no softmax.
+
+    Args:
+        size: height and width of the map.
+        padded: its size after padding on the right and bottom, multiples of the window.
+        window: side of the window.
+        shift: rows and columns that the padded map is rolled by.
+        device: where to make the mask.
+    """
+    real = torch.zeros(padded, dtype=torch.bool, device=device)
+    real[: size[0], : size[1]] = True
+    real = partition(real.roll((-shift, -shift), (0, 1))[None, :, :, None], window).squeeze(-1)  # [windows, w*w]
+    forbidden = real[:, :, None] & ~real[:, None, :]
+    return torch.zeros(forbidden.shape, device=device).masked_fill(forbidden, float("-inf"))
