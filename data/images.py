@@ -1,0 +1,68 @@
+"""Reading one image file, whatever it holds."""
+
+from __future__ import annotations
+
+import os
+import warnings
+
+import numpy as np
+from PIL import Image
+
+
+class UnreadableImage(ValueError):
+    """A file that cannot be decoded. The message is one line that names the file and the reason.
+
+    Args:
+        message: the line, or a traceback that ends with it.
+        path: the file; empty where the exception came out of a worker of a `DataLoader`.
+    """
+
+    def __init__(self, message: str, path: str = "") -> None:
+        # Out of a worker, DataLoader raises the class again with the text of the whole traceback as its message.
+        line = message.strip().rpartition("\n")[2]
+        super().__init__(line.removeprefix(f"{__name__}.{type(self).__name__}: "))
+        self.path = path
+
+
+def read_image(path: str | os.PathLike[str]) -> Image.Image:
+    """Decode the first frame of an image file to 8-bit RGB.
+
+    Transparency is dropped and the orientation stored by cameras ignored, as ImageNet is read everywhere. Grey images
+    of 16 bits are scaled to 8.
+
+    Raises:
+        UnreadableImage: for a file that is missing, damaged, no image, without pixels, or larger than Pillow's limit
+            against decompression bombs.
+    """
+    path = os.fspath(path)
+    try:
+        with warnings.catch_warnings():
+            # Damaged metadata is common in photographs, does no harm, and would warn once per file and worker.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                return _to_rgb(image)
+    except Exception as error:  # decoders meet damaged bytes with every class of exception there is
+        reason = " ".join(str(error).split()).replace(f" {path!r}", "") or type(error).__name__
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        raise UnreadableImage(f"cannot read image {path!r}: {reason}", path) from None
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if 0 in image.size:
+        raise ValueError(f"its size is {image.width} x {image.height}")
+    if image.mode.startswith("I"):
+        return _scale_16_bits(image).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
+
+
+def _scale_16_bits(image: Image.Image) -> Image.Image:
+    """Scale grey values of 0 to 65535, stored as 16- or 32-bit integers, to 0 to 255. Pillow's own conversion clips."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"grey values from {values.min()} to {values.max()} do not fit 16 bits")
+    return Image.fromarray(((values + 128) // 257).astype(np.uint8))

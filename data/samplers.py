@@ -1,0 +1,103 @@
+"""Which images a process sees, in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class Draw(NamedTuple):
+    """One image of one epoch: all that its augmentation may depend on, besides the seed."""
+
+    index: int
+    epoch: int
+
+
+class TrainSampler(Sampler[Draw]):
+    """One rank's share of a random order that is the same for every rank and every number of ranks.
+
+    An epoch is a permutation drawn from the seed and the epoch alone, cut to whole updates. Each run of
+    `batch_size * world_size` images of it is a micro-batch, of which every rank takes a contiguous part, so one process
+    with a batch of 2b and two processes with a batch of b see the same micro-batches.
+
+    Args:
+        length: images in the data set.
+        batch_size: images per rank and micro-batch.
+        rank: which of the `world_size` parts this is.
+        world_size: number of processes.
+        seed: seed of the run.
+        accumulation_steps: micro-batches per update.
+
+    Attributes:
+        updates_per_epoch: updates in a whole epoch.
+
+    Raises:
+        ValueError: where the data set is smaller than one update.
+    """
+
+    def __init__(
+        self, length: int, *, batch_size: int, rank: int, world_size: int, seed: int, accumulation_steps: int = 1
+    ) -> None:
+        assert 0 <= rank < world_size
+        self._length = length
+        self._batch_size = batch_size
+        self._rank = rank
+        self._micro_batch = batch_size * world_size
+        self._update = self._micro_batch * accumulation_steps
+        self._seed = seed
+        self._epoch = 0
+        self._start = 0
+        self.updates_per_epoch = length // self._update
+        if not self.updates_per_epoch:
+            raise ValueError(
+                f"{length} training images are fewer than one update takes: {batch_size} a batch x {world_size} "
+                f"processes x {accumulation_steps} accumulation steps = {self._update}; reduce DATA.BATCH_SIZE, "
+                f"TRAIN.ACCUMULATION_STEPS or the number of processes"
+            )
+
+    def set_position(self, epoch: int, start: int = 0) -> None:
+        """Move to `epoch`, behind the first `start` images of its order, which were already used.
+
+        `start` counts the images of all ranks. It may come from a run with another number of ranks.
+        """
+        if not 0 <= start <= self._length:
+            raise ValueError(
+                f"the run is to continue behind image {start} of an epoch, but there are {self._length} training "
+                f"images; continue with the data set that it began with"
+            )
+        self._epoch = epoch
+        self._start = start
+
+    def __iter__(self) -> Iterator[Draw]:
+        epoch, batch_size = self._epoch, self._batch_size
+        order = np.random.default_rng((self._seed, epoch)).permutation(self._length)
+        stop = self._start + self._updates_left() * self._update
+        firsts = range(self._start + self._rank * batch_size, stop, self._micro_batch)
+        return (Draw(index, epoch) for first in firsts for index in order[first : first + batch_size].tolist())
+
+    def __len__(self) -> int:
+        """Images left for this rank."""
+        return self._updates_left() * self._update // self._micro_batch * self._batch_size
+
+    def _updates_left(self) -> int:
+        return (self._length - self._start) // self._update
+
+
+class EvalSampler(Sampler[Draw]):
+    """Every `world_size`-th image from `rank` on: over all ranks each image once, none twice.
+
+    Ranks differ by one image where `length` is no multiple of `world_size`.
+    """
+
+    def __init__(self, length: int, *, rank: int, world_size: int) -> None:
+        assert 0 <= rank < world_size
+        self._indices = range(rank, length, world_size)
+
+    def __iter__(self) -> Iterator[Draw]:
+        return (Draw(index, 0) for index in self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
