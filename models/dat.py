@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import torch
 from torch import Tensor, nn
@@ -132,21 +132,21 @@ class DAT(nn.Module):
         dim_stem: int = 96,
         dims: Sequence[int] = (96, 192, 384, 768),
         depths: Sequence[int] = (2, 2, 6, 2),
-        stage_spec: Sequence[str | Sequence[str]] = ("LS", "LS", "LDLDLD", "LD"),
+        stage_spec: Sequence[str | Sequence[str]] = ("LD", "LD", "LDLDLD", "LD"),
         heads: Sequence[int] = (3, 6, 12, 24),
         heads_q: Sequence[int] = (6, 12, 24, 48),
         window_sizes: Sequence[int] = (7, 7, 7, 7),
         groups: Sequence[int] = (1, 1, 3, 6),
         strides: Sequence[int] = (1, 1, 1, 1),
         ksizes: Sequence[int] = (9, 7, 5, 3),
-        offset_range_factor: Sequence[float] = (-1, -1, -1, -1),
-        use_pes: Sequence[bool] = (True, True, True, True),
+        offset_range_factor: Sequence[float] = (1, 2, 3, 4),
+        use_pes: Sequence[bool] = (False, False, False, False),
         dwc_pes: Sequence[bool] = (False, False, False, False),
         fixed_pes: Sequence[bool] = (False, False, False, False),
         log_cpb: Sequence[bool] = (False, False, False, False),
         no_offs: Sequence[bool] = (False, False, False, False),
         sr_ratios: Sequence[int] = (8, 4, 2, 1),
-        nat_ksizes: Sequence[int] = (7, 7, 7, 7),
+        nat_ksizes: Sequence[int] = (3, 3, 3, 3),
         nat_rpb: bool = True,
         nqs: Sequence[int] = (2, 2, 2, 2),
         ksize_qnas: Sequence[int] = (3, 3, 3, 3),
@@ -207,14 +207,20 @@ class DAT(nn.Module):
             drop_rate=drop_rate,
             attn_drop_rate=attn_drop_rate,
         )
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).split(list(depths))
         self.num_classes = num_classes
         self.smallest_image = 1 if use_conv_patches else patch_size << (NUM_STAGES - 1)
         stem = _overlapping_stem if use_conv_patches else _plain_stem
         self.patch_proj = stem(patch_size, dim_stem)
+        last = max(sum(depths) - 1, 1)
+        rates = iter([drop_path_rate * block / last for block in range(sum(depths))])
         self.stages = nn.ModuleList(
-            Stage(options, dim_in=dim_in, drop_paths=rate.tolist(), use_checkpoint=use_checkpoint)
-            for options, dim_in, rate in zip(stages, (dim_stem, *dims[1:]), rates, strict=True)
+            Stage(
+                options,
+                dim_in=dim_in,
+                drop_paths=list(islice(rates, options.depth)),
+                use_checkpoint=use_checkpoint,
+            )
+            for options, dim_in in zip(stages, (dim_stem, *dims[1:]), strict=True)
         )
         kernel, padding = (3, 1) if use_conv_patches else (2, 0)
         self.down_projs = nn.ModuleList(

@@ -85,86 +85,78 @@ class StageOptions:
 
     def __post_init__(self) -> None:
         self._check_types()
-        self._check_common()
-        for letter in sorted(set(self.letters)):
-            check = {"D": self._check_deformable, "N": self._check_neighborhood, "P": self._check_pyramid,
-                     "Q": self._check_qna, "E": self._check_slide, "X": self._check_convnext}  # fmt: skip
-            check.get(letter, self._check_window)()
-
-    def _name(self, field: str) -> str:
-        """Return the option as the person wrote it, for example ``heads[2] = 5``."""
-        return f"{LIST_NAMES[field]}[{self.index}] = {getattr(self, field)!r}"
+        self._at_least("dim", "depth")
+        if len(self.letters) != self.depth:
+            raise ValueError(f"{self._show('letters')} does not name as many blocks as {self._show('depth')}")
+        for letter in dict.fromkeys(self.letters):
+            self._check_letter(letter)
 
     def _check_types(self) -> None:
         accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.name in LIST_NAMES and (
-                not isinstance(value, accepted[field.type]) or (isinstance(value, bool) and field.type != "bool")
-            ):
-                raise ValueError(f"{self._name(field.name)} must be of type {field.type}, not {type(value).__name__}")
+            is_right = isinstance(value, accepted[field.type]) and isinstance(value, bool) == (field.type == "bool")
+            if field.name in LIST_NAMES and not is_right:
+                raise ValueError(f"{self._show(field.name)} must be of type {field.type}, not {type(value).__name__}")
 
-    def _check_common(self) -> None:
-        if unknown := sorted(set(self.letters) - set(LETTERS)):
-            raise ValueError(f"{self._name('letters')} holds {unknown}; allowed are the letters {', '.join(LETTERS)}")
-        if len(self.letters) != self.depth:
-            raise ValueError(
-                f"{self._name('letters')} names {len(self.letters)} blocks, but {self._name('depth')}; make them agree"
-            )
-        self._at_least_one("dim", "depth")
-        if set(self.letters) - set("QX"):
+    def _check_letter(self, letter: str) -> None:
+        if letter in "LSDNPE":
             self._divides("heads", "dim")
+        match letter:
+            case "L" | "S":
+                self._at_least("window_size")
+            case "D":
+                self._divides("groups", "heads")
+                self._at_least("stride", "ksize")
+                self._at_most_one("dwc_pe", "fixed_pe", "log_cpb")
+            case "N":
+                self._odd("nat_ksize")
+            case "P":
+                self._at_least("sr_ratio")
+            case "Q":
+                self._divides("heads_q", "dim")
+                self._at_least("nq")
+                self._odd("ksize_qna")
+            case "E":
+                self._divides("heads", "dim", factor=4)
+            case "X":
+                self._odd("window_size")
+            case _:
+                raise ValueError(f"{self._show('letters')} holds {letter!r}; the letters are {', '.join(LETTERS)}")
 
-    def _at_least_one(self, *names: str) -> None:
+    def _show(self, name: str) -> str:
+        """Return an option as the person wrote it, for example ``heads[2] = 5``."""
+        return f"{LIST_NAMES[name]}[{self.index}] = {getattr(self, name)!r}"
+
+    def _at_least(self, *names: str) -> None:
         for name in names:
             if getattr(self, name) < 1:
-                raise ValueError(
-                    f"{self._name(name)} must be at least 1 for the blocks {self.letters!r} of stage {self.index}"
-                )
+                raise ValueError(f"{self._show(name)} must be at least 1 for the blocks {self.letters!r}")
 
-    def _divides(self, divisor: str, number: str) -> None:
-        self._at_least_one(divisor)
-        if getattr(self, number) % getattr(self, divisor):
-            raise ValueError(f"{self._name(divisor)} does not divide {self._name(number)}; choose one of its divisors")
+    def _divides(self, divisor: str, number: str, *, factor: int = 1) -> None:
+        self._at_least(divisor)
+        if getattr(self, number) % (factor * getattr(self, divisor)):
+            times = f"{factor} times " if factor > 1 else ""
+            raise ValueError(f"{times}{self._show(divisor)} does not divide {self._show(number)}; change one of them")
 
     def _odd(self, name: str) -> None:
-        self._at_least_one(name)
+        self._at_least(name)
         if getattr(self, name) % 2 == 0:
             raise ValueError(
-                f"{self._name(name)} is even; a centred kernel needs an odd size, such as {getattr(self, name) + 1}"
+                f"{self._show(name)} must be odd for the blocks {self.letters!r}, so that a pixel is its centre"
             )
 
-    def _check_window(self) -> None:
-        self._at_least_one("window_size")
+    def _at_most_one(self, *names: str) -> None:
+        chosen = [self._show(name) for name in names if getattr(self, name)]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one kind of position bias")
 
-    def _check_deformable(self) -> None:
-        self._divides("groups", "heads")
-        self._at_least_one("stride", "ksize")
-        kinds = [name for name in ("dwc_pe", "fixed_pe", "log_cpb") if getattr(self, name)]
-        if len(kinds) > 1:
-            raise ValueError(
-                f"{' and '.join(map(self._name, kinds))} exclude each other; choose one kind of position bias"
-            )
 
-    def _check_neighborhood(self) -> None:
-        self._odd("nat_ksize")
-
-    def _check_pyramid(self) -> None:
-        self._at_least_one("sr_ratio")
-
-    def _check_qna(self) -> None:
-        self._divides("heads_q", "dim")
-        self._at_least_one("nq")
-        self._odd("ksize_qna")
-
-    def _check_slide(self) -> None:
-        if self.dim % (4 * self.heads):
-            raise ValueError(
-                f"4 * {self._name('heads')} does not divide {self._name('dim')}, as slide attention needs it to"
-            )
-
-    def _check_convnext(self) -> None:
-        self._odd("window_size")
+def _joined(letters: object, index: int) -> str:
+    """Return a list of letters as a string."""
+    if not isinstance(letters, Sequence) or not all(isinstance(letter, str) for letter in letters):
+        raise ValueError(f"stage_spec[{index}] = {letters!r} must be letters, such as 'ND' or ['N', 'D']")
+    return "".join(letters)
 
 
 def split_stages(lists: dict[str, Sequence], *, map_size: int, **common: object) -> list[StageOptions]:
@@ -185,7 +177,7 @@ def split_stages(lists: dict[str, Sequence], *, map_size: int, **common: object)
     for i in range(NUM_STAGES):
         options = {name: values[i] for name, values in lists.items()}
         if not isinstance(options["letters"], str):
-            options["letters"] = "".join(options["letters"])
+            options["letters"] = _joined(options["letters"], i)
         stages.append(StageOptions(index=i, map_size=map_size >> i, **options, **common))
     return stages
 

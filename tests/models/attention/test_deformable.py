@@ -1,0 +1,90 @@
+"""Deformable attention: what `inspect` reports is what the forward pass did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from models.attention import DeformableAttention
+from models.ops.grids import reference_points
+from models.ops.sampling import sample
+
+KINDS = ["table", "log_cpb", "fixed", "dwc", "none"]
+
+
+def build(**options: Any) -> DeformableAttention:
+    torch.manual_seed(0)
+    settings = {"heads": 4, "groups": 2, "map_size": 8, "stride": 2, "kernel_size": 3, **options}
+    module = DeformableAttention(16, **settings).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.5)
+    return module
+
+
+@pytest.mark.parametrize("position_bias", KINDS)
+@pytest.mark.parametrize("size", [(8, 8), (7, 10)], ids=str)
+def test_inspect_reports_what_forward_does(position_bias: str, size: tuple[int, int]) -> None:
+    module = build(position_bias=position_bias)
+    x = torch.randn(2, 16, *size, dtype=torch.float64)
+    seen = module.inspect(x)
+    assert seen.key_size == ((size[0] + 1) // 2, (size[1] + 1) // 2)
+    assert seen.weights.shape == (2, 4, size[0] * size[1], len(seen.reference))
+    torch.testing.assert_close(seen.weights.sum(-1), torch.ones_like(seen.weights[..., 0]))
+
+    values = module.proj_v(sample(x.permute(0, 2, 3, 1), seen.positions)).unflatten(-1, (4, -1)).transpose(1, 2)
+    attended = (seen.weights @ values).transpose(1, 2).flatten(2).unflatten(1, size)
+    if position_bias == "dwc":
+        queries = module.proj_q(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        attended = attended + module.rpe_table(queries).permute(0, 2, 3, 1)
+    torch.testing.assert_close(module(x), module.proj_out(attended).permute(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "largest"),
+    [
+        ({"offset_range_factor": -1.0}, None),
+        ({"offset_range_factor": 2.0}, 2 / 3),
+        ({"offset_range_factor": 0.0}, 0.0),
+        ({"offset_range_factor": 2.0, "coordinates": "cvpr22"}, 2 / 4),
+        ({"offset_range_factor": -1.0, "coordinates": "cvpr22"}, None),
+    ],
+)
+def test_offsets_keep_their_range(options: dict[str, Any], largest: float | None) -> None:
+    module = build(**options)
+    with torch.no_grad():
+        module.conv_offset[3].weight.mul_(100)
+    seen = module.inspect(torch.randn(2, 16, 8, 8, dtype=torch.float64))
+    if largest is None:
+        assert seen.positions.abs().max() <= 1
+        assert seen.positions.abs().max() > 0.99
+    else:
+        offsets = (seen.positions - seen.reference).abs().max()
+        assert offsets == pytest.approx(largest, abs=1e-3)
+
+
+def test_groups_of_channels_move_apart() -> None:
+    positions = build().inspect(torch.randn(1, 16, 8, 8, dtype=torch.float64)).positions
+    assert not torch.allclose(positions[:, 0], positions[:, 1])
+
+
+def test_positions_stay_float32_under_autocast() -> None:
+    module = build().float()
+    x = torch.randn(1, 16, 8, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        positions = module.inspect(x).positions
+    assert positions.dtype == torch.float32
+    torch.testing.assert_close(positions, module.inspect(x).positions, atol=0.1, rtol=0)
+
+
+def test_pooling_replaces_sampling_without_offsets() -> None:
+    module = build(use_offsets=False, position_bias="none", map_size=8)
+    x = torch.randn(1, 16, 8, 8, dtype=torch.float64)
+    seen = module.inspect(x)
+    reference = reference_points((4, 4), coordinates="dat++", dtype=torch.float64, device=x.device).flatten(0, 1)
+    assert torch.equal(seen.positions[0, 0], reference)
+    other = x.clone()
+    other[..., 0, 0], other[..., 0, 1] = x[..., 0, 1], x[..., 0, 0]  # within one pooling cell: the keys are the same
+    torch.testing.assert_close(module(other)[..., 1:, :], module(x)[..., 1:, :])

@@ -1,0 +1,131 @@
+"""The network on any input, with any letter, in every mode."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from models.dat import DAT
+from tests.models.small import SMALL, VARIANTS, build_small, variant_id, without_gradient
+
+OFFSET_NETWORK = ("0.weight", "0.bias", "1.norm.weight", "1.norm.bias", "3.weight")
+SIZES = [(32, 32), (33, 47), (40, 132), (64, 64)]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_any_size_gives_finite_values_and_every_gradient(variant: tuple[str, dict[str, Any]], size: tuple) -> None:
+    letter, options = variant
+    torch.manual_seed(0)
+    model = build_small(letter, **options)
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    logits = model(x)
+    logits.square().sum().backward()
+    assert logits.shape == (2, 10)
+    assert logits.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert without_gradient(model) == []
+
+
+@pytest.mark.parametrize("letters", ["LS", "ND", "PQ", "EX"])
+def test_large_rectangle(letters: str) -> None:
+    torch.manual_seed(0)
+    model = build_small(letters, use_dwc_mlps=True, use_lpus=True)
+    x = torch.randn(1, 3, 512, 768, requires_grad=True)
+    logits = model(x)
+    logits.square().sum().backward()
+    assert logits.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert without_gradient(model) == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+def test_half_precision_autocast_is_finite(variant: tuple[str, dict[str, Any]]) -> None:
+    letter, options = variant
+    torch.manual_seed(0)
+    model = build_small(letter, **options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(torch.randn(2, 3, 50, 40))
+    logits.float().square().sum().backward()
+    assert logits.isfinite().all()
+    assert without_gradient(model) == []
+
+
+@pytest.mark.parametrize(
+    ("letter", "options", "frozen"),
+    [
+        ("LSNDPQ", {}, set()),
+        ("E", {}, {"dep_conv.weight"}),
+        ("X", {"layer_scale_values": 0.1}, {"layer_scales.0.weight", "layer_scales.1.weight"}),
+        ("D", {"no_offs": True}, {f"conv_offset.{name}" for name in OFFSET_NETWORK}),
+    ],
+)
+def test_only_what_takes_no_part_is_frozen(letter: str, options: dict[str, Any], frozen: set[str]) -> None:
+    """Published weights name these; frozen, they are not missed by a step in which every parameter needs a gradient."""
+    names = {
+        name for name, parameter in build_small(letter, **options).named_parameters() if not parameter.requires_grad
+    }
+    assert {re.sub(r"^stages\.\d\.(attns\.0\.)?", "", name) for name in names} == frozen
+
+
+def test_checkpointing_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = build_small("ND", use_dwc_mlps=True, use_lpus=True).double()
+    recomputing = copy.deepcopy(model)
+    for stage in recomputing.stages:
+        stage.use_checkpoint = True
+    x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+    gradients = []
+    for network in (model, recomputing):
+        network(x).square().sum().backward()
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_use_checkpoint_reaches_every_stage() -> None:
+    assert all(stage.use_checkpoint for stage in DAT(**SMALL, stage_spec=["L"] * 4, use_checkpoint=True).stages)
+
+
+def test_drop_path_rises_linearly_over_all_blocks() -> None:
+    model = DAT(**{**SMALL, "depths": [1, 2, 1, 2]}, stage_spec=["N", "NX", "N", "NN"], drop_path_rate=0.5)
+    rates = [drop.rate for stage in model.stages for drop in stage.drop_paths]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+
+
+def test_dropout_is_random_in_training_and_off_in_evaluation() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    for letter in "LSNDPQE":
+        # Attention weights of Q are not formed; its output is dropped like that of the others.
+        options = {"drop_rate": 0.5} if letter == "Q" else {"attn_drop_rate": 0.5}
+        model = DAT(**SMALL, stage_spec=[letter] * 4, **options)
+        assert not torch.equal(model(x), model(x)), letter
+        model.eval()
+        assert torch.equal(model(x), model(x)), letter
+
+
+def test_maps_stay_channels_last() -> None:
+    for letter in "LSNDPQEX":
+        maps = build_small(letter, use_lpus=True, use_dwc_mlps=True).forward_features(torch.randn(2, 3, 64, 64))
+        assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps), letter
+
+
+def test_too_small_an_image_is_refused() -> None:
+    model = build_small("L", use_conv_patches=False)
+    with pytest.raises(ValueError, match=r"31 x 64 pixels .* at least 32 x 32"):
+        model(torch.zeros(1, 3, 31, 64))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    torch.manual_seed(0)
+    options = {"depths": [2] * 4, "use_dwc_mlps": [True] * 4, "use_lpus": [True] * 4}
+    model = DAT(**{**SMALL, **options}, stage_spec=["ND", "LS", "PQ", "EX"])
+    x = torch.randn(2, 3, 64, 64)
+    logits = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+    logits.square().sum().backward()
+    assert without_gradient(model) == []
+    torch.testing.assert_close(logits, model(x))
