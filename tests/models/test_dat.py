@@ -129,3 +129,17 @@ def test_compiles_without_a_graph_break() -> None:
     logits.square().sum().backward()
     assert without_gradient(model) == []
     torch.testing.assert_close(logits, model(x))
+
+
+def test_position_tables_start_small() -> None:
+    torch.manual_seed(0)
+    tables = {"rpb": 0.02, "rpb_table": 0.02, "rpe_table": 0.01, "relative_position_bias_table": 0.01}
+    model = DAT(**{**SMALL, "depths": [2] * 4, "nat_ksizes": [13] * 4}, stage_spec=["ND", "LS", "QX", "ED"])
+    seen = set()
+    for name, parameter in model.named_parameters():
+        kind = name.rpartition(".")[2]
+        if kind in tables:
+            std = 0.02 if ".3.attns.0." in name else tables[kind]  # E
+            assert parameter.std().item() == pytest.approx(std, rel=0.35), name
+            seen.add(kind)
+    assert seen == set(tables)

@@ -1,0 +1,77 @@
+"""Counted parameters and MACs are the published ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import load_config
+from models import build_model
+from models.attention import NeighborhoodAttention, PyramidAttention, WindowAttention
+from tools.complexity import PUBLISHED, count_macs, count_parameters, main
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+ENTRIES = {
+    "dat_tiny": 589,
+    "dat_small": 589,
+    "dat_base": 589,
+    "dat_base_384": 589,
+    "dat_p": 481,
+    "cvpr22_dat_tiny": 219,
+    "cvpr22_dat_small": 435,
+    "cvpr22_dat_base": 435,
+    "cvpr22_dat_base_384": 435,
+}
+
+
+def config_path(name: str) -> Path:
+    return CONFIGS / f"{name.replace('cvpr22_', 'cvpr22/')}.yaml"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_state_dict_entries(name: str) -> None:
+    config = load_config(config_path(name))
+    assert name == config.MODEL.NAME
+    with torch.device("meta"):
+        model = build_model(config)
+    assert round(count_parameters(model) / 1e6, 2) == PUBLISHED[name].parameters
+    assert len(model.state_dict()) == ENTRIES[name]
+
+
+@pytest.mark.parametrize("name", ["dat_tiny", "cvpr22_dat_tiny"])
+def test_macs_are_within_two_percent(name: str) -> None:
+    config = load_config(config_path(name))
+    macs = count_macs(build_model(config), (config.DATA.IMG_SIZE, config.DATA.IMG_SIZE))
+    assert macs / 1e9 == pytest.approx(PUBLISHED[name].macs, rel=0.02)
+
+
+def test_attention_products_count_whatever_form_runs() -> None:
+    """Projections of 3 channels, 4 x 9 products a pixel, and 2 x 3 products for every key a query attends to."""
+    projections = 4 * 9
+    assert count_macs(NeighborhoodAttention(3, heads=1, kernel_size=7), (16, 9)) == 144 * (projections + 49 * 6)
+    window = WindowAttention(3, heads=1, window_size=4, map_size=8, shifted=True)
+    assert count_macs(window, (8, 8)) == 64 * (projections + 16 * 6)
+    assert count_macs(PyramidAttention(3, heads=1, sr_ratio=1), (5, 5)) == 25 * (projections + 25 * 6)
+
+
+def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["complexity.py", str(CONFIGS / "digits.yaml"), "--size", "32", "48"])
+    main()
+    line = capsys.readouterr().out.splitlines()[1].split()
+    assert line[:2] == ["digits", "32x48"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["missing.yaml"], "missing.yaml"), ([str(CONFIGS / "digits.yaml"), "--size", "1", "2", "3"], "--size 1 2 3")],
+)
+def test_wrong_input(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["complexity.py", *arguments])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err

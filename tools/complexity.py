@@ -1,0 +1,113 @@
+"""Parameters and multiply-accumulates (MACs) of configs, beside the published figures.
+
+    python tools/complexity.py configs/dat_tiny.yaml configs/cvpr22/dat_tiny.yaml
+    python tools/complexity.py configs/dat_tiny.yaml --size 384
+    python tools/complexity.py configs/dat_tiny.yaml --size 512 768
+
+PyTorch's FLOP counter counts what one image costs in matrix products and convolutions, on tensors without data. It sees
+the reference form of every attention, so that work a faster form adds, such as masked keys, does not count. Biases,
+norms, activations and bilinear sampling are left out; with them the published figures are up to 1 % higher.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import load_config
+from models import build_model
+
+
+class Published(NamedTuple):
+    """Cost of a model as published: million parameters, image side in pixels, and billion MACs or None."""
+
+    parameters: float
+    size: int
+    macs: float | None
+
+
+# By MODEL.NAME, from arXiv 2309.01430 and, for CVPR 2022, arXiv 2201.00520.
+PUBLISHED = {
+    "dat_tiny": Published(23.96, 224, 4.3),
+    "dat_small": Published(53.13, 224, 9.4),
+    "dat_base": Published(93.69, 224, 16.6),
+    "dat_base_384": Published(93.69, 384, 49.7),
+    "dat_p": Published(22.77, 224, None),
+    "cvpr22_dat_tiny": Published(28.32, 224, 4.6),
+    "cvpr22_dat_small": Published(49.70, 224, 9.0),
+    "cvpr22_dat_base": Published(87.88, 224, 15.8),
+    "cvpr22_dat_base_384": Published(88.18, 384, 49.8),
+}
+COLUMNS = "{:<22} {:>9} {:>14} {:>10} {:>13} {:>10}"
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Return the number of parameters, trained or not."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_macs(model: nn.Module, size: tuple[int, int]) -> int:
+    """Return the multiply-accumulates of matrix products and convolutions for one image.
+
+    Args:
+        model: a network of images ``[1, 3, H, W]``; left in evaluation mode.
+        size: height and width of the image in pixels.
+    """
+    for module in model.eval().modules():
+        if hasattr(module, "form"):
+            module.form = "reference"
+    counter = FlopCounterMode(display=False)
+    # The plain form of attention is made of products, which every release of PyTorch counts.
+    with FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+        model(torch.empty(1, 3, *size))
+    return counter.get_total_flops() // 2
+
+
+def table_row(config_path: str, size: Sequence[int] | None, overrides: Sequence[str]) -> str:
+    """Return the table's line for one config; published figures stand where the image size is theirs."""
+    config = load_config(config_path, overrides)
+    model = build_model(config)
+    height, width = _height_and_width(size or [config.DATA.IMG_SIZE])
+    published = PUBLISHED.get(config.MODEL.NAME)
+    macs = count_macs(model, (height, width))
+    columns = [config.MODEL.NAME, f"{height}x{width}", f"{count_parameters(model) / 1e6:.2f} M", f"{macs / 1e9:.3f} G"]
+    columns.append(f"{published.parameters:.2f} M" if published else "-")
+    comparable = published and published.macs and height == width == published.size
+    columns.append(f"{published.macs:.1f} G" if comparable else "-")
+    return COLUMNS.format(*columns)
+
+
+def _height_and_width(size: Sequence[int]) -> tuple[int, int]:
+    if len(size) > 2 or min(size) < 1:
+        raise ValueError(f"--size {' '.join(map(str, size))} must be one side, or height and width, in pixels")
+    return size[0], size[-1]
+
+
+def main() -> None:
+    """Print the table of the configs on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files")
+    parser.add_argument("--size", type=int, nargs="+", help="image size, one side or height and width (DATA.IMG_SIZE)")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="options over the config")
+    arguments = parser.parse_args()
+    print(COLUMNS.format("model", "image", "parameters", "MACs", "published", "published"))
+    for path in arguments.configs:
+        try:
+            print(table_row(path, arguments.size, arguments.opts), flush=True)
+        except ValueError as error:
+            parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
