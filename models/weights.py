@@ -1,0 +1,225 @@
+"""Weights of one network made to fit another: other classes, map sizes and windows.
+
+Everything here works on state dicts, whose names and shapes are those of the published weights.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass, field
+from math import isqrt
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from torch import Tensor, nn
+
+HEAD_WEIGHT, HEAD_BIAS = "cls_head.weight", "cls_head.bias"
+IMAGENET_1K = 1000
+NEW_ROW = -1  # in a class map: a class that the weights do not have
+
+# Axis of a position table along which the cells of a square window are laid out.
+_WINDOW_AXIS = {"relative_position_bias_table": 0, "rpb_table": 0, "attn_scale": 2}
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What became of the entries of a state dict, by name.
+
+    Attributes:
+        entries: number of entries of the network.
+        loaded: entries taken as they are.
+        resized: shape before and after of each position table that was resized.
+        remapped: entries of the head whose rows were picked class by class.
+        reinitialised: entries that keep the network's own initialisation.
+        left_out: entries of the weights that were not used.
+        head: what became of the classes, in words; empty where the head was taken as it is.
+    """
+
+    entries: int
+    loaded: list[str] = field(default_factory=list)
+    resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    remapped: list[str] = field(default_factory=list)
+    reinitialised: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    head: str = ""
+
+    def lines(self) -> list[str]:
+        """Return the report in words, a line for each kind of change."""
+        lines = [f"loaded as they are: {len(self.loaded)} of {self.entries} entries"]
+        tables = defaultdict(list)
+        for name, shapes in self.resized.items():
+            tables[shapes].append(name)
+        for (before, after), names in tables.items():
+            lines.append(f"resized from {before} to {after}: {len(names)} tables, {', '.join(names)}")
+        for words, names in (
+            (f"rows picked ({self.head})", self.remapped),
+            (f"newly initialised ({self.head})", self.reinitialised),
+            ("left out of the weights", self.left_out),
+        ):
+            if names:
+                lines.append(f"{words}: {', '.join(names)}")
+        return lines
+
+
+def adapt(
+    weights: dict[str, Tensor], model: nn.Module, *, class_map: Path | None = None
+) -> tuple[dict[str, Tensor], Report]:
+    """Make weights of the same architecture fit `model`, whatever classes and sizes they were trained for.
+
+    Position tables of other map sizes, windows or kernels are resized bicubically. Index and mask buffers follow from
+    the sizes and are always the model's own. Where the classes differ, rows of the head are picked by `class_map`, or
+    by synset from an ImageNet-22K head (also 21K and 12K) for the classes of ImageNet-1K; otherwise the head is new.
+
+    Args:
+        weights: state dict of another network; unchanged.
+        model: the network to fit; unchanged.
+        class_map: text file with a line for each class of `model`: the index of that class in `weights`, counted from
+            0, or -1 for a class that they do not have.
+
+    Returns:
+        A state dict that loads strictly into `model`, and the report of what it is made of.
+
+    Raises:
+        ValueError: the weights are of another architecture, or the class map does not fit.
+    """
+    expected = model.state_dict()
+    buffers = {name for name, _ in model.named_buffers()}
+    head = {HEAD_WEIGHT, HEAD_BIAS} if _same_features(weights, expected) else set()
+    state, report = dict(expected), Report(entries=len(expected))
+    misfits = [f"{name} is not of this model" for name in weights.keys() - expected.keys()]
+    for name, own in expected.items():
+        value = weights.get(name)
+        if name in head:
+            continue
+        if name in buffers:
+            _note_buffer(name, value, own, report)
+        elif value is None:
+            misfits.append(f"{name} is missing")
+        elif value.shape == own.shape:
+            state[name] = value
+            report.loaded.append(name)
+        elif (table := _resize_table(name, value, own.shape, model)) is not None:
+            state[name] = table
+            report.resized[name] = tuple(value.shape), tuple(own.shape)
+        else:
+            misfits.append(f"{name} is {tuple(value.shape)} instead of {tuple(own.shape)}")
+    if misfits:
+        more = f"; and {len(misfits) - 4} more names" if len(misfits) > 4 else ""
+        raise ValueError(f"the weights are of another architecture: {'; '.join(sorted(misfits)[:4])}{more}")
+    state |= _adapt_head(weights, expected, class_map, report)
+    return state, report
+
+
+def _note_buffer(name: str, value: Tensor | None, own: Tensor, report: Report) -> None:
+    if value is None:
+        return
+    same = value.shape == own.shape and torch.equal(value.to(own), own)
+    (report.loaded if same else report.left_out).append(name)
+
+
+def _resize_table(name: str, table: Tensor, shape: torch.Size, model: nn.Module) -> Tensor | None:
+    """Return the position table `name` in another shape, or None where it is none or differs in more than its size."""
+    path, _, leaf = name.rpartition(".")
+    if table.ndim != len(shape):
+        return None
+    if leaf == "rpe_table" and getattr(model.get_submodule(path), "position_bias", None) == "fixed":
+        for axis in (1, 2):  # queries, then keys
+            table = _resize_axis(table, axis, shape[axis])
+    elif leaf == "rpe_table" and table.shape[1] == table.shape[2]:
+        # Sampled between corners, -1 to +1, whatever the map: resized between corners it stays the same function.
+        table = _bicubic(table, shape[1:], align_corners=True)
+    elif leaf == "rpb":
+        table = _bicubic(table, shape[1:])
+    elif leaf in _WINDOW_AXIS:
+        table = _resize_axis(table, _WINDOW_AXIS[leaf], shape[_WINDOW_AXIS[leaf]])
+    return table if table.shape == shape else None
+
+
+def _resize_axis(table: Tensor, axis: int, cells: int) -> Tensor:
+    """Resize the square grid laid out along `axis` to `cells`; an axis that is no square grid stays as it is."""
+    before, after = isqrt(table.shape[axis]), isqrt(cells)
+    if before**2 != table.shape[axis] or before == after:
+        return table
+    grids = table.movedim(axis, -1).unflatten(-1, (before, before))
+    return _bicubic(grids, (after, after)).flatten(-2).movedim(-1, axis)
+
+
+def _bicubic(grids: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
+    """Resize the last two axes, aligned at the edges of the corner cells or, with `align_corners`, at their centres."""
+    flat = grids.reshape(1, -1, *grids.shape[-2:]).float()
+    resized = F.interpolate(flat, size, mode="bicubic", align_corners=align_corners)
+    return resized.reshape(*grids.shape[:-2], *size).to(grids.dtype)
+
+
+def _same_features(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Return whether the weights hold a head, for any number of classes, of the network's width."""
+    if HEAD_WEIGHT not in weights or HEAD_BIAS not in weights:
+        return False
+    weight, bias = weights[HEAD_WEIGHT], weights[HEAD_BIAS]
+    return weight.shape == (*bias.shape, expected[HEAD_WEIGHT].shape[1])
+
+
+def _adapt_head(
+    weights: dict[str, Tensor], expected: dict[str, Tensor], class_map: Path | None, report: Report
+) -> dict[str, Tensor]:
+    """Return the entries of the head for the classes of the network, and add them to the report."""
+    names = [HEAD_WEIGHT, HEAD_BIAS]
+    there, here = weights[HEAD_BIAS].numel(), expected[HEAD_BIAS].numel()
+    if class_map is not None:
+        rows, origin = read_class_map(class_map, there=there, here=here), str(class_map)
+    elif there != here == IMAGENET_1K and (subset := infer_imagenet_subset({"num_classes": there})):
+        rows, origin = _imagenet_rows(subset), f"{subset} to imagenet-1k"
+    elif there == here:
+        report.loaded += names
+        return {name: weights[name] for name in names}
+    else:
+        report.reinitialised += names
+        report.left_out += names
+        report.head = f"{there} classes in the weights, {here} here"
+        return {}
+    new = [row for row, source in enumerate(rows) if source == NEW_ROW]
+    report.remapped += names
+    report.head = f"{here - len(new)} of {here} classes out of {there}, by {origin}"
+    if new:
+        report.head += f"; newly initialised: class {', '.join(map(str, new))}"
+    source = torch.tensor(rows)
+    head = {}
+    for name in names:
+        own = expected[name].clone()
+        own[source != NEW_ROW] = weights[name][source[source != NEW_ROW]].to(own)
+        head[name] = own
+    return head
+
+
+def _imagenet_rows(subset: str) -> list[int]:
+    """Return for each class of ImageNet-1K its index in a larger set, `NEW_ROW` where that lacks its synset."""
+    indices = {synset: index for index, synset in enumerate(ImageNetInfo(subset).label_names())}
+    return [indices.get(synset, NEW_ROW) for synset in ImageNetInfo("imagenet-1k").label_names()]
+
+
+def read_class_map(path: Path, *, there: int, here: int) -> list[int]:
+    """Read a class map.
+
+    Args:
+        path: text file with the index of a class of the weights, or -1, on each line.
+        there: number of classes of the weights.
+        here: number of classes of the network.
+
+    Raises:
+        ValueError: the file cannot be read, has another number of lines, or a line is no such index.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"class map {path} cannot be read: {error}") from None
+    if len(lines) != here:
+        raise ValueError(f"class map {path} has {len(lines)} lines for {here} classes; give one index for each class")
+    for number, line in enumerate(lines, start=1):
+        if not re.fullmatch(r"-1|[0-9]+", line) or int(line) >= there:
+            raise ValueError(
+                f"class map {path}, line {number}: {line!r} is no class of the weights; give 0 to {there - 1}, or -1"
+            )
+    return [int(line) for line in lines]

@@ -1,0 +1,191 @@
+"""Weights made to fit a network of other sizes and classes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from timm.data.imagenet_info import ImageNetInfo
+from torch import Tensor, nn
+
+from models.dat import DAT
+from models.weights import adapt
+from tests.models.small import SMALL, build_small
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the weights of a network, as a file would hold them."""
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def load_adapted(source: nn.Module, target: nn.Module, class_map: Path | None = None) -> list[str]:
+    """Load the weights of one network into another, strictly, run it once and return the report's lines."""
+    state, report = adapt(weights_of(source), target, class_map=class_map)
+    target.load_state_dict(state)
+    assert target.eval()(torch.randn(1, 3, 64, 64)).isfinite().all()
+    return report.lines()
+
+
+def test_weights_of_the_same_network_are_taken_as_they_are() -> None:
+    source, target = build_small("LSND"), build_small("LSND")
+    images = torch.randn(2, 3, 64, 64)
+    entries = len(target.state_dict())
+    assert load_adapted(source, target) == [f"loaded as they are: {entries} of {entries} entries"]
+    torch.testing.assert_close(target(images), source.eval()(images), rtol=0, atol=0)
+
+
+def test_the_arguments_are_not_changed() -> None:
+    source, target = build_small("LSD"), build_small("LSD", img_size=128, window_sizes=4, num_classes=3)
+    weights, own = weights_of(source), weights_of(target)
+    adapt(weights, target)
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in weights.items())
+    assert all(torch.equal(value, target.state_dict()[name]) for name, value in own.items())
+
+
+def test_another_number_of_classes_gives_a_new_head() -> None:
+    source, target = build_small("N"), build_small("N", num_classes=3)
+    own = weights_of(target)
+    lines = load_adapted(source, target)
+    for name in ("cls_head.weight", "cls_head.bias"):
+        assert torch.equal(target.state_dict()[name], own[name])
+    assert torch.equal(target.cls_norm.norm.weight, source.cls_norm.norm.weight)
+    assert "newly initialised (10 classes in the weights, 3 here): cls_head.weight, cls_head.bias" in lines
+    assert "left out of the weights: cls_head.weight, cls_head.bias" in lines
+
+
+def test_a_table_of_another_map_size_keeps_its_values_between_the_corners() -> None:
+    """It is sampled from corner to corner, so that every third cell of the larger one is a cell of the smaller."""
+    source, target = build_small("D"), build_small("D", img_size=128)
+    lines = load_adapted(source, target)
+    before, after = source.stages[3].attns[0].rpe_table, target.stages[3].attns[0].rpe_table
+    assert (before.shape, after.shape) == ((8, 3, 3), (8, 7, 7))
+    torch.testing.assert_close(after[:, ::3, ::3], before)
+    assert "resized from (8, 3, 3) to (8, 7, 7): 1 tables, stages.3.attns.0.rpe_table" in lines
+
+
+@pytest.mark.parametrize(
+    ("letter", "leaf", "option", "windows", "sides"),
+    [
+        ("L", "relative_position_bias_table", "window_sizes", (2, 5), (3, 9)),
+        ("S", "relative_position_bias_table", "window_sizes", (2, 5), (3, 9)),
+        ("N", "rpb", "nat_ksizes", (3, 13), (5, 25)),
+        ("Q", "rpb_table", "ksize_qnas", (3, 9), (3, 9)),
+        ("Q", "attn_scale", "ksize_qnas", (3, 9), (3, 9)),
+    ],
+)
+def test_a_table_of_another_window_keeps_its_values_at_the_centres(
+    letter: str, leaf: str, option: str, windows: tuple[int, int], sides: tuple[int, int]
+) -> None:
+    """A cell becomes so many smaller ones on each axis; the middle one has its value."""
+    networks = [build_small(letter, **{option: window}) for window in windows]
+    before, after = (getattr(network.stages[2].attns[0], leaf) for network in networks)
+    nn.init.normal_(before)
+    load_adapted(*networks)
+    if letter != "N":  # [cells, heads] -> [heads, rows, columns]
+        before, after = (
+            table.reshape(side, side, -1).permute(2, 0, 1) for table, side in zip((before, after), sides, strict=True)
+        )
+    factor = sides[1] // sides[0]
+    torch.testing.assert_close(after[:, factor // 2 :: factor, factor // 2 :: factor], before)
+
+
+def test_a_fixed_table_is_resized_over_queries_and_keys() -> None:
+    source, target = build_small("D", fixed_pes=True), build_small("D", fixed_pes=True, img_size=192)
+    load_adapted(source, target)
+    before = source.stages[1].attns[0].rpe_table.reshape(2, 8, 8, 2, 2)
+    after = target.stages[1].attns[0].rpe_table.reshape(2, 24, 24, 6, 6)
+    torch.testing.assert_close(after[:, 1::3, 1::3, 1::3, 1::3], before)
+
+
+def test_indices_and_masks_are_the_networks_own() -> None:
+    source, target = build_small("LS"), build_small("LS", window_sizes=4)
+    own = weights_of(target)
+    lines = load_adapted(source, target)
+    for leaf in ("relative_position_index", "attn_mask"):
+        assert torch.equal(target.state_dict()[f"stages.0.attns.1.{leaf}"], own[f"stages.0.attns.1.{leaf}"])
+        assert any(line.startswith("left out") and f"stages.0.attns.1.{leaf}" in line for line in lines)
+
+
+def test_sizes_that_no_entry_depends_on_change_nothing() -> None:
+    letters = "NPEDX"
+    source, target = (build_small(letters, log_cpb=True, img_size=size) for size in (64, 128))
+    assert len(load_adapted(source, target)) == 1
+
+
+def test_an_imagenet_22k_head_gives_the_rows_of_the_same_synsets() -> None:
+    large = ImageNetInfo("imagenet-22k").label_names()
+    source, target = build_small("N", num_classes=21841), build_small("N", num_classes=1000)
+    own = weights_of(target)
+    lines = load_adapted(source, target)
+    for row, synset in enumerate(ImageNetInfo("imagenet-1k").label_names()):
+        for name in ("cls_head.weight", "cls_head.bias"):
+            there = source.state_dict()[name][large.index(synset)] if synset in large else own[name][row]
+            assert torch.equal(target.state_dict()[name][row], there), synset
+    # The teddy bear, n04399382, is no class of ImageNet-22K.
+    assert any("999 of 1000 classes out of 21841" in line and "class 850" in line for line in lines)
+
+
+def test_a_class_map_overrides(tmp_path: Path) -> None:
+    class_map = tmp_path / "map.txt"
+    class_map.write_text("7\n-1\n0\n")
+    source, target = build_small("N"), build_small("N", num_classes=3)
+    own = weights_of(target)
+    lines = load_adapted(source, target, class_map)
+    assert torch.equal(target.cls_head.weight[[0, 2]], source.cls_head.weight[[7, 0]])
+    assert torch.equal(target.cls_head.bias[[0, 2]], source.cls_head.bias[[7, 0]])
+    assert torch.equal(target.cls_head.weight[1], own["cls_head.weight"][1])
+    assert any("2 of 3 classes out of 10" in line and "newly initialised: class 1" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1\n2\n", "has 2 lines for 3 classes"),
+        ("1\n2\n10\n", "line 3: '10' is no class of the weights; give 0 to 9, or -1"),
+        ("1\nn01440764\n3\n", "line 2: 'n01440764' is no class"),
+        ("1\n\n3\n", "line 2: '' is no class"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_class_map_that_does_not_fit_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+    class_map = tmp_path / "map.txt"
+    if text is not None:
+        class_map.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        adapt(weights_of(build_small("N")), build_small("N", num_classes=3), class_map=class_map)
+
+
+@pytest.mark.parametrize(
+    ("letters", "options", "message"),
+    [
+        ("D", {}, "stages.0.attns.0.conv_offset.0.bias is not of this model"),
+        ("NN", {}, "stages.0.attns.1.proj.bias is not of this model"),
+        ("N", {"use_lpus": True}, "stages.0.local_perception_units.0.bias is not of this model"),
+        ("N", {"nat_rpb": False}, "stages.0.attns.0.rpb is missing"),
+        ("N", {"heads": 4}, "stages.0.attns.0.rpb is (4, 13, 13) instead of (1, 13, 13)"),
+    ],
+)
+def test_weights_of_another_architecture_are_refused(letters: str, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=f"another architecture: .*{re.escape(message)}"):
+        adapt(weights_of(build_small(letters, **options)), build_small("N"))
+
+
+def test_weights_of_another_width_are_refused() -> None:
+    wide = DAT(**{**SMALL, "stage_spec": ["N"] * 4, "dims": [8, 16, 32, 128]})
+    with pytest.raises(ValueError, match=re.escape("cls_head.weight is (10, 128) instead of (10, 64)")):
+        adapt(weights_of(wide), build_small("N"))
+
+
+def test_weights_without_a_head_are_refused() -> None:
+    model = build_small("N")
+    weights = weights_of(model)
+    del weights["cls_head.bias"]
+    with pytest.raises(ValueError, match=r"cls_head\.bias is missing"):
+        adapt(weights, model)
+
+
+def test_a_fixed_table_does_not_become_a_sampled_one() -> None:
+    with pytest.raises(ValueError, match="rpe_table"):
+        adapt(weights_of(build_small("D", fixed_pes=True)), build_small("D"))
