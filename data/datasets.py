@@ -70,7 +70,7 @@ class TransformedImages(Dataset[Sample]):
 
     def __init__(self, source: ImageSource, transform: Transform, *, seed: int, on_unreadable: OnUnreadable) -> None:
         self._source = source
-        self._transform = transform
+        self.transform = transform
         self._seed = seed
         self._on_unreadable = on_unreadable
 
@@ -81,14 +81,14 @@ class TransformedImages(Dataset[Sample]):
         return self.__getitems__([draw])[0]
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[Sample]:
-        """Return the images of a batch: how a `DataLoader` asks for them. Generators of the caller are left as they were."""
+        """Return the images of a batch, as a `DataLoader` asks for them; global generators stay as they were."""
         with preserve_generators():
             return [self._sample(draw) for draw in draws]
 
     def _sample(self, draw: Draw) -> Sample:
         image, target, unreadable = self._read(draw)
         seed_generators(self._seed, *draw)
-        return Sample(self._transform(image), target, unreadable)
+        return Sample(self.transform(image), target, unreadable)
 
     def _read(self, draw: Draw) -> tuple[Image.Image, int, list[str]]:
         unreadable: list[str] = []

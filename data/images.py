@@ -49,8 +49,6 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if 0 in image.size:
-        raise ValueError(f"its size is {image.width} x {image.height}")
     if image.mode.startswith("I"):
         return _scale_16_bits(image).convert("RGB")
     if image.mode == "F":

@@ -1,0 +1,40 @@
+"""Images and image folders that the tests make for themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from config import default_config
+
+
+def photograph(seed: int = 0, width: int = 48, height: int = 36) -> Image.Image:
+    """Return an image that is smooth, colourful and different for every seed."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def write_folder(root: Path, layout: dict[str, int]) -> Path:
+    """Write as many images as `layout` says into each folder, named as in "train/cat", and return `root`."""
+    seed = 0
+    for folder, count in layout.items():
+        (root / folder).mkdir(parents=True)
+        for number in range(count):
+            photograph(seed).save(root / folder / f"{number}.jpg")
+            seed += 1
+    return root
+
+
+def small_config(root: Path | None = None, **data: object):  # noqa: ANN201
+    """Return a config for images of 32 pixels in batches of 4; of the digits, or of the folder `root`."""
+    config = default_config()
+    config.DATA.DATASET = "imagenet" if root else "digits"
+    config.DATA.DATA_PATH = str(root or "")
+    config.DATA.IMG_SIZE = 32
+    config.DATA.BATCH_SIZE = 4
+    config.DATA.NUM_WORKERS = 0
+    for name, value in data.items():
+        config.DATA[name] = value
+    return config

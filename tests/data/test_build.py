@@ -1,0 +1,218 @@
+"""Data sets, loaders and mixup as a config asks for them."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from yacs.config import CfgNode
+
+from data.build import build_eval_loader, build_mixup, build_train_loader, class_names
+from data.datasets import Batch
+from data.images import UnreadableImage
+from data.samplers import EvalSampler, TrainSampler
+from tests.data.samples import small_config, write_folder
+
+LAYOUT = {"train/cat": 9, "train/dog": 8, "train/emu": 6, "val/cat": 3, "val/emu": 2}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "data", LAYOUT)
+
+
+def train_batches(config: CfgNode, epoch: int = 0, start: int = 0, **ranks: int) -> list[Batch]:
+    loader = build_train_loader(config, **{"rank": 0, "world_size": 1, **ranks})
+    loader.sampler.set_position(epoch, start)
+    return list(loader)
+
+
+def equal(one: list[Batch], other: list[Batch]) -> bool:
+    return len(one) == len(other) and all(
+        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and a.unreadable == b.unreadable
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_training_batches(root: Path) -> None:
+    config = small_config(root)
+    loader = build_train_loader(config, rank=0, world_size=1)
+    assert isinstance(loader.sampler, TrainSampler)
+    batches = list(loader)
+    assert len(batches) == len(loader) == loader.sampler.updates_per_epoch == 23 // 4
+    for batch in batches:
+        assert batch.images.shape == (4, 3, 32, 32)
+        assert batch.images.dtype == torch.float32
+        assert batch.targets.dtype == torch.int64
+        assert batch.unreadable == []
+    assert {target for batch in batches for target in batch.targets.tolist()} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 7])
+def test_evaluation_batches_hold_each_image_once(root: Path, world_size: int) -> None:
+    loaders = [build_eval_loader(small_config(root), rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert all(isinstance(loader.sampler, EvalSampler) and len(loader.dataset) == 5 for loader in loaders)
+    targets = [target for loader in loaders for batch in loader for target in batch.targets.tolist()]
+    assert sorted(targets) == [0, 0, 0, 2, 2]  # the labels of train, where emu comes third
+
+
+def test_augmentation_does_not_depend_on_workers(root: Path) -> None:
+    inline = train_batches(small_config(root), epoch=3)
+    assert equal(inline, train_batches(small_config(root, NUM_WORKERS=2), epoch=3))
+    assert not equal(inline, train_batches(small_config(root), epoch=4))
+
+
+def test_resuming_gives_the_batches_that_were_left(root: Path) -> None:
+    config = small_config(root, NUM_WORKERS=2)
+    config.TRAIN.ACCUMULATION_STEPS = 2
+    loader = build_train_loader(config, rank=0, world_size=1)
+    loader.sampler.set_position(1)
+    whole = list(loader)
+    assert len(whole) == 4
+    loader.sampler.set_position(1, start=8)  # the workers go on from epoch to epoch
+    assert equal(list(loader), whole[2:])
+    assert equal(train_batches(config, epoch=1, start=8), whole[2:])
+
+
+def test_two_processes_see_the_batches_of_one(root: Path) -> None:
+    one = train_batches(small_config(root, BATCH_SIZE=6), epoch=2)
+    halves = [train_batches(small_config(root, BATCH_SIZE=3), epoch=2, rank=rank, world_size=2) for rank in (0, 1)]
+    joined = [
+        Batch(torch.cat([a.images, b.images]), torch.cat([a.targets, b.targets]), [])
+        for a, b in zip(*halves, strict=True)
+    ]
+    assert equal(joined, one)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_generators_of_the_training_process_are_not_disturbed(root: Path, workers: int) -> None:
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
+    train_batches(small_config(root, NUM_WORKERS=workers))
+    list(build_eval_loader(small_config(root, NUM_WORKERS=workers), rank=0, world_size=1))
+    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())  # noqa: NPY002
+
+
+def break_images(root: Path, *names: str) -> list[str]:
+    for name in names:
+        (root / name).write_bytes(b"no image")
+    return [str(root / name) for name in names]
+
+
+@pytest.mark.parametrize("policy", ["auto", "skip"])
+def test_training_skips_unreadable_images(root: Path, policy: str) -> None:
+    good = train_batches(small_config(root))
+    names = [f"train/cat/{number}.jpg" for number in range(9)]
+    broken = break_images(root, *names[:4])
+    batches = train_batches(small_config(root, BAD_IMAGES=policy))
+    assert [batch.images.shape for batch in batches] == [batch.images.shape for batch in good]
+    assert all((batch.targets >= 0).all() for batch in batches)
+    met = [path for batch in batches for path in batch.unreadable]
+    assert set(met) <= set(broken)
+    assert len(met) >= 3  # an epoch leaves out 3 of 23 images, so at least one of the four
+    assert equal(batches, train_batches(small_config(root, BAD_IMAGES=policy, NUM_WORKERS=2)))
+    untouched = [(a, b) for a, b in zip(good, batches, strict=True) if not b.unreadable]
+    assert all(torch.equal(a.images, b.images) for a, b in untouched)
+
+
+def test_evaluation_leaves_unreadable_images_out(root: Path) -> None:
+    broken = break_images(root, "val/cat/1.jpg", "val/emu/0.jpg")
+    (batch, rest) = build_eval_loader(small_config(root, BAD_IMAGES="skip"), rank=0, world_size=1)
+    assert batch.targets.tolist() == [0, -1, 0, -1]
+    assert rest.targets.tolist() == [2]
+    assert batch.unreadable == broken
+
+
+@pytest.mark.parametrize(
+    ("policy", "split", "workers"), [("raise", "train", 0), ("raise", "val", 0), ("auto", "val", 0), ("auto", "val", 1)]
+)
+def test_unreadable_images_are_named_in_one_line(root: Path, policy: str, split: str, workers: int) -> None:
+    (broken,) = break_images(root, f"{split}/cat/1.jpg")
+    config = small_config(root, BAD_IMAGES=policy, NUM_WORKERS=workers, BATCH_SIZE=1)
+    build = build_train_loader if split == "train" else build_eval_loader
+    with pytest.raises(UnreadableImage) as caught:
+        list(build(config, rank=0, world_size=1))
+    assert str(caught.value) == f"cannot read image '{broken}': cannot identify image file"
+
+
+def test_image_that_vanishes_during_training(root: Path) -> None:
+    loader = build_train_loader(small_config(root), rank=0, world_size=1)
+    list(loader)
+    for number in range(9):
+        (root / "train" / "cat" / f"{number}.jpg").unlink()
+    batches = list(loader)
+    assert all((batch.targets > 0).all() for batch in batches)
+    assert any(batch.unreadable for batch in batches)
+
+
+def test_digits_go_through_the_same_loaders() -> None:
+    config = small_config(IMG_SIZE=24, BATCH_SIZE=64)
+    assert class_names(config) == [str(digit) for digit in range(10)]
+    train, held_out = (build(config, rank=0, world_size=1) for build in (build_train_loader, build_eval_loader))
+    assert (len(train.dataset), len(held_out.dataset)) == (1437, 360)
+    assert next(iter(train)).images.shape == (64, 3, 24, 24)
+    counts = torch.bincount(torch.cat([batch.targets for batch in held_out]))
+    assert counts.sum() == 360
+    assert set(counts.tolist()) <= {34, 35, 36, 37}
+
+
+def test_class_names(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert class_names(small_config(root)) == ["cat", "dog", "emu"]
+    config = small_config(root, DATA_PATH="")
+    monkeypatch.setenv("DATA_PATH", str(root))
+    assert class_names(config) == ["cat", "dog", "emu"]
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert class_names(small_config(root, DATA_PATH="~/data"), ("val",)) == ["cat", "dog", "emu"]
+
+
+def test_no_data_path(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    with pytest.raises(
+        ValueError, match=r"\Ano data set given; pass --data-path FOLDER or set the variable DATA_PATH; "
+    ):
+        class_names(small_config(root, DATA_PATH=""))
+
+
+def test_loaders_check_the_layout(root: Path) -> None:
+    for build, split in ((build_train_loader, "train"), (build_eval_loader, "val")):
+        (root / split).rename(root / "elsewhere")
+        with pytest.raises(ValueError, match=f"no folder '{split}' in data path"):
+            build(small_config(root), rank=0, world_size=1)
+        (root / "elsewhere").rename(root / split)
+
+
+def test_data_set_smaller_than_an_update(root: Path) -> None:
+    with pytest.raises(ValueError, match="23 training images are fewer than one update takes"):
+        build_train_loader(small_config(root, BATCH_SIZE=24), rank=0, world_size=1)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0)])
+def test_mixup(mixup: float, cutmix: float) -> None:
+    config = small_config()
+    config.AUG.MIXUP, config.AUG.CUTMIX, config.MODEL.LABEL_SMOOTHING = mixup, cutmix, 0.2
+    mix = build_mixup(config, num_classes=5)
+    images = torch.stack([torch.full((3, 16, 16), float(value)) for value in range(4)])
+    seen = set()
+    for _ in range(30):
+        mixed, targets = mix(images.clone(), torch.tensor([0, 1, 2, 3]))
+        assert torch.allclose(targets.sum(1), torch.ones(4))
+        assert targets.min() == pytest.approx(0.2 / 5)
+        # The share of the other image of the pair, 3, in the first image, and of its label in the first target.
+        assert mixed[0].mean() / 3 == pytest.approx((targets[0, 3].item() - 0.04) / 0.8, abs=1e-5)
+        seen.add("cutmix" if set(mixed[0].unique().tolist()) == {0.0, 3.0} else "mixup")
+    assert seen == {name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha}
+
+
+def test_mixup_is_off(root: Path) -> None:
+    for options in ({"MIXUP": 0.0, "CUTMIX": 0.0}, {"MIXUP_PROB": 0.0}):
+        config = small_config(root, BATCH_SIZE=3)
+        for name, value in options.items():
+            config.AUG[name] = value
+        assert build_mixup(config, num_classes=3) is None
+
+
+def test_mixup_needs_pairs() -> None:
+    with pytest.raises(ValueError, match=r"DATA\.BATCH_SIZE must be even for mixup and cutmix, not 5; change it, or"):
+        build_mixup(small_config(BATCH_SIZE=5), num_classes=3)

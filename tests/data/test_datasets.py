@@ -1,0 +1,119 @@
+"""Augmentation as a function of seed, epoch and index; what becomes of unreadable images."""
+
+from __future__ import annotations
+
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.datasets import MAX_SUBSTITUTES, Batch, TransformedImages, collate
+from data.images import UnreadableImage
+from data.samplers import Draw
+from tests.data.samples import photograph
+
+
+class Source:
+    """Images that all look alike; the label of each is its index, and those in `bad` cannot be read."""
+
+    def __init__(self, length: int = 20, bad: frozenset[int] = frozenset()) -> None:
+        self.length = length
+        self.bad = bad
+
+    def __len__(self) -> int:
+        return self.length
+
+    def label(self, index: int) -> int:
+        return index
+
+    def read(self, index: int) -> Image.Image:
+        if index in self.bad:
+            raise UnreadableImage(f"cannot read image '{index}.jpg': broken", f"{index}.jpg")
+        return photograph()
+
+
+def three_generators(image: Image.Image) -> torch.Tensor:
+    """Transform an image to one number of each global generator, beside the mean of the image."""
+    drawn = [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
+    return torch.tensor([*drawn, np.asarray(image).mean()]).float()
+
+
+def dataset(bad: frozenset[int] = frozenset(), on_unreadable: str = "substitute", seed: int = 5) -> TransformedImages:
+    return TransformedImages(Source(bad=bad), three_generators, seed=seed, on_unreadable=on_unreadable)
+
+
+def test_augmentation_depends_on_seed_epoch_and_index() -> None:
+    images = dataset()
+    reference = images[Draw(3, 1)].image
+    assert torch.equal(images[Draw(3, 1)].image, reference)
+    assert torch.equal(images.__getitems__([Draw(7, 1), Draw(3, 1)])[1].image, reference)
+    for other in (dataset(seed=6)[Draw(3, 1)], images[Draw(3, 2)], images[Draw(4, 1)], images[Draw(1, 3)]):
+        assert (other.image[:3] != reference[:3]).all()
+
+
+def test_generators_of_the_caller_are_not_disturbed() -> None:
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    expected = three_generators(photograph())
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
+    dataset().__getitems__([Draw(0, 0), Draw(1, 0)])
+    dataset()[Draw(2, 0)]
+    assert torch.equal(three_generators(photograph()), expected)
+
+
+def test_unreadable_image_is_raised() -> None:
+    images = dataset(frozenset({3}), "raise")
+    assert images[Draw(2, 0)].target == 2
+    with pytest.raises(UnreadableImage, match=r"cannot read image '3\.jpg': broken"):
+        images[Draw(3, 0)]
+
+
+def test_substitutes_depend_on_the_draw_alone() -> None:
+    images = dataset(frozenset({3, 4, 5}))
+    draws = [Draw(index, epoch) for index in (3, 4) for epoch in range(30)]
+    targets = [images[draw].target for draw in draws]
+    assert targets == [images[draw].target for draw in draws]
+    assert not set(targets) & {3, 4, 5}
+    assert len(set(targets)) > 10
+    assert targets[:30] != targets[30:]
+    assert images[Draw(3, 0)].unreadable[0] == "3.jpg"
+    assert torch.equal(images[Draw(3, 0)].image, dataset()[Draw(3, 0)].image)  # augmented as the image would have been
+
+
+def test_unreadable_substitutes_are_listed_too() -> None:
+    bad = frozenset(range(1, 20, 2))
+    tries = [dataset(bad)[Draw(1, epoch)] for epoch in range(40)]
+    assert all(sample.target not in bad for sample in tries)
+    assert {len(sample.unreadable) for sample in tries} >= {1, 2, 3}
+    assert all(path in {f"{index}.jpg" for index in bad} for sample in tries for path in sample.unreadable)
+
+
+def test_nothing_but_unreadable_images() -> None:
+    with pytest.raises(UnreadableImage, match=rf"broken \(after {MAX_SUBSTITUTES} others in a row\)$"):
+        dataset(frozenset(range(20)))[Draw(0, 0)]
+
+
+def test_marked_images_are_black_and_without_target() -> None:
+    images = dataset(frozenset({3}), "mark")
+    sample = images[Draw(3, 0)]
+    assert (sample.target, sample.unreadable, sample.image[3].item()) == (-1, ["3.jpg"], 0.0)
+    assert images[Draw(4, 0)].target == 4
+
+
+def test_batch() -> None:
+    batch = collate(dataset(frozenset({3}), "mark").__getitems__([Draw(2, 0), Draw(3, 0), Draw(9, 0)]))
+    assert isinstance(batch, Batch)
+    assert batch.images.shape == (3, 4)
+    assert batch.targets.dtype == torch.int64
+    assert batch.targets.tolist() == [2, -1, 9]
+    assert batch.unreadable == ["3.jpg"]
+
+
+def test_data_set_reaches_workers_that_are_not_forked(tmp_path: Path) -> None:
+    images = dataset()
+    copy = pickle.loads(pickle.dumps(images))
+    assert torch.equal(copy[Draw(3, 1)].image, images[Draw(3, 1)].image)
+    assert pickle.loads(pickle.dumps(collate)) is collate

@@ -1,0 +1,173 @@
+"""Every kind of file a folder of images may hold."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import warnings
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import UnreadableImage, read_image
+from tests.data.samples import photograph
+
+GREY_16 = np.linspace(0, 65535, 48 * 36).reshape(36, 48).astype(np.uint16)
+
+
+def png(width: int, height: int, pixels: bytes = b"", bits: int = 8) -> bytes:
+    """Return an RGB PNG that claims the size; `pixels` are its rows, each behind a byte 0."""
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(pixels)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+
+
+def pixels(path: Path) -> np.ndarray:
+    image = read_image(path)
+    assert image.mode == "RGB"
+    return np.asarray(image).astype(int)
+
+
+def test_rgb_is_read_as_pillow_reads_it(tmp_path: Path) -> None:
+    for name in ("a.jpg", "a.png", "a.webp", "a.bmp"):
+        photograph().save(tmp_path / name)
+        with Image.open(tmp_path / name) as expected:
+            assert np.array_equal(pixels(tmp_path / name), np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "LA", "RGBA", "P"])
+def test_modes_with_the_same_colours(tmp_path: Path, mode: str) -> None:
+    image = photograph().convert(mode)
+    image.save(tmp_path / "a.png")
+    assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(image.convert("RGB")))
+
+
+def test_transparent_palette(tmp_path: Path) -> None:
+    image = photograph().convert("P")
+    image.save(tmp_path / "a.png", transparency=bytes(range(256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array_equal(pixels(tmp_path / "a.png"), np.asarray(image.convert("RGB")))
+
+
+def test_cmyk(tmp_path: Path) -> None:
+    Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "red.jpg")
+    red, green, blue = pixels(tmp_path / "red.jpg")[4, 4]
+    assert red > 240
+    assert max(green, blue) < 15
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif", "a.pgm", "32bit.tif"])
+def test_16_bits_are_scaled(tmp_path: Path, name: str) -> None:
+    if name == "a.pgm":
+        (tmp_path / name).write_bytes(b"P5\n48 36\n65535\n" + GREY_16.astype(">u2").tobytes())
+    else:
+        Image.fromarray(GREY_16.astype(np.int32) if name == "32bit.tif" else GREY_16).save(tmp_path / name)
+    expected = np.repeat((GREY_16 / 257)[..., None], 3, axis=2)
+    assert np.abs(pixels(tmp_path / name) - expected).max() <= 0.5
+
+
+def test_16_bits_of_colour_are_scaled(tmp_path: Path) -> None:
+    rows = np.repeat(GREY_16[..., None], 3, axis=2).astype(">u2").reshape(36, -1)
+    (tmp_path / "a.png").write_bytes(png(48, 36, b"".join(b"\0" + row.tobytes() for row in rows), bits=16))
+    assert np.abs(pixels(tmp_path / "a.png") - (GREY_16 / 257)[..., None]).max() <= 1
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
+def test_animations_show_their_first_frame(tmp_path: Path, name: str) -> None:
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+    assert np.abs(pixels(tmp_path / name) - (255, 0, 0)).max() <= 3
+
+
+def test_damaged_metadata_is_no_matter(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "a description of some length"
+    photograph().save(tmp_path / "a.jpg", exif=exif.tobytes()[:-20])
+    with pytest.warns(UserWarning, match="Truncated|EXIF"), Image.open(tmp_path / "a.jpg") as image:
+        image.getexif()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert pixels(tmp_path / "a.jpg").shape == (36, 48, 3)
+
+
+def write_bad(folder: Path, kind: str) -> Path:
+    """Write an unreadable file of a kind, with its reason below in `REASONS`, and return its path."""
+    path = folder / "bad.jpg"
+    for suffix in ("jpg", "png"):
+        photograph().save(folder / f"good.{suffix}")
+    jpeg, whole_png = ((folder / f"good.{suffix}").read_bytes() for suffix in ("jpg", "png"))
+    if kind == "dangling link":
+        path.symlink_to(folder / "nowhere.jpg")
+    elif kind == "link to itself":
+        path.symlink_to(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind in ("float", "32 bits"):
+        Image.fromarray(GREY_16.astype(np.float32) if kind == "float" else GREY_16 * np.int32(9)).save(path, "TIFF")
+    elif kind != "vanished":
+        path.write_bytes(
+            {
+                "empty": b"",
+                "text": b"<html>404 not found</html>",
+                "truncated jpeg": jpeg[:-50],
+                "truncated png": whole_png[: len(whole_png) // 2],
+                "header only": jpeg[:100],
+                "no pixels": png(48, 36),
+                "bomb": png(20000, 20000),
+                "zero-sized": png(0, 36),
+                "zero-sized ppm": b"P6\n0 5\n255\n",
+            }[kind]
+        )
+    return path
+
+
+REASONS = {
+    "empty": "cannot identify image file",
+    "text": "cannot identify image file",
+    "truncated jpeg": "truncated",
+    "truncated png": "truncated",
+    "header only": "",
+    "no pixels": "truncated",
+    "bomb": "decompression bomb",
+    "zero-sized": "cannot identify image file",
+    "zero-sized ppm": "cannot identify image file",
+    "float": "floating-point pixels have no known range",
+    "32 bits": "grey values from 0 to 589815 do not fit 16 bits",
+    "dangling link": "No such file or directory",
+    "link to itself": "Too many levels of symbolic links",
+    "vanished": "No such file or directory",
+    "folder": "Is a directory",
+}
+
+
+@pytest.mark.parametrize("kind", REASONS)
+def test_unreadable_files_are_named_in_one_line(tmp_path: Path, kind: str) -> None:
+    path = write_bad(tmp_path, kind)
+    with pytest.raises(UnreadableImage) as caught:
+        read_image(path)
+    message = str(caught.value)
+    assert message.startswith(f"cannot read image '{path}': ")
+    assert REASONS[kind] in message
+    assert message.count(str(path)) == 1
+    assert "\n" not in message
+    assert caught.value.path == str(path)
+
+
+def test_forbidden_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(Image, "open", refuse)  # the superuser, as whom containers run tests, may read anything
+    with pytest.raises(UnreadableImage, match=r"^cannot read image 'a\.jpg': Permission denied$"):
+        read_image("a.jpg")
+
+
+def test_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(UnreadableImage("cannot read image 'a.jpg': truncated", "a.jpg")))
+    assert (str(error), error.path) == ("cannot read image 'a.jpg': truncated", "a.jpg")
