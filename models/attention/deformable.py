@@ -220,8 +220,10 @@ class DeformableAttention(nn.Module):
             return fixed_bias(self.rpe_table, native=native, size=(size, key_size))
         if self.position_bias in ("table", "log_cpb"):
             grid = query_grid(size, coordinates=self.coordinates, dtype=positions.dtype, device=positions.device)
-            bias = table_bias if self.position_bias == "table" else log_continuous_bias
-            return bias(self.rpe_table, grid, positions)
+            if self.position_bias == "table":
+                return table_bias(self.rpe_table, grid, positions)
+            hidden, _, out = self.rpe_table
+            return log_continuous_bias(hidden, out, grid, positions)
         return None
 
     def _key_size(self, size: Size) -> Size:

@@ -55,6 +55,16 @@ def test_half_precision_autocast_is_finite(variant: tuple[str, dict[str, Any]]) 
     assert without_gradient(model) == []
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+@torch.no_grad()
+def test_half_precision_weights_run(variant: tuple[str, dict[str, Any]]) -> None:
+    letter, options = variant
+    torch.manual_seed(0)
+    logits = build_small(letter, **options).bfloat16()(torch.randn(2, 3, 50, 40).bfloat16())
+    assert logits.dtype == torch.bfloat16
+    assert logits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("letter", "options", "frozen"),
     [
