@@ -1,0 +1,407 @@
+"""Checkpoints: what is read and what is refused, and files that survive whatever interrupts their writing."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from yacs.config import CfgNode
+
+from checkpoint import CheckpointFolder, config_changes, load_checkpoint, load_strictly, model_weights
+from config import default_config
+
+
+def published() -> dict[str, Any]:
+    """Return a small checkpoint in the layout of the published ones."""
+    dat = {"dims": [64, 128, 256, 512], "stage_spec": [["N", "D"]], "coordinates": ("a", "tuple")}
+    config = CfgNode({"BASE": [""], "MODEL": {"TYPE": "dat", "DAT": dat}})
+    config.freeze()
+    model = nn.Linear(4, 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    model(torch.ones(1, 4)).sum().backward()
+    optimizer.step()
+    return {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "lr_scheduler": {"base_values": [1e-3], "metric": None, "noise_range_t": None, "noise_pct": 0.67},
+        "max_accuracy": 83.864,
+        "epoch": 299,
+        "config": config,
+    }
+
+
+def refusal(path: Path) -> str:
+    """Return the one-line message with which a file is refused; it begins with the path."""
+    with pytest.raises(ValueError, match=re.escape(str(path))) as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+class Hostile:
+    """Pickles as a call of a function on the text of a shell command."""
+
+    def __init__(self, function: Any, command: str) -> None:
+        self.call = function, (command,)
+
+    def __reduce__(self) -> tuple:
+        return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_the_published_layout_is_read_as_plain_containers(tmp_path: Path, zipped: bool) -> None:
+    path, written = tmp_path / "dat_pp_tiny_in1k_224.pth", published()
+    torch.save(written, path, _use_new_zipfile_serialization=zipped)
+    read = load_checkpoint(path)
+    assert read["config"] == written["config"]
+    assert not isinstance(read["config"]["MODEL"], CfgNode)
+    assert (read["epoch"], read["max_accuracy"], read["lr_scheduler"]) == (299, 83.864, written["lr_scheduler"])
+    assert torch.equal(read["optimizer"]["state"][0]["exp_avg"], written["optimizer"]["state"][0]["exp_avg"])
+    weights = model_weights(read, path)
+    assert all(torch.equal(weights[name], value) for name, value in written["model"].items())
+    load_strictly(nn.Linear(4, 3), weights, path)
+
+
+@pytest.mark.parametrize(
+    ("function", "command", "name"),
+    [
+        (os.system, "rm {}", "posix.system"),
+        (os.remove, "{}", "posix.remove"),
+        (eval, "__import__('os').remove('{}')", "eval"),
+        (exec, "import os; os.remove('{}')", "exec"),
+    ],
+)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_hostile_pickle_is_refused_before_it_runs(
+    tmp_path: Path, function: Any, command: str, name: str, zipped: bool
+) -> None:
+    path, victim = tmp_path / "weights.pth", tmp_path / "victim"
+    victim.touch()
+    config = Hostile(function, command.format(victim))
+    torch.save(published() | {"config": config}, path, _use_new_zipfile_serialization=zipped)
+    assert f"holds a pickled {name}, which could run code when loaded; it is refused" in refusal(path)
+    assert victim.exists()
+    torch.load(path, weights_only=False)  # what would have happened
+    assert not victim.exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (np.ones(3), "multiarray._reconstruct"),
+        (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        (timedelta(days=1), "datetime.timedelta"),
+        (Path("x"), "Path"),
+    ],
+)
+def test_any_other_class_is_refused_by_name(tmp_path: Path, value: Any, name: str) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"model": {"weight": torch.ones(2)}, "extra": value}, path)
+    message = refusal(path)
+    assert "holds a pickled" in message
+    assert name in message
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9, 0.99, 0.9999])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_truncated_file_is_called_damaged(tmp_path: Path, share: float, zipped: bool) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(published() | {"filler": torch.randn(20_000)}, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    assert "damaged" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty; the download went wrong, fetch the file again"),
+        (b"<!DOCTYPE html><html><title>Quota exceeded</title></html>", "a text page"),
+        (b"\n  <html>", "a text page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a text page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 97\n", "a text page"),
+        (b"Not found", "damaged or no checkpoint"),
+        (b"PK\x03\x04" + bytes(100), "damaged"),
+        (bytes(1000), "damaged"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    assert message in refusal(path)
+
+
+@pytest.mark.parametrize("value", [[torch.ones(2)], torch.ones(2), "text", 3])
+def test_what_is_no_dict_is_refused(tmp_path: Path, value: Any) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(value, path)
+    assert f"holds a {type(value).__name__}, not a dict" in refusal(path)
+
+
+def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path: Path) -> None:
+    near = tmp_path / "dat_pp_tiny_in1k_224.pth"
+    near.touch()
+    assert refusal(tmp_path / "dat_tiny_in1k_224.pth").endswith(f"does not exist; did you mean {near}?")
+    assert refusal(tmp_path / "nowhere" / "x.pth").endswith("does not exist")
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    assert "is a folder; name a file in it" in refusal(tmp_path)
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / "weights.pth"
+    path.touch()
+    monkeypatch.setattr(Path, "open", refuse)
+    assert refusal(path) == f"{path} cannot be read: Permission denied"
+
+
+def test_a_state_dict_alone_and_prefixes_of_wrappers_are_understood() -> None:
+    tensor = torch.ones(2)
+    assert model_weights({"a.weight": tensor}, "x.pth") == {"a.weight": tensor}
+    assert model_weights({"model": {"module.a.weight": tensor}}, "x.pth") == {"a.weight": tensor}
+    # Only a prefix is the wrapper's: a child of that name stays.
+    assert model_weights({"model": {"a.module.weight": tensor}}, "x.pth") == {"a.module.weight": tensor}
+
+
+@pytest.mark.parametrize("checkpoint", [{}, {"model": {}}, {"model": {"a": 1}}, {"model": None}, {"epoch": 3}])
+def test_a_checkpoint_without_weights_is_refused(checkpoint: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"x\.pth holds no weights"):
+        model_weights(checkpoint, "x.pth")
+
+
+def test_averaged_weights_are_taken_only_where_there_are_some() -> None:
+    weights, averaged = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
+    assert model_weights({"model": weights, "ema": averaged}, "x.pth", ema=True) == averaged
+    assert model_weights({"model": weights, "ema": averaged}, "x.pth") == weights
+    for checkpoint in ({"model": weights, "ema": None}, {"model": weights}):
+        with pytest.raises(ValueError, match="no averaged weights"):
+            model_weights(checkpoint, "x.pth", ema=True)
+
+
+class Classifier(nn.Module):
+    """The least network with a head of the published name."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Linear(4, dim)
+        self.cls_head = nn.Linear(dim, classes)
+
+
+def test_strict_loading_loads_everything() -> None:
+    source, target = Classifier(8, 5), Classifier(8, 5)
+    load_strictly(target, source.state_dict(), "x.pth")
+    assert all(torch.equal(value, source.state_dict()[name]) for name, value in target.state_dict().items())
+
+
+def test_strict_loading_says_that_the_classes_differ() -> None:
+    with pytest.raises(ValueError, match=r"x\.pth was trained for 1000 classes, the data set has 5; .*--pretrained"):
+        load_strictly(Classifier(8, 5), Classifier(8, 1000).state_dict(), "x.pth")
+
+
+def test_strict_loading_lists_what_is_of_another_architecture() -> None:
+    model = Classifier(8, 5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights = Classifier(8, 5).state_dict()
+    weights["body.bias"] = torch.ones(16)
+    weights["extra"] = weights.pop("cls_head.bias")
+    with pytest.raises(ValueError, match=r"x\.pth is of another architecture than --cfg") as error:
+        load_strictly(model, weights, "x.pth")
+    problems = ["body.bias is (16,) instead of (8,)", "cls_head.bias is missing", "extra is not of this model"]
+    assert str(error.value).endswith(": " + "; ".join(problems))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_strict_loading_of_very_different_weights_stays_short() -> None:
+    weights = {f"layer{i}.weight": torch.ones(1) for i in range(100)}
+    with pytest.raises(ValueError, match=r"; and 100 more$"):
+        load_strictly(Classifier(8, 5), weights, "x.pth")
+
+
+def test_only_options_that_change_the_result_are_changes() -> None:
+    written = default_config()
+    checkpoint = {"config": written.dump(), "images_per_update": 512}
+    now = default_config()
+    now.OUTPUT, now.DATA.NUM_WORKERS, now.DATA.BATCH_SIZE = "elsewhere", 2, 32
+    assert config_changes(checkpoint, now, 512) == []
+    now.TRAIN.BASE_LR = 1e-3
+    changes = config_changes(checkpoint, now, 256)
+    assert [change.split(":")[0] for change in changes] == ["TRAIN.BASE_LR", "images per update"]
+
+
+def state(value: float, size: int = 10) -> dict[str, Any]:
+    return {"model": {"weight": torch.full((size,), value)}, "epoch": int(value)}
+
+
+def value_in(path: Path) -> float:
+    return load_checkpoint(path)["model"]["weight"][0].item()
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def newest(folder: Path) -> tuple[str, float, list[str]]:
+    """Return name, value and warnings of what a run would continue from."""
+    warnings: list[str] = []
+    found = CheckpointFolder(folder, keep=0).newest(warnings.append)
+    assert found is not None
+    path, read = found
+    return path.name, read["model"]["weight"][0].item(), warnings
+
+
+@contextmanager
+def full_disk(limit: int = 4096) -> Iterator[None]:
+    """Let no file grow beyond `limit` bytes, so that a write breaks off in its middle as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_the_files_of_a_run(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=0)
+    assert folder.newest(pytest.fail) is None
+    folder.save(state(1))
+    assert names(tmp_path) == {"last.pth"}
+    folder.save(state(2), best=True)
+    folder.save(state(3), epoch=3)
+    assert names(tmp_path) == {"last.pth", "previous.pth", "best.pth", "epoch_3.pth"}
+    values = {name: value_in(tmp_path / name) for name in names(tmp_path)}
+    assert values == {"last.pth": 3, "previous.pth": 2, "best.pth": 2, "epoch_3.pth": 3}
+    assert newest(tmp_path) == ("last.pth", 3, [])
+
+
+def test_pruning_keeps_the_newest_and_neither_best_nor_last_nor_foreign_files(tmp_path: Path) -> None:
+    (tmp_path / "epoch_best_of_all.pth").write_text("mine")
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for epoch in (8, 9, 10, 11):
+        folder.save(state(epoch), best=epoch == 8, epoch=epoch)
+    expected = {"last.pth", "previous.pth", "best.pth", "epoch_10.pth", "epoch_11.pth", "epoch_best_of_all.pth"}
+    assert names(tmp_path) == expected
+    assert value_in(tmp_path / "best.pth") == 8
+
+
+def test_a_full_disk_leaves_every_file_as_it_was(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(state(1), best=True, epoch=1)
+    folder.save(state(2))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with full_disk(), pytest.raises(OSError, match="File too large"):
+        folder.save(state(3, size=10_000), best=True, epoch=3)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    folder.save(state(4))
+    assert newest(tmp_path) == ("last.pth", 4, [])
+
+
+class Killed(BaseException):
+    """Ends a write as a kill does: no handler of the writer runs."""
+
+
+@contextmanager
+def killed_before_step(step: int) -> Iterator[None]:
+    """Break off before the given step on the file system, counted from 0."""
+    left = step
+
+    def counted(call: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return call(*args, **kwargs)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in ((os, "fsync"), (os, "link"), (Path, "replace"), (Path, "unlink"), (Path, "open")):
+            patch.setattr(owner, name, counted(getattr(owner, name)))
+        yield
+
+
+def test_a_killed_write_leaves_whole_checkpoints_and_its_leftovers_do_no_harm(tmp_path: Path) -> None:
+    deaths = 0
+    for step in range(30):
+        path = tmp_path / str(step)
+        path.mkdir()
+        folder = CheckpointFolder(path, keep=1)
+        for value in (1, 2):
+            folder.save(state(value), best=True, epoch=value)
+        try:
+            with killed_before_step(step):
+                folder.save(state(3), best=True, epoch=3)
+        except Killed:
+            deaths += 1
+        name, value, warnings = newest(path)
+        assert (name, warnings) == ("last.pth", [])
+        assert value in (2, 3)
+        assert all(value_in(file) in (1, 2, 3) for file in path.glob("*.pth"))
+        folder.save(state(4), best=True, epoch=4)
+        assert names(path) == {"last.pth", "previous.pth", "best.pth", "epoch_4.pth"}
+        assert newest(path) == ("last.pth", 4, [])
+    assert 8 < deaths < 30  # every step had its turn
+
+
+def test_half_a_file_left_by_a_killed_write_is_overwritten(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(state(1))
+    for leftover in ("last.tmp", "beside.tmp"):
+        (tmp_path / leftover).write_bytes(b"PK half a checkpoint")
+    assert newest(tmp_path) == ("last.pth", 1, [])
+    folder.save(state(2), best=True, epoch=2)
+    assert names(tmp_path) == {"last.pth", "previous.pth", "best.pth", "epoch_2.pth"}
+
+
+def test_a_file_system_without_hard_links_gets_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> None:
+        raise PermissionError("no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    folder = CheckpointFolder(tmp_path, keep=1)
+    for value in (1, 2):
+        folder.save(state(value), best=True, epoch=value)
+    values = {name: value_in(tmp_path / name) for name in names(tmp_path)}
+    assert values == {"last.pth": 2, "previous.pth": 1, "best.pth": 2, "epoch_2.pth": 2}
+
+
+def test_a_truncated_last_checkpoint_falls_back_to_the_previous_one_with_a_warning(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=0)
+    folder.save(state(1))
+    folder.save(state(2))
+    last, previous = tmp_path / "last.pth", tmp_path / "previous.pth"
+    last.write_bytes(last.read_bytes()[:500])
+    name, value, warnings = newest(tmp_path)
+    assert (name, value) == ("previous.pth", 1)
+    assert len(warnings) == 1
+    assert str(last) in warnings[0]
+    assert str(previous) in warnings[0]
+
+
+def test_the_newest_epoch_is_the_last_resort(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=0)
+    for epoch in (9, 10, 11):
+        folder.save(state(epoch), epoch=epoch)
+    for broken in ("last.pth", "previous.pth"):
+        (tmp_path / broken).unlink()
+        (tmp_path / broken).write_bytes(b"")
+    assert newest(tmp_path)[:2] == ("epoch_11.pth", 11)
+    for path in tmp_path.glob("*.pth"):
+        path.unlink()
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"no checkpoint in {re.escape(str(tmp_path))} can be read"):
+        newest(tmp_path)
