@@ -1,0 +1,251 @@
+"""Checkpoints that are whole or not there: safe loading, atomic saving, and the files of a run.
+
+A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that reading one runs no code:
+`format`, `model`, `ema` (or None), `optimizer`, `scaler`, `epoch` and `update` (what comes next), `best_accuracy`,
+`images_per_update`, `config` (YAML text). The published files, with a pickled `CfgNode` under `config`, load too.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import os
+import pickle
+import shutil
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from yacs.config import CfgNode
+
+from config import differences
+
+FORMAT = 1
+
+# PyTorch's safe unpickler fills exact dicts and OrderedDicts only, so that is what a pickled CfgNode is read as.
+_CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
+
+# What may change between the start and the continuation of a run without changing its result. Batch size and
+# accumulation may, too, as long as an update sees as many images.
+_FREE_TO_CHANGE = {
+    *("OUTPUT", "TAG", "DEVICE", "PRINT_FREQ", "TENSORBOARD", "WANDB", "COMPILE", "DETERMINISTIC"),
+    *("SAVE_FREQ", "KEEP_CHECKPOINTS", "SAVE_EVERY_UPDATES", "SAVE_EVERY_MINUTES"),
+    *(
+        "DATA.DATA_PATH",
+        "DATA.NUM_WORKERS",
+        "DATA.PIN_MEMORY",
+        "DATA.BAD_IMAGES",
+        "DATA.MAX_BAD_SHARE",
+        "DATA.BATCH_SIZE",
+    ),
+    *(
+        "MODEL.RESUME",
+        "MODEL.PRETRAINED",
+        "MODEL.CLASS_MAP",
+        "TRAIN.AUTO_RESUME",
+        "TRAIN.ALLOW_CONFIG_CHANGE",
+        "TRAIN.USE_CHECKPOINT",
+    ),
+    *("TRAIN.ACCUMULATION_STEPS", "TRAIN.MAX_NONFINITE"),
+}
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, unpickling nothing but tensors and plain containers.
+
+    The yacs `CfgNode` of a published file becomes an `OrderedDict`.
+
+    Raises:
+        ValueError: for a file that is missing, damaged, no checkpoint, or that holds any other pickled class.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"checkpoint {path} is a folder; name a file in it")
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.pth")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ValueError(f"checkpoint {path} does not exist{hint}")
+    try:
+        with path.open("rb") as file:
+            begin = file.read(512).lstrip().lower()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    if not begin or begin.startswith((b"<", b"version https://git-lfs")):
+        kind = "a text page, not a checkpoint" if begin else "empty"
+        raise ValueError(f"{path} is {kind}; the download went wrong, fetch the file again")
+    try:
+        with torch.serialization.safe_globals([_CFG_NODE]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "Unsupported global" in reason or "GLOBAL" in reason:
+            name = reason.split("GLOBAL ", 1)[-1].split()[0].rstrip(".")
+            raise ValueError(
+                f"{path} holds a pickled {name}, which could run code when loaded; it is refused"
+            ) from None
+        raise ValueError(f"{path} is damaged or no checkpoint of PyTorch") from None
+    except Exception as error:  # torch.load lets whatever a broken file provokes through
+        raise ValueError(f"{path} is damaged, cut off or no checkpoint of PyTorch ({type(error).__name__})") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a dict with `model`")
+    return loaded
+
+
+def model_weights(checkpoint: dict[str, Any], path: str | Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
+    """Return the weights in a checkpoint: its `model` (or `ema`) entry, or the dict itself where it is a state dict.
+
+    Raises:
+        ValueError: where there are none.
+    """
+    if ema and not checkpoint.get("ema"):
+        raise ValueError(f"{path} holds no averaged weights; evaluate it without --ema, or train with --ema")
+    weights = checkpoint.get("ema" if ema else "model", checkpoint)
+    if not isinstance(weights, dict) or not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+        raise ValueError(f"{path} holds no weights: neither a `model` entry nor a state dict")
+    return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Load `weights` into `model`, name for name and shape for shape.
+
+    Raises:
+        ValueError: listing what does not fit.
+    """
+    expected = model.state_dict()
+    head = "cls_head.weight"
+    if head in weights and head in expected and weights[head].shape[1:] == expected[head].shape[1:]:
+        classes, wanted = weights[head].shape[0], expected[head].shape[0]
+        if classes != wanted:
+            raise ValueError(
+                f"{path} was trained for {classes} classes, the data set has {wanted}; "
+                "evaluate it on the data it was trained on, or fine-tune it with --pretrained"
+            )
+    problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]
+    problems += [f"{name} is not of this model" for name in weights.keys() - expected.keys()]
+    problems += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected.keys() & weights.keys()
+        if weights[name].shape != expected[name].shape
+    ]
+    if problems:
+        shown = "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
+        raise ValueError(f"{path} is of another architecture than --cfg: {shown}")
+    model.load_state_dict(weights)
+
+
+def config_changes(checkpoint: dict[str, Any], config: CfgNode, images_per_update: int) -> list[str]:
+    """Return how the run that wrote `checkpoint` differs from this one where that would change the result."""
+    written = CfgNode(yaml.safe_load(checkpoint["config"]))
+    changes = [
+        f"{key}: {before!r} in the checkpoint, {now!r} now"
+        for key, before, now in differences(written, config)
+        if key not in _FREE_TO_CHANGE
+    ]
+    if checkpoint["images_per_update"] != images_per_update:
+        changes.append(
+            f"images per update: {checkpoint['images_per_update']} in the checkpoint, {images_per_update} now "
+            "(batch size x processes x accumulation steps)"
+        )
+    return changes
+
+
+class CheckpointFolder:
+    """The checkpoints of a run: `last.pth`, the one before it as `previous.pth`, `best.pth` and `epoch_N.pth`."""
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
+        """Args:
+        folder: an existing folder.
+        keep: how many `epoch_N.pth` stay; 0 keeps all.
+        """
+        self.folder = folder
+        self._keep = keep
+
+    def save(self, state: dict[str, Any], *, best: bool = False, epoch: int | None = None) -> None:
+        """Write `state` as `last.pth`, also as `best.pth` where it is the `best`, and as `epoch_N.pth` for `epoch` N.
+
+        Raises:
+            OSError: where the disk is full, say; every file is then what it was before.
+        """
+        last = self.folder / "last.pth"
+        staged = _stage(state, last)
+        if last.exists():
+            _put_beside(last, self.folder / "previous.pth")
+        staged.replace(last)
+        if best:
+            _put_beside(last, self.folder / "best.pth")
+        if epoch is not None:
+            _put_beside(last, self.folder / f"epoch_{epoch}.pth")
+            self._prune()
+        _sync_folder(self.folder)
+
+    def newest(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+        """Return the newest checkpoint that can be read, with its path; None where there is no checkpoint.
+
+        Raises:
+            ValueError: where there are checkpoints, but none can be read.
+        """
+        candidates = [self.folder / "last.pth", self.folder / "previous.pth", *reversed(self._epochs())]
+        broken = []
+        for path in candidates:
+            if not path.exists():
+                continue
+            try:
+                state = load_checkpoint(path)
+            except ValueError as error:
+                broken.append(str(error))
+                continue
+            for reason in broken:
+                warn(f"{reason}; continuing from {path} instead")
+            return path, state
+        if broken:
+            raise ValueError(f"no checkpoint in {self.folder} can be read: {'; '.join(broken)}")
+        return None
+
+    def _epochs(self) -> list[Path]:
+        numbers = {path: path.stem.removeprefix("epoch_") for path in self.folder.glob("epoch_*.pth")}
+        return sorted((path for path in numbers if numbers[path].isdigit()), key=lambda path: int(numbers[path]))
+
+    def _prune(self) -> None:
+        if self._keep:
+            for path in self._epochs()[: -self._keep]:
+                path.unlink()
+
+
+def _stage(state: dict[str, Any], target: Path) -> Path:
+    """Write `state` beside `target`, flushed to the disk, and return where."""
+    buffer = io.BytesIO()  # a full disk then fails in one plain write
+    torch.save(state, buffer)
+    staged = target.with_suffix(".tmp")
+    try:
+        with staged.open("wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
+    return staged
+
+
+def _put_beside(source: Path, target: Path) -> None:
+    """Let `target` be the file that `source` is now: a second name for it, or a copy where there are no such names."""
+    staged = target.with_name("beside.tmp")  # one name for all targets, so that a killed write leaves one file at most
+    staged.unlink(missing_ok=True)
+    try:
+        os.link(source, staged)
+    except OSError:
+        shutil.copyfile(source, staged)
+    staged.replace(target)
+    staged.unlink(missing_ok=True)  # still there where both were names of the same file
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

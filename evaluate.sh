@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Evaluate a checkpoint on this machine. Without CUDA, <gpus> is the number of CPU processes.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
+(($# >= 3)) || usage "usage: bash evaluate.sh <gpus> <config> <checkpoint> [main.py flags...]"
+gpus=$1 config=$2 checkpoint=$3
+shift 3
+launch "$gpus" --cfg "$config" --eval --resume "$checkpoint" "$@"

@@ -1,0 +1,146 @@
+"""What a run says: console, `log.txt`, `metrics.jsonl`, and TensorBoard or Weights & Biases where asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import sys
+from pathlib import Path
+
+from termcolor import colored
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+_LINE = "%(asctime)s %(levelname)s %(message)s"
+_TIME = "%Y-%m-%d %H:%M:%S"
+
+
+class _Console(logging.Handler):
+    """Writes above the progress bar, in colour on a terminal."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = self.format(record)
+        if sys.stdout.isatty() and record.levelno >= logging.WARNING:
+            line = colored(line, "yellow" if record.levelno == logging.WARNING else "red")
+        tqdm.write(line, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class RunLog:
+    """The voice of a run. Only the main process writes; the others are silent but for warnings."""
+
+    def __init__(self, folder: Path | None, config: CfgNode, *, is_main: bool) -> None:
+        """Args:
+        folder: where `log.txt` and `metrics.jsonl` go; None writes no files.
+        config: the run's options.
+        is_main: whether this is the main process.
+        """
+        self._logger = logging.getLogger("dat")
+        self._logger.propagate = False
+        self._logger.handlers.clear()
+        self._logger.setLevel(logging.DEBUG)
+        self._bars = is_main and sys.stderr.isatty()
+        console = _Console(logging.INFO if is_main else logging.WARNING)
+        console.setFormatter(logging.Formatter("%(message)s"))
+        self._logger.addHandler(console)
+        self._metrics = None
+        self._tensorboard = self._wandb = None
+        if folder is None or not is_main:
+            return
+        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        file.setFormatter(logging.Formatter(_LINE, _TIME))
+        self._logger.addHandler(file)
+        self._metrics = folder / "metrics.jsonl"
+        if config.TENSORBOARD:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+        if config.WANDB:
+            import wandb
+
+            self._wandb = wandb.init(
+                project="dat", name=f"{config.MODEL.NAME}-{config.TAG}", dir=str(folder), resume="allow"
+            )
+
+    def info(self, message: str) -> None:
+        """Say `message` on the console and in the file."""
+        self._logger.info(message)
+
+    def warning(self, message: str) -> None:
+        """Say `message` so that it stands out."""
+        self._logger.warning(message)
+
+    def error(self, message: str) -> None:
+        """Say why the run ends, from any rank."""
+        self._logger.error(message)
+
+    def step(self, message: str) -> None:
+        """Say a line of the training loop: to the file, and to the console where no progress bar shows the same."""
+        self._logger.log(logging.DEBUG if self._bars else logging.INFO, message)
+
+    def bar(self, total: int, initial: int, title: str) -> tqdm:
+        """Return a progress bar, which draws on a terminal only."""
+        return tqdm(total=total, initial=initial, desc=title, disable=not self._bars, leave=False, dynamic_ncols=True)
+
+    def metrics(self, kind: str, *, epoch: int, update: int, **values: float) -> None:
+        """Append one line to `metrics.jsonl`. `update` counts updates from the start of the run.
+
+        The file holds no clock readings, so that equal runs write equal files. A value that is not finite is null.
+        """
+        if self._metrics is None:
+            return
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "epoch": epoch, "update": update, **finite}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(f"{kind}/{name}", value, update)
+        if self._wandb is not None:
+            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=update)
+
+    def rewind(self, *, epoch: int, update: int) -> None:
+        """Drop what a lost process wrote to `metrics.jsonl` past its last checkpoint.
+
+        Args:
+            epoch: epochs that were evaluated.
+            update: updates that were done.
+        """
+        if self._metrics is None or not self._metrics.exists():
+            return
+        lines = self._metrics.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if _is_before(line, epoch, update)]
+        self._metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+
+    def close(self) -> None:
+        """Finish the files."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _is_before(line: str, epoch: int, update: int) -> bool:
+    try:
+        row = json.loads(line)
+        return row["update"] <= update if row["kind"] == "train" else row["epoch"] <= epoch
+    except (ValueError, KeyError, TypeError):  # the line that a kill cut off
+        return False
+
+
+def open_folder(folder: Path) -> Path:
+    """Make the output folder and return it.
+
+    Raises:
+        ValueError: where it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"output folder {folder} cannot be written ({error.strerror}); choose another with --output"
+        ) from None
+    return folder

@@ -1,0 +1,378 @@
+"""Train, evaluate or time a model: read the command line, build everything from one config, run.
+
+python main.py --cfg configs/digits.yaml
+python main.py --cfg configs/dat_tiny.yaml --data-path imagenet --eval --resume dat_pp_tiny_in1k_224.pth
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.distributed import DistBackendError
+from torch.nn.parallel import DistributedDataParallel
+from yacs.config import CfgNode
+
+from checkpoint import FORMAT, CheckpointFolder, config_changes, load_checkpoint, load_strictly, model_weights
+from config import load_config
+from data.build import build_eval_loader, build_mixup, build_train_loader, class_names
+from data.images import UnreadableImage
+from engine import BadImages, Evaluation, Run, TrainingStopped, evaluate, measure_throughput, train_one_epoch
+from logger import RunLog, open_folder
+from lr_scheduler import build_scheduler
+from models import build_model
+from models.weights import adapt
+from optimizer import build_optimizer
+from tools.plot import plot_curves
+from utils import (
+    COLLECTIVE_TIMEOUT,
+    StopSignal,
+    World,
+    close_world,
+    init_world,
+    launched_as,
+    pick_device,
+    seed_everything,
+    wait_for_all,
+)
+
+# Flags that set an option of the config, and how their text is read.
+_OPTION_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "--batch-size": ("DATA.BATCH_SIZE", {"metavar": "N", "help": "images per process and micro-batch"}),
+    "--data-path": (
+        "DATA.DATA_PATH",
+        {"metavar": "FOLDER", "help": "holds train/ and val/; or the variable DATA_PATH"},
+    ),
+    "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "weights to start from (fine-tuning)"}),
+    "--resume": ("MODEL.RESUME", {"metavar": "FILE", "help": "checkpoint to continue or to evaluate"}),
+    "--amp": (
+        "AMP",
+        {"nargs": "?", "const": "auto", "metavar": "off|fp16|bf16", "help": "mixed precision of training"},
+    ),
+    "--accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", {"metavar": "N", "help": "micro-batches per update"}),
+    "--use-checkpoint": (
+        "TRAIN.USE_CHECKPOINT",
+        {"action": "store_true", "help": "recompute activations, saving memory"},
+    ),
+    "--compile": ("COMPILE", {"action": "store_true", "help": "torch.compile, block by block"}),
+    "--ema": (
+        "TRAIN.EMA.ENABLED",
+        {"action": "store_true", "help": "average the weights; with --eval, evaluate those"},
+    ),
+    "--output": ("OUTPUT", {"metavar": "FOLDER", "help": "results lie in FOLDER/<config name>/<tag>"}),
+    "--tag": ("TAG", {"help": "name of this run"}),
+    "--print-freq": ("PRINT_FREQ", {"metavar": "N", "help": "updates between lines of the log"}),
+    "--seed": ("SEED", {"metavar": "N", "help": "random seed"}),
+    "--device": ("DEVICE", {"metavar": "cuda|mps|cpu", "help": "default: the best there is"}),
+    "--deterministic": ("DETERMINISTIC", {"action": "store_true", "help": "deterministic kernels only"}),
+    "--allow-config-change": (
+        "TRAIN.ALLOW_CONFIG_CHANGE",
+        {"action": "store_true", "help": "resume although options differ from those of the checkpoint"},
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, with the nearest flag that exists."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; see python main.py --help")
+
+    def parse_args(self, args: Sequence[str] | None = None) -> argparse.Namespace:  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            self.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+        return parsed
+
+
+def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
+    """Return the command line, and the config with the command line merged into it."""
+    parser = _Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--cfg", required=True, metavar="FILE", help="config, such as configs/digits.yaml")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--eval", action="store_true", help="evaluate --resume instead of training")
+    mode.add_argument("--throughput", action="store_true", help="measure images per second instead of training")
+    parser.add_argument("--check", action="store_true", help="check config, data layout and files, and stop")
+    for flag, (key, settings) in _OPTION_FLAGS.items():
+        parser.add_argument(flag, dest=key, default=None, **settings)
+    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="any option of config.py")
+    args = parser.parse_args(argv)
+    given = {key: getattr(args, key) for key, _ in _OPTION_FLAGS.values() if getattr(args, key) is not None}
+    if given.get("AMP") == "auto":
+        given["AMP"] = "fp16" if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else "bf16"
+    config = load_config(args.cfg, [*args.opts, *(word for option in given.items() for word in option)])
+    if args.eval and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
+        raise ValueError("--eval needs a checkpoint: pass it as --resume FILE")
+    return args, config
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status: 0, 1 for a run that broke off, 2 for wrong input, 128 + signal."""
+    try:
+        args, config = parse(argv)
+        if args.check:
+            return check(args, config)
+        world = init_world(config.DEVICE)
+        if args.throughput:
+            return run_throughput(config, world)
+        if args.eval:
+            return run_evaluation(config, world)
+        run = build_run(config, world)
+    except ValueError as error:
+        if launched_as()[0] == 0 or torch.distributed.is_initialized():
+            print(f"main.py: {error}", file=sys.stderr, flush=True)
+        return 2
+    try:
+        status = train(run)
+        close_world()
+        return status
+    except (TrainingStopped, UnreadableImage) as error:
+        run.log.error(str(error))
+    except DistBackendError as error:
+        minutes = COLLECTIVE_TIMEOUT.total_seconds() / 60
+        run.log.error(
+            f"rank {world.rank}: no answer from the other processes (limit {minutes:g} minutes): {str(error).splitlines()[0]}"
+        )
+    return 1
+
+
+def check(args: argparse.Namespace, config: CfgNode) -> int:
+    """Check all that can be checked before a run starts."""
+    pick_device(config.DEVICE, 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    classes = class_names(config, ("val",) if args.eval else ("train", "val"))
+    config.MODEL.DAT.num_classes = len(classes)
+    with torch.device("meta"):
+        build_model(config)
+    for path in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
+        if not Path(path).is_file():
+            load_checkpoint(path)
+    print(f"checked: {config.MODEL.NAME}, {len(classes)} classes")
+    return 0
+
+
+def prepare(config: CfgNode, world: World) -> nn.Module:
+    """Set seeds and precision, and return the model on its device."""
+    seed_everything(config.SEED)
+    torch.backends.cudnn.benchmark = not config.DETERMINISTIC
+    torch.use_deterministic_algorithms(config.DETERMINISTIC)
+    return build_model(config).to(world.device, memory_format=torch.channels_last)
+
+
+def run_throughput(config: CfgNode, world: World) -> int:
+    """Print images per second of inference on random images."""
+    model = prepare(config, world)
+    if config.COMPILE:
+        model.compile_blocks()
+    rate = measure_throughput(model, config, world.device)
+    size = config.DATA.IMG_SIZE
+    print(
+        f"{config.MODEL.NAME}: {rate:.1f} images/s at {size}x{size}, batch {config.DATA.BATCH_SIZE}, {world.device.type}"
+    )
+    return 0
+
+
+def run_evaluation(config: CfgNode, world: World) -> int:
+    """Evaluate a checkpoint and print the published lines."""
+    log = RunLog(None, config, is_main=world.is_main)
+    path = config.MODEL.RESUME or config.MODEL.PRETRAINED
+    config.MODEL.DAT.num_classes = len(class_names(config, ("val",)))
+    loader = build_eval_loader(config, rank=world.rank, world_size=world.size)
+    weights = model_weights(load_checkpoint(path), path, ema=config.TRAIN.EMA.ENABLED)
+    model = prepare(config, world)
+    load_strictly(model, weights, path)
+    if config.COMPILE:
+        model.compile_blocks()
+    log.info(f"evaluating {path} on {len(loader.dataset)} images, {world.size} process{'es' * (world.size > 1)}")
+    evaluate(model, loader, world, log).log(log)
+    close_world()
+    return 0
+
+
+def build_run(config: CfgNode, world: World) -> Run:
+    """Build a training run, continued from its newest checkpoint or started from pretrained weights where there are any.
+
+    Raises:
+        ValueError: for wrong input; nothing has been written then.
+    """
+    classes = class_names(config)
+    meant_for, config.MODEL.DAT.num_classes = config.MODEL.DAT.num_classes, len(classes)
+    train_loader = build_train_loader(config, rank=world.rank, world_size=world.size)
+    eval_loader = build_eval_loader(config, rank=world.rank, world_size=world.size)
+    mixup = build_mixup(config, len(classes))
+    network = prepare(config, world)
+    notes: list[str] = []  # for the log, which is opened when nothing can be wrong with the input any more
+    warnings: list[str] = []
+    if len(classes) != meant_for:
+        notes.append(f"{len(classes)} classes as in the data set, instead of the {meant_for} of the config")
+    folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
+    resumed = find_resumed(config, folder, world, warnings)
+    if resumed is not None:
+        load_strictly(network, resumed[1]["model"], resumed[0])
+    elif config.MODEL.PRETRAINED:
+        notes += start_from_pretrained(config, network)
+    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+        warnings.append(
+            f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {config.TRAIN.EPOCHS}: the "
+            "learning rate never reaches TRAIN.BASE_LR"
+        )
+    ema = ModelEmaV3(network, decay=config.TRAIN.EMA.DECAY, use_warmup=True) if config.TRAIN.EMA.ENABLED else None
+    if config.COMPILE:
+        network.compile_blocks()
+    optimizer = build_optimizer(config, network, world.size)
+    updates = train_loader.sampler.updates_per_epoch
+    if world.is_main:
+        open_folder(folder)
+    wait_for_all()
+    run = Run(
+        config=config,
+        world=world,
+        log=RunLog(folder, config, is_main=world.is_main),
+        folder=folder,
+        model=distribute(network, world),
+        train_loader=train_loader,
+        eval_loader=eval_loader,
+        mixup=mixup,
+        criterion=nn.CrossEntropyLoss(label_smoothing=0.0 if mixup else config.MODEL.LABEL_SMOOTHING),
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer, updates_per_epoch=updates, world_size=world.size),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=config.AMP == "fp16"),
+        ema=ema,
+        stop=StopSignal(),
+        bad_images=BadImages(folder / "bad_images.txt"),
+        checkpoints=CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS),
+    )
+    if resumed is not None:
+        run.restore(resumed[1], resumed[0])
+        notes.append(f"continuing from {resumed[0]}: epoch {run.position.epoch + 1}, update {run.position.update}")
+    introduce(run, notes, warnings)
+    return run
+
+
+def find_resumed(
+    config: CfgNode, folder: Path, world: World, warnings: list[str]
+) -> tuple[Path, dict[str, Any]] | None:
+    """Return the checkpoint to continue from, with its path: --resume, or the newest of the output folder.
+
+    Raises:
+        ValueError: where it cannot be continued under this config.
+    """
+    if config.MODEL.RESUME:
+        found = Path(config.MODEL.RESUME), load_checkpoint(config.MODEL.RESUME)
+    elif config.TRAIN.AUTO_RESUME:
+        found = CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS).newest(warnings.append)
+    else:
+        found = None
+    if found is None:
+        return None
+    path, state = found
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} holds no training state that can be continued; to start from its weights use --pretrained"
+        )
+    changes = config_changes(state, config, config.DATA.BATCH_SIZE * world.size * config.TRAIN.ACCUMULATION_STEPS)
+    if changes and not config.TRAIN.ALLOW_CONFIG_CHANGE:
+        raise ValueError(
+            f"{path} was written under other options: {'; '.join(changes)}. Use another --tag for another run, or "
+            "--allow-config-change to continue this one all the same"
+        )
+    warnings += [f"continuing under other options: {change}" for change in changes]
+    return found
+
+
+def start_from_pretrained(config: CfgNode, network: nn.Module) -> list[str]:
+    """Load the weights to fine-tune into `network` and return what was done with them, for the log."""
+    path = config.MODEL.PRETRAINED
+    class_map = Path(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
+    weights, report = adapt(model_weights(load_checkpoint(path), path), network, class_map=class_map)
+    network.load_state_dict(weights)
+    return [f"starting from {path}", *report.lines()]
+
+
+def distribute(network: nn.Module, world: World) -> nn.Module:
+    """Return `network`, averaging its gradients over the processes if there are several."""
+    if world.size == 1:
+        return network
+    devices = [world.device] if world.device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+def introduce(run: Run, notes: list[str], warnings: list[str]) -> None:
+    """Write config.yaml and say what is about to run."""
+    config, log = run.config, run.log
+    if run.world.is_main:
+        (run.folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+    log.rewind(epoch=run.position.epoch, update=run.updates_done)
+    parameters = sum(p.numel() for p in run.network().parameters())
+    log.info(
+        f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(run.train_loader.dataset)} training and "
+        f"{len(run.eval_loader.dataset)} held-out images, {config.TRAIN.EPOCHS} epochs of {run.updates_per_epoch} updates "
+        f"of {run.images_per_update} images on {run.world.size} x {run.world.device.type}; results in {run.folder}"
+    )
+    for warning in warnings:
+        log.warning(warning)
+    for note in notes:
+        log.info(note)
+
+
+def train(run: Run) -> int:
+    """Train to the end or to a request to stop; return the exit status."""
+    config, position, log = run.config, run.position, run.log
+    saved = True
+    while position.epoch < config.TRAIN.EPOCHS:
+        finished = train_one_epoch(run)
+        run.save()  # the evaluation may be interrupted, too
+        results = evaluate_weights(run) if finished else None
+        if results is None:
+            wait_for_all()
+            log.info(
+                f"stopped as asked in epoch {position.epoch + 1}, update {position.update}; the same command continues"
+            )
+            return run.stop.exit_status
+        position.finish_epoch(results[-1].top1)
+        log.info(f"Max accuracy: {position.best_accuracy:.2f}%")
+        keep = config.SAVE_FREQ > 0 and position.epoch % config.SAVE_FREQ == 0
+        saved = run.save(best=position.best_epoch == position.epoch, epoch=position.epoch if keep else None)
+    return conclude(run, saved)
+
+
+def evaluate_weights(run: Run) -> list[Evaluation] | None:
+    """Evaluate the weights and, where there are any, the averaged weights; None where the run was asked to stop."""
+    kinds = {"eval": ("", run.network())} | ({"eval_ema": ("averaged weights", run.ema.module)} if run.ema else {})
+    results = []
+    for kind, (name, network) in kinds.items():
+        result = evaluate(network, run.eval_loader, run.world, run.log, run.stop)
+        if result is None:
+            return None
+        result.log(run.log, name)
+        values = {"top1": result.top1, "top5": result.top5, "loss": result.loss}
+        run.log.metrics(kind, epoch=run.position.epoch + 1, update=run.updates_done, **values)
+        results.append(result)
+    return results
+
+
+def conclude(run: Run, saved: bool) -> int:
+    """Draw the curves and say how the run ended; return the exit status."""
+    position = run.position
+    wait_for_all()
+    if run.world.is_main:
+        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+    run.log.info(
+        f"finished: best accuracy {position.best_accuracy:.2f} % in epoch {position.best_epoch} of {position.epoch}; "
+        f"best.pth, last.pth, curves.png, metrics.jsonl, log.txt and config.yaml lie in {run.folder}"
+    )
+    run.log.close()
+    return 0 if saved else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

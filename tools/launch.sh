@@ -1,0 +1,27 @@
+# Sourced by train.sh and evaluate.sh: launch <processes> <main.py arguments...>.
+# One process runs directly; more run under torchrun on a free port of this machine, after the arguments were checked once.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+command -v "$python" >/dev/null || python=python3
+
+usage() {
+    echo "$1" >&2
+    exit 2
+}
+
+launch() {
+    local processes=$1
+    shift
+    [[ $processes =~ ^[1-9][0-9]*$ ]] || usage "the number of GPUs must be a whole number from 1 on, not '$processes'"
+    if ((processes == 1)); then
+        exec "$python" "$root/main.py" "$@"
+    fi
+    LOCAL_WORLD_SIZE=$processes "$python" "$root/main.py" "$@" --check
+    # Share the cores, so that processes on CPU do not get into each other's way.
+    local cores
+    cores=$(getconf _NPROCESSORS_ONLN)
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
+    exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+        --max-restarts "${MAX_RESTARTS:-3}" "$root/main.py" "$@"
+}

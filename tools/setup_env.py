@@ -1,0 +1,92 @@
+"""Set up `.venv`: a virtual environment with the tested versions of everything that the code needs.
+
+The environment itself lies in a cache, under a name made from the requirements and the Python version, and `.venv` links
+to it: a second clone finds it there, and a changed requirements file leads to another one. Needs Python's standard
+library alone.
+
+    python3 tools/setup_env.py
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LINK = ROOT / ".venv"
+FILES = ("requirements.txt", "requirements-dev.txt", "constraints.txt")
+PYTHONS = ((3, 10), (3, 13))
+
+
+def cached_environment() -> Path:
+    """Return where the environment of these requirements and this Python lies."""
+    key = hashlib.sha256(sys.version.encode() + sys.prefix.encode())
+    for name in FILES:
+        key.update((ROOT / name).read_bytes())
+    cache = (
+        os.environ.get("DAT_ENV_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dat-env"
+    )
+    return Path(cache) / key.hexdigest()[:16]
+
+
+def install(environment: Path) -> None:
+    """Create `environment` and install the requirements into it; what an interrupted installation left goes first."""
+    print(f"setup: installing the requirements into {environment}")
+    print(
+        "setup: about 6 GB with PyTorch's CUDA libraries, one to five minutes; later calls find them there", flush=True
+    )
+    begin = time.monotonic()
+    shutil.rmtree(environment, ignore_errors=True)
+    subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+    pip = [environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    constraints = ["--constraint", ROOT / "constraints.txt"]
+    subprocess.run([*pip, "--requirement", ROOT / "requirements-dev.txt", *constraints], check=True)
+    # Optional: builds against the torch installed above, and only the comparison with it needs it.
+    natten = (
+        subprocess.run([*pip, "setuptools", "wheel"], check=False).returncode
+        or subprocess.run(
+            [*pip, "--no-build-isolation", "--no-deps", "natten", *constraints], check=False, capture_output=True
+        ).returncode
+    )
+    if natten:
+        print("setup: NATTEN did not install; it is optional, and the tests that compare with it are skipped")
+    (environment / "complete").touch()
+    print(f"setup: done in {time.monotonic() - begin:.0f} s")
+
+
+def main() -> int:
+    if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
+        low, high = (".".join(map(str, version)) for version in PYTHONS)
+        print(
+            f"setup: Python {low} to {high} is needed, this is {sys.version.split()[0]}; try make PYTHON=python{high}"
+        )
+        return 2
+    if LINK.exists() and not LINK.is_symlink():
+        print("setup: .venv is a folder of your own; move it away, then make setup puts its link there")
+        return 2
+    environment = cached_environment()
+    environment.parent.mkdir(parents=True, exist_ok=True)
+    with environment.with_suffix(".lock").open("w") as lock:  # two calls at once: the second waits for the first
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (environment / "complete").exists():
+            try:
+                install(environment)
+            except subprocess.CalledProcessError as error:
+                print(
+                    f"setup: the installation failed ({Path(str(error.cmd[0])).name} ended with {error.returncode}); see above"
+                )
+                return 1
+        LINK.unlink(missing_ok=True)
+        LINK.symlink_to(environment, target_is_directory=True)
+    print("setup: .venv is ready; its interpreter is .venv/bin/python")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

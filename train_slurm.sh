@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Submit a training run to SLURM, one task a GPU. Preempted or out of time, it saves, is queued again and continues.
+# From the environment, with defaults: PARTITION (the cluster's), GPUS_PER_NODE (8, or <gpus> if fewer), CPUS_PER_TASK (10),
+# TIME_LIMIT (2-00:00:00), GRACE (seconds before the time limit at which the run saves: 180), DATA_PATH, SBATCH_FLAGS.
+set -euo pipefail
+usage="usage: bash train_slurm.sh <gpus> <config> <job-name> [main.py flags...]"
+
+if [[ ${1:-} == --inside-job ]]; then
+    shift
+    status=0
+    srun --kill-on-bad-exit=1 "$@" || status=$?
+    # 138 = 128 + SIGUSR1: the time limit is near and everything is saved.
+    ((status != 138)) || exec scontrol requeue "$SLURM_JOB_ID"
+    exit "$status"
+fi
+
+(($# >= 3)) || { echo "$usage" >&2; exit 2; }
+gpus=$1 config=$2 name=$3
+shift 3
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || { echo "the number of GPUs must be a whole number from 1 on, not '$gpus'" >&2; exit 2; }
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+command -v "$python" >/dev/null || python=python3
+per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
+((gpus % per_node == 0)) || { echo "$gpus GPUs do not fill nodes of $per_node; set GPUS_PER_NODE" >&2; exit 2; }
+cpu_only=false
+[[ " $* " != *" --device cpu "* ]] || cpu_only=true
+
+flags=(--job-name "$name" --ntasks "$gpus" --ntasks-per-node "$per_node" --nodes $((gpus / per_node)))
+flags+=(--cpus-per-task "${CPUS_PER_TASK:-10}" --time "${TIME_LIMIT:-2-00:00:00}" --requeue --open-mode append)
+flags+=(--signal "USR1@${GRACE:-180}" --chdir "$root" --output "$root/output/slurm/%x-%j.log" --export ALL)
+[[ -z ${PARTITION:-} ]] || flags+=(--partition "$PARTITION")
+$cpu_only || flags+=(--gres "gpu:$per_node")
+mkdir -p "$root/output/slurm"
+# shellcheck disable=SC2086  # SBATCH_FLAGS holds several words on purpose
+exec sbatch "${flags[@]}" ${SBATCH_FLAGS:-} "$root/train_slurm.sh" --inside-job \
+    "$python" "$root/main.py" --cfg "$config" --tag "$name" "$@"

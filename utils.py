@@ -1,0 +1,178 @@
+"""The process group, random numbers, and numbers read back from the device without waiting for it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+# How long one rank waits for another before the run ends with a message.
+COLLECTIVE_TIMEOUT = timedelta(minutes=float(os.environ.get("DAT_TIMEOUT_MINUTES", "30")))
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, and what this one computes on."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+
+def launched_as() -> tuple[int, int, int, int]:
+    """Return `(rank, world size, local rank, processes on this machine)` as torchrun or SLURM started this process."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
+    if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this srun; the batch script itself has only the job's number
+        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0]
+        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), int(tasks)
+    return 0, 1, 0, 1
+
+
+def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
+    """Return this process's device; the best there is where `name` is empty.
+
+    Raises:
+        ValueError: where the machine has no such device, or fewer of them than processes.
+    """
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "mps" and local_size > 1:
+            name = "cpu"
+    if name == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver")
+        if local_size > count:
+            raise ValueError(
+                f"{local_size} processes were started here, but this machine has {count} GPU{'s' * (count > 1)}; "
+                f"start at most {count}, or use --device cpu"
+            )
+        return torch.device("cuda", local_rank)
+    if name == "mps" and (not torch.backends.mps.is_available() or local_size > 1):
+        raise ValueError("--device mps: needs an Apple GPU and a single process; use --device cpu")
+    return torch.device(name)
+
+
+def init_world(device_name: str) -> World:
+    """Pick the device and join the other processes, if there are any.
+
+    Raises:
+        ValueError: see `pick_device`.
+    """
+    rank, size, local_rank, local_size = launched_as()
+    device = pick_device(device_name, local_rank, local_size)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if size > 1:
+        if "MASTER_ADDR" not in os.environ:
+            os.environ["MASTER_ADDR"] = _first_slurm_host()
+        if "MASTER_PORT" not in os.environ:  # the same on every node, and another one for another job
+            os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    return World(rank, size, local_rank, device)
+
+
+def _first_slurm_host() -> str:
+    nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
+    names = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
+    return names.stdout.split()[0]
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of `values` over all processes, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def wait_for_all() -> None:
+    """Return once every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def close_world() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def seed_everything(*key: int) -> None:
+    """Seed Python, NumPy and torch by `key`, a few whole numbers.
+
+    Every micro-batch is seeded by (seed, epoch, position, rank). Random numbers are therefore a function of where a run
+    stands, and a checkpoint need not hold the states of any generator.
+    """
+    words = np.random.SeedSequence(key).generate_state(2)
+    random.seed(int(words[0]))
+    np.random.seed(words[0])  # noqa: NPY002  (timm's mixup draws from the global generator)
+    torch.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+class LateReader:
+    """Reads small tensors back from the device one step late.
+
+    The copy of a step's numbers is asked for right after the step was queued, and read after the next one was: the host
+    never waits for the newest work, so the device never runs dry.
+    """
+
+    def __init__(self) -> None:
+        self._pending: tuple[object, torch.Tensor, torch.cuda.Event | None] | None = None
+
+    def exchange(self, tag: object, values: torch.Tensor) -> tuple[object, list[float]] | None:
+        """Hand in this step's `values` and return the step before's as `(tag, numbers)`; None at the first."""
+        previous = self.flush()
+        copy = values.to("cpu", non_blocking=True)
+        event = None
+        if values.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._pending = (tag, copy, event)
+        return previous
+
+    def flush(self) -> tuple[object, list[float]] | None:
+        """Return what was handed in last, waiting for it."""
+        if self._pending is None:
+            return None
+        tag, copy, event = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()
+        return tag, copy.tolist()
+
+
+class StopSignal:
+    """Remembers that the process was asked to stop: SIGTERM, SIGINT or SIGUSR1. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, _frame: FrameType | None) -> None:
+        self.received = number
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    @property
+    def exit_status(self) -> int:
+        """What a shell calls a process ended by that signal; SIGTERM where another rank received it."""
+        return 128 + (self.received or signal.SIGTERM)
