@@ -37,7 +37,7 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     path = os.fspath(path)
     try:
         with warnings.catch_warnings():
-            # Damaged metadata is common in photographs, does no harm, and would warn once per file and worker.
+            # Damaged metadata and transparent palettes are common, do no harm, and would warn in every worker.
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 return _to_rgb(image)
@@ -53,8 +53,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _scale_16_bits(image).convert("RGB")
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
     return image.convert("RGB")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data.folders import ImageFolder, find_classes
+from data.images import UnreadableImage
 from tests.data.samples import photograph, write_folder
 
 GOOD = {"train/cat": 2, "train/dog": 3, "val/cat": 1, "val/dog": 1}
@@ -125,15 +126,31 @@ def test_images_and_labels(tmp_path: Path) -> None:
     (tmp_path / "linked").mkdir()
     photograph().save(tmp_path / "linked" / "0.PNG")
     (tmp_path / "train" / "emu").symlink_to(tmp_path / "linked")
+    (tmp_path / "train" / "dog" / "siblings").symlink_to(tmp_path / "linked")
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "train" / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")  # unreadable, but not overlooked
     classes = find_classes(tmp_path, ("train",))
     images = ImageFolder(tmp_path / "train", classes)
     assert classes == ["cat", "dog", "emu"]
-    assert [images.label(index) for index in range(len(images))] == [0, 0, 0, 1, 1, 1, 2]
+    assert [images.label(index) for index in range(len(images))] == [0, 0, 0, 1, 1, 1, 1, 2]
     assert images.read(0).tobytes() != images.read(1).tobytes()
-    assert images.read(6).tobytes() == photograph().tobytes()
+    assert images.read(7).tobytes() == photograph().tobytes()
     assert [ImageFolder(tmp_path / "val", classes).label(0)] == [1]
+
+
+def test_order_does_not_depend_on_the_file_system(tmp_path: Path) -> None:
+    names = ["d", "a", "e", "b", "c", "f"]  # most file systems list these by age or by hash
+    for folder in ("m", "k", "n", "l"):
+        (tmp_path / "train" / "cat" / folder).mkdir(parents=True)
+        for name in names:
+            (tmp_path / "train" / "cat" / folder / f"{name}.jpg").write_text("")
+    images = ImageFolder(tmp_path / "train", ["cat"])
+    read = []
+    for index in range(len(images)):
+        with pytest.raises(UnreadableImage) as caught:
+            images.read(index)
+        read.append(os.path.relpath(caught.value.path, tmp_path / "train" / "cat"))
+    assert read == [f"{folder}/{name}.jpg" for folder in "klmn" for name in sorted(names)]
 
 
 def test_names_that_are_no_text(tmp_path: Path) -> None:
