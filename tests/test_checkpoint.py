@@ -357,6 +357,15 @@ def test_a_killed_write_leaves_whole_checkpoints_and_its_leftovers_do_no_harm(tm
     assert 8 < deaths < 30  # every step had its turn
 
 
+def test_two_names_of_one_file_leave_no_third(tmp_path: Path) -> None:
+    """A kill between the two leaves `last.pth` and `previous.pth` as one file, which a rename does nothing to."""
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(state(1))
+    os.link(tmp_path / "last.pth", tmp_path / "previous.pth")
+    folder.save(state(2))
+    assert {name: value_in(tmp_path / name) for name in names(tmp_path)} == {"last.pth": 2, "previous.pth": 1}
+
+
 def test_half_a_file_left_by_a_killed_write_is_overwritten(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.save(state(1))
