@@ -1,13 +1,15 @@
 """Every option of a run, its default and its meaning.
 
-A run is one YAML file merged over these defaults, then `--opts KEY VALUE ...` merged over that. Keys that are not declared
-here are errors, in the file and on the command line alike.
+A run is one YAML file merged over these defaults, then `--opts KEY VALUE ...` merged over that. Keys that are not
+declared here are errors, in the file and on the command line alike.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,8 @@ _C.MODEL.TYPE = "dat"
 _C.MODEL.NAME = "dat"
 # Weights to start from (fine-tuning); the optimizer starts afresh. Set by `--pretrained`.
 _C.MODEL.PRETRAINED = ""
-# Where PRETRAINED has other classes: a text file with the index of its class for each class here, one a line. ImageNet-22K
-# weights need none to become ImageNet-1K ones.
+# Where PRETRAINED has other classes: a text file with the index of its class for each class here, one a line.
+# ImageNet-22K weights need none to become ImageNet-1K ones.
 _C.MODEL.CLASS_MAP = ""
 # Checkpoint to continue, or to evaluate. Set by `--resume`.
 _C.MODEL.RESUME = ""
@@ -81,7 +83,7 @@ _C.MODEL.DAT.nat_rpb = True
 _C.MODEL.DAT.groups = [1, 1, 3, 6]
 _C.MODEL.DAT.strides = [1, 1, 1, 1]
 _C.MODEL.DAT.ksizes = [9, 7, 5, 3]
-_C.MODEL.DAT.offset_range_factor = [1, 2, 3, 4]
+_C.MODEL.DAT.offset_range_factor = [1.0, 2.0, 3.0, 4.0]
 _C.MODEL.DAT.no_offs = [False, False, False, False]
 # Position bias of deformable attention: on or off, and its kind (the sampled table where none of the three is set).
 _C.MODEL.DAT.use_pes = [False, False, False, False]
@@ -101,7 +103,7 @@ _C.MODEL.DAT.use_dwc_mlps = [False, False, False, False]
 _C.MODEL.DAT.use_lpus = [False, False, False, False]
 _C.MODEL.DAT.use_conv_patches = False
 # Initial layer scale; no layer scale at or below 0.
-_C.MODEL.DAT.layer_scale_values = [-1, -1, -1, -1]
+_C.MODEL.DAT.layer_scale_values = [-1.0, -1.0, -1.0, -1.0]
 _C.MODEL.DAT.drop_rate = 0.0
 _C.MODEL.DAT.attn_drop_rate = 0.0
 _C.MODEL.DAT.drop_path_rate = 0.0
@@ -182,7 +184,8 @@ _C.SEED = 0
 # Choose deterministic kernels only. On CPU runs are reproducible without it.
 _C.DETERMINISTIC = False
 # `last.pth` is written after every epoch; a copy epoch_N.pth is kept every SAVE_FREQ epochs (0: never), the newest
-# KEEP_CHECKPOINTS of them (0: all). Within an epoch `last.pth` is also written every so many updates or minutes (0: not).
+# KEEP_CHECKPOINTS of them (0: all). Within an epoch `last.pth` is also written every so many updates or minutes
+# (0: not).
 _C.SAVE_FREQ = 10
 _C.KEEP_CHECKPOINTS = 3
 _C.SAVE_EVERY_UPDATES = 0
@@ -205,6 +208,7 @@ _CHOICES = {
 _AT_LEAST_ONE = (
     "DATA.BATCH_SIZE",
     "DATA.IMG_SIZE",
+    "MODEL.DAT.num_classes",
     "TRAIN.EPOCHS",
     "TRAIN.ACCUMULATION_STEPS",
     "TRAIN.MAX_NONFINITE",
@@ -219,7 +223,9 @@ _NOT_NEGATIVE = (
     "TRAIN.WARMUP_LR",
     "TRAIN.MIN_LR",
     "TRAIN.CLIP_GRAD",
+    "TRAIN.OPTIMIZER.EPS",
     "AUG.COLOR_JITTER",
+    "AUG.RECOUNT",
     "AUG.MIXUP",
     "AUG.CUTMIX",
     "SAVE_FREQ",
@@ -232,6 +238,8 @@ _SHARES = (
     "DATA.MAX_BAD_SHARE",
     "MODEL.LABEL_SMOOTHING",
     "TRAIN.EMA.DECAY",
+    "TRAIN.LR_SCHEDULER.DECAY_RATE",
+    "TRAIN.OPTIMIZER.MOMENTUM",
     "AUG.HFLIP",
     "AUG.REPROB",
     "AUG.MIXUP_PROB",
@@ -266,7 +274,9 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
 
 
 def set_option(config: CfgNode, key: str, value: Any) -> None:
-    """Set the option `key`, dotted as in `TRAIN.EPOCHS`; text is read like a YAML value where the option is not text."""
+    """Set the option `key`, dotted as in `TRAIN.EPOCHS`; text is read like YAML where the option is not text itself."""
+    if key == "BASE":
+        raise ValueError("BASE belongs into a config file; on the command line give the options themselves")
     *parents, name = key.split(".")
     node = config
     for parent in parents:
@@ -279,12 +289,10 @@ def set_option(config: CfgNode, key: str, value: Any) -> None:
         raise ValueError(f"{key} is a section; set one of its options, such as {key}.{next(iter(node[name]))}")
     if isinstance(value, str) and not isinstance(node[name], str):
         try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise ValueError(
-                f"{key}: {value!r} is not a value; write it as in a YAML file, lists as [1,2,3,4]"
-            ) from None
-    node[name] = _coerce(key, value, node[name])
+            value = _read_yaml(value)
+        except ValueError:
+            raise ValueError(f"{key}: {value!r} is no value; write it as in a YAML file, lists as [1,2,3,4]") from None
+    node[name] = _coerce(key, value, _default(key))
 
 
 def differences(one: CfgNode, other: CfgNode) -> list[tuple[str, Any, Any]]:
@@ -311,15 +319,17 @@ def _merge_file(config: CfgNode, path: Path, children: tuple[Path, ...] = ()) ->
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ValueError(f"config file {path} does not exist{hint}")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        loaded = _read_yaml(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
         raise ValueError(f"config file {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
         raise ValueError(f"config file {path} holds no options; write them as KEY: value, as in configs/dat_tiny.yaml")
     bases = loaded.pop("BASE", None) or []
-    for base in [bases] if isinstance(bases, str) else bases:
-        if base:
-            _merge_file(config, path.parent / str(base), (*children, path))
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ValueError(f"{path}: BASE must be the name of a config file, or a list of names, not {bases!r}")
+    for base in filter(None, bases):
+        _merge_file(config, path.parent / base, (*children, path))
     try:
         _merge_dict(config, loaded, "")
     except ValueError as error:
@@ -336,30 +346,63 @@ def _merge_dict(config: CfgNode, loaded: dict, prefix: str) -> None:
                 raise ValueError(f"{key} is a section, not {value!r}; its options go below it, indented")
             _merge_dict(config[name], value, f"{key}.")
         else:
-            config[name] = _coerce(key, value, config[name])
+            config[name] = _coerce(key, value, _default(key))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which YAML would silently drop the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} stands twice in the section that begins in line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep=deep)
+
+
+def _read_yaml(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:  # the constructors of YAML let whatever a broken value provokes through
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _default(key: str) -> Any:
+    node = _C
+    for name in key.split("."):
+        node = node[name]
+    return node
 
 
 def _unknown_key(key: str) -> str:
-    known = [name for name, _ in flatten(_C)]
-    near = difflib.get_close_matches(key.upper(), [name.upper() for name in known], n=1, cutoff=0.5)
-    hint = f"did you mean {next(name for name in known if name.upper() == near[0])}?" if near else ""
-    return f"unknown option {key}; {hint or 'every option stands in config.py'}"
+    known = {name.upper(): name for name, _ in flatten(_C)}
+    last = {name.rpartition(".")[2]: name for name in known}  # of those who write EPOCHS for TRAIN.EPOCHS
+    near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
+    near = near or [last[name] for name in difflib.get_close_matches(key.upper().rpartition(".")[2], last, n=1)]
+    hint = f"did you mean {known[near[0]]}?" if near else "every option stands in config.py"
+    return f"unknown option {key}; {hint}"
 
 
 def _coerce(key: str, value: Any, default: Any) -> Any:
     """Return `value` as the type of `default`, or say what the type should be."""
-    if isinstance(default, str) and isinstance(value, bool):
-        value = "on" if value else "off"  # YAML reads the bare words on and off as booleans
+    if key == "AMP" and isinstance(value, bool):
+        value = "on" if value else "off"  # YAML reads these bare words as booleans
     if isinstance(default, float) and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
+        with suppress(ValueError, OverflowError):
             value = float(value)  # YAML takes 1 for an integer and 5e-4 for text
-        except ValueError:
-            pass
-    if isinstance(default, list) and isinstance(value, tuple):
-        value = list(value)
     if type(value) is not type(default):
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
-        raise ValueError(f"{key} must be {words[type(default)]}, such as {default!r}, not {value!r}")
+        hint = "; put it in quotes" if isinstance(default, str) and isinstance(value, (int, float)) else ""
+        hint = "; give it a value or remove the line" if value is None else hint
+        raise ValueError(f"{key} must be {words[type(default)]}, such as {default!r}, not {value!r}{hint}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{key} must be a finite number, such as {default!r}, not {value!r}")
+    if isinstance(value, int) and abs(value) >= 2**31:
+        raise ValueError(f"{key} must be below 2^31, not {value}")
+    if isinstance(value, str) and not value.isprintable():
+        raise ValueError(f"{key} must be text of one line without control characters, not {value!r}")
+    if isinstance(value, list) and default and not isinstance(default[0], list):
+        return [_coerce(f"{key}[{i}]", entry, default[0]) for i, entry in enumerate(value)]
     return value
 
 
@@ -380,10 +423,16 @@ def _validate(config: CfgNode) -> None:
         for key in keys:
             if not holds(values[key]):
                 raise ValueError(f"{key} must be {words}, not {values[key]}")
-    for key, low in (("AUG.SCALE", 0.0), ("AUG.RATIO", 0.0), ("TRAIN.OPTIMIZER.BETAS", -1.0)):
+    for key, low, high in (("AUG.SCALE", 0, 1), ("AUG.RATIO", 0, math.inf)):
         pair = values[key]
-        if len(pair) != 2 or not all(isinstance(x, (int, float)) and x > low for x in pair) or pair[0] > pair[1]:
-            raise ValueError(f"{key} must be two numbers [low, high], not {pair}")
+        if len(pair) != 2 or not low < pair[0] <= pair[1] <= high:
+            bound = f" and at most {high}" if math.isfinite(high) else ""
+            raise ValueError(f"{key} must be two numbers [smallest, largest], above {low}{bound}, not {pair}")
+    betas = values["TRAIN.OPTIMIZER.BETAS"]
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"TRAIN.OPTIMIZER.BETAS must be two numbers from 0 to below 1, not {betas}")
+    if not config.OUTPUT:
+        raise ValueError("OUTPUT is empty; give a folder for the results, such as output")
     for key in ("MODEL.NAME", "TAG"):
         if not values[key] or Path(values[key]).name != values[key] or values[key].startswith("."):
             raise ValueError(f"{key} names a folder and must be a plain name, not {values[key]!r}")

@@ -231,7 +231,7 @@ def train_one_epoch(run: Run) -> bool:
 
 
 def share(run: Run, loss: torch.Tensor, norm: torch.Tensor, unreadable: int, *, save_due: bool) -> torch.Tensor:
-    """Return `[mean loss, norm, unreadable images, requests to save, requests to stop]` over all ranks, on the device."""
+    """Return `[mean loss, norm, unreadable images, requests to save, to stop]` over all ranks, on the device."""
     asked = (unreadable, save_due and run.world.is_main, run.stop.received is not None)
     flags = [torch.full((), float(value), device=loss.device) for value in asked]  # filled there: no copy to wait for
     return sum_over_ranks(torch.stack([loss / run.world.size, norm / run.world.size, *flags]))
@@ -283,8 +283,8 @@ def record(run: Run, report: tuple[Any, list[float]] | None, pace: Pace) -> Ask:
         run.log.warning(f"{where}: loss or gradient is not finite; update skipped ({position.nonfinite} so far)")
         if position.nonfinite_in_row >= config.TRAIN.MAX_NONFINITE:
             raise TrainingStopped(
-                f"{where}: {position.nonfinite_in_row} updates in a row were not finite; the last good checkpoint is kept. "
-                "Try a lower TRAIN.BASE_LR, a longer warm-up, or --amp bf16 in place of fp16"
+                f"{where}: {position.nonfinite_in_row} updates in a row were not finite; the last good checkpoint is "
+                "kept. Try a lower TRAIN.BASE_LR, a longer warm-up, or --amp bf16 in place of fp16"
             )
     pace.advance(update, loss, lr)
     return Ask.STOP if stop else Ask.SAVE if save else Ask.NOTHING

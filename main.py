@@ -141,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DistBackendError as error:
         minutes = COLLECTIVE_TIMEOUT.total_seconds() / 60
         run.log.error(
-            f"rank {world.rank}: no answer from the other processes (limit {minutes:g} minutes): {str(error).splitlines()[0]}"
+            f"rank {world.rank}: no answer from the other processes (limit {minutes:g} minutes): "
+            f"{str(error).splitlines()[0]}"
         )
     return 1
 
@@ -176,7 +177,8 @@ def run_throughput(config: CfgNode, world: World) -> int:
     rate = measure_throughput(model, config, world.device)
     size = config.DATA.IMG_SIZE
     print(
-        f"{config.MODEL.NAME}: {rate:.1f} images/s at {size}x{size}, batch {config.DATA.BATCH_SIZE}, {world.device.type}"
+        f"{config.MODEL.NAME}: {rate:.1f} images/s at {size}x{size}, batch {config.DATA.BATCH_SIZE}, on "
+        f"{world.device.type}"
     )
     return 0
 
@@ -199,7 +201,7 @@ def run_evaluation(config: CfgNode, world: World) -> int:
 
 
 def build_run(config: CfgNode, world: World) -> Run:
-    """Build a training run, continued from its newest checkpoint or started from pretrained weights where there are any.
+    """Build a training run, continued from its newest checkpoint or started from pretrained weights, if there are any.
 
     Raises:
         ValueError: for wrong input; nothing has been written then.
@@ -315,8 +317,9 @@ def introduce(run: Run, notes: list[str], warnings: list[str]) -> None:
     parameters = sum(p.numel() for p in run.network().parameters())
     log.info(
         f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(run.train_loader.dataset)} training and "
-        f"{len(run.eval_loader.dataset)} held-out images, {config.TRAIN.EPOCHS} epochs of {run.updates_per_epoch} updates "
-        f"of {run.images_per_update} images on {run.world.size} x {run.world.device.type}; results in {run.folder}"
+        f"{len(run.eval_loader.dataset)} held-out images, {config.TRAIN.EPOCHS} epochs of {run.updates_per_epoch} "
+        f"updates of {run.images_per_update} images on {run.world.size} x {run.world.device.type}; "
+        f"results in {run.folder}"
     )
     for warning in warnings:
         log.warning(warning)

@@ -1,8 +1,8 @@
 """Set up `.venv`: a virtual environment with the tested versions of everything that the code needs.
 
-The environment itself lies in a cache, under a name made from the requirements and the Python version, and `.venv` links
-to it: a second clone finds it there, and a changed requirements file leads to another one. Needs Python's standard
-library alone.
+The environment itself lies in a cache, under a name made from the requirements and the Python version, and `.venv`
+links to it: a second clone finds it there, and a changed requirements file leads to another one. Needs Python's
+standard library alone.
 
     python3 tools/setup_env.py
 """
@@ -78,9 +78,7 @@ def main() -> int:
             try:
                 install(environment)
             except subprocess.CalledProcessError as error:
-                print(
-                    f"setup: the installation failed ({Path(str(error.cmd[0])).name} ended with {error.returncode}); see above"
-                )
+                print(f"setup: the installation failed (pip ended with {error.returncode}); see above")
                 return 1
         LINK.unlink(missing_ok=True)
         LINK.symlink_to(environment, target_is_directory=True)

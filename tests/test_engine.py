@@ -1,0 +1,146 @@
+"""The loops: accumulation, precision, norms, and counting over ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import main
+from engine import Run, evaluate, train_one_epoch
+from logger import RunLog
+from tests.runs import read_metrics, write_config
+from utils import LateReader, World, seed_everything
+
+CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def build(folder: Path, *flags: str) -> Run:
+    """Return the tiny run under `flags`, built but not trained."""
+    _, config = main.parse(["--cfg", str(write_config(folder)), "--output", str(folder / "output"), *flags])
+    return main.build_run(config, CPU)
+
+
+def train_epoch(folder: Path, *flags: str) -> tuple[Run, dict[str, torch.Tensor]]:
+    """Return a run and its weights after one epoch."""
+    folder.mkdir()
+    run = build(folder, *flags)
+    assert train_one_epoch(run)
+    return run, run.model.state_dict()
+
+
+def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:
+    still = ["MODEL.DAT.drop_path_rate", "0"]
+    _, whole = train_epoch(tmp_path / "whole", "--batch-size", "64", "--opts", *still)
+    run, parts = train_epoch(tmp_path / "parts", "--batch-size", "16", "--accumulation-steps", "4", "--opts", *still)
+    assert run.updates_per_epoch == 1437 // 64
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("amp", ["fp16", "bf16"])
+def test_half_precision_trains_close_to_float32(tmp_path: Path, amp: str) -> None:
+    train_epoch(tmp_path / "full")
+    train_epoch(tmp_path / "half", "--amp", amp)
+    full, half = (read_metrics(tmp_path / name / "output/tiny/default", "train") for name in ("full", "half"))
+    for key, tolerance in (("loss", 0.05), ("grad_norm", 0.2)):
+        assert [row[key] for row in half] == pytest.approx([row[key] for row in full], rel=tolerance)
+
+
+def test_the_logged_norm_is_the_norm_before_clipping(tmp_path: Path) -> None:
+    norms = []
+    for clip in ("0", "1000000", "0.001"):
+        folder = tmp_path / clip
+        train_epoch(
+            folder, "--print-freq", "1", "--opts", "TRAIN.CLIP_GRAD", clip, "TRAIN.BASE_LR", "0", "TRAIN.WARMUP_LR", "0"
+        )
+        norms.append([row["grad_norm"] for row in read_metrics(folder / "output/tiny/default", "train")])
+    assert norms[0] == norms[1] == norms[2]
+    assert min(norms[0]) > 0.01
+
+
+@pytest.mark.parametrize(
+    "flags", [["--use-checkpoint"], ["--opts", "DATA.NUM_WORKERS", "2"]], ids=["recompute", "workers"]
+)
+def test_what_saves_memory_or_time_changes_nothing(tmp_path: Path, flags: list[str]) -> None:
+    _, plain = train_epoch(tmp_path / "plain")
+    _, other = train_epoch(tmp_path / "other", *flags)
+    torch.testing.assert_close(other, plain, rtol=0, atol=0)
+
+
+def test_mixup_and_every_schedule_train(tmp_path: Path) -> None:
+    for schedule in ("linear", "step"):
+        flags = ("--opts", "TRAIN.LR_SCHEDULER.NAME", schedule, "AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0")
+        run, weights = train_epoch(tmp_path / schedule, *flags)
+        assert run.mixup is not None
+        assert all(value.isfinite().all() for value in weights.values())
+
+
+class _Constant(nn.Module):
+    """Says class 0 with certainty, whatever it sees."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([20.0] + 9 * [0.0]).expand(len(images), -1)
+
+
+def test_evaluation_counts_every_image_once(tmp_path: Path) -> None:
+    run = build(tmp_path)
+    labels = torch.tensor([run.eval_loader.dataset[draw].target for draw in run.eval_loader.sampler])
+    result = evaluate(_Constant(), run.eval_loader, CPU, run.log)
+    assert result.images == 360
+    assert result.top1 == pytest.approx(100 * (labels == 0).float().mean().item())
+
+
+def test_an_image_too_few_is_an_error(tmp_path: Path) -> None:
+    run = build(tmp_path)
+    share = main.build_eval_loader(run.config, rank=0, world_size=2)
+    with pytest.raises(RuntimeError, match="180 images of a data set of 360"):
+        evaluate(run.network(), share, CPU, run.log)
+
+
+def test_numbers_are_read_one_step_late() -> None:
+    reader = LateReader()
+    assert reader.exchange("a", torch.tensor([1.0])) is None
+    assert reader.exchange("b", torch.tensor([2.0])) == ("a", [1.0])
+    assert reader.flush() == ("b", [2.0])
+    assert reader.flush() is None
+
+
+def test_seeds_are_a_function_of_the_whole_key() -> None:
+    def draw(*key: int) -> float:
+        seed_everything(*key)
+        return torch.rand(()).item()
+
+    assert draw(0, 1, 2) == draw(0, 1, 2)
+    assert len({draw(0, 1, 2), draw(0, 2, 1), draw(1, 1, 2), draw(0, 1)}) == 4
+
+
+def test_metrics_past_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    run = build(tmp_path)
+    log, path = run.log, tmp_path / "output/tiny/default/metrics.jsonl"
+    for kind, epoch, update in (("train", 1, 10), ("eval", 1, 22), ("train", 2, 30), ("train", 2, 40), ("eval", 2, 44)):
+        log.metrics(kind, epoch=epoch, update=update, loss=1.0)
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"kind": "tra')
+    log.rewind(epoch=1, update=30)
+    assert [(row["kind"], row["update"]) for kind in ("train", "eval") for row in read_metrics(path.parent, kind)] == [
+        ("train", 10),
+        ("train", 30),
+        ("eval", 22),
+    ]
+
+
+def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
+    run = build(tmp_path)
+    run.log.metrics("train", epoch=1, update=1, loss=float("nan"))
+    assert read_metrics(tmp_path / "output/tiny/default", "train")[0]["loss"] is None
+
+
+def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, build(tmp_path).config, is_main=False)
+    capsys.readouterr()
+    log.info("not said")
+    log.metrics("train", epoch=1, update=1, loss=1.0)
+    log.warning("said")
+    assert capsys.readouterr().out == "said\n"
