@@ -164,7 +164,9 @@ class BadImages:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known = set(path.read_text(encoding="utf-8").splitlines()) if path.exists() else set()
+        # File names need not be UTF-8; Python hands such bytes through as surrogates.
+        self._file = {"encoding": "utf-8", "errors": "surrogateescape"}
+        self._known = set(path.read_text(**self._file).splitlines()) if path.exists() else set()
 
     def add(self, paths: list[str], warn: Callable[[str], None]) -> None:
         """Add those of `paths` that are not in the file yet."""
@@ -172,7 +174,7 @@ class BadImages:
             if path not in self._known:
                 self._known.add(path)
                 warn(f"{path} cannot be read; another image takes its place (listed in {self._path})")
-                with self._path.open("a", encoding="utf-8") as file:
+                with self._path.open("a", **self._file) as file:
                     file.write(f"{path}\n")
 
 
