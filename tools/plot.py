@@ -11,6 +11,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 _NAMES = {"eval": "weights", "eval_ema": "averaged weights"}
 
@@ -35,7 +36,7 @@ def plot_curves(metrics: Path, target: Path) -> None:
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
     epochs = [row["update"] / updates_per_epoch for row in train]
-    loss.plot(epochs, [row["loss"] for row in train], label="training", linewidth=1)
+    loss.plot(epochs, [row["loss"] for row in train], label="training, as trained on", linewidth=1)
     rate.plot(epochs, [row["lr"] for row in train], linewidth=1.5)
     for kind, name in _NAMES.items():
         found = [row for row in rows if row["kind"] == kind]
@@ -54,6 +55,7 @@ def plot_curves(metrics: Path, target: Path) -> None:
 def _finish(axes: Axes, title: str, *, legend: bool) -> None:
     axes.set_title(title)
     axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     if legend and axes.get_legend_handles_labels()[0]:
         axes.legend()
