@@ -140,7 +140,7 @@ class LateReader:
     def exchange(self, tag: object, values: torch.Tensor) -> tuple[object, list[float]] | None:
         """Hand in this step's `values` and return the step before's as `(tag, numbers)`; None at the first."""
         previous = self.flush()
-        copy = values.to("cpu", non_blocking=True)
+        copy = values.to("cpu", non_blocking=values.is_cuda)
         event = None
         if values.is_cuda:
             event = torch.cuda.Event()
