@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention import MIXERS
-from .layers import MLP, ConvMLP, DropPath, LayerNorm, LayerScale, PointwiseConv
+from .layers import MLP, ConvMLP, DropPath, LayerNorm, LayerScale, LocalPerceptionUnit, PointwiseConv
 from .options import NUM_STAGES, StageOptions, check_network, split_stages
 
 
@@ -52,7 +52,7 @@ class Stage(nn.Module):
             for _ in range(2)
         )
         self.local_perception_units = nn.ModuleList(
-            nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim) for _ in range(depth if options.use_lpu else 0)
+            LocalPerceptionUnit(dim) for _ in range(depth if options.use_lpu else 0)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Stage(nn.Module):
         """Run block ``d`` on a map ``[B, C, H, W]``."""
         drop_path = self.drop_paths[d]
         if self.use_lpu:
-            x = x + self.local_perception_units[d](x)
+            x = self.local_perception_units[d](x)
         if self.letters[d] == "X":
             return x + drop_path(self.mlps[d](self.ln_cnvnxt[str(d)](self.attns[d](x))))
         x = x + drop_path(self.layer_scales[2 * d](self.attns[d](self.layer_norms[2 * d](x))))

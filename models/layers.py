@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .ops.depthwise import conv_mlp, depthwise_residual
+
 
 class LayerNorm(nn.Module):
     """Layer norm over the channels of a map ``[B, C, H, W]``."""
@@ -43,6 +45,16 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class LocalPerceptionUnit(nn.Conv2d):
+    """A depthwise 3x3 convolution with a residual, on a map ``[B, C, H, W]`` (CMT, arXiv 2107.06263)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return depthwise_residual(x, self.weight, self.bias)
 
 
 class DropPath(nn.Module):
@@ -82,19 +94,33 @@ class MLP(nn.Module):
 
 
 class ConvMLP(nn.Module):
-    """An MLP with a depthwise 3x3 convolution and its skip between the two layers (DAT++, section 4.2)."""
+    """An MLP with a depthwise 3x3 convolution and its skip between the two layers (DAT++, section 4.2).
+
+    Attributes:
+        form: form of the operation, see `models.ops.depthwise`.
+    """
 
     def __init__(self, dim: int, *, expansion: int, drop: float) -> None:
         super().__init__()
+        self.form = "auto"
         hidden = dim * expansion
         self.linear1 = nn.Sequential(PointwiseConv(dim, hidden))
         self.drop1 = nn.Dropout(drop)
-        self.act = nn.GELU()
         self.linear2 = nn.Sequential(PointwiseConv(hidden, dim))
         self.drop2 = nn.Dropout(drop)
         self.dwc = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.drop1(self.linear1(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)  # [B, hidden, H, W]
-        x = self.act(x + self.dwc(x))
-        return self.drop2(self.linear2(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        first, second = self.linear1[0], self.linear2[0]
+        x = conv_mlp(
+            x.permute(0, 2, 3, 1),
+            first.weight.flatten(1),
+            first.bias,
+            self.dwc.weight,
+            self.dwc.bias,
+            second.weight.flatten(1),
+            second.bias,
+            dropout=self.drop1.p if self.training else 0.0,
+            form=self.form,
+        )
+        return self.drop2(x).permute(0, 3, 1, 2)

@@ -131,6 +131,7 @@ class DeformableAttention(nn.Module):
                 coordinates=self.coordinates,
                 scale=self.scale,
                 dropout=dropout,
+                clamped=self.coordinates == "dat++" and self.offset_range_factor < 0,
                 form=self.form,
             )
         else:

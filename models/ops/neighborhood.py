@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-FORMS = ("auto", "reference")
+from .forms import runs_by_hand
+from .tiles import Tiles, tiles_of
+
+FORMS = ("auto", "reference", "tiles", "tiles_by_hand")
 
 
 def neighborhood_attention(
@@ -30,14 +34,29 @@ def neighborhood_attention(
         kernel_size: odd side of the window; the first row of a query's window is ``clamp(y - K//2, 0, H - K)``.
         scale: factor of the products.
         dropout: probability of dropping an attention weight.
-        form: ``reference`` gathers every window; ``auto`` takes the fastest form for the shape.
+        form: ``reference`` gathers every window. ``tiles`` is dense attention of small tiles of queries, with a mask.
+            ``tiles_by_hand`` is the same image by image, with a backward of its own that recomputes the weights; it has
+            no dropout. ``auto`` takes the fastest.
 
     Returns:
         ``[B, H, W, heads, d]``.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} of neighborhood attention is unknown; choose one of {', '.join(FORMS)}")
-    return _reference(q, k, v, rpb, kernel_size=kernel_size, scale=scale, dropout=dropout)
+    if form == "auto":
+        form = "tiles" if dropout or not runs_by_hand(q) else "tiles_by_hand"
+    if form == "reference":
+        return _reference(q, k, v, rpb, kernel_size=kernel_size, scale=scale, dropout=dropout)
+    heads, tiles = q.shape[3], tiles_of(tuple(q.shape[1:3]), kernel_size, q.device)
+    if rpb is None:
+        rpb = q.new_zeros(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
+    if form == "tiles_by_hand":
+        return _TiledAttention.apply(q, k, v, rpb, tiles, scale)
+    bias = tiles.of_every_tile(tiles.bias(rpb)).to(q.dtype)
+    x = F.scaled_dot_product_attention(
+        tiles.cut(q), tiles.windows(k), tiles.windows(v), attn_mask=bias, dropout_p=dropout, scale=scale
+    )
+    return tiles.join(x, heads)
 
 
 def window_rows(length: int, kernel_size: int, device: torch.device) -> Tensor:
@@ -65,3 +84,57 @@ def _reference(
         logits = logits + bias.flatten(3).permute(1, 2, 0, 3).unsqueeze(-2)
     weights = F.dropout(logits.softmax(dim=-1), dropout)
     return (weights.to(v.dtype) @ windows(v)).squeeze(-2)
+
+
+class _TiledAttention(torch.autograd.Function):
+    """Attention of tiles, an image at a time to stay in the cache, that keeps only its arguments for the backward.
+
+    With weights ``P = softmax(S)``, ``S = scale Q K^T + bias`` and output ``O = P V`` of every tile, the gradient ``G``
+    of ``O`` gives
+
+        dV = P^T G      dP = G V^T      dS = P * (dP - sum over keys of P * dP)
+        dQ = scale dS K                 dK = scale dS^T Q               dbias = sum over images of dS
+
+    ``S`` and ``P`` are computed anew. ``dK`` and ``dV`` of overlapping windows add up.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, rpb, tiles, scale):  # noqa: ANN001
+        ctx.save_for_backward(q, k, v, rpb)
+        ctx.tiles, ctx.scale = tiles, scale
+        bias = tiles.bias(rpb)
+        out = q.new_empty(q.shape)
+        for image in range(len(q)):
+            queries, keys, values = _cut(tiles, q, k, v, image)
+            out[image] = tiles.join((_weights(tiles, bias, queries, keys, scale) @ values)[None], q.shape[3])[0]
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        q, k, v, rpb = ctx.saved_tensors
+        tiles, scale, heads = ctx.tiles, ctx.scale, q.shape[3]
+        bias = tiles.bias(rpb)
+        dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
+        dbias = 0
+        for image in range(len(q)):
+            queries, keys, values = _cut(tiles, q, k, v, image)
+            grads = tiles.cut(grad[image, None])[0]
+            weights = _weights(tiles, bias, queries, keys, scale)
+            dv[image] = tiles.add_windows((weights.mT @ grads)[None], heads)[0]
+            dlogits = torch._softmax_backward_data(grads @ values.mT, weights, 2, weights.dtype)
+            dq[image] = tiles.join((dlogits @ keys)[None], heads)[0]
+            dk[image] = tiles.add_windows((dlogits.mT @ queries)[None], heads)[0]
+            dbias += dlogits
+        return dq.mul_(scale), dk.mul_(scale), dv, tiles.add_bias(dbias, heads), None, None
+
+
+def _cut(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, image: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = (tensor[image, None] for tensor in (q, k, v))
+    return tiles.cut(q)[0], tiles.windows(k)[0], tiles.windows(v)[0]
+
+
+def _weights(tiles: Tiles, bias: Tensor, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Return the attention weights of one image, ``[heads * tiles, queries_per_tile, keys_per_tile]``."""
+    logits = tiles.of_every_tile(bias).baddbmm_(queries, keys.mT, alpha=scale)
+    return torch.softmax(logits, dim=-1, out=logits)

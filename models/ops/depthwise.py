@@ -1,0 +1,137 @@
+"""Depthwise convolutions with a skip connection, and the MLP around one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .forms import runs_by_hand
+
+FORMS = ("auto", "reference", "by_hand")
+CACHED = 1 << 20  # hidden values that are worked on at a time: 4 MiB, so that they stay in the cache
+
+
+def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return ``x + conv(x)`` of a depthwise convolution that keeps the size of the map.
+
+    In full precision it is one convolution, whose centre weight is larger by 1; low precision would round that sum.
+
+    Args:
+        x: map ``[B, C, H, W]``.
+        weight: ``[C, 1, k, k]``, k odd.
+        bias: ``[C]``.
+    """
+    if runs_by_hand(x):
+        return _convolve(x, _with_skip(weight), bias)
+    return x + _convolve(x, weight, bias)
+
+
+def conv_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    kernel: Tensor,
+    bias: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    *,
+    dropout: float = 0.0,
+    form: str = "auto",
+) -> Tensor:
+    """Return ``linear2(gelu(h + conv(h)))`` with ``h = linear1(x)`` (DAT++, arXiv 2309.01430, section 4.2).
+
+    Args:
+        x: ``[B, H, W, C]``.
+        weight1: of the first linear layer, ``[hidden, C]``.
+        bias1: ``[hidden]``.
+        kernel: of the depthwise convolution, ``[hidden, 1, k, k]``, k odd.
+        bias: ``[hidden]``.
+        weight2: of the second linear layer, ``[C, hidden]``.
+        bias2: ``[C]``.
+        dropout: rate of dropping values of ``h``.
+        form: ``reference``, or ``by_hand``, which works on a few images at a time, keeps ``h`` alone for the backward,
+            and has no dropout. ``auto`` takes the fastest.
+
+    Returns:
+        ``[B, H, W, C]``.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} of the convolutional MLP is unknown; choose one of {', '.join(FORMS)}")
+    if form == "by_hand" or (form == "auto" and not dropout and runs_by_hand(x)):
+        return _ConvMLP.apply(x, weight1, bias1, _with_skip(kernel), bias, weight2, bias2)
+    hidden = F.dropout(F.linear(x, weight1, bias1), dropout).permute(0, 3, 1, 2)
+    hidden = F.gelu(hidden + _convolve(hidden, kernel, bias))
+    return F.linear(hidden.permute(0, 2, 3, 1), weight2, bias2)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
+
+
+def _with_skip(weight: Tensor) -> Tensor:
+    """Return the kernel of ``x + conv(x)``."""
+    return weight + F.pad(weight.new_ones(1, 1, 1, 1), (weight.shape[-1] // 2,) * 4)
+
+
+class _ConvMLP(torch.autograd.Function):
+    """The MLP, a few images at a time to stay in the cache.
+
+    With ``z = conv(h)``, whose kernel holds the skip connection, and ``y = linear2(gelu(z))``, the gradient of ``y``
+    goes back through ``linear2`` to ``gelu(z)``, by the derivative of GELU to ``z``, through the transposed convolution
+    to ``h`` and through ``linear1`` to ``x``. ``h`` is kept; ``z`` and ``gelu(z)``, cheap from it, are computed anew.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight1, bias1, kernel, bias, weight2, bias2):  # noqa: ANN001
+        images = max(1, CACHED // (x[0, ..., 0].numel() * len(weight1)))
+        keep = any(ctx.needs_input_grad)
+        kept = []
+        out = x.new_empty(x.shape)
+        for part, result in zip(x.split(images), out.split(images), strict=True):
+            hidden = F.linear(part, weight1, bias1)
+            if keep:
+                kept.append(hidden)
+            activated = torch.ops.aten.gelu_(_convolve_last(hidden, kernel, bias))
+            torch.addmm(bias2, activated.flatten(0, 2), weight2.t(), out=result.flatten(0, 2))
+        if keep:
+            ctx.save_for_backward(x, weight1, kernel, bias, weight2, *kept)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        x, weight1, kernel, bias, weight2, *kept = ctx.saved_tensors
+        images, grad = len(kept[0]), grad.contiguous()
+        dx = x.new_empty(x.shape)
+        dbias1 = torch.zeros_like(bias)
+        dweight1, dkernel, dbias, dweight2 = (torch.zeros_like(tensor) for tensor in (weight1, kernel, bias, weight2))
+        parts = (tensor.split(images) for tensor in (x, dx, grad))
+        for hidden, part, dpart, dout in zip(kept, *parts, strict=True):
+            z = _convolve_last(hidden, kernel, bias)
+            dout = dout.flatten(0, 2)
+            dweight2.addmm_(dout.t(), F.gelu(z).flatten(0, 2))
+            dz = torch.ops.aten.gelu_backward((dout @ weight2).view(z.shape), z)
+            dhidden, to_kernel, to_bias = _convolve_backward(dz, hidden, kernel)
+            dkernel += to_kernel
+            dbias += to_bias
+            dhidden = dhidden.flatten(0, 2)
+            dweight1.addmm_(dhidden.t(), part.flatten(0, 2))
+            dbias1 += dhidden.sum(0)
+            torch.mm(dhidden, weight1, out=dpart.flatten(0, 2))
+        return dx, dweight1, dbias1, dkernel, dbias, dweight2, grad.sum((0, 1, 2))
+
+
+def _convolve_last(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return _convolve(x.permute(0, 3, 1, 2), weight, bias).permute(0, 2, 3, 1)
+
+
+def _convolve_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of input, weight and bias of `_convolve_last`."""
+    channels, padding = len(weight), weight.shape[-1] // 2
+    dx, dweight, dbias = torch.ops.aten.convolution_backward(
+        grad.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2), weight, [channels],
+        [1, 1], [padding, padding], [1, 1], False, [0, 0], channels, [True, True, True],
+    )  # fmt: skip
+    return dx.permute(0, 2, 3, 1), dweight, dbias
