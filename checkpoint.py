@@ -26,6 +26,12 @@ from config import differences
 
 FORMAT = 1
 
+# What the continuation of a run needs, besides its format.
+TRAINING_STATE = {
+    *("model", "ema", "optimizer", "scaler", "images_per_update", "config", "epoch", "update", "unlogged"),
+    *("nonfinite_in_row", "nonfinite", "unreadable", "best_accuracy", "best_epoch"),
+}
+
 # PyTorch's safe unpickler fills exact dicts and OrderedDicts only, so that is what a pickled CfgNode is read as.
 _CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
 
@@ -172,14 +178,18 @@ class CheckpointFolder:
         """
         last = self.folder / "last.pth"
         staged = _stage(state, last)
-        if last.exists():
-            _put_beside(last, self.folder / "previous.pth")
-        staged.replace(last)
-        if best:
-            _put_beside(last, self.folder / "best.pth")
-        if epoch is not None:
-            _put_beside(last, self.folder / f"epoch_{epoch}.pth")
-            self._prune()
+        try:
+            # `last.pth` comes at the end: a run killed before that repeats its steps and writes the others again.
+            if best:
+                _put_beside(staged, self.folder / "best.pth")
+            if epoch is not None:
+                _put_beside(staged, self.folder / f"epoch_{epoch}.pth")
+            if last.exists():
+                _put_beside(last, self.folder / "previous.pth")
+            staged.replace(last)
+        finally:
+            staged.unlink(missing_ok=True)
+        self._prune()
         _sync_folder(self.folder)
 
     def newest(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:

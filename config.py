@@ -314,7 +314,9 @@ def _merge_file(config: CfgNode, path: Path, children: tuple[Path, ...] = ()) ->
     path = path.resolve()
     if path in children:
         raise ValueError(f"BASE of {children[-1]} leads back to itself; remove the circle")
-    if not path.is_file():
+    if path.is_dir():
+        raise ValueError(f"config file {path} is a folder; name a file in it, such as configs/digits.yaml")
+    if not path.exists():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.5)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ValueError(f"config file {path} does not exist{hint}")
@@ -431,8 +433,8 @@ def _validate(config: CfgNode) -> None:
     betas = values["TRAIN.OPTIMIZER.BETAS"]
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"TRAIN.OPTIMIZER.BETAS must be two numbers from 0 to below 1, not {betas}")
-    if not config.OUTPUT:
+    if not config.OUTPUT.strip():
         raise ValueError("OUTPUT is empty; give a folder for the results, such as output")
     for key in ("MODEL.NAME", "TAG"):
-        if not values[key] or Path(values[key]).name != values[key] or values[key].startswith("."):
+        if not values[key].strip() or Path(values[key]).name != values[key] or values[key].startswith("."):
             raise ValueError(f"{key} names a folder and must be a plain name, not {values[key]!r}")

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from checkpoint import FORMAT, CheckpointFolder, load_strictly
+from checkpoint import FORMAT, CheckpointFolder, load_strictly, model_weights
 from logger import RunLog
 from optimizer import skip_next_step
 from utils import LateReader, StopSignal, World, seed_everything, sum_over_ranks
@@ -101,18 +101,33 @@ class Run:
         """Continue where `state`, read from `path`, was saved; the weights are in the network already.
 
         Raises:
-            ValueError: where other processes continue from elsewhere.
+            ValueError: where averaged weights are asked for and it has none, or its optimizer is of another kind.
         """
         if self.ema:
-            load_strictly(self.ema.module, state["ema"], path)
+            load_strictly(self.ema.module, model_weights(state, path, ema=True), path)
+        configured = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
+            if not settings.keys() <= group.keys():
+                raise ValueError(f"{path} holds the state of another optimizer; start from its weights by --pretrained")
+            group.update(settings)  # where the run continues under other options, these hold
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
         self.position = Position(**{name: state[name] for name in vars(self.position)})
         if self.updates_done:
             self.scheduler.step_update(self.updates_done - 1)
+
+    def check_agreement(self) -> None:
+        """Check that all processes begin at the same update.
+
+        Raises:
+            ValueError: where they do not.
+        """
         done = sum_over_ranks(torch.tensor(float(self.updates_done), device=self.world.device)).item()
         if done != self.updates_done * self.world.size:
-            raise ValueError(f"the processes do not see the same checkpoint {path}; --output must be a shared folder")
+            raise ValueError(
+                f"the processes do not see the same checkpoints in {self.folder}; it must be a shared folder"
+            )
 
     def save(self, *, best: bool = False, epoch: int | None = None) -> bool:
         """Write a checkpoint and return whether that went well; otherwise the one before stays in use.
@@ -126,9 +141,10 @@ class Run:
         try:
             self.checkpoints.save(self.state(), best=best, epoch=epoch)
         except OSError as error:
-            where = f"{self.folder / 'last.pth'} of epoch {self.position.epoch + 1}, update {self.position.update}"
             self.log.warning(
-                f"{where}, could not be written ({error.strerror}); the one written before it stays in use"
+                f"{self.folder / 'last.tmp'}, the checkpoint of epoch {self.position.epoch + 1}, update "
+                f"{self.position.update}, could not be written ({error.strerror}); the one before it, "
+                f"{self.folder / 'last.pth'}, stays in use"
             )
             return False
         return True
@@ -174,7 +190,7 @@ class BadImages:
             if path not in self._known:
                 self._known.add(path)
                 warn(f"{path} cannot be read; another image takes its place (listed in {self._path})")
-                with self._path.open("a", **self._file) as file:
+                with suppress(OSError), self._path.open("a", **self._file) as file:  # the warning is the better word
                     file.write(f"{path}\n")
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -44,7 +46,9 @@ class RunLog:
         console = _Console(logging.INFO if is_main else logging.WARNING)
         console.setFormatter(logging.Formatter("%(message)s"))
         self._logger.addHandler(console)
-        self._metrics = None
+        logging.raiseExceptions = False  # lines that a full disk does not take wait in the file's buffer
+        self._metrics: Path | None = None
+        self._unwritten = ""
         self._tensorboard = self._wandb = None
         if folder is None or not is_main:
             return
@@ -86,13 +90,14 @@ class RunLog:
     def metrics(self, kind: str, *, epoch: int, update: int, **values: float) -> None:
         """Append one line to `metrics.jsonl`. `update` counts updates from the start of the run.
 
-        The file holds no clock readings, so that equal runs write equal files. A value that is not finite is null.
+        The file holds no clock readings, so that equal runs write equal files. A value that is not finite is null. A
+        line that a full disk does not take is written before the next one.
         """
         if self._metrics is None:
             return
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        with self._metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, "epoch": epoch, "update": update, **finite}) + "\n")
+        self._unwritten += json.dumps({"kind": kind, "epoch": epoch, "update": update, **finite}) + "\n"
+        self._append_unwritten(self._metrics)
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(f"{kind}/{name}", value, update)
@@ -110,7 +115,18 @@ class RunLog:
             return
         lines = self._metrics.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if _is_before(line, epoch, update)]
-        self._metrics.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_whole(self._metrics, "".join(f"{line}\n" for line in kept))
+
+    def _append_unwritten(self, path: Path) -> None:
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(self._unwritten)
+        except OSError as error:
+            os.truncate(path, size)
+            self.warning(f"{path} could not be written ({error.strerror}); its next lines wait until there is room")
+        else:
+            self._unwritten = ""
 
     def close(self) -> None:
         """Finish the files."""
@@ -126,6 +142,39 @@ def _is_before(line: str, epoch: int, update: int) -> bool:
         return row["update"] <= update if row["kind"] == "train" else row["epoch"] <= epoch
     except (ValueError, KeyError, TypeError):  # the line that a kill cut off
         return False
+
+
+def check_writers(config: CfgNode) -> None:
+    """Check that the packages of TENSORBOARD and WANDB are there where they are asked for.
+
+    Raises:
+        ValueError: where one is not.
+    """
+    for option, package in (("TENSORBOARD", "tensorboard"), ("WANDB", "wandb")):
+        if config[option] and importlib.util.find_spec(package) is None:
+            raise ValueError(f"{option} needs the package {package}: pip install {package}, or set {option} to False")
+
+
+def try_folder(folder: Path) -> None:
+    """Check that the output folder can be made and written, and leave nothing behind.
+
+    Raises:
+        ValueError: where it cannot.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        open_folder(folder)
+    finally:
+        for path in made:
+            if path.exists():
+                path.rmdir()
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a kill or a full disk leaves the file as it was or as it should be."""
+    staged = path.with_name(f"{path.name}.tmp")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
 
 
 def open_folder(folder: Path) -> Path:

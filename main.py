@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -15,33 +16,45 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.distributed import DistBackendError
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from checkpoint import FORMAT, CheckpointFolder, config_changes, load_checkpoint, load_strictly, model_weights
+from checkpoint import (
+    FORMAT,
+    TRAINING_STATE,
+    CheckpointFolder,
+    config_changes,
+    load_checkpoint,
+    load_strictly,
+    model_weights,
+)
 from config import load_config
 from data.build import build_eval_loader, build_mixup, build_train_loader, class_names
 from data.images import UnreadableImage
 from engine import BadImages, Evaluation, Run, TrainingStopped, evaluate, measure_throughput, train_one_epoch
-from logger import RunLog, open_folder
+from logger import RunLog, check_writers, open_folder, try_folder, write_whole
 from lr_scheduler import build_scheduler
 from models import build_model
 from models.weights import adapt
 from optimizer import build_optimizer
 from tools.plot import plot_curves
 from utils import (
-    COLLECTIVE_TIMEOUT,
+    LOST_PEER,
     StopSignal,
     World,
     close_world,
+    collective_timeout,
     init_world,
+    is_lost_peer,
     launched_as,
     pick_device,
     seed_everything,
     wait_for_all,
+    was_restarted,
 )
 
 # Flags that set an option of the config, and how their text is read.
@@ -91,22 +104,30 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
-            self.error(f"unknown argument {unknown[0]}" + (f", did you mean {near[0]}?" if near else ""))
+            hint = f"did you mean {near[0]}?" if near else "options of config.py are set by --opts KEY VALUE"
+            self.error(f"unknown argument {unknown[0]}; {hint}")
         return parsed
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     """Return the command line, and the config with the command line merged into it."""
     parser = _Parser(prog="main.py", description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--cfg", required=True, metavar="FILE", help="config, such as configs/digits.yaml")
+    parser.add_argument("--cfg", metavar="FILE", help="config, such as configs/digits.yaml")
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--eval", action="store_true", help="evaluate --resume instead of training")
     mode.add_argument("--throughput", action="store_true", help="measure images per second instead of training")
     parser.add_argument("--check", action="store_true", help="check config, data layout and files, and stop")
     for flag, (key, settings) in _OPTION_FLAGS.items():
         parser.add_argument(flag, dest=key, default=None, **settings)
-    parser.add_argument("--opts", nargs="*", default=[], metavar="KEY VALUE", help="any option of config.py")
+    parser.add_argument(
+        "--opts", nargs="*", action="extend", default=[], metavar="KEY VALUE", help="any option of config.py"
+    )
     args = parser.parse_args(argv)
+    if not args.cfg:
+        parser.error("no config given; pass one as --cfg FILE, such as configs/digits.yaml")
+    empty = next((flag for flag, (key, _) in _OPTION_FLAGS.items() if getattr(args, key) == ""), None)
+    if empty:
+        parser.error(f"{empty} is empty; give it a value or leave it out")
     given = {key: getattr(args, key) for key, _ in _OPTION_FLAGS.values() if getattr(args, key) is not None}
     if given.get("AMP") == "auto":
         given["AMP"] = "fp16" if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else "bf16"
@@ -117,7 +138,12 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status: 0, 1 for a run that broke off, 2 for wrong input, 128 + signal."""
+    """Run the command line.
+
+    Returns:
+        The exit status: 0; 1 for a run that broke off and would do so again; 2 for wrong input; 75 where another process
+        died or hangs; 128 + the number of the signal that stopped the run.
+    """
     try:
         args, config = parse(argv)
         if args.check:
@@ -128,36 +154,56 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.eval:
             return run_evaluation(config, world)
         run = build_run(config, world)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if launched_as()[0] == 0 or torch.distributed.is_initialized():
-            print(f"main.py: {error}", file=sys.stderr, flush=True)
+            print(f"main.py: {on_one_line(str(error))}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        return lose_peer(error)
     try:
         status = train(run)
         close_world()
         return status
     except (TrainingStopped, UnreadableImage) as error:
         run.log.error(str(error))
-    except DistBackendError as error:
-        minutes = COLLECTIVE_TIMEOUT.total_seconds() / 60
-        run.log.error(
-            f"rank {world.rank}: no answer from the other processes (limit {minutes:g} minutes): "
-            f"{str(error).splitlines()[0]}"
-        )
-    return 1
+        return 1
+    except RuntimeError as error:
+        return lose_peer(error)
+
+
+def lose_peer(error: RuntimeError) -> int:
+    """Say that another process is gone, if that is what `error` means, and return the exit status.
+
+    Raises:
+        RuntimeError: any other `error`.
+    """
+    if not is_lost_peer(error):
+        raise error
+    logging.getLogger("dat").error(
+        f"rank {launched_as()[0]}: another process died, or did not answer for {collective_timeout().total_seconds():g} s "
+        f"(DAT_TIMEOUT_MINUTES); the same command continues from the last checkpoint ({str(error).splitlines()[0]})"
+    )
+    return LOST_PEER
+
+
+def on_one_line(message: str) -> str:
+    """Return `message` with line breaks and control characters, which names of files may hold, as escapes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)
 
 
 def check(args: argparse.Namespace, config: CfgNode) -> int:
-    """Check all that can be checked before a run starts."""
-    pick_device(config.DEVICE, 0, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    classes = class_names(config, ("val",) if args.eval else ("train", "val"))
-    config.MODEL.DAT.num_classes = len(classes)
-    with torch.device("meta"):
-        build_model(config)
-    for path in filter(None, (config.MODEL.RESUME, config.MODEL.PRETRAINED)):
-        if not Path(path).is_file():
-            load_checkpoint(path)
-    print(f"checked: {config.MODEL.NAME}, {len(classes)} classes")
+    """Check all that can be checked before processes are started, without writing anything."""
+    size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    pick_device(config.DEVICE, 0, size)
+    world = World(0, size, 0, torch.device("cpu"))
+    if args.throughput:
+        prepare(config, world)
+    elif args.eval:
+        build_evaluation(config, world)
+    else:
+        run, _, _ = assemble(config, world)
+        try_folder(run.folder)
+    print(f"checked: {config.MODEL.NAME}, {config.MODEL.DAT.num_classes} classes")
     return 0
 
 
@@ -186,33 +232,67 @@ def run_throughput(config: CfgNode, world: World) -> int:
 def run_evaluation(config: CfgNode, world: World) -> int:
     """Evaluate a checkpoint and print the published lines."""
     log = RunLog(None, config, is_main=world.is_main)
+    model, loader = build_evaluation(config, world)
+    if config.COMPILE:
+        model.compile_blocks()
+    path, images = config.MODEL.RESUME or config.MODEL.PRETRAINED, len(loader.dataset)
+    log.info(f"evaluating {path} on {images} images, {world.size} process{'es' * (world.size > 1)}")
+    evaluate(model, loader, world, log).log(log)
+    close_world()
+    return 0
+
+
+def build_evaluation(config: CfgNode, world: World) -> tuple[nn.Module, DataLoader]:
+    """Return the model with the weights of the checkpoint, and the loader of the images to evaluate it on.
+
+    Raises:
+        ValueError: for wrong input.
+    """
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
     config.MODEL.DAT.num_classes = len(class_names(config, ("val",)))
     loader = build_eval_loader(config, rank=world.rank, world_size=world.size)
     weights = model_weights(load_checkpoint(path), path, ema=config.TRAIN.EMA.ENABLED)
     model = prepare(config, world)
     load_strictly(model, weights, path)
-    if config.COMPILE:
-        model.compile_blocks()
-    log.info(f"evaluating {path} on {len(loader.dataset)} images, {world.size} process{'es' * (world.size > 1)}")
-    evaluate(model, loader, world, log).log(log)
-    close_world()
-    return 0
+    return model, loader
 
 
 def build_run(config: CfgNode, world: World) -> Run:
-    """Build a training run, continued from its newest checkpoint or started from pretrained weights, if there are any.
+    """Build a training run and open its output folder.
 
     Raises:
         ValueError: for wrong input; nothing has been written then.
+    """
+    run, notes, warnings = assemble(config, world)
+    run.check_agreement()
+    if world.is_main:
+        open_folder(run.folder)
+    wait_for_all()
+    run.log = RunLog(run.folder, config, is_main=world.is_main)
+    run.model = distribute(run.model, world)
+    introduce(run, notes, warnings)
+    return run
+
+
+def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
+    """Build a run, continued from its newest checkpoint or started from pretrained weights, if there are any.
+
+    Nothing is written, and nothing asked of other processes.
+
+    Returns:
+        The run, whose model is not distributed and whose log writes no files yet; what to note and to warn of.
+
+    Raises:
+        ValueError: for wrong input.
     """
     classes = class_names(config)
     meant_for, config.MODEL.DAT.num_classes = config.MODEL.DAT.num_classes, len(classes)
     train_loader = build_train_loader(config, rank=world.rank, world_size=world.size)
     eval_loader = build_eval_loader(config, rank=world.rank, world_size=world.size)
     mixup = build_mixup(config, len(classes))
+    check_writers(config)
     network = prepare(config, world)
-    notes: list[str] = []  # for the log, which is opened when nothing can be wrong with the input any more
+    notes: list[str] = []
     warnings: list[str] = []
     if len(classes) != meant_for:
         notes.append(f"{len(classes)} classes as in the data set, instead of the {meant_for} of the config")
@@ -222,6 +302,8 @@ def build_run(config: CfgNode, world: World) -> Run:
         load_strictly(network, resumed[1]["model"], resumed[0])
     elif config.MODEL.PRETRAINED:
         notes += start_from_pretrained(config, network)
+    elif config.MODEL.CLASS_MAP:
+        raise ValueError("MODEL.CLASS_MAP belongs to the weights of --pretrained; give those too, or remove the map")
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
         warnings.append(
             f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {config.TRAIN.EPOCHS}: the "
@@ -232,15 +314,12 @@ def build_run(config: CfgNode, world: World) -> Run:
         network.compile_blocks()
     optimizer = build_optimizer(config, network, world.size)
     updates = train_loader.sampler.updates_per_epoch
-    if world.is_main:
-        open_folder(folder)
-    wait_for_all()
     run = Run(
         config=config,
         world=world,
-        log=RunLog(folder, config, is_main=world.is_main),
+        log=RunLog(None, config, is_main=world.is_main),
         folder=folder,
-        model=distribute(network, world),
+        model=network,
         train_loader=train_loader,
         eval_loader=eval_loader,
         mixup=mixup,
@@ -256,8 +335,7 @@ def build_run(config: CfgNode, world: World) -> Run:
     if resumed is not None:
         run.restore(resumed[1], resumed[0])
         notes.append(f"continuing from {resumed[0]}: epoch {run.position.epoch + 1}, update {run.position.update}")
-    introduce(run, notes, warnings)
-    return run
+    return run, notes, warnings
 
 
 def find_resumed(
@@ -268,16 +346,15 @@ def find_resumed(
     Raises:
         ValueError: where it cannot be continued under this config.
     """
-    if config.MODEL.RESUME:
-        found = Path(config.MODEL.RESUME), load_checkpoint(config.MODEL.RESUME)
-    elif config.TRAIN.AUTO_RESUME:
+    found = None
+    if config.TRAIN.AUTO_RESUME or was_restarted():
         found = CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS).newest(warnings.append)
-    else:
-        found = None
+    if config.MODEL.RESUME and not (found and began_from(found[1]) == config.MODEL.RESUME):
+        found = Path(config.MODEL.RESUME), load_checkpoint(config.MODEL.RESUME)
     if found is None:
         return None
     path, state = found
-    if state.get("format") != FORMAT:
+    if state.get("format") != FORMAT or TRAINING_STATE - state.keys():
         raise ValueError(
             f"{path} holds no training state that can be continued; to start from its weights use --pretrained"
         )
@@ -289,6 +366,12 @@ def find_resumed(
         )
     warnings += [f"continuing under other options: {change}" for change in changes]
     return found
+
+
+def began_from(state: dict[str, Any]) -> str:
+    """Return the --resume of the run that wrote a checkpoint: where it is that of this run, this run goes on from there."""
+    written = yaml.safe_load(state.get("config") or "") if state.get("format") == FORMAT else None
+    return written["MODEL"]["RESUME"] if written else ""
 
 
 def start_from_pretrained(config: CfgNode, network: nn.Module) -> list[str]:
@@ -312,7 +395,7 @@ def introduce(run: Run, notes: list[str], warnings: list[str]) -> None:
     """Write config.yaml and say what is about to run."""
     config, log = run.config, run.log
     if run.world.is_main:
-        (run.folder / "config.yaml").write_text(config.dump(), encoding="utf-8")
+        write_whole(run.folder / "config.yaml", config.dump())
     log.rewind(epoch=run.position.epoch, update=run.updates_done)
     parameters = sum(p.numel() for p in run.network().parameters())
     log.info(
@@ -336,11 +419,11 @@ def train(run: Run) -> int:
         run.save()  # the evaluation may be interrupted, too
         results = evaluate_weights(run) if finished else None
         if results is None:
-            wait_for_all()
             log.info(
                 f"stopped as asked in epoch {position.epoch + 1}, update {position.update}; the same command continues"
             )
-            return run.stop.exit_status
+            log.close()
+            return run.stop.exit_status()
         position.finish_epoch(results[-1].top1)
         log.info(f"Max accuracy: {position.best_accuracy:.2f}%")
         keep = config.SAVE_FREQ > 0 and position.epoch % config.SAVE_FREQ == 0
@@ -368,7 +451,10 @@ def conclude(run: Run, saved: bool) -> int:
     position = run.position
     wait_for_all()
     if run.world.is_main:
-        plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+        try:
+            plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+        except OSError as error:
+            run.log.warning(f"{run.folder / 'curves.png'} could not be written ({error.strerror})")
     run.log.info(
         f"finished: best accuracy {position.best_accuracy:.2f} % in epoch {position.best_epoch} of {position.epoch}; "
         f"best.pth, last.pth, curves.png, metrics.jsonl, log.txt and config.yaml lie in {run.folder}"

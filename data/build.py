@@ -131,4 +131,7 @@ def _root(config: CfgNode) -> Path:
     path = config.DATA.DATA_PATH or os.environ.get("DATA_PATH")
     if not path:
         raise ValueError(f"no data set given; pass --data-path FOLDER or set the variable DATA_PATH; {LAYOUT}")
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(f"data path {path}: there is no such user; write the folder in full") from None

@@ -23,4 +23,8 @@ def build_model(config: Any) -> nn.Module:
     """
     if config.MODEL.TYPE not in MODELS:
         raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of {', '.join(MODELS)}")
-    return MODELS[config.MODEL.TYPE](**config.MODEL.DAT, use_checkpoint=config.TRAIN.USE_CHECKPOINT)
+    model = MODELS[config.MODEL.TYPE](**config.MODEL.DAT, use_checkpoint=config.TRAIN.USE_CHECKPOINT)
+    size, smallest = config.DATA.IMG_SIZE, model.smallest_image
+    if size < smallest:
+        raise ValueError(f"DATA.IMG_SIZE = {size} leaves no pixel for the last stage; give at least {smallest}")
+    return model
