@@ -141,8 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit status: 0; 1 for a run that broke off and would do so again; 2 for wrong input; 75 where another process
-        died or hangs; 128 + the number of the signal that stopped the run.
+        The exit status: 0; 1 for a run that broke off and would do so again; 2 for wrong input; 75 where another
+        process died or hangs; 128 + the number of the signal that stopped the run.
     """
     try:
         args, config = parse(argv)
@@ -179,9 +179,11 @@ def lose_peer(error: RuntimeError) -> int:
     """
     if not is_lost_peer(error):
         raise error
+    minutes = collective_timeout().total_seconds() / 60
+    reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's source line and advice
     logging.getLogger("dat").error(
-        f"rank {launched_as()[0]}: another process died, or did not answer for {collective_timeout().total_seconds():g} s "
-        f"(DAT_TIMEOUT_MINUTES); the same command continues from the last checkpoint ({str(error).splitlines()[0]})"
+        f"rank {launched_as()[0]}: another process died, or did not answer for {minutes:g} minutes "
+        f"(DAT_TIMEOUT_MINUTES): {reason}; the same command continues from the last checkpoint"
     )
     return LOST_PEER
 
@@ -369,7 +371,7 @@ def find_resumed(
 
 
 def began_from(state: dict[str, Any]) -> str:
-    """Return the --resume of the run that wrote a checkpoint: where it is that of this run, this run goes on from there."""
+    """Return the --resume of the run that wrote `state`; the same command as this one went on from there already."""
     written = yaml.safe_load(state.get("config") or "") if state.get("format") == FORMAT else None
     return written["MODEL"]["RESUME"] if written else ""
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import signal
+import socket
 import subprocess
+import threading
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -14,8 +18,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# How long one rank waits for another before the run ends with a message.
-COLLECTIVE_TIMEOUT = timedelta(minutes=float(os.environ.get("DAT_TIMEOUT_MINUTES", "30")))
+# What a process exits with when another one died or hangs: "temporary failure" in sysexits.h, worth another try.
+LOST_PEER = 75
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,35 @@ def init_world(device_name: str) -> World:
             os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(backend, timeout=collective_timeout())
     return World(rank, size, local_rank, device)
+
+
+def collective_timeout() -> timedelta:
+    """Return how long one rank waits for another before the run ends with a message: DAT_TIMEOUT_MINUTES, or 30.
+
+    Raises:
+        ValueError: where the variable holds no such time.
+    """
+    text = os.environ.get("DAT_TIMEOUT_MINUTES", "30")
+    try:
+        timeout = timedelta(minutes=float(text))
+    except (ValueError, OverflowError):
+        timeout = timedelta(0)
+    if timeout <= timedelta(0):
+        raise ValueError(f"the variable DAT_TIMEOUT_MINUTES must be a number above 0, such as 30, not {text!r}")
+    return timeout
+
+
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Return whether `error` says that another process did not answer; gloo's have no class of their own."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
+def was_restarted() -> bool:
+    """Return whether a launcher or SLURM started this run again after it had broken off."""
+    counts = ("DAT_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    return any(int(os.environ.get(name, "0")) > 0 for name in counts)
 
 
 def _first_slurm_host() -> str:
@@ -160,19 +191,41 @@ class LateReader:
 
 
 class StopSignal:
-    """Remembers that the process was asked to stop: SIGTERM, SIGINT or SIGUSR1. A second Ctrl-C stops at once."""
+    """Remembers that the process was asked to stop: SIGTERM, SIGINT or SIGUSR1. A second Ctrl-C stops at once.
+
+    A thread reads the signals, so that a second Ctrl-C also ends a process whose main thread waits for a hung rank.
+    """
+
+    # torchrun passes a Ctrl-C of the terminal on to processes that have received it already.
+    _SAME_CTRL_C = 1.0
 
     def __init__(self) -> None:
         self.received: int | None = None
+        numbers, written = socket.socketpair()
+        written.setblocking(False)
+        signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+            signal.signal(number, _leave_to_thread)
+        threading.Thread(target=self._listen, args=(numbers,), daemon=True).start()
 
-    def _remember(self, number: int, _frame: FrameType | None) -> None:
-        self.received = number
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    @property
     def exit_status(self) -> int:
-        """What a shell calls a process ended by that signal; SIGTERM where another rank received it."""
-        return 128 + (self.received or signal.SIGTERM)
+        """Return what a shell calls a process ended by the signal; all ranks call it and return the same."""
+        received = torch.tensor(self.received or 0)
+        if dist.is_initialized():
+            dist.all_reduce(received, op=dist.ReduceOp.MAX)
+        return 128 + int(received)
+
+    def _listen(self, numbers: socket.socket) -> None:
+        first_interrupt = math.inf
+        while True:
+            number = numbers.recv(1)[0]
+            now = time.monotonic()
+            if number == signal.SIGINT:
+                if now - first_interrupt >= self._SAME_CTRL_C:
+                    os._exit(128 + signal.SIGINT)
+                first_interrupt = min(first_interrupt, now)
+            self.received = number
+
+
+def _leave_to_thread(_number: int, _frame: FrameType | None) -> None:
+    """Handle a signal in Python, without which the thread would not be told of it."""
