@@ -1,0 +1,93 @@
+"""How a process finds out which one it is, and what it computes on."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import utils
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "6",
+    "SLURM_PROCID": "4",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "3(x2)",
+    "SLURM_NTASKS": "6",
+}
+BATCH_SCRIPT = {"SLURM_NTASKS": "6", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "77"}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Return a monkeypatch under which no launcher's variable is set."""
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "MASTER_")) or name in TORCHRUN:
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({}, (0, 1, 0, 1)),
+        (TORCHRUN, (5, 8, 1, 4)),
+        (SRUN, (4, 6, 1, 3)),
+        (BATCH_SCRIPT, (0, 1, 0, 1)),  # a process of the batch script itself is alone
+        ({**SRUN, **TORCHRUN}, (5, 8, 1, 4)),  # torchrun inside a SLURM job
+        ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0, 1)),
+    ],
+)
+def test_the_launcher_is_recognised(
+    environment: pytest.MonkeyPatch, variables: dict[str, str], expected: tuple[int, ...]
+) -> None:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    assert utils.launched_as() == expected
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert utils.pick_device("", 1, 2) == torch.device("cuda", 1)
+    assert utils.pick_device("cpu", 3, 4) == torch.device("cpu")
+    with pytest.raises(ValueError, match="4 processes were started here, but this machine has 2 GPUs; start at most 2"):
+        utils.pick_device("", 3, 4)
+
+
+def test_the_first_host_of_a_slurm_job_is_the_meeting_point(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$3" = "n[1-2]" ] && printf "n1\\nn2\\n"\n', encoding="utf-8")
+    scontrol.chmod(0o755)
+    environment.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name, value in {**SRUN, "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "20077"}.items():
+        environment.setenv(name, value)
+    joined = {}
+    environment.setattr(
+        utils.dist,
+        "init_process_group",
+        lambda backend, **_: joined.update(
+            backend=backend,
+            **{name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")},
+        ),
+    )
+    world = utils.init_world("cpu")
+    assert (world.rank, world.size, world.is_main) == (4, 6, False)
+    assert joined == {
+        "backend": "gloo",
+        "MASTER_ADDR": "n1",
+        "MASTER_PORT": str(20000 + 77),
+        "RANK": "4",
+        "WORLD_SIZE": "6",
+    }
+
+
+def test_a_given_meeting_point_is_kept(environment: pytest.MonkeyPatch) -> None:
+    for name, value in {**SRUN, "MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "29999"}.items():
+        environment.setenv(name, value)
+    environment.setattr(utils.dist, "init_process_group", lambda *_, **__: None)
+    utils.init_world("cpu")
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.1.1.1", "29999")
