@@ -161,13 +161,9 @@ def try_folder(folder: Path) -> None:
     Raises:
         ValueError: where it cannot.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        open_folder(folder)
-    finally:
-        for path in made:
-            if path.exists():
-                path.rmdir()
+    made = _missing(folder)
+    open_folder(folder)
+    _remove(made)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -181,15 +177,27 @@ def open_folder(folder: Path) -> Path:
     """Make the output folder and return it.
 
     Raises:
-        ValueError: where it cannot be made or written.
+        ValueError: where it cannot be made or written; nothing is left behind then.
     """
+    made = _missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
+        _remove(made)
         raise ValueError(
             f"output folder {folder} cannot be written ({error.strerror}); choose another with --output"
         ) from None
     return folder
+
+
+def _missing(folder: Path) -> list[Path]:
+    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        if os.path.lexists(folder):
+            folder.rmdir()
