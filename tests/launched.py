@@ -1,0 +1,118 @@
+"""Training jobs of one or several processes that tests start, signal and kill.
+
+Each process is forked from a server that has imported everything, so that a start takes a fraction of a second and many
+kills take minutes.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.runs import ROOT
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["main", "tests.launched"])
+
+
+class Job:
+    """`python main.py <words>` in one process, or in several over gloo as torchrun would start them.
+
+    Args:
+        words: the command line.
+        console: file to which the processes append what they print.
+        processes: how many.
+        env: environment variables.
+    """
+
+    def __init__(self, words: Sequence[str | Path | int], console: Path, *, processes: int = 1, **env: str) -> None:
+        self._console = console
+        env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+        if processes > 1:
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+        os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))  # for the server, which starts with the first job
+        self.ranks = []
+        for rank in range(processes):
+            if processes > 1:
+                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
+            arguments = ([str(word) for word in words], dict(env), str(console))
+            self.ranks.append(_CONTEXT.Process(target=_run, args=arguments))
+        for process in self.ranks:
+            process.start()
+
+    def signal(self, number: int, *ranks: int) -> None:
+        """Send a signal to some of the processes, or to all where none is named."""
+        for rank in ranks or range(len(self.ranks)):
+            if self.ranks[rank].is_alive():
+                os.kill(self.ranks[rank].pid, number)
+
+    def wait(self, seconds: float = 60) -> list[int]:
+        """Return the exit statuses, below 0 for processes that a signal ended; kill what still runs after `seconds`."""
+        end = time.monotonic() + seconds
+        for process in self.ranks:
+            process.join(max(0.0, end - time.monotonic()))
+        statuses = [process.exitcode for process in self.ranks]
+        self.signal(signal.SIGKILL)
+        assert None not in statuses, f"still running after {seconds} s: {statuses}\n{self.console()}"
+        return statuses
+
+    def wait_until(self, holds: Callable[[], bool], seconds: float = 60) -> None:
+        """Return as soon as `holds()`, or when the job ended."""
+        end = time.monotonic() + seconds
+        while not holds() and any(process.is_alive() for process in self.ranks):
+            assert time.monotonic() < end, f"nothing happened for {seconds} s\n{self.console()}"
+            time.sleep(0.002)
+
+    def console(self) -> str:
+        """Return what the processes printed so far, and those of jobs before that wrote to the same file."""
+        return self._console.read_text(encoding="utf-8") if self._console.exists() else ""
+
+
+def _run(words: list[str], env: dict[str, str], console: str) -> None:
+    os.environ.update(env)
+    descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from main import main
+
+    torch.set_num_threads(1)
+    sys.exit(main(words))
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Return all that a run left that a continuation must not change."""
+    checkpoints = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pth"))}
+    del checkpoints["previous.pth"]  # is of another moment after a run that was killed
+    for state in checkpoints.values():
+        del state["config"]  # names the folder
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return {"metrics": metrics, "files": sorted(path.name for path in folder.iterdir()), **checkpoints}
+
+
+def first_difference(one: Any, other: Any, where: str = "") -> str | None:
+    """Return where two outcomes differ in as much as one bit, or None."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return None if torch.equal(one, other) else where
+    if isinstance(one, dict) and isinstance(other, dict):
+        pairs = [(one.get(key, "missing"), other.get(key, "missing"), f"{where}/{key}") for key in one | other]
+    elif isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        pairs = [(a, b, f"{where}/{i}") for i, (a, b) in enumerate(zip(one, other, strict=True))]
+    else:
+        return None if one == other else f"{where}: {one!r} is not {other!r}"
+    return next((found for pair in pairs if (found := first_difference(*pair))), None)

@@ -1,0 +1,120 @@
+"""A run that is killed at any moment and started again by the same command ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launched import Job, first_difference, outcome
+from tests.runs import write_config
+
+SETTINGS = [(1, 0), (1, 2), (2, 0), (2, 2)]  # processes, workers of each
+
+
+class Trial:
+    """One command, whose jobs can be killed and started again, in a folder of its own."""
+
+    def __init__(self, folder: Path, processes: int, workers: int, **sections: Any) -> None:
+        folder.mkdir()
+        sections = {
+            "DATA": {"BATCH_SIZE": 64 // processes, "NUM_WORKERS": workers},
+            "TRAIN": {"ACCUMULATION_STEPS": 2, "EMA": {"ENABLED": True}},
+            "AUG": {"MIXUP": 0.8, "REPROB": 0.25},
+            "PRINT_FREQ": 3,
+            "SAVE_EVERY_UPDATES": 2,
+            "SAVE_FREQ": 1,
+            "KEEP_CHECKPOINTS": 1,
+        } | sections
+        self.folder = folder / "output" / "tiny" / "default"
+        self._processes = processes
+        self._words = ["--cfg", write_config(folder, **sections), "--output", folder / "output"]
+        self._console = folder / "console.txt"
+
+    def start(self, *flags: str | int, **env: str) -> Job:
+        """Run the command."""
+        env = {"DAT_TIMEOUT_MINUTES": "0.5", **env}
+        return Job([*self._words, *flags], self._console, processes=self._processes, **env)
+
+    def finish(self) -> dict[str, Any]:
+        """Run the command to its end and return what it left."""
+        job = self.start()
+        statuses = job.wait(120)
+        assert statuses == [0] * self._processes, job.console()
+        return outcome(self.folder)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], tuple[dict[str, Any], float]]:
+    """Return what each setting leaves without interruption, and how many seconds it takes; filled by `reference`."""
+    return {}
+
+
+def reference(known: dict, folder: Path, setting: tuple[int, int]) -> tuple[dict[str, Any], float]:
+    """Return what `setting` leaves without interruption, and how many seconds it takes."""
+    if setting not in known:
+        begin = time.monotonic()
+        known[setting] = Trial(folder / "uninterrupted", *setting).finish(), time.monotonic() - begin
+    return known[setting]
+
+
+def kill(trial: Trial, job: Job, moment: str, seconds: float, draw: random.Random) -> None:
+    """Kill one process of a job, or all, at a random moment of its `seconds`, or within a random one of its saves."""
+    if moment == "any":
+        time.sleep(draw.uniform(0, seconds))
+    else:
+        staged = [trial.folder / name for name in ("last.tmp", "beside.tmp", "metrics.jsonl.tmp")]
+        for _ in range(draw.randint(1, 8)):
+            job.wait_until(lambda: not any(path.exists() for path in staged))
+            job.wait_until(lambda: any(path.exists() for path in staged))
+        time.sleep(draw.uniform(0, 0.002))
+    job.signal(signal.SIGKILL, *draw.choice([(), (0,), (len(job.ranks) - 1,)]))
+
+
+def survives(folder: Path, known: dict, setting: tuple[int, int], moment: str, draw: random.Random) -> bool:
+    """Run and kill and continue, say where the result differs from the uninterrupted run's, and return whether not."""
+    expected, seconds = reference(known, folder, setting)
+    trial = Trial(folder / f"trial-{draw.random()}", *setting)
+    killed = 0
+    while not killed or draw.random() < 0.3:
+        job = trial.start()
+        kill(trial, job, moment, seconds, draw)
+        statuses = job.wait()
+        if statuses == [0] * len(statuses):  # ended before it could be killed
+            break
+        assert -signal.SIGKILL in statuses, job.console()
+        assert set(statuses) <= {-signal.SIGKILL, 75, 0}, job.console()
+        killed += 1
+    difference = first_difference(expected, trial.finish())
+    if difference:
+        print(f"{setting} killed {killed} times ({moment}): {difference}")
+    return not difference
+
+
+@pytest.mark.parametrize(
+    ("setting", "moment"), [((1, 2), "any"), ((1, 0), "save"), ((2, 0), "any")], ids=["workers", "save", "two"]
+)
+def test_a_killed_run_ends_as_one_that_was_not(
+    uninterrupted: dict, tmp_path: Path, setting: tuple[int, int], moment: str
+) -> None:
+    assert survives(tmp_path, uninterrupted, setting, moment, random.Random(f"{setting} {moment}"))
+
+
+@pytest.mark.slow
+def test_fifty_of_fifty_killed_runs_end_as_one_that_was_not(
+    uninterrupted: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases = itertools.islice(itertools.cycle(itertools.product(("any", "save"), SETTINGS)), 50)
+    draws = [random.Random(number) for number in range(50)]
+    kept = [
+        survives(tmp_path, uninterrupted, setting, moment, draw)
+        for (moment, setting), draw in zip(cases, draws, strict=True)
+    ]
+    with capsys.disabled():
+        print(f"\n{sum(kept)} of {len(kept)} killed runs ended bit-identical to the uninterrupted run")
+    assert all(kept)
