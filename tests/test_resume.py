@@ -49,18 +49,25 @@ class Trial:
         return outcome(self.folder)
 
 
+class Uninterrupted:
+    """What runs leave that nothing happens to, and how many seconds they take; each number of processes runs once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[int, tuple[dict[str, Any], float]] = {}
+
+    def of(self, processes: int) -> tuple[dict[str, Any], float]:
+        """Return the outcome with so many processes; the workers that read the images do not change it."""
+        if processes not in self._known:
+            begin = time.monotonic()
+            left = Trial(self._folder / f"uninterrupted-{processes}", processes, 0).finish()
+            self._known[processes] = left, time.monotonic() - begin
+        return self._known[processes]
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], tuple[dict[str, Any], float]]:
-    """Return what each setting leaves without interruption, and how many seconds it takes; filled by `reference`."""
-    return {}
-
-
-def reference(known: dict, folder: Path, setting: tuple[int, int]) -> tuple[dict[str, Any], float]:
-    """Return what `setting` leaves without interruption, and how many seconds it takes."""
-    if setting not in known:
-        begin = time.monotonic()
-        known[setting] = Trial(folder / "uninterrupted", *setting).finish(), time.monotonic() - begin
-    return known[setting]
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    return Uninterrupted(tmp_path_factory.mktemp("runs"))
 
 
 def kill(trial: Trial, job: Job, moment: str, seconds: float, draw: random.Random) -> None:
@@ -76,9 +83,11 @@ def kill(trial: Trial, job: Job, moment: str, seconds: float, draw: random.Rando
     job.signal(signal.SIGKILL, *draw.choice([(), (0,), (len(job.ranks) - 1,)]))
 
 
-def survives(folder: Path, known: dict, setting: tuple[int, int], moment: str, draw: random.Random) -> bool:
+def survives(
+    folder: Path, uninterrupted: Uninterrupted, setting: tuple[int, int], moment: str, draw: random.Random
+) -> bool:
     """Run and kill and continue, say where the result differs from the uninterrupted run's, and return whether not."""
-    expected, seconds = reference(known, folder, setting)
+    expected, seconds = uninterrupted.of(setting[0])
     trial = Trial(folder / f"trial-{draw.random()}", *setting)
     killed = 0
     while not killed or draw.random() < 0.3:
@@ -100,14 +109,14 @@ def survives(folder: Path, known: dict, setting: tuple[int, int], moment: str, d
     ("setting", "moment"), [((1, 2), "any"), ((1, 0), "save"), ((2, 0), "any")], ids=["workers", "save", "two"]
 )
 def test_a_killed_run_ends_as_one_that_was_not(
-    uninterrupted: dict, tmp_path: Path, setting: tuple[int, int], moment: str
+    uninterrupted: Uninterrupted, tmp_path: Path, setting: tuple[int, int], moment: str
 ) -> None:
     assert survives(tmp_path, uninterrupted, setting, moment, random.Random(f"{setting} {moment}"))
 
 
 @pytest.mark.slow
 def test_fifty_of_fifty_killed_runs_end_as_one_that_was_not(
-    uninterrupted: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    uninterrupted: Uninterrupted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cases = itertools.islice(itertools.cycle(itertools.product(("any", "save"), SETTINGS)), 50)
     draws = [random.Random(number) for number in range(50)]
