@@ -11,10 +11,13 @@ import difflib
 import io
 import os
 import pickle
+import re
 import shutil
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -26,10 +29,15 @@ from config import differences
 
 FORMAT = 1
 
-# What the continuation of a run needs, besides its format.
-TRAINING_STATE = {
-    *("model", "ema", "optimizer", "scaler", "images_per_update", "config", "epoch", "update", "unlogged"),
-    *("nonfinite_in_row", "nonfinite", "unreadable", "best_accuracy", "best_epoch"),
+# What the continuation of a run needs, besides its format, and of which type.
+_TRAINING_STATE: dict[str, Any] = {
+    **dict.fromkeys(("model", "optimizer", "scaler"), dict),
+    "ema": (dict, NoneType),
+    "config": str,
+    "unlogged": list,
+    "best_accuracy": float,
+    **dict.fromkeys(("images_per_update", "epoch", "update", "best_epoch"), int),
+    **dict.fromkeys(("nonfinite_in_row", "nonfinite", "unreadable"), int),
 }
 
 # PyTorch's safe unpickler fills exact dicts and OrderedDicts only, so that is what a pickled CfgNode is read as.
@@ -68,6 +76,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: for a file that is missing, damaged, no checkpoint, or that holds any other pickled class.
     """
+    if re.match("[a-z]+://", str(path)):
+        raise ValueError(f"{path} is an address; download the file, check its hash, and give the path of the file")
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder; name a file in it")
@@ -84,7 +94,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         kind = "a text page, not a checkpoint" if begin else "empty"
         raise ValueError(f"{path} is {kind}; the download went wrong, fetch the file again")
     try:
-        with torch.serialization.safe_globals([_CFG_NODE]):
+        with torch.serialization.safe_globals([_CFG_NODE]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what is wrong with a file is said below, in one line
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
@@ -108,11 +119,16 @@ def model_weights(checkpoint: dict[str, Any], path: str | Path, *, ema: bool = F
         ValueError: where there are none.
     """
     if ema and not checkpoint.get("ema"):
-        raise ValueError(f"{path} holds no averaged weights; evaluate it without --ema, or train with --ema")
+        raise ValueError(f"{path} holds no averaged weights; use it without --ema, or train with --ema")
     weights = checkpoint.get("ema" if ema else "model", checkpoint)
-    if not isinstance(weights, dict) or not weights or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights.items())):
         raise ValueError(f"{path} holds no weights: neither a `model` entry nor a state dict")
     return {name.removeprefix("module."): value for name, value in weights.items()}
+
+
+def _is_weight(entry: tuple[Any, Any]) -> bool:
+    name, value = entry
+    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
@@ -141,6 +157,19 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
         shown = "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(f"{path} is of another architecture than --cfg: {shown}")
     model.load_state_dict(weights)
+
+
+def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Check that a run can be continued from a checkpoint.
+
+    Raises:
+        ValueError: where it holds weights alone, say.
+    """
+    wrong = [name for name, kind in _TRAINING_STATE.items() if not isinstance(checkpoint.get(name, ...), kind)]
+    if checkpoint.get("format") != FORMAT or wrong:
+        raise ValueError(
+            f"{path} holds no training state that can be continued; to start from its weights use --pretrained"
+        )
 
 
 def config_changes(checkpoint: dict[str, Any], config: CfgNode, images_per_update: int) -> list[str]:

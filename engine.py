@@ -114,6 +114,11 @@ class Run:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.position = Position(**{name: state[name] for name in vars(self.position)})
+        if not 0 <= self.position.update <= self.updates_per_epoch:
+            raise ValueError(
+                f"{path} was saved after {self.position.update} updates of an epoch, which has "
+                f"{self.updates_per_epoch} now; continue with the data set that the run began with"
+            )
         if self.updates_done:
             self.scheduler.step_update(self.updates_done - 1)
 

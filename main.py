@@ -25,8 +25,8 @@ from yacs.config import CfgNode
 
 from checkpoint import (
     FORMAT,
-    TRAINING_STATE,
     CheckpointFolder,
+    check_training_state,
     config_changes,
     load_checkpoint,
     load_strictly,
@@ -336,6 +336,11 @@ def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
     )
     if resumed is not None:
         run.restore(resumed[1], resumed[0])
+        if run.position.epoch >= config.TRAIN.EPOCHS and resumed[0].parent.resolve() != folder.resolve():
+            raise ValueError(
+                f"{resumed[0]} is the end of a run of {run.position.epoch} epochs, which leaves nothing to train; "
+                "evaluate it with --eval, or start from its weights by --pretrained"
+            )
         notes.append(f"continuing from {resumed[0]}: epoch {run.position.epoch + 1}, update {run.position.update}")
     return run, notes, warnings
 
@@ -356,15 +361,12 @@ def find_resumed(
     if found is None:
         return None
     path, state = found
-    if state.get("format") != FORMAT or TRAINING_STATE - state.keys():
-        raise ValueError(
-            f"{path} holds no training state that can be continued; to start from its weights use --pretrained"
-        )
+    check_training_state(state, path)
     changes = config_changes(state, config, config.DATA.BATCH_SIZE * world.size * config.TRAIN.ACCUMULATION_STEPS)
     if changes and not config.TRAIN.ALLOW_CONFIG_CHANGE:
         raise ValueError(
-            f"{path} was written under other options: {'; '.join(changes)}. Use another --tag for another run, or "
-            "--allow-config-change to continue this one all the same"
+            f"{path} was written under other options: {'; '.join(changes)}. Give another --tag to train "
+            "another run (from its weights by --pretrained), or --allow-config-change to continue this one all the same"
         )
     warnings += [f"continuing under other options: {change}" for change in changes]
     return found
@@ -380,7 +382,11 @@ def start_from_pretrained(config: CfgNode, network: nn.Module) -> list[str]:
     """Load the weights to fine-tune into `network` and return what was done with them, for the log."""
     path = config.MODEL.PRETRAINED
     class_map = Path(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
-    weights, report = adapt(model_weights(load_checkpoint(path), path), network, class_map=class_map)
+    given = model_weights(load_checkpoint(path), path)
+    try:
+        weights, report = adapt(given, network, class_map=class_map)
+    except ValueError as error:
+        raise ValueError(f"--pretrained {path}: {error}") from None
     network.load_state_dict(weights)
     return [f"starting from {path}", *report.lines()]
 

@@ -31,7 +31,7 @@ def crop_bias(table: Tensor, y: Tensor, x: Tensor, *, map_size: tuple[int, int])
         Bias ``[B, heads, Ns, H*W]``.
     """
     height, width = map_size
-    top, left = y.detach().floor(), x.detach().floor()
+    top, left = _cell(y, height), _cell(x, width)
     down, right = y - top, x - left
     up, back = 1 - down, 1 - right
     weights = torch.stack((up * back, up * right, down * back, down * right), dim=-1)  # [B, heads, Ns, 4]
@@ -89,7 +89,12 @@ def _neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
     taps = torch.stack((first, first + 1), dim=-1)
     inside = (taps >= 0) & (taps < length)
     weights = torch.stack((1 - fraction, fraction), dim=-1) * inside
-    return taps.clamp(0, length - 1).long(), weights
+    return _cell(taps, length).long(), weights
+
+
+def _cell(position: Tensor, length: int) -> Tensor:
+    """Return the cell of an axis that a position falls into; any cell for NaN, whose weights are NaN."""
+    return position.detach().floor().nan_to_num(0.0).clamp(0, length - 1)
 
 
 def _weighted_rows(matrix: Tensor, taps: Tensor, weights: Tensor) -> Tensor:

@@ -124,6 +124,18 @@ def test_maps_stay_channels_last() -> None:
         assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps), letter
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+def test_a_pixel_that_is_no_number_gives_logits_that_are_none(variant: tuple[str, dict[str, Any]]) -> None:
+    letter, options = variant
+    model = build_small(letter, **options)
+    images = torch.randn(2, 3, 64, 64)
+    images[0, 0, 0, 0] = torch.nan
+    logits = model(images)  # an error here would end a run that skips updates which are not finite
+    logits.sum().backward()
+    assert not logits[0].isfinite().any()
+    assert logits[1].isfinite().all()
+
+
 def test_too_small_an_image_is_refused() -> None:
     model = build_small("L", use_conv_patches=False)
     with pytest.raises(ValueError, match=r"31 x 64 pixels .* at least 32 x 32"):
