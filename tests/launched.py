@@ -21,8 +21,8 @@ import torch
 
 from tests.runs import ROOT
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["main", "tests.launched"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["main", "tools.launch", "tests.launched"])
 
 
 class Job:
@@ -46,7 +46,7 @@ class Job:
             if processes > 1:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
             arguments = ([str(word) for word in words], dict(env), str(console))
-            self.ranks.append(_CONTEXT.Process(target=_run, args=arguments))
+            self.ranks.append(CONTEXT.Process(target=_run, args=arguments))
         for process in self.ranks:
             process.start()
 

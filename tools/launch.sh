@@ -22,6 +22,5 @@ launch() {
     local cores
     cores=$(getconf _NPROCESSORS_ONLN)
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
-    exec "$python" -m torch.distributed.run --standalone --nproc-per-node "$processes" \
-        --max-restarts "${MAX_RESTARTS:-3}" "$root/main.py" "$@"
+    exec "$python" "$root/tools/launch.py" "$processes" "$@"
 }

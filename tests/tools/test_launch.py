@@ -1,0 +1,49 @@
+"""What tools/launch.py starts again and what it does not, with processes that only end."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launched import CONTEXT
+from tools import launch
+
+# Notes that it was started, and ends as the plan says: by an exit status, or below 0 by a signal.
+PROCESS = """
+import json, os, sys
+restart, rank = int(os.environ["DAT_RESTART_COUNT"]), int(os.environ["RANK"])
+open(f"{__file__}.{restart}.{rank}", "w").close()
+status = json.loads(sys.argv[1])[restart][rank]
+os.kill(os.getpid(), -status) if status < 0 else sys.exit(status)
+"""
+
+
+def _launch(folder: Path, plan: str) -> None:
+    os.environ["MAX_RESTARTS"] = "2"
+    launch.ROOT = folder
+    sys.exit(launch.main(["2", plan]))
+
+
+@pytest.mark.parametrize(
+    ("plan", "runs", "status"),
+    [
+        ([[0, 0]], 1, 0),
+        ([[-9, 75], [75, -11], [0, 0]], 3, 0),
+        ([[75, -9], [2, 75]], 2, 2),
+        ([[1, 1]], 1, 1),
+        ([[143, 143]], 1, 143),
+        ([[-9, -9], [75, 75], [-9, 75]], 3, 75),
+    ],
+    ids=["well", "killed", "wrong input", "broken off", "stopped", "killed each time"],
+)
+def test_only_a_lost_process_is_started_again(tmp_path: Path, plan: list, runs: int, status: int) -> None:
+    (tmp_path / "main.py").write_text(PROCESS)
+    process = CONTEXT.Process(target=_launch, args=(tmp_path, json.dumps(plan)))
+    process.start()
+    process.join(60)
+    assert process.exitcode == status
+    assert len(list(tmp_path.glob("main.py.*.0"))) == runs

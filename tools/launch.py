@@ -1,0 +1,72 @@
+"""Run main.py in several processes of this machine, and start them again when one of them dies.
+
+    python tools/launch.py 2 --cfg configs/digits.yaml
+
+The processes are torchrun's. torchrun alone repeats a run whatever it ended with, and then ends with 1. Here a run that
+was asked to stop, or that would break off again, is not repeated, and the exit status is the one of its processes. The
+variable MAX_RESTARTS says how often a run is started again: 3 times where it is not set.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from utils import LOST_PEER
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Seconds in which processes that were asked to stop finish their update and save, before torchrun kills them.
+SHUTDOWN_SECONDS = 180
+
+
+def main(words: Sequence[str]) -> int:
+    """Run `main.py` with all words but the first, which is the number of processes; return the exit status."""
+    processes, *arguments = words
+    restarts = int(os.environ.get("MAX_RESTARTS", "3"))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    signal.signal(signal.SIGUSR1, _stop)  # torchrun does so for the other signals
+    try:
+        for restart in range(restarts + 1):
+            os.environ["DAT_RESTART_COUNT"] = str(restart)
+            statuses = run_once(processes, arguments)
+            decided = [status for status in statuses if status >= 0 and status != LOST_PEER]
+            if decided or restart == restarts:
+                break
+            print(f"launch.py: a process died; restart {restart + 1} of {restarts}", file=sys.stderr, flush=True)
+    except SignalException as error:
+        return 128 + error.sigval
+    return max(decided, default=LOST_PEER)
+
+
+def run_once(processes: str, arguments: Sequence[str]) -> list[int]:
+    """Return the exit statuses of the processes that failed, below 0 where a signal ended them; [0] if none did.
+
+    Raises:
+        SignalException: where this process was asked to stop, after it has stopped the others.
+    """
+    options = ["--standalone", "--nproc-per-node", processes, "--max-restarts", "0", str(ROOT / "main.py")]
+    try:
+        torchrun.run(torchrun.parse_args([*options, *arguments]))
+    except ChildFailedError as error:
+        return [failure.exitcode for failure in error.failures.values()]
+    return [0]
+
+
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    raise SignalException("asked to stop", signal.Signals(number))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
