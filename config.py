@@ -128,6 +128,8 @@ _C.TRAIN.ACCUMULATION_STEPS = 1
 _C.TRAIN.USE_CHECKPOINT = False
 # An update whose loss or gradient is not finite is skipped; so many in a row end the run.
 _C.TRAIN.MAX_NONFINITE = 20
+# Then run the last batch once more and name the first module whose output is not finite. Keeps a batch more in memory.
+_C.TRAIN.ANOMALY_REPORT = False
 _C.TRAIN.EMA = CfgNode()
 # Keep an exponential moving average of the weights, evaluated beside them.
 _C.TRAIN.EMA.ENABLED = False

@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from anomaly import first_nonfinite
 from checkpoint import FORMAT, CheckpointFolder, load_strictly, model_weights
 from logger import RunLog
 from optimizer import skip_next_step
@@ -212,7 +213,6 @@ def train_one_epoch(run: Run) -> bool:
     """
     config, world, position, device = run.config, run.world, run.position, run.world.device
     steps = config.TRAIN.ACCUMULATION_STEPS
-    dtype = AUTOCAST[config.AMP]
     run.model.train()
     run.train_loader.sampler.set_position(position.epoch, position.update * run.images_per_update)
     batches = iter(run.train_loader)
@@ -221,6 +221,7 @@ def train_one_epoch(run: Run) -> bool:
     while position.update < run.updates_per_epoch:
         loss_sum = torch.zeros((), device=device)
         unreadable = 0
+        kept = []
         for step in range(steps):
             batch = next(batches)
             run.bad_images.add(batch.unreadable, run.log.warning)
@@ -229,10 +230,11 @@ def train_one_epoch(run: Run) -> bool:
             seed_everything(config.SEED, position.epoch, position.update, step, world.rank)
             if run.mixup is not None:
                 images, targets = run.mixup(images, targets)
+            if config.TRAIN.ANOMALY_REPORT:
+                kept.append((images, targets))
             is_last = step == steps - 1
             with nullcontext() if is_last or world.size == 1 else run.model.no_sync():
-                with torch.autocast(device.type, dtype=dtype, enabled=config.AMP != "off"):
-                    loss = run.criterion(run.model(images), targets) / steps
+                loss = compute_loss(run, run.model, images, targets) / steps
                 run.scaler.scale(loss).backward()
             loss_sum += loss.detach()
         norm = update_weights(run, loss_sum)
@@ -240,17 +242,24 @@ def train_one_epoch(run: Run) -> bool:
         run.scheduler.step_update(run.updates_done)
         position.update += 1
         report = share(run, loss_sum, norm, unreadable, save_due=pace.is_clock_due())
-        ask = record(run, reader.exchange((position.update, lr), report), pace)
+        ask = record(run, reader.exchange((position.update, lr, kept), report), pace)
         if ask or pace.is_count_due():
             ask = max(ask, record(run, reader.flush(), pace))
             if ask == Ask.STOP:
                 break
-            run.save()
+            if not position.nonfinite_in_row:  # else these weights may be what is broken
+                run.save()
             pace.saved()
     else:
         ask = record(run, reader.flush(), pace)
     pace.close()
     return ask != Ask.STOP
+
+
+def compute_loss(run: Run, model: nn.Module, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return the mean loss of a micro-batch in the precision of the run."""
+    with torch.autocast(run.world.device.type, dtype=AUTOCAST[run.config.AMP], enabled=run.config.AMP != "off"):
+        return run.criterion(model(images), targets)
 
 
 def share(run: Run, loss: torch.Tensor, norm: torch.Tensor, unreadable: int, *, save_due: bool) -> torch.Tensor:
@@ -288,7 +297,7 @@ def record(run: Run, report: tuple[Any, list[float]] | None, pace: Pace) -> Ask:
     if report is None:
         return Ask.NOTHING
     config, position = run.config, run.position
-    (update, lr), (loss, norm, unreadable, save, stop) = report
+    (update, lr, kept), (loss, norm, unreadable, save, stop) = report
     position.unreadable += int(unreadable)
     limit = config.DATA.MAX_BAD_SHARE * len(run.train_loader.dataset)
     if position.unreadable > limit:
@@ -308,9 +317,23 @@ def record(run: Run, report: tuple[Any, list[float]] | None, pace: Pace) -> Ask:
             raise TrainingStopped(
                 f"{where}: {position.nonfinite_in_row} updates in a row were not finite; the last good checkpoint is "
                 "kept. Try a lower TRAIN.BASE_LR, a longer warm-up, or --amp bf16 in place of fp16"
+                + (f". {anomaly_report(run, update, kept)}" if kept else "")
             )
     pace.advance(update, loss, lr)
     return Ask.STOP if stop else Ask.SAVE if save else Ask.NOTHING
+
+
+def anomaly_report(run: Run, update: int, batches: list[tuple[torch.Tensor, torch.Tensor]]) -> str:
+    """Return where the numbers of this rank's micro-batches of `update`, run once more, stop being finite."""
+
+    def forward() -> torch.Tensor:
+        losses = []
+        for step, batch in enumerate(batches):
+            seed_everything(run.config.SEED, run.position.epoch, update - 1, step, run.world.rank)
+            losses.append(compute_loss(run, run.network(), *batch))
+        return torch.stack(losses).sum()
+
+    return f"Rank {run.world.rank}: {first_nonfinite(run.network(), forward)}"
 
 
 class Pace:
