@@ -8,6 +8,7 @@ A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that re
 from __future__ import annotations
 
 import difflib
+import hashlib
 import io
 import os
 import pickle
@@ -73,12 +74,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     The yacs `CfgNode` of a published file becomes an `OrderedDict`.
 
+    Args:
+        path: a file, or an address as `fetch` takes it.
+
     Raises:
         ValueError: for a file that is missing, damaged, no checkpoint, or that holds any other pickled class.
     """
-    if re.match("[a-z]+://", str(path)):
-        raise ValueError(f"{path} is an address; download the file, check its hash, and give the path of the file")
-    path = Path(path)
+    path = fetch(str(path)) if "://" in str(path) else Path(path)
     if path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder; name a file in it")
     if not path.is_file():
@@ -110,6 +112,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a dict with `model`")
     return loaded
+
+
+def fetch(address: str) -> Path:
+    """Return the local copy of `https://...#sha256=<hash of the file>`, which is downloaded once and checked each time.
+
+    Raises:
+        ValueError: for another protocol, without the hash, and where the file cannot be fetched or is another one.
+    """
+    url, _, digest = address.partition("#sha256=")
+    if not url.startswith("https://"):
+        raise ValueError(f"{address}: checkpoints are fetched by https alone; download the file and name it instead")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ValueError(f"{url} needs the file's hash: write {url}#sha256=<64 digits that sha256sum prints>")
+    copy = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}.pth"
+    if copy.is_file() and hashlib.sha256(copy.read_bytes()).hexdigest() == digest:
+        return copy
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(copy), hash_prefix=digest, progress=False)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{url} could not be fetched: {error}") from None
+    return copy
 
 
 def model_weights(checkpoint: dict[str, Any], path: str | Path, *, ema: bool = False) -> dict[str, torch.Tensor]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from email.message import EmailMessage
 from pathlib import Path
 from typing import Any
 
@@ -414,3 +417,55 @@ def test_the_newest_epoch_is_the_last_resort(tmp_path: Path) -> None:
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=f"no checkpoint in {re.escape(str(tmp_path))} can be read"):
         newest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("http://example.org/a.pth#sha256=" + 64 * "0", "by https alone"),
+        ("ftp://example.org/a.pth#sha256=" + 64 * "0", "by https alone"),
+        ("file:///etc/a.pth#sha256=" + 64 * "0", "by https alone"),
+        ("https://example.org/a.pth", "needs the file's hash"),
+        ("https://example.org/a.pth#sha256=abc", "needs the file's hash"),
+        ("https://example.org/a.pth#sha256=" + 64 * "x", "needs the file's hash"),
+    ],
+)
+def test_an_address_needs_https_and_a_hash(address: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(address)
+
+
+class Internet:
+    """Stands in for `urllib`'s: answers every request with a file, and counts."""
+
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+        self.requests = 0
+
+    def __call__(self, *_: Any, **__: Any) -> io.BytesIO:
+        self.requests += 1
+        answer = io.BytesIO(self.content)
+        answer.info = lambda: EmailMessage()  # type: ignore[attr-defined]
+        return answer
+
+
+def test_a_fetched_file_is_checked_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(published(), tmp_path / "file.pth")
+    content = (tmp_path / "file.pth").read_bytes()
+    address = f"https://example.org/a.pth#sha256={hashlib.sha256(content).hexdigest()}"
+    internet = Internet(content)
+    monkeypatch.setattr("torch.hub.urlopen", internet)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    for _ in range(2):
+        assert load_checkpoint(address)["epoch"] == 299
+    assert internet.requests == 1
+    copies = list(tmp_path.rglob("checkpoints/*"))
+    assert len(copies) == 1
+    copies[0].write_bytes(content + b"x")
+    assert load_checkpoint(address)["epoch"] == 299
+    assert internet.requests == 2
+    copies[0].unlink()
+    internet.content = content + b"x"
+    with pytest.raises(ValueError, match=r"https://example\.org/a\.pth could not be fetched: invalid hash"):
+        load_checkpoint(address)
+    assert list(tmp_path.rglob("checkpoints/*")) == []
