@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 
 help:
 	@echo "make setup      set up .venv (once: about 6 GB, one to five minutes)"
-	@echo "make demo       train a small DAT++ on handwritten digits (about two minutes on four cores)"
+	@echo "make demo       train a small DAT++ on handwritten digits (one to two minutes on four cores)"
 	@echo "make test       run every test (under eight minutes on two cores)"
 	@echo "make test-long  the tests that kill and resume runs at many moments (about half an hour)"
 	@echo "make lint       ruff"
@@ -16,7 +16,7 @@ setup:
 	@$(PYTHON) tools/setup_env.py
 
 demo: setup
-	@echo "demo: training configs/digits.yaml on 1,437 real handwritten digits; about two minutes on four cores"
+	@echo "demo: training configs/digits.yaml on 1,437 real handwritten digits; one to two minutes on four cores"
 	@.venv/bin/python main.py --cfg configs/digits.yaml --output output/demo --opts TRAIN.AUTO_RESUME False
 
 test: setup
