@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,8 +17,10 @@ class NeighborhoodAttention(nn.Module):
 
     A map smaller than the window is zero-padded on the right and bottom; the padding then takes part, as published.
 
+    Without a position bias, NATTEN does the work on a GPU where it is installed.
+
     Attributes:
-        form: form of the operation, see `models.ops.neighborhood`.
+        form: form of the operation, see `models.ops.neighborhood`; or ``natten``.
     """
 
     def __init__(
@@ -47,15 +52,29 @@ class NeighborhoodAttention(nn.Module):
         bottom, right = max(self.kernel_size - height, 0), max(self.kernel_size - width, 0)
         x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, right, 0, bottom))  # [B, H, W, C]
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # [B, H, W, heads, d]
-        x = neighborhood_attention(
-            q,
-            k,
-            v,
-            self.rpb,
-            kernel_size=self.kernel_size,
-            scale=self.scale,
-            dropout=self.attn_drop if self.training else 0.0,
-            form=self.form,
-        )
+        dropout = self.attn_drop if self.training else 0.0
+        if self._takes_natten(q, dropout):
+            x = natten_attention()(q, k, v, self.kernel_size, scale=self.scale)
+        else:
+            x = neighborhood_attention(
+                q, k, v, self.rpb, kernel_size=self.kernel_size, scale=self.scale, dropout=dropout, form=self.form
+            )
         x = x[:, :height, :width].flatten(-2)
         return self.proj_drop(self.proj(x)).permute(0, 3, 1, 2)
+
+    def _takes_natten(self, q: Tensor, dropout: float) -> bool:
+        """NATTEN has no position bias and no dropout, and brings kernels for GPUs."""
+        if self.rpb is not None or dropout:
+            return False
+        on_gpu = self.form == "auto" and q.is_cuda and not torch.compiler.is_compiling()
+        return self.form == "natten" or (on_gpu and natten_attention() is not None)
+
+
+@functools.cache
+def natten_attention() -> Callable[..., Tensor] | None:
+    """Return NATTEN's operation on queries, keys and values ``[B, H, W, heads, d]``, None where it is not installed."""
+    try:
+        from natten import na2d
+    except ImportError:
+        return None
+    return na2d

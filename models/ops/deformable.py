@@ -73,7 +73,7 @@ def deformable_attention(
     if form not in FORMS:
         raise ValueError(f"form {form!r} of deformable attention is unknown; choose one of {', '.join(FORMS)}")
     if form == "auto":
-        form = _fastest(map_size, table, coordinates=coordinates, clamped=clamped, dropout=dropout)
+        form = choose_form(map_size, table, coordinates=coordinates, clamped=clamped, dropout=dropout)
     grid = query_grid(map_size, coordinates=coordinates, dtype=positions.dtype, device=positions.device)
     if form == "reference":
         return attention(q, k, v, table_bias(table, grid, positions), scale=scale, dropout=dropout)
@@ -92,7 +92,10 @@ def deformable_attention(
     return _BiasedAttention.apply(q, k, v, table, y, x, bias, scale, images)
 
 
-def _fastest(map_size: tuple[int, int], table: Tensor, *, coordinates: str, clamped: bool, dropout: float) -> str:
+def choose_form(
+    map_size: tuple[int, int], table: Tensor, *, coordinates: str, clamped: bool = False, dropout: float = 0.0
+) -> str:
+    """Return the form that `deformable_attention` takes for ``auto``."""
     if dropout or torch.compiler.is_compiling():
         return "reference"  # a compiler fuses it, and recomputes the displacements by itself
     native = coordinates == "dat++" and table.shape[1:] == tuple(2 * length - 1 for length in map_size)

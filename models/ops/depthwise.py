@@ -59,11 +59,16 @@ def conv_mlp(
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} of the convolutional MLP is unknown; choose one of {', '.join(FORMS)}")
-    if form == "by_hand" or (form == "auto" and not dropout and runs_by_hand(x)):
+    if (choose_form(x, dropout=dropout) if form == "auto" else form) == "by_hand":
         return _ConvMLP.apply(x, weight1, bias1, _with_skip(kernel), bias, weight2, bias2)
     hidden = F.dropout(F.linear(x, weight1, bias1), dropout).permute(0, 3, 1, 2)
     hidden = F.gelu(hidden + _convolve(hidden, kernel, bias))
     return F.linear(hidden.permute(0, 2, 3, 1), weight2, bias2)
+
+
+def choose_form(x: Tensor, *, dropout: float = 0.0) -> str:
+    """Return the form that `conv_mlp` takes for ``auto``."""
+    return "by_hand" if not dropout and runs_by_hand(x) else "reference"
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def neighborhood_attention(
     if form not in FORMS:
         raise ValueError(f"form {form!r} of neighborhood attention is unknown; choose one of {', '.join(FORMS)}")
     if form == "auto":
-        form = "tiles" if dropout or not runs_by_hand(q) else "tiles_by_hand"
+        form = choose_form(q, dropout=dropout)
     if form == "reference":
         return _reference(q, k, v, rpb, kernel_size=kernel_size, scale=scale, dropout=dropout)
     heads, tiles = q.shape[3], tiles_of(tuple(q.shape[1:3]), kernel_size, q.device)
@@ -57,6 +57,11 @@ def neighborhood_attention(
         tiles.cut(q), tiles.windows(k), tiles.windows(v), attn_mask=bias, dropout_p=dropout, scale=scale
     )
     return tiles.join(x, heads)
+
+
+def choose_form(q: Tensor, *, dropout: float = 0.0) -> str:
+    """Return the form that `neighborhood_attention` takes for ``auto``."""
+    return "tiles" if dropout or not runs_by_hand(q) else "tiles_by_hand"
 
 
 def window_rows(length: int, kernel_size: int, device: torch.device) -> Tensor:

@@ -1,0 +1,113 @@
+"""Deformable attention: every form is the same function, and the fast ones keep little for the backward pass."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.ops.deformable import choose_form, deformable_attention
+
+HEADS = 4
+
+
+def inputs(
+    size: tuple[int, int], native: tuple[int, int], *, groups: int = 2, keys: int = 9, reach: float = 1.0
+) -> list[Tensor]:
+    """Return queries, keys, values, positions and a table, in float64; positions lie in ``[-reach, reach]``."""
+    torch.manual_seed(0)
+    q = torch.randn(2, size[0] * size[1], HEADS, 6, dtype=torch.float64)
+    k, v = torch.randn(2, 2, keys, HEADS, 6, dtype=torch.float64)
+    positions = (torch.rand(2, groups, keys, 2, dtype=torch.float64) * 2 - 1) * reach
+    positions[0, 0, :4] = torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]]) * reach
+    table = torch.randn(HEADS, 2 * native[0] - 1, 2 * native[1] - 1, dtype=torch.float64)
+    return [tensor.requires_grad_() for tensor in (q, k, v, positions, table)]
+
+
+def with_gradients(form: str, tensors: list[Tensor], size: tuple[int, int], coordinates: str = "dat++") -> list[Tensor]:
+    out = deformable_attention(
+        *tensors, map_size=size, coordinates=coordinates, scale=0.4, clamped=form == "crops", form=form
+    )
+    ramp = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    return [out, *torch.autograd.grad((out * ramp).sum(), tensors)]
+
+
+def assert_same(form: str, tensors: list[Tensor], size: tuple[int, int], coordinates: str = "dat++") -> None:
+    plain = with_gradients("reference", tensors, size, coordinates)
+    names = ("output", "q", "k", "v", "positions", "table")
+    for name, one, other in zip(names, with_gradients(form, tensors, size, coordinates), plain, strict=True):
+        # At a corner of the map a bilinear function has a kink, and the forms may take either side's derivative.
+        edge = (tensors[3].abs() < 1).all(-1, keepdim=True) if name == "positions" else torch.ones(())
+        torch.testing.assert_close(
+            one * edge, other * edge, atol=1e-10, rtol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("size", [(7, 7), (6, 9), (20, 17)], ids=str)  # whole crops, and crops by row
+def test_crops_on_native_maps(size: tuple[int, int], groups: int) -> None:
+    assert_same("crops", inputs(size, size, groups=groups), size)
+
+
+@pytest.mark.parametrize("coordinates", ["dat++", "cvpr22"])
+@pytest.mark.parametrize("reach", [1.0, 1.7])
+@pytest.mark.parametrize(
+    ("size", "native"),
+    [((7, 7), (7, 7)), ((5, 9), (7, 7)), ((12, 10), (7, 5)), ((1, 4), (6, 6)), ((5, 6), (1, 3))],
+    ids=str,
+)
+def test_separable_on_any_map(size: tuple[int, int], native: tuple[int, int], reach: float, coordinates: str) -> None:
+    assert_same("separable", inputs(size, native, reach=reach), size, coordinates)
+
+
+@pytest.mark.parametrize(
+    ("size", "clamped", "coordinates", "expected"),
+    [
+        ((6, 6), True, "dat++", "crops"),
+        ((6, 6), False, "dat++", "separable"),  # positions beyond the map, whose crops would leave the table
+        ((6, 6), True, "cvpr22", "separable"),  # queries that are not a cell of the table apart
+        ((6, 7), True, "dat++", "separable"),
+    ],
+)
+def test_the_choice_of_the_form(size: tuple[int, int], clamped: bool, coordinates: str, expected: str) -> None:
+    tensors = inputs(size, (6, 6))
+    options = {"coordinates": coordinates, "clamped": clamped}
+    assert choose_form(size, tensors[4], **options) == expected
+    assert choose_form(size, tensors[4], **options, dropout=0.1) == "reference"
+    auto, plain = (
+        deformable_attention(*tensors, map_size=size, scale=0.4, form=form, **options) for form in ("auto", "reference")
+    )
+    torch.testing.assert_close(auto, plain)
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="form 'rows' of deformable attention is unknown; choose one of auto"):
+        deformable_attention(*inputs((3, 3), (3, 3)), map_size=(3, 3), coordinates="dat++", scale=1.0, form="rows")
+
+
+def kept_for_backward(form: str, native: tuple[int, int], size: tuple[int, int], keys: int) -> float:
+    """Return the values per image that autograd keeps beyond queries, keys, values and positions."""
+    totals = []
+    for images in (1, 2):
+        tensors = inputs(size, native, keys=keys)
+        tensors = [tensor[:images] for tensor in tensors[:4]] + tensors[4:]
+        kept = {}
+
+        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            options = {"map_size": size, "coordinates": "dat++", "scale": 1.0, "clamped": form == "crops", "form": form}
+            out = deformable_attention(*tensors, **options)
+        own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+        totals.append(sum(count for pointer, count in kept.items() if pointer not in own))
+        del out
+    return totals[1] - totals[0]
+
+
+@pytest.mark.parametrize(("form", "native"), [("crops", (20, 20)), ("separable", (14, 14))])
+def test_nothing_of_the_size_of_the_weights_is_kept(form: str, native: tuple[int, int]) -> None:
+    pairs = 20 * 20 * 25  # queries x keys
+    assert kept_for_backward("reference", native, (20, 20), 25) >= 2 * pairs
+    assert kept_for_backward(form, native, (20, 20), 25) < pairs

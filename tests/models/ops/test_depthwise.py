@@ -1,0 +1,86 @@
+"""Depthwise convolutions with a skip connection: every form is the same function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.ops import depthwise
+from models.ops.depthwise import choose_form, conv_mlp, depthwise_residual
+
+
+def inputs(batch: int = 5, kernel_size: int = 3) -> list[Tensor]:
+    torch.manual_seed(0)
+    shapes = (batch, 6, 7, 8), (16, 8), (16,), (16, 1, kernel_size, kernel_size), (16,), (8, 16), (8,)
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def with_gradients(form: str, tensors: list[Tensor]) -> list[Tensor]:
+    out = conv_mlp(*tensors, form=form)
+    ramp = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    return [out, *torch.autograd.grad((out * ramp).sum(), tensors)]
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("images", [1, 2, 8])
+def test_forms_of_the_mlp_agree(images: int, kernel_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depthwise, "CACHED", images * 6 * 7 * 16)
+    tensors = inputs(kernel_size=kernel_size)
+    for fast, plain in zip(with_gradients("by_hand", tensors), with_gradients("reference", tensors), strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+def test_mlp_of_a_map_in_any_layout() -> None:
+    tensors = inputs()
+    channels_first = tensors[0].detach().permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    torch.testing.assert_close(conv_mlp(channels_first, *tensors[1:]), conv_mlp(*tensors))
+
+
+def test_mlp_in_inference_keeps_nothing() -> None:
+    tensors = inputs()
+    with torch.inference_mode():
+        torch.testing.assert_close(conv_mlp(*tensors), conv_mlp(*tensors, form="reference"))
+
+
+def test_dropout_of_the_mlp_falls_back() -> None:
+    out = conv_mlp(*inputs(), dropout=1.0)
+    *_, kernel_bias, weight2, bias2 = inputs()
+    torch.testing.assert_close(out, F.linear(F.gelu(kernel_bias), weight2, bias2).expand_as(out))
+
+
+def test_the_choice_of_the_form() -> None:
+    x = torch.zeros(1)
+    assert choose_form(x) == "by_hand"
+    assert choose_form(x, dropout=0.1) == choose_form(x.bfloat16()) == "reference"
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="form 'fused' of the convolutional MLP is unknown; choose one of auto"):
+        conv_mlp(*inputs(), form="fused")
+
+
+def test_residual_is_one_convolution() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(4, 1, 3, 3, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64)
+    folded, plain = depthwise_residual(x, weight, bias), x + F.conv2d(x, weight, bias, padding=1, groups=4)
+    torch.testing.assert_close(folded, plain)
+    for one, other in zip(
+        torch.autograd.grad(folded.square().sum(), (x, weight)),
+        torch.autograd.grad(plain.square().sum(), (x, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_residual_keeps_small_weights_in_low_precision() -> None:
+    """1 + 0.001 rounds to 1 in bfloat16; the convolution must see 0.001."""
+    x = torch.ones(1, 1, 1, 1)
+    weight = torch.zeros(1, 1, 3, 3)
+    weight[..., 1, 1] = 0.001
+    with torch.autocast("cpu", torch.bfloat16):
+        out = depthwise_residual(x, weight, torch.zeros(1))
+    assert out.item() == pytest.approx(1.001, abs=1e-5)

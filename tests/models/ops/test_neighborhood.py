@@ -1,0 +1,129 @@
+"""Neighborhood attention: every form is the same function, and NATTEN's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.attention import NeighborhoodAttention
+from models.ops.neighborhood import FORMS, choose_form, neighborhood_attention
+from models.ops.tiles import Tiles, tiles_of
+
+HEADS = 2
+FAST = [form for form in FORMS if form != "reference"]
+
+
+def inputs(size: tuple[int, int], kernel_size: int) -> list[Tensor]:
+    """Return queries, keys, values and a table, in float64."""
+    torch.manual_seed(0)
+    table = HEADS, 2 * kernel_size - 1, 2 * kernel_size - 1
+    shapes = [(2, *size, HEADS, 4)] * 3 + [table]
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def with_gradients(form: str, tensors: list[Tensor], kernel_size: int, *, table: bool = True) -> list[Tensor]:
+    used = tensors if table else tensors[:3]
+    out = neighborhood_attention(
+        *tensors[:3], tensors[3] if table else None, kernel_size=kernel_size, scale=0.7, form=form
+    )
+    ramp = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    return [out, *torch.autograd.grad((out * ramp).sum(), used)]
+
+
+# One tile, two, three and more; ragged last tiles; maps of one window; rectangles.
+@pytest.mark.parametrize("form", FAST)
+@pytest.mark.parametrize(
+    ("size", "kernel_size"),
+    [((7, 7), 7), ((14, 14), 7), ((9, 17), 5), ((23, 31), 7), ((3, 41), 3), ((17, 8), 1)],
+    ids=str,
+)
+def test_forms_agree(form: str, size: tuple[int, int], kernel_size: int) -> None:
+    tensors = inputs(size, kernel_size)
+    for fast, plain in zip(
+        with_gradients(form, tensors, kernel_size), with_gradients("reference", tensors, kernel_size), strict=True
+    ):
+        torch.testing.assert_close(fast, plain, atol=1e-11, rtol=1e-10)
+
+
+@pytest.mark.parametrize("form", FAST)
+def test_forms_agree_without_a_table(form: str) -> None:
+    tensors = inputs((9, 10), 3)
+    for fast, plain in zip(
+        with_gradients(form, tensors, 3, table=False), with_gradients("reference", tensors, 3, table=False), strict=True
+    ):
+        torch.testing.assert_close(fast, plain, atol=1e-11, rtol=1e-10)
+
+
+def test_a_query_sees_its_window_alone() -> None:
+    """Changing a key changes the queries whose window holds it, and no other."""
+    q, k, v, table = inputs((11, 12), 5)
+    far = k.detach().clone()
+    far[:, 4, 7] += 1
+    changed = (
+        (
+            neighborhood_attention(q, far, v, table, kernel_size=5, scale=1)
+            != neighborhood_attention(q, k, v, table, kernel_size=5, scale=1)
+        )
+        .flatten(3)
+        .any(-1)[0]
+    )
+    rows, columns = changed.nonzero().T
+    # Windows start at clamp(i - 2, 0, n - 5): row 4 lies in those of rows 0 to 6, column 7 in those of columns 5 to 11.
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 6, 5, 11)
+    assert len(rows) == 7 * 7
+
+
+def test_cut_and_join_are_inverse() -> None:
+    tiles = Tiles((19, 10), 5, torch.device("cpu"))
+    x = torch.randn(2, 19, 10, 3, 4)
+    torch.testing.assert_close(tiles.join(tiles.cut(x), 3), x, rtol=0, atol=0)
+
+
+def test_add_windows_is_the_transpose_of_windows() -> None:
+    tiles = Tiles((19, 10), 5, torch.device("cpu"))
+    x = torch.randn(2, 19, 10, 3, 4, dtype=torch.float64)
+    windows = tiles.windows(x)
+    y = torch.randn_like(windows)
+    torch.testing.assert_close((windows * y).sum(), (x * tiles.add_windows(y, 3)).sum())
+
+
+def test_tiles_made_in_inference_mode_serve_training() -> None:
+    tiles_of.__globals__["_cached_tiles"].cache_clear()
+    tensors = inputs((8, 9), 3)
+    with torch.inference_mode():
+        neighborhood_attention(*tensors, kernel_size=3, scale=1, form="tiles")
+    neighborhood_attention(*tensors, kernel_size=3, scale=1, form="tiles").sum().backward()
+    assert tensors[3].grad is not None
+
+
+def test_the_choice_of_the_form() -> None:
+    x = torch.zeros(1)
+    assert choose_form(x) == choose_form(x.double()) == "tiles_by_hand"
+    assert choose_form(x, dropout=0.1) == choose_form(x.bfloat16()) == "tiles"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert choose_form(x) == "tiles"
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="form 'fastest' of neighborhood attention is unknown; choose one of auto"):
+        neighborhood_attention(*inputs((3, 3), 3), kernel_size=3, scale=1, form="fastest")
+
+
+@pytest.mark.parametrize("size", [(14, 11), (7, 20)], ids=str)
+def test_the_windows_are_those_of_natten(size: tuple[int, int]) -> None:
+    natten = pytest.importorskip("natten")
+    q, k, v = (tensor.detach().float() for tensor in inputs(size, 7)[:3])
+    q, k, v = (torch.nn.functional.pad(tensor, (0, 28)) for tensor in (q, k, v))  # 32 values a head, as it asks for
+    ours = neighborhood_attention(q, k, v, None, kernel_size=7, scale=0.7)
+    torch.testing.assert_close(natten.na2d(q, k, v, 7, scale=0.7), ours, atol=1e-5, rtol=1e-4)
+
+
+def test_a_mixer_without_a_table_can_run_on_natten() -> None:
+    pytest.importorskip("natten")
+    mixer = NeighborhoodAttention(64, heads=2, kernel_size=5, use_rpb=False).eval()
+    x = torch.randn(1, 64, 9, 8)
+    with torch.no_grad():
+        plain = mixer(x)
+        mixer.form = "natten"
+        torch.testing.assert_close(mixer(x), plain, atol=1e-5, rtol=1e-4)
