@@ -273,6 +273,8 @@ def build_run(config: CfgNode, world: World) -> Run:
     run.log = RunLog(run.folder, config, is_main=world.is_main)
     run.model = distribute(run.model, world)
     introduce(run, notes, warnings)
+    if not run.updates_done:
+        run.save()  # so that a restart does not find the checkpoint of an earlier run
     return run
 
 

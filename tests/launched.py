@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tests.runs import ROOT
+from tests.runs import ROOT, write_config
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["main", "tools.launch", "tests.launched"])
@@ -32,10 +32,19 @@ class Job:
         words: the command line.
         console: file to which the processes append what they print.
         processes: how many.
+        prepare: a function of a module, called in each process before.
         env: environment variables.
     """
 
-    def __init__(self, words: Sequence[str | Path | int], console: Path, *, processes: int = 1, **env: str) -> None:
+    def __init__(
+        self,
+        words: Sequence[str | Path | int],
+        console: Path,
+        *,
+        processes: int = 1,
+        prepare: Callable[[], None] | None = None,
+        **env: str,
+    ) -> None:
         self._console = console
         env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
         if processes > 1:
@@ -45,7 +54,7 @@ class Job:
         for rank in range(processes):
             if processes > 1:
                 env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
-            arguments = ([str(word) for word in words], dict(env), str(console))
+            arguments = ([str(word) for word in words], dict(env), str(console), prepare)
             self.ranks.append(CONTEXT.Process(target=_run, args=arguments))
         for process in self.ranks:
             process.start()
@@ -78,7 +87,60 @@ class Job:
         return self._console.read_text(encoding="utf-8") if self._console.exists() else ""
 
 
-def _run(words: list[str], env: dict[str, str], console: str) -> None:
+class Trial:
+    """One command, whose jobs can be killed and started again, in a folder of its own."""
+
+    def __init__(self, folder: Path, processes: int, workers: int, **sections: Any) -> None:
+        folder.mkdir()
+        sections = {
+            "DATA": {"BATCH_SIZE": 64 // processes, "NUM_WORKERS": workers},
+            "TRAIN": {"ACCUMULATION_STEPS": 2, "EMA": {"ENABLED": True}},
+            "AUG": {"MIXUP": 0.8, "REPROB": 0.25},
+            "PRINT_FREQ": 3,
+            "SAVE_EVERY_UPDATES": 2,
+            "SAVE_FREQ": 1,
+            "KEEP_CHECKPOINTS": 1,
+        } | sections
+        self.folder = folder / "output" / "tiny" / "default"
+        self._processes = processes
+        self.words = ["--cfg", write_config(folder, **sections), "--output", folder / "output"]
+        self._console = folder / "console.txt"
+
+    def start(self, *flags: str | Path | int, prepare: Callable[[], None] | None = None, **env: str) -> Job:
+        """Run the command, with more flags, in processes that call `prepare` first."""
+        env = {"DAT_TIMEOUT_MINUTES": "0.5", **env}
+        return Job([*self.words, *flags], self._console, processes=self._processes, prepare=prepare, **env)
+
+    def finish(self) -> dict[str, Any]:
+        """Run the command to its end and return what it left."""
+        job = self.start()
+        statuses = job.wait(120)
+        assert statuses == [0] * self._processes, job.console()
+        return outcome(self.folder)
+
+    def rows(self) -> int:
+        """Return how many lines `metrics.jsonl` has."""
+        path = self.folder / "metrics.jsonl"
+        return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+
+
+class Uninterrupted:
+    """What runs leave that nothing happens to, and how many seconds they take; each number of processes runs once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._known: dict[int, tuple[dict[str, Any], float]] = {}
+
+    def of(self, processes: int) -> tuple[dict[str, Any], float]:
+        """Return the outcome with so many processes; the workers that read the images do not change it."""
+        if processes not in self._known:
+            begin = time.monotonic()
+            left = Trial(self._folder / f"uninterrupted-{processes}", processes, 0).finish()
+            self._known[processes] = left, time.monotonic() - begin
+        return self._known[processes]
+
+
+def _run(words: list[str], env: dict[str, str], console: str, prepare: Callable[[], None] | None) -> None:
     os.environ.update(env)
     descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
@@ -86,6 +148,8 @@ def _run(words: list[str], env: dict[str, str], console: str) -> None:
     from main import main
 
     torch.set_num_threads(1)
+    if prepare:
+        prepare()
     sys.exit(main(words))
 
 

@@ -7,62 +7,12 @@ import random
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.launched import Job, first_difference, outcome
-from tests.runs import write_config
+from tests.launched import Job, Trial, Uninterrupted, first_difference
 
 SETTINGS = [(1, 0), (1, 2), (2, 0), (2, 2)]  # processes, workers of each
-
-
-class Trial:
-    """One command, whose jobs can be killed and started again, in a folder of its own."""
-
-    def __init__(self, folder: Path, processes: int, workers: int, **sections: Any) -> None:
-        folder.mkdir()
-        sections = {
-            "DATA": {"BATCH_SIZE": 64 // processes, "NUM_WORKERS": workers},
-            "TRAIN": {"ACCUMULATION_STEPS": 2, "EMA": {"ENABLED": True}},
-            "AUG": {"MIXUP": 0.8, "REPROB": 0.25},
-            "PRINT_FREQ": 3,
-            "SAVE_EVERY_UPDATES": 2,
-            "SAVE_FREQ": 1,
-            "KEEP_CHECKPOINTS": 1,
-        } | sections
-        self.folder = folder / "output" / "tiny" / "default"
-        self._processes = processes
-        self._words = ["--cfg", write_config(folder, **sections), "--output", folder / "output"]
-        self._console = folder / "console.txt"
-
-    def start(self, *flags: str | int, **env: str) -> Job:
-        """Run the command."""
-        env = {"DAT_TIMEOUT_MINUTES": "0.5", **env}
-        return Job([*self._words, *flags], self._console, processes=self._processes, **env)
-
-    def finish(self) -> dict[str, Any]:
-        """Run the command to its end and return what it left."""
-        job = self.start()
-        statuses = job.wait(120)
-        assert statuses == [0] * self._processes, job.console()
-        return outcome(self.folder)
-
-
-class Uninterrupted:
-    """What runs leave that nothing happens to, and how many seconds they take; each number of processes runs once."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._known: dict[int, tuple[dict[str, Any], float]] = {}
-
-    def of(self, processes: int) -> tuple[dict[str, Any], float]:
-        """Return the outcome with so many processes; the workers that read the images do not change it."""
-        if processes not in self._known:
-            begin = time.monotonic()
-            left = Trial(self._folder / f"uninterrupted-{processes}", processes, 0).finish()
-            self._known[processes] = left, time.monotonic() - begin
-        return self._known[processes]
 
 
 @pytest.fixture(scope="module")

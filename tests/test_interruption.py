@@ -1,0 +1,281 @@
+"""Signals, hung and dead processes, full disks, broken files and broken numbers: nothing that was learned is lost."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoint import load_checkpoint
+from tests.launched import CONTEXT, Job, Trial, Uninterrupted, first_difference
+from tests.runs import read_metrics
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a launcher in /proc")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
+    return Uninterrupted(tmp_path_factory.mktemp("runs"))
+
+
+def start_and_wait_for_rows(trial: Trial, rows: int, *flags: str | Path) -> Job:
+    """Start the command with more flags, and return when it has logged so many lines more."""
+    before = trial.rows()
+    job = trial.start(*flags)
+    job.wait_until(lambda: trial.rows() >= before + rows)
+    return job
+
+
+def test_a_signal_to_one_rank_stops_all_and_the_command_continues(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 2, 0)
+    for number, rank in ((signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 1)):
+        job = start_and_wait_for_rows(trial, 1)
+        job.signal(number, rank)
+        assert job.wait() == [128 + number, 128 + number], job.console()
+    assert job.console().count("stopped as asked in epoch") == 3
+    assert "Traceback" not in job.console()
+    assert first_difference(uninterrupted.of(2)[0], trial.finish()) is None
+
+
+def _interrupt_evaluation() -> None:
+    import engine
+
+    count = engine._count
+
+    def count_and_signal(*args: object) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.2)
+        return count(*args)
+
+    engine._count = count_and_signal
+
+
+def test_a_signal_during_evaluation_repeats_the_evaluation_alone(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 1, 0)
+    assert trial.start(prepare=_interrupt_evaluation).wait() == [128 + signal.SIGTERM]
+    state = load_checkpoint(trial.folder / "last.pth")
+    assert (state["epoch"], state["update"]) == (0, 1437 // 128)
+    assert read_metrics(trial.folder, "eval") == []
+    assert first_difference(uninterrupted.of(1)[0], trial.finish()) is None
+
+
+def test_a_second_interrupt_ends_even_a_process_that_hangs(tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 2, 0)
+    job = start_and_wait_for_rows(trial, 1)
+    job.signal(signal.SIGSTOP, 1)
+    job.signal(signal.SIGINT, 0)
+    time.sleep(0.3)
+    job.signal(signal.SIGINT, 0)  # the one that torchrun passes on
+    job.ranks[0].join(1.5)
+    assert job.ranks[0].is_alive()
+    job.signal(signal.SIGINT, 0)
+    job.ranks[0].join(1)
+    assert job.ranks[0].exitcode == 128 + signal.SIGINT
+    job.signal(signal.SIGKILL, 1)
+    job.wait()
+
+
+def test_a_hung_process_is_told_in_one_line(tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 2, 0)
+    job = trial.start(DAT_TIMEOUT_MINUTES="0.1")
+    job.wait_until(lambda: trial.rows() > 0)
+    job.signal(signal.SIGSTOP, 1)
+    job.ranks[0].join(30)
+    job.signal(signal.SIGKILL, 1)
+    assert job.wait() == [75, -signal.SIGKILL]
+    last = job.console().splitlines()[-1]
+    assert last.startswith("rank 0: another process died, or did not answer for 0.1 minutes")
+    assert last.endswith("the same command continues from the last checkpoint")
+    assert last in (trial.folder / "log.txt").read_text(encoding="utf-8")
+    assert "Traceback" not in job.console()
+
+
+def _launch(words: list[str], console: str) -> None:
+    descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from tools import launch
+
+    raise SystemExit(launch.main(["2", *words]))
+
+
+@LINUX
+def test_the_launcher_continues_after_a_worker_died_and_stops_when_asked(
+    uninterrupted: Uninterrupted, tmp_path: Path
+) -> None:
+    trial = Trial(tmp_path / "trial", 2, 0)
+    console = tmp_path / "launcher.txt"
+    launcher = CONTEXT.Process(target=_launch, args=([str(word) for word in trial.words], str(console)))
+    launcher.start()
+
+    def wait_for_rows(rows: int) -> None:
+        end = time.monotonic() + 90
+        while trial.rows() < rows:
+            assert launcher.is_alive(), console.read_text()
+            assert time.monotonic() < end, console.read_text()
+            time.sleep(0.02)
+
+    wait_for_rows(2)
+    workers = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    wait_for_rows(1 + trial.rows())
+    os.kill(launcher.pid, signal.SIGTERM)
+    launcher.join(60)
+    assert launcher.exitcode == 128 + signal.SIGTERM, console.read_text()
+    for words in ("launch.py: a process died; restart 1 of 3", "continuing from", "stopped as asked"):
+        assert words in console.read_text()
+    assert first_difference(uninterrupted.of(2)[0], trial.finish()) is None
+
+
+def _limit_file_sizes() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def test_a_run_whose_checkpoints_cannot_be_written_goes_on(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 1, 0)
+    job = start_and_wait_for_rows(trial, 1)
+    job.signal(signal.SIGTERM)
+    assert job.wait() == [143]
+    before = {path.name: path.read_bytes() for path in trial.folder.glob("*.pth")}
+    job = trial.start(prepare=_limit_file_sizes)
+    assert job.wait() == [1]
+    assert "finished: best accuracy" in job.console()
+    last = trial.folder / "last.pth"
+    told = [line for line in job.console().splitlines() if line.endswith(f"the one before it, {last}, stays in use")]
+    assert len(told) >= 8
+    assert all("last.tmp, the checkpoint of epoch" in line and "(File too large)" in line for line in told)
+    assert {path.name: path.read_bytes() for path in trial.folder.glob("*.pth")} == before
+    assert first_difference(uninterrupted.of(1)[0], trial.finish()) is None
+
+
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """Mount a file system of a few megabytes."""
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a small file system can be mounted by root alone; the test with a limit of file sizes stands in")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def fill(path: Path) -> None:
+    """Write to `path` until the disk is full."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+
+
+def test_a_run_survives_a_disk_that_is_full_to_the_last_byte(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 1, 0)
+    with small_disk(trial.folder):
+        job = start_and_wait_for_rows(trial, 2)
+        fill(trial.folder / "filler")
+        assert job.wait() == [1]
+        assert "stays in use" in job.console()
+        assert "finished: best accuracy" in job.console()
+        assert "Traceback" not in job.console()
+        (trial.folder / "filler").unlink()
+        assert first_difference(uninterrupted.of(1)[0], trial.finish()) is None
+
+
+def test_a_cut_off_checkpoint_gives_way_to_the_one_before(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 1, 0)
+    job = start_and_wait_for_rows(trial, 2)
+    job.signal(signal.SIGTERM)
+    assert job.wait() == [143]
+    last = trial.folder / "last.pth"
+    os.truncate(last, last.stat().st_size // 2)
+    assert first_difference(uninterrupted.of(1)[0], trial.finish()) is None
+    told = [line for line in job.console().splitlines() if line.startswith(str(last)) and "cut off" in line]
+    assert len(told) == 1
+    assert told[0].endswith(f"continuing from {trial.folder / 'previous.pth'} instead")
+
+
+def test_a_run_begun_from_a_file_continues_its_own_work(tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 1, 0)
+    job = start_and_wait_for_rows(trial, 1)
+    job.signal(signal.SIGTERM)
+    assert job.wait() == [143]
+    begin = shutil.copy(trial.folder / "last.pth", tmp_path / "begin.pth")
+    shutil.rmtree(trial.folder)
+    for source in (begin, trial.folder / "last.pth"):
+        job = start_and_wait_for_rows(trial, 1, "--resume", begin)
+        assert f"continuing from {source}: epoch 1, update " in job.console()
+        job.signal(signal.SIGTERM)
+        assert job.wait() == [143], job.console()
+
+
+def test_restarts_continue_a_run_that_began_afresh(tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 1, 0)
+    trial.finish()
+    afresh = ("--opts", "TRAIN.AUTO_RESUME", "False")
+    job = trial.start(*afresh)
+    job.wait_until(lambda: trial.rows() == 1)
+    job.signal(signal.SIGKILL)
+    job.wait()
+    job = trial.start(*afresh, SLURM_RESTART_COUNT="1")
+    job.wait_until(lambda: "continuing from" in job.console())
+    assert f"continuing from {trial.folder / 'last.pth'}: epoch 1," in job.console()
+    job.signal(signal.SIGKILL)
+    job.wait()
+
+
+def _break_losses_of_rank_1() -> None:
+    """Break updates 2, 4 and 5 and whatever follows; check that each such update changes nothing."""
+    import engine
+
+    compute, update = engine.compute_loss, engine.update_weights
+    broken = {1, *range(3, 100)}
+
+    def compute_broken(run: engine.Run, *args: object) -> torch.Tensor:
+        loss = compute(run, *args)
+        rank = run.world.size - 1
+        return loss * float("inf") if run.world.rank == rank and run.position.update in broken else loss
+
+    def update_and_compare(run: engine.Run, loss: torch.Tensor) -> torch.Tensor:
+        states = run.optimizer.state_dict()["state"]
+        before = (
+            [p.clone() for p in run.model.parameters()],
+            {i: {name: value.clone() for name, value in state.items()} for i, state in states.items()},
+        )
+        norm = update(run, loss)
+        after = list(run.model.parameters()), run.optimizer.state_dict()["state"]
+        same = first_difference(list(before[0]), after[0]) is None and first_difference(before[1], after[1]) is None
+        os.write(1, f"rank {run.world.rank} update {run.position.update + 1}: same {same}\n".encode())
+        return norm
+
+    engine.compute_loss, engine.update_weights = compute_broken, update_and_compare
+
+
+@pytest.mark.parametrize(("processes", "amp"), [(2, "off"), (1, "fp16")])
+def test_updates_that_are_not_finite_change_nothing_and_end_the_run(tmp_path: Path, processes: int, amp: str) -> None:
+    trial = Trial(tmp_path / "trial", processes, 0, TRAIN={"ACCUMULATION_STEPS": 2, "MAX_NONFINITE": 3}, AMP=amp)
+    job = trial.start("--opts", "TRAIN.ANOMALY_REPORT", "True", prepare=_break_losses_of_rank_1)
+    assert job.wait() == [1] * processes, job.console()
+    console = job.console()
+    for rank in range(processes):
+        told = [line.partition("same ")[2] for line in console.splitlines() if line.startswith(f"rank {rank} update ")]
+        assert told[:6] == ["False", "True", "False", "True", "True", "True"]
+    assert "epoch 1, update 2: loss or gradient is not finite; update skipped (1 so far)" in console
+    assert "epoch 1, update 5: loss or gradient is not finite; update skipped (3 so far)" in console
+    stop = "epoch 1, update 6: 3 updates in a row were not finite; the last good checkpoint is kept"
+    assert console.count(stop) == processes
+    assert f"Rank {processes - 1}: every module's output is finite, the loss is not" in console
+    assert "Traceback" not in console
+    state = load_checkpoint(trial.folder / "last.pth")
+    assert state["update"] == 0  # update 2 and 4 were not finite
+    assert state["nonfinite_in_row"] == 0
+    assert all(row["loss"] is None or row["loss"] > 0 for row in read_metrics(trial.folder, "train"))
