@@ -35,12 +35,13 @@ from checkpoint import (
 from config import load_config
 from data.build import build_eval_loader, build_mixup, build_train_loader, class_names
 from data.images import UnreadableImage
-from engine import BadImages, Evaluation, Run, TrainingStopped, evaluate, measure_throughput, train_one_epoch
+from engine import Evaluation, TrainingStopped, evaluate, measure_throughput, train_one_epoch
 from logger import RunLog, check_writers, open_folder, try_folder, write_whole
 from lr_scheduler import build_scheduler
 from models import build_model
 from models.weights import adapt
 from optimizer import build_optimizer
+from run import BadImages, Run
 from tools.plot import plot_curves
 from utils import (
     LOST_PEER,

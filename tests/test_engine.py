@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 import main
-from engine import Run, evaluate, train_one_epoch
+from engine import evaluate, train_one_epoch
 from logger import RunLog
+from run import Run
 from tests.runs import read_metrics, write_config
 from utils import LateReader, World, seed_everything
 
