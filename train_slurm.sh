@@ -1,17 +1,24 @@
 #!/usr/bin/env bash
 # Submit a training run to SLURM, one task a GPU. Preempted or out of time, it saves, is queued again and continues.
 # From the environment, with defaults: PARTITION (the cluster's), GPUS_PER_NODE (8, or <gpus> if fewer), CPUS_PER_TASK (10),
-# TIME_LIMIT (2-00:00:00), GRACE (seconds before the time limit at which the run saves: 180), DATA_PATH, SBATCH_FLAGS.
+# TIME_LIMIT (2-00:00:00), GRACE (seconds before the time limit at which the run saves: 180), MAX_RESTARTS (of a run whose
+# process died: 3), MASTER_ADDR (the first node), DATA_PATH, SBATCH_FLAGS.
 set -euo pipefail
 usage="usage: bash train_slurm.sh <gpus> <config> <job-name> [main.py flags...]"
 
 if [[ ${1:-} == --inside-job ]]; then
     shift
-    status=0
-    srun --kill-on-bad-exit=1 "$@" || status=$?
-    # 138 = 128 + SIGUSR1: the time limit is near and everything is saved.
-    ((status != 138)) || exec scontrol requeue "$SLURM_JOB_ID"
-    exit "$status"
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # which srun does not take over from sbatch by itself
+    for ((restart = 0; ; restart++)); do
+        status=0
+        DAT_RESTART_COUNT=$restart srun --kill-on-bad-exit=1 "$@" || status=$?
+        case $status in
+        138) exec scontrol requeue "$SLURM_JOB_ID" ;; # 128 + SIGUSR1: the time limit is near and everything is saved
+        75 | 134 | 135 | 137 | 139) ((restart < ${MAX_RESTARTS:-3})) || exit "$status" ;; # a process died
+        *) exit "$status" ;;
+        esac
+        echo "a process died; restart $((restart + 1)) of ${MAX_RESTARTS:-3}"
+    done
 fi
 
 (($# >= 3)) || { echo "$usage" >&2; exit 2; }
@@ -28,7 +35,7 @@ cpu_only=false
 
 flags=(--job-name "$name" --ntasks "$gpus" --ntasks-per-node "$per_node" --nodes $((gpus / per_node)))
 flags+=(--cpus-per-task "${CPUS_PER_TASK:-10}" --time "${TIME_LIMIT:-2-00:00:00}" --requeue --open-mode append)
-flags+=(--signal "USR1@${GRACE:-180}" --chdir "$root" --output "$root/output/slurm/%x-%j.log" --export ALL)
+flags+=(--signal "USR1@${GRACE:-180}" --output "$root/output/slurm/%x-%j.log" --export ALL)
 [[ -z ${PARTITION:-} ]] || flags+=(--partition "$PARTITION")
 $cpu_only || flags+=(--gres "gpu:$per_node")
 mkdir -p "$root/output/slurm"
