@@ -304,7 +304,7 @@ def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
     folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
     resumed = find_resumed(config, folder, world, warnings)
     if resumed is not None:
-        load_strictly(network, resumed[1]["model"], resumed[0])
+        load_strictly(network, model_weights(resumed[1], resumed[0]), resumed[0])
     elif config.MODEL.PRETRAINED:
         notes += start_from_pretrained(config, network)
     elif config.MODEL.CLASS_MAP:

@@ -1,0 +1,203 @@
+"""The config: what overrides what, what a written config gives back, and the files in configs/."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import main
+from config import default_config, differences, flatten, load_config, set_option
+from models.dat import DAT
+from tests.runs import ROOT
+
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+MODELS = [path for path in CONFIGS if path.parent.name != "_base"]
+
+
+def write(path: Path, content: str) -> Path:
+    """Write a config file, and the folders it lies in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def refusal(*overrides: Any) -> str:
+    """Return with which message options are refused."""
+    with pytest.raises(ValueError, match="option") as error:
+        load_config(ROOT / "configs/digits.yaml", overrides)
+    return str(error.value)
+
+
+def test_defaults_then_base_then_file_then_opts_then_flags(tmp_path: Path) -> None:
+    write(tmp_path / "far.yaml", "TRAIN: {EPOCHS: 1, WARMUP_EPOCHS: 1, BASE_LR: 1.0, MIN_LR: 1.0}\nSEED: 1")
+    write(tmp_path / "near.yaml", "BASE: far.yaml\nTRAIN: {WARMUP_EPOCHS: 2, BASE_LR: 2.0, MIN_LR: 2.0}\nSEED: 2")
+    path = write(tmp_path / "file.yaml", "BASE: near.yaml\nTRAIN: {BASE_LR: 3.0, MIN_LR: 3.0}\nSEED: 3")
+    _, config = main.parse(["--cfg", str(path), "--seed", "5", "--opts", "TRAIN.MIN_LR", "4", "SEED", "4"])
+    assert config.TRAIN.WEIGHT_DECAY == default_config().TRAIN.WEIGHT_DECAY
+    assert (config.TRAIN.EPOCHS, config.TRAIN.WARMUP_EPOCHS) == (1, 2)
+    assert (config.TRAIN.BASE_LR, config.TRAIN.MIN_LR, config.SEED) == (3.0, 4.0, 5)
+
+
+def test_bases_are_relative_to_their_file_and_the_later_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "shared/one.yaml", "SEED: 1\nTAG: one")
+    write(tmp_path / "shared/two.yaml", "SEED: 2")
+    path = write(tmp_path / "mine/file.yaml", 'BASE: ["", ../shared/one.yaml, ../shared/two.yaml]')
+    monkeypatch.chdir(tmp_path / "shared")
+    config = load_config(path)
+    assert (config.SEED, config.TAG) == (2, "one")
+
+
+def test_one_base_may_be_reached_twice(tmp_path: Path) -> None:
+    write(tmp_path / "root.yaml", "SEED: 7")
+    for name in ("left", "right"):
+        write(tmp_path / f"{name}.yaml", "BASE: root.yaml")
+    assert load_config(write(tmp_path / "file.yaml", "BASE: [left.yaml, right.yaml]\nTAG: both")).SEED == 7
+
+
+def test_a_circle_over_two_files_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "one.yaml", "BASE: two.yaml\nSEED: 1")
+    write(tmp_path / "two.yaml", "BASE: one.yaml\nSEED: 2")
+    with pytest.raises(ValueError, match=r"BASE of .*two.yaml leads back to itself"):
+        load_config(path)
+
+
+def test_every_opts_counts() -> None:
+    _, config = main.parse(["--cfg", str(MODELS[0]), "--opts", "SEED", "1", "--opts", "TAG", "second"])
+    assert (config.SEED, config.TAG) == (1, "second")
+
+
+def test_loading_leaves_the_defaults_as_they_are(tmp_path: Path) -> None:
+    before = dict(flatten(default_config()))
+    config = load_config(write(tmp_path / "file.yaml", "MODEL: {DAT: {dims: [8, 8, 8, 8]}}"))
+    config.MODEL.DAT.heads.append(1)
+    config.AUG.SCALE[0] = 0.5
+    assert dict(flatten(default_config())) == before
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_a_written_config_gives_the_same_config(path: Path, tmp_path: Path) -> None:
+    config = load_config(path, ["TAG", "5e-4", "AMP", "bf16", "TRAIN.BASE_LR", "1e-30", "DATA.DATA_PATH", "~/ö: #x"])
+    written = load_config(write(tmp_path / "config.yaml", config.dump()))
+    assert written == config
+    assert differences(written, config) == []
+    for (key, one), (_, other) in zip(flatten(written), flatten(config), strict=True):
+        assert (type(one), repr(one)) == (type(other), repr(other)), key
+
+
+@pytest.mark.parametrize("path", MODELS, ids=lambda path: str(path.relative_to(ROOT / "configs")))
+def test_a_config_opens_with_its_commands_and_its_result(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    lines = path.read_text(encoding="utf-8").splitlines()
+    header = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
+    assert any(line.startswith("# bash train") and f" {name}" in line for line in header)
+    assert any(line.startswith("# bash evaluate.sh ") and f" {name} " in line for line in header)
+    assert any(line.startswith("# Trained here: ") for line in header)
+
+
+def test_every_config_has_its_own_output_folder() -> None:
+    names = [load_config(path).MODEL.NAME for path in MODELS]
+    assert len(set(names)) == len(names) == len(MODELS)
+
+
+def test_the_options_of_the_network_are_its_arguments() -> None:
+    arguments = {name: p.default for name, p in inspect.signature(DAT).parameters.items() if name != "use_checkpoint"}
+    options = dict(default_config().MODEL.DAT)
+    assert options.keys() == arguments.keys()
+    for name, default in arguments.items():
+        wanted = [list(stage) for stage in default] if name == "stage_spec" else default
+        assert options[name] == (list(wanted) if isinstance(wanted, tuple) else wanted), name
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("TRAIN.BASE_LR", "5e-4", 5e-4),
+        ("TRAIN.BASE_LR", "1", 1.0),
+        ("TRAIN.BASE_LR", "1.0e-3", 1e-3),
+        ("TRAIN.EPOCHS", "12", 12),
+        ("TEST.CROP", "false", False),
+        ("TEST.CROP", "off", False),
+        ("TEST.CROP", "True", True),
+        ("AMP", "off", "off"),
+        ("TAG", "off", "off"),
+        ("TAG", "5", "5"),
+        ("TAG", "null", "null"),
+        ("AUG.SCALE", "[5e-1, 1]", [0.5, 1.0]),
+        ("AUG.SCALE", "[0.5, 1.0]", [0.5, 1.0]),
+        ("AUG.AUTO_AUGMENT", "", ""),
+        ("MODEL.DAT.dims", "[8, 8, 8, 8]", [8, 8, 8, 8]),
+        ("MODEL.DAT.layer_scale_values", "[1e-6, 1, -1, 0]", [1e-6, 1.0, -1.0, 0.0]),
+        ("MODEL.DAT.stage_spec", "[ND, ND, ND, DD]", ["ND", "ND", "ND", "DD"]),
+        ("MODEL.DAT.stage_spec", "[[N, D], ND, [N], D]", [["N", "D"], "ND", ["N"], "D"]),
+    ],
+)
+def test_text_is_read_by_the_type_of_the_option(key: str, text: str, value: Any) -> None:
+    config = default_config()
+    set_option(config, key, text)
+    set = dict(flatten(config))[key]
+    assert (type(set), repr(set)) == (type(value), repr(value))
+
+
+@pytest.mark.parametrize(
+    ("content", "key", "value"),
+    [
+        ("TRAIN: {BASE_LR: 5e-4}", "TRAIN.BASE_LR", 5e-4),  # text to YAML, which wants a dot
+        ("TRAIN: {BASE_LR: 1}", "TRAIN.BASE_LR", 1.0),
+        ("AMP: off", "AMP", "off"),  # False to YAML
+        ("TEST: {CROP: no}", "TEST.CROP", False),
+        ("MODEL: {DAT: {offset_range_factor: [1, 2.5, 1e1, -1]}}", "MODEL.DAT.offset_range_factor", [1, 2.5, 10, -1]),
+    ],
+)
+def test_yaml_scalars_become_what_was_meant(content: str, key: str, value: Any, tmp_path: Path) -> None:
+    assert dict(flatten(load_config(write(tmp_path / "file.yaml", content))))[key] == value
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("TRAIN.EPOCH", "TRAIN.EPOCHS"),
+        ("EPOCHS", "TRAIN.EPOCHS"),
+        ("BATCH_SIZE", "DATA.BATCH_SIZE"),
+        ("TRAIN.BATCH_SIZE", "DATA.BATCH_SIZE"),
+        ("train.base_lr", "TRAIN.BASE_LR"),
+        ("MODEL.dims", "MODEL.DAT.dims"),
+        ("dims", "MODEL.DAT.dims"),
+        ("MODEL.DAT.use_pe", "MODEL.DAT.use_pes"),
+        ("AUG.MIX_UP", "AUG.MIXUP"),
+        ("TRAIN.EMA", None),
+        ("QUICKLY", None),
+    ],
+)
+def test_an_unknown_option_names_the_nearest(written: str, meant: str | None) -> None:
+    message = refusal(written, "1")
+    if written == "TRAIN.EMA":
+        assert message == "TRAIN.EMA is a section; set one of its options, such as TRAIN.EMA.ENABLED"
+    else:
+        hint = f"did you mean {meant}?" if meant else "every option stands in config.py"
+        assert message == f"unknown option {written}; {hint}"
+
+
+@pytest.mark.parametrize("text", ["text", "", "{a: 1}", "2024-01-01", "!!int x", "9" * 400, "-.inf", ".nan"])
+def test_a_value_of_another_kind_is_refused_by_every_option(text: str) -> None:
+    for key, default in flatten(default_config()):
+        if not isinstance(default, str) and key != "BASE":
+            with pytest.raises(ValueError, match=rf"^{key}.*(must be|is no value)"):
+                set_option(default_config(), key, text)
+
+
+def test_differences_name_what_one_side_lacks() -> None:
+    one, other = default_config(), default_config()
+    assert differences(one, other) == []
+    one.TRAIN.EPOCHS = 5
+    other.AUG.SCALE = [0.5, 1.0]
+    del one.TRAIN.EMA["DECAY"]
+    other.LATER = 1
+    assert set(map(repr, differences(one, other))) == {
+        "('TRAIN.EPOCHS', 5, 300)",
+        "('AUG.SCALE', [0.08, 1.0], [0.5, 1.0])",
+        "('TRAIN.EMA.DECAY', None, 0.9999)",
+        "('LATER', None, 1)",
+    }

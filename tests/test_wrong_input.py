@@ -1,0 +1,539 @@
+"""Every kind of wrong input gets one line that says what is wrong and what to do, status 2, and writes nothing."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from yacs.config import CfgNode
+
+import main
+from tests.data.samples import write_folder
+from tests.runs import ROOT, run_command, write_config
+
+PHOTOS = {"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/dog": 2}
+DATA = {"DATASET": "imagenet", "DATA_PATH": "photos", "BATCH_SIZE": 2, "NUM_WORKERS": 0}
+LAYOUT = r"the layout is DATA_PATH/train/<class>/\*\.jpg and DATA_PATH/val/<class>/\*\.jpg"
+WITHOUT_STATE = "holds no training state that can be continued; to start from its weights use --pretrained"
+
+
+@dataclass(kw_only=True)
+class Wrong:
+    """A wrong input: flags beside a good config, or a whole command line; or sections merged over the good config."""
+
+    name: str
+    says: str
+    flags: Sequence[str] = ()
+    argv: Sequence[str] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str | bytes] = field(default_factory=dict)
+    prepare: Callable[[], Any] | None = None
+
+    def command(self) -> list[str]:
+        """Write what the row needs into the current folder and return the command line."""
+        for name, content in self.files.items():
+            Path(name).write_bytes(content if isinstance(content, bytes) else content.encode())
+        if self.prepare:
+            self.prepare()
+        if self.argv is not None:
+            return list(self.argv)
+        data = {**DATA, **self.config.get("DATA", {})}
+        config = write_config(Path(), **{"OUTPUT": "out", **self.config, "DATA": data})
+        return ["--cfg", str(config), *self.flags]
+
+
+def dat(name: str, says: str, **options: Any) -> Wrong:
+    """Return a row of wrong options of the network."""
+    return Wrong(name=f"network: {name}", says=says, config={"MODEL": {"DAT": options}})
+
+
+def opts(name: str, key: str, value: str, says: str) -> Wrong:
+    """Return a row of a wrong option on the command line."""
+    return Wrong(name=f"option: {name}", says=says, flags=("--opts", key, value))
+
+
+def text(name: str, content: str | bytes, says: str) -> Wrong:
+    """Return a row of a wrong config file."""
+    return Wrong(name=f"config file: {name}", says=says, argv=("--cfg", "wrong.yaml"), files={"wrong.yaml": content})
+
+
+def folder(name: str, layout: dict[str, int], says: str, prepare: Callable[[Path], Any] | None = None) -> Wrong:
+    """Return a row of a data folder that is not laid out as it should be."""
+
+    def write() -> None:
+        Path("wrong").mkdir()
+        write_folder(Path("wrong"), layout)
+        if prepare:
+            prepare(Path("wrong"))
+
+    return Wrong(name=f"data: {name}", says=says, flags=("--data-path", "wrong"), prepare=write)
+
+
+def weights(name: str, write: Callable[[], Any], says: str, *flags: str) -> Wrong:
+    """Return a row of a wrong checkpoint, which `write` makes out of trained.pth."""
+    return Wrong(name=f"checkpoint: {name}", says=says, flags=flags, prepare=write)
+
+
+def trained(**changes: Any) -> dict[str, Any]:
+    """Return what trained.pth holds, with changes."""
+    return torch.load("trained.pth", weights_only=True) | changes
+
+
+def save(content: Any) -> None:
+    """Write a checkpoint."""
+    torch.save(content, "wrong.pth")
+
+
+class Hostile:
+    """Unpickles as a call of the shell."""
+
+    def __reduce__(self) -> tuple:
+        return os.system, ("touch victim",)
+
+
+ROWS = [
+    # The command line.
+    Wrong(name="flag: no config", argv=(), says="no config given; pass one as --cfg FILE, such as configs/digits.yaml"),
+    Wrong(
+        name="flag: misspelt", flags=("--batchsize", "4"), says="unknown argument --batchsize; did you mean --batch-s"
+    ),
+    Wrong(
+        name="flag: --cfg misspelt", argv=("--cgf", "tiny.yaml"), says=r"unknown argument --cgf; did you mean --cfg\?"
+    ),
+    Wrong(name="flag: unlike any", flags=("--quick",), says="unknown argument --quick; options .* by --opts KEY VALUE"),
+    Wrong(name="flag: no flag", flags=("fast",), says="unknown argument fast; options of config.py are set by --opts"),
+    Wrong(
+        name="flag: no value", flags=("--batch-size",), says="argument --batch-size: expected one argument; see pyth"
+    ),
+    Wrong(name="flag: empty", flags=("--resume", ""), says="--resume is empty; give it a value or leave it out"),
+    Wrong(name="flag: needless value", flags=("--ema=yes",), says="argument --ema: ignored explicit argument 'yes'"),
+    Wrong(name="flag: two modes", flags=("--eval", "--throughput"), says="--throughput: not allowed with .* --eval"),
+    Wrong(
+        name="flag: text for a number", flags=("--seed", "x"), says="SEED must be a whole number, such as 0, not 'x'"
+    ),
+    Wrong(name="flag: --amp", flags=("--amp", "fp32"), says="AMP must be one of off, fp16, bf16, not 'fp32'"),
+    Wrong(name="flag: --device", flags=("--device", "cuda:0"), says=r"DEVICE must be one of .*did you mean cuda\?"),
+    Wrong(name="flag: --tag", flags=("--tag", "a/b"), says="TAG names a folder and must be a plain name, not 'a/b'"),
+    Wrong(
+        name="flag: no checkpoint to evaluate", flags=("--eval",), says="--eval needs a checkpoint: pass .* --resume"
+    ),
+    Wrong(name="flag: --opts without value", flags=("--opts", "SEED"), says="pairs of KEY VALUE; 'SEED' has no value"),
+    Wrong(
+        name="flag: second --opts without value",
+        flags=("--opts", "SEED", "1", "--opts", "TAG"),
+        says="'TAG' has no value",
+    ),
+    # Options.
+    opts("misspelt", "TRAIN.EPOCH", "1", r"unknown option TRAIN.EPOCH; did you mean TRAIN.EPOCHS\?"),
+    opts("without its section", "EPOCHS", "1", r"unknown option EPOCHS; did you mean TRAIN.EPOCHS\?"),
+    opts("in small letters", "train.epochs", "1", r"unknown option train.epochs; did you mean TRAIN.EPOCHS\?"),
+    opts("unlike any", "QUICKLY", "1", "unknown option QUICKLY; every option stands in config.py"),
+    opts("below an option", "TAG.NAME", "1", "unknown option TAG.NAME; "),
+    opts("section", "TRAIN", "1", "TRAIN is a section; set one of its options, such as TRAIN.EPOCHS"),
+    opts("BASE", "BASE", "x.yaml", "BASE belongs into a config file"),
+    opts("no YAML", "TRAIN.EPOCHS", "[1", r"TRAIN.EPOCHS: '\[1' is no value; write it as in a YAML file"),
+    opts("text for a number", "TRAIN.BASE_LR", "high", "TRAIN.BASE_LR must be a number, such as 0.0005, not 'high'"),
+    opts("fraction of an epoch", "TRAIN.EPOCHS", "1.5", "TRAIN.EPOCHS must be a whole number, such as 300, not 1.5"),
+    opts("nothing", "TRAIN.EPOCHS", "", "TRAIN.EPOCHS must be a whole number, .*; give it a value or remove the line"),
+    opts("number for a switch", "TEST.CROP", "1", "TEST.CROP must be true or false, such as True, not 1"),
+    opts("number for a list", "AUG.SCALE", "0.5", r"AUG.SCALE must be a list, such as \[0.08, 1.0\], not 0.5"),
+    opts("nan", "TRAIN.BASE_LR", "nan", "TRAIN.BASE_LR must be a finite number, such as 0.0005, not nan"),
+    opts("infinite", "TRAIN.CLIP_GRAD", "inf", "TRAIN.CLIP_GRAD must be a finite number, such as 5.0, not inf"),
+    opts("huge", "TRAIN.EPOCHS", "9" * 20, r"TRAIN.EPOCHS must be below 2\^31, not 99999999999999999999"),
+    opts("negative", "TRAIN.WEIGHT_DECAY", "-1", "TRAIN.WEIGHT_DECAY must be 0 or more, not -1"),
+    opts("zero", "DATA.BATCH_SIZE", "0", "DATA.BATCH_SIZE must be at least 1, not 0"),
+    opts("no probability", "AUG.REPROB", "2", "AUG.REPROB must be between 0 and 1, not 2"),
+    opts("no choice", "TRAIN.OPTIMIZER.NAME", "adam", r"must be one of adamw, sgd, not 'adam'; did you mean adamw\?"),
+    opts("length of a pair", "AUG.RATIO", "[1]", r"AUG.RATIO must be two numbers \[smallest, largest\], above 0, not"),
+    opts("order of a pair", "AUG.SCALE", "[1, 0.5]", r"two numbers \[smallest, largest\], above 0 and at most 1, not"),
+    opts("entry of a pair", "AUG.SCALE", "[a, b]", r"AUG.SCALE\[0\] must be a number, such as 0.08, not 'a'"),
+    opts("betas", "TRAIN.OPTIMIZER.BETAS", "[0.9, 1]", "BETAS must be two numbers from 0 to below 1, not"),
+    opts("augmentation", "AUG.AUTO_AUGMENT", "rand-x9", "'rand-x9' is no policy of timm; write one such as rand-m9-"),
+    opts("control character", "OUTPUT", "a\nb", r"OUTPUT must be text of one line .*, not 'a\\nb'"),
+    opts("no name", "TAG", "..", r"TAG names a folder and must be a plain name, not '\.\.'"),
+    opts("class map without weights", "MODEL.CLASS_MAP", "map.txt", "MODEL.CLASS_MAP belongs to .* --pretrained"),
+    opts("missing package", "WANDB", "True", "WANDB needs the package wandb: pip install wandb, or set WANDB to False"),
+    # The network.
+    dat("three dims", r"dims = \[8, 16, 16\] must be a list of 4 entries, one per stage", dims=[8, 16, 16]),
+    dat("no list", r"MODEL.DAT.dims must be a list, such as \[96, 192, 384, 768\], not 8", dims=8),
+    dat(
+        "letters as dims", r"MODEL.DAT.dims\[0\] must be a whole number, such as 96, not 'a'", dims=["a", "b", "c", "d"]
+    ),
+    dat("nested dims", r"MODEL.DAT.dims\[0\] must be a whole number, such as 96, not \[8\]", dims=[[8], [8], [8], [8]]),
+    dat("negative dims", r"dims\[0\] = -8 must be at least 1", dims=[-8, 16, 16, 16]),
+    dat("heads", r"heads\[1\] = 3 does not divide dims\[1\] = 16; change one of them", heads=[1, 3, 2, 2]),
+    dat("groups", r"groups\[1\] = 3 does not divide heads\[1\] = 2; change one of them", groups=[1, 3, 1, 1]),
+    dat("letter", r"stage_spec\[0\] = 'Z' holds 'Z'; the letters are L, S, D, N, P, Q, X, E", stage_spec=list("ZDDD")),
+    dat("letters and depth", r"stage_spec\[0\] = 'ND' does not name as many .* depths\[0\]", stage_spec=["ND", *"DDD"]),
+    dat("no letters", r"stage_spec\[0\] = 1 must be letters, such as 'ND'", stage_spec=[1, 2, 3, 4]),
+    dat(
+        "even kernel",
+        r"window_sizes\[0\] = 4 must be odd for the blocks 'X'",
+        stage_spec=list("XDDD"),
+        window_sizes=[4] * 4,
+    ),
+    dat("even window", r"nat_ksizes\[0\] = 4 must be odd for the blocks 'N'", nat_ksizes=[4, 3, 3, 3]),
+    dat("rate", r"drop_path_rate = 1.0 must be a number in \[0, 1\)", drop_path_rate=1.0),
+    dat("coordinates", "coordinates = 'dat' is unknown; choose one of", coordinates="dat"),
+    dat("image", "img_size = 16 leaves no pixel for the last stage; choose at least 32", img_size=16),
+    Wrong(
+        name="network: size of the images",
+        config={"DATA": {"IMG_SIZE": 16}, "MODEL": {"DAT": {"use_conv_patches": False}}},
+        says="DATA.IMG_SIZE = 16 leaves no pixel for the last stage; give at least 32",
+    ),
+    dat("misspelt", r"unknown option MODEL.DAT.dim; did you mean MODEL.DAT.dims\?", dim=[8, 16, 16, 16]),
+    # Config files.
+    Wrong(
+        name="config file: missing",
+        argv=("--cfg", str(ROOT / "configs/dat_tinny.yaml")),
+        says=r"config file .*dat_tinny.yaml does not exist; did you mean .*configs/dat_tiny.yaml\?",
+    ),
+    Wrong(
+        name="config file: folder", argv=("--cfg", "photos"), says="config file .*photos is a folder; name a file in"
+    ),
+    Wrong(name="config file: name too long", argv=("--cfg", "x" * 300), says="File name too long: '.*xxx"),
+    text("empty", "", "wrong.yaml holds no options; write them as KEY: value, as in configs/dat_tiny.yaml"),
+    text("list", "- DATA", "wrong.yaml holds no options"),
+    text("no YAML", "DATA: [", "wrong.yaml cannot be read as YAML: .* line 1"),
+    text("tabs", "DATA:\n\tBATCH_SIZE: 2", r"wrong.yaml cannot be read as YAML: .*'\\t'.* line 2"),
+    text("no text", b"\xff\xfe\x00", "wrong.yaml cannot be read as YAML: .*utf-8"),
+    text("Python", "TAG: !!python/object/apply:os.system [id]", "cannot be read as YAML: could not determine"),
+    text("deeply nested", "[" * 5000, "cannot be read as YAML: maximum recursion depth"),
+    text("key twice", "TAG: a\nTAG: b", "TAG stands twice in the section that begins in line 1"),
+    text("key", "DATA: {BATCHSIZE: 2}", r"wrong.yaml: unknown option DATA.BATCHSIZE; did you mean DATA.BATCH_SIZE\?"),
+    text("number as key", "1: 2", "wrong.yaml: unknown option 1; every option stands in config.py"),
+    text("no section", "DATA: 5", "wrong.yaml: DATA is a section, not 5; its options go below it, indented"),
+    text("empty section", "DATA:", "wrong.yaml: DATA is a section, not None; its options go below it, indented"),
+    text("number for text", "TAG: 5", "wrong.yaml: TAG must be text, such as 'default', not 5; put it in quotes"),
+    text("circle", "BASE: wrong.yaml", "BASE of .*wrong.yaml leads back to itself; remove the circle"),
+    text("missing BASE", "BASE: other.yaml", "config file .*other.yaml does not exist"),
+    text("number as BASE", "BASE: 5", "wrong.yaml: BASE must be the name of a config file, or a list of names, not 5"),
+    # Data sets.
+    Wrong(
+        name="data: none", config={"DATA": {"DATA_PATH": ""}}, says="no data set given; pass --data-path FOLDER or set"
+    ),
+    Wrong(
+        name="data: missing folder",
+        flags=("--data-path", "nowhere"),
+        says=f"cannot read folder nowhere: No such file or directory; {LAYOUT}",
+    ),
+    Wrong(
+        name="data: file", flags=("--data-path", "trained.pth"), says="cannot read folder trained.pth: Not a directory"
+    ),
+    Wrong(
+        name="data: unknown user", flags=("--data-path", "~nobody-here/x"), says="there is no such user; write the fo"
+    ),
+    folder("empty folder", {}, f"no folder 'train' in data path wrong: it holds no folders; {LAYOUT}"),
+    folder("no train", {"val/cat": 1}, f"no folder 'train' in data path wrong: it holds val; {LAYOUT}"),
+    folder("no val", {"train/cat": 4}, f"no folder 'val' in data path wrong: it holds train; {LAYOUT}"),
+    folder("classes without train and val", {"cat": 4, "dog": 4}, "no folder 'train' .*: it holds cat, dog;"),
+    folder("images without classes", {"train": 4, "val": 2}, f"no class folders in wrong/train; {LAYOUT}"),
+    folder(
+        "class without images", {"train/cat": 4, "train/dog": 0, "val/cat": 2}, "no images in wrong/train/dog; add so"
+    ),
+    folder(
+        "class of other files",
+        {"train/cat": 4, "val/cat": 0},
+        r"no images in wrong/val/cat; .*images end in \.jpg",
+        lambda root: (root / "val/cat/notes.txt").write_text("no image"),
+    ),
+    folder(
+        "class of val alone", {"train/cat": 4, "val/cow": 2}, "wrong/val has classes that wrong/train has not: cow; "
+    ),
+    folder(
+        "link to nothing",
+        {"train/cat": 4, "val/cat": 2},
+        "wrong/train/dog is a link to nothing; repair or remove it",
+        lambda root: (root / "train/dog").symlink_to("nowhere"),
+    ),
+    folder("line break in a name", {"train/cat": 4, "val/c\now": 2}, r"wrong/train has not: c\\now; "),
+    Wrong(
+        name="data: batch larger than the data set",
+        flags=("--batch-size", "16"),
+        says="8 training images are fewer than one update takes: .*; reduce DATA.BATCH_SIZE",
+    ),
+    Wrong(
+        name="data: odd batch with mixup",
+        flags=("--batch-size", "3"),
+        config={"AUG": {"MIXUP": 0.8}},
+        says="DATA.BATCH_SIZE must be even for mixup and cutmix, not 3; .*AUG.MIXUP 0 AUG.CUTMIX 0",
+    ),
+    Wrong(
+        name="data: unreadable image in evaluation",
+        flags=("--data-path", "wrong", "--eval", "--resume", "trained.pth"),
+        prepare=lambda: (write_folder(Path("wrong"), PHOTOS) / "val/dog/1.jpg").write_text("no image"),
+        says="cannot read image 'wrong/val/dog/1.jpg': cannot identify image file",
+    ),
+    # Checkpoints.
+    weights(
+        "missing",
+        lambda: None,
+        r"checkpoint traind.pth does not exist; did you mean trained.pth\?",
+        *("--eval", "--resume", "traind.pth"),
+    ),
+    weights("folder", lambda: None, "checkpoint photos is a folder; name a file in it", "--resume", "photos"),
+    weights("http", lambda: None, "fetched by https alone", "--resume", "http://localhost/a.pth"),
+    weights("address without hash", lambda: None, "needs the file's hash", "--resume", "https://localhost/a.pth"),
+    weights(
+        "truncated",
+        lambda: Path("wrong.pth").write_bytes(Path("trained.pth").read_bytes()[:20_000]),
+        "wrong.pth is damaged, cut off or no checkpoint of PyTorch",
+        *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "empty",
+        lambda: Path("wrong.pth").touch(),
+        "wrong.pth is empty; the download went wrong, fetch the file again",
+        *("--pretrained", "wrong.pth"),
+    ),
+    weights(
+        "web page",
+        lambda: Path("wrong.pth").write_text("<!DOCTYPE html><html>not found</html>"),
+        "wrong.pth is a text page, not a checkpoint; the download went wrong, fetch the file again",
+        *("--eval", "--resume", "wrong.pth"),
+    ),
+    weights(
+        "hostile",
+        lambda: save(trained(config=Hostile())),
+        "wrong.pth holds a pickled posix.system, which could run code when loaded; it is refused",
+        *("--pretrained", "wrong.pth"),
+    ),
+    weights(
+        "hostile pickle of a newer protocol",
+        lambda: Path("wrong.pth").write_bytes(pickle.dumps(Hostile(), protocol=4)),
+        "wrong.pth is damaged or no checkpoint of PyTorch",
+        *("--resume", "wrong.pth"),
+    ),
+    weights("no dict", lambda: save([1, 2]), "wrong.pth holds a list, not a dict", "--resume", "wrong.pth"),
+    weights("no weights", lambda: save({"model": 3}), "neither a `model` entry nor a", "--pretrained", "wrong.pth"),
+    weights("numbered weights", lambda: save({1: torch.ones(1)}), "holds no weights", "--pretrained", "wrong.pth"),
+    weights(
+        "published, to continue",
+        lambda: save({"model": trained()["model"], "epoch": 299, "config": CfgNode({"TAG": "published"})}),
+        f"wrong.pth {WITHOUT_STATE}",
+        *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "half a state", lambda: save(trained(optimizer=None)), f"wrong.pth {WITHOUT_STATE}", "--resume", "wrong.pth"
+    ),
+    weights(
+        "another config",
+        lambda: None,
+        "written under other options: TRAIN.BASE_LR: 0.02 in the checkpoint, 0.5 now. .*--tag .*--allow-config-change",
+        *("--resume", "trained.pth", "--opts", "TRAIN.BASE_LR", "0.5"),
+    ),
+    weights(
+        "another optimizer",
+        lambda: None,
+        "trained.pth holds the state of another optimizer; start from its weights by --pretrained",
+        *("--resume", "trained.pth", "--allow-config-change", "--opts", "TRAIN.OPTIMIZER.NAME", "sgd"),
+    ),
+    weights(
+        "end of another run",
+        lambda: save(trained(epoch=2, update=0)),
+        "wrong.pth is the end of a run of 2 epochs, which leaves nothing to train; evaluate it with --eval, or",
+        *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "larger data set",
+        lambda: save(trained(epoch=0, update=5)),
+        "after 5 updates of an epoch, which has 4 now; continue with the data set that the run began with",
+        *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "no averaged weights",
+        lambda: None,
+        "trained.pth holds no averaged weights; use it without --ema, or train with --ema",
+        *("--eval", "--ema", "--resume", "trained.pth"),
+    ),
+    weights(
+        "architecture, to evaluate",
+        lambda: None,
+        "trained.pth is of another architecture than --cfg: cls_head.weight is .* and [0-9]+ more",
+        *("--eval", "--resume", "trained.pth", "--opts", "MODEL.DAT.dims", "[8, 16, 16, 32]"),
+    ),
+    weights(
+        "architecture, to fine-tune",
+        lambda: None,
+        "--pretrained trained.pth: the weights are of another architecture: cls_head.weight is .* more names",
+        *("--pretrained", "trained.pth", "--opts", "MODEL.DAT.dims", "[8, 16, 16, 32]"),
+    ),
+    weights(
+        "number of classes",
+        lambda: write_folder(Path("wrong"), {"train/a": 4, "train/b": 4, "train/c": 4, "val/a": 2}),
+        "trained.pth was trained for 2 classes, the data set has 3; .*, or fine-tune it with --pretrained",
+        *("--data-path", "wrong", "--eval", "--resume", "trained.pth"),
+    ),
+    weights(
+        "missing class map",
+        lambda: None,
+        "class map map.txt cannot be read: .*No such file",
+        *("--pretrained", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
+    ),
+    weights(
+        "class map",
+        lambda: Path("map.txt").write_text("0\n2\n"),
+        "class map map.txt, line 2: '2' is no class of the weights; give 0 to 1, or -1",
+        *("--pretrained", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
+    ),
+    # The output folder. Permissions would not stop root, who may run this.
+    Wrong(
+        name="output: file in its place",
+        flags=("--output", "trained.pth"),
+        says=r"output folder trained.pth/tiny/default cannot be written \(Not a directory\); choose another with --out",
+    ),
+    Wrong(
+        name="output: no place for folders",
+        flags=("--output", "/proc/results"),
+        says="output folder /proc/results/tiny/default cannot be written .*; choose another with --output",
+    ),
+    Wrong(name="output: name too long", flags=("--tag", "x" * 300), says=r"cannot be written \(File name too long\); "),
+    # The machine.
+    Wrong(
+        name="device: no GPU",
+        flags=("--device", "cuda"),
+        says="--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos, and trained.pth of a run of two epochs that has one to go."""
+    root = tmp_path_factory.mktemp("wrong")
+    write_folder(root / "photos", PHOTOS)
+    config = write_config(root, OUTPUT=str(root), DATA={**DATA, "DATA_PATH": str(root / "photos")})
+    done = run_command(sys.executable, "main.py", "--cfg", config, "--opts", "SAVE_FREQ", "1")
+    assert done.returncode == 0, done.stderr
+    state = torch.load(root / "tiny/default/epoch_1.pth", weights_only=True)
+    torch.save(state, root / "trained.pth")
+    return root
+
+
+@pytest.fixture
+def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder but for links to what `place` holds."""
+    for name in ("photos", "trained.pth"):
+        (tmp_path / name).symlink_to(place / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DATA_PATH", raising=False)
+    return tmp_path
+
+
+def files_in(root: Path) -> dict[str, tuple[int, int]]:
+    """Return size and time of change of everything below a folder."""
+    return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in root.rglob("*")}
+
+
+@pytest.mark.parametrize("wrong", ROWS, ids=lambda wrong: wrong.name)
+def test_wrong_input_is_refused(
+    wrong: Wrong, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(main, "StopSignal", lambda: None)  # the signals stay those of the test
+    monkeypatch.setattr(main, "train", lambda run: pytest.fail("it went on to train"))
+    argv = wrong.command()
+    before = files_in(here)
+    status = main.main(argv)
+    said = capsys.readouterr().err
+    assert status == 2
+    assert re.fullmatch(r"main\.py: [^\n]+\n", said), said
+    assert re.search(wrong.says, said), said
+    assert files_in(here) == before
+
+
+def test_the_good_input_would_have_been_trained(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "StopSignal", lambda: None)
+    monkeypatch.setattr(main, "train", lambda run: 0)
+    for flags in (
+        (),
+        ("--resume", "trained.pth"),
+        ("--pretrained", "trained.pth"),
+        ("--eval", "--resume", "trained.pth"),
+    ):
+        assert main.main(Wrong(name="good", says="", flags=flags).command()) == 0, flags
+
+
+def test_more_gpus_than_there_are(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    argv = Wrong(name="GPUs", says="", flags=("--device", "cuda", "--check")).command()
+    assert main.main(argv) == 2
+    assert capsys.readouterr().err == (
+        "main.py: 4 processes were started here, but this machine has 2 GPUs; start at most 2, or use --device cpu\n"
+    )
+
+
+def test_a_good_check_leaves_nothing_behind(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "StopSignal", lambda: None)
+    argv = Wrong(name="good", says="", flags=("--check",)).command()
+    before = files_in(here)
+    assert main.main(argv) == 0
+    assert files_in(here) == before
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["train.sh"], r"usage: bash train.sh <gpus> <config> \[tag\] \[main.py flags...\]"),
+        (["train.sh", "1"], "usage: bash train.sh"),
+        (
+            ["evaluate.sh", "1", "tiny.yaml"],
+            r"usage: bash evaluate.sh <gpus> <config> <checkpoint> \[main.py flags...\]",
+        ),
+        (["train_slurm.sh", "8"], "usage: bash train_slurm.sh <gpus> <config> <job-name>"),
+        (["train.sh", "tiny.yaml", "1"], "the number of GPUs must be a whole number from 1 on, not 'tiny.yaml'"),
+        (["train.sh", "0", "tiny.yaml"], "the number of GPUs must be a whole number from 1 on, not '0'"),
+        (["evaluate.sh", "-1", "tiny.yaml", "x"], "the number of GPUs must be a whole number from 1 on, not '-1'"),
+        (["train_slurm.sh", "two", "tiny.yaml", "x"], "the number of GPUs must be a whole number from 1 on, not 'two'"),
+    ],
+)
+def test_launchers_say_how_they_are_used(command: list[str], says: str) -> None:
+    done = run_command("bash", *command)
+    assert done.returncode == 2
+    assert re.fullmatch(f"{says}[^\n]*\n", done.stderr)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["train.sh", "1", "configs/digit.yaml"], "digit.yaml does not exist; did you mean .*configs/digits.yaml"),
+        (
+            ["train.sh", "2", "{tiny}", "default", "--output", "/proc/results"],
+            "output folder .* choose another with --o",
+        ),
+        (
+            ["train.sh", "2", "{tiny}", "--batch-size", "1000"],
+            "1437 training images are fewer .* 1000 a batch x 2 proc",
+        ),
+        (["evaluate.sh", "2", "{tiny}", "{tiny}"], "tiny.yaml is damaged"),
+    ],
+)
+def test_launchers_refuse_wrong_input_once_and_start_nothing(command: list[str], says: str, tmp_path: Path) -> None:
+    tiny = write_config(tmp_path, OUTPUT=str(tmp_path / "out"))
+    started = tmp_path / "started"
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> "{started}"\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    done = run_command("bash", *(word.format(tiny=tiny) for word in command), PYTHON=str(python))
+    assert done.returncode == 2, done.stderr
+    assert re.fullmatch(f"main\\.py: [^\n]*{says}[^\n]*\n", done.stderr), done.stderr
+    assert len(started.read_text().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_there_is_a_row_for_every_kind_of_wrong_input() -> None:
+    kinds = {"flag", "option", "network", "config file", "data", "checkpoint", "output", "device"}
+    assert {row.name.partition(":")[0] for row in ROWS} == kinds
+    assert len({row.name for row in ROWS}) == len(ROWS) >= 50
