@@ -110,7 +110,7 @@ def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:
 class _BiasedAttention(torch.autograd.Function):
     """Attention with a bias made from a table, a few images at a time, that keeps only its arguments for the backward.
 
-    Logits and weights have the keys first, ``[images, heads, Ns, H*W]``, as the bias of a key is a map of the queries.
+    Logits and weights have the keys first, ``[images * heads, Ns, H*W]``, as the bias of a key is a map of the queries.
     With weights ``P = softmax(S)``, ``S = scale K Q^T + bias`` and output ``O = P^T V``, the gradient ``G`` of ``O``
     gives
 
@@ -126,46 +126,52 @@ class _BiasedAttention(torch.autograd.Function):
         ctx.bias, ctx.scale, ctx.images = bias, scale, images
         out = q.new_empty(q.shape)
         for part in _parts(len(q), images):
-            queries, keys, values = (_heads_first(tensor[part]) for tensor in (q, k, v))
-            weights = _weights(bias(table, y[part], x[part]), queries, keys, scale)
-            _heads_first(out[part]).copy_(weights.to(v.dtype).mT @ values)
+            queries, keys, values = (_by_head(tensor[part]) for tensor in (q, k, v))
+            weights = _weights(bias(table, y[part], x[part]).flatten(0, 1), queries, keys, scale)
+            _write(out[part], weights.to(v.dtype).mT @ values)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
         q, k, v, table, y, x = ctx.saved_tensors
+        scale = ctx.scale
         dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
         dtable, dy, dx = torch.zeros_like(table), torch.empty_like(y), torch.empty_like(x)
         for part in _parts(len(q), ctx.images):
-            queries, keys, values, grads = (_heads_first(tensor[part]) for tensor in (q, k, v, grad))
+            queries, keys, values, grads = (_by_head(tensor[part]) for tensor in (q, k, v, grad))
             with torch.enable_grad():
                 sources = [tensor.detach().requires_grad_() for tensor in (table, y[part], x[part])]
-                bias = ctx.bias(*sources)
-            weights = _weights(bias.detach(), queries, keys, ctx.scale)
-            _heads_first(dv[part]).copy_(weights.to(v.dtype) @ grads)
+                bias = ctx.bias(*sources).flatten(0, 1)
+            weights = _weights(bias.detach(), queries, keys, scale)
+            _write(dv[part], weights.to(v.dtype) @ grads)
             dlogits = (values @ grads.mT).to(weights.dtype)
-            dlogits = torch._softmax_backward_data(dlogits, weights, 2, weights.dtype)
+            dlogits = torch._softmax_backward_data(dlogits, weights, 1, weights.dtype)
             to_table, dy[part], dx[part] = torch.autograd.grad(bias, sources, dlogits)
             dtable += to_table
-            dlogits = dlogits.to(q.dtype).mul_(ctx.scale)
-            _heads_first(dk[part]).copy_(dlogits @ queries)
-            _heads_first(dq[part]).copy_(dlogits.mT @ keys)
-        return dq, dk, dv, dtable, dy, dx, None, None, None
+            dlogits = dlogits.to(q.dtype)
+            _write(dk[part], dlogits @ queries)
+            _write(dq[part], dlogits.mT @ keys)
+        return dq.mul_(scale), dk.mul_(scale), dv, dtable, dy, dx, None, None, None
 
 
 def _parts(batch: int, images: int) -> list[slice]:
     return [slice(first, first + images) for first in range(0, batch, images)]
 
 
-def _heads_first(x: Tensor) -> Tensor:
-    return x.transpose(1, 2)  # [B, N, heads, d] -> [B, heads, N, d]
+def _by_head(x: Tensor) -> Tensor:
+    return x.transpose(1, 2).flatten(0, 1)  # [B, N, heads, d] -> [B * heads, N, d]
+
+
+def _write(x: Tensor, by_head: Tensor) -> None:
+    """Undo `_by_head` into ``x [B, N, heads, d]``."""
+    x.transpose(1, 2).copy_(by_head.view(len(x), -1, *by_head.shape[1:]))
 
 
 def _weights(bias: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Return the softmax over the keys of ``scale k q^T + bias``, ``[B, heads, Ns, Nq]``; writes to the bias."""
+    """Return the softmax over the keys of ``scale k q^T + bias [B * heads, Ns, Nq]``, in the memory of the bias."""
     if bias.dtype == q.dtype:
-        bias.flatten(0, 1).baddbmm_(k.flatten(0, 1), q.flatten(0, 1).mT, alpha=scale)
+        bias.baddbmm_(k, q.mT, alpha=scale)
     else:
         bias.add_(k @ q.mT, alpha=scale)
-    return torch.softmax(bias, dim=2)
+    return torch.softmax(bias, dim=1, out=bias)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .rows import cell, neighbours, weighted_rows
 
 WHOLE_CROP = 256  # pixels of the largest map whose crops are stored whole; larger ones are stored by row
 
@@ -31,7 +32,7 @@ def crop_bias(table: Tensor, y: Tensor, x: Tensor, *, map_size: tuple[int, int])
         Bias ``[B, heads, Ns, H*W]``.
     """
     height, width = map_size
-    top, left = _cell(y, height), _cell(x, width)
+    top, left = cell(y, height), cell(x, width)
     down, right = y - top, x - left
     up, back = 1 - down, 1 - right
     weights = torch.stack((up * back, up * right, down * back, down * right), dim=-1)  # [B, heads, Ns, 4]
@@ -44,7 +45,7 @@ def crop_bias(table: Tensor, y: Tensor, x: Tensor, *, map_size: tuple[int, int])
     if not whole:
         taps = taps.unsqueeze(-2) + torch.arange(height, device=y.device)[:, None] * (width + 1)  # [B, heads, Ns, H, 4]
         weights = weights.unsqueeze(-2).expand_as(taps)
-    return _weighted_rows(table, taps, weights).flatten(3).view(*y.shape, height * width)
+    return weighted_rows(table, taps, weights).flatten(3).view(*y.shape, height * width)
 
 
 def table_crops(table: Tensor, map_size: tuple[int, int]) -> Tensor:
@@ -74,54 +75,9 @@ def separable_bias(table: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """
     heads, rows, columns = table.shape
     head = torch.arange(heads, device=y.device)[:, None, None, None]
-    taps, weights = _neighbours(x, columns)
-    blend = _weighted_rows(table.transpose(1, 2).reshape(-1, rows), taps + head * columns, weights)  # [..., W, 2*H0-1]
-    taps, weights = _neighbours(y, rows)
+    taps, weights = neighbours(x, columns)
+    blend = weighted_rows(table.transpose(1, 2).reshape(-1, rows), taps + head * columns, weights)  # [..., W, 2*H0-1]
+    taps, weights = neighbours(y, rows)
     key = torch.arange(y[..., 0].numel(), device=y.device).view(*y.shape[:3], 1, 1)
-    bias = _weighted_rows(blend.transpose(-1, -2).reshape(-1, x.shape[-1]), taps + key * rows, weights)
+    bias = weighted_rows(blend.transpose(-1, -2).reshape(-1, x.shape[-1]), taps + key * rows, weights)
     return bias.flatten(3)  # [B, heads, Ns, H, W] -> [B, heads, Ns, H*W]
-
-
-def _neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return the two cells next to every position on an axis and their weights, ``[..., 2]``; none outside the axis."""
-    first = position.detach().floor()
-    fraction = position - first
-    taps = torch.stack((first, first + 1), dim=-1)
-    inside = (taps >= 0) & (taps < length)
-    weights = torch.stack((1 - fraction, fraction), dim=-1) * inside
-    return _cell(taps, length).long(), weights
-
-
-def _cell(position: Tensor, length: int) -> Tensor:
-    """Return the cell of an axis that a position falls into; any cell for NaN, whose weights are NaN."""
-    return position.detach().floor().nan_to_num(0.0).clamp(0, length - 1)
-
-
-def _weighted_rows(matrix: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
-    """Return the sums of ``matrix[taps] * weights`` over the last axis of the taps, ``[..., matrix.shape[1]]``."""
-    count = taps.shape[-1]
-    rows = _WeightedRows.apply(matrix, taps.view(-1, count), weights.reshape(-1, count))
-    return rows.view(*taps.shape[:-1], -1)
-
-
-class _WeightedRows(torch.autograd.Function):
-    """`embedding_bag` with a backward that adds whole rows at once; the dense one of torch sorts them first."""
-
-    @staticmethod
-    def forward(ctx, matrix, taps, weights):  # noqa: ANN001
-        ctx.save_for_backward(matrix, taps, weights)
-        return F.embedding_bag(taps, matrix, mode="sum", per_sample_weights=weights)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # noqa: ANN001
-        matrix, taps, weights = ctx.saved_tensors
-        to_matrix = torch.zeros_like(matrix)
-        for tap, weight in zip(taps.unbind(1), weights.unbind(1), strict=True):
-            to_matrix.index_add_(0, tap, grad * weight[:, None])
-        bags = torch.arange(len(taps), device=taps.device)
-        offsets, bag = bags * taps.shape[1], bags.repeat_interleave(taps.shape[1])
-        to_weights = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            grad, matrix, taps.flatten(), offsets, bag, 0
-        )
-        return to_matrix, None, to_weights.view_as(taps)

@@ -1,0 +1,71 @@
+"""Fair timings on a machine that is not alone: rivals take turns in one process, the best of several runs counts."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import timm
+import torch
+
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def take_turns(
+    rivals: Mapping[str, Callable[[], object]], *, runs: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Return the seconds of every run of every rival, after one run each to warm up."""
+    seconds = {name: [] for name in rivals}
+    for run in range(runs + 1):
+        for name, rival in rivals.items():
+            start = _now(device)
+            rival()
+            elapsed = _now(device) - start
+            if run > 0:
+                seconds[name].append(elapsed)
+    return seconds
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def spread(seconds: list[float]) -> str:
+    """Return by how much the median run is slower than the best, in percent."""
+    return f"{sorted(seconds)[len(seconds) // 2] / min(seconds) - 1:.0%}"
+
+
+def precision(name: str, device: torch.device) -> AbstractContextManager:
+    """Return the autocast that a key of `AMP_DTYPES` stands for."""
+    dtype = AMP_DTYPES[name]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def peak_memory(action: Callable[[], object], device: torch.device) -> float:
+    """Return the MiB of GPU memory that an action takes at most."""
+    torch.cuda.reset_peak_memory_stats(device)
+    action()
+    return torch.cuda.max_memory_allocated(device) / 2**20
+
+
+def environment(device: torch.device, threads: int) -> str:
+    """Return device and versions, for the line above a table."""
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        where = f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+    return f"{where}; Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

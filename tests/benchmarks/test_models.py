@@ -1,0 +1,107 @@
+"""The benchmarks of networks and operations print their tables."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import attention, model, sizes
+from benchmarks.attention import kept_for_backward
+from benchmarks.timing import spread, take_turns
+
+SMALL = """
+DATA: {IMG_SIZE: 64}
+MODEL:
+  DAT: {img_size: 64, dim_stem: 8, dims: [8, 16, 32, 64], depths: [1, 1, 1, 1], stage_spec: [[N], [D], [N], [D]],
+        heads: [1, 2, 4, 8], groups: [1, 1, 2, 4], strides: [8, 4, 2, 1], use_dwc_mlps: [true, true, true, true]}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _keep_threads() -> None:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def rows(text: str) -> list[list[str]]:
+    """Return the cells of the tables' rows, without heads."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [line for line in lines if any(cell.lstrip("+").rstrip("%").replace(".", "").isdigit() for cell in line)]
+
+
+def test_model(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["model", "--cfg", config, "--timm", "test_vit", "--batch-size", "2", "--runs", "1", "--amp", "bf16"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--img-size", "160"])
+    model.main()
+    table = rows(capsys.readouterr().out)
+    assert [row[0] for row in table] == ["test_vit", "small"] * 2
+    for base, ours in (table[:2], table[2:]):
+        assert base[-1] == "1.000"
+        assert float(ours[-1]) == pytest.approx(float(base[-2]) / float(ours[-2]), rel=0.1)
+
+
+def test_model_needs_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["model", "--img-size", "64"])
+    with pytest.raises(SystemExit, match="nothing to measure; give networks with --cfg and --timm"):
+        model.main()
+
+
+def test_sizes(
+    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plot = tmp_path / "plot.png"
+    monkeypatch.setattr(
+        sys, "argv", ["sizes", "--cfg", config, "--sizes", "32", "64", "--runs", "1", "--plot", str(plot)]
+    )
+    sizes.main()
+    table = rows(capsys.readouterr().out)
+    assert [row[1] for row in table] == ["32", "64"] * 2
+    assert [row[3] for row in table[::2]] == ["1.000"] * 2
+    assert plot.stat().st_size > 5000
+
+
+@pytest.mark.parametrize(
+    ("flags", "columns"), [(["--batch-size", "1", "--runs", "1"], 11), (["--batch-size", "4", "--memory"], 8)]
+)
+def test_attention(
+    flags: list[str], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["attention", "--models", "T", "--sizes", "224", *flags, "--operations"]
+    monkeypatch.setattr(sys, "argv", [*argv, "neighborhood", "deformable", "mlp", "layer"])
+    attention.main()
+    table = rows(capsys.readouterr().out)
+    assert len(table) == 15  # four operations in four stages, but no neighborhood attention in the last
+    assert {len(row) for row in table} == {columns}
+    chosen = {row[3]: row[4] for row in table}
+    assert chosen["neighborhood attention"] == "tiles_by_hand"
+    assert chosen["deformable attention"] == chosen["deformable layer"] == "crops"
+    if "--memory" in flags:
+        assert all(float(row[7]) < 0.6 for row in table if row[3] == "deformable attention")
+
+
+def test_turns_are_taken() -> None:
+    calls = []
+    seconds = take_turns(
+        {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, runs=2, device=torch.device("cpu")
+    )
+    assert calls == ["a", "b"] * 3
+    assert [len(runs) for runs in seconds.values()] == [2, 2]
+    assert spread([2.0, 3.0, 8.0]) == "50%"
+
+
+def test_what_is_kept_is_counted_once() -> None:
+    x = torch.randn(8, requires_grad=True)
+    assert kept_for_backward(lambda x: x * 2, [x]) == 0
+    assert kept_for_backward(lambda x: x.exp(), [x]) == 32
+    assert kept_for_backward(lambda x: (y := x.exp()) * y, [x]) == 32

@@ -1,0 +1,36 @@
+"""Sampling a map: every form is the same function."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.ops.sampling import sample
+
+
+@pytest.mark.parametrize("reach", [1.0, 1.6])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("size", [(5, 8), (1, 4), (1, 1)], ids=str)
+def test_forms_agree(size: tuple[int, int], groups: int, reach: float) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, *size, 6, dtype=torch.float64, requires_grad=True)
+    positions = ((torch.rand(2, groups, 7, 2, dtype=torch.float64) * 2 - 1) * reach).requires_grad_()
+    results = []
+    for form in ("rows", "reference"):
+        samples = sample(x, positions, form=form)
+        ramp = torch.linspace(-1, 2, samples.numel(), dtype=torch.float64).view_as(samples)
+        results.append([samples, *torch.autograd.grad((samples * ramp).sum(), (x, positions))])
+    for rows, plain in zip(*results, strict=True):
+        torch.testing.assert_close(rows, plain)
+
+
+def test_positions_keep_their_precision() -> None:
+    x = torch.arange(256.0).view(1, 1, 256, 1)
+    positions = torch.tensor([[[[0.0, 0.3]]]])
+    expected = 1.3 / 2 * 255
+    assert sample(x.bfloat16(), positions).item() == pytest.approx(expected, rel=2**-8)
+
+
+def test_an_unknown_form_is_refused() -> None:
+    with pytest.raises(ValueError, match="form 'nearest' of sampling is unknown; choose one of auto"):
+        sample(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 2), form="nearest")
