@@ -51,6 +51,7 @@ from utils import (
     collective_timeout,
     init_world,
     is_lost_peer,
+    is_out_of_memory,
     launched_as,
     pick_device,
     seed_everything,
@@ -160,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"main.py: {on_one_line(str(error))}", file=sys.stderr, flush=True)
         return 2
     except RuntimeError as error:
-        return lose_peer(error)
+        return break_off(error)
     try:
         status = train(run)
         close_world()
@@ -169,20 +170,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.log.error(str(error))
         return 1
     except RuntimeError as error:
-        return lose_peer(error)
+        return break_off(error)
 
 
-def lose_peer(error: RuntimeError) -> int:
-    """Say that another process is gone, if that is what `error` means, and return the exit status.
+def break_off(error: RuntimeError) -> int:
+    """Say that memory or another process is gone, if that is what `error` means, and return the exit status.
 
     Raises:
         RuntimeError: any other `error`.
     """
+    log = logging.getLogger("dat")
+    if is_out_of_memory(error):
+        log.error(
+            "out of memory; reduce --batch-size and raise --accumulation-steps instead, pass --use-checkpoint, or "
+            "choose a smaller network"
+        )
+        return 1
     if not is_lost_peer(error):
         raise error
     minutes = collective_timeout().total_seconds() / 60
     reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's source line and advice
-    logging.getLogger("dat").error(
+    log.error(
         f"rank {launched_as()[0]}: another process died, or did not answer for {minutes:g} minutes "
         f"(DAT_TIMEOUT_MINUTES): {reason}; the same command continues from the last checkpoint"
     )

@@ -115,6 +115,11 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether `error` says that there is no memory left; that of the CPU has no class of its own."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def was_restarted() -> bool:
     """Return whether a launcher or SLURM started this run again after it had broken off."""
     counts = ("DAT_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import re
@@ -481,6 +482,16 @@ def test_a_good_check_leaves_nothing_behind(here: Path, monkeypatch: pytest.Monk
     before = files_in(here)
     assert main.main(argv) == 0
     assert files_in(here) == before
+
+
+def test_a_network_larger_than_the_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", said.append)
+    flags = ("--opts", "MODEL.DAT.dims", str([2**22] * 4))  # 70 TB
+    before = files_in(here)
+    assert main.main(Wrong(name="memory", says="", flags=flags).command()) == 1
+    assert [line.partition(";")[0] for line in said] == ["out of memory"]
+    assert files_in(here).keys() - before.keys() == {str(here / "tiny.yaml")}
 
 
 @pytest.mark.parametrize(
