@@ -184,7 +184,9 @@ class DeformableAttention(nn.Module):
         height, width = q.shape[1:3]
         (kernel, _), (padding, _) = conv.kernel_size, conv.padding
         smallest = kernel - 2 * padding
-        q = F.pad(q, (0, 0, 0, max(smallest - width, 0), 0, max(smallest - height, 0))).permute(0, 3, 1, 2)
+        if min(height, width) < smallest:  # padding by nothing would copy the map
+            q = F.pad(q, (0, 0, 0, max(smallest - width, 0), 0, max(smallest - height, 0)))
+        q = q.permute(0, 3, 1, 2)
         weight, bias = conv.weight.repeat(self.groups, 1, 1, 1), conv.bias.repeat(self.groups)
         x = F.conv2d(q, weight, bias, conv.stride, conv.padding, groups=q.shape[1])
         x = activation(norm.norm(x.permute(0, 2, 3, 1).unflatten(-1, (self.groups, -1))))  # [B, Hk, Wk, g, C/g]

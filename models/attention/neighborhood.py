@@ -49,8 +49,10 @@ class NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        bottom, right = max(self.kernel_size - height, 0), max(self.kernel_size - width, 0)
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, right, 0, bottom))  # [B, H, W, C]
+        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
+        if min(height, width) < self.kernel_size:  # padding by nothing would copy the map
+            bottom, right = max(self.kernel_size - height, 0), max(self.kernel_size - width, 0)
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # [B, H, W, heads, d]
         dropout = self.attn_drop if self.training else 0.0
         if self._takes_natten(q, dropout):
