@@ -41,7 +41,8 @@ def crop_bias(table: Tensor, y: Tensor, x: Tensor, *, map_size: tuple[int, int])
     whole = height * width <= WHOLE_CROP
     rows = height + 1 if whole else 2 * height
     corner = ((head * rows + top.long()) * (width + 1) + left.long()).unsqueeze(-1)
-    taps = corner + torch.tensor((0, 1, width + 1, width + 2), device=y.device)
+    step = torch.arange(2, device=y.device)
+    taps = corner + (step[:, None] * (width + 1) + step).flatten()
     if not whole:
         taps = taps.unsqueeze(-2) + torch.arange(height, device=y.device)[:, None] * (width + 1)  # [B, heads, Ns, H, 4]
         weights = weights.unsqueeze(-2).expand_as(taps)
