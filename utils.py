@@ -88,9 +88,8 @@ def init_world(device_name: str) -> World:
             os.environ["MASTER_ADDR"] = _first_slurm_host()
         if "MASTER_PORT" not in os.environ:  # the same on every node, and another one for another job
             os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
-        os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=collective_timeout())
+        dist.init_process_group(backend, rank=rank, world_size=size, timeout=collective_timeout())
     return World(rank, size, local_rank, device)
 
 

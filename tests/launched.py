@@ -145,6 +145,7 @@ def _run(words: list[str], env: dict[str, str], console: str, prepare: Callable[
     descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    multiprocessing.set_start_method("fork", force=True)  # of the workers of loaders, as in a process of its own
     from main import main
 
     torch.set_num_threads(1)

@@ -56,7 +56,8 @@ start() {
     configure "$folder" $((20000 + RANDOM % 10000))
     export SLURM_CONF=$folder/slurm.conf
     [[ -f $folder/munge.key ]] || mungekey --create --keyfile "$folder/munge.key"
-    munged --key-file "$folder/munge.key" --socket "$folder/munge.socket" --pid-file "$folder/munged.pid" \
+    # Forced, as only root need come to the socket.
+    munged --force --key-file "$folder/munge.key" --socket "$folder/munge.socket" --pid-file "$folder/munged.pid" \
         --log-file "$folder/munged.log" --seed-file "$folder/munged.seed"
     munge --socket "$folder/munge.socket" --no-input | unmunge --socket "$folder/munge.socket" >/dev/null
     slurmctld
@@ -74,6 +75,14 @@ start() {
 
 stop() {
     local name
+    export SLURM_CONF=$1/slurm.conf
+    if [[ -f $1/slurmctld.pid ]]; then
+        scancel --state PENDING,RUNNING,SUSPENDED || true
+        for _ in {1..80}; do # a job that does not end by itself is killed after KillWait
+            [[ -n $(squeue --noheader) ]] || break
+            sleep 0.5
+        done
+    fi
     for name in slurmd-n1 slurmd-n2 slurmctld munged; do
         [[ ! -f $1/$name.pid ]] || kill "$(<"$1/$name.pid")" || true
     done
