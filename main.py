@@ -223,6 +223,8 @@ def prepare(config: CfgNode, world: World) -> nn.Module:
     seed_everything(config.SEED)
     torch.backends.cudnn.benchmark = not config.DETERMINISTIC
     torch.use_deterministic_algorithms(config.DETERMINISTIC)
+    if config.DETERMINISTIC:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
     return build_model(config).to(world.device, memory_format=torch.channels_last)
 
 
