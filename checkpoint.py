@@ -17,6 +17,7 @@ import shutil
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -227,7 +228,7 @@ class CheckpointFolder:
         """Write `state` as `last.pth`, also as `best.pth` where it is the `best`, and as `epoch_N.pth` for `epoch` N.
 
         Raises:
-            OSError: where the disk is full, say; every file is then what it was before.
+            OSError: where the disk is full, say; `last.pth` is then what it was before, and every file whole.
         """
         last = self.folder / "last.pth"
         staged = _stage(state, last)
@@ -278,6 +279,19 @@ class CheckpointFolder:
                 path.unlink()
 
 
+def set_aside(folder: Path) -> Path | None:
+    """Move the files of an earlier run in `folder` to a folder inside it; return that, or None if there were none."""
+    files = [path for path in folder.iterdir() if path.is_file()]
+    if not files:
+        return None
+    number = 1 + sum(1 for _ in folder.glob("earlier_*"))
+    earlier = folder / f"earlier_{number}"
+    earlier.mkdir()
+    for path in files:
+        path.replace(earlier / path.name)
+    return earlier
+
+
 def _stage(state: dict[str, Any], target: Path) -> Path:
     """Write `state` beside `target`, flushed to the disk, and return where."""
     buffer = io.BytesIO()  # a full disk then fails in one plain write
@@ -299,16 +313,19 @@ def _put_beside(source: Path, target: Path) -> None:
     staged = target.with_name("beside.tmp")  # one name for all targets, so that a killed write leaves one file at most
     staged.unlink(missing_ok=True)
     try:
-        os.link(source, staged)
-    except OSError:
-        shutil.copyfile(source, staged)
-    staged.replace(target)
-    staged.unlink(missing_ok=True)  # still there where both were names of the same file
+        try:
+            os.link(source, staged)
+        except OSError:
+            shutil.copyfile(source, staged)
+        staged.replace(target)
+    finally:
+        staged.unlink(missing_ok=True)  # still there where the disk is full, or both were names of the same file
 
 
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        with suppress(OSError):  # some network file systems cannot, and need not
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)

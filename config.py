@@ -173,7 +173,8 @@ _C.TEST.CROP = True
 
 # "cuda", "mps" or "cpu"; empty: the best there is.
 _C.DEVICE = ""
-# Mixed precision of training: "off", "fp16" or "bf16". Evaluation is float32.
+# Mixed precision of training: "off", "fp16", "bf16", or "auto": bf16 where the device has it, else fp16. Evaluation is
+# float32.
 _C.AMP = "off"
 # torch.compile, block by block.
 _C.COMPILE = False
@@ -205,7 +206,7 @@ _CHOICES = {
     "AUG.REMODE": ("pixel", "rand", "const"),
     "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
     "DEVICE": ("", "cuda", "mps", "cpu"),
-    "AMP": ("off", "fp16", "bf16"),
+    "AMP": ("off", "fp16", "bf16", "auto"),
 }
 _AT_LEAST_ONE = (
     "DATA.BATCH_SIZE",

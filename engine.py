@@ -69,8 +69,7 @@ def train_one_epoch(run: Run) -> bool:
             ask = max(ask, record(run, reader.flush(), pace))
             if ask == Ask.STOP:
                 break
-            if not position.nonfinite_in_row:  # else these weights may be what is broken
-                run.save()
+            run.save()
             pace.saved()
     else:
         ask = record(run, reader.flush(), pace)
@@ -128,7 +127,7 @@ def update_weights(run: Run, loss: torch.Tensor) -> torch.Tensor:
     """
     run.scaler.unscale_(run.optimizer)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
-    norm = nn.utils.clip_grad_norm_(parameters, run.config.TRAIN.CLIP_GRAD or math.inf, foreach=True)
+    norm = nn.utils.clip_grad_norm_(parameters, run.config.TRAIN.CLIP_GRAD or math.inf)
     broken = sum_over_ranks((~(norm.isfinite() & loss.isfinite())).float()).clamp(max=1)
     skip_next_step(run.optimizer, broken)
     run.optimizer.step()
@@ -298,7 +297,12 @@ def evaluate(
         if batch is not None:
             for path in batch.unreadable:
                 log.warning(f"{path} cannot be read; evaluated without it")
-            sums += _count(model, to_device(batch.images, world.device), batch.targets.to(world.device), sums.dtype)
+            sums += _count(
+                model,
+                to_device(batch.images, world.device),
+                batch.targets.to(world.device, non_blocking=True),
+                sums.dtype,
+            )
         asked = torch.full((), float(stop is not None and stop.received is not None), device=world.device)
         earlier = reader.exchange(None, sum_over_ranks(asked))
         bar.update()

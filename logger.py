@@ -32,11 +32,12 @@ class _Console(logging.Handler):
 class RunLog:
     """The voice of a run. Only the main process writes; the others are silent but for warnings."""
 
-    def __init__(self, folder: Path | None, config: CfgNode, *, is_main: bool) -> None:
+    def __init__(self, folder: Path | None, config: CfgNode, *, is_main: bool, updates_done: int = 0) -> None:
         """Args:
         folder: where `log.txt` and `metrics.jsonl` go; None writes no files.
         config: the run's options.
         is_main: whether this is the main process.
+        updates_done: how far the run has come; what TensorBoard holds beyond that is dropped.
         """
         self._logger = logging.getLogger("dat")
         self._logger.propagate = False
@@ -59,12 +60,19 @@ class RunLog:
         if config.TENSORBOARD:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=updates_done + 1)
         if config.WANDB:
             import wandb
 
+            known = folder / "wandb_id.txt"  # so that a continued run stays one run
+            if not known.exists():
+                known.write_text(wandb.util.generate_id(), encoding="utf-8")
             self._wandb = wandb.init(
-                project="dat", name=f"{config.MODEL.NAME}-{config.TAG}", dir=str(folder), resume="allow"
+                project="dat",
+                name=f"{config.MODEL.NAME}-{config.TAG}",
+                id=known.read_text(encoding="utf-8"),
+                dir=str(folder),
+                resume="allow",
             )
 
     def info(self, message: str) -> None:

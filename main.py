@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import difflib
 import logging
+import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +33,7 @@ from checkpoint import (
     load_checkpoint,
     load_strictly,
     model_weights,
+    set_aside,
 )
 from config import load_config
 from data.build import build_eval_loader, build_mixup, build_train_loader, class_names
@@ -131,8 +134,6 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     if empty:
         parser.error(f"{empty} is empty; give it a value or leave it out")
     given = {key: getattr(args, key) for key, _ in _OPTION_FLAGS.values() if getattr(args, key) is not None}
-    if given.get("AMP") == "auto":
-        given["AMP"] = "fp16" if torch.cuda.is_available() and not torch.cuda.is_bf16_supported() else "bf16"
     config = load_config(args.cfg, [*args.opts, *(word for option in given.items() for word in option)])
     if args.eval and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
         raise ValueError("--eval needs a checkpoint: pass it as --resume FILE")
@@ -151,11 +152,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.check:
             return check(args, config)
         world = init_world(config.DEVICE)
-        if args.throughput:
-            return run_throughput(config, world)
-        if args.eval:
-            return run_evaluation(config, world)
-        run = build_run(config, world)
+        config.AMP = choose_precision(config.AMP, world.device)
+        job = build_job(args, config, world)
     except (ValueError, OSError) as error:
         if launched_as()[0] == 0 or torch.distributed.is_initialized():
             print(f"main.py: {on_one_line(str(error))}", file=sys.stderr, flush=True)
@@ -163,14 +161,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         return break_off(error)
     try:
-        status = train(run)
+        status = job()
         close_world()
         return status
-    except (TrainingStopped, UnreadableImage) as error:
-        run.log.error(str(error))
+    except UnreadableImage as error:
+        logging.getLogger("dat").error(str(error))
+        return 1
+    except TrainingStopped as error:
+        if world.is_main:  # all ranks stop for the same reason
+            logging.getLogger("dat").error(str(error))
         return 1
     except RuntimeError as error:
         return break_off(error)
+
+
+def build_job(args: argparse.Namespace, config: CfgNode, world: World) -> Callable[[], int]:
+    """Return what the command line asks for, built and ready to run; it returns the exit status.
+
+    Raises:
+        ValueError: for wrong input.
+    """
+    if args.throughput:
+        return partial(run_throughput, prepare(config, world), config, world)
+    if args.eval:
+        return partial(run_evaluation, *build_evaluation(config, world), config, world)
+    return partial(train, build_run(config, world))
+
+
+def choose_precision(amp: str, device: torch.device) -> str:
+    """Return `amp`, and for "auto" bf16 where the device has it, else fp16."""
+    if amp != "auto":
+        return amp
+    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    return "fp16" if emulated else "bf16"
 
 
 def break_off(error: RuntimeError) -> int:
@@ -207,6 +230,7 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     pick_device(config.DEVICE, 0, size)
     world = World(0, size, 0, torch.device("cpu"))
+    config.AMP = choose_precision(config.AMP, world.device)
     if args.throughput:
         prepare(config, world)
     elif args.eval:
@@ -228,9 +252,8 @@ def prepare(config: CfgNode, world: World) -> nn.Module:
     return build_model(config).to(world.device, memory_format=torch.channels_last)
 
 
-def run_throughput(config: CfgNode, world: World) -> int:
+def run_throughput(model: nn.Module, config: CfgNode, world: World) -> int:
     """Print images per second of inference on random images."""
-    model = prepare(config, world)
     if config.COMPILE:
         model.compile_blocks()
     rate = measure_throughput(model, config, world.device)
@@ -242,16 +265,14 @@ def run_throughput(config: CfgNode, world: World) -> int:
     return 0
 
 
-def run_evaluation(config: CfgNode, world: World) -> int:
+def run_evaluation(model: nn.Module, loader: DataLoader, config: CfgNode, world: World) -> int:
     """Evaluate a checkpoint and print the published lines."""
     log = RunLog(None, config, is_main=world.is_main)
-    model, loader = build_evaluation(config, world)
     if config.COMPILE:
         model.compile_blocks()
     path, images = config.MODEL.RESUME or config.MODEL.PRETRAINED, len(loader.dataset)
     log.info(f"evaluating {path} on {images} images, {world.size} process{'es' * (world.size > 1)}")
     evaluate(model, loader, world, log).log(log)
-    close_world()
     return 0
 
 
@@ -280,9 +301,12 @@ def build_run(config: CfgNode, world: World) -> Run:
     run.check_agreement()
     if world.is_main:
         open_folder(run.folder)
+        if not run.continued_from and (earlier := set_aside(run.folder)):
+            notes.append(f"the files of an earlier run in this folder lie in {earlier} now")
     wait_for_all()
-    run.log = RunLog(run.folder, config, is_main=world.is_main)
+    run.log = RunLog(run.folder, config, is_main=world.is_main, updates_done=run.updates_done)
     run.model = distribute(run.model, world)
+    run.stop.listen()
     introduce(run, notes, warnings)
     if not run.updates_done:
         run.save()  # so that a restart does not find the checkpoint of an earlier run
@@ -432,9 +456,17 @@ def introduce(run: Run, notes: list[str], warnings: list[str]) -> None:
 
 
 def train(run: Run) -> int:
-    """Train to the end or to a request to stop; return the exit status."""
+    """Train to the end or to a request to stop, finish the log, and return the exit status."""
+    try:
+        return train_epochs(run)
+    finally:
+        run.log.close()
+
+
+def train_epochs(run: Run) -> int:
+    """Train and evaluate epoch by epoch; return the exit status."""
     config, position, log = run.config, run.position, run.log
-    saved = True
+    saved = not position.nonfinite_in_row
     while position.epoch < config.TRAIN.EPOCHS:
         finished = train_one_epoch(run)
         run.save()  # the evaluation may be interrupted, too
@@ -443,9 +475,11 @@ def train(run: Run) -> int:
             log.info(
                 f"stopped as asked in epoch {position.epoch + 1}, update {position.update}; the same command continues"
             )
-            log.close()
             return run.stop.exit_status()
-        position.finish_epoch(results[-1].top1)
+        sound = all(math.isfinite(result.loss) for result in results)
+        if sound:  # so are the weights, whatever the last updates were
+            position.nonfinite_in_row = 0
+        position.finish_epoch(results[-1].top1 if sound else -math.inf)
         log.info(f"Max accuracy: {position.best_accuracy:.2f}%")
         keep = config.SAVE_FREQ > 0 and position.epoch % config.SAVE_FREQ == 0
         saved = run.save(best=position.best_epoch == position.epoch, epoch=position.epoch if keep else None)
@@ -480,7 +514,8 @@ def conclude(run: Run, saved: bool) -> int:
         f"finished: best accuracy {position.best_accuracy:.2f} % in epoch {position.best_epoch} of {position.epoch}; "
         f"best.pth, last.pth, curves.png, metrics.jsonl, log.txt and config.yaml lie in {run.folder}"
     )
-    run.log.close()
+    if not saved:
+        run.log.error("last.pth is not of the end of the run; the lines above say why")
     return 0 if saved else 1
 
 

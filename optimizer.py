@@ -42,7 +42,11 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
     lr = config.TRAIN.BASE_LR * learning_rate_scale(config, world_size)
     if settings.NAME == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=tuple(settings.BETAS), eps=settings.EPS, fused=True)
-    return torch.optim.SGD(groups, lr=lr, momentum=settings.MOMENTUM, nesterov=settings.MOMENTUM > 0, fused=True)
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=settings.MOMENTUM, nesterov=settings.MOMENTUM > 0, fused=True)
+    for parameter in (p for group in groups for p in group["params"] if settings.MOMENTUM):
+        # Left to the first step, the buffer would hold anything where that step is skipped.
+        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
 
 
 def skip_next_step(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:

@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 
 from checkpoint import FORMAT, CheckpointFolder, load_strictly, model_weights
 from logger import RunLog
-from utils import StopSignal, World, sum_over_ranks
+from utils import StopSignal, World, agree_on
 
 
 @dataclass
@@ -87,6 +87,7 @@ class Run:
     bad_images: BadImages
     checkpoints: CheckpointFolder
     position: Position = field(default_factory=Position)
+    continued_from: Path | None = None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -136,7 +137,10 @@ class Run:
             group.update(settings)  # where the run continues under other options, these hold
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
+        self.continued_from = path
         self.position = Position(**{name: state[name] for name in vars(self.position)})
+        # Another size of updates continues at the same image.
+        self.position.update = self.position.update * state["images_per_update"] // self.images_per_update
         if not 0 <= self.position.update <= self.updates_per_epoch:
             raise ValueError(
                 f"{path} was saved after {self.position.update} updates of an epoch, which has "
@@ -151,19 +155,23 @@ class Run:
         Raises:
             ValueError: where they do not.
         """
-        done = sum_over_ranks(torch.tensor(float(self.updates_done), device=self.world.device)).item()
-        if done != self.updates_done * self.world.size:
+        if not agree_on(self.updates_done):
             raise ValueError(
                 f"the processes do not see the same checkpoints in {self.folder}; it must be a shared folder"
             )
 
     def save(self, *, best: bool = False, epoch: int | None = None) -> bool:
-        """Write a checkpoint and return whether that went well; otherwise the one before stays in use.
+        """Write a checkpoint and return whether there is one now; otherwise the one before stays in use.
+
+        Nothing is written while updates are not finite.
 
         Args:
             best: also as `best.pth`.
             epoch: also as `epoch_N.pth` of this epoch.
         """
+        if self.position.nonfinite_in_row:  # these weights may be what is broken
+            self.log.info("not saved: the last update was not finite")
+            return False
         if not self.world.is_main:
             return True
         try:

@@ -10,4 +10,4 @@ if (($#)) && [[ $1 != -* ]]; then
     tag=(--tag "$1")
     shift
 fi
-launch "$gpus" --cfg "$config" "${tag[@]}" "$@"
+launch "$gpus" --cfg "$config" ${tag[@]+"${tag[@]}"} "$@"

@@ -11,7 +11,8 @@ if [[ ${1:-} == --inside-job ]]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # which srun does not take over from sbatch by itself
     for ((restart = 0; ; restart++)); do
         status=0
-        DAT_RESTART_COUNT=$restart srun --kill-on-bad-exit=1 "$@" || status=$?
+        # Where one task ends, the others are left a minute to end by themselves: their exit status says why.
+        DAT_RESTART_COUNT=$restart srun --kill-on-bad-exit=0 --wait=60 "$@" || status=$?
         case $status in
         138) exec scontrol requeue "$SLURM_JOB_ID" ;; # 128 + SIGUSR1: the time limit is near and everything is saved
         75 | 134 | 135 | 137 | 139) ((restart < ${MAX_RESTARTS:-3})) || exit "$status" ;; # a process died

@@ -41,7 +41,8 @@ def launched_as() -> tuple[int, int, int, int]:
     """Return `(rank, world size, local rank, processes on this machine)` as torchrun or SLURM started this process."""
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        return int(env["RANK"]), int(env["WORLD_SIZE"]), int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
+        rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
+        return rank, size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size))
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this srun; the batch script itself has only the job's number
         tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0]
         return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), int(tasks)
@@ -138,6 +139,14 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def agree_on(number: int) -> bool:
+    """Return whether `number` is the same in all processes; all call it and learn the same."""
+    extremes = torch.tensor([number, -number])
+    if dist.is_initialized():
+        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    return bool(extremes[0] == -extremes[1])
+
+
 def wait_for_all() -> None:
     """Return once every process has come here."""
     if dist.is_initialized():
@@ -151,7 +160,7 @@ def close_world() -> None:
 
 
 def seed_everything(*key: int) -> None:
-    """Seed Python, NumPy and torch by `key`, a few whole numbers.
+    """Seed Python, NumPy and torch by `key`, a few whole numbers; trailing zeros do not count.
 
     Every micro-batch is seeded by (seed, epoch, position, rank). Random numbers are therefore a function of where a run
     stands, and a checkpoint need not hold the states of any generator.
@@ -200,15 +209,19 @@ class StopSignal:
     A thread reads the signals, so that a second Ctrl-C also ends a process whose main thread waits for a hung rank.
     """
 
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
     # torchrun passes a Ctrl-C of the terminal on to processes that have received it already.
     _SAME_CTRL_C = 1.0
 
     def __init__(self) -> None:
         self.received: int | None = None
+
+    def listen(self) -> None:
+        """Take the signals over from now on."""
         numbers, written = socket.socketpair()
         written.setblocking(False)
         signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        for number in self._NUMBERS:
             signal.signal(number, _leave_to_thread)
         threading.Thread(target=self._listen, args=(numbers,), daemon=True).start()
 
@@ -223,6 +236,8 @@ class StopSignal:
         first_interrupt = math.inf
         while True:
             number = numbers.recv(1)[0]
+            if number not in self._NUMBERS:  # such as SIGCHLD, which loaders handle
+                continue
             now = time.monotonic()
             if number == signal.SIGINT:
                 if now - first_interrupt >= self._SAME_CTRL_C:

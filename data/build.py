@@ -20,7 +20,7 @@ from data.workers import leave_signals_to_parent
 
 
 def class_names(config: CfgNode, splits: Sequence[str] = ("train", "val")) -> list[str]:
-    """Check the layout of the data set, without listing its images, and return the names of its classes by label.
+    """Check the layout of the data set, without opening its images, and return the names of its classes by label.
 
     Args:
         config: the options of the run.

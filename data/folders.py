@@ -47,7 +47,7 @@ class ImageFolder:
 def find_classes(root: Path, splits: Sequence[str]) -> list[str]:
     """Check the layout of a data set and return the names of its classes, sorted.
 
-    Class folders are looked into as far as their first image, so this is quick for any number of images.
+    Names are looked at, files are not opened.
 
     Args:
         root: holds the folders of the splits.

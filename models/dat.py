@@ -238,6 +238,8 @@ class DAT(nn.Module):
         Args:
             backend: compiler, as `torch.compile` takes it.
         """
+        # Modules of one class share the limit: 4 stages, training and evaluation, whole and partial batches.
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for stage in self.stages:
             for module in (*stage.attns, *stage.mlps):
                 module.compile(backend=backend, fullgraph=True, dynamic=False)

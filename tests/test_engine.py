@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import engine
 import main
 from engine import evaluate, train_one_epoch
 from logger import RunLog
+from models.dat import DAT
 from run import Run
 from tests.runs import read_metrics, write_config
 from utils import LateReader, World, seed_everything
@@ -76,6 +79,57 @@ def test_mixup_and_every_schedule_train(tmp_path: Path) -> None:
         run, weights = train_epoch(tmp_path / schedule, *flags)
         assert run.mixup is not None
         assert all(value.isfinite().all() for value in weights.values())
+
+
+def test_compiled_blocks_train_and_evaluate_batches_of_every_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What is tested is what gets compiled when; the eager backend does that in seconds.
+    monkeypatch.setattr(DAT, "compile_blocks", partialmethod(DAT.compile_blocks, backend="eager"))
+    torch._dynamo.reset()
+    flags = ("--opts", "TRAIN.EPOCHS", "1", "DATA.NUM_WORKERS", "1")  # 360 images: the last batch is a partial one
+    assert main.main(["--cfg", str(write_config(tmp_path)), "--output", str(tmp_path / "c"), "--compile", *flags]) == 0
+    assert main.main(["--cfg", str(write_config(tmp_path)), "--output", str(tmp_path / "e"), *flags]) == 0
+    compiled, plain = (read_metrics(tmp_path / name / "tiny/default", "eval")[0] for name in "ce")
+    assert compiled["loss"] == pytest.approx(plain["loss"], rel=0.05)
+
+
+def test_only_sound_weights_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three updates before the end of the second epoch the weights break: what is saved stays as it was before."""
+    run = build(tmp_path, "--opts", "SAVE_EVERY_UPDATES", "7")
+    update_weights = engine.update_weights
+
+    def break_weights(run: Run, loss: torch.Tensor) -> torch.Tensor:
+        norm = update_weights(run, loss)
+        if run.updates_done == 2 * run.updates_per_epoch - 3:
+            run.model.cls_head.weight.data.fill_(torch.nan)
+        return norm
+
+    monkeypatch.setattr(engine, "update_weights", break_weights)
+    assert main.train(run) == 1
+    for name in ("last.pth", "previous.pth", "best.pth"):
+        weights = torch.load(run.folder / name, weights_only=True)["model"]
+        assert all(value.isfinite().all() for value in weights.values()), name
+
+
+def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path: Path) -> None:
+    build(tmp_path)
+    output = tmp_path / "output/tiny/default"
+    (output / "epoch_300.pth").write_bytes(b"precious")
+    build(tmp_path)
+    assert (output / "epoch_300.pth").exists()  # the same command continues
+    build(tmp_path, "--opts", "TRAIN.AUTO_RESUME", "False")
+    assert (output / "earlier_1" / "epoch_300.pth").read_bytes() == b"precious"
+    assert not (output / "epoch_300.pth").exists()
+    assert (output / "last.pth").exists()
+
+
+def test_another_size_of_updates_continues_at_the_same_image(tmp_path: Path) -> None:
+    run = build(tmp_path)
+    run.position.update = 10
+    run.save()
+    halved = build(tmp_path, "--batch-size", "32", "--allow-config-change")
+    assert halved.position.update == 20
 
 
 class _Constant(nn.Module):

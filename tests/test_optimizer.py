@@ -53,14 +53,32 @@ def test_a_skipped_step_leaves_weights_and_state_as_they_are(name: str) -> None:
     layer = torch.nn.Linear(3, 2)
     optimizer = build_optimizer(config, layer, 1)
     states = []
-    for skip, gradient in ((0.0, 1.0), (1.0, float("nan")), (0.0, 1.0)):
+    before = copy.deepcopy(layer.state_dict())
+    for skip, gradient in ((1.0, float("nan")), (0.0, 1.0), (1.0, float("nan")), (0.0, 1.0)):
         for parameter in layer.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
         skip_next_step(optimizer, torch.tensor(skip))
         optimizer.step()
         states.append(copy.deepcopy((layer.state_dict(), optimizer.state_dict()["state"])))
-    done, skipped, after = states
+    first, done, skipped, after = states
+    torch.testing.assert_close(first[0], before, rtol=0, atol=0)
     for index in range(2):
         torch.testing.assert_close(skipped[index], done[index], rtol=0, atol=0)
     assert not torch.equal(after[0]["weight"], done[0]["weight"])
     assert after[0]["weight"].isfinite().all()
+
+
+def test_sgd_takes_the_steps_of_plain_sgd() -> None:
+    config = load_config("configs/dat_tiny.yaml", ["TRAIN.OPTIMIZER.NAME", "sgd"])
+    ours, plain = torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)
+    plain.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(config, ours, 1)
+    lr, decay = optimizer.param_groups[0]["lr"], config.TRAIN.WEIGHT_DECAY
+    groups = [{"params": [plain.weight], "weight_decay": decay}, {"params": [plain.bias], "weight_decay": 0.0}]
+    reference = torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True)
+    for _ in range(3):
+        for parameter in (*ours.parameters(), *plain.parameters()):
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict())

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import main
 import utils
+from tests.runs import run_command
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {
@@ -23,10 +26,13 @@ BATCH_SCRIPT = {"SLURM_NTASKS": "6", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Return a monkeypatch under which no launcher's variable is set."""
+    """Return a monkeypatch under which no launcher's variable is set, and what is set goes again."""
     for name in list(os.environ):
-        if name.startswith(("SLURM_", "MASTER_")) or name in TORCHRUN:
+        if name.startswith("SLURM_") or name in TORCHRUN:
             monkeypatch.delenv(name)
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
     return monkeypatch
 
 
@@ -69,9 +75,11 @@ def test_the_first_host_of_a_slurm_job_is_the_meeting_point(environment: pytest.
     environment.setattr(
         utils.dist,
         "init_process_group",
-        lambda backend, **_: joined.update(
+        lambda backend, *, rank, world_size, timeout: joined.update(
             backend=backend,
-            **{name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")},
+            rank=rank,
+            world_size=world_size,
+            **{name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")},
         ),
     )
     world = utils.init_world("cpu")
@@ -80,8 +88,8 @@ def test_the_first_host_of_a_slurm_job_is_the_meeting_point(environment: pytest.
         "backend": "gloo",
         "MASTER_ADDR": "n1",
         "MASTER_PORT": str(20000 + 77),
-        "RANK": "4",
-        "WORLD_SIZE": "6",
+        "rank": 4,
+        "world_size": 6,
     }
 
 
@@ -91,3 +99,37 @@ def test_a_given_meeting_point_is_kept(environment: pytest.MonkeyPatch) -> None:
     environment.setattr(utils.dist, "init_process_group", lambda *_, **__: None)
     utils.init_world("cpu")
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.1.1.1", "29999")
+
+
+_OTHER_SIGNAL = """
+import subprocess, time
+from torch.utils.data import DataLoader
+from utils import StopSignal
+stop = StopSignal()
+stop.listen()
+next(iter(DataLoader(list(range(8)), num_workers=1)))
+subprocess.run(["true"])
+time.sleep(0.5)
+print(stop.received)
+"""
+
+
+def test_the_end_of_a_child_process_is_no_request_to_stop() -> None:
+    done = run_command(sys.executable, "-c", _OTHER_SIGNAL)
+    assert done.stdout == "None\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("amp", "device", "native", "expected"),
+    [
+        ("auto", "cuda", True, "bf16"),
+        ("auto", "cuda", False, "fp16"),
+        ("auto", "cpu", False, "bf16"),
+        ("off", "cuda", True, "off"),
+    ],
+)
+def test_automatic_precision_is_what_the_device_has(
+    monkeypatch: pytest.MonkeyPatch, amp: str, device: str, native: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
+    assert main.choose_precision(amp, torch.device(device)) == expected

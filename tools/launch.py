@@ -34,7 +34,13 @@ SHUTDOWN_SECONDS = 180
 def main(words: Sequence[str]) -> int:
     """Run `main.py` with all words but the first, which is the number of processes; return the exit status."""
     processes, *arguments = words
-    restarts = int(os.environ.get("MAX_RESTARTS", "3"))
+    wanted = os.environ.get("MAX_RESTARTS", "3")
+    if not wanted.isdigit():
+        print(
+            f"launch.py: the variable MAX_RESTARTS must be a whole number, such as 3, not {wanted!r}", file=sys.stderr
+        )
+        return 2
+    restarts = int(wanted)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     signal.signal(signal.SIGUSR1, _stop)  # torchrun does so for the other signals
     try:
