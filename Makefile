@@ -3,13 +3,14 @@ PYTHON ?= python3
 # Threads per test process; more threads than cores ruin every timing.
 export OMP_NUM_THREADS ?= 2
 
-.PHONY: help setup demo test test-long lint
+.PHONY: help setup demo test test-long test-slurm lint
 
 help:
 	@echo "make setup      set up .venv (once: about 6 GB, one to five minutes)"
 	@echo "make demo       train a small DAT++ on handwritten digits (one to two minutes on four cores)"
 	@echo "make test       run every test (under eight minutes on two cores)"
 	@echo "make test-long  the tests that kill and resume runs at many moments (about half an hour)"
+	@echo "make test-slurm train_slurm.sh on a SLURM of two nodes on this machine (Debian's slurm-wlm and munge, root)"
 	@echo "make lint       ruff"
 
 setup:
@@ -26,6 +27,10 @@ test: setup
 test-long: setup
 	@echo "test-long: the long form of the tests, about half an hour on four cores"
 	@.venv/bin/python -m pytest -m slow
+
+test-slurm: setup
+	@echo "test-slurm: train_slurm.sh on a SLURM of two nodes on this machine, three minutes; skipped where there is none"
+	@.venv/bin/python -m pytest -m slow -rs tests/test_slurm.py
 
 lint: setup
 	@.venv/bin/python -m ruff check .

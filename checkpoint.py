@@ -1,8 +1,9 @@
 """Checkpoints that are whole or not there: safe loading, atomic saving, and the files of a run.
 
-A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that reading one runs no code:
-`format`, `model`, `ema` (or None), `optimizer`, `scaler`, `epoch` and `update` (what comes next), `best_accuracy`,
-`images_per_update`, `config` (YAML text). The published files, with a pickled `CfgNode` under `config`, load too.
+A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that reading one runs no code: `format`,
+`model`, `ema` (or None), `optimizer`, `scaler`, `images_per_update`, `config` (YAML text) and the fields of
+`run.Position`, such as `epoch` and `update` (what comes next). The published files, with a pickled `CfgNode` under
+`config`, load too.
 """
 
 from __future__ import annotations

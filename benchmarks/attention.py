@@ -11,12 +11,16 @@ forward and backward; what both forms need in any case, their arguments, is in n
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import environment, take_turns
 from models.attention import DeformableAttention

@@ -24,6 +24,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from yacs.config import CfgNode
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from config import load_config
 from data.build import build_train_loader
 

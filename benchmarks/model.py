@@ -17,6 +17,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from benchmarks.timing import AMP_DTYPES, environment, peak_memory, precision, spread, take_turns
 from config import load_config
 from models import build_model

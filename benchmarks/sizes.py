@@ -9,11 +9,14 @@ the size that it was built for.
 from __future__ import annotations
 
 import argparse
+import sys
 from functools import partial
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.model import infer, train
 from benchmarks.timing import environment, take_turns
