@@ -155,9 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config.AMP = choose_precision(config.AMP, world.device)
         job = build_job(args, config, world)
     except (ValueError, OSError) as error:
-        if launched_as()[0] == 0 or torch.distributed.is_initialized():
-            print(f"main.py: {on_one_line(str(error))}", file=sys.stderr, flush=True)
-        return 2
+        return refuse(error)
     except RuntimeError as error:
         return break_off(error)
     try:
@@ -165,14 +163,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         close_world()
         return status
     except UnreadableImage as error:
+        if args.eval:
+            return refuse(error)
         logging.getLogger("dat").error(str(error))
         return 1
     except TrainingStopped as error:
-        if world.is_main:  # all ranks stop for the same reason
+        if world.is_main or config.TRAIN.ANOMALY_REPORT:  # all stop for one reason, but each reports its own modules
             logging.getLogger("dat").error(str(error))
         return 1
     except RuntimeError as error:
         return break_off(error)
+
+
+def refuse(error: Exception) -> int:
+    """Say in one line what was wrong with the input, once for all processes if all know, and return the exit status."""
+    if launched_as()[0] == 0 or torch.distributed.is_initialized():
+        print(f"main.py: {on_one_line(str(error))}", file=sys.stderr, flush=True)
+    return 2
 
 
 def build_job(args: argparse.Namespace, config: CfgNode, world: World) -> Callable[[], int]:
@@ -433,7 +440,9 @@ def distribute(network: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return network
     devices = [world.device] if world.device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(
+        network, device_ids=devices, gradient_as_bucket_view=True, forward_sync_buffers=False
+    )
 
 
 def introduce(run: Run, notes: list[str], warnings: list[str]) -> None:

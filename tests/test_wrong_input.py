@@ -120,7 +120,7 @@ ROWS = [
     Wrong(
         name="flag: text for a number", flags=("--seed", "x"), says="SEED must be a whole number, such as 0, not 'x'"
     ),
-    Wrong(name="flag: --amp", flags=("--amp", "fp32"), says="AMP must be one of off, fp16, bf16, not 'fp32'"),
+    Wrong(name="flag: --amp", flags=("--amp", "fp32"), says="AMP must be one of off, fp16, bf16, auto, not 'fp32'"),
     Wrong(name="flag: --device", flags=("--device", "cuda:0"), says=r"DEVICE must be one of .*did you mean cuda\?"),
     Wrong(name="flag: --tag", flags=("--tag", "a/b"), says="TAG names a folder and must be a plain name, not 'a/b'"),
     Wrong(
@@ -439,7 +439,7 @@ def test_wrong_input_is_refused(
     wrong: Wrong, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(main, "StopSignal", lambda: None)  # the signals stay those of the test
+    monkeypatch.setattr(main.StopSignal, "listen", lambda self: None)  # the signals stay those of the test
     monkeypatch.setattr(main, "train", lambda run: pytest.fail("it went on to train"))
     argv = wrong.command()
     before = files_in(here)
@@ -452,7 +452,7 @@ def test_wrong_input_is_refused(
 
 
 def test_the_good_input_would_have_been_trained(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "StopSignal", lambda: None)
+    monkeypatch.setattr(main.StopSignal, "listen", lambda self: None)
     monkeypatch.setattr(main, "train", lambda run: 0)
     for flags in (
         (),
@@ -477,7 +477,7 @@ def test_more_gpus_than_there_are(
 
 
 def test_a_good_check_leaves_nothing_behind(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "StopSignal", lambda: None)
+    monkeypatch.setattr(main.StopSignal, "listen", lambda self: None)
     argv = Wrong(name="good", says="", flags=("--check",)).command()
     before = files_in(here)
     assert main.main(argv) == 0
