@@ -22,11 +22,6 @@ from tests.runs import read_metrics
 LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a launcher in /proc")
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
-    return Uninterrupted(tmp_path_factory.mktemp("runs"))
-
-
 def start_and_wait_for_rows(trial: Trial, rows: int, *flags: str | Path) -> Job:
     """Start the command with more flags, and return when it has logged so many lines more."""
     before = trial.rows()

@@ -15,11 +15,6 @@ from tests.launched import Job, Trial, Uninterrupted, first_difference
 SETTINGS = [(1, 0), (1, 2), (2, 0), (2, 2)]  # processes, workers of each
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
-    return Uninterrupted(tmp_path_factory.mktemp("runs"))
-
-
 def kill(trial: Trial, job: Job, moment: str, seconds: float, draw: random.Random) -> None:
     """Kill one process of a job, or all, at a random moment of its `seconds`, or within a random one of its saves."""
     if moment == "any":
