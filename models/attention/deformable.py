@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..layers import LayerNorm, PointwiseConv
 from ..ops.deformable import attention, deformable_attention
@@ -117,8 +118,12 @@ class DeformableAttention(nn.Module):
         size = x.shape[-2:]
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
         q = self.proj_q(x)
-        samples, positions, key_size = self._sample_keys(x, q)
-        queries, k, v = (self._split_heads(y) for y in (q.flatten(1, 2), self.proj_k(samples), self.proj_v(samples)))
+        if torch.is_grad_enabled() and self.form != "reference" and not torch.compiler.is_compiling():
+            # Keeps k, v and positions alone for the backward: what they are made of is cheap from x and q.
+            k, v, positions, key_size = checkpoint(self._keys, x, q, use_reentrant=False, preserve_rng_state=False)
+        else:
+            k, v, positions, key_size = self._keys(x, q)
+        queries = self._split_heads(q.flatten(1, 2))
         dropout = self.attn_drop if self.training else 0.0
         if self.position_bias == "table":
             x = deformable_attention(
@@ -157,6 +162,11 @@ class DeformableAttention(nn.Module):
             key_size, coordinates=self.coordinates, dtype=positions.dtype, device=positions.device
         )
         return Deformation(key_size, reference.flatten(0, 1), positions, weights)
+
+    def _keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Size]:
+        """Return keys and values ``[B, Ns, heads, d]``, their positions ``[B, g, Ns, 2]`` and their grid's size."""
+        samples, positions, key_size = self._sample_keys(x, q)
+        return self._split_heads(self.proj_k(samples)), self._split_heads(self.proj_v(samples)), positions, key_size
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))

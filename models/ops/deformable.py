@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .grids import query_grid
 from .position_bias import table_bias
-from .table_rows import crop_bias, separable_bias, table_crops
+from .table_rows import crop_bias, separable_bias, table_columns, table_crops
 
 CACHED = 1 << 20  # logits of the images that are worked on at a time on a CPU: 4 MiB, so that they stay in the cache
 FORMS = ("auto", "reference", "crops", "separable")
@@ -83,13 +83,13 @@ def deformable_attention(
     y, x = positions.repeat_interleave(heads_per_group, dim=1).unbind(-1)  # [B, heads, Ns]
     if form == "crops":
         y, x = _table_axis(grid[0, 0, 0], y, table.shape[1]), _table_axis(grid[0, 0, 1], x, table.shape[2])
-        bias, table = partial(crop_bias, map_size=map_size), table_crops(table, map_size)
+        rows, bias = partial(table_crops, map_size=map_size), partial(crop_bias, map_size=map_size)
     else:
         y = _table_axis(grid[:, 0, 0], y.unsqueeze(-1), table.shape[1])  # [B, heads, Ns, H]
         x = _table_axis(grid[0, :, 1], x.unsqueeze(-1), table.shape[2])
-        bias = separable_bias
+        rows, bias = table_columns, separable_bias
     images = max(1, CACHED // (k.shape[1] * q[0, ..., 0].numel())) if q.device.type == "cpu" else len(q)
-    return _BiasedAttention.apply(q, k, v, table, y, x, bias, scale, images)
+    return _BiasedAttention.apply(q, k, v, table, y, x, rows, bias, scale, images)
 
 
 def choose_form(
@@ -121,13 +121,14 @@ class _BiasedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, table, y, x, bias, scale, images):  # noqa: ANN001
+    def forward(ctx, q, k, v, table, y, x, rows, bias, scale, images):  # noqa: ANN001
         ctx.save_for_backward(q, k, v, table, y, x)
-        ctx.bias, ctx.scale, ctx.images = bias, scale, images
+        ctx.rows, ctx.bias, ctx.scale, ctx.images = rows, bias, scale, images
+        matrix = rows(table)
         out = q.new_empty(q.shape)
         for part in _parts(len(q), images):
             queries, keys, values = (_by_head(tensor[part]) for tensor in (q, k, v))
-            weights = _weights(bias(table, y[part], x[part]).flatten(0, 1), queries, keys, scale)
+            weights = _weights(bias(matrix, y[part], x[part]).flatten(0, 1), queries, keys, scale)
             _write(out[part], weights.to(v.dtype).mT @ values)
         return out
 
@@ -137,22 +138,27 @@ class _BiasedAttention(torch.autograd.Function):
         q, k, v, table, y, x = ctx.saved_tensors
         scale = ctx.scale
         dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
-        dtable, dy, dx = torch.zeros_like(table), torch.empty_like(y), torch.empty_like(x)
+        dy, dx = torch.empty_like(y), torch.empty_like(x)
+        with torch.enable_grad():
+            table = table.detach().requires_grad_()
+            matrix = ctx.rows(table)
+        dmatrix = torch.zeros_like(matrix)
         for part in _parts(len(q), ctx.images):
             queries, keys, values, grads = (_by_head(tensor[part]) for tensor in (q, k, v, grad))
             with torch.enable_grad():
-                sources = [tensor.detach().requires_grad_() for tensor in (table, y[part], x[part])]
+                sources = [tensor.detach().requires_grad_() for tensor in (matrix, y[part], x[part])]
                 bias = ctx.bias(*sources).flatten(0, 1)
             weights = _weights(bias.detach(), queries, keys, scale)
             _write(dv[part], weights.to(v.dtype) @ grads)
             dlogits = (values @ grads.mT).to(weights.dtype)
             dlogits = torch._softmax_backward_data(dlogits, weights, 1, weights.dtype)
-            to_table, dy[part], dx[part] = torch.autograd.grad(bias, sources, dlogits)
-            dtable += to_table
+            to_matrix, dy[part], dx[part] = torch.autograd.grad(bias, sources, dlogits)
+            dmatrix += to_matrix
             dlogits = dlogits.to(q.dtype)
             _write(dk[part], dlogits @ queries)
             _write(dq[part], dlogits.mT @ keys)
-        return dq.mul_(scale), dk.mul_(scale), dv, dtable, dy, dx, None, None, None
+        (dtable,) = torch.autograd.grad(matrix, table, dmatrix)
+        return dq.mul_(scale), dk.mul_(scale), dv, dtable, dy, dx, None, None, None, None
 
 
 def _parts(batch: int, images: int) -> list[slice]:

@@ -67,18 +67,24 @@ def separable_bias(table: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Return the bias of queries at any spacing.
 
     Args:
-        table: ``[heads, 2*H0-1, 2*W0-1]``; zero outside.
+        table: columns of the table, from `table_columns`; zero outside.
         y: row of the table, ``[B, heads, Ns, H]``, for every key and query row.
         x: column of the table, ``[B, heads, Ns, W]``, for every key and query column.
 
     Returns:
         Bias ``[B, heads, Ns, H*W]``.
     """
-    heads, rows, columns = table.shape
+    heads, rows = y.shape[1], table.shape[1]
+    columns = len(table) // heads
     head = torch.arange(heads, device=y.device)[:, None, None, None]
     taps, weights = neighbours(x, columns)
-    blend = weighted_rows(table.transpose(1, 2).reshape(-1, rows), taps + head * columns, weights)  # [..., W, 2*H0-1]
+    blend = weighted_rows(table, taps + head * columns, weights)  # [B, heads, Ns, W, 2*H0-1]
     taps, weights = neighbours(y, rows)
     key = torch.arange(y[..., 0].numel(), device=y.device).view(*y.shape[:3], 1, 1)
     bias = weighted_rows(blend.transpose(-1, -2).reshape(-1, x.shape[-1]), taps + key * rows, weights)
     return bias.flatten(3)  # [B, heads, Ns, H, W] -> [B, heads, Ns, H*W]
+
+
+def table_columns(table: Tensor) -> Tensor:
+    """Return what `separable_bias` blends: the columns of ``[heads, 2*H0-1, 2*W0-1]`` as rows of a matrix."""
+    return table.transpose(1, 2).reshape(-1, table.shape[1])
