@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.attention import kept_for_backward
 from models.ops.deformable import choose_form, deformable_attention
 
 HEADS = 4
@@ -85,29 +88,19 @@ def test_an_unknown_form_is_refused() -> None:
         deformable_attention(*inputs((3, 3), (3, 3)), map_size=(3, 3), coordinates="dat++", scale=1.0, form="rows")
 
 
-def kept_for_backward(form: str, native: tuple[int, int], size: tuple[int, int], keys: int) -> float:
-    """Return the values per image that autograd keeps beyond queries, keys, values and positions."""
-    totals = []
-    for images in (1, 2):
-        tensors = inputs(size, native, keys=keys)
-        tensors = [tensor[:images] for tensor in tensors[:4]] + tensors[4:]
-        kept = {}
-
-        def keep(tensor: Tensor, kept: dict[int, int] = kept) -> Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // tensor.element_size()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            options = {"map_size": size, "coordinates": "dat++", "scale": 1.0, "clamped": form == "crops", "form": form}
-            out = deformable_attention(*tensors, **options)
-        own = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-        totals.append(sum(count for pointer, count in kept.items() if pointer not in own))
-        del out
-    return totals[1] - totals[0]
+def kept_of_an_image(form: str, native: tuple[int, int], size: tuple[int, int], keys: int) -> int:
+    """Return the values that autograd keeps of an image beyond queries, keys, values and positions."""
+    options = {"map_size": size, "coordinates": "dat++", "scale": 1.0, "clamped": form == "crops", "form": form}
+    tensors = inputs(size, native, keys=keys)
+    one, two = (
+        kept_for_backward(partial(deformable_attention, **options), [x[:images] for x in tensors[:4]] + tensors[4:])
+        for images in (1, 2)
+    )
+    return (two - one) // tensors[0].element_size()
 
 
 @pytest.mark.parametrize(("form", "native"), [("crops", (20, 20)), ("separable", (14, 14))])
 def test_nothing_of_the_size_of_the_weights_is_kept(form: str, native: tuple[int, int]) -> None:
     pairs = 20 * 20 * 25  # queries x keys
-    assert kept_for_backward("reference", native, (20, 20), 25) >= 2 * pairs
-    assert kept_for_backward(form, native, (20, 20), 25) < pairs
+    assert kept_of_an_image("reference", native, (20, 20), 25) >= 2 * pairs
+    assert kept_of_an_image(form, native, (20, 20), 25) < pairs
