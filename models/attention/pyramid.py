@@ -26,8 +26,10 @@ class PyramidAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        bottom, right = max(self.sr_ratio - height, 0), max(self.sr_ratio - width, 0)
-        reduced = self.proj_ds(F.pad(x, (0, right, 0, bottom)))
+        reduced = x
+        if min(height, width) < self.sr_ratio:  # padding by nothing would copy the map
+            reduced = F.pad(x, (0, max(self.sr_ratio - width, 0), 0, max(self.sr_ratio - height, 0)))
+        reduced = self.proj_ds(reduced)
         q = self.q(x.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(-1, (self.heads, -1))  # [B, H*W, heads, d]
         k, v = self.kv(reduced.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(-1, (2, self.heads, -1)).unbind(2)
         q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))

@@ -44,7 +44,9 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, _, height, width = x.shape
         size = self._padded((height, width))
-        x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 0, size[1] - width, 0, size[0] - height))  # [B, H, W, C]
+        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
+        if size != (height, width):  # padding by nothing would copy the map
+            x = F.pad(x, (0, 0, 0, size[1] - width, 0, size[0] - height))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
         qkv = self.proj_qkv(partition(x, self.window_size)).unflatten(-1, (3, self.heads, -1))
