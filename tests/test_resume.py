@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -21,7 +23,7 @@ def kill(trial: Trial, job: Job, moment: str, seconds: float, draw: random.Rando
         time.sleep(draw.uniform(0, seconds))
     else:
         staged = [trial.folder / name for name in ("last.tmp", "beside.tmp", "metrics.jsonl.tmp")]
-        for _ in range(draw.randint(1, 8)):
+        for _ in range(draw.randint(1, 15)):
             job.wait_until(lambda: not any(path.exists() for path in staged))
             job.wait_until(lambda: any(path.exists() for path in staged))
         time.sleep(draw.uniform(0, 0.002))
@@ -29,18 +31,24 @@ def kill(trial: Trial, job: Job, moment: str, seconds: float, draw: random.Rando
 
 
 def survives(
-    folder: Path, uninterrupted: Uninterrupted, setting: tuple[int, int], moment: str, draw: random.Random
+    folder: Path,
+    uninterrupted: Uninterrupted,
+    setting: tuple[int, int],
+    moment: str,
+    draw: random.Random,
+    kills: int = 1,
 ) -> bool:
-    """Run and kill and continue, say where the result differs from the uninterrupted run's, and return whether not."""
+    """Run, kill and continue so many times or more; say where the result differs, and return whether it does not."""
     expected, seconds = uninterrupted.of(setting[0])
     trial = Trial(folder / f"trial-{draw.random()}", *setting)
     killed = 0
-    while not killed or draw.random() < 0.3:
+    while killed < kills or draw.random() < 0.3:
         job = trial.start()
         kill(trial, job, moment, seconds, draw)
         statuses = job.wait()
         if statuses == [0] * len(statuses):  # ended before it could be killed
-            break
+            shutil.rmtree(trial.folder)
+            continue
         assert -signal.SIGKILL in statuses, job.console()
         assert set(statuses) <= {-signal.SIGKILL, 75, 0}, job.console()
         killed += 1
@@ -56,7 +64,9 @@ def survives(
 def test_a_killed_run_ends_as_one_that_was_not(
     uninterrupted: Uninterrupted, tmp_path: Path, setting: tuple[int, int], moment: str
 ) -> None:
-    assert survives(tmp_path, uninterrupted, setting, moment, random.Random(f"{setting} {moment}"))
+    assert survives(tmp_path, uninterrupted, setting, moment, random.Random(f"{setting} {moment}"), kills=2)
+    within = re.findall(r": epoch \d, update ([1-9]\d*)", next(tmp_path.glob("*/console.txt")).read_text())
+    assert within, "no job was killed in the middle of an epoch; take another seed"
 
 
 @pytest.mark.slow
