@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there: safe loading, atomic saving, and the files of a run.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that reading one runs no code: `format`,
-`model`, `ema` (or None), `optimizer`, `scaler`, `images_per_update`, `config` (YAML text) and the fields of
-`run.Position`, such as `epoch` and `update` (what comes next). The published files, with a pickled `CfgNode` under
-`config`, load too.
+`model`, `ema` (or None), `optimizer`, `scaler`, `images_per_update`, `training_images`, `config` (YAML text) and the
+fields of `run.Position`, such as `epoch` and `update` (what comes next). The published files, with a pickled `CfgNode`
+under `config`, load too.
 """
 
 from __future__ import annotations
@@ -189,21 +189,39 @@ def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Check that a run can be continued from a checkpoint.
 
     Raises:
-        ValueError: where it holds weights alone, say.
+        ValueError: where it holds weights alone, say, or is of another version of this code.
     """
-    wrong = [name for name, kind in _TRAINING_STATE.items() if not isinstance(checkpoint.get(name, ...), kind)]
-    if checkpoint.get("format") != FORMAT or wrong:
+    hint = "to start from its weights use --pretrained"
+    if isinstance(checkpoint.get("format"), int) and checkpoint["format"] != FORMAT:
         raise ValueError(
-            f"{path} holds no training state that can be continued; to start from its weights use --pretrained"
+            f"{path} is of another version of this code: its format is {checkpoint['format']}, this one's {FORMAT}; "
+            f"continue it with that version; {hint}"
         )
+    whole = all(_is_entry(checkpoint.get(name, ...), kind) for name, kind in _TRAINING_STATE.items())
+    if "format" not in checkpoint or not whole or written_config(checkpoint) is None:
+        raise ValueError(f"{path} holds no training state that can be continued; {hint}")
 
 
-def config_changes(checkpoint: dict[str, Any], config: CfgNode, images_per_update: int) -> list[str]:
+def _is_entry(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not (kind is int and value < 0)
+
+
+def written_config(checkpoint: dict[str, Any]) -> CfgNode | None:
+    """Return the config of the run that wrote a checkpoint; None where there is none."""
+    try:
+        options = yaml.safe_load(checkpoint.get("config"))
+        return CfgNode(options) if isinstance(options, dict) else None
+    except (yaml.YAMLError, AttributeError, AssertionError):  # no YAML, no text, or values that no option has
+        return None
+
+
+def config_changes(
+    checkpoint: dict[str, Any], config: CfgNode, *, images_per_update: int, training_images: int
+) -> list[str]:
     """Return how the run that wrote `checkpoint` differs from this one where that would change the result."""
-    written = CfgNode(yaml.safe_load(checkpoint["config"]))
     changes = [
         f"{key}: {before!r} in the checkpoint, {now!r} now"
-        for key, before, now in differences(written, config)
+        for key, before, now in differences(written_config(checkpoint), config)
         if key not in _FREE_TO_CHANGE
     ]
     if checkpoint["images_per_update"] != images_per_update:
@@ -211,6 +229,8 @@ def config_changes(checkpoint: dict[str, Any], config: CfgNode, images_per_updat
             f"images per update: {checkpoint['images_per_update']} in the checkpoint, {images_per_update} now "
             "(batch size x processes x accumulation steps)"
         )
+    if (before := checkpoint.get("training_images", training_images)) != training_images:
+        changes.append(f"training images: {before} in the checkpoint, {training_images} now")
     return changes
 
 
@@ -278,19 +298,6 @@ class CheckpointFolder:
         if self._keep:
             for path in self._epochs()[: -self._keep]:
                 path.unlink()
-
-
-def set_aside(folder: Path) -> Path | None:
-    """Move the files of an earlier run in `folder` to a folder inside it; return that, or None if there were none."""
-    files = [path for path in folder.iterdir() if path.is_file()]
-    if not files:
-        return None
-    number = 1 + sum(1 for _ in folder.glob("earlier_*"))
-    earlier = folder / f"earlier_{number}"
-    earlier.mkdir()
-    for path in files:
-        path.replace(earlier / path.name)
-    return earlier
 
 
 def _stage(state: dict[str, Any], target: Path) -> Path:

@@ -14,6 +14,8 @@ from termcolor import colored
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from output_folder import write_whole
+
 _LINE = "%(asctime)s %(levelname)s %(message)s"
 _TIME = "%Y-%m-%d %H:%M:%S"
 
@@ -161,51 +163,3 @@ def check_writers(config: CfgNode) -> None:
     for option, package in (("TENSORBOARD", "tensorboard"), ("WANDB", "wandb")):
         if config[option] and importlib.util.find_spec(package) is None:
             raise ValueError(f"{option} needs the package {package}: pip install {package}, or set {option} to False")
-
-
-def try_folder(folder: Path) -> None:
-    """Check that the output folder can be made and written, and leave nothing behind.
-
-    Raises:
-        ValueError: where it cannot.
-    """
-    made = _missing(folder)
-    open_folder(folder)
-    _remove(made)
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a kill or a full disk leaves the file as it was or as it should be."""
-    staged = path.with_name(f"{path.name}.tmp")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)
-
-
-def open_folder(folder: Path) -> Path:
-    """Make the output folder and return it.
-
-    Raises:
-        ValueError: where it cannot be made or written; nothing is left behind then.
-    """
-    made = _missing(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        _remove(made)
-        raise ValueError(
-            f"output folder {folder} cannot be written ({error.strerror}); choose another with --output"
-        ) from None
-    return folder
-
-
-def _missing(folder: Path) -> list[Path]:
-    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-
-
-def _remove(folders: list[Path]) -> None:
-    for folder in folders:
-        if os.path.lexists(folder):
-            folder.rmdir()

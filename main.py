@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -33,17 +32,18 @@ from checkpoint import (
     load_checkpoint,
     load_strictly,
     model_weights,
-    set_aside,
+    written_config,
 )
-from config import load_config
+from config import flatten, load_config
 from data.build import build_eval_loader, build_mixup, build_train_loader, class_names
 from data.images import UnreadableImage
 from engine import Evaluation, TrainingStopped, evaluate, measure_throughput, train_one_epoch
-from logger import RunLog, check_writers, open_folder, try_folder, write_whole
+from logger import RunLog, check_writers
 from lr_scheduler import build_scheduler
 from models import build_model
 from models.weights import adapt
 from optimizer import build_optimizer
+from output_folder import hold_folder, open_folder, set_aside, try_folder, write_whole
 from run import BadImages, Run
 from tools.plot import plot_curves
 from utils import (
@@ -304,10 +304,14 @@ def build_run(config: CfgNode, world: World) -> Run:
     Raises:
         ValueError: for wrong input; nothing has been written then.
     """
+    folder, hold = run_folder(config), None
+    if world.is_main and folder.is_dir():  # before reading checkpoints that another run may be about to replace
+        hold = hold_folder(open_folder(folder))
+    wait_for_all()
     run, notes, warnings = assemble(config, world)
     run.check_agreement()
     if world.is_main:
-        open_folder(run.folder)
+        run.hold = hold or hold_folder(open_folder(folder), patience=0)
         if not run.continued_from and (earlier := set_aside(run.folder)):
             notes.append(f"the files of an earlier run in this folder lie in {earlier} now")
     wait_for_all()
@@ -318,6 +322,11 @@ def build_run(config: CfgNode, world: World) -> Run:
     if not run.updates_done:
         run.save()  # so that a restart does not find the checkpoint of an earlier run
     return run
+
+
+def run_folder(config: CfgNode) -> Path:
+    """Return where the results of a run go."""
+    return Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
 
 
 def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
@@ -342,8 +351,8 @@ def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
     warnings: list[str] = []
     if len(classes) != meant_for:
         notes.append(f"{len(classes)} classes as in the data set, instead of the {meant_for} of the config")
-    folder = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
-    resumed = find_resumed(config, folder, world, warnings)
+    folder = run_folder(config)
+    resumed = find_resumed(config, folder, world, len(train_loader.dataset), warnings)
     if resumed is not None:
         load_strictly(network, model_weights(resumed[1], resumed[0]), resumed[0])
     elif config.MODEL.PRETRAINED:
@@ -390,7 +399,7 @@ def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
 
 
 def find_resumed(
-    config: CfgNode, folder: Path, world: World, warnings: list[str]
+    config: CfgNode, folder: Path, world: World, training_images: int, warnings: list[str]
 ) -> tuple[Path, dict[str, Any]] | None:
     """Return the checkpoint to continue from, with its path: --resume, or the newest of the output folder.
 
@@ -406,7 +415,12 @@ def find_resumed(
         return None
     path, state = found
     check_training_state(state, path)
-    changes = config_changes(state, config, config.DATA.BATCH_SIZE * world.size * config.TRAIN.ACCUMULATION_STEPS)
+    changes = config_changes(
+        state,
+        config,
+        images_per_update=config.DATA.BATCH_SIZE * world.size * config.TRAIN.ACCUMULATION_STEPS,
+        training_images=training_images,
+    )
     if changes and not config.TRAIN.ALLOW_CONFIG_CHANGE:
         raise ValueError(
             f"{path} was written under other options: {'; '.join(changes)}. Give another --tag to train "
@@ -418,8 +432,8 @@ def find_resumed(
 
 def began_from(state: dict[str, Any]) -> str:
     """Return the --resume of the run that wrote `state`; the same command as this one went on from there already."""
-    written = yaml.safe_load(state.get("config") or "") if state.get("format") == FORMAT else None
-    return written["MODEL"]["RESUME"] if written else ""
+    written = written_config(state) if state.get("format") == FORMAT else None
+    return dict(flatten(written)).get("MODEL.RESUME", "") if written else ""
 
 
 def start_from_pretrained(config: CfgNode, network: nn.Module) -> list[str]:

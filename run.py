@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from timm.data import Mixup
@@ -88,6 +88,8 @@ class Run:
     checkpoints: CheckpointFolder
     position: Position = field(default_factory=Position)
     continued_from: Path | None = None
+    # Of the main process: keeps other runs out of the folder.
+    hold: TextIO | None = None
 
     @property
     def updates_per_epoch(self) -> int:
@@ -117,6 +119,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "images_per_update": self.images_per_update,
+            "training_images": len(self.train_loader.dataset),
             "config": self.config.dump(),
             **vars(self.position),
         }
@@ -130,10 +133,14 @@ class Run:
         if self.ema:
             load_strictly(self.ema.module, model_weights(state, path, ema=True), path)
         configured = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state["optimizer"])
+        try:
+            self.optimizer.load_state_dict(state["optimizer"])
+            fits = all(a.keys() <= b.keys() for a, b in zip(configured, self.optimizer.param_groups, strict=True))
+        except (ValueError, KeyError):
+            fits = False
+        if not fits:
+            raise ValueError(f"{path} holds the state of another optimizer; start from its weights by --pretrained")
         for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
-            if not settings.keys() <= group.keys():
-                raise ValueError(f"{path} holds the state of another optimizer; start from its weights by --pretrained")
             group.update(settings)  # where the run continues under other options, these hold
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
@@ -141,7 +148,7 @@ class Run:
         self.position = Position(**{name: state[name] for name in vars(self.position)})
         # Another size of updates continues at the same image.
         self.position.update = self.position.update * state["images_per_update"] // self.images_per_update
-        if not 0 <= self.position.update <= self.updates_per_epoch:
+        if self.position.update > self.updates_per_epoch:
             raise ValueError(
                 f"{path} was saved after {self.position.update} updates of an epoch, which has "
                 f"{self.updates_per_epoch} now; continue with the data set that the run began with"

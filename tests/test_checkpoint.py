@@ -236,13 +236,14 @@ def test_strict_loading_of_very_different_weights_stays_short() -> None:
 
 def test_only_options_that_change_the_result_are_changes() -> None:
     written = default_config()
-    checkpoint = {"config": written.dump(), "images_per_update": 512}
+    checkpoint = {"config": written.dump(), "images_per_update": 512, "training_images": 9000}
     now = default_config()
     now.OUTPUT, now.DATA.NUM_WORKERS, now.DATA.BATCH_SIZE = "elsewhere", 2, 32
-    assert config_changes(checkpoint, now, 512) == []
+    assert config_changes(checkpoint, now, images_per_update=512, training_images=9000) == []
     now.TRAIN.BASE_LR = 1e-3
-    changes = config_changes(checkpoint, now, 256)
-    assert [change.split(":")[0] for change in changes] == ["TRAIN.BASE_LR", "images per update"]
+    changes = config_changes(checkpoint, now, images_per_update=256, training_images=9001)
+    assert [change.split(":")[0] for change in changes] == ["TRAIN.BASE_LR", "images per update", "training images"]
+    assert changes[-1] == "training images: 9000 in the checkpoint, 9001 now"
 
 
 def state(value: float, size: int = 10) -> dict[str, Any]:

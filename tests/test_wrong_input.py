@@ -325,6 +325,37 @@ ROWS = [
     weights(
         "half a state", lambda: save(trained(optimizer=None)), f"wrong.pth {WITHOUT_STATE}", "--resume", "wrong.pth"
     ),
+    weights("negative epoch", lambda: save(trained(epoch=-1)), f"wrong.pth {WITHOUT_STATE}", "--resume", "wrong.pth"),
+    weights(
+        "config of no YAML",
+        lambda: save(trained(config="TAG: [")),
+        f"wrong.pth {WITHOUT_STATE}",
+        *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "config of no options",
+        lambda: save(trained(config="TAG: 2020-02-02")),
+        f"wrong.pth {WITHOUT_STATE}",
+        *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "another version of the code",
+        lambda: save(trained(format=2)),
+        "wrong.pth is of another version of this code: its format is 2, this one's 1; continue it with that version; ",
+        *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "empty optimizer",
+        lambda: save(trained(optimizer={})),
+        "wrong.pth holds the state of another optimizer; start from its weights by --pretrained",
+        *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "another data set",
+        lambda: write_folder(Path("wrong"), {**PHOTOS, "train/cat": 5}),
+        "written under other options: training images: 8 in the checkpoint, 9 now. Give another --tag",
+        *("--data-path", "wrong", "--resume", "trained.pth"),
+    ),
     weights(
         "another config",
         lambda: None,

@@ -1,0 +1,113 @@
+"""The output folder of a run: made, tried, cleared, and held against other runs."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TextIO
+
+LOCK = ".lock"
+
+
+def open_folder(folder: Path) -> Path:
+    """Make the output folder and return it.
+
+    Raises:
+        ValueError: where it cannot be made or written; nothing is left behind then.
+    """
+    made = _missing(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        _remove(made)
+        raise ValueError(
+            f"output folder {folder} cannot be written ({error.strerror}); choose another with --output"
+        ) from None
+    return folder
+
+
+def try_folder(folder: Path) -> None:
+    """Check that the output folder can be made and written, and leave nothing behind.
+
+    Raises:
+        ValueError: where it cannot.
+    """
+    made = _missing(folder)
+    open_folder(folder)
+    _remove(made)
+
+
+def hold_folder(folder: Path, *, patience: float = 60) -> TextIO:
+    """Keep other runs from writing into a folder until the returned file is closed or this process has ended.
+
+    Args:
+        folder: an existing folder that can be written.
+        patience: seconds to wait for another run to let go. One that was told to stop has to save first, and where a
+            machine has died, a network file system takes a while to notice.
+
+    Raises:
+        ValueError: where another run still holds the folder then.
+    """
+    file = (folder / LOCK).open("a+", encoding="utf-8")
+    if not _lock(file):
+        file.seek(0)
+        holder = file.read()
+        if patience:
+            print(f"another run writes into {folder} ({holder}); waiting for its end", file=sys.stderr, flush=True)
+        end = time.monotonic() + patience
+        while not _lock(file):
+            if time.monotonic() > end:
+                file.close()
+                raise ValueError(f"another run writes into {folder} ({holder}); stop it, or give another --tag")
+            time.sleep(0.2)
+    with suppress(OSError):  # a full disk
+        os.truncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
+    return file
+
+
+def _lock(file: TextIO) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the workers of loaders would inherit
+    except OSError as error:
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others: a file system without locks
+    return True
+
+
+def set_aside(folder: Path) -> Path | None:
+    """Move the files of an earlier run in `folder` to a folder inside it; return that, or None if there were none."""
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != LOCK]
+    if not files:
+        return None
+    number = 1 + sum(1 for _ in folder.glob("earlier_*"))
+    earlier = folder / f"earlier_{number}"
+    earlier.mkdir()
+    for path in files:
+        path.replace(earlier / path.name)
+    return earlier
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a kill or a full disk leaves the file as it was or as it should be."""
+    staged = path.with_name(f"{path.name}.tmp")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
+
+
+def _missing(folder: Path) -> list[Path]:
+    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+
+
+def _remove(folders: list[Path]) -> None:
+    for folder in folders:
+        if os.path.lexists(folder):
+            folder.rmdir()

@@ -1,0 +1,52 @@
+"""The output folder: one run at a time writes into it, and a run that was killed holds it no longer."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from output_folder import LOCK, hold_folder, set_aside
+from tests.runs import ROOT
+
+HOLD = "import sys, time; from pathlib import Path; from output_folder import hold_folder; "
+HOLD += "file = hold_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+
+
+def other_run(folder: Path) -> subprocess.Popen[str]:
+    """Start a process that holds the folder."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with other_run(tmp_path) as first:
+        try:
+            holder = rf"another run writes into {tmp_path} \(process {first.pid} on .+\)"
+            with pytest.raises(ValueError, match=rf"{holder}; stop it, or give another --tag"):
+                hold_folder(tmp_path, patience=0)
+            assert capsys.readouterr().err == ""
+            with pytest.raises(ValueError, match=holder):
+                hold_folder(tmp_path, patience=0.3)
+            assert re.fullmatch(rf"{holder}; waiting for its end\n", capsys.readouterr().err)
+        finally:
+            first.kill()
+    with hold_folder(tmp_path, patience=0) as file:
+        assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
+        assert not file.closed
+
+
+def test_files_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:
+    assert set_aside(tmp_path) is None
+    with hold_folder(tmp_path):
+        assert set_aside(tmp_path) is None
+        for number in (1, 2):
+            (tmp_path / "last.pth").write_text(str(number))
+            assert set_aside(tmp_path) == tmp_path / f"earlier_{number}"
+            assert (tmp_path / f"earlier_{number}" / "last.pth").read_text() == str(number)
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, "earlier_1", "earlier_2"}
