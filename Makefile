@@ -9,7 +9,7 @@ help:
 	@echo "make setup      set up .venv (once: about 6 GB, one to five minutes)"
 	@echo "make demo       train a small DAT++ on handwritten digits (one to two minutes on four cores)"
 	@echo "make test       run every test (under eight minutes on two cores)"
-	@echo "make test-long  the tests that kill and resume runs at many moments (about half an hour)"
+	@echo "make test-long  the tests that kill and resume runs at many moments (about ten minutes)"
 	@echo "make test-slurm train_slurm.sh on a SLURM of two nodes on this machine (Debian's slurm-wlm and munge, root)"
 	@echo "make lint       ruff"
 
@@ -25,7 +25,7 @@ test: setup
 	@.venv/bin/python -m pytest -m "not slow"
 
 test-long: setup
-	@echo "test-long: the long form of the tests, about half an hour on four cores"
+	@echo "test-long: the long form of the tests, about ten minutes on four cores"
 	@.venv/bin/python -m pytest -m slow
 
 test-slurm: setup

@@ -90,7 +90,7 @@ stop() {
 
 case ${1:-}:$# in
 check:1) check ;;
-install:1) apt-get update && apt-get install -y slurm-wlm munge ;;
+install:1) apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y slurm-wlm munge ;;
 start:2) start "$(realpath -m "$2")" ;;
 stop:2) stop "$(realpath -m "$2")" ;;
 *)
