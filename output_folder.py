@@ -10,6 +10,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 LOCK = ".lock"
@@ -21,29 +22,28 @@ def open_folder(folder: Path) -> Path:
     Raises:
         ValueError: where it cannot be made or written; nothing is left behind then.
     """
-    made = _missing(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        _remove(made)
-        raise ValueError(
-            f"output folder {folder} cannot be written ({error.strerror}); choose another with --output"
-        ) from None
+    try_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def try_folder(folder: Path) -> None:
     """Check that the output folder can be made and written, and leave nothing behind.
 
+    What is missing is made in a folder of its own, beside where it belongs: to make it there and take it away again
+    could take it from another run that starts at the same moment.
+
     Raises:
         ValueError: where it cannot.
     """
-    made = _missing(folder)
-    open_folder(folder)
-    _remove(made)
+    try:
+        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        with TemporaryDirectory(dir=existing) as scratch:
+            Path(scratch, folder.relative_to(existing)).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"output folder {folder} cannot be written ({error.strerror}); choose another with --output"
+        ) from None
 
 
 def hold_folder(folder: Path, *, patience: float = 60) -> TextIO:
@@ -101,13 +101,3 @@ def write_whole(path: Path, text: str) -> None:
     staged = path.with_name(f"{path.name}.tmp")
     staged.write_text(text, encoding="utf-8")
     staged.replace(path)
-
-
-def _missing(folder: Path) -> list[Path]:
-    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-
-
-def _remove(folders: list[Path]) -> None:
-    for folder in folders:
-        if os.path.lexists(folder):
-            folder.rmdir()

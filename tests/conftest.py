@@ -16,9 +16,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     return Uninterrupted(tmp_path_factory.mktemp("runs"))
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def no_process_left() -> Iterator[None]:
-    """Kill what a test that failed left running, for which Python would wait at the end."""
+    """Kill what tests that failed left running, for which Python would wait at the end.
+
+    Not after each test: the workers of a loader that is not collected yet run on, and must not be found dead.
+    """
     yield
     for process in multiprocessing.active_children():
         process.kill()

@@ -6,11 +6,12 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from output_folder import LOCK, hold_folder, set_aside
+from output_folder import LOCK, hold_folder, open_folder, set_aside, try_folder
 from tests.runs import ROOT
 
 HOLD = "import sys, time; from pathlib import Path; from output_folder import hold_folder; "
@@ -22,6 +23,24 @@ def other_run(folder: Path) -> subprocess.Popen[str]:
     process = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
+
+
+def test_runs_that_start_at_once_make_the_folders_above_theirs(tmp_path: Path) -> None:
+    def start(tag: int) -> bool:
+        folder = tmp_path / str(tag // 4) / "tiny" / str(tag % 4)
+        try_folder(folder)
+        return open_folder(folder).is_dir()
+
+    with ThreadPoolExecutor(4) as runs:
+        assert all(runs.map(start, range(400)))
+
+
+def test_trying_a_folder_makes_none(tmp_path: Path) -> None:
+    try_folder(tmp_path / "tiny" / "default")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "tiny").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"output folder .* cannot be written"):
+        try_folder(tmp_path / "tiny" / "default")
 
 
 def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
