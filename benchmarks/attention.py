@@ -22,6 +22,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.memory import kept_for_backward
 from benchmarks.timing import environment, take_turns
 from models.attention import DeformableAttention
 from models.ops.deformable import choose_form as choose_deformable
@@ -31,11 +32,12 @@ from models.ops.depthwise import conv_mlp
 from models.ops.neighborhood import choose_form as choose_neighborhood
 from models.ops.neighborhood import neighborhood_attention
 
-WIDTHS = {"T": 64, "S": 96, "B": 128}  # channels of the first stage of DAT-T++, DAT-S++ and DAT-B++
+# Channels of the first stage and offset groups of DAT-T++, DAT-S++ and DAT-B++.
+WIDTHS = {"T": 64, "S": 96, "B": 128}
+GROUPS = {"T": (1, 2, 4, 8), "S": (1, 2, 3, 6), "B": (2, 4, 8, 16)}
 HEAD_DIM = 32
 NATIVE = 224
 KERNEL = 7
-HEADS_PER_GROUP = 2
 
 
 class Operation(NamedTuple):
@@ -70,7 +72,7 @@ def main() -> None:
         for size in args.sizes:
             for stage in range(4):
                 for make in (OPERATIONS[name] for name in args.operations):
-                    operation = make(WIDTHS[model] << stage, size, stage, args.batch_size, device)
+                    operation = make(model, size, stage, args.batch_size, device)
                     if operation is not None:
                         cells = _memory(operation) if args.memory else _times(operation, args.runs, device)
                         print(
@@ -92,10 +94,10 @@ def _parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _neighborhood(dim: int, size: int, stage: int, batch: int, device: torch.device) -> Operation | None:
+def _neighborhood(model: str, size: int, stage: int, batch: int, device: torch.device) -> Operation | None:
     if stage == 3:
         return None  # the last stage has none
-    side, heads = size // (4 << stage), dim // HEAD_DIM
+    side, heads = size // (4 << stage), (WIDTHS[model] << stage) // HEAD_DIM
     arguments = [_random(batch, side, side, heads, HEAD_DIM, device=device) for _ in range(3)]
     arguments.append(_random(heads, 2 * KERNEL - 1, 2 * KERNEL - 1, device=device))
 
@@ -105,10 +107,10 @@ def _neighborhood(dim: int, size: int, stage: int, batch: int, device: torch.dev
     return Operation("neighborhood attention", run, arguments, choose_neighborhood(arguments[0]))
 
 
-def _deformable(dim: int, size: int, stage: int, batch: int, device: torch.device) -> Operation:
-    side, native, heads = size // (4 << stage), NATIVE // (4 << stage), dim // HEAD_DIM
+def _deformable(model: str, size: int, stage: int, batch: int, device: torch.device) -> Operation:
+    side, native, heads = size // (4 << stage), NATIVE // (4 << stage), (WIDTHS[model] << stage) // HEAD_DIM
     keys = (side // (8 >> stage)) ** 2
-    positions = torch.rand(batch, heads // HEADS_PER_GROUP, keys, 2, device=device) * 2 - 1
+    positions = torch.rand(batch, GROUPS[model][stage], keys, 2, device=device) * 2 - 1
     arguments = [
         _random(batch, side * side, heads, HEAD_DIM, device=device),
         *(_random(batch, keys, heads, HEAD_DIM, device=device) for _ in range(2)),
@@ -123,8 +125,9 @@ def _deformable(dim: int, size: int, stage: int, batch: int, device: torch.devic
     return Operation("deformable attention", run, arguments, choose_deformable(table=arguments[-1], **options))
 
 
-def _mlp(dim: int, size: int, stage: int, batch: int, device: torch.device) -> Operation:
-    side, hidden = size // (4 << stage), 4 * dim
+def _mlp(model: str, size: int, stage: int, batch: int, device: torch.device) -> Operation:
+    side, dim = size // (4 << stage), WIDTHS[model] << stage
+    hidden = 4 * dim
     shapes = (batch, side, side, dim), (hidden, dim), (hidden,), (hidden, 1, 3, 3), (hidden,), (dim, hidden), (dim,)
     arguments = [_random(*shape, device=device) for shape in shapes]
 
@@ -134,12 +137,16 @@ def _mlp(dim: int, size: int, stage: int, batch: int, device: torch.device) -> O
     return Operation("convolutional MLP", run, arguments, choose_mlp(arguments[0]))
 
 
-def _layer(dim: int, size: int, stage: int, batch: int, device: torch.device) -> Operation:
+def _layer(model: str, size: int, stage: int, batch: int, device: torch.device) -> Operation:
     """Return a whole mixer D: projections, offset network, sampling and attention."""
-    side, native, heads = size // (4 << stage), NATIVE // (4 << stage), dim // HEAD_DIM
-    groups, stride, kernel_size = heads // HEADS_PER_GROUP, 8 >> stage, 9 - 2 * stage
+    side, native, dim = size // (4 << stage), NATIVE // (4 << stage), WIDTHS[model] << stage
     layer = DeformableAttention(
-        dim, heads=heads, groups=groups, map_size=native, stride=stride, kernel_size=kernel_size
+        dim,
+        heads=dim // HEAD_DIM,
+        groups=GROUPS[model][stage],
+        map_size=native,
+        stride=8 >> stage,
+        kernel_size=9 - 2 * stage,
     ).to(device)
     x = _random(batch, dim, side, side, device=device).detach().contiguous(memory_format=torch.channels_last)
 
@@ -179,21 +186,6 @@ def _memory(operation: Operation) -> str:
     runs = (partial(operation.run, form) for form in ("reference", operation.chosen))
     plain, fast = (kept_for_backward(run, operation.arguments) / 2**20 for run in runs)
     return f"{plain:.1f} | {fast:.1f} | {fast / plain:.2f}"
-
-
-def kept_for_backward(function: Callable[..., Tensor], arguments: list[Tensor]) -> int:
-    """Return the bytes that autograd keeps of a function's run beyond its arguments; what shares memory counts once."""
-    kept = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        out = function(*arguments)
-    own = {tensor.untyped_storage().data_ptr() for tensor in arguments}
-    del out
-    return sum(size for pointer, size in kept.items() if pointer not in own)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import AMP_DTYPES, environment, peak_memory, precision, spread, take_turns
+from benchmarks.memory import peak_memory
+from benchmarks.timing import AMP_DTYPES, environment, precision, spread, take_turns
 from config import load_config
 from models import build_model
 
@@ -118,7 +119,9 @@ def _print_table(
     for name, runs in seconds.items():
         best = min(runs)
         row = f"| {name} | {best * 1e3:.0f} | +{spread(runs)} | {len(images) / best:.1f} | {best / base:.3f} |"
-        print(row + (f" {peak_memory(rivals[name], images.device):.0f} |" if on_gpu else ""), flush=True)
+        print(
+            row + (f" {peak_memory(rivals[name], networks[name], images.device):.0f} |" if on_gpu else ""), flush=True
+        )
 
 
 if __name__ == "__main__":

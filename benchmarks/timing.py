@@ -46,13 +46,6 @@ def precision(name: str, device: torch.device) -> AbstractContextManager:
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def peak_memory(action: Callable[[], object], device: torch.device) -> float:
-    """Return the MiB of GPU memory that an action takes at most."""
-    torch.cuda.reset_peak_memory_stats(device)
-    action()
-    return torch.cuda.max_memory_allocated(device) / 2**20
-
-
 def environment(device: torch.device, threads: int) -> str:
     """Return device and versions, for the line above a table."""
     if device.type == "cuda":

@@ -234,6 +234,8 @@ class DAT(nn.Module):
         """Compile every mixer and MLP by itself, for inputs of fixed size; parameters keep their names.
 
         Blocks of one kind and width share their code, so that it takes a fraction of the time of the whole network.
+        Raises the process's limit of recompilations, `torch._dynamo.config.recompile_limit`, to the number of shapes.
+        Compiled blocks keep for the backward pass what the plain operations keep; ``use_checkpoint`` saves memory.
 
         Args:
             backend: compiler, as `torch.compile` takes it.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,10 +62,11 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> int:
     """Return the multiply-accumulates of matrix products and convolutions for one image.
 
     Args:
-        model: a network of images ``[1, 3, H, W]``; left in evaluation mode.
+        model: a network of images ``[1, 3, H, W]``; left as it is.
         size: height and width of the image in pixels.
     """
-    for module in model.eval().modules():
+    model = deepcopy(model).eval()
+    for module in model.modules():
         if hasattr(module, "form"):
             module.form = "reference"
     counter = FlopCounterMode(display=False)

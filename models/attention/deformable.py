@@ -52,7 +52,9 @@ class DeformableAttention(nn.Module):
         proj_drop: dropout rate of the output.
 
     Attributes:
-        form: form of the operation, see `models.ops.deformable`.
+        form: form of the attention with a table, see `models.ops.deformable`. ``reference`` also samples the map in the
+            plain form and keeps what the keys are made of; the others make them anew in the backward pass, so that
+            weights must not change between forward and backward.
     """
 
     def __init__(
@@ -115,12 +117,13 @@ class DeformableAttention(nn.Module):
         return nn.Parameter(nn.init.trunc_normal_(table, std=0.01))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
         size = x.shape[-2:]
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
         q = self.proj_q(x)
         if torch.is_grad_enabled() and self.form != "reference" and not torch.compiler.is_compiling():
             # Keeps k, v and positions alone for the backward: what they are made of is cheap from x and q.
-            k, v, positions, key_size = checkpoint(self._keys, x, q, use_reentrant=False, preserve_rng_state=False)
+            k, v, positions, key_size = checkpoint(self._keys, x, q, use_reentrant=False)
         else:
             k, v, positions, key_size = self._keys(x, q)
         queries = self._split_heads(q.flatten(1, 2))
@@ -175,7 +178,8 @@ class DeformableAttention(nn.Module):
         """Return what the keys are made of, ``[B, Ns, C]``, their positions ``[B, g, Ns, 2]`` and their grid's size."""
         if self.use_offsets:
             positions, key_size = self._positions(self._offsets(q))
-            return sample(x, positions), positions, key_size
+            form = "reference" if self.form == "reference" else "auto"
+            return sample(x, positions, form=form), positions, key_size
         height, width = x.shape[1:3]
         window = min(self.stride, height), min(self.stride, width)
         samples = F.avg_pool2d(x.permute(0, 3, 1, 2), window, stride=self.stride).permute(0, 2, 3, 1)

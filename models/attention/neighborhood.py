@@ -48,6 +48,7 @@ class NeighborhoodAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
         height, width = x.shape[-2:]
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
         if min(height, width) < self.kernel_size:  # padding by nothing would copy the map
@@ -66,10 +67,11 @@ class NeighborhoodAttention(nn.Module):
 
     def _takes_natten(self, q: Tensor, dropout: float) -> bool:
         """NATTEN has no position bias and no dropout, and brings kernels for GPUs."""
-        if self.rpb is not None or dropout:
-            return False
+        able = self.rpb is None and not dropout and natten_attention() is not None
+        if self.form == "natten" and not able:
+            raise ValueError("form 'natten' needs NATTEN installed, nat_rpb: false and attn_drop_rate: 0")
         on_gpu = self.form == "auto" and q.is_cuda and not torch.compiler.is_compiling()
-        return self.form == "natten" or (on_gpu and natten_attention() is not None)
+        return able and (self.form == "natten" or on_gpu)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ class PyramidAttention(nn.Module):
             self.proj_ds = nn.Sequential(nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio), LayerNorm(dim))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
         height, width = x.shape[-2:]
         reduced = x
         if min(height, width) < self.sr_ratio:  # padding by nothing would copy the map

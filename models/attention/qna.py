@@ -46,6 +46,7 @@ class QueryAndAttend(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
         x = x.permute(0, 2, 3, 1)
         k = self.proj_k(x).unflatten(-1, (self.heads, -1))  # [B, H, W, heads, d]
         v = self.proj_v(x).permute(0, 3, 1, 2).unflatten(1, (self.heads, -1))  # [B, heads, d, H, W]

@@ -40,6 +40,7 @@ class SlideAttention(nn.Module):
         return nn.Conv2d(head_dim, SHIFTS * head_dim, KERNEL_SIZE, padding=KERNEL_SIZE // 2, groups=head_dim)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
         qkv = self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (self.heads, 3, -1)).permute(4, 0, 3, 1, 2, 5)
         q, kv = qkv[0].unsqueeze(-2) * self.scale, qkv[1:]  # [B, heads, H, W, 1, c], [2, B, heads, H, W, c]
         k, v = self._shifted(kv.flatten(0, 2).permute(0, 3, 1, 2)).unflatten(0, kv.shape[:3]).unbind(0)

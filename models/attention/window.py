@@ -42,6 +42,7 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Map ``[B, C, H, W]`` to the same shape."""
         batch, _, height, width = x.shape
         size = self._padded((height, width))
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]

@@ -14,6 +14,7 @@ from .position_bias import table_bias
 from .table_rows import crop_bias, separable_bias, table_columns, table_crops
 
 CACHED = 1 << 20  # logits of the images that are worked on at a time on a CPU: 4 MiB, so that they stay in the cache
+AT_ONCE = 1 << 24  # elsewhere: 64 MiB, little beside the network and enough to fill a GPU
 FORMS = ("auto", "reference", "crops", "separable")
 
 
@@ -65,15 +66,23 @@ def deformable_attention(
         clamped: whether all positions are known to lie in [-1, 1], which ``crops`` needs.
         form: ``reference`` samples the table at every displacement and keeps all of them for the backward pass.
             ``separable`` and, on maps of the size that the table was made for, ``crops`` never hold a displacement, see
-            `models.ops.table_rows`, and keep nothing of the size of the attention weights. ``auto`` takes the fastest.
+            `models.ops.table_rows`, and keep nothing of the size of the attention weights; they have no dropout.
+            ``auto`` takes `choose_form`.
 
     Returns:
         ``[B, H*W, heads, d]``.
+
+    Raises:
+        ValueError: the form is unknown or cannot do what is asked for.
     """
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} of deformable attention is unknown; choose one of {', '.join(FORMS)}")
     if form == "auto":
         form = choose_form(map_size, table, coordinates=coordinates, clamped=clamped, dropout=dropout)
+    elif form not in FORMS:
+        raise ValueError(f"form {form!r} of deformable attention is unknown; choose one of {', '.join(FORMS)}")
+    elif form != "reference" and dropout:
+        raise ValueError(f"form {form!r} of deformable attention has no dropout; choose auto or reference")
+    elif form == "crops" and not (clamped and _is_native(map_size, table, coordinates)):
+        raise ValueError("form 'crops' of deformable attention needs clamped positions and a map as the table's")
     grid = query_grid(map_size, coordinates=coordinates, dtype=positions.dtype, device=positions.device)
     if form == "reference":
         return attention(q, k, v, table_bias(table, grid, positions), scale=scale, dropout=dropout)
@@ -83,23 +92,31 @@ def deformable_attention(
     y, x = positions.repeat_interleave(heads_per_group, dim=1).unbind(-1)  # [B, heads, Ns]
     if form == "crops":
         y, x = _table_axis(grid[0, 0, 0], y, table.shape[1]), _table_axis(grid[0, 0, 1], x, table.shape[2])
-        rows, bias = partial(table_crops, map_size=map_size), partial(crop_bias, map_size=map_size)
+        to_matrix, bias = partial(table_crops, map_size=map_size), partial(crop_bias, map_size=map_size)
     else:
         y = _table_axis(grid[:, 0, 0], y.unsqueeze(-1), table.shape[1])  # [B, heads, Ns, H]
         x = _table_axis(grid[0, :, 1], x.unsqueeze(-1), table.shape[2])
-        rows, bias = table_columns, separable_bias
-    images = max(1, CACHED // (k.shape[1] * q[0, ..., 0].numel())) if q.device.type == "cpu" else len(q)
-    return _BiasedAttention.apply(q, k, v, table, y, x, rows, bias, scale, images)
+        to_matrix, bias = table_columns, separable_bias
+    logits = k.shape[1] * q.shape[1:3].numel()
+    images = max(1, (CACHED if q.device.type == "cpu" else AT_ONCE) // logits)
+    with torch.autocast(q.device.type, enabled=False):
+        return _BiasedAttention.apply(q, k, v, table, y, x, to_matrix, bias, scale, images)
 
 
 def choose_form(
     map_size: tuple[int, int], table: Tensor, *, coordinates: str, clamped: bool = False, dropout: float = 0.0
 ) -> str:
-    """Return the form that `deformable_attention` takes for ``auto``."""
+    """Return the form that `deformable_attention` takes for ``auto``: the fastest on CPUs that keeps no displacement.
+
+    In a compiled graph it is the plain form, which the compiler fuses; what that keeps is the compiler's choice.
+    """
     if dropout or torch.compiler.is_compiling():
-        return "reference"  # a compiler fuses it, and recomputes the displacements by itself
-    native = coordinates == "dat++" and table.shape[1:] == tuple(2 * length - 1 for length in map_size)
-    return "crops" if native and clamped else "separable"
+        return "reference"
+    return "crops" if clamped and _is_native(map_size, table, coordinates) else "separable"
+
+
+def _is_native(map_size: tuple[int, int], table: Tensor, coordinates: str) -> bool:
+    return coordinates == "dat++" and table.shape[1:] == tuple(2 * length - 1 for length in map_size)
 
 
 def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:
@@ -117,14 +134,15 @@ class _BiasedAttention(torch.autograd.Function):
         dV = P G        dP = V G^T      dS = P * (dP - sum over keys of P * dP)
         dQ = scale dS^T K               dK = scale dS Q                 dbias = dS
 
-    Bias, ``S`` and ``P`` are computed anew; autograd carries ``dbias`` on to the table and the positions.
+    Bias, ``S`` and ``P`` are computed anew; autograd carries ``dbias`` on to the table and the positions. Logits, and
+    what meets them in the softmax's backward, have the precision of the positions, at least float32.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, table, y, x, rows, bias, scale, images):  # noqa: ANN001
+    def forward(ctx, q, k, v, table, y, x, to_matrix, bias, scale, images):  # noqa: ANN001
         ctx.save_for_backward(q, k, v, table, y, x)
-        ctx.rows, ctx.bias, ctx.scale, ctx.images = rows, bias, scale, images
-        matrix = rows(table)
+        ctx.to_matrix, ctx.bias, ctx.scale, ctx.images = to_matrix, bias, scale, images
+        matrix = to_matrix(table)
         out = q.new_empty(q.shape)
         for part in _parts(len(q), images):
             queries, keys, values = (_by_head(tensor[part]) for tensor in (q, k, v))
@@ -141,7 +159,7 @@ class _BiasedAttention(torch.autograd.Function):
         dy, dx = torch.empty_like(y), torch.empty_like(x)
         with torch.enable_grad():
             table = table.detach().requires_grad_()
-            matrix = ctx.rows(table)
+            matrix = ctx.to_matrix(table)
         dmatrix = torch.zeros_like(matrix)
         for part in _parts(len(q), ctx.images):
             queries, keys, values, grads = (_by_head(tensor[part]) for tensor in (q, k, v, grad))
@@ -150,8 +168,7 @@ class _BiasedAttention(torch.autograd.Function):
                 bias = ctx.bias(*sources).flatten(0, 1)
             weights = _weights(bias.detach(), queries, keys, scale)
             _write(dv[part], weights.to(v.dtype) @ grads)
-            dlogits = (values @ grads.mT).to(weights.dtype)
-            dlogits = torch._softmax_backward_data(dlogits, weights, 1, weights.dtype)
+            dlogits = torch._softmax_backward_data(_product(values, grads.mT, weights.dtype), weights, 1, weights.dtype)
             to_matrix, dy[part], dx[part] = torch.autograd.grad(bias, sources, dlogits)
             dmatrix += to_matrix
             dlogits = dlogits.to(q.dtype)
@@ -179,5 +196,12 @@ def _weights(bias: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
     if bias.dtype == q.dtype:
         bias.baddbmm_(k, q.mT, alpha=scale)
     else:
-        bias.add_(k @ q.mT, alpha=scale)
+        bias.add_(_product(k, q.mT, bias.dtype), alpha=scale)
     return torch.softmax(bias, dim=1, out=bias)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``a @ b`` that is never rounded to less than ``dtype``."""
+    if a.is_cuda and a.dtype != dtype:
+        return torch.bmm(a, b, out_dtype=dtype)
+    return a.to(dtype) @ b.to(dtype)

@@ -22,6 +22,9 @@ def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         x: map ``[B, C, H, W]``.
         weight: ``[C, 1, k, k]``, k odd.
         bias: ``[C]``.
+
+    Returns:
+        ``[B, C, H, W]``.
     """
     if runs_by_hand(x):
         return _convolve(x, _with_skip(weight), bias)
@@ -52,15 +55,19 @@ def conv_mlp(
         bias2: ``[C]``.
         dropout: rate of dropping values of ``h``.
         form: ``reference``, or ``by_hand``, which works on a few images at a time, keeps ``h`` alone for the backward,
-            and has no dropout. ``auto`` takes the fastest.
+            and has no dropout. ``auto`` takes `choose_form`.
 
     Returns:
         ``[B, H, W, C]``.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} of the convolutional MLP is unknown; choose one of {', '.join(FORMS)}")
+    if form == "by_hand" and dropout:
+        raise ValueError("form 'by_hand' of the convolutional MLP has no dropout; choose auto or reference")
     if (choose_form(x, dropout=dropout) if form == "auto" else form) == "by_hand":
-        return _ConvMLP.apply(x, weight1, bias1, _with_skip(kernel), bias, weight2, bias2)
+        arguments = x, weight1, bias1, _with_skip(kernel), bias, weight2, bias2
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
+        return _ConvMLP.apply(*arguments, keep)
     hidden = F.dropout(F.linear(x, weight1, bias1), dropout).permute(0, 3, 1, 2)
     hidden = F.gelu(hidden + _convolve(hidden, kernel, bias))
     return F.linear(hidden.permute(0, 2, 3, 1), weight2, bias2)
@@ -89,9 +96,8 @@ class _ConvMLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight1, bias1, kernel, bias, weight2, bias2):  # noqa: ANN001
-        images = max(1, CACHED // (x[0, ..., 0].numel() * len(weight1)))
-        keep = any(ctx.needs_input_grad)
+    def forward(ctx, x, weight1, bias1, kernel, bias, weight2, bias2, keep):  # noqa: ANN001
+        images = max(1, CACHED // (x.shape[1:3].numel() * len(weight1)))
         kept = []
         out = x.new_empty(x.shape)
         for part, result in zip(x.split(images), out.split(images), strict=True):
@@ -125,7 +131,7 @@ class _ConvMLP(torch.autograd.Function):
             dweight1.addmm_(dhidden.t(), part.flatten(0, 2))
             dbias1 += dhidden.sum(0)
             torch.mm(dhidden, weight1, out=dpart.flatten(0, 2))
-        return dx, dweight1, dbias1, dkernel, dbias, dweight2, grad.sum((0, 1, 2))
+        return dx, dweight1, dbias1, dkernel, dbias, dweight2, grad.sum((0, 1, 2)), None
 
 
 def _convolve_last(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

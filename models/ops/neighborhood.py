@@ -36,13 +36,15 @@ def neighborhood_attention(
         dropout: probability of dropping an attention weight.
         form: ``reference`` gathers every window. ``tiles`` is dense attention of small tiles of queries, with a mask.
             ``tiles_by_hand`` is the same image by image, with a backward of its own that recomputes the weights; it has
-            no dropout. ``auto`` takes the fastest.
+            no dropout. ``auto`` takes `choose_form`.
 
     Returns:
         ``[B, H, W, heads, d]``.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} of neighborhood attention is unknown; choose one of {', '.join(FORMS)}")
+    if form == "tiles_by_hand" and dropout:
+        raise ValueError(f"form {form!r} of neighborhood attention has no dropout; choose auto, reference or tiles")
     if form == "auto":
         form = choose_form(q, dropout=dropout)
     if form == "reference":

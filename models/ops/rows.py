@@ -9,7 +9,15 @@ from torch.autograd.function import once_differentiable
 
 
 def neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return the two cells next to every position on an axis and their weights, ``[..., 2]``; none outside the axis."""
+    """Return the two cells next to every position on an axis, and their weights, zero outside the axis.
+
+    Args:
+        position: ``[...]``, 0 being the first cell of the axis.
+        length: cells of the axis.
+
+    Returns:
+        Cells and weights, ``[..., 2]`` each.
+    """
     first = position.detach().floor()
     fraction = position - first
     taps = torch.stack((first, first + 1), dim=-1)
@@ -24,7 +32,16 @@ def cell(position: Tensor, length: int) -> Tensor:
 
 
 def weighted_rows(matrix: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
-    """Return the sums of ``matrix[taps] * weights`` over the last axis of the taps, ``[..., matrix.shape[1]]``."""
+    """Return weighted sums of rows, ``(matrix[taps] * weights.unsqueeze(-1)).sum(-2)``.
+
+    Args:
+        matrix: ``[rows, columns]``.
+        taps: indices of rows, ``[..., n]``.
+        weights: ``[..., n]``.
+
+    Returns:
+        ``[..., columns]``.
+    """
     count = taps.shape[-1]
     rows = _WeightedRows.apply(matrix, taps.view(-1, count), weights.reshape(-1, count))
     return rows.view(*taps.shape[:-1], -1)

@@ -18,20 +18,25 @@ def sample(x: Tensor, positions: Tensor, *, form: str = "auto") -> Tensor:
         x: map ``[B, H, W, C]``.
         positions: ``[B, g, Ns, 2]``, (y, x), -1 and +1 being the centres of the corner pixels; at least float32.
         form: ``reference`` is `grid_sample`, which needs and keeps a copy of the map with the channels first; ``rows``
-            adds up the four pixels around every position. ``auto`` takes the fastest.
+            adds up the four pixels around every position. ``auto`` takes `choose_form`.
 
     Returns:
         Samples ``[B, Ns, C]`` in the dtype of ``x``; what lies outside the map counts as zero.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} of sampling is unknown; choose one of {', '.join(FORMS)}")
-    if form == "rows" or (form == "auto" and not torch.compiler.is_compiling()):
+    if (choose_form() if form == "auto" else form) == "rows":
         return _sample_rows(x, positions)
     batch, groups = positions.shape[:2]
     maps = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B*g, C/g, H, W]
     grid = positions.flip(-1).flatten(0, 1).unsqueeze(1)  # [B*g, 1, Ns, (x, y)]
     samples = F.grid_sample(maps.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     return samples.to(x.dtype).reshape(batch, x.shape[-1], -1).transpose(1, 2)
+
+
+def choose_form() -> str:
+    """Return the form that `sample` takes for ``auto``."""
+    return "reference" if torch.compiler.is_compiling() else "rows"
 
 
 def _sample_rows(x: Tensor, positions: Tensor) -> Tensor:

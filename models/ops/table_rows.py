@@ -19,11 +19,11 @@ from .rows import cell, neighbours, weighted_rows
 WHOLE_CROP = 256  # pixels of the largest map whose crops are stored whole; larger ones are stored by row
 
 
-def crop_bias(table: Tensor, y: Tensor, x: Tensor, *, map_size: tuple[int, int]) -> Tensor:
+def crop_bias(crops: Tensor, y: Tensor, x: Tensor, *, map_size: tuple[int, int]) -> Tensor:
     """Return the bias of queries that are one cell of the table apart.
 
     Args:
-        table: crops of the table, from `table_crops`.
+        crops: of the table, from `table_crops`.
         y: row of the table, ``[B, heads, Ns]``, that the first query row of every key falls on, between 0 and H - 1.
         x: column of the table, ``[B, heads, Ns]``, that the first query column falls on, between 0 and W - 1.
         map_size: ``(H, W)`` of the queries and of the map that the table was made for.
@@ -46,7 +46,7 @@ def crop_bias(table: Tensor, y: Tensor, x: Tensor, *, map_size: tuple[int, int])
     if not whole:
         taps = taps.unsqueeze(-2) + torch.arange(height, device=y.device)[:, None] * (width + 1)  # [B, heads, Ns, H, 4]
         weights = weights.unsqueeze(-2).expand_as(taps)
-    return weighted_rows(table, taps, weights).flatten(3).view(*y.shape, height * width)
+    return weighted_rows(crops, taps, weights).flatten(3).view(*y.shape, height * width)
 
 
 def table_crops(table: Tensor, map_size: tuple[int, int]) -> Tensor:
@@ -63,28 +63,32 @@ def table_crops(table: Tensor, map_size: tuple[int, int]) -> Tensor:
     return crops.reshape(-1, width)
 
 
-def separable_bias(table: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def separable_bias(columns: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Return the bias of queries at any spacing.
 
     Args:
-        table: columns of the table, from `table_columns`; zero outside.
+        columns: of the table, from `table_columns`, ``[heads * (2*W0-1), 2*H0-1]``; zero outside.
         y: row of the table, ``[B, heads, Ns, H]``, for every key and query row.
         x: column of the table, ``[B, heads, Ns, W]``, for every key and query column.
 
     Returns:
         Bias ``[B, heads, Ns, H*W]``.
     """
-    heads, rows = y.shape[1], table.shape[1]
-    columns = len(table) // heads
+    heads, height = y.shape[1], columns.shape[1]
+    width = len(columns) // heads
     head = torch.arange(heads, device=y.device)[:, None, None, None]
-    taps, weights = neighbours(x, columns)
-    blend = weighted_rows(table, taps + head * columns, weights)  # [B, heads, Ns, W, 2*H0-1]
-    taps, weights = neighbours(y, rows)
+    taps, weights = neighbours(x, width)
+    blend = weighted_rows(columns, taps + head * width, weights)  # [B, heads, Ns, W, 2*H0-1]
+    taps, weights = neighbours(y, height)
     key = torch.arange(y[..., 0].numel(), device=y.device).view(*y.shape[:3], 1, 1)
-    bias = weighted_rows(blend.transpose(-1, -2).reshape(-1, x.shape[-1]), taps + key * rows, weights)
+    bias = weighted_rows(blend.transpose(-1, -2).reshape(-1, x.shape[-1]), taps + key * height, weights)
     return bias.flatten(3)  # [B, heads, Ns, H, W] -> [B, heads, Ns, H*W]
 
 
 def table_columns(table: Tensor) -> Tensor:
-    """Return what `separable_bias` blends: the columns of ``[heads, 2*H0-1, 2*W0-1]`` as rows of a matrix."""
+    """Return what `separable_bias` blends: the columns of a table ``[heads, 2*H0-1, 2*W0-1]`` as rows of a matrix.
+
+    Returns:
+        ``[heads * (2*W0-1), 2*H0-1]``.
+    """
     return table.transpose(1, 2).reshape(-1, table.shape[1])

@@ -33,14 +33,7 @@ class Tiles:
         self.queries_per_tile = y.tile * x.tile
         self.keys_per_tile = y.span * x.span
         self._side = 2 * kernel_size - 1
-
-        rows, columns = (torch.tensor(axis.starts)[:, None] + torch.arange(axis.span) for axis in self.axes)
-        keys = rows[:, None, :, None] * x.length + columns[:, None, :]  # [ny, nx, span, span]
-        kinds = torch.tensor(y.kinds)[:, None] * len(x.offsets) + torch.tensor(x.kinds)  # [ny, nx]
-        dy, dx = y.offsets[:, None, :, None, :, None], x.offsets[:, None, :, None, :]
-        outside = (dy == _OUTSIDE) | (dx == _OUTSIDE)
-        cells = torch.where(outside, self._side**2, dy * self._side + dx)
-        self._keys, self._kinds, self._cells = (index.flatten().to(device) for index in (keys, kinds, cells))
+        self._keys, self._kinds, self._cells = _indices(size, kernel_size, device)
 
     def cut(self, x: Tensor) -> Tensor:
         """Return the queries of every tile, ``[B, H, W, heads, d] -> [B, heads * tiles, queries_per_tile, d]``."""
@@ -53,8 +46,9 @@ class Tiles:
     def join(self, x: Tensor, heads: int) -> Tensor:
         """Undo `cut`."""
         y, x_axis = self.axes
-        x = x.view(len(x), heads, y.count, x_axis.count, y.tile, x_axis.tile, -1).permute(0, 2, 4, 3, 5, 1, 6)
-        x = x.reshape(len(x), y.count * y.tile, x_axis.count * x_axis.tile, heads, -1)
+        batch = x.shape[0]  # len(x) would fix it in an exported graph
+        x = x.view(batch, heads, y.count, x_axis.count, y.tile, x_axis.tile, -1).permute(0, 2, 4, 3, 5, 1, 6)
+        x = x.reshape(batch, y.count * y.tile, x_axis.count * x_axis.tile, heads, -1)
         return x[:, : y.length, : x_axis.length]
 
     def windows(self, x: Tensor) -> Tensor:
@@ -67,7 +61,7 @@ class Tiles:
     def add_windows(self, x: Tensor, heads: int) -> Tensor:
         """Return the sum of all windows at their places on the map, the transpose of `windows`."""
         y_axis, x_axis = self.axes
-        batch, dim = len(x), x.shape[-1]
+        batch, dim = x.shape[0], x.shape[-1]
         x = x.view(batch, heads, y_axis.count, x_axis.count, y_axis.span, x_axis.span, dim)
         rows = x.new_zeros(batch, heads, y_axis.count, y_axis.span, x_axis.length, dim)
         for i, start in enumerate(x_axis.starts):
@@ -100,21 +94,36 @@ class Tiles:
         It is the transpose of `of_every_tile` after `bias`.
         """
         x = x.view(heads, -1, *x.shape[1:])
-        kinds = len(self.axes[0].offsets) * len(self.axes[1].offsets)
+        kinds = len(self.axes[0].examples) * len(self.axes[1].examples)
         x = x.new_zeros(heads, kinds, *x.shape[2:]).index_add_(1, self._kinds, x)
         table = x.new_zeros(heads, self._side**2 + 1).index_add_(1, self._cells, x.flatten(1))
         return table[:, :-1].unflatten(1, (self._side, self._side))
 
 
 def tiles_of(size: tuple[int, int], kernel_size: int, device: torch.device) -> Tiles:
-    """Return the tiles of a map; made once, but in a compiled graph made of constants."""
+    """Return the tiles of a map; made once, in a compiled graph too."""
     return (Tiles if torch.compiler.is_compiling() else _cached_tiles)(size, kernel_size, device)
 
 
-@functools.lru_cache(maxsize=64)
-def _cached_tiles(size: tuple[int, int], kernel_size: int, device: torch.device) -> Tiles:
+_cached_tiles = functools.lru_cache(maxsize=64)(Tiles)
+
+
+@torch._dynamo.assume_constant_result  # a graph that made them would copy lists to the device in every step
+def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> list[Tensor]:
+    """Return flat indices: the keys of every tile, the kind of every tile, the cells of the table of every kind.
+
+    The keys are ``[tiles, keys_per_tile]`` pixels of the map, the cells ``[kinds, queries_per_tile, keys_per_tile]``;
+    the cell after the last stands for keys outside the window of a query.
+    """
     with torch.inference_mode(False):  # what is made in inference mode could not serve training later
-        return Tiles(size, kernel_size, device)
+        axes = y, x = [_Axis(length, kernel_size) for length in size]
+        rows, columns = (torch.tensor(axis.starts)[:, None] + torch.arange(axis.span) for axis in axes)
+        keys = rows[:, None, :, None] * x.length + columns[:, None, :]  # [ny, nx, span, span]
+        kinds = torch.tensor(y.kinds)[:, None] * len(x.examples) + torch.tensor(x.kinds)  # [ny, nx]
+        side = 2 * kernel_size - 1
+        dy, dx = y.offsets()[:, None, :, None, :, None], x.offsets()[:, None, :, None, :]
+        cells = torch.where((dy == _OUTSIDE) | (dx == _OUTSIDE), side**2, dy * side + dx)
+        return [index.flatten().to(device) for index in (keys, kinds, cells)]
 
 
 _OUTSIDE = -1
@@ -130,15 +139,15 @@ class _Axis:
         excess: query rows of the last tile beyond the map.
         starts: first key row of every tile.
         span: key rows of a tile.
-        kinds: which of ``offsets`` belongs to every tile.
-        offsets: key minus query row plus K - 1, ``[kinds, tile, span]``; ``_OUTSIDE`` beyond the window of the query.
+        kinds: which of the ``examples`` every tile is like.
+        examples: first query row and first key row of a tile of every kind.
     """
 
     def __init__(self, length: int, kernel_size: int) -> None:
         count = -(-length // LARGEST_TILE)
         if count > 2:
             count = -(-length // INNER_TILE)
-        self.length = length
+        self.length, self._kernel_size = length, kernel_size
         self.tile = -(-length // count)
         self.count = -(-length // self.tile)
         self.excess = self.count * self.tile - length
@@ -152,16 +161,20 @@ class _Axis:
         self.starts = [min(first, length - self.span) for first, _ in ends]
 
         # Tiles with the same distances from their queries to their keys and windows share one mask.
-        tiles = list(zip(firsts, self.starts, ends, strict=True))
+        tiles = zip(firsts, self.starts, ends, strict=True)
         seen = [(start - first, low - first, high - first) for first, start, (low, high) in tiles]
         distinct = list(dict.fromkeys(seen))
         self.kinds = [distinct.index(entry) for entry in seen]
-        examples = [tiles[seen.index(entry)] for entry in distinct]
+        self.examples = [(firsts[seen.index(entry)], self.starts[seen.index(entry)]) for entry in distinct]
 
-        # A query beyond the map repeats the last row, so that its softmax stays finite; `join` drops it.
-        query = torch.tensor([first for first, _, _ in examples])[:, None] + torch.arange(self.tile)
-        query = query.clamp(max=length - 1)[:, :, None]
-        key = torch.tensor([start for _, start, _ in examples])[:, None, None] + torch.arange(self.span)
-        low = (query - kernel_size // 2).clamp(0, length - kernel_size)
-        inside = (key >= low) & (key < low + kernel_size)
-        self.offsets = torch.where(inside, key - query + kernel_size - 1, _OUTSIDE)
+    def offsets(self) -> Tensor:
+        """Return key minus query row plus K - 1, ``[kinds, tile, span]``; ``_OUTSIDE`` beyond the window of the query.
+
+        A query beyond the map repeats the last row, so that its softmax stays finite; `Tiles.join` drops it.
+        """
+        first, start = torch.tensor(self.examples).unsqueeze(-1).unbind(1)  # [kinds, 1]
+        query = (first + torch.arange(self.tile)).clamp(max=self.length - 1)[:, :, None]
+        key = (start + torch.arange(self.span))[:, None]
+        low = (query - self._kernel_size // 2).clamp(0, self.length - self._kernel_size)
+        inside = (key >= low) & (key < low + self._kernel_size)
+        return torch.where(inside, key - query + self._kernel_size - 1, _OUTSIDE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks import attention, model, sizes
-from benchmarks.attention import kept_for_backward
+from benchmarks.memory import kept_for_backward
 from benchmarks.timing import spread, take_turns
 
 SMALL = """

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models.attention import DeformableAttention
+from models.attention import DeformableAttention, NeighborhoodAttention
 from models.layers import ConvMLP
 from tests.models.small import build_small, without_gradient
 
@@ -59,6 +59,32 @@ def test_generated_code_equals_eager(kind: str) -> None:
     compiled = torch.compile(module, fullgraph=True, dynamic=False)(x)
     torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(gradients(compiled, module), gradients(eager, module), atol=1e-5, rtol=1e-3)
+
+
+def test_the_graph_of_neighborhood_attention_makes_no_index() -> None:
+    """On a GPU each would be a copy from the host, in every step."""
+    module = NeighborhoodAttention(8, heads=2, kernel_size=3)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    x = torch.randn(2, 8, 14, 9)
+    torch.testing.assert_close(torch.compile(module, fullgraph=True, backend=backend)(x), module(x))
+    (graph,) = graphs
+    names = {getattr(node.target, "__name__", node.target) for node in graph.graph.nodes}
+    assert "scaled_dot_product_attention" in names
+    assert not names & {"tensor", "arange", "where", "zeros"}
+
+
+@pytest.mark.parametrize("letter", ["N", "D"])
+def test_export_with_any_number_of_images(letter: str) -> None:
+    model = build_small(letter, **DAT_PP).eval()
+    batch = torch.export.Dim("batch", min=1, max=8)
+    exported = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: batch},))
+    images = torch.randn(5, 3, 64, 64)
+    torch.testing.assert_close(exported.module()(images), model(images), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

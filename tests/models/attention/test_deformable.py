@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from models.attention import DeformableAttention
+from models.attention import DeformableAttention, deformable
 from models.ops.grids import reference_points
 from models.ops.sampling import sample
 
@@ -88,3 +89,25 @@ def test_pooling_replaces_sampling_without_offsets() -> None:
     other = x.clone()
     other[..., 0, 0], other[..., 0, 1] = x[..., 0, 1], x[..., 0, 0]  # within one pooling cell: the keys are the same
     torch.testing.assert_close(module(other)[..., 1:, :], module(x)[..., 1:, :])
+
+
+def test_keys_are_made_anew_with_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build()
+    module.proj_k = nn.Sequential(nn.Dropout(0.5), module.proj_k)
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64, requires_grad=True)
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        torch.manual_seed(1)
+        return torch.autograd.grad(module(x).square().sum(), [x, *module.parameters()])
+
+    anew = gradients()
+    monkeypatch.setattr(deformable, "checkpoint", lambda function, *arguments, **_: function(*arguments))
+    torch.testing.assert_close(anew, gradients())
+
+
+def test_the_plain_form_is_open_to_functional_transforms() -> None:
+    module = build()
+    module.form = "reference"
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(module(x).square().sum(), x)[0]
+    torch.testing.assert_close(torch.func.grad(lambda x: module(x).square().sum())(x), expected)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.attention import kept_for_backward
+from benchmarks.memory import kept_for_backward
+from models.ops import deformable
 from models.ops.deformable import choose_form, deformable_attention
 
 HEADS = 4
@@ -86,6 +88,44 @@ def test_the_choice_of_the_form(size: tuple[int, int], clamped: bool, coordinate
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(ValueError, match="form 'rows' of deformable attention is unknown; choose one of auto"):
         deformable_attention(*inputs((3, 3), (3, 3)), map_size=(3, 3), coordinates="dat++", scale=1.0, form="rows")
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "message"),
+    [
+        ("crops", {"clamped": False}, "needs clamped positions and a map as the table's"),
+        ("crops", {"map_size": (9, 4)}, "needs clamped positions and a map as the table's"),
+        ("crops", {"coordinates": "cvpr22"}, "needs clamped positions and a map as the table's"),
+        ("crops", {"dropout": 0.1}, "has no dropout; choose auto or reference"),
+        ("separable", {"dropout": 0.1}, "has no dropout; choose auto or reference"),
+    ],
+)
+def test_a_form_that_cannot_do_it_is_refused(form: str, options: dict[str, Any], message: str) -> None:
+    options = {"map_size": (6, 6), "coordinates": "dat++", "clamped": True} | options
+    with pytest.raises(ValueError, match=f"form '{form}' of deformable attention {message}"):
+        deformable_attention(*inputs((6, 6), (6, 6)), scale=1.0, form=form, **options)
+
+
+@pytest.mark.parametrize("form", ["crops", "separable"])
+def test_images_are_worked_on_in_parts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deformable, "CACHED", 1)
+    assert_same(form, inputs((6, 7), (6, 7)), (6, 7))
+
+
+@pytest.mark.parametrize("form", ["crops", "separable"])
+def test_low_precision_does_not_round_the_logits(form: str) -> None:
+    tensors = inputs((7, 7), (7, 7))
+    tensors[0].data *= 9  # logits far apart, of which bfloat16 has two digits
+    low = [tensor.detach().bfloat16().requires_grad_() for tensor in tensors[:3]]
+    low += [tensor.detach().float().requires_grad_() for tensor in tensors[3:]]
+    exact = [tensor.detach().double().requires_grad_() for tensor in low]
+
+    def error(form: str) -> float:
+        """Return the error of the gradient of the queries, in shares of it."""
+        low_dq, dq = with_gradients(form, low, (7, 7))[1], with_gradients("reference", exact, (7, 7))[1]
+        return ((low_dq - dq).norm() / dq.norm()).item()
+
+    assert error(form) < 1.5 * error("reference") < 0.01
 
 
 def kept_of_an_image(form: str, native: tuple[int, int], size: tuple[int, int], keys: int) -> int:

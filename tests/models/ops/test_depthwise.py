@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,10 +40,29 @@ def test_mlp_of_a_map_in_any_layout() -> None:
     torch.testing.assert_close(conv_mlp(channels_first, *tensors[1:]), conv_mlp(*tensors))
 
 
-def test_mlp_in_inference_keeps_nothing() -> None:
+@pytest.mark.parametrize("grad", [True, False])
+def test_mlp_in_inference_keeps_nothing(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(depthwise, "CACHED", 1)
+    hidden, alive, plain = [], [], F.linear
+
+    def linear(*arguments: Tensor) -> Tensor:
+        out = plain(*arguments)
+        hidden.append(weakref.ref(out))
+        alive.append(sum(tensor() is not None for tensor in hidden))
+        return out
+
     tensors = inputs()
-    with torch.inference_mode():
-        torch.testing.assert_close(conv_mlp(*tensors), conv_mlp(*tensors, form="reference"))
+    with torch.set_grad_enabled(grad):
+        expected = conv_mlp(*tensors, form="reference")
+        monkeypatch.setattr(depthwise.F, "linear", linear)
+        torch.testing.assert_close(conv_mlp(*tensors), expected)
+    assert len(alive) == 5  # images, one by one
+    assert max(alive) == (5 if grad else 2)  # the next one is made before the last one goes
+
+
+def test_mlp_by_hand_has_no_dropout() -> None:
+    with pytest.raises(ValueError, match="form 'by_hand' of the convolutional MLP has no dropout; choose auto or ref"):
+        conv_mlp(*inputs(), dropout=0.1, form="by_hand")
 
 
 def test_dropout_of_the_mlp_falls_back() -> None:

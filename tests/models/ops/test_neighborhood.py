@@ -105,6 +105,18 @@ def test_the_choice_of_the_form() -> None:
         assert choose_form(x) == "tiles"
 
 
+def test_tiles_by_hand_have_no_dropout() -> None:
+    with pytest.raises(ValueError, match="form 'tiles_by_hand' of neighborhood attention has no dropout; choose auto"):
+        neighborhood_attention(*inputs((5, 5), 3), kernel_size=3, scale=1.0, dropout=0.1, form="tiles_by_hand")
+
+
+def test_a_mixer_with_a_table_cannot_run_on_natten() -> None:
+    mixer = NeighborhoodAttention(8, heads=2, kernel_size=3)
+    mixer.form = "natten"
+    with pytest.raises(ValueError, match="form 'natten' needs NATTEN installed, nat_rpb: false and attn_drop_rate: 0"):
+        mixer(torch.randn(1, 8, 5, 5))
+
+
 def test_an_unknown_form_is_refused() -> None:
     with pytest.raises(ValueError, match="form 'fastest' of neighborhood attention is unknown; choose one of auto"):
         neighborhood_attention(*inputs((3, 3), 3), kernel_size=3, scale=1, form="fastest")
