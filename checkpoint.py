@@ -1,9 +1,9 @@
 """Checkpoints that are whole or not there: safe loading, atomic saving, and the files of a run.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that reading one runs no code: `format`,
-`model`, `ema` (or None), `optimizer`, `scaler`, `images_per_update`, `training_images`, `config` (YAML text) and the
-fields of `run.Position`, such as `epoch` and `update` (what comes next). The published files, with a pickled `CfgNode`
-under `config`, load too.
+`model`, `ema` (or None), `optimizer`, `scaler`, `images_per_update`, `training_images` and `classes`, the names by
+label (the oldest files have neither), `config` (YAML text) and the fields of `run.Position`, such as `epoch` and
+`update` (what comes next). The published files, with a pickled `CfgNode` under `config`, load too.
 """
 
 from __future__ import annotations
@@ -198,7 +198,8 @@ def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
             f"continue it with that version; {hint}"
         )
     whole = all(_is_entry(checkpoint.get(name, ...), kind) for name, kind in _TRAINING_STATE.items())
-    if "format" not in checkpoint or not whole or written_config(checkpoint) is None:
+    whole = whole and all(isinstance(pair, list) and len(pair) == 2 for pair in checkpoint["unlogged"])
+    if checkpoint.get("format") != FORMAT or not whole or written_config(checkpoint) is None:
         raise ValueError(f"{path} holds no training state that can be continued; {hint}")
 
 
@@ -216,7 +217,7 @@ def written_config(checkpoint: dict[str, Any]) -> CfgNode | None:
 
 
 def config_changes(
-    checkpoint: dict[str, Any], config: CfgNode, *, images_per_update: int, training_images: int
+    checkpoint: dict[str, Any], config: CfgNode, *, images_per_update: int, training_images: int, classes: list[str]
 ) -> list[str]:
     """Return how the run that wrote `checkpoint` differs from this one where that would change the result."""
     changes = [
@@ -231,7 +232,15 @@ def config_changes(
         )
     if (before := checkpoint.get("training_images", training_images)) != training_images:
         changes.append(f"training images: {before} in the checkpoint, {training_images} now")
-    return changes
+    return changes + class_changes(checkpoint, classes)
+
+
+def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:
+    """Return the first class whose name is another one in `checkpoint`, which may not know them, as one message."""
+    known = checkpoint.get("classes")
+    known = known if isinstance(known, list) else classes
+    changed = [label for label, (before, now) in enumerate(zip(known, classes, strict=False)) if before != now]
+    return [f"class {label}: {known[label]!r} in the checkpoint, {classes[label]!r} now" for label in changed[:1]]
 
 
 class CheckpointFolder:
@@ -265,7 +274,7 @@ class CheckpointFolder:
         finally:
             staged.unlink(missing_ok=True)
         self._prune()
-        _sync_folder(self.folder)
+        _sync(self.folder)
 
     def newest(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
         """Return the newest checkpoint that can be read, with its path; None where there is no checkpoint.
@@ -325,13 +334,15 @@ def _put_beside(source: Path, target: Path) -> None:
             os.link(source, staged)
         except OSError:
             shutil.copyfile(source, staged)
+            _sync(staged)
         staged.replace(target)
     finally:
         staged.unlink(missing_ok=True)  # still there where the disk is full, or both were names of the same file
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems cannot, and need not
             os.fsync(descriptor)

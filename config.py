@@ -32,9 +32,9 @@ _C.DATA.BATCH_SIZE = 128
 # Height and width in pixels of what the network is given.
 _C.DATA.IMG_SIZE = 224
 _C.DATA.INTERPOLATION = "bicubic"
-# Worker processes that decode images, per training process; 0 decodes in the training process itself.
+# Worker processes that decode images, per training process, at most one for each core; 0: the training process itself.
 _C.DATA.NUM_WORKERS = 8
-# Page-locked host memory, so that copies to a GPU overlap with computing. Ignored without one.
+# Page-locked host memory, so that copies to a GPU overlap with computing. Ignored on other devices.
 _C.DATA.PIN_MEMORY = True
 # What an unreadable image does. "raise" stops the run and names the file. "skip" goes on: training draws a substitute,
 # evaluation leaves the image out and says so. "auto" skips in training and raises in evaluation.

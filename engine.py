@@ -152,9 +152,11 @@ def record(run: Run, report: tuple[Any, list[float]] | None, pace: Pace) -> Ask:
     position.unreadable += int(unreadable)
     limit = config.DATA.MAX_BAD_SHARE * len(run.train_loader.dataset)
     if position.unreadable > limit:
+        images = len(run.train_loader.dataset)
         raise TrainingStopped(
-            f"{position.unreadable} unreadable images in epoch {position.epoch + 1}, more than DATA.MAX_BAD_SHARE = "
-            f"{config.DATA.MAX_BAD_SHARE} of the data set; bad_images.txt lists them"
+            f"unreadable images in epoch {position.epoch + 1} so far: {position.unreadable} of {images}, more than "
+            f"DATA.MAX_BAD_SHARE = {config.DATA.MAX_BAD_SHARE} of them; bad_images.txt lists them. Mend or remove "
+            "them, or allow more by --opts DATA.MAX_BAD_SHARE"
         )
     if math.isfinite(norm) and math.isfinite(loss):
         position.nonfinite_in_row = 0

@@ -21,14 +21,20 @@ _TIME = "%Y-%m-%d %H:%M:%S"
 
 
 class _Console(logging.Handler):
-    """Writes above the progress bar, in colour on a terminal."""
+    """Writes above the progress bar, in colour on a terminal. A console that takes no lines does not end the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
         if sys.stdout.isatty() and record.levelno >= logging.WARNING:
             line = colored(line, "yellow" if record.levelno == logging.WARNING else "red")
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+        encoding = sys.stdout.encoding or "utf-8"
+        try:
+            tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
+            sys.stdout.flush()
+        except (
+            OSError
+        ):  # a full disk, or nobody reads any more: forget the line, whose flush would fail again at the end
+            sys.stdout = open(sys.stdout.fileno(), "w", encoding=encoding, closefd=False)  # noqa: SIM115
 
 
 class RunLog:
@@ -55,7 +61,7 @@ class RunLog:
         self._tensorboard = self._wandb = None
         if folder is None or not is_main:
             return
-        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter(_LINE, _TIME))
         self._logger.addHandler(file)
         self._metrics = folder / "metrics.jsonl"
@@ -133,7 +139,8 @@ class RunLog:
             with path.open("a", encoding="utf-8") as file:
                 file.write(self._unwritten)
         except OSError as error:
-            os.truncate(path, size)
+            if path.exists():
+                os.truncate(path, size)
             self.warning(f"{path} could not be written ({error.strerror}); its next lines wait until there is room")
         else:
             self._unwritten = ""

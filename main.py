@@ -12,10 +12,11 @@ import logging
 import math
 import os
 import sys
+import warnings as python_warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 from timm.utils import ModelEmaV3
@@ -28,6 +29,7 @@ from checkpoint import (
     FORMAT,
     CheckpointFolder,
     check_training_state,
+    class_changes,
     config_changes,
     load_checkpoint,
     load_strictly,
@@ -52,8 +54,10 @@ from utils import (
     World,
     close_world,
     collective_timeout,
+    fail_together,
     init_world,
     is_lost_peer,
+    is_lost_worker,
     is_out_of_memory,
     launched_as,
     pick_device,
@@ -133,6 +137,9 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     empty = next((flag for flag, (key, _) in _OPTION_FLAGS.items() if getattr(args, key) == ""), None)
     if empty:
         parser.error(f"{empty} is empty; give it a value or leave it out")
+    if len(args.opts) % 2:
+        hint = f": write {args.opts[-1].replace('=', ' ', 1)}" if "=" in args.opts[-1] else ""
+        raise ValueError(f"--opts takes pairs of KEY VALUE; {args.opts[-1]!r} has no value{hint}")
     given = {key: getattr(args, key) for key, _ in _OPTION_FLAGS.values() if getattr(args, key) is not None}
     config = load_config(args.cfg, [*args.opts, *(word for option in given.items() for word in option)])
     if args.eval and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
@@ -152,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.check:
             return check(args, config)
         world = init_world(config.DEVICE)
-        config.AMP = choose_precision(config.AMP, world.device)
+        settle(config, world.device)
         job = build_job(args, config, world)
     except (ValueError, OSError) as error:
         return refuse(error)
@@ -163,21 +170,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         close_world()
         return status
     except UnreadableImage as error:
-        if args.eval:
-            return refuse(error)
-        logging.getLogger("dat").error(str(error))
-        return 1
+        refuse(f"{error}; mend or remove it, or leave such images out by --opts DATA.BAD_IMAGES skip", alone=True)
+        return 2 if args.eval else 1
     except TrainingStopped as error:
         if world.is_main or config.TRAIN.ANOMALY_REPORT:  # all stop for one reason, but each reports its own modules
             logging.getLogger("dat").error(str(error))
         return 1
-    except RuntimeError as error:
+    except (RuntimeError, OSError, MemoryError) as error:
         return break_off(error)
 
 
-def refuse(error: Exception) -> int:
-    """Say in one line what was wrong with the input, once for all processes if all know, and return the exit status."""
-    if launched_as()[0] == 0 or torch.distributed.is_initialized():
+def refuse(error: Exception | str, *, alone: bool = False) -> int:
+    """Say in one line what was wrong with the input and return the exit status.
+
+    Once for all processes if they have met, who fail together then; before, once on each machine. What one process
+    knows `alone`, it says itself.
+    """
+    try:
+        rank, _, local_rank, _ = launched_as()
+    except ValueError:  # is what is wrong
+        rank = local_rank = 0
+    if alone or (rank if torch.distributed.is_initialized() else local_rank) == 0:
         print(f"main.py: {on_one_line(str(error))}", file=sys.stderr, flush=True)
     return 2
 
@@ -191,25 +204,40 @@ def build_job(args: argparse.Namespace, config: CfgNode, world: World) -> Callab
     if args.throughput:
         return partial(run_throughput, prepare(config, world), config, world)
     if args.eval:
-        return partial(run_evaluation, *build_evaluation(config, world), config, world)
+        with fail_together():
+            built = build_evaluation(config, world)
+        return partial(run_evaluation, *built, config, world)
     return partial(train, build_run(config, world))
 
 
-def choose_precision(amp: str, device: torch.device) -> str:
-    """Return `amp`, and for "auto" bf16 where the device has it, else fp16."""
-    if amp != "auto":
-        return amp
-    emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-    return "fp16" if emulated else "bf16"
+def settle(config: CfgNode, device: torch.device) -> None:
+    """Settle the options that depend on the device: for AMP "auto" bf16 where there is such, else fp16.
+
+    Raises:
+        ValueError: where the device cannot do what is asked for.
+    """
+    if config.AMP == "auto":
+        emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        config.AMP = "fp16" if emulated else "bf16"
+    if config.DETERMINISTIC and device.type == "cuda" and (config.COMPILE or config.MODEL.DAT.attn_drop_rate):
+        raise ValueError(
+            "--deterministic goes neither with --compile nor with attn_drop_rate on CUDA: both sample position tables "
+            "by an operation whose backward has no deterministic kernel there"
+        )
 
 
-def break_off(error: RuntimeError) -> int:
-    """Say that memory or another process is gone, if that is what `error` means, and return the exit status.
+def break_off(error: RuntimeError | OSError | MemoryError) -> int:
+    """Say that memory, a file system or another process is gone, if that is what `error` means; return the exit status.
 
     Raises:
         RuntimeError: any other `error`.
     """
     log = logging.getLogger("dat")
+    if isinstance(error, OSError) or is_lost_worker(error):
+        reason = on_one_line(str(error).strip().splitlines()[-1])
+        hint = "" if isinstance(error, OSError) else " (fewer DATA.NUM_WORKERS take less memory)"
+        log.error(f"rank {launched_as()[0]}: {reason}{hint}; the same command continues from the last checkpoint")
+        return LOST_PEER
     if is_out_of_memory(error):
         log.error(
             "out of memory; reduce --batch-size and raise --accumulation-steps instead, pass --use-checkpoint, or "
@@ -235,9 +263,8 @@ def on_one_line(message: str) -> str:
 def check(args: argparse.Namespace, config: CfgNode) -> int:
     """Check all that can be checked before processes are started, without writing anything."""
     size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    pick_device(config.DEVICE, 0, size)
+    settle(config, pick_device(config.DEVICE, 0, size))
     world = World(0, size, 0, torch.device("cpu"))
-    config.AMP = choose_precision(config.AMP, world.device)
     if args.throughput:
         prepare(config, world)
     elif args.eval:
@@ -272,9 +299,11 @@ def run_throughput(model: nn.Module, config: CfgNode, world: World) -> int:
     return 0
 
 
-def run_evaluation(model: nn.Module, loader: DataLoader, config: CfgNode, world: World) -> int:
+def run_evaluation(model: nn.Module, loader: DataLoader, warnings: list[str], config: CfgNode, world: World) -> int:
     """Evaluate a checkpoint and print the published lines."""
     log = RunLog(None, config, is_main=world.is_main)
+    for warning in warnings if world.is_main else ():
+        log.warning(warning)
     if config.COMPILE:
         model.compile_blocks()
     path, images = config.MODEL.RESUME or config.MODEL.PRETRAINED, len(loader.dataset)
@@ -283,38 +312,46 @@ def run_evaluation(model: nn.Module, loader: DataLoader, config: CfgNode, world:
     return 0
 
 
-def build_evaluation(config: CfgNode, world: World) -> tuple[nn.Module, DataLoader]:
-    """Return the model with the weights of the checkpoint, and the loader of the images to evaluate it on.
+def build_evaluation(config: CfgNode, world: World) -> tuple[nn.Module, DataLoader, list[str]]:
+    """Return the model with the weights of the checkpoint, the loader of the images, and what to warn of.
 
     Raises:
         ValueError: for wrong input.
     """
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    config.MODEL.DAT.num_classes = len(class_names(config, ("val",)))
+    classes = class_names(config, ("val",))
+    config.MODEL.DAT.num_classes = len(classes)
     loader = build_eval_loader(config, rank=world.rank, world_size=world.size)
-    weights = model_weights(load_checkpoint(path), path, ema=config.TRAIN.EMA.ENABLED)
+    checkpoint = load_checkpoint(path)
+    weights = model_weights(checkpoint, path, ema=config.TRAIN.EMA.ENABLED)
     model = prepare(config, world)
     load_strictly(model, weights, path)
-    return model, loader
+    return (
+        model,
+        loader,
+        [f"{path} was trained on other classes: {change}" for change in class_changes(checkpoint, classes)],
+    )
 
 
 def build_run(config: CfgNode, world: World) -> Run:
     """Build a training run and open its output folder.
 
     Raises:
-        ValueError: for wrong input; nothing has been written then.
+        ValueError: for wrong input; nothing has been written then but the lock of a folder that there was.
     """
     folder, hold = run_folder(config), None
-    if world.is_main and folder.is_dir():  # before reading checkpoints that another run may be about to replace
-        hold = hold_folder(open_folder(folder))
-    wait_for_all()
-    run, notes, warnings = assemble(config, world)
+    with fail_together():
+        if world.is_main and folder.is_dir():  # before reading checkpoints that another run may be about to replace
+            hold = hold_folder(open_folder(folder), patience=min(120, collective_timeout().total_seconds() / 2))
+    with fail_together():
+        run, notes, warnings = assemble(config, world)
     run.check_agreement()
-    if world.is_main:
-        run.hold = hold or hold_folder(open_folder(folder), patience=0)
-        if not run.continued_from and (earlier := set_aside(run.folder)):
-            notes.append(f"the files of an earlier run in this folder lie in {earlier} now")
-    wait_for_all()
+    with fail_together():
+        if world.is_main:
+            run.hold = hold or hold_new_folder(folder)
+            begins = run.continued_from is None or run.continued_from.parent.resolve() != folder.resolve()
+            if begins and (earlier := set_aside(folder)):
+                notes.append(f"the files of an earlier run in this folder lie in {earlier} now")
     run.log = RunLog(run.folder, config, is_main=world.is_main, updates_done=run.updates_done)
     run.model = distribute(run.model, world)
     run.stop.listen()
@@ -322,6 +359,21 @@ def build_run(config: CfgNode, world: World) -> Run:
     if not run.updates_done:
         run.save()  # so that a restart does not find the checkpoint of an earlier run
     return run
+
+
+def hold_new_folder(folder: Path) -> TextIO:
+    """Make a folder that there was not yet, and hold it.
+
+    Raises:
+        ValueError: where another run has made it in between.
+    """
+    hold = hold_folder(open_folder(folder), patience=0)
+    if (folder / "last.pth").exists():
+        hold.close()
+        raise ValueError(
+            f"another run has begun in {folder} meanwhile; start again to continue it, or give another --tag"
+        )
+    return hold
 
 
 def run_folder(config: CfgNode) -> Path:
@@ -352,7 +404,8 @@ def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
     if len(classes) != meant_for:
         notes.append(f"{len(classes)} classes as in the data set, instead of the {meant_for} of the config")
     folder = run_folder(config)
-    resumed = find_resumed(config, folder, world, len(train_loader.dataset), warnings)
+    data = {"training_images": len(train_loader.dataset), "classes": classes}
+    resumed = find_resumed(config, folder, world, data, warnings)
     if resumed is not None:
         load_strictly(network, model_weights(resumed[1], resumed[0]), resumed[0])
     elif config.MODEL.PRETRAINED:
@@ -374,6 +427,7 @@ def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
         world=world,
         log=RunLog(None, config, is_main=world.is_main),
         folder=folder,
+        classes=classes,
         model=network,
         train_loader=train_loader,
         eval_loader=eval_loader,
@@ -399,16 +453,28 @@ def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
 
 
 def find_resumed(
-    config: CfgNode, folder: Path, world: World, training_images: int, warnings: list[str]
+    config: CfgNode, folder: Path, world: World, data: dict[str, Any], warnings: list[str]
 ) -> tuple[Path, dict[str, Any]] | None:
     """Return the checkpoint to continue from, with its path: --resume, or the newest of the output folder.
+
+    Args:
+        config: the options of this run.
+        folder: its output folder.
+        world: its processes.
+        data: what `config_changes` compares of the data set.
+        warnings: takes what to warn of.
 
     Raises:
         ValueError: where it cannot be continued under this config.
     """
     found = None
     if config.TRAIN.AUTO_RESUME or was_restarted():
-        found = CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS).newest(warnings.append)
+        try:
+            found = CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS).newest(warnings.append)
+        except ValueError as error:
+            if not config.MODEL.RESUME:
+                raise
+            warnings.append(f"{error}; continuing from {config.MODEL.RESUME} instead")
     if config.MODEL.RESUME and not (found and began_from(found[1]) == config.MODEL.RESUME):
         found = Path(config.MODEL.RESUME), load_checkpoint(config.MODEL.RESUME)
     if found is None:
@@ -419,7 +485,7 @@ def find_resumed(
         state,
         config,
         images_per_update=config.DATA.BATCH_SIZE * world.size * config.TRAIN.ACCUMULATION_STEPS,
-        training_images=training_images,
+        **data,
     )
     if changes and not config.TRAIN.ALLOW_CONFIG_CHANGE:
         raise ValueError(
@@ -454,6 +520,8 @@ def distribute(network: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return network
     devices = [world.device] if world.device.type == "cuda" else None
+    # Of weights of 1x1, whose strides say nothing.
+    python_warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         network, device_ids=devices, gradient_as_bucket_view=True, forward_sync_buffers=False
     )
@@ -495,9 +563,8 @@ def train_epochs(run: Run) -> int:
         run.save()  # the evaluation may be interrupted, too
         results = evaluate_weights(run) if finished else None
         if results is None:
-            log.info(
-                f"stopped as asked in epoch {position.epoch + 1}, update {position.update}; the same command continues"
-            )
+            how = "the same command" if config.TRAIN.AUTO_RESUME else f"--resume {run.folder / 'last.pth'}"
+            log.info(f"stopped as asked in epoch {position.epoch + 1}, update {position.update}; {how} continues")
             return run.stop.exit_status()
         sound = all(math.isfinite(result.loss) for result in results)
         if sound:  # so are the weights, whatever the last updates were

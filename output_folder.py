@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TextIO
 
 LOCK = ".lock"
+WRITERS = ("tensorboard", "wandb")  # folders that a run may leave
 
 
 def open_folder(folder: Path) -> Path:
@@ -46,13 +47,13 @@ def try_folder(folder: Path) -> None:
         ) from None
 
 
-def hold_folder(folder: Path, *, patience: float = 60) -> TextIO:
+def hold_folder(folder: Path, *, patience: float = 120) -> TextIO:
     """Keep other runs from writing into a folder until the returned file is closed or this process has ended.
 
     Args:
         folder: an existing folder that can be written.
         patience: seconds to wait for another run to let go. One that was told to stop has to save first, and where a
-            machine has died, a network file system takes a while to notice.
+            machine has died, a network file system takes up to two minutes to notice.
 
     Raises:
         ValueError: where another run still holds the folder then.
@@ -67,7 +68,10 @@ def hold_folder(folder: Path, *, patience: float = 60) -> TextIO:
         while not _lock(file):
             if time.monotonic() > end:
                 file.close()
-                raise ValueError(f"another run writes into {folder} ({holder}); stop it, or give another --tag")
+                raise ValueError(
+                    f"another run writes into {folder} ({holder}); stop it, or give another --tag; if its machine is "
+                    f"dead, remove {folder / LOCK}"
+                )
             time.sleep(0.2)
     with suppress(OSError):  # a full disk
         os.truncate(file.fileno(), 0)
@@ -84,12 +88,12 @@ def _lock(file: TextIO) -> bool:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move the files of an earlier run in `folder` to a folder inside it; return that, or None if there were none."""
-    files = [path for path in folder.iterdir() if path.is_file() and path.name != LOCK]
+    """Move what an earlier run left in `folder` to a folder inside it; return that, or None if there was nothing."""
+    files = [path for path in folder.iterdir() if path.name in WRITERS or (path.is_file() and path.name != LOCK)]
     if not files:
         return None
-    number = 1 + sum(1 for _ in folder.glob("earlier_*"))
-    earlier = folder / f"earlier_{number}"
+    numbers = [path.name.removeprefix("earlier_") for path in folder.glob("earlier_*")]
+    earlier = folder / f"earlier_{1 + max((int(number) for number in numbers if number.isdigit()), default=0)}"
     earlier.mkdir()
     for path in files:
         path.replace(earlier / path.name)

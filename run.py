@@ -48,16 +48,18 @@ class Position:
 
 
 class BadImages:
-    """The file that lists every image that could not be read."""
+    """The file that lists every image that could not be read; each process adds those that it meets."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         # File names need not be UTF-8; Python hands such bytes through as surrogates.
         self._file = {"encoding": "utf-8", "errors": "surrogateescape"}
-        self._known = set(path.read_text(**self._file).splitlines()) if path.exists() else set()
+        self._known: set[str] = set()
 
     def add(self, paths: list[str], warn: Callable[[str], None]) -> None:
         """Add those of `paths` that are not in the file yet."""
+        if paths and self._path.exists():
+            self._known.update(self._path.read_text(**self._file).splitlines())
         for path in paths:
             if path not in self._known:
                 self._known.add(path)
@@ -74,6 +76,7 @@ class Run:
     world: World
     log: RunLog
     folder: Path
+    classes: list[str]
     model: nn.Module
     train_loader: DataLoader
     eval_loader: DataLoader
@@ -120,6 +123,7 @@ class Run:
             "scaler": self.scaler.state_dict(),
             "images_per_update": self.images_per_update,
             "training_images": len(self.train_loader.dataset),
+            "classes": list(self.classes),
             "config": self.config.dump(),
             **vars(self.position),
         }
@@ -128,7 +132,7 @@ class Run:
         """Continue where `state`, read from `path`, was saved; the weights are in the network already.
 
         Raises:
-            ValueError: where averaged weights are asked for and it has none, or its optimizer is of another kind.
+            ValueError: where averaged weights are asked for and it has none, or its optimizer's state does not fit.
         """
         if self.ema:
             load_strictly(self.ema.module, model_weights(state, path, ema=True), path)
@@ -136,7 +140,8 @@ class Run:
         try:
             self.optimizer.load_state_dict(state["optimizer"])
             fits = all(a.keys() <= b.keys() for a, b in zip(configured, self.optimizer.param_groups, strict=True))
-        except (ValueError, KeyError):
+            fits = fits and self._has_optimizer_state(started=state["epoch"] + state["update"] > 0)
+        except (ValueError, KeyError, TypeError, AttributeError):
             fits = False
         if not fits:
             raise ValueError(f"{path} holds the state of another optimizer; start from its weights by --pretrained")
@@ -156,13 +161,23 @@ class Run:
         if self.updates_done:
             self.scheduler.step_update(self.updates_done - 1)
 
+    def _has_optimizer_state(self, *, started: bool) -> bool:
+        """Return whether what the optimizer holds of the weights has their shapes; kernels would not ask."""
+        held = self.optimizer.state
+        fit = (
+            isinstance(value, torch.Tensor) and value.shape in ((), weight.shape)
+            for weight, values in held.items()
+            for value in values.values()
+        )
+        return bool(held or not started) and all(fit)
+
     def check_agreement(self) -> None:
         """Check that all processes begin at the same update.
 
         Raises:
             ValueError: where they do not.
         """
-        if not agree_on(self.updates_done):
+        if not all([agree_on(self.position.epoch), agree_on(self.position.update)]):
             raise ValueError(
                 f"the processes do not see the same checkpoints in {self.folder}; it must be a shared folder"
             )

@@ -6,18 +6,37 @@
 set -euo pipefail
 usage="usage: bash train_slurm.sh <gpus> <config> <job-name> [main.py flags...]"
 
+# What a task runs: the command, whose exit status then goes into a file of this start and rank. A signal reaches every
+# process of a task: the command, which answers it with handlers of its own, and this shell, which must outlive it.
+# shellcheck disable=SC2016  # expanded in the task
+task='folder=$1; shift; trap : INT TERM USR1; "$@"; status=$?
+echo "$status" 2>/dev/null >"$folder/$DAT_RESTART_COUNT.$SLURM_PROCID"; exit "$status"'
+
+# Whether a process died, or ended because another one did. 130, 138 and 143 are those of a run that was asked to stop.
+died() { (($1 == 75 || ($1 > 128 && $1 != 130 && $1 != 138 && $1 != 143))); }
+
 if [[ ${1:-} == --inside-job ]]; then
-    shift
+    folder=$(mktemp -d "$2/$SLURM_JOB_ID.XXXXXX") # which all nodes see
+    trap 'rm -rf "$folder"' EXIT
+    shift 2
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # which srun does not take over from sbatch by itself
     for ((restart = 0; ; restart++)); do
-        status=0
+        highest=0
         # Where one task ends, the others are left a minute to end by themselves: their exit status says why.
-        DAT_RESTART_COUNT=$restart srun --kill-on-bad-exit=0 --wait=60 "$@" || status=$?
-        case $status in
-        138) exec scontrol requeue "$SLURM_JOB_ID" ;; # 128 + SIGUSR1: the time limit is near and everything is saved
-        75 | 134 | 135 | 137 | 139) ((restart < ${MAX_RESTARTS:-3})) || exit "$status" ;; # a process died
-        *) exit "$status" ;;
-        esac
+        DAT_RESTART_COUNT=$restart srun --kill-on-bad-exit=0 --wait=60 bash -c "$task" task "$folder" "$@" || highest=$?
+        # srun tells the highest status alone. A task that failed by itself decides, whatever the others ended with.
+        decided=0
+        for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+            read -r status 2>/dev/null <"$folder/$restart.$rank" || continue # killed before it could leave one
+            died "$status" || ((status <= decided)) || decided=$status
+        done
+        ((decided)) || decided=$highest
+        if ((decided == 138)); then # 128 + SIGUSR1: the time limit is near and everything is saved
+            scontrol requeue "$SLURM_JOB_ID"
+            exit
+        fi
+        died "$decided" || exit "$decided"
+        ((restart < ${MAX_RESTARTS:-3})) || exit "$decided"
         echo "a process died; restart $((restart + 1)) of ${MAX_RESTARTS:-3}"
     done
 fi
@@ -41,5 +60,5 @@ flags+=(--signal "USR1@${GRACE:-180}" --output "$root/output/slurm/%x-%j.log" --
 $cpu_only || flags+=(--gres "gpu:$per_node")
 mkdir -p "$root/output/slurm"
 # shellcheck disable=SC2086  # SBATCH_FLAGS holds several words on purpose
-exec sbatch "${flags[@]}" ${SBATCH_FLAGS:-} "$root/train_slurm.sh" --inside-job \
+exec sbatch "${flags[@]}" ${SBATCH_FLAGS:-} "$root/train_slurm.sh" --inside-job "$root/output/slurm" \
     "$python" "$root/main.py" --cfg "$config" --tag "$name" "$@"

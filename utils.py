@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from types import FrameType
@@ -20,6 +24,8 @@ import torch.distributed as dist
 
 # What a process exits with when another one died or hangs: "temporary failure" in sysexits.h, worth another try.
 LOST_PEER = 75
+
+_PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,8 @@ def init_world(device_name: str) -> World:
         ValueError: see `pick_device`.
     """
     rank, size, local_rank, local_size = launched_as()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _stop_with_parent()
     device = pick_device(device_name, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -92,6 +100,12 @@ def init_world(device_name: str) -> World:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=collective_timeout())
     return World(rank, size, local_rank, device)
+
+
+def _stop_with_parent() -> None:
+    """Have this process asked to stop when torchrun, which started it, is killed; else it would train on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def collective_timeout() -> timedelta:
@@ -115,9 +129,14 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether `error` says that there is no memory left; that of the CPU has no class of its own."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def is_lost_worker(error: RuntimeError) -> bool:
+    """Return whether `error` says that a worker of a loader was killed; PyTorch's has no class of its own."""
+    return "DataLoader worker" in str(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether `error` says that there is no memory left; PyTorch's of the CPU has no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def was_restarted() -> bool:
@@ -145,6 +164,26 @@ def agree_on(number: int) -> bool:
     if dist.is_initialized():
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     return bool(extremes[0] == -extremes[1])
+
+
+@contextmanager
+def fail_together() -> Iterator[None]:
+    """Do in all processes what wrong input may end in any of them: where it does, all raise what the first one met.
+
+    Raises:
+        ValueError: for a ValueError or OSError of any process.
+    """
+    error = None
+    try:
+        yield
+    except (ValueError, OSError) as met:
+        error = met
+    messages = [error and str(error)]
+    if dist.is_initialized():
+        messages *= dist.get_world_size()
+        dist.all_gather_object(messages, messages[0])
+    if found := next(filter(None, messages), None):
+        raise ValueError(found) from error
 
 
 def wait_for_all() -> None:
@@ -204,12 +243,12 @@ class LateReader:
 
 
 class StopSignal:
-    """Remembers that the process was asked to stop: SIGTERM, SIGINT or SIGUSR1. A second Ctrl-C stops at once.
+    """Remembers that the process was asked to stop: SIGTERM, SIGINT, SIGUSR1 or SIGHUP. A second Ctrl-C stops at once.
 
     A thread reads the signals, so that a second Ctrl-C also ends a process whose main thread waits for a hung rank.
     """
 
-    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     # torchrun passes a Ctrl-C of the terminal on to processes that have received it already.
     _SAME_CTRL_C = 1.0
 
@@ -222,7 +261,8 @@ class StopSignal:
         written.setblocking(False)
         signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
         for number in self._NUMBERS:
-            signal.signal(number, _leave_to_thread)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets SIGHUP
+                signal.signal(number, _leave_to_thread)
         threading.Thread(target=self._listen, args=(numbers,), daemon=True).start()
 
     def exit_status(self) -> int:
@@ -243,6 +283,9 @@ class StopSignal:
                 if now - first_interrupt >= self._SAME_CTRL_C:
                     os._exit(128 + signal.SIGINT)
                 first_interrupt = min(first_interrupt, now)
+            if self.received is None and launched_as()[0] == 0:
+                again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
+                print(f"{signal.Signals(number).name}: finishing this update and saving{again}", file=sys.stderr)
             self.received = number
 
 

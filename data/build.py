@@ -18,6 +18,9 @@ from data.samplers import EvalSampler, TrainSampler
 from data.transforms import eval_transform, train_transform
 from data.workers import leave_signals_to_parent
 
+# More are taken for a slip; fewer are cut to the number of cores, which the default may exceed.
+WORKERS_PER_CORE = 8
+
 
 def class_names(config: CfgNode, splits: Sequence[str] = ("train", "val")) -> list[str]:
     """Check the layout of the data set, without opening its images, and return the names of its classes by label.
@@ -30,6 +33,11 @@ def class_names(config: CfgNode, splits: Sequence[str] = ("train", "val")) -> li
         ValueError: for a data path that is missing or not laid out as it should be.
     """
     if config.DATA.DATASET == "digits":
+        if config.DATA.DATA_PATH:
+            raise ValueError(
+                "the digits are a data set of their own, without --data-path; "
+                "to use folders with this config, add --opts DATA.DATASET imagenet"
+            )
         return digits.CLASSES
     return find_classes(_root(config), splits)
 
@@ -38,7 +46,8 @@ def build_train_loader(config: CfgNode, *, rank: int, world_size: int) -> DataLo
     """Return the loader of this rank's training batches; its `sampler` is a `TrainSampler`.
 
     Raises:
-        ValueError: for a data set that is not laid out as it should be, or smaller than one update.
+        ValueError: for a data set that is not laid out as it should be, or smaller than one update, and for more
+            workers than the machine can feed.
     """
     source = _build_source(config, "train")
     transform = train_transform(
@@ -70,7 +79,7 @@ def build_eval_loader(config: CfgNode, *, rank: int, world_size: int) -> DataLoa
     """Return the loader of this rank's share of the validation images; its `sampler` is an `EvalSampler`.
 
     Raises:
-        ValueError: for a data set that is not laid out as it should be.
+        ValueError: for a data set that is not laid out as it should be, and for more workers than the machine can feed.
     """
     source = _build_source(config, "val")
     transform = eval_transform(config.DATA.IMG_SIZE, interpolation=config.DATA.INTERPOLATION, crop=config.TEST.CROP)
@@ -112,13 +121,21 @@ def _build_source(config: CfgNode, split: str) -> ImageSource:
 
 
 def _build_loader(config: CfgNode, dataset: TransformedImages, sampler: TrainSampler | EvalSampler) -> DataLoader:
+    cores = os.cpu_count() or 1
+    most = WORKERS_PER_CORE * cores
+    if most < config.DATA.NUM_WORKERS:
+        raise ValueError(
+            f"DATA.NUM_WORKERS must be at most {most} on this machine, {WORKERS_PER_CORE} for each core, not "
+            f"{config.DATA.NUM_WORKERS}; one for each core that a training process has is enough"
+        )
     return DataLoader(
         dataset,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
-        num_workers=config.DATA.NUM_WORKERS,
+        num_workers=min(config.DATA.NUM_WORKERS, cores),
         collate_fn=collate,
-        pin_memory=config.DATA.PIN_MEMORY and torch.cuda.is_available(),
+        # Pinning opens a context on the GPU, where a run on another device has no business.
+        pin_memory=config.DATA.PIN_MEMORY and config.DEVICE in ("", "cuda") and torch.cuda.is_available(),
         drop_last=isinstance(sampler, TrainSampler),
         worker_init_fn=leave_signals_to_parent,
         persistent_workers=config.DATA.NUM_WORKERS > 0,

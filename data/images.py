@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 
 import numpy as np
 from PIL import Image
+
+# What the system says of a file. Whatever else it says is of the machine: no descriptors left, a server that does not
+# answer. EIO may be one bad sector, but as well a failing disk or network, behind which every file looks bad; better to
+# stop and name the file than to go on with other images than were asked for.
+_ERRORS_OF_FILES = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,  # a socket
+    errno.EINVAL,  # a place before the beginning, to which damaged bytes refer
+}
 
 
 class UnreadableImage(ValueError):
@@ -33,6 +49,8 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         UnreadableImage: for a file that is missing, damaged, no image, without pixels, or larger than Pillow's limit
             against decompression bombs.
+        OSError: where the machine is at fault and not the file, which is named all the same.
+        MemoryError: where there is no memory left.
     """
     path = os.fspath(path)
     try:
@@ -41,7 +59,11 @@ def read_image(path: str | os.PathLike[str]) -> Image.Image:
             warnings.simplefilter("ignore")
             with Image.open(path) as image:
                 return _to_rgb(image)
+    except MemoryError:
+        raise MemoryError(f"no memory left to read image {path!r}") from None
     except Exception as error:  # decoders meet damaged bytes with every class of exception there is
+        if isinstance(error, OSError) and error.errno and error.errno not in _ERRORS_OF_FILES:
+            raise OSError(error.errno, error.strerror, path) from None
         reason = " ".join(str(error).split()).replace(f" {path!r}", "") or type(error).__name__
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror

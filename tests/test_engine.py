@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partialmethod
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import engine
 import main
+import run as run_module
 from engine import evaluate, train_one_epoch
 from logger import RunLog
 from models.dat import DAT
@@ -126,10 +128,38 @@ def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path: Path) -> 
 
 def test_another_size_of_updates_continues_at_the_same_image(tmp_path: Path) -> None:
     run = build(tmp_path)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run.optimizer.step()
     run.position.update = 10
     run.save()
     halved = build(tmp_path, "--batch-size", "32", "--allow-config-change")
     assert halved.position.update == 20
+
+
+def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path) -> None:
+    first = build(tmp_path)
+    first.hold.close()
+    elsewhere = tmp_path / "elsewhere.pth"
+    shutil.copy(first.folder / "last.pth", elsewhere)
+    (first.folder / "bad_images.txt").write_text("broken.jpg\n")
+    run = build(tmp_path, "--resume", str(elsewhere))
+    assert run.continued_from == elsewhere
+    assert {"last.pth", "bad_images.txt"} <= {path.name for path in (run.folder / "earlier_1").iterdir()}
+    warnings = []
+    run.bad_images.add(["broken.jpg", "broken.jpg"], warnings.append)
+    assert len(warnings) == 1
+    assert (run.folder / "bad_images.txt").read_text() == "broken.jpg\n"
+
+
+def test_the_end_of_an_epoch_is_not_the_beginning_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process fell back to `previous.pth`, after as many updates, but before the evaluation."""
+    run = build(tmp_path)
+    run.position.epoch, run.position.update = 1, 0
+    others = {1: 0, 0: run.updates_per_epoch}
+    monkeypatch.setattr(run_module, "agree_on", lambda number: number == others[number])
+    with pytest.raises(ValueError, match="the processes do not see the same checkpoints in"):
+        run.check_agreement()
 
 
 class _Constant(nn.Module):

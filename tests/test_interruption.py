@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 import torch
 
 from checkpoint import load_checkpoint
+from config import default_config
+from logger import RunLog
 from tests.launched import CONTEXT, Job, Trial, Uninterrupted, first_difference
-from tests.runs import read_metrics
+from tests.runs import ROOT, read_metrics
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a launcher in /proc")
 
@@ -32,11 +38,12 @@ def start_and_wait_for_rows(trial: Trial, rows: int, *flags: str | Path) -> Job:
 
 def test_a_signal_to_one_rank_stops_all_and_the_command_continues(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
-    for number, rank in ((signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 1)):
+    for number, rank in ((signal.SIGTERM, 1), (signal.SIGINT, 0), (signal.SIGUSR1, 1), (signal.SIGHUP, 0)):
         job = start_and_wait_for_rows(trial, 1)
         job.signal(number, rank)
         assert job.wait() == [128 + number, 128 + number], job.console()
-    assert job.console().count("stopped as asked in epoch") == 3
+    assert job.console().count("stopped as asked in epoch") == 4
+    assert job.console().count("SIGINT: finishing this update and saving; Ctrl-C again ends at once") == 1
     assert "Traceback" not in job.console()
     assert first_difference(uninterrupted.of(2)[0], trial.finish()) is None
 
@@ -130,6 +137,82 @@ def test_the_launcher_continues_after_a_worker_died_and_stops_when_asked(
     for words in ("launch.py: a process died; restart 1 of 3", "continuing from", "stopped as asked"):
         assert words in console.read_text()
     assert first_difference(uninterrupted.of(2)[0], trial.finish()) is None
+
+
+@LINUX
+def test_processes_stop_when_their_launcher_is_killed(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 2, 0)
+    launcher = CONTEXT.Process(target=_launch, args=([*map(str, trial.words)], str(tmp_path / "launcher.txt")))
+    launcher.start()
+    end = time.monotonic() + 90
+    while trial.rows() < 2:
+        assert time.monotonic() < end, (tmp_path / "launcher.txt").read_text()
+        time.sleep(0.02)
+    launcher.kill()
+    assert first_difference(uninterrupted.of(2)[0], trial.finish()) is None  # which waits for the folder
+    assert "stopped as asked" in (tmp_path / "launcher.txt").read_text()
+
+
+@LINUX
+def test_a_killed_worker_of_a_loader_is_told_in_one_line(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 1, 2)
+    job = start_and_wait_for_rows(trial, 1)
+    process = job.ranks[0].pid
+    workers = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    assert job.wait() == [75]
+    last = job.console().splitlines()[-1]
+    assert re.fullmatch(r"rank 0: DataLoader worker .*; the same command continues from the last checkpoint", last)
+    assert "Traceback" not in job.console()
+    assert first_difference(uninterrupted.of(1)[0], trial.finish()) is None
+
+
+def _cannot_read(_config: object) -> None:
+    raise ValueError("cannot read folder photos")
+
+
+def _hide_data_from_rank_1() -> None:
+    import main
+
+    if os.environ["RANK"] == "1":
+        main.class_names = _cannot_read
+
+
+def test_what_one_process_cannot_read_all_refuse_in_one_line(tmp_path: Path) -> None:
+    job = Trial(tmp_path / "trial", 2, 0).start(prepare=_hide_data_from_rank_1)
+    assert job.wait() == [2, 2]
+    assert job.console().splitlines() == ["main.py: cannot read folder photos"]
+
+
+def test_a_held_folder_is_refused_by_all_processes_in_one_line(tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 2, 0)
+    other = start_and_wait_for_rows(trial, 1)
+    job = trial.start(DAT_TIMEOUT_MINUTES="0.02")
+    assert job.wait() == [2, 2], job.console()
+    assert len([line for line in job.console().splitlines() if "another run writes into" in line]) == 2
+    assert "another process died" not in job.console()
+    other.signal(signal.SIGKILL)
+    other.wait()
+
+
+@pytest.mark.parametrize("console", ["full", "closed"])
+def test_a_console_that_takes_no_lines_does_not_end_a_run(tmp_path: Path, console: str) -> None:
+    trial = Trial(tmp_path / "trial", 1, 0, TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
+    read, write = os.pipe() if console == "closed" else (None, os.open("/dev/full", os.O_WRONLY))
+    if read is not None:
+        os.close(read)
+    done = subprocess.run([sys.executable, "main.py", *map(str, trial.words)], cwd=ROOT, stdout=write, stderr=PIPE)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert "finished: best accuracy" in (trial.folder / "log.txt").read_text()
+
+
+def test_a_name_that_is_no_text_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    console = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdout", console)
+    RunLog(tmp_path, default_config(), is_main=True).warning("caf\udce9.jpg cannot be read")
+    for said in (console.buffer.getvalue(), (tmp_path / "log.txt").read_bytes()):
+        assert b"caf\\udce9.jpg cannot be read" in said
 
 
 def _limit_file_sizes() -> None:

@@ -47,7 +47,9 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path, capsys:
     with other_run(tmp_path) as first:
         try:
             holder = rf"another run writes into {tmp_path} \(process {first.pid} on .+\)"
-            with pytest.raises(ValueError, match=rf"{holder}; stop it, or give another --tag"):
+            with pytest.raises(
+                ValueError, match=rf"{holder}; stop it, or give another --tag; .*, remove {tmp_path}/.lock"
+            ):
                 hold_folder(tmp_path, patience=0)
             assert capsys.readouterr().err == ""
             with pytest.raises(ValueError, match=holder):
@@ -68,4 +70,10 @@ def test_files_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:
             (tmp_path / "last.pth").write_text(str(number))
             assert set_aside(tmp_path) == tmp_path / f"earlier_{number}"
             assert (tmp_path / f"earlier_{number}" / "last.pth").read_text() == str(number)
-    assert {path.name for path in tmp_path.iterdir()} == {LOCK, "earlier_1", "earlier_2"}
+        (tmp_path / "earlier_1" / "last.pth").unlink()
+        (tmp_path / "earlier_1").rmdir()
+        (tmp_path / "tensorboard").mkdir()
+        (tmp_path / "other_run").mkdir()
+        assert set_aside(tmp_path) == tmp_path / "earlier_3"
+        assert (tmp_path / "earlier_3" / "tensorboard").is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, "earlier_2", "earlier_3", "other_run"}

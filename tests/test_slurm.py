@@ -1,4 +1,7 @@
-"""train_slurm.sh on a SLURM of two nodes: requeued, out of time, a task killed, and continued to the same end."""
+"""train_slurm.sh: what follows from how its tasks end, and a run of it on a SLURM of two nodes.
+
+The run is requeued, is out of time, has a task killed, and is continued to the same end.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +20,50 @@ from tests.launched import Trial, first_difference, outcome
 from tests.runs import ROOT
 
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
+
+# A command for tasks. Each word is one start, with what becomes of each task: an exit status, below 0 a signal to the
+# process alone, "gone" a kill of all processes of the task, "saves" a file and an exit a while after a signal.
+TASK = """
+import os, signal, sys, time
+starts = sys.argv[1:]
+rank = os.environ["SLURM_PROCID"]
+end = starts[int(os.environ["DAT_RESTART_COUNT"])].split(",")[int(rank)]
+if end == "gone":
+    os.killpg(0, signal.SIGKILL)
+elif end == "saves":
+    def save(number, frame):
+        time.sleep(0.3)
+        open(f"saved-{rank}", "w").close()
+        os._exit(128 + number)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        assert signal.getsignal(number) != signal.SIG_IGN
+        signal.signal(number, save)
+    print("ready", flush=True)
+    time.sleep(30)
+elif end.startswith("-"):
+    os.kill(os.getpid(), -int(end))
+sys.exit(int(end))
+"""
+
+# As srun: one process a task, signals go to all processes of a task, the status is the highest one.
+SRUN = f"""#!{sys.executable} -S
+import os, signal, subprocess, sys
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    del command[0]
+print("srun", flush=True)
+tasks = []
+for rank in range(int(os.environ["SLURM_NTASKS"])):
+    env = {{**os.environ, "SLURM_PROCID": str(rank)}}
+    tasks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, start_new_session=True))
+if "SIGNAL" in os.environ:
+    for task in tasks:
+        task.stdout.readline()
+    for task in tasks:
+        os.killpg(task.pid, int(os.environ["SIGNAL"]))
+statuses = [task.wait() for task in tasks]
+sys.exit(max(status if status >= 0 else 128 - status for status in statuses))
+"""
 
 
 @pytest.fixture
@@ -31,7 +79,8 @@ def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
             pytest.skip(f"SLURM does not start here: {' | '.join((started.stdout + started.stderr).splitlines()[-5:])}")
         yield {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "OMP_NUM_THREADS": "1"}
     finally:
-        subprocess.run(["bash", CLUSTER, "stop", folder], capture_output=True)
+        stopped = subprocess.run(["bash", CLUSTER, "stop", folder], capture_output=True, text=True)
+    assert stopped.returncode == 0, stopped.stderr
 
 
 class SlurmJob:
@@ -70,6 +119,82 @@ class SlurmJob:
             ) and "main.py" in path.with_name("cmdline").read_text(errors="replace"):
                 found.append(int(path.parent.name))
         return found
+
+
+def run_batch_script(folder: Path, *starts: str, **env: str) -> tuple[int, int, str]:
+    """Run train_slurm.sh as SLURM does, with an srun and a scontrol of our own.
+
+    Args:
+        folder: an empty one.
+        starts: for each start of the tasks what becomes of each, as in `TASK`.
+        env: environment variables.
+
+    Returns:
+        the exit status, how often the tasks were started, and the words that scontrol was called with.
+    """
+    (folder / "bin").mkdir()
+    (folder / "statuses").mkdir()
+    called = folder / "scontrol.txt"
+    for name, text in (("srun", SRUN), ("scontrol", f'#!/bin/sh\necho "$@" >{called}\n')):
+        (folder / "bin" / name).write_text(text, encoding="utf-8")
+        (folder / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1", "SLURM_NTASKS": str(len(starts[0].split(",")))}
+    command = [ROOT / "train_slurm.sh", "--inside-job", folder / "statuses", sys.executable, "-Sc", TASK, *starts]
+    env = {**os.environ, **job, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **env}
+    console = folder / "console.txt"
+    with console.open("w") as out:  # not a pipe, at whose end tasks would be waited for that the script left behind
+        done = subprocess.run(["bash", *command], env=env, cwd=folder, stdout=out, stderr=out, timeout=60)
+    said = console.read_text(encoding="utf-8")
+    started = said.count("srun\n")
+    assert not list((folder / "statuses").iterdir())
+    assert said.count("a process died") == started - 1, said
+    return done.returncode, started, called.read_text().strip() if called.exists() else ""
+
+
+@pytest.mark.parametrize(
+    ("starts", "status", "started"),
+    [
+        (["0,0"], 0, 1),
+        (["2,75"], 2, 1),
+        (["75,75,1"], 1, 1),
+        (["2,1,75"], 2, 1),
+        (["1,-9"], 1, 1),
+        (["2,gone"], 2, 1),
+        (["143,75"], 143, 1),
+        (["130,-9"], 130, 1),
+        (["75,75"] * 3, 75, 3),
+        (["-9,75"] * 3, 137, 3),
+        (["75,-11", "gone,75", "2,75"], 2, 3),
+        (["-6,75", "gone,gone", "0,0"], 0, 3),
+    ],
+)
+def test_the_task_that_failed_decides_not_those_that_lost_it(
+    starts: list[str], status: int, started: int, tmp_path: Path
+) -> None:
+    assert run_batch_script(tmp_path, *starts, MAX_RESTARTS="2") == (status, started, "")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "called"),
+    [(signal.SIGUSR1, 0, "requeue 7"), (signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "")],
+)
+def test_signals_reach_the_run_which_is_given_time_to_save(
+    number: int, status: int, called: str, tmp_path: Path
+) -> None:
+    ended = run_batch_script(tmp_path, "saves,saves", SIGNAL=str(int(number)))
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
+    assert ended == (status, 1, called)
+
+
+@pytest.mark.slow
+def test_a_job_ends_with_the_status_of_the_task_that_failed(slurm: dict[str, str], tmp_path: Path) -> None:
+    resources = ["--ntasks=2", "--nodes=2", "--cpus-per-task=1", f"--output={tmp_path / 'console.txt'}"]
+    command = [ROOT / "train_slurm.sh", "--inside-job", tmp_path, sys.executable, "-Sc", TASK, "75,gone", "75,2"]
+    job = SlurmJob(slurm, "sbatch", *resources, *command)
+    job.wait_until(lambda: "JobState=FAILED" in job.call("scontrol", "show", "job", job.number), 60)
+    assert "ExitCode=2:0" in job.call("scontrol", "show", "job", job.number)
+    assert (tmp_path / "console.txt").read_text().count("a process died; restart 1 of 3") == 1
+    assert not list(tmp_path.glob(f"{job.number}.*"))
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import torch
 
 import main
 import utils
-from tests.runs import run_command
+from config import load_config
+from tests.runs import ROOT, run_command
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {
@@ -132,4 +133,22 @@ def test_automatic_precision_is_what_the_device_has(
     monkeypatch: pytest.MonkeyPatch, amp: str, device: str, native: bool, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
-    assert main.choose_precision(amp, torch.device(device)) == expected
+    config = load_config(ROOT / "configs" / "digits.yaml", ["AMP", amp])
+    main.settle(config, torch.device(device))
+    assert expected == config.AMP
+
+
+def test_the_check_before_a_launch_settles_the_precision_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "pick_device", lambda *_: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    args, config = main.parse(["--cfg", str(ROOT / "configs" / "digits.yaml"), "--amp"])
+    assert main.check(args, config) == 0
+    assert config.AMP == "fp16"
+
+
+@pytest.mark.parametrize("option", [("COMPILE", True), ("MODEL.DAT.attn_drop_rate", 0.1)])
+def test_what_has_no_deterministic_kernel_is_refused(option: tuple[str, object]) -> None:
+    config = load_config(ROOT / "configs" / "digits.yaml", ["DETERMINISTIC", True, *option])
+    main.settle(config, torch.device("cpu"))
+    with pytest.raises(ValueError, match="--deterministic goes neither with --compile nor with attn_drop_rate on CUDA"):
+        main.settle(config, torch.device("cuda"))

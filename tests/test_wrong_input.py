@@ -93,6 +93,13 @@ def save(content: Any) -> None:
     torch.save(content, "wrong.pth")
 
 
+def optimizer_of(value: Any) -> dict[str, Any]:
+    """Return the state of the optimizer in trained.pth with one value replaced."""
+    optimizer = trained()["optimizer"]
+    next(iter(optimizer["state"].values()))["exp_avg"] = value
+    return optimizer
+
+
 class Hostile:
     """Unpickles as a call of the shell."""
 
@@ -232,6 +239,11 @@ ROWS = [
     Wrong(
         name="data: unknown user", flags=("--data-path", "~nobody-here/x"), says="there is no such user; write the fo"
     ),
+    Wrong(
+        name="data: folder for the digits",
+        config={"DATA": {"DATASET": "digits"}},
+        says="the digits are a data set of their own, without --data-path; .*, add --opts DATA.DATASET imagenet",
+    ),
     folder("empty folder", {}, f"no folder 'train' in data path wrong: it holds no folders; {LAYOUT}"),
     folder("no train", {"val/cat": 1}, f"no folder 'train' in data path wrong: it holds val; {LAYOUT}"),
     folder("no val", {"train/cat": 4}, f"no folder 'val' in data path wrong: it holds train; {LAYOUT}"),
@@ -349,6 +361,37 @@ ROWS = [
         lambda: save(trained(optimizer={})),
         "wrong.pth holds the state of another optimizer; start from its weights by --pretrained",
         *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "optimizer of other shapes",
+        lambda: save(trained(optimizer=optimizer_of(torch.zeros(3)))),
+        "wrong.pth holds the state of another optimizer; start from its weights by --pretrained",
+        *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "optimizer of no tensors",
+        lambda: save(trained(optimizer=optimizer_of("much"))),
+        "wrong.pth holds the state of another optimizer; start from its weights by --pretrained",
+        *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "optimizer of no state",
+        lambda: save(trained(optimizer={**trained()["optimizer"], "state": 5})),
+        "wrong.pth holds the state of another optimizer; start from its weights by --pretrained",
+        *("--resume", "wrong.pth"),
+    ),
+    weights(
+        "losses of no pairs",
+        lambda: save(trained(unlogged=[1, 2])),
+        f"wrong.pth {WITHOUT_STATE}",
+        *("--resume", "wrong.pth"),
+    ),
+    weights("format of no number", lambda: save(trained(format="abc")), WITHOUT_STATE, *("--resume", "wrong.pth")),
+    weights(
+        "renamed classes",
+        lambda: write_folder(Path("wrong"), {"train/ape": 4, "train/dog": 4, "val/ape": 2, "val/dog": 2}),
+        "written under other options: class 0: 'cat' in the checkpoint, 'ape' now. Give another --tag",
+        *("--data-path", "wrong", "--resume", "trained.pth"),
     ),
     weights(
         "another data set",

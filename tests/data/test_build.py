@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from yacs.config import CfgNode
 
 from config import set_option
@@ -171,6 +175,45 @@ def test_unreadable_images_are_named_in_one_line(root: Path, policy: str, split:
     except UnreadableImage as error:
         message = str(error)
     assert message == f"cannot read image '{broken}': cannot identify image file"
+
+
+def test_trouble_of_the_machine_is_no_unreadable_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", path)
+
+    loader = build_train_loader(small_config(root, BAD_IMAGES="skip", NUM_WORKERS=1), rank=0, world_size=1)
+    monkeypatch.setattr(Image, "open", fail)
+    line = ""
+    try:  # as above
+        list(loader)
+    except OSError as error:
+        line = str(error).strip().rpartition("\n")[2]
+    assert re.search(rf"\[Errno {errno.EMFILE}\] Too many open files: '{root}/train/\w+/\d\.jpg'$", line)
+
+
+@pytest.mark.parametrize(
+    ("device", "gpu", "pinned"),
+    [("", True, True), ("cuda", True, True), ("cpu", True, False), ("mps", True, False), ("", False, False)],
+)
+def test_memory_is_pinned_for_cuda_alone(
+    root: Path, monkeypatch: pytest.MonkeyPatch, device: str, gpu: bool, pinned: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    config = small_config(root)
+    config.DEVICE = device
+    for build in (build_train_loader, build_eval_loader):
+        assert build(config, rank=0, world_size=1).pin_memory is pinned
+    config.DATA.PIN_MEMORY = False
+    assert not build_train_loader(config, rank=0, world_size=1).pin_memory
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 16 worker processes")
+def test_more_workers_than_the_machine_can_feed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    for build in (build_train_loader, build_eval_loader):
+        assert build(small_config(root, NUM_WORKERS=16), rank=0, world_size=1).num_workers == 2
+        with pytest.raises(ValueError, match=r"^DATA\.NUM_WORKERS must be at most 16 .*, not 17; "):
+            build(small_config(root, NUM_WORKERS=17), rank=0, world_size=1)
 
 
 def test_image_that_vanishes_during_training(root: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
+import resource
 import struct
 import warnings
 import zlib
@@ -165,6 +168,40 @@ def test_forbidden_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(Image, "open", refuse)  # the superuser, as whom containers run tests, may read anything
     with pytest.raises(UnreadableImage, match=r"^cannot read image 'a\.jpg': Permission denied$"):
+        read_image("a.jpg")
+
+
+@pytest.mark.parametrize("name", ["EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "ETIMEDOUT"])
+def test_trouble_of_the_machine_is_not_the_file_s(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    number = getattr(errno, name)
+
+    def fail(path: str) -> None:
+        raise OSError(number, os.strerror(number))  # as reading says it; opening would name the file
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match=rf"^\[Errno {number}\] {os.strerror(number)}: 'a\.jpg'$") as caught:
+        read_image("a.jpg")
+    assert caught.value.errno == number
+
+
+def test_no_descriptors_left(tmp_path: Path) -> None:
+    photograph().save(tmp_path / "a.jpg")
+    read_image(tmp_path / "a.jpg")  # Pillow imports its decoders when it first reads
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match=f"Too many open files: '{tmp_path / 'a.jpg'}'"):
+            read_image(tmp_path / "a.jpg")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_no_memory_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(MemoryError, match=r"^no memory left to read image 'a\.jpg'$"):
         read_image("a.jpg")
 
 

@@ -74,10 +74,12 @@ start() {
 }
 
 stop() {
-    local name
+    local name state status=0
     export SLURM_CONF=$1/slurm.conf
     if [[ -f $1/slurmctld.pid ]]; then
-        scancel --state PENDING,RUNNING,SUSPENDED || true
+        for state in PENDING RUNNING SUSPENDED; do # of which scancel takes one at a time
+            scancel --state "$state" || status=1
+        done
         for _ in {1..80}; do # a job that does not end by itself is killed after KillWait
             [[ -n $(squeue --noheader) ]] || break
             sleep 0.5
@@ -86,6 +88,7 @@ stop() {
     for name in slurmd-n1 slurmd-n2 slurmctld munged; do
         [[ ! -f $1/$name.pid ]] || kill "$(<"$1/$name.pid")" || true
     done
+    return $status
 }
 
 case ${1:-}:$# in
