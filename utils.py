@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,8 +44,18 @@ class World:
 
 
 def launched_as() -> tuple[int, int, int, int]:
-    """Return `(rank, world size, local rank, processes on this machine)` as torchrun or SLURM started this process."""
-    env = os.environ
+    """Return `(rank, world size, local rank, processes on this machine)` as torchrun or SLURM started this process.
+
+    Raises:
+        ValueError: where their variables hold no such numbers.
+    """
+    try:
+        return _launched_as(os.environ)
+    except ValueError as error:
+        raise ValueError(f"the variables of the launcher, RANK and the like, must be whole numbers ({error})") from None
+
+
+def _launched_as(env: Mapping[str, str]) -> tuple[int, int, int, int]:
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
         return rank, size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size))

@@ -33,6 +33,9 @@ SHUTDOWN_SECONDS = 180
 
 def main(words: Sequence[str]) -> int:
     """Run `main.py` with all words but the first, which is the number of processes; return the exit status."""
+    if not words or not words[0].isdigit():
+        print("usage: python tools/launch.py <processes> <flags of main.py...>", file=sys.stderr)
+        return 2
     processes, *arguments = words
     wanted = os.environ.get("MAX_RESTARTS", "3")
     if not wanted.isdigit():
