@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from ..ops.position_bias import fixed_bias, log_continuous_bias, table_bias
 from ..ops.sampling import sample
 
 Size = tuple[int, int]
+
+# Values of the samples of a batch, 1 MiB in float32, from which it pays to make the keys anew in the backward pass.
+WORTH_MAKING_ANEW = 1 << 18
 
 
 class Deformation(NamedTuple):
@@ -53,8 +57,8 @@ class DeformableAttention(nn.Module):
 
     Attributes:
         form: form of the attention with a table, see `models.ops.deformable`. ``reference`` also samples the map in the
-            plain form and keeps what the keys are made of; the others make them anew in the backward pass, so that
-            weights must not change between forward and backward.
+            plain form and keeps what the keys are made of; the others, for batches of some size, make the keys anew in
+            the backward pass, so that weights must not change between forward and backward.
     """
 
     def __init__(
@@ -121,7 +125,7 @@ class DeformableAttention(nn.Module):
         size = x.shape[-2:]
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
         q = self.proj_q(x)
-        if torch.is_grad_enabled() and self.form != "reference" and not torch.compiler.is_compiling():
+        if self._makes_keys_anew(x):
             # Keeps k, v and positions alone for the backward: what they are made of is cheap from x and q.
             k, v, positions, key_size = checkpoint(self._keys, x, q, use_reentrant=False)
         else:
@@ -165,6 +169,12 @@ class DeformableAttention(nn.Module):
             key_size, coordinates=self.coordinates, dtype=positions.dtype, device=positions.device
         )
         return Deformation(key_size, reference.flatten(0, 1), positions, weights)
+
+    def _makes_keys_anew(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or self.form == "reference" or not torch.is_grad_enabled():
+            return False
+        batch, height, width, channels = x.shape
+        return batch * math.prod(self._key_size((height, width))) * channels >= WORTH_MAKING_ANEW
 
     def _keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Size]:
         """Return keys and values ``[B, Ns, heads, d]``, their positions ``[B, g, Ns, 2]`` and their grid's size."""

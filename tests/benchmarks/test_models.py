@@ -11,6 +11,7 @@ import torch
 from benchmarks import attention, model, sizes
 from benchmarks.memory import kept_for_backward
 from benchmarks.timing import spread, take_turns
+from models.attention import deformable
 
 SMALL = """
 DATA: {IMG_SIZE: 64}
@@ -77,6 +78,7 @@ def test_sizes(
 def test_attention(
     flags: list[str], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(deformable, "WORTH_MAKING_ANEW", 1 << 13)  # as for 128 images instead of 4
     argv = ["attention", "--models", "T", "--sizes", "224", *flags, "--operations"]
     monkeypatch.setattr(sys, "argv", [*argv, "neighborhood", "deformable", "mlp", "layer"])
     attention.main()
