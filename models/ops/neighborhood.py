@@ -35,8 +35,8 @@ def neighborhood_attention(
         scale: factor of the products.
         dropout: probability of dropping an attention weight.
         form: ``reference`` gathers every window. ``tiles`` is dense attention of small tiles of queries, with a mask.
-            ``tiles_by_hand`` is the same image by image, with a backward of its own that recomputes the weights; it has
-            no dropout. ``auto`` takes `choose_form`.
+            ``tiles_by_hand`` is the same image by image, with a backward of its own that keeps the weights and no bias;
+            it has no dropout. ``auto`` takes `choose_form`.
 
     Returns:
         ``[B, H, W, heads, d]``.
@@ -53,7 +53,8 @@ def neighborhood_attention(
     if rpb is None:
         rpb = q.new_zeros(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
     if form == "tiles_by_hand":
-        return _TiledAttention.apply(q, k, v, rpb, tiles, scale)
+        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rpb))
+        return _TiledAttention.apply(q, k, v, rpb, tiles, scale, keep)
     bias = tiles.of_every_tile(tiles.bias(rpb)).to(q.dtype)
     x = F.scaled_dot_product_attention(
         tiles.cut(q), tiles.windows(k), tiles.windows(v), attn_mask=bias, dropout_p=dropout, scale=scale
@@ -94,7 +95,7 @@ def _reference(
 
 
 class _TiledAttention(torch.autograd.Function):
-    """Attention of tiles, an image at a time to stay in the cache, that keeps only its arguments for the backward.
+    """Attention of tiles, an image at a time to stay in the cache, that keeps its arguments and weights for a backward.
 
     With weights ``P = softmax(S)``, ``S = scale Q K^T + bias`` and output ``O = P V`` of every tile, the gradient ``G``
     of ``O`` gives
@@ -102,46 +103,42 @@ class _TiledAttention(torch.autograd.Function):
         dV = P^T G      dP = G V^T      dS = P * (dP - sum over keys of P * dP)
         dQ = scale dS K                 dK = scale dS^T Q               dbias = sum over images of dS
 
-    ``S`` and ``P`` are computed anew. ``dK`` and ``dV`` of overlapping windows add up.
+    ``dK`` and ``dV`` of overlapping windows add up.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, rpb, tiles, scale):  # noqa: ANN001
-        ctx.save_for_backward(q, k, v, rpb)
-        ctx.tiles, ctx.scale = tiles, scale
-        bias = tiles.bias(rpb)
+    def forward(ctx, q, k, v, rpb, tiles, scale, keep):  # noqa: ANN001
+        heads, bias = q.shape[3], tiles.bias(rpb)
         out = q.new_empty(q.shape)
+        weights = q.new_empty(len(q) if keep else 1, heads * tiles.count, *bias.shape[2:])
         for image in range(len(q)):
             queries, keys, values = _cut(tiles, q, k, v, image)
-            out[image] = tiles.join((_weights(tiles, bias, queries, keys, scale) @ values)[None], q.shape[3])[0]
+            logits = tiles.of_every_tile(bias, out=weights[image if keep else 0])
+            logits.baddbmm_(queries, keys.mT, alpha=scale)
+            out[image] = tiles.join((torch.softmax(logits, dim=-1, out=logits) @ values)[None], heads)[0]
+        if keep:
+            ctx.save_for_backward(q, k, v, weights)
+            ctx.tiles, ctx.scale = tiles, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
-        q, k, v, rpb = ctx.saved_tensors
+        q, k, v, kept = ctx.saved_tensors
         tiles, scale, heads = ctx.tiles, ctx.scale, q.shape[3]
-        bias = tiles.bias(rpb)
         dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
         dbias = 0
-        for image in range(len(q)):
+        for image, weights in enumerate(kept):
             queries, keys, values = _cut(tiles, q, k, v, image)
             grads = tiles.cut(grad[image, None])[0]
-            weights = _weights(tiles, bias, queries, keys, scale)
             dv[image] = tiles.add_windows((weights.mT @ grads)[None], heads)[0]
             dlogits = torch._softmax_backward_data(grads @ values.mT, weights, 2, weights.dtype)
             dq[image] = tiles.join((dlogits @ keys)[None], heads)[0]
             dk[image] = tiles.add_windows((dlogits.mT @ queries)[None], heads)[0]
             dbias += dlogits
-        return dq.mul_(scale), dk.mul_(scale), dv, tiles.add_bias(dbias, heads), None, None
+        return dq.mul_(scale), dk.mul_(scale), dv, tiles.add_bias(dbias, heads), None, None, None
 
 
 def _cut(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, image: int) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = (tensor[image, None] for tensor in (q, k, v))
     return tiles.cut(q)[0], tiles.windows(k)[0], tiles.windows(v)[0]
-
-
-def _weights(tiles: Tiles, bias: Tensor, queries: Tensor, keys: Tensor, scale: float) -> Tensor:
-    """Return the attention weights of one image, ``[heads * tiles, queries_per_tile, keys_per_tile]``."""
-    logits = tiles.of_every_tile(bias).baddbmm_(queries, keys.mT, alpha=scale)
-    return torch.softmax(logits, dim=-1, out=logits)

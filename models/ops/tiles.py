@@ -26,12 +26,14 @@ class Tiles:
     Attributes:
         queries_per_tile: queries of a tile; tiles of the last row and column may reach beyond the map.
         keys_per_tile: keys of a tile.
+        count: number of tiles.
     """
 
     def __init__(self, size: tuple[int, int], kernel_size: int, device: torch.device) -> None:
         self.axes = y, x = [_Axis(length, kernel_size) for length in size]
         self.queries_per_tile = y.tile * x.tile
         self.keys_per_tile = y.span * x.span
+        self.count = y.count * x.count
         self._side = 2 * kernel_size - 1
         self._keys, self._kinds, self._cells = _indices(size, kernel_size, device)
 
@@ -84,9 +86,12 @@ class Tiles:
         cells = F.pad(rpb.flatten(1), (0, 1), value=float("-inf")).index_select(1, self._cells)
         return cells.view(len(rpb), -1, self.queries_per_tile, self.keys_per_tile)
 
-    def of_every_tile(self, bias: Tensor) -> Tensor:
-        """Return a new ``[heads * tiles, queries_per_tile, keys_per_tile]`` of the bias of every kind."""
-        return bias.index_select(1, self._kinds).flatten(0, 1)
+    def of_every_tile(self, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Return the bias of every tile, ``[heads * tiles, queries_per_tile, keys_per_tile]``, in ``out`` where given."""
+        if out is None:
+            return bias.index_select(1, self._kinds).flatten(0, 1)
+        torch.index_select(bias, 1, self._kinds, out=out.unflatten(0, (len(bias), -1)))
+        return out
 
     def add_bias(self, x: Tensor, heads: int) -> Tensor:
         """Return the sum over all tiles of what belongs to each cell of the table, ``[heads, 2*K-1, 2*K-1]``.
