@@ -87,7 +87,7 @@ class Tiles:
         return cells.view(len(rpb), -1, self.queries_per_tile, self.keys_per_tile)
 
     def of_every_tile(self, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Return the bias of every tile, ``[heads * tiles, queries_per_tile, keys_per_tile]``, in ``out`` where given."""
+        """Return the bias of every tile, ``[heads * tiles, queries_per_tile, keys_per_tile]``, in ``out`` if given."""
         if out is None:
             return bias.index_select(1, self._kinds).flatten(0, 1)
         torch.index_select(bias, 1, self._kinds, out=out.unflatten(0, (len(bias), -1)))
