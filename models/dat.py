@@ -70,9 +70,9 @@ class Stage(nn.Module):
         if self.use_lpu:
             x = self.local_perception_units[d](x)
         if self.letters[d] == "X":
-            return x + drop_path(self.mlps[d](self.ln_cnvnxt[str(d)](self.attns[d](x))))
-        x = x + drop_path(self.layer_scales[2 * d](self.attns[d](self.layer_norms[2 * d](x))))
-        return x + drop_path(self.layer_scales[2 * d + 1](self.mlps[d](self.layer_norms[2 * d + 1](x))))
+            return drop_path(x, self.mlps[d](self.ln_cnvnxt[str(d)](self.attns[d](x))))
+        x = drop_path(x, self.layer_scales[2 * d](self.attns[d](self.layer_norms[2 * d](x))))
+        return drop_path(x, self.layer_scales[2 * d + 1](self.mlps[d](self.layer_norms[2 * d + 1](x))))
 
 
 class DAT(nn.Module):

@@ -58,17 +58,22 @@ class LocalPerceptionUnit(nn.Conv2d):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drops the whole branch of a sample with probability ``rate`` (arXiv 1603.09382)."""
+    """Adds a residual branch, which stochastic depth drops from a whole sample with a probability (arXiv 1603.09382).
+
+    Args:
+        rate: the probability; what is not dropped counts ``1 / (1 - rate)`` times.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, branch: Tensor) -> Tensor:
+        """Return ``x`` plus what is left of ``branch``, ``[B, C, H, W]`` all."""
         if not self.training or self.rate == 0.0:
-            return x
+            return x + branch
         keep = 1.0 - self.rate
-        return x * x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep)
+        return torch.addcmul(x, branch, branch.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep))
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

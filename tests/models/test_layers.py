@@ -9,12 +9,13 @@ from models.layers import ConvMLP, DropPath, LayerNorm, PointwiseConv
 def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
     torch.manual_seed(0)
     x = torch.ones(4000, 3, 2, 2)
-    y = DropPath(0.25).train()(x)
+    y = DropPath(0.25).train()(torch.zeros_like(x), x)
     samples = y.flatten(1)
     assert (samples == samples[:, :1]).all()
     assert set(samples[:, 0].tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert abs(y.mean().item() - 1) < 0.03
-    assert torch.equal(DropPath(0.25).eval()(x), x)
+    assert torch.equal(DropPath(0.25).train()(x, torch.zeros_like(x)), x)
+    assert torch.equal(DropPath(0.25).eval()(x, x), x + x)
 
 
 def test_pointwise_conv_is_a_convolution() -> None:
