@@ -270,10 +270,10 @@ class CheckpointFolder:
                 _put_beside(staged, self.folder / f"epoch_{epoch}.pth")
             if last.exists():
                 _put_beside(last, self.folder / "previous.pth")
+            self._prune()
             staged.replace(last)
         finally:
             staged.unlink(missing_ok=True)
-        self._prune()
         _sync(self.folder)
 
     def newest(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
