@@ -360,6 +360,8 @@ def test_a_killed_write_leaves_whole_checkpoints_and_its_leftovers_do_no_harm(tm
         assert (name, warnings) == ("last.pth", [])
         assert value in (2, 3)
         assert all(value_in(file) in (1, 2, 3) for file in path.glob("*.pth"))
+        if value == 3:  # nothing is left to do, as no save may follow
+            assert names(path) == {"last.pth", "previous.pth", "best.pth", "epoch_3.pth"}
         folder.save(state(4), best=True, epoch=4)
         assert names(path) == {"last.pth", "previous.pth", "best.pth", "epoch_4.pth"}
         assert newest(path) == ("last.pth", 4, [])
