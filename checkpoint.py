@@ -29,6 +29,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from config import differences
+from output_folder import STAGED
 
 FORMAT = 1
 
@@ -313,7 +314,7 @@ def _stage(state: dict[str, Any], target: Path) -> Path:
     """Write `state` beside `target`, flushed to the disk, and return where."""
     buffer = io.BytesIO()  # a full disk then fails in one plain write
     torch.save(state, buffer)
-    staged = target.with_suffix(".tmp")
+    staged = target.with_suffix(STAGED)
     try:
         with staged.open("wb") as file:
             file.write(buffer.getbuffer())
@@ -327,7 +328,8 @@ def _stage(state: dict[str, Any], target: Path) -> Path:
 
 def _put_beside(source: Path, target: Path) -> None:
     """Let `target` be the file that `source` is now: a second name for it, or a copy where there are no such names."""
-    staged = target.with_name("beside.tmp")  # one name for all targets, so that a killed write leaves one file at most
+    # One name for all targets, so that a killed write leaves one file at most.
+    staged = target.with_name(f"beside{STAGED}")
     staged.unlink(missing_ok=True)
     try:
         try:

@@ -352,12 +352,12 @@ def build_run(config: CfgNode, world: World) -> Run:
             begins = run.continued_from is None or run.continued_from.parent.resolve() != folder.resolve()
             if begins and (earlier := set_aside(folder)):
                 notes.append(f"the files of an earlier run in this folder lie in {earlier} now")
+    if not run.updates_done:
+        run.save()  # first, so that a restart finds neither the checkpoint of an earlier run nor a log without one
     run.log = RunLog(run.folder, config, is_main=world.is_main, updates_done=run.updates_done)
     run.model = distribute(run.model, world)
     run.stop.listen()
     introduce(run, notes, warnings)
-    if not run.updates_done:
-        run.save()  # so that a restart does not find the checkpoint of an earlier run
     return run
 
 

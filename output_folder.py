@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TextIO
 
 LOCK = ".lock"
+STAGED = ".tmp"  # how the names of files end that are being written
 WRITERS = ("tensorboard", "wandb")  # folders that a run may leave
 
 
@@ -88,8 +89,12 @@ def _lock(file: TextIO) -> bool:
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move what an earlier run left in `folder` to a folder inside it; return that, or None if there was nothing."""
-    files = [path for path in folder.iterdir() if path.name in WRITERS or (path.is_file() and path.name != LOCK)]
+    """Move what an earlier run left in `folder` to a folder inside it; return that, or None if there was nothing.
+
+    Files that a killed write left half written stay: the next write of the same file takes their place.
+    """
+    files = [path for path in folder.iterdir() if path.is_file() and path.name != LOCK and path.suffix != STAGED]
+    files += [folder / name for name in WRITERS if (folder / name).is_dir()]
     if not files:
         return None
     numbers = [path.name.removeprefix("earlier_") for path in folder.glob("earlier_*")]
@@ -102,6 +107,6 @@ def set_aside(folder: Path) -> Path | None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write `text` to `path` so that a kill or a full disk leaves the file as it was or as it should be."""
-    staged = path.with_name(f"{path.name}.tmp")
+    staged = path.with_name(f"{path.name}{STAGED}")
     staged.write_text(text, encoding="utf-8")
     staged.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from functools import partialmethod
 from pathlib import Path
@@ -124,6 +125,26 @@ def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path: Path) -> 
     assert (output / "earlier_1" / "epoch_300.pth").read_bytes() == b"precious"
     assert not (output / "epoch_300.pth").exists()
     assert (output / "last.pth").exists()
+
+
+class Killed(BaseException):
+    """Ends a write as a kill does: no handler of the writer runs."""
+
+
+def test_a_run_killed_before_its_first_checkpoint_leaves_nothing_to_set_aside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(_: int) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", kill)
+        with pytest.raises(Killed):
+            build(tmp_path)
+    folder = tmp_path / "output/tiny/default"
+    assert {path.name for path in folder.iterdir()} == {".lock", "last.tmp"}
+    build(tmp_path)
+    assert {path.name for path in folder.iterdir()} == {".lock", "last.pth", "log.txt", "config.yaml"}
 
 
 def test_another_size_of_updates_continues_at_the_same_image(tmp_path: Path) -> None:

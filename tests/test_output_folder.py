@@ -74,6 +74,7 @@ def test_files_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:
         (tmp_path / "earlier_1").rmdir()
         (tmp_path / "tensorboard").mkdir()
         (tmp_path / "other_run").mkdir()
+        (tmp_path / "last.tmp").write_text("half a file")
         assert set_aside(tmp_path) == tmp_path / "earlier_3"
         assert (tmp_path / "earlier_3" / "tensorboard").is_dir()
-    assert {path.name for path in tmp_path.iterdir()} == {LOCK, "earlier_2", "earlier_3", "other_run"}
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, "earlier_2", "earlier_3", "other_run", "last.tmp"}
