@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .ops.depthwise import conv_mlp, depthwise_residual
+from .ops.linear import linear
 
 
 class LayerNorm(nn.Module):
@@ -37,14 +37,34 @@ class LayerScale(nn.Module):
         return x * self.weight[:, None, None]
 
 
+class Linear(nn.Linear):
+    """A linear layer on the last axis of ``[..., in]``.
+
+    Attributes:
+        form: form of the operation, see `models.ops.linear`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.form = "auto"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias, form=self.form)
+
+
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution, weight ``[out, in, 1, 1]``, applied as a linear map to the last axis of ``[..., in]``."""
+    """A 1x1 convolution, weight ``[out, in, 1, 1]``, applied as a linear map to the last axis of ``[..., in]``.
+
+    Attributes:
+        form: form of the operation, see `models.ops.linear`.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
+        self.form = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return linear(x, self.weight.flatten(1), self.bias, form=self.form)
 
 
 class LocalPerceptionUnit(nn.Conv2d):
@@ -86,10 +106,10 @@ class MLP(nn.Module):
         super().__init__()
         self.chunk = nn.Sequential(
             OrderedDict(
-                linear1=nn.Linear(dim, dim * expansion),
+                linear1=Linear(dim, dim * expansion),
                 act=nn.GELU(),
                 drop1=nn.Dropout(drop),
-                linear2=nn.Linear(dim * expansion, dim),
+                linear2=Linear(dim * expansion, dim),
                 drop2=nn.Dropout(drop),
             )
         )

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import PointwiseConv
+from ..layers import Linear, PointwiseConv
 
 # Keeps the sums of a window from vanishing whose scores are all far below the map's largest.
 SCORE_FLOOR = -40.0
@@ -40,8 +40,8 @@ class QueryAndAttend(nn.Module):
         self.rpb_table = nn.Parameter(torch.empty(kernel_size**2, num_queries * heads))
         nn.init.trunc_normal_(self.q_param, std=dim**-0.5)
         nn.init.trunc_normal_(self.rpb_table, std=0.02)
-        self.proj_k = nn.Linear(dim, dim, bias=False)
-        self.proj_v = nn.Linear(dim, dim, bias=False)
+        self.proj_k = Linear(dim, dim, bias=False)
+        self.proj_v = Linear(dim, dim, bias=False)
         self.proj_out = PointwiseConv(dim, dim, bias=False)
         self.proj_drop = nn.Dropout(proj_drop)
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import Linear
+
 KERNEL_SIZE = 3
 SHIFTS = KERNEL_SIZE**2
 REDUCTION = 4
@@ -26,8 +28,8 @@ class SlideAttention(nn.Module):
         self.scale = (dim // heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(torch.empty(1, heads, 1, SHIFTS, 1, 1))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.qkv = nn.Linear(dim, 3 * reduced)
-        self.proj = nn.Linear(reduced, dim)
+        self.qkv = Linear(dim, 3 * reduced)
+        self.proj = Linear(reduced, dim)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
         self.dep_conv = self._shift_conv(head_dim)

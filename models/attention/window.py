@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import Linear
 from ..ops.window import merge, padding_mask, partition, relative_position_index, shift_mask
 
 
@@ -37,8 +38,8 @@ class WindowAttention(nn.Module):
         self.native_size = self._padded((map_size, map_size))
         if shifted:
             self.register_buffer("attn_mask", shift_mask(self.native_size, window_size, self.shift))
-        self.proj_qkv = nn.Linear(dim, 3 * dim)
-        self.proj_out = nn.Linear(dim, dim)
+        self.proj_qkv = Linear(dim, 3 * dim)
+        self.proj_out = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:

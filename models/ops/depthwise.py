@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .forms import runs_by_hand
+from .onednn import depthwise_gelu, product
 
 FORMS = ("auto", "reference", "by_hand")
 CACHED = 1 << 20  # hidden values that are worked on at a time: 4 MiB, so that they stay in the cache
@@ -101,11 +102,11 @@ class _ConvMLP(torch.autograd.Function):
         kept = []
         out = x.new_empty(x.shape)
         for part, result in zip(x.split(images), out.split(images), strict=True):
-            hidden = F.linear(part, weight1, bias1)
+            hidden = product(part, weight1, bias1)
             if keep:
                 kept.append(hidden)
-            activated = torch.ops.aten.gelu_(_convolve_last(hidden, kernel, bias))
-            torch.addmm(bias2, activated.flatten(0, 2), weight2.t(), out=result.flatten(0, 2))
+            activated = depthwise_gelu(hidden.permute(0, 3, 1, 2), kernel, bias).permute(0, 2, 3, 1)
+            result.copy_(product(activated, weight2, bias2))
         if keep:
             ctx.save_for_backward(x, weight1, kernel, bias, weight2, *kept)
         return out
@@ -123,14 +124,14 @@ class _ConvMLP(torch.autograd.Function):
             z = _convolve_last(hidden, kernel, bias)
             dout = dout.flatten(0, 2)
             dweight2.addmm_(dout.t(), F.gelu(z).flatten(0, 2))
-            dz = torch.ops.aten.gelu_backward((dout @ weight2).view(z.shape), z)
+            dz = torch.ops.aten.gelu_backward(product(dout, weight2.t()).view(z.shape), z)
             dhidden, to_kernel, to_bias = _convolve_backward(dz, hidden, kernel)
             dkernel += to_kernel
             dbias += to_bias
             dhidden = dhidden.flatten(0, 2)
             dweight1.addmm_(dhidden.t(), part.flatten(0, 2))
             dbias1 += dhidden.sum(0)
-            torch.mm(dhidden, weight1, out=dpart.flatten(0, 2))
+            dpart.copy_(product(dhidden, weight1.t()).view(dpart.shape))
         return dx, dweight1, dbias1, dkernel, dbias, dweight2, grad.sum((0, 1, 2)), None
 
 
