@@ -56,9 +56,9 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
         x, weight = ctx.saved_tensors
         to_x, to_weight, to_bias = ctx.needs_input_grad
-        rows = grad.flatten(0, -2)
+        rows = torch.atleast_2d(grad).flatten(0, -2)
         return (
             linear(grad, weight.t(), None) if to_x else None,
-            rows.t() @ x.flatten(0, -2) if to_weight else None,
+            rows.t() @ torch.atleast_2d(x).flatten(0, -2) if to_weight else None,
             rows.sum(0) if to_bias else None,
         )

@@ -35,7 +35,7 @@ class Tiles:
         self.keys_per_tile = y.span * x.span
         self.count = y.count * x.count
         self._side = 2 * kernel_size - 1
-        self._keys, self._kinds, self._cells = _indices(size, kernel_size, device)
+        self._keys, self._by_pixel, self._pixels, self._kinds, self._cells = _indices(size, kernel_size, device)
 
     def cut(self, x: Tensor) -> Tensor:
         """Return the queries of every tile, ``[B, H, W, heads, d] -> [B, heads * tiles, queries_per_tile, d]``."""
@@ -55,24 +55,21 @@ class Tiles:
 
     def windows(self, x: Tensor) -> Tensor:
         """Return the keys of every tile, ``[B, H, W, heads, d] -> [B, heads * tiles, keys_per_tile, d]``."""
-        batch, _, _, heads, dim = x.shape
-        x = x.flatten(3).flatten(1, 2).index_select(1, self._keys)
-        x = x.view(batch, -1, self.keys_per_tile, heads, dim)
-        return x.permute(0, 3, 1, 2, 4).reshape(batch, -1, self.keys_per_tile, dim)
+        batch, _, _, _, dim = x.shape
+        maps = x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)  # [B * heads, H * W, d]
+        return maps.index_select(1, self._keys).view(batch, -1, self.keys_per_tile, dim)
 
     def add_windows(self, x: Tensor, heads: int) -> Tensor:
-        """Return the sum of all windows at their places on the map, the transpose of `windows`."""
+        """Return the sum of all windows at their places on the map, the transpose of `windows`; has no gradient.
+
+        A pixel is a bag of the rows of ``x`` that were taken from it.
+        """
         y_axis, x_axis = self.axes
         batch, dim = x.shape[0], x.shape[-1]
-        x = x.view(batch, heads, y_axis.count, x_axis.count, y_axis.span, x_axis.span, dim)
-        rows = x.new_zeros(batch, heads, y_axis.count, y_axis.span, x_axis.length, dim)
-        for i, start in enumerate(x_axis.starts):
-            rows.narrow(4, start, x_axis.span).add_(x[:, :, :, i])
-        out = x.new_zeros(batch, y_axis.length, x_axis.length, heads, dim)
-        columns = out.permute(0, 3, 1, 2, 4)
-        for i, start in enumerate(y_axis.starts):
-            columns.narrow(2, start, y_axis.span).add_(rows[:, :, i])
-        return out
+        first = torch.arange(batch * heads, device=x.device)[:, None] * len(self._keys)
+        rows, bags = ((first + index).flatten() for index in (self._by_pixel, self._pixels))
+        x = F.embedding_bag(rows, x.view(-1, dim), bags, mode="sum")
+        return x.view(batch, heads, y_axis.length, x_axis.length, dim).permute(0, 2, 3, 1, 4)
 
     def bias(self, rpb: Tensor) -> Tensor:
         """Return what is added to the logits of every kind of tile, minus infinity outside the window of a query.
@@ -115,20 +112,24 @@ _cached_tiles = functools.lru_cache(maxsize=64)(Tiles)
 
 @torch._dynamo.assume_constant_result  # a graph that made them would copy lists to the device in every step
 def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> list[Tensor]:
-    """Return flat indices: the keys of every tile, the kind of every tile, the cells of the table of every kind.
+    """Return flat indices that say how tiles, map and table of position biases belong together.
 
-    The keys are ``[tiles, keys_per_tile]`` pixels of the map, the cells ``[kinds, queries_per_tile, keys_per_tile]``;
-    the cell after the last stands for keys outside the window of a query.
+    Returns:
+        The pixels that are the keys of every tile, ``[tiles, keys_per_tile]``; the order that sorts these keys by
+        pixel; where every pixel begins in that order; the kind of every tile; the cell of the table for every kind,
+        ``[kinds, queries_per_tile, keys_per_tile]``, the one after the last for keys outside the window of a query.
     """
     with torch.inference_mode(False):  # what is made in inference mode could not serve training later
         axes = y, x = [_Axis(length, kernel_size) for length in size]
         rows, columns = (torch.tensor(axis.starts)[:, None] + torch.arange(axis.span) for axis in axes)
-        keys = rows[:, None, :, None] * x.length + columns[:, None, :]  # [ny, nx, span, span]
+        keys = (rows[:, None, :, None] * x.length + columns[:, None, :]).flatten()  # [ny, nx, span, span]
+        by_pixel = keys.argsort(stable=True)
+        pixels = torch.searchsorted(keys[by_pixel], torch.arange(y.length * x.length))
         kinds = torch.tensor(y.kinds)[:, None] * len(x.examples) + torch.tensor(x.kinds)  # [ny, nx]
         side = 2 * kernel_size - 1
         dy, dx = y.offsets()[:, None, :, None, :, None], x.offsets()[:, None, :, None, :]
         cells = torch.where((dy == _OUTSIDE) | (dx == _OUTSIDE), side**2, dy * side + dx)
-        return [index.flatten().to(device) for index in (keys, kinds, cells)]
+        return [index.flatten().to(device) for index in (keys, by_pixel, pixels, kinds, cells)]
 
 
 _OUTSIDE = -1
