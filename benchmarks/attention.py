@@ -29,6 +29,8 @@ from models.ops.deformable import choose_form as choose_deformable
 from models.ops.deformable import deformable_attention
 from models.ops.depthwise import choose_form as choose_mlp
 from models.ops.depthwise import conv_mlp
+from models.ops.linear import choose_form as choose_linear
+from models.ops.linear import linear
 from models.ops.neighborhood import choose_form as choose_neighborhood
 from models.ops.neighborhood import neighborhood_attention
 
@@ -85,7 +87,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=WIDTHS, default=list(WIDTHS))
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 384], help="sides of the images, multiples of 32")
-    parser.add_argument("--operations", nargs="+", choices=OPERATIONS, default=["neighborhood", "deformable", "mlp"])
+    parser.add_argument(
+        "--operations", nargs="+", choices=OPERATIONS, default=["neighborhood", "deformable", "mlp", "linear"]
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu")
@@ -137,6 +141,17 @@ def _mlp(model: str, size: int, stage: int, batch: int, device: torch.device) ->
     return Operation("convolutional MLP", run, arguments, choose_mlp(arguments[0]))
 
 
+def _linear(model: str, size: int, stage: int, batch: int, device: torch.device) -> Operation:
+    """Return the layer that makes queries, keys and values of a pixel."""
+    side, dim = size // (4 << stage), WIDTHS[model] << stage
+    arguments = [_random(*shape, device=device) for shape in ((batch, side, side, dim), (3 * dim, dim), (3 * dim,))]
+
+    def run(form: str, *arguments: Tensor) -> Tensor:
+        return linear(*arguments, form=form)
+
+    return Operation("linear layer", run, arguments, choose_linear(arguments[0]))
+
+
 def _layer(model: str, size: int, stage: int, batch: int, device: torch.device) -> Operation:
     """Return a whole mixer D: projections, offset network, sampling and attention."""
     side, native, dim = size // (4 << stage), NATIVE // (4 << stage), WIDTHS[model] << stage
@@ -162,7 +177,13 @@ def _random(*shape: int, device: torch.device) -> Tensor:
     return torch.randn(shape, device=device).requires_grad_()
 
 
-OPERATIONS = {"neighborhood": _neighborhood, "deformable": _deformable, "mlp": _mlp, "layer": _layer}
+OPERATIONS = {
+    "neighborhood": _neighborhood,
+    "deformable": _deformable,
+    "mlp": _mlp,
+    "linear": _linear,
+    "layer": _layer,
+}
 
 
 def _times(operation: Operation, runs: int, device: torch.device) -> str:

@@ -80,10 +80,10 @@ def test_attention(
 ) -> None:
     monkeypatch.setattr(deformable, "WORTH_MAKING_ANEW", 1 << 13)  # as for 128 images instead of 4
     argv = ["attention", "--models", "T", "--sizes", "224", *flags, "--operations"]
-    monkeypatch.setattr(sys, "argv", [*argv, "neighborhood", "deformable", "mlp", "layer"])
+    monkeypatch.setattr(sys, "argv", [*argv, "neighborhood", "deformable", "mlp", "linear", "layer"])
     attention.main()
     table = rows(capsys.readouterr().out)
-    assert len(table) == 15  # four operations in four stages, but no neighborhood attention in the last
+    assert len(table) == 19  # five operations in four stages, but no neighborhood attention in the last
     assert {len(row) for row in table} == {columns}
     chosen = {row[3]: row[4] for row in table}
     assert chosen["neighborhood attention"] == "tiles_by_hand"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.ops import onednn
 from models.ops.linear import choose_form, linear
 from models.ops.onednn import depthwise_gelu, product, suits
 
@@ -70,7 +71,10 @@ def test_the_choice_of_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_form(x.double()) == choose_form(x.bfloat16()) == choose_form(x.to("meta")) == "reference"
     with torch.autocast("cpu", torch.bfloat16):
         assert choose_form(x) == "reference"
-    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        assert choose_form(x) == "reference"
+    monkeypatch.setattr(onednn, "_BUILT_IN", False)
     assert choose_form(x) == "reference"
 
 
