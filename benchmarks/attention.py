@@ -206,7 +206,7 @@ def _times(operation: Operation, runs: int, device: torch.device) -> str:
 def _memory(operation: Operation) -> str:
     runs = (partial(operation.run, form) for form in ("reference", operation.chosen))
     plain, fast = (kept_for_backward(run, operation.arguments) / 2**20 for run in runs)
-    return f"{plain:.1f} | {fast:.1f} | {fast / plain:.2f}"
+    return f"{plain:.1f} | {fast:.1f} | {f'{fast / plain:.2f}' if plain else '-'}"
 
 
 if __name__ == "__main__":
