@@ -315,6 +315,7 @@ def _stage(state: dict[str, Any], target: Path) -> Path:
     buffer = io.BytesIO()  # a full disk then fails in one plain write
     torch.save(state, buffer)
     staged = target.with_suffix(STAGED)
+    staged.unlink(missing_ok=True)  # a killed write may have left it as another name of `best.pth`
     try:
         with staged.open("wb") as file:
             file.write(buffer.getbuffer())

@@ -61,7 +61,7 @@ class RunLog:
         self._tensorboard = self._wandb = None
         if folder is None or not is_main:
             return
-        file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
+        file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace", delay=True)
         file.setFormatter(logging.Formatter(_LINE, _TIME))
         self._logger.addHandler(file)
         self._metrics = folder / "metrics.jsonl"

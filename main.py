@@ -346,17 +346,17 @@ def build_run(config: CfgNode, world: World) -> Run:
     with fail_together():
         run, notes, warnings = assemble(config, world)
     run.check_agreement()
+    begins = run.continued_from is None or run.continued_from.parent.resolve() != folder.resolve()
     with fail_together():
         if world.is_main:
             run.hold = hold or hold_new_folder(folder)
-            begins = run.continued_from is None or run.continued_from.parent.resolve() != folder.resolve()
             if begins and (earlier := set_aside(folder)):
                 notes.append(f"the files of an earlier run in this folder lie in {earlier} now")
-    if not run.updates_done:
-        run.save()  # first, so that a restart finds neither the checkpoint of an earlier run nor a log without one
     run.log = RunLog(run.folder, config, is_main=world.is_main, updates_done=run.updates_done)
-    run.model = distribute(run.model, world)
     run.stop.listen()
+    if begins:
+        run.save()  # before the first line of the log, so that what is killed before has left nothing to set aside
+    run.model = distribute(run.model, world)
     introduce(run, notes, warnings)
     return run
 

@@ -91,10 +91,10 @@ def _lock(file: TextIO) -> bool:
 def set_aside(folder: Path) -> Path | None:
     """Move what an earlier run left in `folder` to a folder inside it; return that, or None if there was nothing.
 
-    Files that a killed write left half written stay: the next write of the same file takes their place.
+    What a killed write left half written is nothing.
     """
-    files = [path for path in folder.iterdir() if path.is_file() and path.name != LOCK and path.suffix != STAGED]
-    files += [folder / name for name in WRITERS if (folder / name).is_dir()]
+    ours = LOCK, *(path.name for path in folder.glob(f"*{STAGED}"))
+    files = [path for path in folder.iterdir() if path.name in WRITERS or (path.is_file() and path.name not in ours)]
     if not files:
         return None
     numbers = [path.name.removeprefix("earlier_") for path in folder.glob("earlier_*")]

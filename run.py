@@ -19,6 +19,7 @@ from yacs.config import CfgNode
 
 from checkpoint import FORMAT, CheckpointFolder, load_strictly, model_weights
 from logger import RunLog
+from output_folder import STAGED
 from utils import StopSignal, World, agree_on
 
 
@@ -200,7 +201,7 @@ class Run:
             self.checkpoints.save(self.state(), best=best, epoch=epoch)
         except OSError as error:
             self.log.warning(
-                f"{self.folder / 'last.tmp'}, the checkpoint of epoch {self.position.epoch + 1}, update "
+                f"{self.folder / f'last{STAGED}'}, the checkpoint of epoch {self.position.epoch + 1}, update "
                 f"{self.position.update}, could not be written ({error.strerror}); the one before it, "
                 f"{self.folder / 'last.pth'}, stays in use"
             )

@@ -149,7 +149,7 @@ def _linear(model: str, size: int, stage: int, batch: int, device: torch.device)
     def run(form: str, *arguments: Tensor) -> Tensor:
         return linear(*arguments, form=form)
 
-    return Operation("linear layer", run, arguments, choose_linear(arguments[0]))
+    return Operation("linear layer", run, arguments, choose_linear(*arguments))
 
 
 def _layer(model: str, size: int, stage: int, batch: int, device: torch.device) -> Operation:

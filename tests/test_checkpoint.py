@@ -362,6 +362,10 @@ def test_a_killed_write_leaves_whole_checkpoints_and_its_leftovers_do_no_harm(tm
         assert all(value_in(file) in (1, 2, 3) for file in path.glob("*.pth"))
         if value == 3:  # nothing is left to do, as no save may follow
             assert names(path) == {"last.pth", "previous.pth", "best.pth", "epoch_3.pth"}
+        others = {file.name: value_in(file) for file in [path / "best.pth", *path.glob("epoch_*.pth")]}
+        folder.save(state(5))  # neither the best nor the end of an epoch
+        assert {name: value_in(path / name) for name in others if (path / name).exists()}.items() <= others.items()
+        assert "best.pth" in names(path)
         folder.save(state(4), best=True, epoch=4)
         assert names(path) == {"last.pth", "previous.pth", "best.pth", "epoch_4.pth"}
         assert newest(path) == ("last.pth", 4, [])

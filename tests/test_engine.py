@@ -166,6 +166,7 @@ def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path)
     (first.folder / "bad_images.txt").write_text("broken.jpg\n")
     run = build(tmp_path, "--resume", str(elsewhere))
     assert run.continued_from == elsewhere
+    assert (run.folder / "last.pth").exists()  # already, so that a restart finds it
     assert {"last.pth", "bad_images.txt"} <= {path.name for path in (run.folder / "earlier_1").iterdir()}
     warnings = []
     run.bad_images.add(["broken.jpg", "broken.jpg"], warnings.append)

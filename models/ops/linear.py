@@ -19,28 +19,39 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
         x: ``[..., in]``.
         weight: ``[out, in]``.
         bias: ``[out]`` or None.
-        form: ``reference`` is PyTorch's own; ``onednn`` takes the products of forward and backward that gain by it to
-            oneDNN. ``auto`` takes `choose_form`.
+        form: ``reference`` is PyTorch's own. ``onednn`` takes this product and that of the gradient of ``x`` to oneDNN;
+            it needs float32 on an x86 CPU. ``auto`` takes `choose_form`.
 
     Returns:
         ``[..., out]``.
 
     Raises:
-        ValueError: the form is unknown.
+        ValueError: the form is unknown or cannot do what is asked for.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} of a linear layer is unknown; choose one of {', '.join(FORMS)}")
-    if (choose_form(x) if form == "auto" else form) == "reference":
+    if form == "onednn" and not _is_possible(x, weight, bias):
+        raise ValueError(
+            "form 'onednn' of a linear layer needs matching shapes, float32 and an x86 CPU; choose auto or reference"
+        )
+    if (choose_form(x, weight, bias) if form == "auto" else form) == "reference":
         return F.linear(x, weight, bias)
-    return _Linear.apply(x, weight, bias) if torch.is_grad_enabled() else product(x, weight, bias)
+    # What is made in inference mode is never differentiated.
+    return product(x, weight, bias) if torch.is_inference_mode_enabled() else _Linear.apply(x, weight, bias)
 
 
-def choose_form(x: Tensor) -> str:
+def choose_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """Return the form that `linear` takes for ``auto``."""
-    return "onednn" if suits(x) and runs_by_hand(x) else "reference"
+    return "onednn" if runs_by_hand(x) and _is_possible(x, weight, bias) else "reference"
+
+
+def _is_possible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return suits(x, weight, bias) and x.dim() > 0 and x.shape[-1] == weight.shape[-1]
 
 
 class _Linear(torch.autograd.Function):
+    """`F.linear` for every kind of derivative and `torch.func`."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -50,7 +61,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001, ARG004
         x, weight, _ = inputs
-        ctx.save_for_backward(x, weight)
+        to_x, to_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
+        ctx.save_for_forward(x, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
@@ -62,3 +75,13 @@ class _Linear(torch.autograd.Function):
             rows.t() @ torch.atleast_2d(x).flatten(0, -2) if to_weight else None,
             rows.sum(0) if to_bias else None,
         )
+
+    @staticmethod
+    def jvp(ctx, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None) -> Tensor:  # noqa: ANN001
+        x, weight = ctx.saved_tensors
+        parts = [
+            None if x_tangent is None else linear(x_tangent, weight, None),
+            None if weight_tangent is None else linear(x, weight_tangent, None),
+        ]
+        out = sum(part for part in parts if part is not None)
+        return out if bias_tangent is None else out + bias_tangent

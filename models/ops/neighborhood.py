@@ -127,7 +127,7 @@ class _TiledAttention(torch.autograd.Function):
         q, k, v, kept = ctx.saved_tensors
         tiles, scale, heads = ctx.tiles, ctx.scale, q.shape[3]
         dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-        dbias = 0
+        dbias = kept.new_zeros(kept.shape[1:])
         for image, weights in enumerate(kept):
             queries, keys, values = _cut(tiles, q, k, v, image)
             grads = tiles.cut(grad[image, None])[0]

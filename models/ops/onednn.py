@@ -1,14 +1,15 @@
-"""oneDNN where it beats what PyTorch takes in eager mode: float32 on x86, through the operators of PyTorch's compiler.
+"""oneDNN in eager mode, through the operators that PyTorch keeps for its compiler.
 
-Eager products of float32 go to MKL, which takes 3 to 15 % more time, and a convolution's activation goes over the map
-again. Where these operators do not apply, the functions do the same in plain PyTorch. None of them has a gradient.
+In float32 on x86, PyTorch sends eager products to MKL, and the activation after a convolution goes over the map again.
+Both take more time on the CPUs that were measured; see `benchmarks`. Where these operators do not suit, the functions
+do the same in plain PyTorch. None of them has a gradient.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 _BUILT_IN = (
     hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -17,14 +18,20 @@ _BUILT_IN = (
 )
 
 
-def suits(x: Tensor) -> bool:
-    """Return whether oneDNN is taken for ``x``."""
-    return _BUILT_IN and x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.enabled
+def suits(*tensors: Tensor | None) -> bool:
+    """Return whether oneDNN is taken for the input, the weights and the bias, if there is one."""
+    return _BUILT_IN and torch.backends.mkldnn.enabled and all(x is None or _is_plain(x) for x in tensors)
+
+
+def _is_plain(x: Tensor) -> bool:
+    ordinary = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_nested
+    return ordinary and x.dtype == torch.float32 and x.device.type == "cpu"
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x weight^T + bias`` for ``x [..., in]`` and ``weight [out, in]``."""
-    if suits(x):
+    if suits(x, weight, bias):
+        bias = None if bias is None else bias.contiguous()  # the operator does not look at its stride
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -32,8 +39,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return ``gelu(conv(x))`` of a depthwise convolution that keeps the size, for ``x [B, C, H, W]``."""
     groups, padding = len(weight), [weight.shape[-1] // 2] * 2
-    if suits(x):
+    if suits(x, weight, bias):
         return torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, padding, [1, 1], [1, 1], groups, "gelu", [], "none"
+            x, weight, bias.contiguous(), padding, [1, 1], [1, 1], groups, "gelu", [], "none"
         )
     return torch.ops.aten.gelu_(F.conv2d(x, weight, bias, padding=padding, groups=groups))

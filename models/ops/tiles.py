@@ -60,7 +60,7 @@ class Tiles:
         return maps.index_select(1, self._keys).view(batch, -1, self.keys_per_tile, dim)
 
     def add_windows(self, x: Tensor, heads: int) -> Tensor:
-        """Return the sum of all windows at their places on the map, the transpose of `windows`; has no gradient.
+        """Return the sum of all windows at their places on the map, the transpose of `windows`.
 
         A pixel is a bag of the rows of ``x`` that were taken from it.
         """

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from models.layers import Linear, PointwiseConv
+from models.ops import linear as linear_module
 from models.ops import onednn
+from models.ops.depthwise import conv_mlp
 from models.ops.linear import choose_form, linear
 from models.ops.onednn import depthwise_gelu, product, suits
 
-needs_onednn = pytest.mark.skipif(not suits(torch.zeros(1)), reason="PyTorch without oneDNN, or not on x86")
+pytestmark = pytest.mark.skipif(not suits(torch.zeros(1)), reason="PyTorch without oneDNN, or not on x86")
+
+
+class Quantized(Tensor):
+    """Stands for tensors that bring products of their own."""
 
 
 def inputs(*leading: int) -> list[Tensor]:
@@ -24,7 +34,11 @@ def with_gradients(form: str, tensors: list[Tensor]) -> list[Tensor]:
     return [out, *torch.autograd.grad((out * ramp).sum(), tensors)]
 
 
-@pytest.mark.parametrize("leading", [(3,), (2, 3, 4), (1, 1, 1), (0, 2)])
+def loss(form: str) -> Callable[..., Tensor]:
+    return lambda *tensors: linear(*tensors, form=form).square().sum()
+
+
+@pytest.mark.parametrize("leading", [(), (3,), (2, 3, 4), (1, 1, 1), (0, 2)])
 def test_forms_agree(leading: tuple[int, ...]) -> None:
     tensors = inputs(*leading)
     for fast, plain in zip(with_gradients("onednn", tensors), with_gradients("reference", tensors), strict=True):
@@ -32,57 +46,101 @@ def test_forms_agree(leading: tuple[int, ...]) -> None:
 
 
 def test_forms_agree_in_any_layout() -> None:
-    x, weight, bias = inputs(2, 3, 4)
-    tensors = [x.detach().permute(1, 2, 0, 3).requires_grad_(), weight.detach().t().clone().t().requires_grad_(), bias]
+    x, weight, bias = (tensor.detach() for tensor in inputs(2, 3, 4))
+    tensors = [x.permute(1, 2, 0, 3), weight.t().clone().t(), bias.repeat_interleave(2)[::2]]
+    tensors = [tensor.requires_grad_() for tensor in tensors]
     for fast, plain in zip(with_gradients("onednn", tensors), with_gradients("reference", tensors), strict=True):
         torch.testing.assert_close(fast, plain)
 
 
-def test_without_bias_and_with_frozen_weights() -> None:
-    x, weight, _ = inputs(3)
-    weight.requires_grad_(False)
-    out = linear(x, weight, None, form="onednn")
-    torch.testing.assert_close(out, x @ weight.t())
-    (to_x,) = torch.autograd.grad(out.sum(), x)
-    torch.testing.assert_close(to_x, weight.sum(0).expand(3, 7))
-
-
-def test_second_derivatives_and_function_transforms() -> None:
-    tensors = inputs(4)
-
-    def loss(form: str, *tensors: Tensor) -> Tensor:
-        return linear(*tensors, form=form).square().mean()
-
+@pytest.mark.parametrize("trained", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
+def test_nothing_is_kept_for_frozen_weights(trained: tuple[int, int, int]) -> None:
+    kept, gradients = [], []
     for form in ("onednn", "reference"):
-        assert torch.autograd.gradgradcheck(
-            lambda *tensors, form=form: linear(*tensors, form=form), [tensor.double() for tensor in tensors]
+        tensors = [tensor.detach().requires_grad_(bool(flag)) for tensor, flag in zip(inputs(3), trained, strict=True)]
+        x = tensors[0] * 1
+        alive = weakref.ref(x)
+        out = linear(x, *tensors[1:], form=form)
+        del x
+        kept.append(alive() is not None)
+        gradients.append(
+            torch.autograd.grad(out.square().sum(), [tensor for tensor in tensors if tensor.requires_grad])
         )
-    per_row = [
-        torch.func.vmap(torch.func.grad(loss, argnums=1), in_dims=(None, 0, None, None))(form, *tensors)
+    assert kept == [bool(trained[1])] * 2
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("derivative", [torch.func.grad, torch.func.jacfwd, torch.func.hessian])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_every_derivative_agrees(derivative: Callable[..., Callable[..., tuple[Tensor, ...]]]) -> None:
+    fast, plain = (derivative(loss(form), argnums=(0, 1, 2))(*inputs(4)) for form in ("onednn", "reference"))
+    torch.testing.assert_close(fast, plain)
+
+
+def test_forward_mode_without_gradients() -> None:
+    tangents = tuple(torch.ones_like(tensor) for tensor in inputs(4))
+    with torch.no_grad():
+        fast, plain = (torch.func.jvp(loss(form), tuple(inputs(4)), tangents)[1] for form in ("onednn", "reference"))
+    torch.testing.assert_close(fast, plain)
+    assert plain != 0
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vectorized_over_a_strided_bias() -> None:
+    x, weight, _ = inputs(4)
+    biases = torch.arange(15.0).view(5, 3)
+    fast, plain = (
+        torch.func.vmap(lambda bias, form=form: linear(x, weight, bias, form=form), in_dims=1)(biases)
         for form in ("onednn", "reference")
-    ]
-    torch.testing.assert_close(*per_row)
+    )
+    torch.testing.assert_close(fast, plain)
 
 
-@needs_onednn
 def test_the_choice_of_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.zeros(1)
-    assert choose_form(x) == "onednn"
-    assert choose_form(x.double()) == choose_form(x.bfloat16()) == choose_form(x.to("meta")) == "reference"
+    x, weight, bias = inputs(3)
+    assert choose_form(x, weight, bias) == choose_form(x, weight, None) == "onednn"
+    for other in (torch.float64, torch.bfloat16):
+        assert choose_form(x.to(other), weight.to(other), bias.to(other)) == "reference"
+        assert choose_form(x, weight.to(other), bias) == choose_form(x, weight, bias.to(other)) == "reference"
+    assert choose_form(x, weight.as_subclass(Quantized), bias) == "reference"
+    assert choose_form(x, weight.to("meta"), bias) == choose_form(x.to_sparse(), weight, bias) == "reference"
     with torch.autocast("cpu", torch.bfloat16):
-        assert choose_form(x) == "reference"
+        assert choose_form(x, weight, bias) == "reference"
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.mkldnn, "enabled", False)
-        assert choose_form(x) == "reference"
+        assert choose_form(x, weight, bias) == "reference"
     monkeypatch.setattr(onednn, "_BUILT_IN", False)
-    assert choose_form(x) == "reference"
+    assert choose_form(x, weight, bias) == "reference"
 
 
-def test_an_unknown_form_is_refused() -> None:
+@pytest.mark.parametrize("layer", [Linear(7, 5), PointwiseConv(7, 5), Linear(7, 5, bias=False)])
+def test_layers_take_the_form_that_they_are_told(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(linear_module, "product", lambda *tensors: calls.append(tensors) or product(*tensors))
+    x = torch.randn(2, 3, 7)
+    fast = layer(x)
+    assert len(calls) == 1
+    layer.form = "reference"
+    torch.testing.assert_close(layer(x), fast)
+    assert len(calls) == 1
+
+
+def test_wrong_shapes_are_named_by_pytorch() -> None:
+    x, weight, bias = inputs(3)
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied \(3x6 and 7x5\)"):
+        linear(x[:, :6], weight, bias)
+
+
+def test_what_a_form_cannot_do_is_refused() -> None:
+    x, weight, bias = inputs(1)
     with pytest.raises(
         ValueError, match="form 'mkl' of a linear layer is unknown; choose one of auto, reference, onednn"
     ):
-        linear(*inputs(1), form="mkl")
+        linear(x, weight, bias, form="mkl")
+    with pytest.raises(
+        ValueError, match="form 'onednn' of a linear layer needs matching shapes, float32 and an x86 CPU"
+    ):
+        linear(x.double(), weight.double(), bias.double(), form="onednn")
 
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
@@ -91,7 +149,18 @@ def test_both_libraries_compute_the_same(kernel_size: int) -> None:
     x, weight, bias = (tensor.detach() for tensor in inputs(2, 3))
     torch.testing.assert_close(product(x, weight, bias), product(x.double(), weight.double(), bias.double()).float())
     maps = torch.randn(2, 6, 7, 8).contiguous(memory_format=torch.channels_last)
-    kernel, bias = torch.randn(6, 1, kernel_size, kernel_size), torch.randn(6)
+    kernel, bias = torch.randn(6, 1, kernel_size, kernel_size), torch.randn(12)[::2]
     fast = depthwise_gelu(maps, kernel, bias)
     torch.testing.assert_close(fast, depthwise_gelu(maps.double(), kernel.double(), bias.double()).float())
     assert fast.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_convolutional_mlp_by_onednn() -> None:
+    torch.manual_seed(0)
+    shapes = (5, 6, 7, 8), (16, 8), (16,), (16, 1, 3, 3), (16,), (8, 16), (8,)
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    results = []
+    for form in ("by_hand", "reference"):
+        out = conv_mlp(*tensors, form=form)
+        results.append([out, *torch.autograd.grad(out.square().mean(), tensors)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
