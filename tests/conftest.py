@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.launched import Uninterrupted
+
+
+def pytest_configure() -> None:
+    """Let signals count again that a shell in the background or nohup told us to ignore: runs would ignore them too."""
+    for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")
