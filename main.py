@@ -6,6 +6,11 @@ python main.py --cfg configs/dat_tiny.yaml --data-path imagenet --eval --resume 
 
 from __future__ import annotations
 
+import startup
+
+if __name__ == "__main__":
+    startup.end_quietly()
+
 import argparse
 import difflib
 import logging

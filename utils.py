@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import random
@@ -24,8 +23,6 @@ import torch.distributed as dist
 
 # What a process exits with when another one died or hangs: "temporary failure" in sysexits.h, worth another try.
 LOST_PEER = 75
-
-_PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 
 
 @dataclass(frozen=True)
@@ -97,8 +94,6 @@ def init_world(device_name: str) -> World:
         ValueError: see `pick_device`.
     """
     rank, size, local_rank, local_size = launched_as()
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        _stop_with_parent()
     device = pick_device(device_name, local_rank, local_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -110,12 +105,6 @@ def init_world(device_name: str) -> World:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=collective_timeout())
     return World(rank, size, local_rank, device)
-
-
-def _stop_with_parent() -> None:
-    """Have this process asked to stop when torchrun, which started it, is killed; else it would train on unseen."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def collective_timeout() -> timedelta:

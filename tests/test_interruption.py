@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE
@@ -26,6 +26,14 @@ from tests.launched import CONTEXT, Job, Trial, Uninterrupted, first_difference
 from tests.runs import ROOT, read_metrics
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a launcher in /proc")
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Return as soon as `holds()`."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def start_and_wait_for_rows(trial: Trial, rows: int, *flags: str | Path) -> Job:
@@ -151,6 +159,35 @@ def test_processes_stop_when_their_launcher_is_killed(uninterrupted: Uninterrupt
     launcher.kill()
     assert first_difference(uninterrupted.of(2)[0], trial.finish()) is None  # which waits for the folder
     assert "stopped as asked" in (tmp_path / "launcher.txt").read_text()
+
+
+@LINUX
+def test_processes_that_still_import_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 2, 0)
+    launcher = CONTEXT.Process(target=_launch, args=([*map(str, trial.words)], str(tmp_path / "launcher.txt")))
+    launcher.start()
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+    wait_until(lambda: len(children.read_text().split()) == 2)
+    started = [Path("/proc", number, "stat") for number in children.read_text().split()]
+    time.sleep(0.5)
+    assert not trial.folder.exists()
+    launcher.kill()
+    wait_until(lambda: all(not stat.exists() or stat.read_text().split()[2] == "Z" for stat in started), 10)
+
+
+@pytest.mark.parametrize("moment", ["while importing", "before the first update"])
+def test_an_interrupt_before_the_training_ends_the_process_without_a_traceback(tmp_path: Path, moment: str) -> None:
+    trial = Trial(tmp_path / "trial", 1, 0)
+    words = [sys.executable, str(ROOT / "main.py"), *map(str, trial.words)]
+    with subprocess.Popen(words, stdout=PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        if moment == "while importing":
+            time.sleep(0.7)
+        else:
+            wait_until(lambda: (trial.folder / ".lock").exists())
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=60)
+    assert "Traceback" not in said
+    assert process.returncode in ((-signal.SIGINT,) if moment == "while importing" else (-signal.SIGINT, 130))
 
 
 @LINUX

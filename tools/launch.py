@@ -17,11 +17,16 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import startup
+
+if __name__ == "__main__":
+    startup.end_quietly()
+
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from utils import LOST_PEER
 

@@ -20,7 +20,7 @@ launch() {
     LOCAL_WORLD_SIZE=$processes "$python" "$root/main.py" "$@" --check
     # Share the cores, so that processes on CPU do not get into each other's way.
     local cores
-    cores=$(getconf _NPROCESSORS_ONLN)
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc knows which cores are ours
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
     exec "$python" "$root/tools/launch.py" "$processes" "$@"
 }
