@@ -42,7 +42,7 @@ from checkpoint import (
     written_config,
 )
 from config import flatten, load_config
-from data.build import build_eval_loader, build_mixup, build_train_loader, class_names
+from data.build import build_eval_loader, build_mixup, build_train_loader, class_names, classes_not_held_out
 from data.images import UnreadableImage
 from engine import Evaluation, TrainingStopped, evaluate, measure_throughput, train_one_epoch
 from logger import RunLog, check_writers
@@ -417,11 +417,6 @@ def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
         notes += start_from_pretrained(config, network)
     elif config.MODEL.CLASS_MAP:
         raise ValueError("MODEL.CLASS_MAP belongs to the weights of --pretrained; give those too, or remove the map")
-    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
-        warnings.append(
-            f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {config.TRAIN.EPOCHS}: the "
-            "learning rate never reaches TRAIN.BASE_LR"
-        )
     ema = ModelEmaV3(network, decay=config.TRAIN.EMA.DECAY, use_warmup=True) if config.TRAIN.EMA.ENABLED else None
     if config.COMPILE:
         network.compile_blocks()
@@ -454,7 +449,30 @@ def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
                 "evaluate it with --eval, or start from its weights by --pretrained"
             )
         notes.append(f"continuing from {resumed[0]}: epoch {run.position.epoch + 1}, update {run.position.update}")
-    return run, notes, warnings
+        if config.MODEL.PRETRAINED:
+            notes.append(f"the weights are those of {resumed[0]}, not of --pretrained {config.MODEL.PRETRAINED}")
+    return run, notes, warnings + doubts(run)
+
+
+def doubts(run: Run) -> list[str]:
+    """Return what about a run may not be meant so."""
+    config, found = run.config, []
+    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+        found.append(
+            f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {config.TRAIN.EPOCHS}: the "
+            "learning rate never reaches TRAIN.BASE_LR"
+        )
+    images = len(run.train_loader.dataset)
+    left_out = images - run.updates_per_epoch * run.images_per_update
+    if left_out > images / 10:
+        found.append(
+            f"an epoch is whole updates of {run.images_per_update} images: {left_out} of {images}, others each time, "
+            "are left out; smaller batches leave out less"
+        )
+    if absent := classes_not_held_out(config, run.classes):
+        names = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
+        found.append(f"{len(absent)} of {len(run.classes)} classes have no held-out images: {names}")
+    return found
 
 
 def find_resumed(

@@ -74,7 +74,10 @@ def _build_networks(args: argparse.Namespace, device: torch.device) -> tuple[dic
         raise ValueError("without --cfg, give the side of the images with --img-size")
     size = args.img_size or configs[0].DATA.IMG_SIZE
     ours = {Path(path).stem: build_model(config) for path, config in zip(args.cfg, configs, strict=True)}
-    theirs = {name: timm.create_model(name) for name in args.timm}
+    try:
+        theirs = {name: timm.create_model(name) for name in args.timm}
+    except RuntimeError as error:
+        raise ValueError(f"--timm: {error}") from None
     if args.compile:
         for network in ours.values():
             network.compile_blocks()

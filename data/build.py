@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 
 from data import digits
 from data.datasets import ImageSource, TransformedImages, collate
-from data.folders import LAYOUT, ImageFolder, find_classes
+from data.folders import LAYOUT, ImageFolder, class_folders, find_classes
 from data.samplers import EvalSampler, TrainSampler
 from data.transforms import eval_transform, train_transform
 from data.workers import leave_signals_to_parent
@@ -40,6 +40,14 @@ def class_names(config: CfgNode, splits: Sequence[str] = ("train", "val")) -> li
             )
         return digits.CLASSES
     return find_classes(_root(config), splits)
+
+
+def classes_not_held_out(config: CfgNode, classes: Sequence[str]) -> list[str]:
+    """Return those of the classes that have no folder among the held-out images."""
+    if config.DATA.DATASET == "digits":
+        return []
+    held_out = set(class_folders(_root(config) / "val"))
+    return [name for name in classes if name not in held_out]
 
 
 def build_train_loader(config: CfgNode, *, rank: int, world_size: int) -> DataLoader:

@@ -18,6 +18,7 @@ from engine import evaluate, train_one_epoch
 from logger import RunLog
 from models.dat import DAT
 from run import Run
+from tests.data.samples import write_folder
 from tests.runs import read_metrics, write_config
 from utils import LateReader, World, seed_everything
 
@@ -125,6 +126,24 @@ def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path: Path) -> 
     assert (output / "earlier_1" / "epoch_300.pth").read_bytes() == b"precious"
     assert not (output / "epoch_300.pth").exists()
     assert (output / "last.pth").exists()
+
+
+def test_what_may_not_be_meant_is_said(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", {"train/blue": 5, "train/red": 4, "val/blue": 1})
+    flags = ["--data-path", str(images), "--batch-size", "6", "--opts", "DATA.DATASET", "imagenet"]
+    run = build(tmp_path, *flags, "TRAIN.WARMUP_EPOCHS", "2")
+    said = (run.folder / "log.txt").read_text()
+    assert "TRAIN.WARMUP_EPOCHS 2 is not below TRAIN.EPOCHS 2" in said
+    assert "3 of 9, others each time, are left out" in said
+    assert "1 of 2 classes have no held-out images: red" in said
+    assert main.doubts(build(tmp_path / "images")) == []
+
+
+def test_weights_that_are_not_taken_are_named(tmp_path: Path) -> None:
+    first = build(tmp_path)
+    again = build(tmp_path, "--pretrained", "elsewhere.pth")
+    words = f"the weights are those of {first.folder / 'last.pth'}, not of --pretrained elsewhere.pth"
+    assert words in (again.folder / "log.txt").read_text()
 
 
 class Killed(BaseException):

@@ -62,7 +62,7 @@ def _finish(axes: Axes, title: str, *, legend: bool) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         sys.exit("usage: python tools/plot.py OUTPUT_FOLDER")
     try:
         plot_curves(Path(sys.argv[1]) / "metrics.jsonl", Path(sys.argv[1]) / "curves.png")
