@@ -93,8 +93,11 @@ def set_aside(folder: Path) -> Path | None:
 
     What a killed write left half written is nothing.
     """
-    ours = LOCK, *(path.name for path in folder.glob(f"*{STAGED}"))
-    files = [path for path in folder.iterdir() if path.name in WRITERS or (path.is_file() and path.name not in ours)]
+    files = [
+        path
+        for path in folder.iterdir()
+        if path.name in WRITERS or (path.is_file() and path.name != LOCK and path.suffix != STAGED)
+    ]
     if not files:
         return None
     numbers = [path.name.removeprefix("earlier_") for path in folder.glob("earlier_*")]

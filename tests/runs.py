@@ -32,6 +32,10 @@ TINY = {
 }
 
 
+class Killed(BaseException):
+    """Ends a write as a kill does: no handler of the writer runs."""
+
+
 def write_config(folder: Path, **sections: Any) -> Path:
     """Write the tiny config, `sections` merged over it, into `folder` and return its path."""
     path = folder / "tiny.yaml"

@@ -22,6 +22,7 @@ from yacs.config import CfgNode
 
 from checkpoint import CheckpointFolder, class_changes, config_changes, load_checkpoint, load_strictly, model_weights
 from config import default_config
+from tests.runs import Killed
 
 
 def published() -> dict[str, Any]:
@@ -316,10 +317,6 @@ def test_a_full_disk_leaves_every_file_as_it_was(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     folder.save(state(4))
     assert newest(tmp_path) == ("last.pth", 4, [])
-
-
-class Killed(BaseException):
-    """Ends a write as a kill does: no handler of the writer runs."""
 
 
 @contextmanager

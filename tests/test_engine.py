@@ -19,7 +19,7 @@ from logger import RunLog
 from models.dat import DAT
 from run import Run
 from tests.data.samples import write_folder
-from tests.runs import read_metrics, write_config
+from tests.runs import Killed, read_metrics, write_config
 from utils import LateReader, World, seed_everything
 
 CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -144,10 +144,6 @@ def test_weights_that_are_not_taken_are_named(tmp_path: Path) -> None:
     again = build(tmp_path, "--pretrained", "elsewhere.pth")
     words = f"the weights are those of {first.folder / 'last.pth'}, not of --pretrained elsewhere.pth"
     assert words in (again.folder / "log.txt").read_text()
-
-
-class Killed(BaseException):
-    """Ends a write as a kill does: no handler of the writer runs."""
 
 
 def test_a_run_killed_before_its_first_checkpoint_leaves_nothing_to_set_aside(
