@@ -8,13 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from .grids import query_grid
 from .position_bias import table_bias
 from .table_rows import crop_bias, separable_bias, table_columns, table_crops
 
-CACHED = 1 << 20  # logits of the images that are worked on at a time on a CPU: 4 MiB, so that they stay in the cache
-AT_ONCE = 1 << 24  # elsewhere: 64 MiB, little beside the network and enough to fill a GPU
+KEPT = 1 << 22  # attention weights of a batch that are kept for the backward pass at most: 16 MiB
+# Of larger batches, those of the images that are made at a time:
+CACHED = 1 << 20  # on a CPU, 4 MiB, so that they stay in the cache
+AT_ONCE = 1 << 24  # elsewhere, 64 MiB, little beside the network and enough to fill a GPU
 FORMS = ("auto", "reference", "crops", "separable")
 
 
@@ -66,8 +69,8 @@ def deformable_attention(
         clamped: whether all positions are known to lie in [-1, 1], which ``crops`` needs.
         form: ``reference`` samples the table at every displacement and keeps all of them for the backward pass.
             ``separable`` and, on maps of the size that the table was made for, ``crops`` never hold a displacement, see
-            `models.ops.table_rows`, and keep nothing of the size of the attention weights; they have no dropout.
-            ``auto`` takes `choose_form`.
+            `models.ops.table_rows`, and keep the attention weights of small batches alone: those of others are made
+            anew in the backward pass. They have no dropout. ``auto`` takes `choose_form`.
 
     Returns:
         ``[B, H*W, heads, d]``.
@@ -97,10 +100,18 @@ def deformable_attention(
         y = _table_axis(grid[:, 0, 0], y.unsqueeze(-1), table.shape[1])  # [B, heads, Ns, H]
         x = _table_axis(grid[0, :, 1], x.unsqueeze(-1), table.shape[2])
         to_matrix, bias = table_columns, separable_bias
-    logits = k.shape[1] * q.shape[1:3].numel()
-    images = max(1, (CACHED if q.device.type == "cpu" else AT_ONCE) // logits)
     with torch.autocast(q.device.type, enabled=False):
-        return _BiasedAttention.apply(q, k, v, table, y, x, to_matrix, bias, scale, images)
+        matrix = to_matrix(table)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
+            return _BiasedAttention.apply(q, k, v, bias(matrix, y, x), scale)
+
+        weights_of_an_image = k.shape[1] * q.shape[1:3].numel()
+        if len(q) * weights_of_an_image <= KEPT:
+            return attend(q, k, v, y, x)
+        images = max(1, (CACHED if q.device.type == "cpu" else AT_ONCE) // weights_of_an_image)
+        parts = zip(*(tensor.split(images) for tensor in (q, k, v, y, x)), strict=True)
+        return torch.cat([checkpoint(attend, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
 
 def choose_form(
@@ -125,70 +136,65 @@ def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:
 
 
 class _BiasedAttention(torch.autograd.Function):
-    """Attention with a bias made from a table, a few images at a time, that keeps only its arguments for the backward.
+    """Attention with a bias ``[B, heads, Ns, H*W]``, in whose memory the weights are written, that keeps the weights.
 
-    Logits and weights have the keys first, ``[images * heads, Ns, H*W]``, as the bias of a key is a map of the queries.
+    They have the keys first, as the bias of a key is a map of the queries. A CPU works on an image at a time, to stay
+    in the cache.
+
     With weights ``P = softmax(S)``, ``S = scale K Q^T + bias`` and output ``O = P^T V``, the gradient ``G`` of ``O``
     gives
 
         dV = P G        dP = V G^T      dS = P * (dP - sum over keys of P * dP)
         dQ = scale dS^T K               dK = scale dS Q                 dbias = dS
 
-    Bias, ``S`` and ``P`` are computed anew; autograd carries ``dbias`` on to the table and the positions. Logits, and
-    what meets them in the softmax's backward, have the precision of the positions, at least float32.
+    Logits, and what meets them in the softmax's backward, have the precision of the bias, at least float32.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, table, y, x, to_matrix, bias, scale, images):  # noqa: ANN001
-        ctx.save_for_backward(q, k, v, table, y, x)
-        ctx.to_matrix, ctx.bias, ctx.scale, ctx.images = to_matrix, bias, scale, images
-        matrix = to_matrix(table)
-        out = q.new_empty(q.shape)
-        for part in _parts(len(q), images):
+    def forward(ctx, q, k, v, bias, scale):  # noqa: ANN001
+        weights, out = bias.detach(), torch.empty_like(q)
+        for part in _parts(q):
             queries, keys, values = (_by_head(tensor[part]) for tensor in (q, k, v))
-            weights = _weights(bias(matrix, y[part], x[part]).flatten(0, 1), queries, keys, scale)
-            _write(out[part], weights.to(v.dtype).mT @ values)
+            part_weights = _weights(weights[part].flatten(0, 1), queries, keys, scale)
+            _multiply(part_weights.to(v.dtype).mT, values, out[part])
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
-        q, k, v, table, y, x = ctx.saved_tensors
-        scale = ctx.scale
-        dq, dk, dv = (tensor.new_empty(tensor.shape) for tensor in (q, k, v))
-        dy, dx = torch.empty_like(y), torch.empty_like(x)
-        with torch.enable_grad():
-            table = table.detach().requires_grad_()
-            matrix = ctx.to_matrix(table)
-        dmatrix = torch.zeros_like(matrix)
-        for part in _parts(len(q), ctx.images):
+        q, k, v, weights = ctx.saved_tensors
+        dq, dk, dv, dbias = (torch.empty_like(tensor) for tensor in (q, k, v, weights))
+        for part in _parts(q):
             queries, keys, values, grads = (_by_head(tensor[part]) for tensor in (q, k, v, grad))
-            with torch.enable_grad():
-                sources = [tensor.detach().requires_grad_() for tensor in (matrix, y[part], x[part])]
-                bias = ctx.bias(*sources).flatten(0, 1)
-            weights = _weights(bias.detach(), queries, keys, scale)
-            _write(dv[part], weights.to(v.dtype) @ grads)
-            dlogits = torch._softmax_backward_data(_product(values, grads.mT, weights.dtype), weights, 1, weights.dtype)
-            to_matrix, dy[part], dx[part] = torch.autograd.grad(bias, sources, dlogits)
-            dmatrix += to_matrix
-            dlogits = dlogits.to(q.dtype)
-            _write(dk[part], dlogits @ queries)
-            _write(dq[part], dlogits.mT @ keys)
-        (dtable,) = torch.autograd.grad(matrix, table, dmatrix)
-        return dq.mul_(scale), dk.mul_(scale), dv, dtable, dy, dx, None, None, None, None
+            part_weights = weights[part].flatten(0, 1)
+            _multiply(part_weights.to(v.dtype), grads, dv[part])
+            dweights = _product(values, grads.mT, weights.dtype)
+            dlogits = torch.ops.aten._softmax_backward_data.out(
+                dweights, part_weights, 1, weights.dtype, grad_input=dbias[part].flatten(0, 1)
+            ).to(q.dtype)
+            _multiply(dlogits, queries, dk[part])
+            _multiply(dlogits.mT, keys, dq[part])
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, dbias, None
 
 
-def _parts(batch: int, images: int) -> list[slice]:
-    return [slice(first, first + images) for first in range(0, batch, images)]
+def _parts(x: Tensor) -> list[slice]:
+    """Return the images of a batch that are worked on at a time."""
+    images = 1 if x.device.type == "cpu" else len(x)
+    return [slice(first, first + images) for first in range(0, len(x), images)]
 
 
 def _by_head(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)  # [B, N, heads, d] -> [B * heads, N, d]
 
 
-def _write(x: Tensor, by_head: Tensor) -> None:
-    """Undo `_by_head` into ``x [B, N, heads, d]``."""
-    x.transpose(1, 2).copy_(by_head.view(len(x), -1, *by_head.shape[1:]))
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """Write ``a @ b [B * heads, N, d]`` to ``out [B, N, heads, d]``."""
+    if len(out) == 1:
+        torch.bmm(a, b, out=out[0].transpose(0, 1))
+    else:
+        out.transpose(1, 2).copy_((a @ b).unflatten(0, (len(out), -1)))
 
 
 def _weights(bias: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:

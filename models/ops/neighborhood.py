@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .forms import runs_by_hand
-from .tiles import Tiles, tiles_of
+from .tiles import tiles_of
 
 FORMS = ("auto", "reference", "tiles", "tiles_by_hand")
 
@@ -56,10 +58,12 @@ def neighborhood_attention(
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rpb))
         return _TiledAttention.apply(q, k, v, rpb, tiles, scale, keep)
     bias = tiles.of_every_tile(tiles.bias(rpb)).to(q.dtype)
-    x = F.scaled_dot_product_attention(
-        tiles.cut(q), tiles.windows(k), tiles.windows(v), attn_mask=bias, dropout_p=dropout, scale=scale
-    )
-    return tiles.join(x, heads)
+    q_maps, k_maps, v_maps = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2) for x in (q, k, v))
+    cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)
+    cuts = (x.unflatten(0, (-1, len(bias))) for x in cuts)  # [B, heads * tiles, ...]
+    x = F.scaled_dot_product_attention(*cuts, attn_mask=bias, dropout_p=dropout, scale=scale)
+    x = tiles.join(x.flatten(0, 1)).view(q.shape[0], heads, *q.shape[1:3], -1)  # len(q) would fix it in a graph
+    return x.permute(0, 2, 3, 1, 4)
 
 
 def choose_form(q: Tensor, *, dropout: float = 0.0) -> str:
@@ -108,14 +112,14 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, rpb, tiles, scale, keep):  # noqa: ANN001
-        heads, bias = q.shape[3], tiles.bias(rpb)
+        bias = tiles.bias(rpb)
         out = q.new_empty(q.shape)
-        weights = q.new_empty(len(q) if keep else 1, heads * tiles.count, *bias.shape[2:])
-        for image in range(len(q)):
-            queries, keys, values = _cut(tiles, q, k, v, image)
+        weights = q.new_empty(len(q) if keep else 1, len(bias) * tiles.count, *bias.shape[2:])
+        for image, (queries, keys, values, result) in enumerate(_by_image(q, k, v, out)):
             logits = tiles.of_every_tile(bias, out=weights[image if keep else 0])
-            logits.baddbmm_(queries, keys.mT, alpha=scale)
-            out[image] = tiles.join((torch.softmax(logits, dim=-1, out=logits) @ values)[None], heads)[0]
+            logits.baddbmm_(tiles.cut(queries), tiles.windows(keys).mT, alpha=scale)
+            torch.softmax(logits, dim=-1, out=logits)
+            result.copy_(tiles.join(torch.bmm(logits, tiles.windows(values))))
         if keep:
             ctx.save_for_backward(q, k, v, weights)
             ctx.tiles, ctx.scale = tiles, scale
@@ -125,20 +129,21 @@ class _TiledAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):  # noqa: ANN001
         q, k, v, kept = ctx.saved_tensors
-        tiles, scale, heads = ctx.tiles, ctx.scale, q.shape[3]
+        tiles, scale = ctx.tiles, ctx.scale
         dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
         dbias = kept.new_zeros(kept.shape[1:])
-        for image, weights in enumerate(kept):
-            queries, keys, values = _cut(tiles, q, k, v, image)
-            grads = tiles.cut(grad[image, None])[0]
-            dv[image] = tiles.add_windows((weights.mT @ grads)[None], heads)[0]
-            dlogits = torch._softmax_backward_data(grads @ values.mT, weights, 2, weights.dtype)
-            dq[image] = tiles.join((dlogits @ keys)[None], heads)[0]
-            dk[image] = tiles.add_windows((dlogits.mT @ queries)[None], heads)[0]
+        images = _by_image(q, k, v, grad, dq, dk, dv)
+        for weights, (queries, keys, values, grads, dqueries, dkeys, dvalues) in zip(kept, images, strict=True):
+            grads = tiles.cut(grads, zeros_beyond=True)
+            dvalues.copy_(tiles.add_windows(torch.bmm(weights.mT, grads)))
+            dweights = torch.bmm(grads, tiles.windows(values).mT)
+            dlogits = torch._softmax_backward_data(dweights, weights, 2, weights.dtype)
+            dqueries.copy_(tiles.join(torch.bmm(dlogits, tiles.windows(keys))))
+            dkeys.copy_(tiles.add_windows(torch.bmm(dlogits.mT, tiles.cut(queries))))
             dbias += dlogits
-        return dq.mul_(scale), dk.mul_(scale), dv, tiles.add_bias(dbias, heads), None, None, None
+        return dq.mul_(scale), dk.mul_(scale), dv, tiles.add_bias(dbias, q.shape[3]), None, None, None
 
 
-def _cut(tiles: Tiles, q: Tensor, k: Tensor, v: Tensor, image: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (tensor[image, None] for tensor in (q, k, v))
-    return tiles.cut(q)[0], tiles.windows(k)[0], tiles.windows(v)[0]
+def _by_image(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Return views of the images of maps ``[B, H, W, heads, d]``, ``[heads, H*W, d]`` each."""
+    return zip(*(x.flatten(1, 2).transpose(1, 2).unbind(0) for x in maps), strict=True)

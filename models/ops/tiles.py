@@ -35,41 +35,41 @@ class Tiles:
         self.keys_per_tile = y.span * x.span
         self.count = y.count * x.count
         self._side = 2 * kernel_size - 1
-        self._keys, self._by_pixel, self._pixels, self._kinds, self._cells = _indices(size, kernel_size, device)
+        self._queries, self._places, self._beyond, *indices = _indices(size, kernel_size, device)
+        self._keys, self._by_pixel, self._pixels, self._kinds, self._cells = indices
+        self._bags: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def cut(self, x: Tensor) -> Tensor:
-        """Return the queries of every tile, ``[B, H, W, heads, d] -> [B, heads * tiles, queries_per_tile, d]``."""
-        y_axis, x_axis = self.axes
-        batch, _, _, heads, dim = x.shape
-        x = F.pad(x, (0, 0, 0, 0, 0, x_axis.excess, 0, y_axis.excess)) if x_axis.excess or y_axis.excess else x
-        x = x.reshape(batch, y_axis.count, y_axis.tile, x_axis.count, x_axis.tile, heads, dim)
-        return x.permute(0, 5, 1, 3, 2, 4, 6).reshape(batch, -1, self.queries_per_tile, dim)
+    def cut(self, x: Tensor, *, zeros_beyond: bool = False) -> Tensor:
+        """Return the queries of every tile, ``[N, H*W, d] -> [N * tiles, queries_per_tile, d]``.
 
-    def join(self, x: Tensor, heads: int) -> Tensor:
+        Queries beyond the map are zero if asked for, or like its last row and column. `join` drops them.
+        """
+        queries = x.index_select(1, self._queries)
+        if zeros_beyond and len(self._beyond):
+            queries.index_fill_(1, self._beyond, 0.0)
+        return queries.view(-1, self.queries_per_tile, x.shape[-1])
+
+    def join(self, x: Tensor) -> Tensor:
         """Undo `cut`."""
-        y, x_axis = self.axes
-        batch = x.shape[0]  # len(x) would fix it in an exported graph
-        x = x.view(batch, heads, y.count, x_axis.count, y.tile, x_axis.tile, -1).permute(0, 2, 4, 3, 5, 1, 6)
-        x = x.reshape(batch, y.count * y.tile, x_axis.count * x_axis.tile, heads, -1)
-        return x[:, : y.length, : x_axis.length]
+        return x.view(-1, len(self._queries), x.shape[-1]).index_select(1, self._places)
 
     def windows(self, x: Tensor) -> Tensor:
-        """Return the keys of every tile, ``[B, H, W, heads, d] -> [B, heads * tiles, keys_per_tile, d]``."""
-        batch, _, _, _, dim = x.shape
-        maps = x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2)  # [B * heads, H * W, d]
-        return maps.index_select(1, self._keys).view(batch, -1, self.keys_per_tile, dim)
+        """Return the keys of every tile, ``[N, H*W, d] -> [N * tiles, keys_per_tile, d]``."""
+        return x.index_select(1, self._keys).view(-1, self.keys_per_tile, x.shape[-1])
 
-    def add_windows(self, x: Tensor, heads: int) -> Tensor:
+    def add_windows(self, x: Tensor) -> Tensor:
         """Return the sum of all windows at their places on the map, the transpose of `windows`.
 
         A pixel is a bag of the rows of ``x`` that were taken from it.
         """
-        y_axis, x_axis = self.axes
-        batch, dim = x.shape[0], x.shape[-1]
-        first = torch.arange(batch * heads, device=x.device)[:, None] * len(self._keys)
-        rows, bags = ((first + index).flatten() for index in (self._by_pixel, self._pixels))
-        x = F.embedding_bag(rows, x.view(-1, dim), bags, mode="sum")
-        return x.view(batch, heads, y_axis.length, x_axis.length, dim).permute(0, 2, 3, 1, 4)
+        dim = x.shape[-1]
+        x = x.view(-1, dim)
+        maps = len(x) // len(self._keys)
+        if maps not in self._bags:
+            first = torch.arange(maps, device=x.device)[:, None] * len(self._keys)
+            self._bags[maps] = (first + self._by_pixel).flatten(), (first + self._pixels).flatten()
+        rows, bags = self._bags[maps]
+        return F.embedding_bag(rows, x, bags, mode="sum").view(maps, -1, dim)
 
     def bias(self, rpb: Tensor) -> Tensor:
         """Return what is added to the logits of every kind of tile, minus infinity outside the window of a query.
@@ -115,12 +115,20 @@ def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> l
     """Return flat indices that say how tiles, map and table of position biases belong together.
 
     Returns:
-        The pixels that are the keys of every tile, ``[tiles, keys_per_tile]``; the order that sorts these keys by
-        pixel; where every pixel begins in that order; the kind of every tile; the cell of the table for every kind,
-        ``[kinds, queries_per_tile, keys_per_tile]``, the one after the last for keys outside the window of a query.
+        The pixels that are the queries of every tile, ``[tiles, queries_per_tile]``, those beyond the map the last of
+        its row or column; the place of every pixel among them; the places beyond the map; the pixels that are the keys
+        of every tile, ``[tiles, keys_per_tile]``; the order that sorts these keys by pixel; where every pixel begins in
+        that order; the kind of every tile; the cell of the table for every kind, ``[kinds, queries_per_tile,
+        keys_per_tile]``, the one after the last for keys outside the window of a query.
     """
     with torch.inference_mode(False):  # what is made in inference mode could not serve training later
         axes = y, x = [_Axis(length, kernel_size) for length in size]
+        rows, columns = (torch.arange(axis.count)[:, None] * axis.tile + torch.arange(axis.tile) for axis in axes)
+        inside = ((rows < y.length)[:, None, :, None] & (columns < x.length)[:, None, :]).flatten()
+        rows, columns = rows.clamp(max=y.length - 1), columns.clamp(max=x.length - 1)
+        queries = (rows[:, None, :, None] * x.length + columns[:, None, :]).flatten()  # [ny, nx, tile, tile]
+        places = inside.nonzero()[queries[inside].argsort()]
+        beyond = inside.logical_not().nonzero()
         rows, columns = (torch.tensor(axis.starts)[:, None] + torch.arange(axis.span) for axis in axes)
         keys = (rows[:, None, :, None] * x.length + columns[:, None, :]).flatten()  # [ny, nx, span, span]
         by_pixel = keys.argsort(stable=True)
@@ -129,7 +137,7 @@ def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> l
         side = 2 * kernel_size - 1
         dy, dx = y.offsets()[:, None, :, None, :, None], x.offsets()[:, None, :, None, :]
         cells = torch.where((dy == _OUTSIDE) | (dx == _OUTSIDE), side**2, dy * side + dx)
-        return [index.flatten().to(device) for index in (keys, by_pixel, pixels, kinds, cells)]
+        return [index.flatten().to(device) for index in (queries, places, beyond, keys, by_pixel, pixels, kinds, cells)]
 
 
 _OUTSIDE = -1
@@ -142,7 +150,6 @@ class _Axis:
         length: rows of the map.
         count: number of tiles.
         tile: query rows of a tile.
-        excess: query rows of the last tile beyond the map.
         starts: first key row of every tile.
         span: key rows of a tile.
         kinds: which of the ``examples`` every tile is like.
@@ -156,7 +163,6 @@ class _Axis:
         self.length, self._kernel_size = length, kernel_size
         self.tile = -(-length // count)
         self.count = -(-length // self.tile)
-        self.excess = self.count * self.tile - length
 
         def window(query: int) -> int:
             return min(max(query - kernel_size // 2, 0), length - kernel_size)

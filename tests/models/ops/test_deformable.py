@@ -107,7 +107,8 @@ def test_a_form_that_cannot_do_it_is_refused(form: str, options: dict[str, Any],
 
 
 @pytest.mark.parametrize("form", ["crops", "separable"])
-def test_images_are_worked_on_in_parts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_of_large_batches_are_made_anew_in_parts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deformable, "KEPT", 0)
     monkeypatch.setattr(deformable, "CACHED", 1)
     assert_same(form, inputs((6, 7), (6, 7)), (6, 7))
 
@@ -140,7 +141,11 @@ def kept_of_an_image(form: str, native: tuple[int, int], size: tuple[int, int], 
 
 
 @pytest.mark.parametrize(("form", "native"), [("crops", (20, 20)), ("separable", (14, 14))])
-def test_nothing_of_the_size_of_the_weights_is_kept(form: str, native: tuple[int, int]) -> None:
-    pairs = 20 * 20 * 25  # queries x keys
-    assert kept_of_an_image("reference", native, (20, 20), 25) >= 2 * pairs
-    assert kept_of_an_image(form, native, (20, 20), 25) < pairs
+def test_the_weights_of_small_batches_alone_are_kept(
+    form: str, native: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = HEADS * 20 * 20 * 25
+    assert kept_of_an_image("reference", native, (20, 20), 25) > 2 * weights
+    assert kept_of_an_image(form, native, (20, 20), 25) > weights
+    monkeypatch.setattr(deformable, "KEPT", 0)
+    assert kept_of_an_image(form, native, (20, 20), 25) < 0.25 * weights

@@ -76,16 +76,24 @@ def test_a_query_sees_its_window_alone() -> None:
 
 def test_cut_and_join_are_inverse() -> None:
     tiles = Tiles((19, 10), 5, torch.device("cpu"))
-    x = torch.randn(2, 19, 10, 3, 4)
-    torch.testing.assert_close(tiles.join(tiles.cut(x), 3), x, rtol=0, atol=0)
+    x = torch.randn(6, 19 * 10, 4)
+    torch.testing.assert_close(tiles.join(tiles.cut(x)), x, rtol=0, atol=0)
+
+
+def test_cut_with_zeros_is_the_transpose_of_join() -> None:
+    tiles = Tiles((19, 10), 5, torch.device("cpu"))
+    x = torch.randn(6, 19 * 10, 4, dtype=torch.float64)
+    cut = tiles.cut(x, zeros_beyond=True)
+    y = torch.randn_like(cut)
+    torch.testing.assert_close((cut * y).sum(), (x * tiles.join(y)).sum())
 
 
 def test_add_windows_is_the_transpose_of_windows() -> None:
     tiles = Tiles((19, 10), 5, torch.device("cpu"))
-    x = torch.randn(2, 19, 10, 3, 4, dtype=torch.float64)
+    x = torch.randn(6, 19 * 10, 4, dtype=torch.float64)
     windows = tiles.windows(x)
     y = torch.randn_like(windows)
-    torch.testing.assert_close((windows * y).sum(), (x * tiles.add_windows(y, 3)).sum())
+    torch.testing.assert_close((windows * y).sum(), (x * tiles.add_windows(y)).sum())
 
 
 def test_tiles_made_in_inference_mode_serve_training() -> None:
