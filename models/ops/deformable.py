@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -101,17 +102,7 @@ def deformable_attention(
         x = _table_axis(grid[0, :, 1], x.unsqueeze(-1), table.shape[2])
         to_matrix, bias = table_columns, separable_bias
     with torch.autocast(q.device.type, enabled=False):
-        matrix = to_matrix(table)
-
-        def attend(q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
-            return _BiasedAttention.apply(q, k, v, bias(matrix, y, x), scale)
-
-        weights_of_an_image = k.shape[1] * q.shape[1:3].numel()
-        if len(q) * weights_of_an_image <= KEPT:
-            return attend(q, k, v, y, x)
-        images = max(1, (CACHED if q.device.type == "cpu" else AT_ONCE) // weights_of_an_image)
-        parts = zip(*(tensor.split(images) for tensor in (q, k, v, y, x)), strict=True)
-        return torch.cat([checkpoint(attend, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+        return _keep_or_make_anew(bias, to_matrix(table), (q, k, v, y, x), scale)
 
 
 def choose_form(
@@ -133,6 +124,26 @@ def _is_native(map_size: tuple[int, int], table: Tensor, coordinates: str) -> bo
 def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:
     """Return the cell of a table's axis that holds the bias of the displacement (query - key) / 2."""
     return ((query - key) / 2 + 1) * ((length - 1) / 2)
+
+
+def _keep_or_make_anew(
+    bias: Callable[[Tensor, Tensor, Tensor], Tensor], matrix: Tensor, tensors: tuple[Tensor, ...], scale: float
+) -> Tensor:
+    """Return the attention of ``tensors``, q, k, v, y and x, with the bias of (matrix, y, x).
+
+    Up to `KEPT` values of the weights are kept for the backward pass; those of larger batches are made anew in it.
+    """
+
+    def attend(matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
+        return _BiasedAttention.apply(q, k, v, bias(matrix, y, x), scale)
+
+    q, k, *_ = tensors
+    weights_of_an_image = k.shape[1] * q.shape[1:3].numel()
+    if len(q) * weights_of_an_image <= KEPT:
+        return attend(matrix, *tensors)
+    images = max(1, (CACHED if q.device.type == "cpu" else AT_ONCE) // weights_of_an_image)
+    anew = partial(checkpoint, attend, matrix, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([anew(*part) for part in zip(*(tensor.split(images) for tensor in tensors), strict=True)])
 
 
 class _BiasedAttention(torch.autograd.Function):
