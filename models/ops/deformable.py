@@ -16,7 +16,7 @@ from .position_bias import table_bias
 from .table_rows import crop_bias, separable_bias, table_columns, table_crops
 
 KEPT = 1 << 22  # attention weights of a batch that are kept for the backward pass at most: 16 MiB
-# Of larger batches, those of the images that are made at a time:
+# Of larger batches, the weights that are made at a time:
 CACHED = 1 << 20  # on a CPU, 4 MiB, so that they stay in the cache
 AT_ONCE = 1 << 24  # elsewhere, 64 MiB, little beside the network and enough to fill a GPU
 FORMS = ("auto", "reference", "crops", "separable")
@@ -70,8 +70,8 @@ def deformable_attention(
         clamped: whether all positions are known to lie in [-1, 1], which ``crops`` needs.
         form: ``reference`` samples the table at every displacement and keeps all of them for the backward pass.
             ``separable`` and, on maps of the size that the table was made for, ``crops`` never hold a displacement, see
-            `models.ops.table_rows`, and keep the attention weights of small batches alone: those of others are made
-            anew in the backward pass. They have no dropout. ``auto`` takes `choose_form`.
+            `models.ops.table_rows`, and make the attention weights anew in the backward pass; of small batches
+            ``crops`` keeps them. They have no dropout. ``auto`` takes `choose_form`.
 
     Returns:
         ``[B, H*W, heads, d]``.
@@ -102,7 +102,15 @@ def deformable_attention(
         x = _table_axis(grid[0, :, 1], x.unsqueeze(-1), table.shape[2])
         to_matrix, bias = table_columns, separable_bias
     with torch.autocast(q.device.type, enabled=False):
-        return _keep_or_make_anew(bias, to_matrix(table), (q, k, v, y, x), scale)
+        matrix = to_matrix(table)
+
+        def attend(matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
+            return _BiasedAttention.apply(q, k, v, bias(matrix, y, x), scale)
+
+        # What the bias of the separable form is made of takes more memory than the weights.
+        if form == "crops" and len(q) * _weights_of_an_image(q, k) <= KEPT:
+            return attend(matrix, q, k, v, y, x)
+        return _make_anew(attend, matrix, q, k, v, y, x)
 
 
 def choose_form(
@@ -126,24 +134,16 @@ def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:
     return ((query - key) / 2 + 1) * ((length - 1) / 2)
 
 
-def _keep_or_make_anew(
-    bias: Callable[[Tensor, Tensor, Tensor], Tensor], matrix: Tensor, tensors: tuple[Tensor, ...], scale: float
-) -> Tensor:
-    """Return the attention of ``tensors``, q, k, v, y and x, with the bias of (matrix, y, x).
+def _weights_of_an_image(q: Tensor, k: Tensor) -> int:
+    return k.shape[1] * q.shape[1:3].numel()
 
-    Up to `KEPT` values of the weights are kept for the backward pass; those of larger batches are made anew in it.
-    """
 
-    def attend(matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
-        return _BiasedAttention.apply(q, k, v, bias(matrix, y, x), scale)
-
-    q, k, *_ = tensors
-    weights_of_an_image = k.shape[1] * q.shape[1:3].numel()
-    if len(q) * weights_of_an_image <= KEPT:
-        return attend(matrix, *tensors)
-    images = max(1, (CACHED if q.device.type == "cpu" else AT_ONCE) // weights_of_an_image)
+def _make_anew(attend: Callable[..., Tensor], matrix: Tensor, q: Tensor, k: Tensor, *tensors: Tensor) -> Tensor:
+    """Return ``attend(matrix, q, k, ...)``, a few images at a time, each part of which is made anew in the backward."""
+    images = max(1, (CACHED if q.device.type == "cpu" else AT_ONCE) // _weights_of_an_image(q, k))
+    parts = zip(*(tensor.split(images) for tensor in (q, k, *tensors)), strict=True)
     anew = partial(checkpoint, attend, matrix, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([anew(*part) for part in zip(*(tensor.split(images) for tensor in tensors), strict=True)])
+    return torch.cat([anew(*part) for part in parts])
 
 
 class _BiasedAttention(torch.autograd.Function):
@@ -192,7 +192,7 @@ class _BiasedAttention(torch.autograd.Function):
 
 def _parts(x: Tensor) -> list[slice]:
     """Return the images of a batch that are worked on at a time."""
-    images = 1 if x.device.type == "cpu" else len(x)
+    images = 1 if x.device.type == "cpu" else max(1, len(x))
     return [slice(first, first + images) for first in range(0, len(x), images)]
 
 

@@ -44,7 +44,7 @@ def weighted_rows(matrix: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
     """
     count = taps.shape[-1]
     rows = _WeightedRows.apply(matrix, taps.view(-1, count), weights.reshape(-1, count))
-    return rows.view(*taps.shape[:-1], -1)
+    return rows.view(*taps.shape[:-1], matrix.shape[1])
 
 
 class _WeightedRows(torch.autograd.Function):

@@ -51,7 +51,7 @@ class Tiles:
 
     def join(self, x: Tensor) -> Tensor:
         """Undo `cut`."""
-        return x.view(-1, len(self._queries), x.shape[-1]).index_select(1, self._places)
+        return x.reshape(-1, len(self._queries), x.shape[-1]).index_select(1, self._places)
 
     def windows(self, x: Tensor) -> Tensor:
         """Return the keys of every tile, ``[N, H*W, d] -> [N * tiles, keys_per_tile, d]``."""
@@ -65,11 +65,16 @@ class Tiles:
         dim = x.shape[-1]
         x = x.view(-1, dim)
         maps = len(x) // len(self._keys)
-        if maps not in self._bags:
-            first = torch.arange(maps, device=x.device)[:, None] * len(self._keys)
-            self._bags[maps] = (first + self._by_pixel).flatten(), (first + self._pixels).flatten()
-        rows, bags = self._bags[maps]
+        rows, bags = self._bags_of(maps)
         return F.embedding_bag(rows, x, bags, mode="sum").view(maps, -1, dim)
+
+    def _bags_of(self, maps: int) -> tuple[Tensor, Tensor]:
+        """Return the rows of all bags and where every bag begins; made once for a number of maps, that of the heads."""
+        if maps not in self._bags:
+            with torch.inference_mode(False):
+                first = torch.arange(maps, device=self._keys.device)[:, None] * len(self._keys)
+                self._bags[maps] = (first + self._by_pixel).flatten(), (first + self._pixels).flatten()
+        return self._bags[maps]
 
     def bias(self, rpb: Tensor) -> Tensor:
         """Return what is added to the logits of every kind of tile, minus infinity outside the window of a query.

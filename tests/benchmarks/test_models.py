@@ -11,7 +11,8 @@ import torch
 from benchmarks import attention, model, sizes
 from benchmarks.memory import kept_for_backward
 from benchmarks.timing import spread, take_turns
-from models.attention import deformable
+from models.attention import deformable as deformable_layer
+from models.ops import deformable as deformable_operation
 
 SMALL = """
 DATA: {IMG_SIZE: 64}
@@ -73,12 +74,13 @@ def test_sizes(
 
 
 @pytest.mark.parametrize(
-    ("flags", "columns"), [(["--batch-size", "1", "--runs", "1"], 11), (["--batch-size", "4", "--memory"], 8)]
+    ("flags", "columns"), [(["--batch-size", "1", "--runs", "1"], 11), (["--batch-size", "16", "--memory"], 8)]
 )
 def test_attention(
     flags: list[str], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(deformable, "WORTH_MAKING_ANEW", 1 << 13)  # as for 128 images instead of 4
+    monkeypatch.setattr(deformable_layer, "WORTH_MAKING_ANEW", 1 << 15)  # as for 128 images instead of 16
+    monkeypatch.setattr(deformable_operation, "KEPT", 1 << 19)
     argv = ["attention", "--models", "T", "--sizes", "224", *flags, "--operations"]
     monkeypatch.setattr(sys, "argv", [*argv, "neighborhood", "deformable", "mlp", "linear", "layer"])
     attention.main()
@@ -89,7 +91,7 @@ def test_attention(
     assert chosen["neighborhood attention"] == "tiles_by_hand"
     assert chosen["deformable attention"] == chosen["deformable layer"] == "crops"
     if "--memory" in flags:
-        share = {"deformable attention": 0.05, "deformable layer": 0.33}
+        share = {"deformable attention": 0.15, "deformable layer": 0.4}  # the crops of the table are a part of it
         assert all(float(row[7]) <= share[row[3]] for row in table if row[3] in share)
 
 
