@@ -22,6 +22,7 @@ _C = CfgNode()
 _C.BASE = []
 
 _C.DATA = CfgNode()
+# How the data set is stored: a name of data.formats.FORMATS.
 # "imagenet": DATA_PATH/train/<class>/* and DATA_PATH/val/<class>/*, with any number of classes.
 # "digits": the 1,797 handwritten digits inside scikit-learn; needs no path.
 _C.DATA.DATASET = "imagenet"
@@ -197,7 +198,6 @@ _C.TENSORBOARD = False
 _C.WANDB = False
 
 _CHOICES = {
-    "DATA.DATASET": ("imagenet", "digits"),
     "DATA.INTERPOLATION": ("bicubic", "bilinear"),
     "DATA.BAD_IMAGES": ("auto", "raise", "skip"),
     "MODEL.TYPE": ("dat",),

@@ -42,7 +42,7 @@ from checkpoint import (
     written_config,
 )
 from config import flatten, load_config
-from data.build import build_eval_loader, build_mixup, build_train_loader, class_names, classes_not_held_out
+from data.build import build_eval_loader, build_mixup, build_train_loader, open_dataset
 from data.images import UnreadableImage
 from engine import Evaluation, TrainingStopped, evaluate, measure_throughput, train_one_epoch
 from logger import RunLog, check_writers
@@ -324,9 +324,9 @@ def build_evaluation(config: CfgNode, world: World) -> tuple[nn.Module, DataLoad
         ValueError: for wrong input.
     """
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    classes = class_names(config, ("val",))
-    config.MODEL.DAT.num_classes = len(classes)
-    loader = build_eval_loader(config, rank=world.rank, world_size=world.size)
+    dataset = open_dataset(config, ("val",))
+    config.MODEL.DAT.num_classes = len(dataset.classes)
+    loader = build_eval_loader(config, dataset, rank=world.rank, world_size=world.size)
     checkpoint = load_checkpoint(path)
     weights = model_weights(checkpoint, path, ema=config.TRAIN.EMA.ENABLED)
     model = prepare(config, world)
@@ -334,7 +334,7 @@ def build_evaluation(config: CfgNode, world: World) -> tuple[nn.Module, DataLoad
     return (
         model,
         loader,
-        [f"{path} was trained on other classes: {change}" for change in class_changes(checkpoint, classes)],
+        [f"{path} was trained on other classes: {change}" for change in class_changes(checkpoint, dataset.classes)],
     )
 
 
@@ -397,10 +397,11 @@ def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
     Raises:
         ValueError: for wrong input.
     """
-    classes = class_names(config)
+    dataset = open_dataset(config)
+    classes = dataset.classes
     meant_for, config.MODEL.DAT.num_classes = config.MODEL.DAT.num_classes, len(classes)
-    train_loader = build_train_loader(config, rank=world.rank, world_size=world.size)
-    eval_loader = build_eval_loader(config, rank=world.rank, world_size=world.size)
+    train_loader = build_train_loader(config, dataset, rank=world.rank, world_size=world.size)
+    eval_loader = build_eval_loader(config, dataset, rank=world.rank, world_size=world.size)
     mixup = build_mixup(config, len(classes))
     check_writers(config)
     network = prepare(config, world)
@@ -451,7 +452,7 @@ def assemble(config: CfgNode, world: World) -> tuple[Run, list[str], list[str]]:
         notes.append(f"continuing from {resumed[0]}: epoch {run.position.epoch + 1}, update {run.position.update}")
         if config.MODEL.PRETRAINED:
             notes.append(f"the weights are those of {resumed[0]}, not of --pretrained {config.MODEL.PRETRAINED}")
-    return run, notes, warnings + doubts(run)
+    return run, notes, warnings + doubts(run) + dataset.doubts()
 
 
 def doubts(run: Run) -> list[str]:
@@ -469,9 +470,6 @@ def doubts(run: Run) -> list[str]:
             f"an epoch is whole updates of {run.images_per_update} images: {left_out} of {images}, others each time, "
             "are left out; smaller batches leave out less"
         )
-    if absent := classes_not_held_out(config, run.classes):
-        names = ", ".join(absent[:3]) + (", ..." if len(absent) > 3 else "")
-        found.append(f"{len(absent)} of {len(run.classes)} classes have no held-out images: {names}")
     return found
 
 

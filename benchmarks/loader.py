@@ -27,7 +27,7 @@ from yacs.config import CfgNode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import load_config
-from data.build import build_train_loader
+from data.build import build_train_loader, open_dataset
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def _print_table(config: CfgNode, args: argparse.Namespace) -> None:
 
 def _measure(config: CfgNode, *, images: int, runs: int) -> tuple[list[float], list[float]]:
     """Return the images per second of every run of the loader and of the plain one."""
-    loader = build_train_loader(config, rank=0, world_size=1)
+    loader = build_train_loader(config, open_dataset(config, ("train",)), rank=0, world_size=1)
     ours, plain = _batches(loader), _batches(_plain_loader(config, loader))
     # More than the workers have ready while the other loader runs.
     warm_up = 2 * config.DATA.NUM_WORKERS + 1

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from timm.data import Mixup
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data import digits
-from data.datasets import ImageSource, TransformedImages, collate
-from data.folders import LAYOUT, ImageFolder, class_folders, find_classes
+from data.datasets import TransformedImages, collate
+from data.formats import FORMATS
 from data.samplers import EvalSampler, TrainSampler
+from data.sources import Dataset, Request
 from data.transforms import eval_transform, train_transform
 from data.workers import leave_signals_to_parent
 
@@ -22,42 +22,31 @@ from data.workers import leave_signals_to_parent
 WORKERS_PER_CORE = 8
 
 
-def class_names(config: CfgNode, splits: Sequence[str] = ("train", "val")) -> list[str]:
-    """Check the layout of the data set, without opening its images, and return the names of its classes by label.
+def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Dataset:
+    """Open the data set that the config names: its classes are known and its images listed, none is opened.
 
     Args:
         config: the options of the run.
-        splits: those that are needed: `("val",)` where there is no training.
+        needs: the parts that are needed: `("val",)` where there is no training.
 
     Raises:
-        ValueError: for a data path that is missing or not laid out as it should be.
+        ValueError: for an unknown DATA.DATASET, and a data path that is missing or not laid out as it should be.
     """
-    if config.DATA.DATASET == "digits":
-        if config.DATA.DATA_PATH:
-            raise ValueError(
-                "the digits are a data set of their own, without --data-path; "
-                "to use folders with this config, add --opts DATA.DATASET imagenet"
-            )
-        return digits.CLASSES
-    return find_classes(_root(config), splits)
+    name = config.DATA.DATASET
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"DATA.DATASET must be one of {', '.join(FORMATS)}, not {name!r}{hint}")
+    request = Request(path=config.DATA.DATA_PATH, path_by_variable=os.environ.get("DATA_PATH", ""), needs=needs)
+    return FORMATS[name](request)
 
 
-def classes_not_held_out(config: CfgNode, classes: Sequence[str]) -> list[str]:
-    """Return those of the classes that have no folder among the held-out images."""
-    if config.DATA.DATASET == "digits":
-        return []
-    held_out = set(class_folders(_root(config) / "val"))
-    return [name for name in classes if name not in held_out]
-
-
-def build_train_loader(config: CfgNode, *, rank: int, world_size: int) -> DataLoader:
-    """Return the loader of this rank's training batches; its `sampler` is a `TrainSampler`.
+def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> DataLoader:
+    """Return the loader of this rank's batches of `dataset.train`; its `sampler` is a `TrainSampler`.
 
     Raises:
-        ValueError: for a data set that is not laid out as it should be, or smaller than one update, and for more
-            workers than the machine can feed.
+        ValueError: for a data set smaller than one update, and for more workers than the machine can feed.
     """
-    source = _build_source(config, "train")
     transform = train_transform(
         config.DATA.IMG_SIZE,
         interpolation=config.DATA.INTERPOLATION,
@@ -72,29 +61,28 @@ def build_train_loader(config: CfgNode, *, rank: int, world_size: int) -> DataLo
     )
     on_unreadable = "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
     sampler = TrainSampler(
-        len(source),
+        len(dataset.train),
         batch_size=config.DATA.BATCH_SIZE,
         rank=rank,
         world_size=world_size,
         seed=config.SEED,
         accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
     )
-    dataset = TransformedImages(source, transform, seed=config.SEED, on_unreadable=on_unreadable)
-    return _build_loader(config, dataset, sampler)
+    images = TransformedImages(dataset.train, transform, seed=config.SEED, on_unreadable=on_unreadable)
+    return _build_loader(config, images, sampler)
 
 
-def build_eval_loader(config: CfgNode, *, rank: int, world_size: int) -> DataLoader:
-    """Return the loader of this rank's share of the validation images; its `sampler` is an `EvalSampler`.
+def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> DataLoader:
+    """Return the loader of this rank's share of `dataset.held_out`; its `sampler` is an `EvalSampler`.
 
     Raises:
-        ValueError: for a data set that is not laid out as it should be, and for more workers than the machine can feed.
+        ValueError: for more workers than the machine can feed.
     """
-    source = _build_source(config, "val")
     transform = eval_transform(config.DATA.IMG_SIZE, interpolation=config.DATA.INTERPOLATION, crop=config.TEST.CROP)
     on_unreadable = "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
-    sampler = EvalSampler(len(source), rank=rank, world_size=world_size)
-    dataset = TransformedImages(source, transform, seed=config.SEED, on_unreadable=on_unreadable)
-    return _build_loader(config, dataset, sampler)
+    sampler = EvalSampler(len(dataset.held_out), rank=rank, world_size=world_size)
+    images = TransformedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=on_unreadable)
+    return _build_loader(config, images, sampler)
 
 
 def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
@@ -122,13 +110,7 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
     )
 
 
-def _build_source(config: CfgNode, split: str) -> ImageSource:
-    if config.DATA.DATASET == "digits":
-        return digits.Digits(train=split == "train")
-    return ImageFolder(_root(config) / split, class_names(config, (split,)))
-
-
-def _build_loader(config: CfgNode, dataset: TransformedImages, sampler: TrainSampler | EvalSampler) -> DataLoader:
+def _build_loader(config: CfgNode, images: TransformedImages, sampler: TrainSampler | EvalSampler) -> DataLoader:
     cores = os.cpu_count() or 1
     most = WORKERS_PER_CORE * cores
     if most < config.DATA.NUM_WORKERS:
@@ -137,7 +119,7 @@ def _build_loader(config: CfgNode, dataset: TransformedImages, sampler: TrainSam
             f"{config.DATA.NUM_WORKERS}; one for each core that a training process has is enough"
         )
     return DataLoader(
-        dataset,
+        images,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=min(config.DATA.NUM_WORKERS, cores),
@@ -150,13 +132,3 @@ def _build_loader(config: CfgNode, dataset: TransformedImages, sampler: TrainSam
         # Without its own, a loader takes a number from the global generator whenever it is iterated.
         generator=torch.Generator(),
     )
-
-
-def _root(config: CfgNode) -> Path:
-    path = config.DATA.DATA_PATH or os.environ.get("DATA_PATH")
-    if not path:
-        raise ValueError(f"no data set given; pass --data-path FOLDER or set the variable DATA_PATH; {LAYOUT}")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        raise ValueError(f"data path {path}: there is no such user; write the folder in full") from None

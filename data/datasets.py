@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset, default_collate
 from data.generators import preserve_generators, seed_generators
 from data.images import UnreadableImage
 from data.samplers import Draw
+from data.sources import ImageSource
 from data.transforms import Transform
 
 OnUnreadable: TypeAlias = Literal["raise", "substitute", "mark"]
@@ -42,16 +43,6 @@ class Batch(NamedTuple):
     images: Tensor
     targets: Tensor
     unreadable: list[str]
-
-
-class ImageSource(Protocol):
-    """Labelled images, as they are stored."""
-
-    def __len__(self) -> int: ...
-
-    def label(self, index: int) -> int: ...
-
-    def read(self, index: int) -> Image.Image: ...
 
 
 class TransformedImages(Dataset[Sample]):

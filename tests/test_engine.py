@@ -216,7 +216,7 @@ def test_evaluation_counts_every_image_once(tmp_path: Path) -> None:
 
 def test_an_image_too_few_is_an_error(tmp_path: Path) -> None:
     run = build(tmp_path)
-    share = main.build_eval_loader(run.config, rank=0, world_size=2)
+    share = main.build_eval_loader(run.config, main.open_dataset(run.config), rank=0, world_size=2)
     with pytest.raises(RuntimeError, match="180 images of a data set of 360"):
         evaluate(run.network(), share, CPU, run.log)
 

@@ -212,7 +212,7 @@ def _hide_data_from_rank_1() -> None:
     import main
 
     if os.environ["RANK"] == "1":
-        main.class_names = _cannot_read
+        main.open_dataset = _cannot_read
 
 
 def test_what_one_process_cannot_read_all_refuse_in_one_line(tmp_path: Path) -> None:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
 
 from config import default_config
+from data import build
 
 
 def photograph(seed: int = 0, width: int = 48, height: int = 36) -> Image.Image:
@@ -38,3 +41,13 @@ def small_config(root: Path | None = None, **data: object):  # noqa: ANN201
     for name, value in data.items():
         config.DATA[name] = value
     return config
+
+
+def build_train_loader(config: CfgNode, *, rank: int, world_size: int) -> DataLoader:
+    """Open the training images of a config and return their loader."""
+    return build.build_train_loader(config, build.open_dataset(config, ("train",)), rank=rank, world_size=world_size)
+
+
+def build_eval_loader(config: CfgNode, *, rank: int, world_size: int) -> DataLoader:
+    """Open the held-out images of a config and return their loader."""
+    return build.build_eval_loader(config, build.open_dataset(config, ("val",)), rank=rank, world_size=world_size)

@@ -15,12 +15,12 @@ from PIL import Image
 from yacs.config import CfgNode
 
 from config import set_option
-from data.build import build_eval_loader, build_mixup, build_train_loader, class_names
+from data.build import build_mixup, open_dataset
 from data.datasets import Batch
 from data.generators import seed_generators
 from data.images import UnreadableImage
 from data.samplers import EvalSampler, TrainSampler
-from tests.data.samples import small_config, write_folder
+from tests.data.samples import build_eval_loader, build_train_loader, small_config, write_folder
 
 LAYOUT = {"train/cat": 9, "train/dog": 8, "train/emu": 6, "val/cat": 3, "val/emu": 2}
 
@@ -228,7 +228,7 @@ def test_image_that_vanishes_during_training(root: Path) -> None:
 
 def test_digits_go_through_the_same_loaders() -> None:
     config = small_config(IMG_SIZE=24, BATCH_SIZE=64)
-    assert class_names(config) == [str(digit) for digit in range(10)]
+    assert open_dataset(config).classes == [str(digit) for digit in range(10)]
     train, held_out = (build(config, rank=0, world_size=1) for build in (build_train_loader, build_eval_loader))
     assert (len(train.dataset), len(held_out.dataset)) == (1437, 360)
     assert next(iter(train)).images.shape == (64, 3, 24, 24)
@@ -237,13 +237,37 @@ def test_digits_go_through_the_same_loaders() -> None:
     assert set(counts.tolist()) <= {34, 35, 36, 37}
 
 
-def test_class_names(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert class_names(small_config(root)) == ["cat", "dog", "emu"]
+def test_classes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert open_dataset(small_config(root)).classes == ["cat", "dog", "emu"]
     config = small_config(root, DATA_PATH="")
     monkeypatch.setenv("DATA_PATH", str(root))
-    assert class_names(config) == ["cat", "dog", "emu"]
+    assert open_dataset(config).classes == ["cat", "dog", "emu"]
     monkeypatch.setenv("HOME", str(root.parent))
-    assert class_names(small_config(root, DATA_PATH="~/data"), ("val",)) == ["cat", "dog", "emu"]
+    assert open_dataset(small_config(root, DATA_PATH="~/data"), ("val",)).classes == ["cat", "dog", "emu"]
+
+
+def test_digits_take_no_path_but_do_not_mind_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA_PATH", "elsewhere")
+    assert len(open_dataset(small_config()).held_out) == 360
+    with pytest.raises(ValueError, match="the digits are a data set of their own, without --data-path"):
+        open_dataset(small_config(DATA_PATH="elsewhere"))
+
+
+def test_parts_that_are_not_needed_are_not_opened(root: Path) -> None:
+    for config in (small_config(root), small_config()):
+        assert open_dataset(config, ("val",)).train is None
+        assert open_dataset(config, ("train",)).held_out is None
+
+
+def test_classes_without_held_out_images(root: Path) -> None:
+    assert open_dataset(small_config(root)).doubts() == ["1 of 3 classes have no held-out images: dog"]
+    assert open_dataset(small_config(root), ("train",)).doubts() == []
+    assert open_dataset(small_config()).doubts() == []
+
+
+def test_unknown_format() -> None:
+    with pytest.raises(ValueError, match=r"^DATA\.DATASET must be one of imagenet, .* did you mean digits"):
+        open_dataset(small_config(DATASET="digit"))
 
 
 def test_no_data_path(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +275,7 @@ def test_no_data_path(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ValueError, match=r"\Ano data set given; pass --data-path FOLDER or set the variable DATA_PATH; "
     ):
-        class_names(small_config(root, DATA_PATH=""))
+        open_dataset(small_config(root, DATA_PATH=""))
 
 
 def test_loaders_check_the_layout(root: Path) -> None:

@@ -19,8 +19,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 # A training process that notes signals, goes on to the end of the epoch, and ends by an error, its workers still there.
 PROGRAM = """
 import multiprocessing, signal, sys, time
-from data.build import build_train_loader
-from tests.data.samples import small_config
+from tests.data.samples import build_train_loader, small_config
 
 multiprocessing.set_start_method(sys.argv[1])
 received = set()
@@ -38,8 +37,7 @@ raise RuntimeError("the end")
 # One whose workers have not got to their first lines yet.
 STARTING = """
 import functools, multiprocessing, sys, time
-from data.build import build_train_loader
-from tests.data.samples import small_config
+from tests.data.samples import build_train_loader, small_config
 from tests.data.test_workers import wait_for_file
 
 multiprocessing.set_start_method(sys.argv[1])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from data.digits import CLASSES, Digits
+from data.formats.digits import CLASSES, Digits
 
 
 @pytest.fixture(scope="module")

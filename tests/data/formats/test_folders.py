@@ -7,18 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from data.folders import ImageFolder, find_classes
+from data.formats.folders import open_folders
 from data.images import UnreadableImage
+from data.sources import Dataset, Request
 from tests.data.samples import photograph, write_folder
 
 GOOD = {"train/cat": 2, "train/dog": 3, "val/cat": 1, "val/dog": 1}
 LAYOUT = "the layout is DATA_PATH/train/<class>/*.jpg and DATA_PATH/val/<class>/*.jpg"
 
 
+def opened(root: Path, *splits: str) -> Dataset:
+    """Open a folder, both of its parts where none is named."""
+    return open_folders(Request(path=str(root), needs=splits or ("train", "val")))
+
+
 def refusal(root: Path, *splits: str) -> str:
-    """Return the one line that `find_classes` refuses a folder with, its root written as ROOT."""
+    """Return the one line that a folder is refused with, its root written as ROOT."""
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
-        find_classes(root, splits or ("train", "val"))
+        opened(root, *splits)
     return str(caught.value).replace(str(root), "ROOT")
 
 
@@ -26,15 +32,15 @@ def test_classes_are_the_sorted_folders_of_train(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/dog": 1, "train/cat": 1, "train/Ant": 1, "val/dog": 1})
     (tmp_path / "train" / ".cache").mkdir()
     (tmp_path / "train" / "notes.txt").write_text("no class")
-    assert find_classes(tmp_path, ("train", "val")) == ["Ant", "cat", "dog"]
-    assert find_classes(tmp_path, ("val",)) == ["Ant", "cat", "dog"]
+    assert opened(tmp_path).classes == ["Ant", "cat", "dog"]
+    assert opened(tmp_path, "val").classes == ["Ant", "cat", "dog"]
 
 
 def test_classes_without_train_are_those_of_val(tmp_path: Path) -> None:
     write_folder(tmp_path, {"val/dog": 1, "val/cat": 1})
-    assert find_classes(tmp_path, ("val",)) == ["cat", "dog"]
+    assert opened(tmp_path, "val").classes == ["cat", "dog"]
     (tmp_path / "train").mkdir()
-    assert find_classes(tmp_path, ("val",)) == ["cat", "dog"]
+    assert opened(tmp_path, "val").classes == ["cat", "dog"]
 
 
 def test_missing_folder(tmp_path: Path) -> None:
@@ -111,14 +117,17 @@ def test_class_that_is_a_link_to_nothing(tmp_path: Path) -> None:
     assert refusal(tmp_path) == "ROOT/train/emu is a link to nothing; repair or remove it"
 
 
-def test_layout_is_checked_without_listing_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folder(tmp_path, {**GOOD, "train/cat/more": 1})
     scanned: list[str] = []
     scandir = os.scandir
     monkeypatch.setattr(os, "scandir", lambda path: scanned.append(str(path)) or scandir(path))
-    find_classes(tmp_path, ("train", "val"))
-    assert str(tmp_path / "train/cat") in scanned
-    assert str(tmp_path / "train/cat/more") not in scanned
+    opened(tmp_path)
+    folders = ["", "/train", "/train/cat", "/train/cat/more", "/train/dog", "/val", "/val/cat", "/val/dog"]
+    assert sorted(scanned) == [f"{tmp_path}{folder}" for folder in folders]
+    scanned.clear()
+    opened(tmp_path, "val")  # names its classes after train, but needs none of its images
+    assert f"{tmp_path}/train/cat" not in scanned
 
 
 def test_images_and_labels(tmp_path: Path) -> None:
@@ -129,13 +138,12 @@ def test_images_and_labels(tmp_path: Path) -> None:
     (tmp_path / "train" / "dog" / "siblings").symlink_to(tmp_path / "linked")
     (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
     (tmp_path / "train" / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")  # unreadable, but not overlooked
-    classes = find_classes(tmp_path, ("train",))
-    images = ImageFolder(tmp_path / "train", classes)
-    assert classes == ["cat", "dog", "emu"]
+    images = opened(tmp_path, "train").train
+    assert opened(tmp_path, "train").classes == ["cat", "dog", "emu"]
     assert [images.label(index) for index in range(len(images))] == [0, 0, 0, 1, 1, 1, 1, 2]
     assert images.read(0).tobytes() != images.read(1).tobytes()
     assert images.read(7).tobytes() == photograph().tobytes()
-    assert [ImageFolder(tmp_path / "val", classes).label(0)] == [1]
+    assert opened(tmp_path).held_out.label(0) == 1
 
 
 def test_order_does_not_depend_on_the_file_system(tmp_path: Path) -> None:
@@ -144,7 +152,7 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path) -> None:
         (tmp_path / "train" / "cat" / folder).mkdir(parents=True)
         for name in names:
             (tmp_path / "train" / "cat" / folder / f"{name}.jpg").write_text("")
-    images = ImageFolder(tmp_path / "train", ["cat"])
+    images = opened(tmp_path, "train").train
     read = []
     for index in range(len(images)):
         with pytest.raises(UnreadableImage) as caught:
@@ -158,4 +166,4 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     (tmp_path / "train" / "cat" / "0.jpg").rename(
         os.fsdecode(bytes(tmp_path / "train" / "cat") + b"/\xff \xc3\xa4.jpg")
     )
-    assert ImageFolder(tmp_path / "train", ["cat"]).read(0).size == (48, 36)
+    assert opened(tmp_path, "train").train.read(0).size == (48, 36)

@@ -9,10 +9,30 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
+from data.sources import Dataset, ImageSource, Request
+
 CLASSES = [str(digit) for digit in range(10)]
 
 
-class Digits:
+def open_digits(request: Request) -> Dataset:
+    """Open the digits.
+
+    Raises:
+        ValueError: where a path was given, which they do not have.
+    """
+    if request.path:
+        raise ValueError(
+            "the digits are a data set of their own, without --data-path; "
+            "to use folders with this config, add --opts DATA.DATASET imagenet"
+        )
+    return Dataset(
+        classes=CLASSES,
+        train=Digits(train=True) if "train" in request.needs else None,
+        held_out=Digits(train=False) if "val" in request.needs else None,
+    )
+
+
+class Digits(ImageSource):
     """The digits to train on (1,437) or to evaluate on (360): every fifth of each class, always the same."""
 
     def __init__(self, *, train: bool) -> None:
@@ -24,14 +44,7 @@ class Digits:
         held_out[np.argsort(digits.target, kind="stable")[::5]] = True
         chosen = held_out != train
         self._images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-        self._labels = digits.target[chosen]
-
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def label(self, index: int) -> int:
-        """Return the digit."""
-        return int(self._labels[index])
+        self.labels = digits.target[chosen]
 
     def read(self, index: int) -> Image.Image:
         """Return an image of 8 x 8 pixels as RGB."""
