@@ -1,0 +1,257 @@
+"""Deformable attention for sequences, images and volumes.
+
+The attention of DAT (arXiv 2201.00520, section 3) with the continuous position bias of Swin V2 (arXiv 2111.09883,
+section 3.3) in place of a table, so that it takes any size, and the names of the package ``deformable-attention``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.points import cell_grid, sample_points
+
+COORDINATES = ("pixel", "package")
+CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+# The axis of the map that each coordinate of an offset belongs to: (n), (x, y), (frame, y, x). Trained weights fix it.
+AXES = {1: (0,), 2: (1, 0), 3: (0, 1, 2)}
+
+
+class OffsetScale(nn.Module):
+    """One factor per coordinate of an offset ``[B, axes, ...]``."""
+
+    def __init__(self, scale: Sequence[float], *, saved: bool) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32), persistent=saved)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale.to(x.dtype).view(-1, *(1,) * len(self.scale))
+
+
+class ContinuousPositionBias(nn.Module):
+    """A small network from the displacement of query and key to the biases of the heads of a group.
+
+    Args:
+        dim: width of the hidden layers.
+        axes: coordinates of a displacement.
+        heads: biases of a displacement.
+        log_distance: whether displacements are spaced logarithmically.
+    """
+
+    def __init__(self, dim: int, *, axes: int, heads: int, log_distance: bool) -> None:
+        super().__init__()
+        self.log_distance = log_distance
+        hidden = (nn.Sequential(nn.Linear(width, dim), nn.ReLU()) for width in (axes, dim))
+        self.mlp = nn.ModuleList([*hidden, nn.Linear(dim, heads)])
+
+    def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Return the bias ``[B, heads, Nq, Nk]`` of queries at ``[Nq, axes]`` and keys at ``[B, Nk, axes]``."""
+        bias = queries[:, None] - keys[:, None]
+        if self.log_distance:
+            bias = bias.sign() * bias.abs().log1p()
+        bias = bias.to(self.mlp[-1].weight.dtype)
+        for layer in self.mlp:
+            bias = layer(bias)
+        return bias.permute(0, 3, 1, 2)
+
+
+class _DeformableAttentionND(nn.Module):
+    """Every place of a map attends to keys sampled from it at positions that the map itself decides.
+
+    Args:
+        dim: channels C.
+        dim_head: channels of a head.
+        heads: attention heads.
+        dropout: probability of dropping an attention weight.
+        downsample_factor: places per key, one number or one per axis.
+        offset_scale: bound of the offsets in key cells, one number or one per axis; ``downsample_factor`` where None.
+        offset_groups: groups g of channels, each sampled at its own positions; divides ``heads`` and ``dim``. One per
+            head where None.
+        offset_kernel_size: kernel of the offset network, one number or one per axis; at least ``downsample_factor``.
+        cpb_log_distance: whether the position bias spaces displacements logarithmically.
+        group_queries: whether a group makes its queries from its own channels alone.
+        group_key_values: the same of keys and values.
+        coordinates: ``pixel`` spreads the keys evenly, each in the middle of its share of the map, whatever its size.
+            ``package`` repeats the numbers of the package ``deformable-attention`` 0.0.20, whose positions are those of
+            corner pixels, sampled as those of edges; on rectangles it divides x by the height, and on volumes it
+            samples at (frame, y, x) where (x, y, frame) is meant.
+
+    Raises:
+        ValueError: an argument is not allowed or contradicts another.
+    """
+
+    axes: int
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        dropout: float = 0.0,
+        downsample_factor: int | Sequence[int] = 4,
+        offset_scale: float | Sequence[float] | None = None,
+        offset_groups: int | None = None,
+        offset_kernel_size: int | Sequence[int] = 6,
+        cpb_log_distance: bool = True,
+        group_queries: bool = True,
+        group_key_values: bool = True,
+        coordinates: str = "pixel",
+    ) -> None:
+        super().__init__()
+        axes = self.axes
+        groups = heads if offset_groups is None else offset_groups
+        factors = _per_axis("downsample_factor", downsample_factor, axes)
+        kernels = _per_axis("offset_kernel_size", offset_kernel_size, axes)
+        scales = factors if offset_scale is None else _per_axis("offset_scale", offset_scale, axes)
+        _check(dim, dim_head, heads, groups, factors, kernels, coordinates)
+        self.heads = heads
+        self.offset_groups = groups
+        self.downsample_factor = factors
+        self.coordinates = coordinates
+        inner, conv = dim_head * heads, CONVS[axes]
+        width = inner // groups
+        self.to_offsets = nn.Sequential(
+            conv(width, width, kernels, stride=factors, groups=width),
+            nn.GELU(),
+            conv(width, axes, 1, bias=False),
+            nn.Tanh(),
+            OffsetScale([scales[axis] for axis in AXES[axes]], saved=axes == 3),
+        )
+        self.rel_pos_bias = ContinuousPositionBias(
+            max(dim // 4, 1), axes=axes, heads=heads // groups, log_distance=cpb_log_distance
+        )
+        self.dropout = nn.Dropout(dropout)
+        self.to_q = conv(dim, inner, 1, groups=groups if group_queries else 1, bias=False)
+        self.to_k = conv(dim, inner, 1, groups=groups if group_key_values else 1, bias=False)
+        self.to_v = conv(dim, inner, 1, groups=groups if group_key_values else 1, bias=False)
+        self.to_out = conv(inner, dim, 1)
+
+    def forward(self, x: Tensor, return_vgrid: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Map ``[B, C, *size]`` to the same shape.
+
+        Args:
+            x: sequence, image or volume.
+            return_vgrid: also return where the keys are, in key cells: ``[B*g, Nk]`` of a sequence; (x, y) of an image,
+                ``[B*g, 2, Hk, Wk]``; (frame, y, x) of a volume, ``[B*g, 3, Fk, Hk, Wk]``.
+
+        Raises:
+            ValueError: the input has another number of axes or of channels.
+        """
+        if x.dim() != self.axes + 2 or x.shape[1] != self.to_q.in_channels:
+            raise ValueError(
+                f"an input of shape {list(x.shape)} does not fit; give [batch, {self.to_q.in_channels}, "
+                f"{', '.join(['length'] if self.axes == 1 else ['frames', 'height', 'width'][-self.axes :])}]"
+            )
+        size, q = x.shape[2:], self.to_q(x)
+        cells = self._key_cells(q)
+        keys, queries = self._positions(cells), self._positions(self._cells(size, cells))
+        samples = sample_points(self._by_group(x), self._as_sampled(keys)).unflatten(0, (x.shape[0], -1)).flatten(1, 2)
+        k, v = self.to_k(samples), self.to_v(samples)
+        bias = self.rel_pos_bias(queries.flatten(0, -2), keys.flatten(1, -2))  # [B*g, heads/g, Nq, Nk]
+        q, k, v = (y.flatten(2).unflatten(1, (self.heads, -1)).mT for y in (q, k, v))  # [B, heads, N, d]
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=bias.unflatten(0, (x.shape[0], -1)).flatten(1, 2).to(q.dtype),
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )
+        out = self.to_out(out.mT.flatten(1, 2).unflatten(2, size))
+        if return_vgrid:
+            return out, cells.squeeze(-1) if self.axes == 1 else cells.movedim(-1, 1)
+        return out
+
+    def _key_cells(self, q: Tensor) -> Tensor:
+        """Return the places of the keys in key cells, ``[B*g, *key_size, axes]``, at least float32.
+
+        The map of queries is padded or cut so that the kernel of the offset network lies around each cell.
+        """
+        kernels, package = self.to_offsets[0].kernel_size, self.coordinates == "package"
+        padding = []
+        for length, factor, kernel in zip(q.shape[2:], self.downsample_factor, kernels, strict=True):
+            count = max(length // factor, 1) if package else -(-length // factor)
+            total = count * factor + kernel - factor - length
+            first = (kernel - factor if package else total) // 2
+            padding = [first, total - first, *padding]
+        offsets = self.to_offsets(F.pad(self._by_group(q), padding)).movedim(1, -1)
+        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
+        return self._cells(offsets.shape[1:-1], offsets) + offsets
+
+    def _by_group(self, x: Tensor) -> Tensor:
+        return x.unflatten(1, (self.offset_groups, -1)).flatten(0, 1)
+
+    def _cells(self, size: Sequence[int], like: Tensor) -> Tensor:
+        """Return the coordinates of all cells of a map, ``[*size, axes]``."""
+        grid = cell_grid(tuple(size), dtype=like.dtype, device=like.device)
+        return torch.stack([grid[axis] for axis in AXES[self.axes]], dim=-1)
+
+    def _positions(self, cells: Tensor) -> Tensor:
+        """Scale places ``[..., *size, axes]`` on a map of that size to [-1, 1]."""
+        size = cells.shape[-1 - self.axes : -1]
+        if self.coordinates == "package":
+            return cells * cells.new_tensor([2 / max(length - 1, 1) for length in size]) - 1
+        return (2 * cells + 1) * cells.new_tensor([1 / size[axis] for axis in AXES[self.axes]]) - 1
+
+    def _as_sampled(self, positions: Tensor) -> Tensor:
+        """Return positions with the last axis of the map first."""
+        in_order = self.axes < 3 or self.coordinates == "package"
+        return positions if in_order else positions.flip(-1)
+
+
+class DeformableAttention1D(_DeformableAttentionND):
+    """Deformable attention of a sequence ``[B, C, N]``; offsets are (n)."""
+
+    axes = 1
+
+
+class DeformableAttention2D(_DeformableAttentionND):
+    """Deformable attention of an image ``[B, C, H, W]``; offsets are (x, y)."""
+
+    axes = 2
+
+
+class DeformableAttention3D(_DeformableAttentionND):
+    """Deformable attention of a volume ``[B, C, F, H, W]``; offsets are (frame, y, x)."""
+
+    axes = 3
+
+
+DeformableAttention = DeformableAttention2D
+
+
+def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple:
+    if not isinstance(value, Sequence):
+        return (value,) * axes
+    if len(value) != axes:
+        raise ValueError(f"{name} = {tuple(value)} has {len(value)} entries; give one number or {axes}")
+    return tuple(value)
+
+
+def _check(
+    dim: int,
+    dim_head: int,
+    heads: int,
+    groups: int,
+    factors: Sequence[int],
+    kernels: Sequence[int],
+    coordinates: str,
+) -> None:
+    numbers = {"dim": dim, "dim_head": dim_head, "heads": heads, "offset_groups": groups}
+    numbers["downsample_factor"], numbers["offset_kernel_size"] = min(factors), min(kernels)
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} = {value} is not allowed; give at least 1")
+    for name, value in (("heads", heads), ("dim", dim)):
+        if value % groups:
+            raise ValueError(f"{name} = {value} is not divisible by offset_groups = {groups}; change one of them")
+    if any(kernel < factor for kernel, factor in zip(kernels, factors, strict=True)):
+        raise ValueError(
+            f"offset_kernel_size = {tuple(kernels)} leaves pixels out between keys; "
+            f"give at least downsample_factor = {tuple(factors)}"
+        )
+    if coordinates not in COORDINATES:
+        raise ValueError(f"coordinates = {coordinates!r} is unknown; choose one of {', '.join(COORDINATES)}")

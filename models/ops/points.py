@@ -1,0 +1,35 @@
+"""Linear sampling of sequences, images and volumes at free positions.
+
+A position of -1 or +1 is the outer edge of an axis: the centre of cell i of n lies at ``(2 i + 1) / n - 1``. An axis of
+length one is no special case.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cell_grid(size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the index of every cell, ``[len(size), *size]``, one coordinate per axis in the order of the axes."""
+    steps = [torch.arange(length, dtype=dtype, device=device) for length in size]
+    return torch.stack(torch.meshgrid(*steps, indexing="ij"))
+
+
+def sample_points(x: Tensor, positions: Tensor) -> Tensor:
+    """Sample a map with one, two or three axes.
+
+    Args:
+        x: ``[B, C, *size]``.
+        positions: ``[B, *points, len(size)]`` with as many axes of points as the map has; one coordinate per axis of
+            the map, the last axis first as in `grid_sample`; at least float32.
+
+    Returns:
+        Samples ``[B, C, *points]`` in the dtype of ``x``; what lies outside the map counts as zero.
+    """
+    sequence = x.dim() == 3
+    if sequence:  # an image one pixel wide, sampled in the middle of that pixel
+        x, positions = x.unsqueeze(-1), F.pad(positions, (1, 0)).unsqueeze(2)
+    samples = F.grid_sample(x.to(positions.dtype), positions, padding_mode="zeros", align_corners=False).to(x.dtype)
+    return samples.squeeze(-1) if sequence else samples
