@@ -22,12 +22,30 @@ _C = CfgNode()
 _C.BASE = []
 
 _C.DATA = CfgNode()
-# How the data set is stored: a name of data.formats.FORMATS.
+# How the data set is stored; docs/data.md describes each.
 # "imagenet": DATA_PATH/train/<class>/* and DATA_PATH/val/<class>/*, with any number of classes.
+# "csv", "tar" (archives and shards), "parquet", "huggingface" (saved on disk), "cifar10", "cifar100", "mnist",
+# "fashion_mnist": the same from other files.
 # "digits": the 1,797 handwritten digits inside scikit-learn; needs no path.
 _C.DATA.DATASET = "imagenet"
 # Root of the data set; `--data-path`, then the environment variable DATA_PATH, where this is empty.
 _C.DATA.DATA_PATH = ""
+# What the parts are called, below DATA_PATH or in full; empty: train, and val, validation, valid or test.
+_C.DATA.TRAIN = ""
+_C.DATA.VAL = ""
+# Fetch the data set from where it is published, for formats that know where.
+_C.DATA.DOWNLOAD = False
+# An image may have several labels, or none; they are learnt by binary cross-entropy.
+_C.DATA.MULTI_LABEL = False
+# Columns of parquet and huggingface; empty: the usual names.
+_C.DATA.IMAGE_COLUMN = ""
+_C.DATA.LABEL_COLUMN = ""
+# Order of classes whose names are all numbers: "name", as text like torchvision (0, 1, 10, 2), or "number".
+_C.DATA.CLASS_ORDER = "name"
+# Orientation that cameras note in EXIF: "ignore", as published numbers do, or "apply".
+_C.DATA.EXIF = "ignore"
+# More held-out images than training images are taken for swapped parts; this allows them.
+_C.DATA.ALLOW_LARGER_VAL = False
 # Images per process and micro-batch; an update sees BATCH_SIZE x processes x TRAIN.ACCUMULATION_STEPS images.
 _C.DATA.BATCH_SIZE = 128
 # Height and width in pixels of what the network is given.
@@ -200,6 +218,8 @@ _C.WANDB = False
 _CHOICES = {
     "DATA.INTERPOLATION": ("bicubic", "bilinear"),
     "DATA.BAD_IMAGES": ("auto", "raise", "skip"),
+    "DATA.CLASS_ORDER": ("name", "number"),
+    "DATA.EXIF": ("ignore", "apply"),
     "MODEL.TYPE": ("dat",),
     "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
     "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from timm.data import Mixup
@@ -14,7 +15,7 @@ from yacs.config import CfgNode
 from data.datasets import TransformedImages, collate
 from data.formats import FORMATS
 from data.samplers import EvalSampler, TrainSampler
-from data.sources import Dataset, Request
+from data.sources import PARTS, Dataset, Request
 from data.transforms import eval_transform, train_transform
 from data.workers import leave_signals_to_parent
 
@@ -37,8 +38,10 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Da
         near = difflib.get_close_matches(name, FORMATS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"DATA.DATASET must be one of {', '.join(FORMATS)}, not {name!r}{hint}")
-    request = Request(path=config.DATA.DATA_PATH, path_by_variable=os.environ.get("DATA_PATH", ""), needs=needs)
-    return FORMATS[name](request)
+    dataset = FORMATS[name](_request(config, needs))
+    if not config.DATA.ALLOW_LARGER_VAL:
+        dataset.check_parts()
+    return dataset.by_number() if config.DATA.CLASS_ORDER == "number" else dataset
 
 
 def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> DataLoader:
@@ -107,6 +110,26 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
         mode=aug.MIXUP_MODE,
         label_smoothing=config.MODEL.LABEL_SMOOTHING,
         num_classes=num_classes,
+    )
+
+
+def _request(config: CfgNode, needs: Sequence[str]) -> Request:
+    data = config.DATA
+    swapped = {"train": set(PARTS["val"]), "val": set(PARTS["train"])}
+    for part, name in (("train", data.TRAIN), ("val", data.VAL)):
+        if Path(name).name.partition(".")[0] in swapped[part]:
+            raise ValueError(f"DATA.{part.upper()} {name}: the parts seem swapped; exchange DATA.TRAIN and DATA.VAL")
+    return Request(
+        path=data.DATA_PATH,
+        path_by_variable=os.environ.get("DATA_PATH", ""),
+        needs=needs,
+        train=data.TRAIN,
+        val=data.VAL,
+        turn=data.EXIF == "apply",
+        multi_label=data.MULTI_LABEL,
+        image_column=data.IMAGE_COLUMN,
+        label_column=data.LABEL_COLUMN,
+        download=data.DOWNLOAD,
     )
 
 

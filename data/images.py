@@ -1,13 +1,18 @@
-"""Reading one image file, whatever it holds."""
+"""Reading and decoding one image, whatever it holds."""
 
 from __future__ import annotations
 
 import errno
+import io
 import os
+import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 # What the system says of a file. Whatever else it says is of the machine: no descriptors left, a server that does not
 # answer. EIO may be one bad sector, but as well a failing disk or network, behind which every file looks bad; better to
@@ -40,34 +45,70 @@ class UnreadableImage(ValueError):
         self.path = path
 
 
-def read_image(path: str | os.PathLike[str]) -> Image.Image:
-    """Decode the first frame of an image file to 8-bit RGB.
+class StoredImage:
+    """An image as a data set stores it.
 
-    Transparency is dropped and the orientation stored by cameras ignored, as ImageNet is read everywhere. Grey images
-    of 16 bits are scaled to 8.
+    Args:
+        data: the bytes of an image file, or decoded pixels `[height, width]` or `[height, width, 3]`, uint8.
+        name: what to call it in messages: its path, or its place in an archive.
+        turn: whether to turn it upright as the camera noted in EXIF.
+    """
+
+    def __init__(self, data: bytes | np.ndarray, name: str, *, turn: bool = False) -> None:
+        self.data = data
+        self.name = name
+        self.turn = turn
+
+    def decode(self) -> Image.Image:
+        """Return the first frame as 8-bit RGB.
+
+        Transparency is dropped. Grey images of 16 bits are scaled to 8.
+
+        Raises:
+            UnreadableImage: where it is damaged, no image, without pixels, or larger than Pillow's limit against
+                decompression bombs.
+            MemoryError: where there is no memory left.
+        """
+        if isinstance(self.data, np.ndarray):
+            return Image.fromarray(self.data).convert("RGB")
+        with _blame(self.name), warnings.catch_warnings():
+            # Damaged metadata and transparent palettes are common, do no harm, and would warn in every worker.
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(self.data)) as image:
+                return _to_rgb(ImageOps.exif_transpose(image) if self.turn else image)
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Return the bytes of an image file.
 
     Raises:
-        UnreadableImage: for a file that is missing, damaged, no image, without pixels, or larger than Pillow's limit
-            against decompression bombs.
+        UnreadableImage: for a file that is missing or forbidden.
         OSError: where the machine is at fault and not the file, which is named all the same.
         MemoryError: where there is no memory left.
     """
-    path = os.fspath(path)
+    with _blame(os.fspath(path)):
+        return Path(path).read_bytes()
+
+
+def read_image(path: str | os.PathLike[str], *, turn: bool = False) -> Image.Image:
+    """Decode an image file to 8-bit RGB; see `read_file` and `StoredImage`."""
+    return StoredImage(read_file(path), os.fspath(path), turn=turn).decode()
+
+
+@contextmanager
+def _blame(name: str) -> Iterator[None]:
+    """Raise what reading or decoding raises with the name of the image, as `UnreadableImage` where it is at fault."""
     try:
-        with warnings.catch_warnings():
-            # Damaged metadata and transparent palettes are common, do no harm, and would warn in every worker.
-            warnings.simplefilter("ignore")
-            with Image.open(path) as image:
-                return _to_rgb(image)
+        yield
     except MemoryError:
-        raise MemoryError(f"no memory left to read image {path!r}") from None
+        raise MemoryError(f"no memory left to read image {name!r}") from None
     except Exception as error:  # decoders meet damaged bytes with every class of exception there is
         if isinstance(error, OSError) and error.errno and error.errno not in _ERRORS_OF_FILES:
-            raise OSError(error.errno, error.strerror, path) from None
-        reason = " ".join(str(error).split()).replace(f" {path!r}", "") or type(error).__name__
+            raise OSError(error.errno, error.strerror, name) from None
+        reason = re.sub(r" <_io\.BytesIO.*?>", "", " ".join(str(error).split())) or type(error).__name__
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
-        raise UnreadableImage(f"cannot read image {path!r}: {reason}", path) from None
+        raise UnreadableImage(f"cannot read image {name!r}: {reason}", name) from None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from data.images import StoredImage
+
+# What the parts of data sets are usually called, the first that is there counts.
+PARTS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 
 class ImageSource(ABC):
     """Labelled images, as they are stored.
 
     Attributes:
-        labels: class of every image, `[n]`, int64.
+        labels: class of every image, `[n]`, whole numbers; `[n, classes]` of 0 and 1 where an image may have several.
     """
 
     labels: np.ndarray
@@ -23,16 +30,31 @@ class ImageSource(ABC):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def label(self, index: int) -> int:
-        """Return the class of an image."""
-        return int(self.labels[index])
+    def label(self, index: int) -> int | np.ndarray:
+        """Return the class of an image, or `[classes]` of 0 and 1."""
+        label = self.labels[index]
+        return label if self.labels.ndim == 2 else int(label)
 
-    @abstractmethod
     def read(self, index: int) -> Image.Image:
         """Return an image as RGB.
 
         Raises:
-            UnreadableImage: where it cannot be decoded.
+            UnreadableImage: where it cannot be read or decoded.
+        """
+        return self.get(index).decode()
+
+    def relabelled(self, lookup: np.ndarray) -> ImageSource:
+        """Return the same images with `lookup[label]` as the label of each."""
+        other = copy(self)
+        other.labels = self.labels[:, np.argsort(lookup)] if self.labels.ndim == 2 else lookup[self.labels]
+        return other
+
+    @abstractmethod
+    def get(self, index: int) -> StoredImage:
+        """Return an image as it is stored.
+
+        Raises:
+            UnreadableImage: where it cannot be read.
         """
 
 
@@ -44,11 +66,25 @@ class Request:
         path: where the data set lies; empty where none was given.
         path_by_variable: the same by the environment, for formats that need a path and were given none.
         needs: the parts to open, of "train" and "val".
+        train: what the training part is called, below the path or in full; empty for the usual names.
+        val: what the held-out part is called.
+        turn: whether to turn photographs upright as EXIF says.
+        multi_label: whether an image may have several labels, or none.
+        image_column: of tables that name their columns; empty for the usual names.
+        label_column: likewise.
+        download: whether a format may fetch its data set from where it is published.
     """
 
     path: str = ""
     path_by_variable: str = ""
     needs: Sequence[str] = ("train", "val")
+    train: str = ""
+    val: str = ""
+    turn: bool = False
+    multi_label: bool = False
+    image_column: str = ""
+    label_column: str = ""
+    download: bool = False
 
     def root(self, layout: str) -> Path:
         """Return the folder of the data set.
@@ -67,6 +103,34 @@ class Request:
         except RuntimeError:
             raise ValueError(f"data path {path}: there is no such user; write the folder in full") from None
 
+    def find(self, part: str, root: Path, there: Sequence[str], *, kind: str, layout: str, ending: str = "") -> Path:
+        """Return where a part of the data set lies.
+
+        Args:
+            part: "train" or "val".
+            root: the folder of the data set.
+            there: names of what it holds.
+            kind: what a part is: "folder" or "file".
+            layout: what the format expects to find, for the message.
+            ending: of the usual names.
+
+        Raises:
+            ValueError: where there is none.
+        """
+        found = self.find_if_any(part, root, there, ending)
+        if found is None:
+            held = f"it holds {shorten(there)}" if there else f"it holds no {kind}s"
+            raise ValueError(f"no {kind} {part + ending!r} in data path {root}: {held}; {layout}")
+        return found
+
+    def find_if_any(self, part: str, root: Path, there: Sequence[str], ending: str = "") -> Path | None:
+        """Return where a part of the data set lies, or would lie by its option; None where it has no usual name."""
+        given = getattr(self, part)
+        if given:
+            return root / Path(given).expanduser()
+        name = next((name + ending for name in PARTS[part] if name + ending in there), None)
+        return root / name if name else None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
@@ -84,17 +148,135 @@ class Dataset:
     held_out: ImageSource | None = None
     remarks: Sequence[str] = ()
 
+    def counts(self, source: ImageSource) -> list[int]:
+        """Return how many images of a part each class has."""
+        if source.labels.ndim == 2:
+            return source.labels.sum(0, dtype=np.int64).tolist()
+        return np.bincount(source.labels, minlength=len(self.classes)).tolist()
+
     def doubts(self) -> list[str]:
         """Return what about the data set may not be as intended, one line each."""
         found = list(self.remarks)
+        if len(self.classes) == 1:
+            found.append(f"the data set has one class, {self.classes[0]}: there is nothing to tell apart")
+        folded: dict[str, str] = {}
+        for name in self.classes:
+            if (other := folded.setdefault(name.casefold(), name)) != name:
+                found.append(f"classes {other} and {name} differ in upper and lower case alone")
+        if self.is_numbered() and list(self.classes) != sorted(self.classes, key=int):
+            found.append(
+                f"the classes are numbers, but labels follow their order as text ({', '.join(self.classes[:3])}, ...), "
+                f"as in torchvision; DATA.CLASS_ORDER number sorts them as numbers"
+            )
         if self.held_out is not None:
-            present = set(np.unique(self.held_out.labels).tolist())
-            absent = [name for label, name in enumerate(self.classes) if label not in present]
+            absent = [name for name, count in zip(self.classes, self.counts(self.held_out), strict=True) if not count]
             if absent:
                 found.append(
                     f"{len(absent)} of {len(self.classes)} classes have no held-out images: {shorten(absent, 3)}"
                 )
         return found
+
+    def is_numbered(self) -> bool:
+        """Return whether every class is a whole number."""
+        return all(name.isdecimal() for name in self.classes)
+
+    def by_number(self) -> Dataset:
+        """Return the data set with its numbered classes in the order of the numbers.
+
+        Raises:
+            ValueError: where they are not all numbers.
+        """
+        if not self.is_numbered():
+            raise ValueError(
+                f"the classes are not all numbers, such as {next(n for n in self.classes if not n.isdecimal())}; "
+                f"leave DATA.CLASS_ORDER at name"
+            )
+        order = sorted(range(len(self.classes)), key=lambda label: int(self.classes[label]))
+        place = np.empty(len(order), dtype=np.int32)
+        place[order] = np.arange(len(order))
+        parts = {
+            name: source and source.relabelled(place)
+            for name, source in (("train", self.train), ("held_out", self.held_out))
+        }
+        return replace(self, classes=[self.classes[label] for label in order], **parts)
+
+    def check_parts(self) -> None:
+        """Check that the parts are not swapped.
+
+        Raises:
+            ValueError: where more images are held out than there are to train on.
+        """
+        if self.train is not None and self.held_out is not None and len(self.held_out) > len(self.train):
+            raise ValueError(
+                f"{len(self.held_out)} images are held out and {len(self.train)} are there to train on: the parts seem "
+                f"swapped; exchange them, or set DATA.ALLOW_LARGER_VAL True if this is meant"
+            )
+
+
+def join_classes(
+    names: Mapping[str, Sequence[str]], where: Mapping[str, object], layout: str
+) -> tuple[list[str], dict[str, np.ndarray]]:
+    """Return the classes of a data set whose parts name theirs, and for each part the label of each of its names.
+
+    Names count as equal whose Unicode characters are composed differently, as file systems and archives change that.
+
+    Args:
+        names: the classes of "train" and "val"; those of "train" are the data set's where they are known.
+        where: where the parts lie, for messages.
+        layout: what the format expects to find, for messages.
+
+    Raises:
+        ValueError: for classes of "val" that "train" does not have, and two names of a part that count as equal.
+    """
+    composed = {part: [unicodedata.normalize("NFC", name) for name in known] for part, known in names.items()}
+    for part, known in composed.items():
+        if len(set(known)) < len(known):
+            twice = sorted({name for name in known if known.count(name) > 1})
+            raise ValueError(
+                f"{where[part]} has two classes each for {shorten(twice)}, whose names differ in the composition of "
+                f"Unicode characters alone; merge them"
+            )
+    classes = composed["train"] if "train" in composed else composed["val"]
+    labels = {name: label for label, name in enumerate(classes)}
+    unknown = [name for name in composed.get("val", ()) if name not in labels]
+    if unknown:
+        folded = {name.casefold(): name for name in classes}
+        near = [f"{name} (train has {folded[name.casefold()]})" for name in unknown if name.casefold() in folded]
+        raise ValueError(
+            f"{where['val']} has classes that {where['train']} has not: {shorten(near or unknown)}; {layout}"
+        )
+    return classes, {
+        part: np.array([labels[name] for name in known], dtype=np.int32) for part, known in composed.items()
+    }
+
+
+def relabel(labels: np.ndarray, lookup: np.ndarray) -> np.ndarray:
+    """Return `lookup[labels]`; the labels themselves, which may be mapped from a file, where that changes nothing."""
+    return labels if np.array_equal(lookup, np.arange(len(lookup))) else lookup[labels]
+
+
+def to_matrix(labels: Sequence[Sequence[int]], width: int) -> np.ndarray:
+    """Return `[n, width]` of 0 and 1 for images of several labels."""
+    matrix = np.zeros((len(labels), width), dtype=np.uint8)
+    for row, places in zip(matrix, labels, strict=True):
+        row[list(places)] = 1
+    return matrix
+
+
+def read_class_list(folder: Path) -> list[str]:
+    """Return the classes that `classes.txt` in a folder names, one a line; empty where there is none.
+
+    Raises:
+        ValueError: where it names a class twice.
+    """
+    path = folder / "classes.txt"
+    if not path.is_file():
+        return []
+    classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    twice = sorted({name for name in classes if classes.count(name) > 1}) if len(set(classes)) < len(classes) else []
+    if twice:
+        raise ValueError(f"{path} names {shorten(twice)} twice; give each class once, in the order of the labels")
+    return classes
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:

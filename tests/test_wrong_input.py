@@ -17,6 +17,9 @@ import torch
 from yacs.config import CfgNode
 
 import main
+from data.formats.tar import open_tar
+from data.sources import Request
+from tests.data.formats.writers import write_tar
 from tests.data.samples import write_folder
 from tests.runs import ROOT, run_command, write_config
 
@@ -76,6 +79,30 @@ def folder(name: str, layout: dict[str, int], says: str, prepare: Callable[[Path
             prepare(Path("wrong"))
 
     return Wrong(name=f"data: {name}", says=says, flags=("--data-path", "wrong"), prepare=write)
+
+
+def table(name: str, content: str, says: str) -> Wrong:
+    """Return a row of a wrong table of training images beside a good one of held-out images."""
+
+    def write() -> None:
+        Path("wrong").mkdir()
+        Path("wrong/photos").symlink_to(Path("photos").absolute())
+        Path("wrong/train.csv").write_text(content)
+        Path("wrong/val.csv").write_text("photos/val/cat/0.jpg,cat\n")
+
+    config = {"DATA": {"DATASET": "csv", "DATA_PATH": "wrong"}}
+    return Wrong(name=f"data: table, {name}", says=says, config=config, prepare=write)
+
+
+def archive(name: str, damage: Callable[[Path], Any], says: str) -> Wrong:
+    """Return a row of archives that are good but for a `damage`."""
+
+    def write() -> None:
+        write_tar(Path("photos"), Path("wrong"))
+        damage(Path("wrong"))
+
+    config = {"DATA": {"DATASET": "tar", "DATA_PATH": "wrong"}}
+    return Wrong(name=f"data: archive, {name}", says=says, config=config, prepare=write)
 
 
 def weights(name: str, write: Callable[[], Any], says: str, *flags: str) -> Wrong:
@@ -284,6 +311,43 @@ ROWS = [
         flags=("--data-path", "wrong", "--eval", "--resume", "trained.pth"),
         prepare=lambda: (write_folder(Path("wrong"), PHOTOS) / "val/dog/1.jpg").write_text("no image"),
         says="cannot read image 'wrong/val/dog/1.jpg': cannot identify image file",
+    ),
+    table(
+        "missing file",
+        "photos/train/cat/0.jpg,cat\ngone.jpg,cat\n",
+        r"wrong/train.csv, line 2: there is no file wrong/",
+    ),
+    table("label out of range", "photos/train/cat/0.jpg,-1\n", "wrong/train.csv, line 1: label -1 is out of range; "),
+    table("other classes", "photos/train/cat/0.jpg,emu\n", "wrong/val.csv has classes that .*train.csv has not: cat"),
+    archive(
+        "cut off",
+        lambda root: (root / "train.tar").write_bytes((root / "train.tar").read_bytes()[:4000]),
+        r"archive wrong/train\.tar is cut off or damaged .*; copy it again",
+    ),
+    archive(
+        "stale index",
+        lambda root: (open_tar(Request(path="wrong")), (root / "train.tar").open("ab").write(bytes(512))),
+        r"index wrong/train\.index is not of these archives: train\.tar had \d+ bytes and has \d+; ",
+    ),
+    archive(
+        "shard missing",
+        lambda root: ((root / "train.tar").rename(root / "train-3.tar"), (root / "train-1.tar").touch()),
+        "shards 2 are missing between wrong/train-1.tar and train-3.tar; copy them again",
+    ),
+    Wrong(
+        name="data: parts swapped by name",
+        flags=("--opts", "DATA.TRAIN", "val", "DATA.VAL", "train"),
+        says="DATA.TRAIN val: the parts seem swapped; exchange DATA.TRAIN and DATA.VAL",
+    ),
+    folder(
+        "parts swapped by size",
+        {"train/cat": 4, "val/cat": 9},
+        "9 images are held out and 4 are there to train on: the parts seem swapped; exchange them, or set DATA.ALLOW",
+    ),
+    Wrong(
+        name="data: unknown format",
+        config={"DATA": {"DATASET": "folder"}},
+        says="DATA.DATASET must be one of imagenet, csv, tar, .*, not 'folder'",
     ),
     # Checkpoints.
     weights(

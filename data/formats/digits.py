@@ -7,8 +7,8 @@ Digits, UCI Machine Learning Repository, 1998).
 from __future__ import annotations
 
 import numpy as np
-from PIL import Image
 
+from data.images import StoredImage
 from data.sources import Dataset, ImageSource, Request
 
 CLASSES = [str(digit) for digit in range(10)]
@@ -46,6 +46,6 @@ class Digits(ImageSource):
         self._images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
         self.labels = digits.target[chosen]
 
-    def read(self, index: int) -> Image.Image:
-        """Return an image of 8 x 8 pixels as RGB."""
-        return Image.fromarray(self._images[index]).convert("RGB")
+    def get(self, index: int) -> StoredImage:
+        """Return an image of 8 x 8 pixels."""
+        return StoredImage(self._images[index], f"digit {index}")

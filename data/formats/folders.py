@@ -1,20 +1,35 @@
-"""Images sorted into folders: root/train/<class>/* and root/val/<class>/*."""
+"""Images sorted into folders, root/train/<class>/* and root/val/<class>/*, of any number of classes.
+
+The held-out images may also lie in one folder beside a list of their classes, as those of ImageNet are published.
+"""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
+import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
 
-from data.images import read_image
-from data.sources import Dataset, ImageSource, Request, shorten
+from data.formats.ground_truth import read_ground_truth
+from data.images import StoredImage, read_file
+from data.listing import Listing, cache_folder, one_at_a_time
+from data.sources import Dataset, ImageSource, Request, join_classes, relabel, shorten
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 LAYOUT = "the layout is DATA_PATH/train/<class>/*.jpg and DATA_PATH/val/<class>/*.jpg"
+
+# Folders that systems leave among others.
+_NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+# Formats that Pillow recognises without being able to decode them by itself.
+_STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+# From so many images on, their list is kept in a file.
+SHARED_FROM = 20_000
 
 
 def open_folders(request: Request) -> Dataset:
@@ -28,73 +43,161 @@ def open_folders(request: Request) -> Dataset:
             `train` does not have.
     """
     root = request.root(LAYOUT)
-    found = sorted(entry.name for entry in _entries(root) if entry.is_dir())
-    listed = {}
-    for split in request.needs:
-        if split not in found:
-            there = f"it holds {shorten(found)}" if found else "it holds no folders"
-            raise ValueError(f"no folder {split!r} in data path {root}: {there}; {LAYOUT}")
-        listed[split] = _list_classes(root / split)
-    names = list(listed.get("train") or (class_folders(root / "train") if "train" in found else ()))
-    classes = names or list(listed["val"])
-    unknown = [name for name in listed.get("val", ()) if name not in set(classes)]
-    if unknown:
-        raise ValueError(f"{root / 'val'} has classes that {root / 'train'} has not: {shorten(unknown)}; {LAYOUT}")
-    sources = {split: ImageFolder(listing, classes) for split, listing in listed.items()}
-    return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
+    there = sorted(entry.name for entry in _entries(root) if entry.is_dir())
+    folders = {part: request.find(part, root, there, kind="folder", layout=LAYOUT) for part in request.needs}
+    listings = {part: list_images(folder) for part, folder in folders.items()}
+    names = {part: listing.about["classes"] for part, listing in listings.items()}
+    if "train" not in folders and (train := request.find_if_any("train", root, there)):
+        folders["train"], names["train"] = train, class_folders(train)
+    if "val" in names and "train" in names and listings["val"].about.get("numbered"):
+        names["val"] = _by_number(names["val"], names["train"], folders["val"])
+    classes, lookups = join_classes(
+        {part: names[part] for part in ("train", "val") if names.get(part)}, folders, LAYOUT
+    )
+    sources = {
+        part: FileSource(folders[part], listing, relabel(listing.numbers["label"], lookups[part]), turn=request.turn)
+        for part, listing in listings.items()
+    }
+    skipped = [_skipped(folders[part], listing.about["skipped"]) for part, listing in listings.items()]
+    return Dataset(
+        classes=classes, train=sources.get("train"), held_out=sources.get("val"), remarks=list(filter(None, skipped))
+    )
 
 
-class ImageFolder(ImageSource):
-    """The images of class folders; a label is the place of the folder's name in `classes`.
-
-    Paths are kept in one block of memory and not as Python strings: workers share it with the process they were forked
-    from, whereas every string they looked at would be copied.
+class FileSource(ImageSource):
+    """Image files that a listing names.
 
     Args:
-        listing: the paths of the images of every class.
-        classes: names by label.
+        folder: what the names are relative to.
+        listing: names of files.
+        labels: their classes.
+        turn: whether to turn photographs upright as EXIF says.
     """
 
-    def __init__(self, listing: dict[str, list[str]], classes: Sequence[str]) -> None:
-        labels = {name: label for label, name in enumerate(classes)}
-        self._paths = np.array([os.fsencode(path) for paths in listing.values() for path in paths], dtype=np.bytes_)
-        counts = [len(paths) for paths in listing.values()]
-        self.labels = np.repeat(np.array([labels[name] for name in listing], dtype=np.int64), counts)
+    def __init__(self, folder: Path, listing: Listing, labels: np.ndarray, *, turn: bool = False) -> None:
+        self._folder = os.fsencode(folder)
+        self._listing = listing
+        self._turn = turn
+        self.labels = labels
 
-    def read(self, index: int) -> Image.Image:
-        """Return an image as RGB; raises `UnreadableImage`."""
-        return read_image(os.fsdecode(self._paths[index]))
+    def get(self, index: int) -> StoredImage:
+        """Return the bytes of a file; raises `UnreadableImage`."""
+        path = os.fsdecode(os.path.join(self._folder, self._listing.name(index)))  # noqa: PTH118 - bytes, and faster
+        return StoredImage(read_file(path), path, turn=self._turn)
+
+
+@functools.cache
+def endings() -> frozenset[str]:
+    """Return the endings of files that Pillow can open, in lower case."""
+    Image.init()
+    return frozenset(
+        ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN and name not in _STUBS
+    )
+
+
+def list_images(folder: Path) -> Listing:
+    """Return the images of the class folders in `folder` with their labels; its `about` names the classes.
+
+    Names are looked at, files are not opened. A long list is kept in a file of the user's cache, which holds as long as
+    no folder changes, so that the processes of a machine share one list and make it once.
+
+    Raises:
+        ValueError: for a folder without classes, a class without images, and what cannot be read.
+    """
+    with one_at_a_time(folder):
+        path = cache_folder() / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.index"
+        if path.exists() and _is_current(listing := Listing.load(path), folder):
+            return listing
+        listing = _scan(folder)
+        if len(listing) < SHARED_FROM:
+            return listing
+        listing.save(path)
+        return Listing.load(path)
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the sorted names of the folders in `folder`, but for hidden ones."""
-    entries = [entry for entry in _entries(folder) if not entry.name.startswith(".")]
+    """Return the sorted names of the folders in `folder`, but for hidden ones and those that systems leave."""
+    entries = [entry for entry in _entries(folder) if not entry.name.startswith(".") and entry.name not in _NO_CLASSES]
     dangling = [entry.path for entry in entries if entry.is_symlink() and not Path(entry.path).exists()]
     if dangling:
         raise ValueError(f"{shorten(dangling)} is a link to nothing; repair or remove it")
     return sorted(entry.name for entry in entries if entry.is_dir())
 
 
-def _list_classes(folder: Path) -> dict[str, list[str]]:
-    """Return the paths of the images of every class folder in `folder`."""
-    listing = {name: list(_images(folder / name)) for name in class_folders(folder)}
-    if not listing:
-        raise ValueError(f"no class folders in {folder}; {LAYOUT}")
-    empty = [str(folder / name) for name, paths in listing.items() if not paths]
+def _scan(folder: Path) -> Listing:
+    """List the images of every class folder, or of a folder beside which their classes are listed."""
+    about: dict[str, Any] = {"scanned": time.time_ns(), "folders": [[".", folder.stat().st_mtime_ns]]}
+    if not (classes := class_folders(folder)):
+        if not (truth := read_ground_truth(folder)):
+            raise ValueError(f"no class folders in {folder}; {LAYOUT}")
+        about["classes"] = sorted(set(truth.values()))
+        about["numbered"] = all(name.isdecimal() for name in about["classes"])
+        labels = {name: label for label, name in enumerate(about["classes"])}
+        rows = ((os.fsencode(name), labels[truth[name]]) for name in sorted(truth))
+        return Listing.of(rows, {"label": np.int32}, about | {"skipped": {}})
+    skipped: Counter[str] = Counter()
+    empty: list[str] = []
+    listing = Listing.of(_rows(folder, classes, about["folders"], skipped, empty), {"label": np.int32}, about)
     if empty:
+        held = f"they hold {_count(skipped)}; " if skipped else ""
         raise ValueError(
-            f"no images in {shorten(empty)}; add some or remove the folder (images end in {' '.join(EXTENSIONS)})"
+            f"no images in {shorten(empty)}; add some or remove the folder ({held}images end in .jpg, .png or another "
+            f"of the {len(endings())} endings that Pillow reads)"
         )
+    about |= {"classes": classes, "skipped": dict(skipped)}
     return listing
 
 
-def _images(folder: Path) -> Iterator[str]:
-    """Yield the paths of the images in `folder` and the folders below it, sorted folder by folder."""
-    for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse):
-        folders.sort()
-        for name in sorted(files):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
-                yield f"{parent}/{name}"
+def _rows(
+    folder: Path, classes: Sequence[str], folders: list[list[Any]], skipped: Counter[str], empty: list[str]
+) -> Iterator[tuple[bytes, int]]:
+    """Yield the names of images below `folder`, with labels; note folders, skipped endings and classes without any."""
+    readable, prefix = endings(), len(os.fspath(folder)) + 1
+    for label, name in enumerate(classes):
+        count = 0
+        for parent, below, files in os.walk(folder / name, followlinks=True, onerror=_refuse):
+            below[:] = sorted(name for name in below if name not in _NO_CLASSES)
+            folders.append([parent[prefix:], Path(parent).stat().st_mtime_ns])
+            for file in sorted(files):
+                ending = Path(file).suffix.lower()
+                if file.startswith("."):
+                    continue
+                if ending in readable:
+                    count += 1
+                    yield os.fsencode(f"{parent[prefix:]}/{file}"), label
+                else:
+                    skipped[ending or "no ending"] += 1
+        if not count:
+            empty.append(f"{folder / name}")
+
+
+def _by_number(numbers: Sequence[str], classes: Sequence[str], folder: Path) -> list[str]:
+    """Return the classes that a ground truth means by their places among the sorted classes."""
+    beyond = [number for number in numbers if int(number) >= len(classes)]
+    if beyond:
+        raise ValueError(f"the list of classes for {folder} has class {shorten(beyond)}, of {len(classes)} from 0 on")
+    return [classes[int(number)] for number in numbers]
+
+
+def _is_current(listing: Listing, folder: Path) -> bool:
+    """Return whether no folder of the listing has changed since, as far as clocks of file systems tell."""
+    before = listing.about["scanned"] - 2 * 10**9  # a change in the same tick would not be seen
+    try:
+        return all((folder / name).stat().st_mtime_ns == changed < before for name, changed in listing.about["folders"])
+    except OSError:
+        return False
+
+
+def _skipped(folder: Path, skipped: dict[str, int]) -> str:
+    if not skipped:
+        return ""
+    return f"{sum(skipped.values())} files in {folder} are skipped, as Pillow reads no such endings: {_count(skipped)}"
+
+
+def _count(skipped: dict[str, int]) -> str:
+    return shorten(
+        [f"{count} {ending}" for ending, count in sorted(skipped.items(), key=lambda item: (-item[1], item[0]))]
+    )
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -6,12 +6,12 @@ import errno
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from yacs.config import CfgNode
 
 from config import set_option
@@ -178,11 +178,11 @@ def test_unreadable_images_are_named_in_one_line(root: Path, policy: str, split:
 
 
 def test_trouble_of_the_machine_is_no_unreadable_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: str) -> None:
-        raise OSError(errno.EMFILE, "Too many open files", path)
+    def fail(path: Path) -> None:
+        raise OSError(errno.EMFILE, "Too many open files", str(path))
 
     loader = build_train_loader(small_config(root, BAD_IMAGES="skip", NUM_WORKERS=1), rank=0, world_size=1)
-    monkeypatch.setattr(Image, "open", fail)
+    monkeypatch.setattr(Path, "read_bytes", fail)
     line = ""
     try:  # as above
         list(loader)
@@ -263,6 +263,36 @@ def test_classes_without_held_out_images(root: Path) -> None:
     assert open_dataset(small_config(root)).doubts() == ["1 of 3 classes have no held-out images: dog"]
     assert open_dataset(small_config(root), ("train",)).doubts() == []
     assert open_dataset(small_config()).doubts() == []
+
+
+@pytest.mark.parametrize(("train", "val"), [("val", "train"), ("test.csv", ""), ("", "training")])
+def test_parts_that_are_swapped_by_name(root: Path, train: str, val: str) -> None:
+    with pytest.raises(ValueError, match=r"^DATA\.(TRAIN|VAL) \S+: the parts seem swapped; exchange DATA\.TRAIN and"):
+        open_dataset(small_config(root, TRAIN=train, VAL=val))
+
+
+def test_parts_that_are_swapped_by_size(root: Path) -> None:
+    (root / "train").rename(root / "other")
+    (root / "val").rename(root / "train")
+    (root / "other").rename(root / "val")
+    for name in ("cat", "dog", "emu"):
+        (root / "train" / name).mkdir(exist_ok=True)
+        shutil.copy(root / "val" / name / "0.jpg", root / "train" / name / "0.jpg")
+    with pytest.raises(ValueError, match=r"^23 images are held out and \d are there to train on: .*LARGER_VAL True"):
+        open_dataset(small_config(root))
+    assert len(open_dataset(small_config(root, ALLOW_LARGER_VAL=True)).held_out) == 23
+    assert len(open_dataset(small_config(root), ("val",)).held_out) == 23
+
+
+def test_numbered_classes(tmp_path: Path) -> None:
+    write_folder(tmp_path, {f"{split}/{name}": 1 for split in ("train", "val") for name in ("2", "10")})
+    assert open_dataset(small_config(tmp_path)).classes == ["10", "2"]
+    assert open_dataset(small_config(tmp_path, CLASS_ORDER="number")).classes == ["2", "10"]
+
+
+def test_classes_that_are_not_all_numbers(root: Path) -> None:
+    with pytest.raises(ValueError, match="the classes are not all numbers, such as cat; leave DATA"):
+        open_dataset(small_config(root, CLASS_ORDER="number"))
 
 
 def test_unknown_format() -> None:

@@ -12,28 +12,23 @@ import torch
 from PIL import Image
 
 from data.datasets import MAX_SUBSTITUTES, Batch, TransformedImages, collate
-from data.images import UnreadableImage
+from data.images import StoredImage, UnreadableImage
 from data.samplers import Draw
+from data.sources import ImageSource
 from tests.data.samples import photograph
 
 
-class Source:
+class Source(ImageSource):
     """Images that all look alike; the label of each is its index, and those in `bad` cannot be read."""
 
     def __init__(self, length: int = 20, bad: frozenset[int] = frozenset()) -> None:
-        self.length = length
+        self.labels = np.arange(length)
         self.bad = bad
 
-    def __len__(self) -> int:
-        return self.length
-
-    def label(self, index: int) -> int:
-        return index
-
-    def read(self, index: int) -> Image.Image:
+    def get(self, index: int) -> StoredImage:
         if index in self.bad:
             raise UnreadableImage(f"cannot read image '{index}.jpg': broken", f"{index}.jpg")
-        return photograph()
+        return StoredImage(np.asarray(photograph()), f"{index}.jpg")
 
 
 def three_generators(image: Image.Image) -> torch.Tensor:

@@ -166,7 +166,7 @@ def test_forbidden_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(Image, "open", refuse)  # the superuser, as whom containers run tests, may read anything
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # the superuser, as whom containers run tests, may read anything
     with pytest.raises(UnreadableImage, match=r"^cannot read image 'a\.jpg': Permission denied$"):
         read_image("a.jpg")
 
@@ -178,7 +178,7 @@ def test_trouble_of_the_machine_is_not_the_file_s(monkeypatch: pytest.MonkeyPatc
     def fail(path: str) -> None:
         raise OSError(number, os.strerror(number))  # as reading says it; opening would name the file
 
-    monkeypatch.setattr(Image, "open", fail)
+    monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(OSError, match=rf"^\[Errno {number}\] {os.strerror(number)}: 'a\.jpg'$") as caught:
         read_image("a.jpg")
     assert caught.value.errno == number
@@ -200,7 +200,7 @@ def test_no_memory_left(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: str) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Image, "open", fail)
+    monkeypatch.setattr(Path, "read_bytes", fail)
     with pytest.raises(MemoryError, match=r"^no memory left to read image 'a\.jpg'$"):
         read_image("a.jpg")
 

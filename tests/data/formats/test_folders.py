@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
+import time
+import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from scipy.io import savemat
 
 from data.formats.folders import open_folders
 from data.images import UnreadableImage
@@ -63,8 +69,8 @@ def test_no_train(tmp_path: Path) -> None:
 
 
 def test_no_val(tmp_path: Path) -> None:
-    write_folder(tmp_path, {"train/cat": 1, "test/cat": 1})
-    expected = f"no folder 'val' in data path ROOT: it holds test, train; {LAYOUT}"
+    write_folder(tmp_path, {"train/cat": 1, "more/cat": 1})
+    expected = f"no folder 'val' in data path ROOT: it holds more, train; {LAYOUT}"
     assert refusal(tmp_path) == refusal(tmp_path, "val") == expected
 
 
@@ -82,7 +88,7 @@ def test_class_without_images(tmp_path: Path, split: str) -> None:
     (tmp_path / split / "cat" / "readme.txt").write_text("no image")
     (tmp_path / split / "cat" / "._0.jpg").write_text("left behind by macOS")
     assert refusal(tmp_path).startswith(
-        f"no images in ROOT/{split}/cat; add some or remove the folder (images end in .jpg"
+        f"no images in ROOT/{split}/cat; add some or remove the folder (they hold 1 .txt; images end in .jpg"
     )
 
 
@@ -167,3 +173,190 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
         os.fsdecode(bytes(tmp_path / "train" / "cat") + b"/\xff \xc3\xa4.jpg")
     )
     assert opened(tmp_path, "train").train.read(0).size == (48, 36)
+
+
+def test_every_ending_that_pillow_opens_is_an_image(tmp_path: Path) -> None:
+    write_folder(tmp_path, GOOD)
+    for ending in ("jfif", "jpe", "JPG", "tga", "apng", "avif", "jp2", "dib", "pcx", "sgi"):
+        image = photograph()
+        image.save(tmp_path / "train" / "cat" / f"more.{ending}")
+    images = opened(tmp_path).train
+    assert len(images) == 2 + 3 + 10
+    assert all(images.read(index).size == (48, 36) for index in range(len(images)))
+
+
+def test_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
+    write_folder(tmp_path, GOOD)
+    for name in ("a.HEIC", "b.heic", "notes.txt", "README", ".DS_Store"):
+        (tmp_path / "train" / "cat" / name).write_text("no image")
+    assert opened(tmp_path).doubts() == [
+        f"4 files in {tmp_path}/train are skipped, as Pillow reads no such endings: 2 .heic, 1 .txt, 1 no ending"
+    ]
+
+
+def test_class_of_nothing_but_skipped_files(tmp_path: Path) -> None:
+    write_folder(tmp_path, {**GOOD, "train/emu": 0})
+    (tmp_path / "train" / "emu" / "a.heic").write_text("no image")
+    assert "no images in ROOT/train/emu; add some or remove the folder (they hold 1 .heic; " in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", ".ipynb_checkpoints"])
+def test_folders_that_systems_leave(tmp_path: Path, name: str) -> None:
+    write_folder(tmp_path, GOOD)
+    for folder in (tmp_path / name, tmp_path / "train" / name, tmp_path / "train" / "cat" / name):
+        folder.mkdir()
+        (folder / "._0.jpg").write_text("no image")
+        (folder / "0.txt").write_text("no image")
+    dataset = opened(tmp_path)
+    assert dataset.classes == ["cat", "dog"]
+    assert dataset.doubts() == [] or name == ".ipynb_checkpoints"
+    assert len(dataset.train) == 5
+
+
+def test_names_in_two_forms_of_unicode_are_one_class(tmp_path: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "K\u00e4se") for form in ("NFC", "NFD"))
+    write_folder(tmp_path, {f"train/{apart}": 1, "train/dog": 1, f"val/{composed}": 1})
+    dataset = opened(tmp_path)
+    assert dataset.classes == [composed, "dog"]
+    assert dataset.held_out.label(0) == 0
+    assert dataset.held_out.read(0).size == (48, 36)
+    write_folder(tmp_path / "twice", {f"train/{apart}": 1, f"train/{composed}": 1, f"val/{composed}": 1})
+    assert "train has two classes each for K\u00e4se, whose names differ in the composition" in refusal(
+        tmp_path / "twice"
+    )
+
+
+def test_names_that_differ_in_case(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/dog": 1, "train/Dog": 1, "val/dog": 1, "val/Dog": 1})
+    assert opened(tmp_path).doubts() == ["classes Dog and dog differ in upper and lower case alone"]
+    shutil.rmtree(tmp_path / "train" / "Dog")
+    assert "val has classes that ROOT/train has not: Dog (train has dog); " in refusal(tmp_path)
+
+
+def test_numeric_folders(tmp_path: Path) -> None:
+    write_folder(tmp_path, {f"{split}/{name}": 1 for split in ("train", "val") for name in ("0", "2", "10", "1")})
+    dataset = opened(tmp_path)
+    assert dataset.classes == ["0", "1", "10", "2"]  # as torchvision sorts them
+    assert "the classes are numbers, but labels follow their order as text (0, 1, 10, ...)" in dataset.doubts()[0]
+    ordered = dataset.by_number()
+    assert ordered.classes == ["0", "1", "2", "10"]
+    assert ordered.doubts() == []
+    for source, other in ((dataset.train, ordered.train), (dataset.held_out, ordered.held_out)):
+        for index in range(4):
+            assert dataset.classes[source.label(index)] == ordered.classes[other.label(index)]
+    write_folder(tmp_path / "padded", {f"{split}/{name}": 1 for split in ("train", "val") for name in ("00", "01")})
+    assert opened(tmp_path / "padded").doubts() == []
+
+
+def test_usual_names_of_the_held_out_part(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/cat": 2, "test/cat": 1})
+    assert len(opened(tmp_path).held_out) == 1
+    write_folder(tmp_path, {"validation/cat": 2})
+    assert len(opened(tmp_path).held_out) == 2
+    request = Request(path=str(tmp_path), train="train", val=str(tmp_path / "test"))
+    assert len(open_folders(request).held_out) == 1
+
+
+def test_all_classes_at_the_root_and_a_part_of_them_elsewhere(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"22k/n1": 2, "22k/n2": 2, "22k/n3": 1, "1k/val/n1": 1, "1k/val/n3": 1})
+    dataset = open_folders(Request(path=str(tmp_path / "22k"), train=".", val="../1k/val"))
+    assert dataset.classes == ["n1", "n2", "n3"]
+    assert [dataset.held_out.label(index) for index in range(2)] == [0, 2]
+
+
+def test_one_class(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/cat": 2, "val/cat": 1})
+    assert opened(tmp_path).doubts() == ["the data set has one class, cat: there is nothing to tell apart"]
+
+
+def test_long_lists_are_kept_until_a_folder_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("data.formats.folders.SHARED_FROM", 3)
+    root = write_folder(tmp_path / "photos", {**GOOD, "train/cat/more": 1})
+    for folder, *_ in os.walk(root):
+        os.utime(folder, ns=(0, time.time_ns() - 10**10))
+    first = opened(root)
+    assert len(list((tmp_path / "cache" / "dat").iterdir())) == 1  # val is short
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "walk", lambda *_, **__: iter(()) if "train" in str(_[0]) else pytest.fail("listed again"))
+        patch.setattr("data.formats.folders._scan", lambda folder: pytest.fail(f"listed {folder} again"))
+        again = opened(root, "train")
+    assert [again.train.get(i).name for i in range(6)] == [first.train.get(i).name for i in range(6)]
+    assert again.classes == first.classes
+    photograph().save(root / "train" / "cat" / "more" / "another.jpg")
+    assert len(opened(root).train) == 7
+
+
+def truth(tmp_path: Path, where: str, name: str, content: str) -> Path:
+    """Write photos whose held-out ones lie in one folder, and the list of their classes."""
+    write_folder(tmp_path, {"train/n01": 2, "train/n02": 1, "train/n03": 1, "val": 0})
+    for number in (1, 2, 3):
+        photograph(number).save(tmp_path / "val" / f"ILSVRC2012_val_{number:08}.JPEG", "JPEG")
+    (tmp_path / where).mkdir(exist_ok=True, parents=True)
+    (tmp_path / where / name).write_text(content)
+    return tmp_path
+
+
+KAGGLE = (
+    "ImageId,PredictionString\nILSVRC2012_val_00000002,n01 1 2 3 4\nILSVRC2012_val_00000001,n03 1 2 3 4 n03 5 6 7 8\n"
+    "ILSVRC2012_val_00000003,n03 9 9 9 9\n"
+)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "content"),
+    [
+        ("", "LOC_val_solution.csv", KAGGLE),
+        (
+            "val",
+            "val.txt",
+            "".join(f"ILSVRC2012_val_0000000{i}.JPEG {label}\n" for i, label in ((1, 2), (2, 0), (3, 2))),
+        ),
+        (
+            "",
+            "val.txt",
+            "".join(f"val/ILSVRC2012_val_0000000{i}.JPEG {name}\n" for i, name in ((1, "n03"), (2, "n01"), (3, "n03"))),
+        ),
+        ("ILSVRC2012_devkit_t12/data", "ILSVRC2012_validation_ground_truth.txt", "7\n9\n7\n"),
+    ],
+)
+def test_validation_images_in_one_folder(tmp_path: Path, where: str, name: str, content: str) -> None:
+    root = truth(tmp_path, where, name, content)
+    if where.startswith("ILSVRC"):
+        synsets = np.array([(7, "n03", "x"), (9, "n01", "y")], dtype=[("ID", "i4"), ("WNID", "O"), ("words", "O")])
+        savemat(root / where / "meta.mat", {"synsets": synsets})
+    for needs in (("train", "val"), ("val",)):
+        dataset = opened(root, *needs)
+        assert dataset.classes == ["n01", "n02", "n03"]
+        assert [dataset.held_out.label(index) for index in range(3)] == [2, 0, 2]
+        assert dataset.held_out.get(1).name.endswith("_00000002.JPEG")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("LOC_val_solution.csv", KAGGLE[:61], "does not fit ROOT/val, which holds 2 files not in it, such as"),
+        ("val.txt", "a.JPEG n01\n", "ROOT/val.txt does not fit ROOT/val, which lacks 1 images of it, such as a.JPEG"),
+        ("val.txt", "a.JPEG\n", "ROOT/val.txt must have the name of a file and its class on each line, not 'a.JPEG'"),
+        (
+            "val.txt",
+            "".join(f"ILSVRC2012_val_0000000{number}.JPEG {number}\n" for number in (1, 2, 3)),
+            "the list of classes for ROOT/val has class 3, of 3 from 0 on",
+        ),
+        ("ILSVRC2012_validation_ground_truth.txt", "1 2 3", "needs meta.mat of the same development kit beside it"),
+    ],
+)
+def test_lists_of_classes_that_do_not_fit(tmp_path: Path, name: str, content: str, says: str) -> None:
+    truth(tmp_path, "", name, content)
+    assert says in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_orientation(tmp_path: Path, orientation: int) -> None:
+    write_folder(tmp_path, GOOD)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photograph().save(tmp_path / "train/cat/0.jpg", exif=exif)
+    assert opened(tmp_path).train.read(0).size == (48, 36)
+    turned = open_folders(Request(path=str(tmp_path), turn=True)).train.read(0)
+    assert turned.size == ((36, 48) if orientation > 4 else (48, 36))

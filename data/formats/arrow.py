@@ -1,0 +1,190 @@
+"""Data sets of Hugging Face saved on disk, and Parquet files, through the library `datasets`.
+
+Both end as Arrow files that every process maps: rows are read in any order, and shared by all processes of a machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from data.images import StoredImage, read_file
+from data.listing import cache_folder
+from data.sources import PARTS, Dataset, ImageSource, Request, join_classes, relabel, shorten, to_matrix
+
+SAVED_LAYOUT = "DATA_PATH is a folder that save_to_disk of a DatasetDict with train and validation wrote"
+PARQUET_LAYOUT = (
+    "the layout is DATA_PATH/train.parquet and DATA_PATH/val.parquet, or DATA_PATH/train-*.parquet, "
+    "DATA_PATH/data/train-*.parquet, with a column of images (their bytes) and one of labels"
+)
+_IMAGES = ("image", "img", "jpg", "png")
+_LABELS = ("label", "labels", "fine_label", "class", "cls", "target")
+
+
+def open_saved(request: Request) -> Dataset:
+    """Open a data set that `datasets` saved on disk.
+
+    Raises:
+        ValueError: for a folder that is none, a part or column that is missing, and classes that differ.
+    """
+    datasets = _library()
+    root = request.root(SAVED_LAYOUT)
+    try:
+        saved = datasets.load_from_disk(str(root))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"data path {root} cannot be opened: {' '.join(str(error).split())}; {SAVED_LAYOUT}") from None
+    if not isinstance(saved, datasets.DatasetDict):
+        raise ValueError(f"data path {root} is one data set without parts; {SAVED_LAYOUT}")
+    tables = {}
+    for part in ("train", "val"):
+        name = request.train if part == "train" else request.val
+        found = next((n for n in ((name,) if name else PARTS[part]) if n in saved), None)
+        if found:
+            tables[part] = saved[found]
+        elif part in request.needs:
+            wanted = name or part
+            raise ValueError(f"no part {wanted!r} in data path {root}: it holds {shorten(list(saved))}; {SAVED_LAYOUT}")
+    return _join(tables, request, dict.fromkeys(tables, root), SAVED_LAYOUT)
+
+
+def open_parquet(request: Request) -> Dataset:
+    """Open Parquet files; `datasets` turns them into Arrow files in the user's cache, once.
+
+    Raises:
+        ValueError: for files that are missing or damaged, a column that is missing, and classes that differ.
+    """
+    datasets = _library()
+    root = request.root(PARQUET_LAYOUT)
+    tables, where = {}, {}
+    for part in ("train", "val"):
+        files = _parquet_files(request, part, root)
+        if not files and part in request.needs:
+            there = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+            raise ValueError(
+                f"no file '{part}.parquet' in data path {root}: it holds {shorten(there) or 'nothing'}; "
+                f"{PARQUET_LAYOUT}"
+            )
+        if files:
+            where[part] = files[0]
+            try:
+                tables[part] = datasets.Dataset.from_parquet(
+                    [str(path) for path in files], cache_dir=str(cache_folder() / "parquet")
+                )
+            except Exception as error:  # pyarrow and datasets wrap each other's
+                cause = error.__cause__ or error
+                raise ValueError(f"{files[0]} cannot be read: {' '.join(str(cause).split())}") from None
+    return _join(tables, request, where, PARQUET_LAYOUT)
+
+
+class ArrowSource(ImageSource):
+    """Images of a table of `datasets`.
+
+    Args:
+        table: the table, whose images are not decoded.
+        column: the column of images.
+        name: what to call the table in messages.
+        labels: classes of the rows.
+        turn: whether to turn photographs upright as EXIF says.
+    """
+
+    def __init__(self, table: Any, column: str, name: str, labels: np.ndarray, *, turn: bool = False) -> None:
+        self._table = table.select_columns(column).with_format("arrow")
+        self._name = name
+        self._turn = turn
+        self.labels = labels
+
+    def get(self, index: int) -> StoredImage:
+        """Return the bytes of an image; raises `UnreadableImage`."""
+        value = self._table[index].column(0)[0].as_py()
+        name = f"{self._name}, row {index}"
+        if isinstance(value, dict):
+            value = value["bytes"] if value["bytes"] is not None else read_file(value["path"])
+        return StoredImage(value or b"", name, turn=self._turn)
+
+
+def _library() -> ModuleType:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError("this DATA.DATASET needs the package datasets: pip install datasets") from None
+    datasets.disable_progress_bars()
+    return datasets
+
+
+def _parquet_files(request: Request, part: str, root: Path) -> list[Path]:
+    given = getattr(request, part)
+    patterns = [given] if given else []
+    for name in () if given else PARTS[part]:
+        patterns += [f"{name}.parquet", f"{name}-*.parquet", f"{name}/*.parquet", f"data/{name}-*.parquet"]
+    return next((files for pattern in patterns if (files := sorted(root.glob(pattern)))), [])
+
+
+def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layout: str) -> Dataset:
+    """Make a data set of the tables of its parts."""
+    labels, names = {}, {}
+    for part, table in tables.items():
+        if part == "train" or part in request.needs:
+            labels[part], names[part] = _labels(table, request, where[part])
+    classes, lookups = join_classes(names, where, layout)
+    sources = {}
+    for part in request.needs:
+        column = _column(tables[part], request.image_column, _IMAGES, "DATA.IMAGE_COLUMN", where[part])
+        known = labels[part]
+        if request.multi_label:
+            known = to_matrix([lookups[part][row] for row in known], len(classes))
+        else:
+            known = relabel(known, lookups[part])
+        name = f"{where[part]} ({part})"
+        sources[part] = ArrowSource(_undecoded(tables[part], column), column, name, known, turn=request.turn)
+    return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
+
+
+def _undecoded(table: Any, column: str) -> Any:
+    """Return the table with images as bytes; columns of plain bytes are that already."""
+    from datasets import Image
+
+    return table.cast_column(column, Image(decode=False)) if isinstance(table.features[column], Image) else table
+
+
+def _column(table: Any, given: str, usual: Sequence[str], option: str, where: Path) -> str:
+    names = [given] if given else usual
+    found = next((name for name in names if name in table.column_names), None)
+    if found is None:
+        raise ValueError(
+            f"{where} has no column {' or '.join(names)}: its columns are {shorten(table.column_names)}; name the one "
+            f"to use by --opts {option}"
+        )
+    return found
+
+
+def _labels(table: Any, request: Request, where: Path) -> tuple[Any, list[str]]:
+    """Return the labels of all rows, lists of them where images may have several, and the names of the classes."""
+    column = _column(table, request.label_column, _LABELS, "DATA.LABEL_COLUMN", where)
+    feature = table.features[column]
+    values = table.with_format("arrow")[:].column(column).to_pylist()
+    several = isinstance(values[0], list) if values else False
+    if several != request.multi_label:
+        raise ValueError(
+            f"{where}: column {column} holds {'lists of labels' if several else 'one label a row'}; set "
+            f"DATA.MULTI_LABEL {several}, or choose another column by DATA.LABEL_COLUMN"
+        )
+    named = getattr(feature, "feature", feature)
+    flat = [value for row in values for value in row] if several else values
+    classes = list(named.names) if getattr(named, "names", None) else None
+    if None in flat or (classes and not all(0 <= value < len(classes) for value in flat)):
+        row = next(i for i, row in enumerate(values) if any(v is None or v < 0 for v in (row if several else [row])))
+        raise ValueError(f"{where}, row {row}: label {values[row]} is out of range; images for training need labels")
+    if classes is None and all(isinstance(value, int) for value in flat):
+        if min(flat) < 0 or max(flat) >= max(1000, len(values)):
+            wrong = min(flat) if min(flat) < 0 else max(flat)
+            raise ValueError(f"{where}: label {wrong} is out of range; labels count from 0")
+        classes = [str(number) for number in range(max(flat) + 1)]
+    elif classes is None:
+        classes = sorted(set(map(str, flat)))
+        place = {name: label for label, name in enumerate(classes)}
+        values = [[place[str(v)] for v in row] for row in values] if several else [place[str(v)] for v in values]
+    return (values if several else np.array(values, dtype=np.int32)), classes

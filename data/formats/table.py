@@ -1,0 +1,191 @@
+"""Tables of paths and labels: root/train.csv and root/val.csv, or one table with a column that names the part."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.formats.folders import FileSource
+from data.listing import Listing
+from data.sources import PARTS, Dataset, Request, join_classes, read_class_list, shorten, to_matrix
+
+LAYOUT = (
+    "the layout is DATA_PATH/train.csv and DATA_PATH/val.csv (or .tsv) with the path of an image and its label on each "
+    "line, paths relative to the table; classes.txt beside them may name the classes"
+)
+# Several labels of an image stand between these.
+SEPARATOR = ";"
+
+_PATHS = ("path", "image", "file", "filename", "file_name", "image_path", "filepath")
+_LABELS = ("label", "labels", "class", "target", "classes")
+_ENDINGS = (".csv", ".tsv")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of a table: the line it stands on, its path and its labels as written."""
+
+    line: int
+    path: str
+    labels: tuple[str, ...]
+
+
+def open_table(request: Request) -> Dataset:
+    """Open a data set of tables; every file that they name must be there.
+
+    Raises:
+        ValueError: for a table that is missing or malformed, a file that is not there, and a label out of range.
+    """
+    root = request.root(LAYOUT)
+    tables = dict.fromkeys(request.needs, root) if root.is_file() else _tables(request, root)
+    rows = {part: read_rows(path, part, multi_label=request.multi_label) for part, path in tables.items()}
+    for part, path in tables.items():
+        _check_files(path, rows[part])
+    listed = read_class_list(next(iter(tables.values())).parent)
+    if listed:
+        classes = listed
+        places = {name: label for label, name in enumerate(classes)}
+        named = {part: [_listed_label(tables[part], row, places) for row in rows[part]] for part in rows}
+    else:
+        names = {part: _names(path, rows[part]) for part, path in tables.items()}
+        if "train" not in names and (train := root if root.is_file() else _table(request, "train", root)):
+            names["train"] = _names(train, read_rows(train, "train", multi_label=request.multi_label))
+        classes, _ = join_classes(names, tables | {"train": "train"} | tables, LAYOUT)
+        place = {name: label for label, name in enumerate(classes)}
+        named = {part: [tuple(place[name] for name in row.labels) for row in rows[part]] for part in rows}
+    sources = {
+        part: _source(tables[part], rows[part], named[part], len(classes) if request.multi_label else 0, request.turn)
+        for part in rows
+    }
+    return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
+
+
+def read_rows(path: Path, part: str, *, multi_label: bool) -> list[Row]:
+    """Return the rows of a table that belong to a part.
+
+    A first line of titles is recognised by a column of paths (`path`, `image`, `file`, ...); then the columns may stand
+    in any order beside others, and a column `split` chooses the rows of the part. Without titles there are two columns.
+
+    Raises:
+        ValueError: for a table that cannot be read, or has no rows for the part.
+    """
+    rows = []
+    columns = (0, 1, None)
+    for line, cells in _lines(path):
+        if line == 1 and (titles := _columns([cell.strip().casefold() for cell in cells])):
+            columns = titles
+            continue
+        if len(cells) <= max(index for index in columns if index is not None) or (columns[2] is None and not cells[0]):
+            raise ValueError(f"{path}, line {line}: a path and a label are expected, not {cells!r}; {LAYOUT}")
+        if columns[2] is None or cells[columns[2]].strip() in PARTS[part]:
+            text = cells[columns[1]].strip()
+            labels = tuple(filter(None, map(str.strip, text.split(SEPARATOR)))) if multi_label else (text,)
+            rows.append(Row(line, cells[columns[0]].strip(), labels))
+    if not rows:
+        split = f" whose split is {' or '.join(PARTS[part])}" if columns[2] is not None else ""
+        raise ValueError(f"{path} has no images{split}; {LAYOUT}")
+    return rows
+
+
+def _tables(request: Request, root: Path) -> dict[str, Path]:
+    found = {part: _table(request, part, root) for part in request.needs}
+    for part, path in found.items():
+        if path is None:
+            held = shorten(sorted(entry.name for entry in root.iterdir())) if root.is_dir() else "nothing"
+            raise ValueError(f"no file '{part}.csv' in data path {root}: it holds {held}; {LAYOUT}")
+        if not path.is_file():
+            raise ValueError(f"table {path} does not exist; {LAYOUT}")
+    return found
+
+
+def _table(request: Request, part: str, root: Path) -> Path | None:
+    try:
+        there = [entry.name for entry in root.iterdir()]
+    except OSError as error:
+        raise ValueError(f"cannot read folder {error.filename}: {error.strerror}; {LAYOUT}") from None
+    return next(filter(None, (request.find_if_any(part, root, there, ending) for ending in _ENDINGS)), None)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    try:
+        with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+            for line, cells in enumerate(csv.reader(file, delimiter=delimiter), 1):
+                if cells:
+                    yield line, cells
+    except (OSError, csv.Error) as error:
+        raise ValueError(f"table {path} cannot be read: {error}; {LAYOUT}") from None
+
+
+def _columns(titles: Sequence[str]) -> tuple[int, int, int | None] | None:
+    """Return the places of path, label and split in a line of titles, or None where it is none."""
+    path = next((titles.index(name) for name in _PATHS if name in titles), None)
+    label = next((titles.index(name) for name in _LABELS if name in titles), None)
+    if path is None or label is None:
+        return None
+    return path, label, titles.index("split") if "split" in titles else None
+
+
+def _names(path: Path, rows: Sequence[Row]) -> list[str]:
+    """Return the classes of a table without a list of them: its names sorted, or whole numbers from 0 on."""
+    names = {name for row in rows for name in row.labels}
+    if not all(name.lstrip("-").isdecimal() for name in names):
+        return sorted(names)
+    numbers = {int(name) for name in names}
+    wrong = min(numbers) if min(numbers) < 0 else max(numbers)
+    if wrong < 0 or wrong >= max(1000, len(rows)):
+        line = next(row.line for row in rows if str(wrong) in row.labels)
+        raise ValueError(
+            f"{path}, line {line}: label {wrong} is out of range; labels count from 0, or are names, or stand in "
+            f"classes.txt"
+        )
+    return [str(number) for number in range(max(numbers) + 1)]
+
+
+def _listed_label(path: Path, row: Row, places: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the labels of a row as places in the list of classes, by name or by number."""
+    found = []
+    for label in row.labels:
+        if label in places:
+            found.append(places[label])
+        elif label.isdecimal() and int(label) < len(places):
+            found.append(int(label))
+        else:
+            raise ValueError(
+                f"{path}, line {row.line}: label {label!r} is out of range; classes.txt has {len(places)} classes, "
+                f"labels are their names or 0 to {len(places) - 1}"
+            )
+    return tuple(found)
+
+
+def _check_files(path: Path, rows: Sequence[Row]) -> None:
+    """Check that the files are there, folder by folder, which asks a file system less than file by file."""
+    known: dict[str, set[str]] = {}
+    missing = []
+    for row in rows:
+        folder, name = os.path.split(row.path)
+        if folder not in known:
+            try:
+                known[folder] = {entry.name for entry in os.scandir(path.parent / folder)}
+            except OSError:
+                known[folder] = set()
+        if name not in known[folder]:
+            missing.append(row)
+    if missing:
+        raise ValueError(
+            f"{path}, line {missing[0].line}: there is no file {path.parent / missing[0].path}"
+            + (f", nor those of {len(missing) - 1} more lines" if len(missing) > 1 else "")
+            + "; paths are relative to the table"
+        )
+
+
+def _source(path: Path, rows: Sequence[Row], labels: Sequence[tuple[int, ...]], width: int, turn: bool) -> FileSource:
+    listing = Listing.of(((os.fsencode(row.path),) for row in rows), {}, {})
+    if width:
+        return FileSource(path.parent, listing, to_matrix(labels, width), turn=turn)
+    return FileSource(path.parent, listing, np.array([label for (label,) in labels], dtype=np.int32), turn=turn)

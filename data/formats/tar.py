@@ -1,0 +1,331 @@
+"""Tar archives, read in any order by the places of their members: one for each part, or shards as of WebDataset.
+
+An index of the places is built once, checked against the archives whenever it is used, and shared by all processes. So
+shards keep what folders promise: every image once an epoch, in an order that depends on seed and epoch alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import tarfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from data.formats.folders import endings
+from data.images import StoredImage, UnreadableImage
+from data.listing import Listing, cache_folder, one_at_a_time
+from data.sources import PARTS, Dataset, ImageSource, Request, join_classes, read_class_list, relabel, shorten
+
+LAYOUT = (
+    "the layout is DATA_PATH/train.tar and DATA_PATH/val.tar with members <class>/<image>, or shards "
+    "DATA_PATH/train-000000.tar, ... with members <key>.jpg and <key>.cls (a label), not compressed"
+)
+# Written by tools/make_shards.py: the shards of a part, with their sizes and checksums.
+MANIFEST = "shards.json"
+_BLOCK = tarfile.BLOCKSIZE
+# Members whose headers are compared with the index whenever it is opened.
+_PROBES = 32
+_COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int32}
+
+
+def open_tar(request: Request) -> Dataset:
+    """Open a data set of tar archives; the index of a part lies beside it as `<part>.index`.
+
+    Raises:
+        ValueError: for an archive that is missing, compressed or cut off, an index of other archives, and classes that
+            differ between the parts.
+    """
+    root = request.root(LAYOUT)
+    shards = {part: find_shards(request, part, root) for part in request.needs}
+    listings = {part: _index(root, part, paths) for part, paths in shards.items()}
+    folder = root.parent if root.is_file() else root
+    names = {part: listing.about["classes"] for part, listing in listings.items()}
+    listed = read_class_list(folder)
+    if listed and all(name.isdecimal() for known in names.values() for name in known):
+        names = {part: _by_number(known, listed, shards[part]) for part, known in names.items()}
+        names["train"] = listed
+    elif "train" not in names and (train := find_shards(request, "train", root, optional=True)):
+        names["train"] = _index(root, "train", train).about["classes"]
+    where = {part: paths[0].parent for part, paths in shards.items()}
+    classes, lookups = join_classes(names, {"train": root, **where}, LAYOUT)
+    sources = {
+        part: TarSource(shards[part], listing, relabel(listing.numbers["label"], lookups[part]), turn=request.turn)
+        for part, listing in listings.items()
+    }
+    return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
+
+
+class TarSource(ImageSource):
+    """Images that an index finds in tar archives.
+
+    Args:
+        shards: the archives.
+        listing: names and places of the members.
+        labels: their classes.
+        turn: whether to turn photographs upright as EXIF says.
+    """
+
+    def __init__(self, shards: Sequence[Path], listing: Listing, labels: np.ndarray, *, turn: bool = False) -> None:
+        self._shards = shards
+        self._listing = listing
+        self._turn = turn
+        self.labels = labels
+
+    def get(self, index: int) -> StoredImage:
+        """Return the bytes of a member; raises `UnreadableImage`."""
+        shard, offset, size = (int(self._listing.numbers[key][index]) for key in ("shard", "offset", "size"))
+        path = self._shards[shard]
+        name = f"{path}/{os.fsdecode(self._listing.name(index))}"
+        data = read_at(path, offset, size)
+        if len(data) < size:
+            raise UnreadableImage(f"cannot read image {name!r}: the archive is cut off", name)
+        return StoredImage(data, name, turn=self._turn)
+
+
+def read_at(path: Path, offset: int, size: int) -> bytes:
+    """Return bytes of a file that stays open, in this process and those forked from it."""
+    file = _open(path, os.getpid())
+    file.seek(offset)
+    return file.read(size)
+
+
+@functools.lru_cache(maxsize=256)
+def _open(path: Path, process: int) -> Any:  # noqa: ARG001 - each process has its own place in a file
+    return path.open("rb", buffering=0)
+
+
+def find_shards(request: Request, part: str, root: Path, *, optional: bool = False) -> list[Path]:
+    """Return the archives of a part.
+
+    Raises:
+        ValueError: where there is none (unless `optional`), or one of a numbered series is missing.
+    """
+    given = getattr(request, part)
+    if root.is_file():
+        patterns = [root.name]
+        folder = root.parent
+    else:
+        patterns = [given] if given else [p for name in PARTS[part] for p in _patterns(name)]
+        folder = root
+    for pattern in patterns:
+        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
+            _check_series(found)
+            return found
+    if optional:
+        return []
+    compressed = [path.name for path in folder.glob(f"{PARTS[part][0]}*.tar.*") if path.suffix != ".index"]
+    if compressed:
+        raise ValueError(
+            f"{shorten(compressed)} is compressed, so images cannot be read in any order; unpack it to .tar"
+        )
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    held = f"it holds {shorten(there)}" if there else "it holds nothing"
+    raise ValueError(f"no archive {patterns[0]!r} in data path {root}: {held}; {LAYOUT}")
+
+
+def _patterns(name: str) -> tuple[str, ...]:
+    return f"{name}.tar", f"{name}-*.tar", f"{name}/*.tar"
+
+
+def _check_series(paths: Sequence[Path]) -> None:
+    """Check that no shard of a numbered series, or of the manifest beside it, is missing."""
+    manifest = paths[0].with_name(MANIFEST)
+    names = {path.name for path in paths}
+    if manifest.is_file():
+        listed = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+        missing = sorted(name for name in listed if _series(name) == _series(paths[0].name) and name not in names)
+        if missing:
+            raise ValueError(f"{paths[0].parent} lacks {shorten(missing)}, which {manifest} lists; copy them again")
+        return
+    numbers = [int(match[1]) for path in paths if (match := re.search(r"-(\d+)(?:-of-\d+)?\.tar$", path.name))]
+    if len(numbers) < len(paths) or len(paths) == 1:
+        return
+    total = re.search(r"-of-(\d+)\.tar$", paths[0].name)
+    wanted = range(int(total[1])) if total else range(min(numbers[0], 1), max(numbers) + 1)
+    missing_numbers = sorted(set(wanted) - set(numbers))
+    if missing_numbers:
+        raise ValueError(
+            f"shards {shorten([str(number) for number in missing_numbers])} are missing between {paths[0]} and "
+            f"{paths[-1].name}; copy them again, or number the others without gaps"
+        )
+
+
+def _series(name: str) -> str:
+    return re.sub(r"\d+", "", name)
+
+
+def _by_number(numbers: Sequence[str], classes: Sequence[str], shards: Sequence[Path]) -> list[str]:
+    beyond = [number for number in numbers if int(number) >= len(classes)]
+    if beyond:
+        raise ValueError(
+            f"{shards[0]} has the label {shorten(beyond)}, but classes.txt has {len(classes)} classes, labels 0 to "
+            f"{len(classes) - 1}"
+        )
+    return [classes[int(number)] for number in numbers]
+
+
+def _index(root: Path, part: str, shards: Sequence[Path]) -> Listing:
+    """Return the index of a part, built where there is none yet."""
+    inside = PARTS[part] if root.is_file() else ()
+    path = shards[0].parent / f"{root.stem + '.' if root.is_file() else ''}{part}.index"
+    if not path.exists() and not os.access(path.parent, os.W_OK):
+        path = cache_folder() / "tar" / f"{str(path.absolute()).strip('/').replace('/', '%')}"
+    with one_at_a_time(path):
+        if not path.exists():
+            build_index(shards, inside).save(path)
+    listing = Listing.load(path)
+    _check_index(listing, path, shards)
+    return listing
+
+
+def _check_index(listing: Listing, path: Path, shards: Sequence[Path]) -> None:
+    """Check that an index is of these archives: by their names, sizes, and the headers of some members."""
+    stale = f"index {path} is not of these archives: {{}}; if they are right, delete the index, and it is built again"
+    recorded, there = listing.about["shards"], [[shard.name, shard.stat().st_size] for shard in shards]
+    if recorded != there:
+        names = [name for name, _ in recorded], [name for name, _ in there]
+        if names[0] != names[1]:
+            raise ValueError(stale.format(f"it knows {len(names[0])} archives, {len(names[1])} are there"))
+        name, size, now = next((a, b, d) for (a, b), (_, d) in zip(recorded, there, strict=True) if b != d)
+        raise ValueError(stale.format(f"{name} had {size} bytes and has {now}"))
+    for row in np.linspace(0, len(listing) - 1, min(_PROBES, len(listing))).astype(int).tolist():
+        shard, offset, size = (int(listing.numbers[key][row]) for key in ("shard", "offset", "size"))
+        try:
+            header = tarfile.TarInfo.frombuf(
+                read_at(shards[shard], offset - _BLOCK, _BLOCK), "utf-8", "surrogateescape"
+            )
+            same = header.size == size and header.isreg()
+        except tarfile.HeaderError:
+            same = False
+        if not same:
+            name = os.fsdecode(listing.name(row))
+            raise ValueError(stale.format(f"{shards[shard].name} holds no {name} where the index says"))
+
+
+@dataclass
+class _Member:
+    name: str
+    shard: int
+    offset: int
+    size: int
+
+
+def build_index(shards: Sequence[Path], inside: Sequence[str] = ()) -> Listing:
+    """Read through archives once and return the names, places and labels of their images.
+
+    Args:
+        shards: the archives.
+        inside: names of the folder inside that holds the part; empty where the archives are all of one part.
+
+    Raises:
+        ValueError: for an archive that cannot be read to its end, and an image without label.
+    """
+    images, labels = _collect(shards, inside)
+    if not images:
+        where = f" in a folder {' or '.join(inside)}" if inside else " and the other shards" if len(shards) > 1 else ""
+        raise ValueError(f"no images in {shards[0]}{where}; {LAYOUT}")
+    if labels:
+        named = [_class_by_key(labels, image, shards) for image in images]
+        names = set(named)
+        numbered = all(name.isdecimal() for name in names)
+        classes = [str(number) for number in range(max(map(int, names)) + 1)] if numbered else sorted(names)
+    else:  # in the order of class folders, whatever order the archive was written in
+        images.sort(key=lambda image: (*PurePosixPath(image.name).parts[:-1], "", PurePosixPath(image.name).name))
+        named = _classes_by_folder(images, inside)
+        classes = sorted(set(named))
+    place = {name: label for label, name in enumerate(classes)}
+    rows = (
+        (os.fsencode(image.name), image.shard, image.offset, image.size, place[name])
+        for image, name in zip(images, named, strict=True)
+    )
+    about = {"shards": [[shard.name, shard.stat().st_size] for shard in shards], "classes": classes}
+    return Listing.of(rows, _COLUMNS, about)
+
+
+def _collect(shards: Sequence[Path], inside: Sequence[str]) -> tuple[list[_Member], dict[str, str]]:
+    """Return the images in archives, and the labels of those beside which files `<key>.cls` or `<key>.json` stand."""
+    images, labels = [], {}
+    for number, shard in enumerate(shards):
+        for member in _members(shard, number):
+            path = PurePosixPath(member.name)
+            if inside and not any(name in path.parts[:-1] for name in inside):
+                continue
+            if path.suffix.lower() in endings():
+                images.append(member)
+            elif path.suffix in (".cls", ".json"):
+                label = _label(read_at(shard, member.offset, member.size), path.suffix)
+                if label is not None:
+                    labels[f"{number}/{_key(member.name)}"] = label
+    return images, labels
+
+
+def _members(path: Path, shard: int) -> Iterator[_Member]:
+    """Yield the files of an archive in their order, without those that systems leave behind."""
+    cut_off = f"archive {path} is cut off or damaged{{}}; copy it again"
+    end = 0
+    try:
+        with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as archive:
+            while (member := archive.next()) is not None:
+                archive.members = []  # it would keep them all
+                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else member.offset_data
+                name = PurePosixPath(member.name)
+                if name.name.startswith(".") or "__MACOSX" in name.parts or member.isdir():
+                    continue
+                if (member.islnk() or member.issym() or member.issparse()) and name.suffix.lower() in endings():
+                    raise ValueError(
+                        f"archive {path} holds {member.name} as a link or a sparse file, without its own bytes; pack "
+                        f"it anew with tar --dereference --hard-dereference"
+                    )
+                if member.isreg():
+                    yield _Member(member.name.removeprefix("./"), shard, member.offset_data, member.size)
+    except (tarfile.TarError, EOFError) as error:
+        raise ValueError(cut_off.format(f" ({error})")) from None
+    except OSError as error:
+        raise ValueError(f"archive {path} cannot be read: {error.strerror}; {LAYOUT}") from None
+    if read_at(path, end, _BLOCK) != bytes(_BLOCK):
+        raise ValueError(cut_off.format(" (it has no end)"))
+
+
+def _key(name: str) -> str:
+    """Return what the files of one image have in common: the path up to the first dot of its last part."""
+    path = PurePosixPath(name)
+    return str(path.parent / path.name.partition(".")[0])
+
+
+def _label(content: bytes, ending: str) -> str | None:
+    text = content.decode("utf-8", "replace").strip()
+    if ending == ".cls":
+        return text
+    try:
+        found = json.loads(text).get("label")
+    except (ValueError, AttributeError):
+        return None
+    return None if found is None else str(found)
+
+
+def _class_by_key(labels: dict[str, str], image: _Member, shards: Sequence[Path]) -> str:
+    label = labels.get(f"{image.shard}/{_key(image.name)}")
+    if label is None:
+        raise ValueError(f"{shards[image.shard]} holds {image.name} without a label; {LAYOUT}")
+    return label
+
+
+def _classes_by_folder(images: Sequence[_Member], inside: Sequence[str]) -> list[str]:
+    """Return the class of each image: the first folder of its path below what all have in common."""
+    folders = [PurePosixPath(image.name).parts[:-1] for image in images]
+    if inside:
+        folders = [parts[next(i for i, part in enumerate(parts) if part in inside) + 1 :] for parts in folders]
+    shared = 0
+    while all(len(parts) > shared + 1 and parts[shared] == folders[0][shared] for parts in folders):
+        shared += 1
+    bare = next((image.name for image, parts in zip(images, folders, strict=True) if len(parts) <= shared), None)
+    if bare is not None:
+        raise ValueError(f"archive member {bare} lies in no class folder and has no label; {LAYOUT}")
+    return [parts[shared] for parts in folders]

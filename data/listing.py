@@ -1,0 +1,138 @@
+"""Names, labels and places of any number of images in a few blocks of memory that processes share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+_MAGIC = b"dat listing 1\n"
+_ALIGNMENT = 64
+
+
+class Listing:
+    """A table of images: a name and a few whole numbers each.
+
+    Python objects would be copied into every worker that looks at them, since looking counts references; arrays are
+    shared with forked workers. Loaded from a file, they are mapped, so that all processes of a machine share them.
+
+    Args:
+        text: the names one behind the other, uint8.
+        ends: where each name ends in `text`, `[n]`.
+        numbers: further columns, `[n]` each.
+        about: what is known of the whole; anything that JSON holds.
+        path: the file that it was loaded from.
+    """
+
+    def __init__(
+        self,
+        text: np.ndarray,
+        ends: np.ndarray,
+        numbers: dict[str, np.ndarray],
+        about: dict[str, Any],
+        path: Path | None = None,
+    ) -> None:
+        self._text = text
+        self._ends = ends
+        self.numbers = numbers
+        self.about = about
+        self.path = path
+
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[Any]], columns: dict[str, type[np.generic]], about: dict[str, Any]) -> Listing:
+        """Build a table from rows of a name (bytes) and one whole number for each of `columns`.
+
+        `about` is kept as it is once the rows are read, so that reading them may fill it.
+        """
+        text, ends, numbers = bytearray(), array("q"), [array("q") for _ in columns]
+        for name, *values in rows:
+            text += name
+            ends.append(len(text))
+            for column, value in zip(numbers, values, strict=True):
+                column.append(value)
+        arrays = {
+            key: np.frombuffer(column, np.int64).astype(dtype)
+            for (key, dtype), column in zip(columns.items(), numbers, strict=True)
+        }
+        width = np.uint32 if len(text) < 2**32 else np.int64
+        return cls(np.frombuffer(text, np.uint8), np.frombuffer(ends, np.int64).astype(width), arrays, about)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def name(self, index: int) -> bytes:
+        """Return the name of an image."""
+        begin = int(self._ends[index - 1]) if index else 0
+        return self._text[begin : int(self._ends[index])].tobytes()
+
+    def __reduce__(self) -> tuple:
+        """Workers that are not forked map the file again instead of being sent its content."""
+        if self.path:
+            return Listing.load, (self.path,)
+        return Listing, (self._text, self._ends, self.numbers, self.about)
+
+    def save(self, path: Path) -> None:
+        """Write the table so that `path` holds either all of it or what it held before."""
+        arrays = {"text": self._text, "ends": self._ends, **self.numbers}
+        columns = {key: [column.dtype.str, len(column)] for key, column in arrays.items()}
+        header = json.dumps({"about": self.about, "columns": columns}).encode() + b"\n"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            with staged.open("wb") as file:
+                file.write(_MAGIC + header)
+                for column in arrays.values():
+                    file.write(bytes(-file.tell() % _ALIGNMENT))
+                    file.write(memoryview(np.ascontiguousarray(column)).cast("B"))
+                file.flush()
+                os.fsync(file.fileno())
+            staged.replace(path)
+        finally:
+            staged.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Listing:
+        """Map a table that `save` wrote.
+
+        Raises:
+            ValueError: for a file that is none, or is cut off.
+        """
+        damaged = ValueError(f"index {path} is damaged or of another program; delete it, and it is built again")
+        with path.open("rb") as file:
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise damaged
+            try:
+                header = json.loads(file.readline())
+            except ValueError:
+                raise damaged from None
+            position, arrays, size = file.tell(), {}, path.stat().st_size
+        content = np.memmap(path, np.uint8, "r")
+        for key, (dtype, length) in header["columns"].items():
+            position += -position % _ALIGNMENT
+            end = position + length * np.dtype(dtype).itemsize
+            if end > size:
+                raise damaged
+            arrays[key], position = content[position:end].view(dtype), end
+        return cls(arrays.pop("text"), arrays.pop("ends"), arrays, header["about"], path)
+
+
+@contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Keep other processes of this machine out that ask for the same path."""
+    name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
+    with FileLock(Path(tempfile.gettempdir()) / f"dat-{name}.lock"):
+        yield
+
+
+def cache_folder() -> Path:
+    """Return where tables go that cannot or should not lie beside the data: `$XDG_CACHE_HOME/dat`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dat"

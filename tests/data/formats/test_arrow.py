@@ -1,0 +1,93 @@
+"""Data sets of Hugging Face and Parquet files: columns, labels and what is wrong with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+
+from data.formats.arrow import open_parquet, open_saved
+from data.sources import Request
+from tests.data.samples import photograph
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def table(tmp_path: Path, labels: list, label: object, *, image: str = "image", column: str = "label") -> Dataset:
+    photograph().save(tmp_path / "a.jpg")
+    content = (tmp_path / "a.jpg").read_bytes()
+    features = Features({image: Image() if image == "image" else Value("binary"), column: label})
+    rows = [{"bytes": content, "path": None} if image == "image" else content for _ in labels]
+    return Dataset.from_dict({image: rows, column: labels}, features=features)
+
+
+def save(tmp_path: Path, train: Dataset, val: Dataset) -> Path:
+    DatasetDict({"train": train, "test": val}).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_labels_as_text_and_plain_bytes(tmp_path: Path) -> None:
+    table(tmp_path, ["dog", "cat"], Value("string"), image="jpg").to_parquet(tmp_path / "train.parquet")
+    table(tmp_path, ["dog"], Value("string"), image="jpg").to_parquet(tmp_path / "val.parquet")
+    dataset = open_parquet(Request(path=str(tmp_path)))
+    assert dataset.classes == ["cat", "dog"]
+    assert (dataset.train.label(0), dataset.held_out.label(0)) == (1, 1)
+    assert dataset.train.read(0).size == (48, 36)
+
+
+def test_several_labels(tmp_path: Path) -> None:
+    label = List(ClassLabel(names=["a", "b", "c"]))
+    root = save(tmp_path, table(tmp_path, [[0, 2], []], label), table(tmp_path, [[1]], label))
+    dataset = open_saved(Request(path=str(root), multi_label=True))
+    assert np.array_equal(dataset.train.labels, [[1, 0, 1], [0, 0, 0]])
+    assert dataset.held_out.label(0).tolist() == [0, 1, 0]
+    with pytest.raises(ValueError, match=r"column label holds lists of labels; set DATA.MULTI_LABEL True"):
+        open_saved(Request(path=str(root)))
+
+
+def test_columns_by_name(tmp_path: Path) -> None:
+    numbers = Value("int64")
+    root = save(tmp_path, table(tmp_path, [1, 0], numbers, column="kind"), table(tmp_path, [0], numbers, column="kind"))
+    assert open_saved(Request(path=str(root), label_column="kind")).classes == ["0", "1"]
+    with pytest.raises(ValueError, match=r"has no column label or .*: its columns are image, kind; .*LABEL_COLUMN"):
+        open_saved(Request(path=str(root)))
+    with pytest.raises(ValueError, match=r"has no column photo: .*DATA.IMAGE_COLUMN"):
+        open_saved(Request(path=str(root), label_column="kind", image_column="photo"))
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "label", "says"),
+    [
+        ([0, -1], [0], ClassLabel(names=["a", "b"]), "row 1: label -1 is out of range"),
+        ([0, -1], [0], Value("int64"), "label -1 is out of range"),
+        ([0, 5000], [0], Value("int64"), "label 5000 is out of range"),
+        ([0, None], [0], Value("int64"), "row 1: label None is out of range"),
+        ([0, 1], [3], Value("int64"), "has classes that .* has not: 2, 3"),
+        (["a", "b"], ["B"], Value("string"), r"has classes that .* has not: B \(train has b\)"),
+    ],
+)
+def test_wrong_labels(tmp_path: Path, train: list, val: list, label: object, says: str) -> None:
+    root = save(tmp_path, table(tmp_path, train, label), table(tmp_path, val, label))
+    with pytest.raises(ValueError, match=says):
+        open_saved(Request(path=str(root)))
+
+
+def test_missing_and_damaged(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data path .*nowhere cannot be opened: .*; DATA_PATH is a folder"):
+        open_saved(Request(path=str(tmp_path / "nowhere")))
+    table(tmp_path, [0, 1], Value("int64")).save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match="is one data set without parts"):
+        open_saved(Request(path=str(tmp_path / "one")))
+    DatasetDict({"train": table(tmp_path, [0, 1], Value("int64"))}).save_to_disk(tmp_path / "half")
+    with pytest.raises(ValueError, match=r"no part 'val' in data path .*half: it holds train"):
+        open_saved(Request(path=str(tmp_path / "half")))
+    with pytest.raises(ValueError, match=r"no file 'train\.parquet' in data path .*half: it holds dataset_dict\.json"):
+        open_parquet(Request(path=str(tmp_path / "half")))
+    (tmp_path / "train.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: "):
+        open_parquet(Request(path=str(tmp_path), needs=("train",)))

@@ -1,0 +1,95 @@
+"""CIFAR and MNIST as they are published, on small files of the same layout."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torchvision import datasets
+
+from data.formats.published import open_cifar10, open_cifar100, open_fashion_mnist, open_mnist_digits
+from data.sources import Request
+
+
+def dump(path: Path, content: dict) -> str:
+    path.write_bytes(pickle.dumps(content))
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rng, sums = np.random.default_rng(0), {}
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
+        sums[name] = dump(folder / name, {"data": pixels, "labels": rng.integers(0, 10, 4).tolist()})
+    sums["batches.meta"] = dump(folder / "batches.meta", {"label_names": [f"class {number}" for number in range(10)]})
+    lists = [[n, s] for n, s in sums.items() if n.startswith("data")], [["test_batch", sums["test_batch"]]]
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", lists[0])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", lists[1])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": sums["batches.meta"]})
+    return folder
+
+
+def test_cifar10(cifar10: Path) -> None:
+    for path in (cifar10, cifar10.parent):
+        dataset = open_cifar10(Request(path=str(path)))
+        assert [len(dataset.train), len(dataset.held_out), len(dataset.classes)] == [20, 4, 10]
+    batch = pickle.loads((cifar10 / "data_batch_1").read_bytes())
+    expected = batch["data"][1].reshape(3, 32, 32).transpose(1, 2, 0)
+    assert np.array_equal(np.asarray(dataset.train.read(1)), expected)
+    assert dataset.train.label(1) == batch["labels"][1]
+
+
+def test_cifar10_that_is_missing_or_damaged(cifar10: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no CIFAR10 in .*nowhere: Dataset not found .*DATA\.DOWNLOAD True"):
+        open_cifar10(Request(path=str(tmp_path / "nowhere")))
+    (cifar10 / "data_batch_3").write_bytes(b"no batch")
+    with pytest.raises(ValueError, match=r"no CIFAR10 in .* corrupted"):
+        open_cifar10(Request(path=str(cifar10)))
+    with pytest.raises(ValueError, match=r"no CIFAR100 in .*; DATA_PATH holds cifar-100-python as https.* unpacks"):
+        open_cifar100(Request(path=str(tmp_path)))
+
+
+def idx(values: np.ndarray) -> bytes:
+    return struct.pack(f">{values.ndim + 1}I", 0x800 + values.ndim, *values.shape) + values.tobytes()
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for prefix, count in (("train", 6), ("t10k", 3)):
+        images, labels = rng.integers(0, 256, (count, 28, 28)).astype(np.uint8), np.arange(count, dtype=np.uint8)
+        (tmp_path / f"{prefix}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (tmp_path / f"{prefix}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return tmp_path
+
+
+def test_mnist(mnist: Path) -> None:
+    dataset = open_mnist_digits(Request(path=str(mnist)))
+    assert [len(dataset.train), len(dataset.held_out)] == [6, 3]
+    assert dataset.train.read(2).size == (28, 28)
+    assert [dataset.held_out.label(index) for index in range(3)] == [0, 1, 2]
+    assert open_fashion_mnist(Request(path=str(mnist))).classes[0] == "T-shirt/top"
+
+
+def test_mnist_that_is_missing_or_damaged(mnist: Path, tmp_path: Path) -> None:
+    content = (mnist / "train-labels-idx1-ubyte").read_bytes()
+    for wrong, says in (
+        (content[:-1], "cut off, or no IDX file of 1 dimensions"),
+        (content[:2], "cannot be read"),
+        (idx(np.zeros(5, np.uint8)), "train has 6 images, but 5 labels"),
+        (idx(np.zeros((6, 1), np.uint8)), "no IDX file of 1 dimensions"),
+    ):
+        (mnist / "train-labels-idx1-ubyte").write_bytes(wrong)
+        with pytest.raises(ValueError, match=says):
+            open_mnist_digits(Request(path=str(mnist)))
+    (mnist / "t10k-labels-idx1-ubyte").unlink()
+    with pytest.raises(ValueError, match=r"no file t10k-labels-idx1-ubyte in .*DATA.DOWNLOAD True"):
+        open_mnist_digits(Request(path=str(mnist), needs=("val",)))

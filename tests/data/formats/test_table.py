@@ -1,0 +1,112 @@
+"""Tables of paths and labels, and what is wrong with them by line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.formats.table import open_table
+from data.sources import Dataset, Request
+from tests.data.samples import write_folder
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_folder(tmp_path, {"images": 6})
+
+
+def opened(root: Path, train: str, val: str = "images/5.jpg,cat\n", *, multi_label: bool = False) -> Dataset:
+    (root / "train.csv").write_text(train)
+    (root / "val.csv").write_text(val)
+    return open_table(Request(path=str(root), multi_label=multi_label))
+
+
+def labels(dataset: Dataset) -> list[int]:
+    return [dataset.train.label(index) for index in range(len(dataset.train))]
+
+
+def test_names_and_numbers(root: Path) -> None:
+    dataset = opened(root, "images/0.jpg,dog\nimages/1.jpg,cat\n\nimages/2.jpg, dog \n")
+    assert (dataset.classes, labels(dataset)) == (["cat", "dog"], [1, 0, 1])
+    dataset = opened(root, "images/0.jpg,10\nimages/1.jpg,2\n", "images/5.jpg,0\n")
+    assert (dataset.classes, labels(dataset)) == ([str(number) for number in range(11)], [10, 2])
+
+
+def test_a_list_of_classes(root: Path) -> None:
+    (root / "classes.txt").write_text("emu\ncat\ndog\n")
+    dataset = opened(root, "images/0.jpg,2\nimages/1.jpg,emu\n")
+    assert (dataset.classes, labels(dataset)) == (["emu", "cat", "dog"], [2, 0])
+
+
+def test_several_labels(root: Path) -> None:
+    dataset = opened(root, "path,labels\nimages/0.jpg,dog; cat\nimages/1.jpg,\nimages/2.jpg,emu\n", multi_label=True)
+    assert dataset.classes == ["cat", "dog", "emu"]
+    assert np.array_equal(dataset.train.labels, [[1, 1, 0], [0, 0, 0], [0, 0, 1]])
+    assert dataset.held_out.label(0).tolist() == [1, 0, 0]
+    assert dataset.counts(dataset.train) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "listed", "says"),
+    [
+        ("images/0.jpg\n", "", "", "ROOT/train.csv, line 1: a path and a label are expected, not ['images/0.jpg']; "),
+        ("", "", "", "ROOT/train.csv has no images; the layout is "),
+        (
+            "images/0.jpg,cat\nimages/9.jpg,cat\nimages/8.jpg,cat\n",
+            "images/5.jpg,cat\n",
+            "",
+            "ROOT/train.csv, line 2: there is no file ROOT/images/9.jpg, nor those of 1 more lines; paths are relative",
+        ),
+        (
+            "other/0.jpg,cat\n",
+            "images/5.jpg,cat\n",
+            "",
+            "ROOT/train.csv, line 1: there is no file ROOT/other/0.jpg; paths are relative to the table",
+        ),
+        (
+            "images/0.jpg,0\nimages/1.jpg,3\n",
+            "images/5.jpg,0\n",
+            "a\nb\nc\n",
+            "ROOT/train.csv, line 2: label '3' is out of range; classes.txt has 3 classes, labels are",
+        ),
+        (
+            "images/0.jpg,0\n",
+            "images/5.jpg,-1\n",
+            "a\n",
+            "ROOT/val.csv, line 1: label '-1' is out of range; classes.txt has 1 classes",
+        ),
+        ("images/0.jpg,-1\n", "images/5.jpg,0\n", "", "ROOT/train.csv, line 1: label -1 is out of range; labels count"),
+        (
+            "images/0.jpg,5000\n",
+            "images/5.jpg,0\n",
+            "",
+            "ROOT/train.csv, line 1: label 5000 is out of range; labels",
+        ),
+        ("images/0.jpg,cat\n", "images/5.jpg,cow\n", "", "ROOT/val.csv has classes that ROOT/train.csv has not: cow; "),
+        ("images/0.jpg,0\n", "images/5.jpg,1\n", "", "ROOT/val.csv has classes that ROOT/train.csv has not: 1; "),
+        ("images/0.jpg,0\n", "images/5.jpg,0\n", "a\na\n", "ROOT/classes.txt names a twice; give each class once"),
+    ],
+)
+def test_wrong_tables(root: Path, train: str, val: str, listed: str, says: str) -> None:
+    if listed:
+        (root / "classes.txt").write_text(listed)
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
+        opened(root, train, val)
+    assert str(caught.value).replace(str(root), "ROOT").startswith(says)
+
+
+def test_missing_tables(root: Path) -> None:
+    with pytest.raises(ValueError, match=r"^no file 'train\.csv' in data path .*: it holds images; the layout is "):
+        open_table(Request(path=str(root)))
+    with pytest.raises(ValueError, match=r"^table .*all\.csv does not exist; "):
+        open_table(Request(path=str(root), train="all.csv", val="all.csv"))
+    with pytest.raises(ValueError, match=r"^cannot read folder .*gone: No such file or directory; "):
+        open_table(Request(path=str(root / "gone")))
+
+
+def test_a_column_of_parts_without_rows(root: Path) -> None:
+    (root / "all.csv").write_text("path,label,split\nimages/0.jpg,cat,train\n")
+    with pytest.raises(ValueError, match=r"all.csv has no images whose split is val or validation or valid or test"):
+        open_table(Request(path=str(root / "all.csv")))

@@ -1,0 +1,215 @@
+"""Archives and their index: what is cut off, stale or missing has its clear error."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from data.formats.tar import open_tar
+from data.images import UnreadableImage
+from data.sources import Dataset, Request
+from tests.data.formats.writers import add_bytes, write_shards, write_tar
+from tests.data.samples import photograph, write_folder
+
+LAYOUT = {"train/cat": 5, "train/dog": 4, "val/cat": 2, "val/dog": 2}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "photos", LAYOUT)
+
+
+@pytest.fixture
+def root(tmp_path: Path, photos: Path) -> Path:
+    return write_tar(photos, tmp_path / "tars")
+
+
+def opened(root: Path, *needs: str, **request: str) -> Dataset:
+    return open_tar(Request(path=str(root), needs=needs or ("train", "val"), **request))
+
+
+def refusal(root: Path, *needs: str, **request: str) -> str:
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
+        opened(root, *needs, **request)
+    return str(caught.value).replace(str(root), "ROOT")
+
+
+def jpeg(seed: int, path: Path) -> bytes:
+    photograph(seed).save(path)
+    return path.read_bytes()
+
+
+def test_the_index_is_built_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened(root)
+    assert sorted(path.name for path in root.iterdir()) == ["train.index", "train.tar", "val.index", "val.tar"]
+    monkeypatch.setattr(tarfile, "open", lambda *_, **__: pytest.fail("read through once more"))
+    dataset = opened(root)
+    assert [len(dataset.train), len(dataset.held_out)] == [9, 4]
+
+
+def test_a_folder_that_is_not_ours_to_write(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
+    assert len(opened(root).train) == 9
+    assert sorted(path.name for path in root.iterdir()) == ["train.tar", "val.tar"]
+    assert len(list((tmp_path / "cache/dat/tar").iterdir())) == 2
+
+
+@pytest.mark.parametrize("left", [0.1, 0.3, 0.5])
+def test_archive_that_is_cut_off(root: Path, left: float) -> None:
+    content = (root / "train.tar").read_bytes()
+    (root / "train.tar").write_bytes(content[: int(len(content) * left)])
+    assert refusal(root).startswith("archive ROOT/train.tar is cut off or damaged (")
+    assert [path.name for path in root.iterdir() if path.suffix == ".index"] == []
+
+
+def test_archive_that_is_cut_off_between_two_members(root: Path) -> None:
+    with tarfile.open(root / "train.tar") as archive:
+        last = archive.getmembers()[-1]
+    content = (root / "train.tar").read_bytes()
+    (root / "train.tar").write_bytes(content[: last.offset])
+    assert refusal(root) == "archive ROOT/train.tar is cut off or damaged (it has no end); copy it again"
+
+
+def test_archive_that_is_cut_off_after_it_was_indexed(root: Path) -> None:
+    images = opened(root).train
+    content = (root / "train.tar").read_bytes()
+    (root / "train.tar").write_bytes(content[:2000])
+    assert is_stale(refusal(root), f"train.tar had {len(content)} bytes and has 2000")
+    with pytest.raises(UnreadableImage, match=r"cannot read image '.*train\.tar/cat/4\.jpg': the archive is cut off"):
+        images.get(4)
+
+
+def is_stale(message: str, what: str) -> bool:
+    return message == (
+        f"index ROOT/train.index is not of these archives: {what}; if they are right, delete the index, and it is "
+        "built again"
+    )
+
+
+def test_index_of_another_archive(root: Path, photos: Path, tmp_path: Path) -> None:
+    opened(root)
+    size = (root / "train.tar").stat().st_size
+    with tarfile.open(root / "train.tar", "w") as archive:
+        archive.add(photos / "train/cat/0.jpg", "cat/0.jpg")
+        archive.add(photos / "train/dog/0.jpg", "dog/0.jpg")
+    assert f"train.tar had {size} bytes and has" in refusal(root)
+    (root / "train.index").unlink()
+    assert len(opened(root).train) == 2
+
+
+def test_index_of_another_archive_of_the_same_size(root: Path) -> None:
+    opened(root)
+    content = (root / "train.tar").read_bytes()
+    (root / "train.tar").write_bytes(bytes(512) + content[:-512])
+    assert is_stale(refusal(root), "train.tar holds no cat/0.jpg where the index says")
+
+
+def test_damaged_index(root: Path) -> None:
+    opened(root)
+    whole = (root / "train.index").read_bytes()
+    for content in (whole[:-300], b"something else", b""):
+        (root / "train.index").write_bytes(content)
+        assert (
+            refusal(root) == "index ROOT/train.index is damaged or of another program; delete it, and it is built again"
+        )
+
+
+def test_missing_shard(photos: Path, tmp_path: Path) -> None:
+    root = write_shards(photos, tmp_path / "shards", size=2)
+    (root / "train-000002.tar").unlink()
+    assert refusal(root) == (
+        "shards 2 are missing between ROOT/train-000000.tar and train-000004.tar; copy them again, or number the "
+        "others without gaps"
+    )
+
+
+def test_shard_that_is_missing_after_it_was_indexed(photos: Path, tmp_path: Path) -> None:
+    root = write_shards(photos, tmp_path / "shards", size=2)
+    opened(root)
+    (root / "train-000004.tar").unlink()
+    assert "index ROOT/train.index is not of these archives: it knows 5 archives, 4 are there" in refusal(root)
+
+
+def test_shards_that_say_how_many_they_are(photos: Path, tmp_path: Path) -> None:
+    root = write_shards(photos, tmp_path / "shards", size=5)
+    for number in (0, 1):
+        (root / f"train-{number:06}.tar").rename(root / f"train-{number:05}-of-00003.tar")
+    assert refusal(root).startswith("shards 2 are missing between")
+
+
+def test_compressed_archive(root: Path) -> None:
+    subprocess.run(["gzip", root / "train.tar"], check=True)
+    assert refusal(root) == "train.tar.gz is compressed, so images cannot be read in any order; unpack it to .tar"
+
+
+def test_no_archive(root: Path, photos: Path) -> None:
+    (root / "train.tar").unlink()
+    assert refusal(root).startswith("no archive 'train.tar' in data path ROOT: it holds val.tar; the layout is ")
+    assert refusal(photos, "val").startswith("no archive 'val.tar' in data path ROOT: it holds train, val; ")
+
+
+def test_parts_by_pattern(photos: Path, tmp_path: Path) -> None:
+    root = write_shards(photos, tmp_path / "shards")
+    for path in root.glob("*.tar"):
+        path.rename(root / f"pets_{path.name}")
+    dataset = opened(root, train="pets_train*.tar", val="pets_val*.tar")
+    assert [len(dataset.train), len(dataset.held_out)] == [9, 4]
+
+
+def test_classes_that_differ(root: Path, photos: Path) -> None:
+    with tarfile.open(root / "val.tar", "w") as archive:
+        archive.add(photos / "val/cat", "Cat")
+        archive.add(photos / "val/dog", "cow")
+    assert "ROOT has classes that ROOT has not: Cat (train has cat); the layout is" in refusal(root)
+
+
+def test_label_beyond_the_list_of_classes(photos: Path, tmp_path: Path) -> None:
+    root = write_shards(photos, tmp_path / "shards")
+    (root / "classes.txt").write_text("cat\n")
+    assert "train-000000.tar has the label 1, but classes.txt has 1 classes, labels 0 to 0" in refusal(root)
+
+
+def test_image_without_label(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        add_bytes(archive, "a.jpg", jpeg(0, tmp_path / "a.jpg"))
+        add_bytes(archive, "a.cls", b"0")
+        add_bytes(archive, "b.jpg", jpeg(1, tmp_path / "a.jpg"))
+    assert "train.tar holds b.jpg without a label; the layout is" in refusal(tmp_path, "train")
+
+
+def test_image_in_no_class_folder(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        add_bytes(archive, "cat/a.jpg", jpeg(0, tmp_path / "a.jpg"))
+        add_bytes(archive, "b.jpg", jpeg(1, tmp_path / "a.jpg"))
+    assert "archive member b.jpg lies in no class folder and has no label" in refusal(tmp_path, "train")
+
+
+def test_links_have_no_bytes(tmp_path: Path, photos: Path) -> None:
+    (tmp_path / "copy.jpg").hardlink_to(photos / "train/cat/0.jpg")
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        archive.add(photos / "train/cat/0.jpg", "cat/0.jpg")
+        archive.add(tmp_path / "copy.jpg", "cat/1.jpg")
+    assert "holds cat/1.jpg as a link or a sparse file" in refusal(tmp_path, "train")
+
+
+def test_labels_in_json_and_files_of_other_programs(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for number, name in enumerate(("x/a.b", "x/c", "x/d")):
+            add_bytes(archive, f"{name}.jpg", jpeg(number, tmp_path / "a.jpg"))
+            add_bytes(archive, f"{name.partition('.')[0]}.json", f'{{"label": {2 - number}, "width": 48}}'.encode())
+        add_bytes(archive, "x/._a.b.jpg", b"left behind by macOS")
+        add_bytes(archive, "__MACOSX/x/a.jpg", b"left behind by macOS")
+    dataset = opened(tmp_path, "train")
+    assert dataset.classes == ["0", "1", "2"]
+    assert [dataset.train.label(index) for index in range(3)] == [2, 1, 0]
+
+
+def test_archives_may_move(root: Path, tmp_path: Path) -> None:
+    opened(root)
+    shutil.copytree(root, tmp_path / "elsewhere")
+    assert len(opened(tmp_path / "elsewhere").train) == 9
