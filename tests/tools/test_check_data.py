@@ -1,0 +1,73 @@
+"""What check_data finds, on photographs with known faults."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.data.samples import photograph, write_folder
+from tools import check_data
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "photos", {"train/cat": 3, "train/dog": 5, "val/cat": 2, "val/dog": 1})
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], root: Path, *words: str
+) -> tuple[int, str]:
+    monkeypatch.setattr("sys.argv", ["check_data.py", "--workers", "1", "--data-path", str(root), *words])
+    with pytest.raises(SystemExit) as left:
+        check_data.main()
+    return left.value.code, capsys.readouterr().out.replace(str(root), "ROOT")
+
+
+def test_a_good_data_set(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said = run(monkeypatch, capsys, root)
+    assert status == 0
+    assert "train: 8 images, 0 unreadable\nclasses: 2, of 3 (cat) to 5 (dog) images, median 4\n" in said
+    assert "width x height: 48 x 36 at least, 48 x 36 at most, 48 x 36 on average\n" in said
+    assert said.endswith("verdict: nothing found that a run would suffer from\n")
+
+
+def test_faults(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "train/dog/4.jpg").write_text("no image")
+    shutil.copy(root / "train/cat/0.jpg", root / "val/cat/again.jpg")
+    with Image.open(root / "train/dog/0.jpg") as image:
+        image.save(root / "train/dog/same pixels.png")
+    photograph(50, 31, 40).save(root / "train/cat/tiny.jpg")
+    photograph(51, 200, 40).save(root / "train/cat/wide.jpg")
+    (root / "train/cat/photo.heic").write_text("no image")
+    status, said = run(monkeypatch, capsys, root)
+    assert status == 1
+    for line in (
+        "train: 11 images, 1 unreadable\n  cannot read image 'ROOT/train/dog/4.jpg': cannot identify image file\n",
+        "1 images are tiny, a side below 32 pixels\n  ROOT/train/cat/tiny.jpg (31 x 40)\n",
+        "1 images are oddly shaped, one side 4 times the other or more\n  ROOT/train/cat/wide.jpg (200 x 40)\n",
+        "1 images stand in train and in val\n  ROOT/train/cat/0.jpg = ROOT/val/cat/again.jpg\n",
+        "1 images stand more than once in train\n  ROOT/train/dog/0.jpg = ROOT/train/dog/same pixels.png\n",
+        "note: 1 files in ROOT/train are skipped, as Pillow reads no such endings: 1 .heic\n",
+        "verdict: 1 unreadable images in train; 1 images are trained on and held out, so results are too good\n",
+    ):
+        assert line in said
+
+
+def test_mean_and_deviation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, colours in (("black", (0, 0, 0)), ("red", (255, 0, 51))):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), colours).save(tmp_path / "train" / name / "0.png")
+    status, said = run(monkeypatch, capsys, tmp_path, "--parts", "train")
+    assert status == 0
+    assert "mean [0.5 0.  0.1], deviation [0.5 0.  0.1] (of 1)" in said
+
+
+def test_wrong_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["check_data.py", "--data-path", str(tmp_path / "gone")])
+    with pytest.raises(SystemExit, match=r"^error: cannot read folder .*gone: No such file or directory"):
+        check_data.main()

@@ -1,0 +1,138 @@
+"""Shards hold what the data set holds, whole or not at all, the same bytes after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.build import open_dataset
+from data.sources import Dataset
+from tests.data.samples import small_config, write_folder
+from tests.runs import ROOT
+from tools import make_shards
+
+LAYOUT = {"train/cat": 9, "train/dog": 8, "val/cat": 3, "val/dog": 2}
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return write_folder(tmp_path / "photos", LAYOUT)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr("sys.argv", ["make_shards.py", "--workers", "1", *map(str, words)])
+    make_shards.main()
+
+
+def opened(root: Path) -> Dataset:
+    return open_dataset(small_config(root, DATASET="tar"))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_shards_hold_the_images_as_they_are(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", "--per-shard", 4)
+    shards, folders = opened(tmp_path / "shards"), open_dataset(small_config(photos))
+    assert shards.classes == folders.classes
+    for one, other in ((shards.train, folders.train), (shards.held_out, folders.held_out)):
+        assert [one.get(i).data for i in range(len(one))] == [other.get(i).data for i in range(len(other))]
+        assert [one.label(i) for i in range(len(one))] == [other.label(i) for i in range(len(other))]
+    listed = json.loads((tmp_path / "shards/shards.json").read_text())["shards"]
+    assert len(listed) == 5 + 2
+    for name, entry in listed.items():
+        content = (tmp_path / "shards" / name).read_bytes()
+        assert (entry["bytes"], entry["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    assert not (tmp_path / "shards/plan.json").exists()
+
+
+def test_images_are_shrunk_but_not_enlarged(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for side, size in ((24, (32, 24)), (100, (48, 36))):
+        run(monkeypatch, "--data-path", photos, "--output", tmp_path / str(side), "--short-side", side)
+        assert opened(tmp_path / str(side)).train.read(0).size == size
+
+
+def test_images_without_files_are_written_as_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "--dataset", "digits", "--output", tmp_path / "shards", "--parts", "val")
+    shards, digits = (
+        open_dataset(small_config(tmp_path / "shards", DATASET="tar"), ("val",)),
+        open_dataset(small_config()),
+    )
+    for index in (0, 100, 359):
+        assert shards.held_out.read(index).tobytes() == digits.held_out.read(index).tobytes()
+        assert shards.held_out.label(index) == digits.held_out.label(index)
+
+
+def test_a_kill_leaves_whole_shards_and_the_same_command_continues(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, "--data-path", photos, "--output", tmp_path / "whole", "--per-shard", 2)
+    output = tmp_path / "killed"
+    command = [sys.executable, ROOT / "tools/make_shards.py", "--data-path", photos, "--output", output]
+    # A shard that takes a second: the machine is fast, the photographs are small.
+    slow = "import runpy, sys, time; from data.formats import folders; read = folders.read_file\n"
+    slow += "folders.read_file = lambda path: (time.sleep(0.2), read(path))[1]\n"
+    slow += "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    words = [sys.executable, "-c", slow, *command[1:], "--per-shard", "2", "--workers", "1"]
+    process = subprocess.Popen([str(word) for word in words], cwd=ROOT, start_new_session=True)
+    while not list(output.glob("train-*3.tar")):
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    before = files(output)
+    assert "shards.json" not in before
+    assert "plan.json" in before
+    run(monkeypatch, "--data-path", photos, "--output", output, "--per-shard", 2)
+    assert files(output) == files(tmp_path / "whole")
+
+
+def test_nothing_is_overwritten(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("--data-path", photos, "--output", tmp_path / "shards")
+    run(monkeypatch, *words)
+    before = files(tmp_path / "shards")
+    with pytest.raises(SystemExit, match=r"^error: .*shards holds a finished set of shards; give another --output$"):
+        run(monkeypatch, *words)
+    assert files(tmp_path / "shards") == before
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match=r"^error: .*other is not empty; nothing is overwritten"):
+        run(monkeypatch, *words[:2], "--output", tmp_path / "other")
+
+
+def test_another_plan_is_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (photos / "train/dog/7.jpg").write_text("no image")
+    with pytest.raises(SystemExit, match=r"^error: cannot read image '.*dog/7\.jpg'"):
+        run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards")
+    with pytest.raises(SystemExit, match=r"^error: .*shards holds the beginning of other shards"):
+        run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", "--short-side", 20)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--per-shard", "0"), "--per-shard must be at least 1, not 0"),
+        (("--quality", "101"), "--quality 101 must be 1 to 100"),
+        (("--opts", "DATA.VAL"), "--opts takes pairs of KEY VALUE; 'DATA.VAL' has no value"),
+        (("--dataset", "tgz"), "DATA.DATASET must be one of"),
+    ],
+)
+def test_wrong_words(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple, says: str) -> None:
+    with pytest.raises(SystemExit, match=f"^error: {says}"):
+        run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", *words)
+
+
+def test_shard_missing_from_the_list(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", "--per-shard", 4)
+    (tmp_path / "shards/train-000004.tar").unlink()  # the last one, whose absence numbers do not show
+    with pytest.raises(ValueError, match=r"lacks train-000004\.tar, which .*shards\.json lists; copy them again"):
+        opened(tmp_path / "shards")

@@ -1,0 +1,165 @@
+"""Read every image of a data set once and say what is wrong with it.
+
+    python tools/check_data.py --data-path imagenet
+
+Reports images that cannot be read, images that stand in both parts or twice in one, tiny and oddly shaped ones, how
+many each class has, and the mean and deviation of the colours. Ends with a verdict, status 1 where a run would suffer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import multiprocessing
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.build import open_dataset
+from data.images import UnreadableImage
+from data.sources import Dataset, ImageSource
+from tools.make_shards import dataset_config
+
+# Sides below this many pixels are tiny, sides this many times as long as the other are odd.
+TINY = 32
+ODD = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What was found about one image: its size, the hash of its pixels, sums over them; or why it cannot be read."""
+
+    index: int
+    size: tuple[int, int] = (0, 0)
+    digest: bytes = b""
+    mean: tuple[float, ...] = ()
+    square: tuple[float, ...] = ()
+    error: str = ""
+
+
+def main() -> None:
+    """Check what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", default="", help="the data set")
+    parser.add_argument("--dataset", default="imagenet", help="its format, a DATA.DATASET (default: class folders)")
+    parser.add_argument("--parts", nargs="+", choices=("train", "val"), default=["train", "val"])
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--show", type=int, default=10, help="images to name of each kind")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="other options of the data set")
+    args = parser.parse_args()
+    try:
+        dataset = open_dataset(dataset_config(args.dataset, args.data_path, args.opts), args.parts)
+        faults = check(dataset, args.parts, workers=max(1, args.workers), show=args.show)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print("verdict: " + ("; ".join(faults) if faults else "nothing found that a run would suffer from"))
+    sys.exit(1 if faults else 0)
+
+
+def check(dataset: Dataset, parts: Sequence[str], *, workers: int, show: int) -> list[str]:
+    """Print what is found about the parts of a data set and return what a run would suffer from."""
+    faults = []
+    places: dict[bytes, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for doubt in dataset.doubts():
+        print(f"note: {doubt}")
+    for part in parts:
+        source = dataset.train if part == "train" else dataset.held_out
+        seen = list(tqdm(_look(source, workers), total=len(source), unit="image", desc=part, disable=None))
+        broken = [one for one in seen if one.error]
+        whole = [one for one in seen if not one.error]
+        print(f"\n{part}: {len(source)} images, {len(broken)} unreadable")
+        _list([one.error for one in broken], show)
+        if broken:
+            faults.append(f"{len(broken)} unreadable images in {part}")
+        _describe_classes(dataset, source)
+        _describe_sizes(source, whole, show)
+        if whole:
+            _describe_colours(whole)
+        for one in whole:
+            places[one.digest][part].append(source.get(one.index).name)
+    return faults + _duplicates(places, parts, show)
+
+
+def _look(source: ImageSource, workers: int) -> Iterator[Seen]:
+    with multiprocessing.get_context("fork" if hasattr(os, "fork") else None).Pool(workers) as pool:
+        yield from pool.imap(partial(_look_at, source=source), range(len(source)), chunksize=64)
+
+
+def _look_at(index: int, source: ImageSource) -> Seen:
+    try:
+        image = source.read(index)
+    except UnreadableImage as error:
+        return Seen(index, error=str(error))
+    pixels = np.asarray(image)
+    digest = hashlib.blake2b(pixels.tobytes() + str(image.size).encode(), digest_size=16).digest()
+    values = pixels.reshape(-1, 3) / 255
+    return Seen(index, image.size, digest, tuple(values.mean(0).tolist()), tuple((values**2).mean(0).tolist()))
+
+
+def _describe_classes(dataset: Dataset, source: ImageSource) -> None:
+    counts = dataset.counts(source)
+    few, many = int(np.argmin(counts)), int(np.argmax(counts))
+    print(
+        f"classes: {len(counts)}, of {counts[few]} ({dataset.classes[few]}) to {counts[many]} "
+        f"({dataset.classes[many]}) images, median {np.median(counts):g}"
+    )
+
+
+def _describe_sizes(source: ImageSource, seen: Sequence[Seen], show: int) -> None:
+    if not seen:
+        return
+    sizes = np.array([one.size for one in seen])
+    print(
+        f"width x height: {' x '.join(map(str, sizes.min(0)))} at least, {' x '.join(map(str, sizes.max(0)))} at most, "
+        f"{' x '.join(f'{side:.0f}' for side in sizes.mean(0))} on average"
+    )
+    for kind, chosen in (
+        (f"tiny, a side below {TINY} pixels", sizes.min(1) < TINY),
+        (f"oddly shaped, one side {ODD} times the other or more", sizes.max(1) >= ODD * sizes.min(1)),
+    ):
+        if chosen.any():
+            print(f"{chosen.sum()} images are {kind}")
+            found = np.flatnonzero(chosen)
+            names = (f"{source.get(seen[i].index).name} ({sizes[i][0]} x {sizes[i][1]})" for i in found[:show])
+            _list(list(names), show, len(found))
+
+
+def _describe_colours(seen: Sequence[Seen]) -> None:
+    mean = np.mean([one.mean for one in seen], 0)
+    deviation = np.sqrt(np.maximum(np.mean([one.square for one in seen], 0) - mean**2, 0))
+    print(f"mean {np.array2string(mean, precision=4)}, deviation {np.array2string(deviation, precision=4)} (of 1)")
+
+
+def _duplicates(places: dict[bytes, dict[str, list[str]]], parts: Sequence[str], show: int) -> list[str]:
+    faults = []
+    both = [found for found in places.values() if len(found) > 1]
+    if both:
+        print(f"\n{len(both)} images stand in train and in val")
+        _list([f"{found['train'][0]} = {found['val'][0]}" for found in both], show)
+        faults.append(f"{len(both)} images are trained on and held out, so results are too good")
+    for part in parts:
+        twice = [names for found in places.values() if len(names := found.get(part, [])) > 1]
+        if twice:
+            print(f"\n{len(twice)} images stand more than once in {part}")
+            _list([" = ".join(names[:3]) for names in twice], show)
+    return faults
+
+
+def _list(lines: Sequence[str], show: int, total: int = 0) -> None:
+    for line in lines[:show]:
+        print(f"  {line}")
+    if max(total, len(lines)) > show:
+        print(f"  ... and {max(total, len(lines)) - show} more")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Pack a data set into tar shards with an index, for `DATA.DATASET tar`.
+
+    python tools/make_shards.py --data-path imagenet --output imagenet-shards --short-side 320
+
+Each part becomes `<part>-000000.tar`, ... in WebDataset's layout: `<key>.jpg` and `<key>.cls`, the label. `classes.txt`
+names the classes, `shards.json` lists the shards with their checksums, `<part>.index` says where each image is.
+The order of the images is kept. The same command continues after it was interrupted, and writes the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import sys
+import tarfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+from tqdm import tqdm
+from yacs.config import CfgNode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import default_config, set_option
+from data.build import open_dataset
+from data.formats.tar import MANIFEST, build_index
+from data.images import StoredImage
+from data.sources import Dataset, ImageSource
+
+PLAN = "plan.json"
+_ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What makes the shards; another plan makes others."""
+
+    images: dict[str, int]
+    classes: list[str]
+    content: str
+    per_shard: int
+    short_side: int
+    quality: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One archive: a run of images of a part."""
+
+    part: str
+    number: int
+    first: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return f"{self.part}-{self.number:06}.tar"
+
+
+def main() -> None:
+    """Pack what the command line names."""
+    args = _parse_arguments()
+    try:
+        pack(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", default="", help="the data set")
+    parser.add_argument("--dataset", default="imagenet", help="its format, a DATA.DATASET (default: class folders)")
+    parser.add_argument("--output", required=True, type=Path, help="folder for the shards, new or empty")
+    parser.add_argument("--parts", nargs="+", choices=("train", "val"), default=["train", "val"])
+    parser.add_argument("--per-shard", type=int, default=1000, help="images of a shard")
+    parser.add_argument("--short-side", type=int, default=0, help="shrink larger images to it and write JPEG; 0: as is")
+    parser.add_argument("--quality", type=int, default=90, help="of JPEG, where images are shrunk")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="other options of the data set")
+    return parser.parse_args()
+
+
+def pack(args: argparse.Namespace) -> None:
+    """Write all shards that are not there yet, then the list of them and the indices.
+
+    Raises:
+        ValueError: for a data set that cannot be opened, an image that cannot be read, and an output folder with other
+            files.
+    """
+    dataset = open_dataset(dataset_config(args.dataset, args.data_path, args.opts), args.parts)
+    sources = {"train": dataset.train, "val": dataset.held_out}
+    sources = {part: sources[part] for part in args.parts}
+    if any(source.labels.ndim == 2 for source in sources.values()):
+        raise ValueError("shards hold one label for each image; keep data sets of several labels as csv or parquet")
+    plan = _plan(args, dataset, sources)
+    _begin(args.output, plan)
+    shards = [
+        Shard(part, number, first, min(first + args.per_shard, len(source)))
+        for part, source in sources.items()
+        for number, first in enumerate(range(0, len(source), args.per_shard))
+    ]
+    write = partial(_write, sources=sources, folder=args.output, plan=plan)
+    entries = {}
+    with (
+        multiprocessing.get_context("fork" if hasattr(os, "fork") else None).Pool(args.workers) as pool,
+        tqdm(total=sum(plan.images.values()), unit="image", disable=None) as bar,
+    ):
+        for shard, entry in pool.imap_unordered(write, shards):
+            entries[shard.name] = entry
+            bar.update(shard.stop - shard.first)
+    for part in sources:
+        paths = [args.output / shard.name for shard in shards if shard.part == part]
+        build_index(paths).save(args.output / f"{part}.index")
+    _write_json(args.output / MANIFEST, {"shards": {shard.name: entries[shard.name] for shard in shards}})
+    (args.output / PLAN).unlink()
+    for left in args.output.glob("*.part"):
+        left.unlink()
+    size = sum(entry["bytes"] for entry in entries.values())
+    print(f"{sum(plan.images.values())} images in {len(shards)} shards, {size / 2**20:.1f} MiB, lie in {args.output}")
+
+
+def dataset_config(dataset: str, path: str, options: Sequence[str]) -> CfgNode:
+    """Return a config that names a data set.
+
+    Raises:
+        ValueError: for an option that there is not.
+    """
+    config = default_config()
+    config.DATA.DATASET, config.DATA.DATA_PATH = dataset, path
+    if len(options) % 2:
+        raise ValueError(f"--opts takes pairs of KEY VALUE; {options[-1]!r} has no value")
+    for key, value in zip(options[::2], options[1::2], strict=True):
+        set_option(config, key, value)
+    return config
+
+
+def _plan(args: argparse.Namespace, dataset: Dataset, sources: dict[str, ImageSource]) -> Plan:
+    for name, value, least in (("--per-shard", args.per_shard, 1), ("--workers", args.workers, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, not {value}")
+    if not 1 <= args.quality <= 100 or args.short_side < 0:
+        raise ValueError(f"--quality {args.quality} must be 1 to 100 and --short-side {args.short_side} 0 or more")
+    content = hashlib.sha256()
+    for source in sources.values():
+        content.update(source.labels.astype("<i8").tobytes())
+    images = {part: len(source) for part, source in sources.items()}
+    return Plan(images, dataset.classes, content.hexdigest(), args.per_shard, args.short_side, args.quality)
+
+
+def _begin(folder: Path, plan: Plan) -> None:
+    """Make the output folder, or check that it is one that the same command began.
+
+    Raises:
+        ValueError: where it holds anything else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MANIFEST).exists():
+        raise ValueError(f"{folder} holds a finished set of shards; give another --output")
+    if (folder / PLAN).exists():
+        if json.loads((folder / PLAN).read_text(encoding="utf-8")) != asdict(plan):
+            raise ValueError(f"{folder} holds the beginning of other shards; give another --output, or remove them")
+    elif any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty; nothing is overwritten, give another --output")
+    else:
+        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in plan.classes), encoding="utf-8")
+        _write_json(folder / PLAN, asdict(plan))
+
+
+def _write(shard: Shard, sources: dict[str, ImageSource], folder: Path, plan: Plan) -> tuple[Shard, dict[str, Any]]:
+    """Write a shard unless it is there, whole or not at all, and return its entry of the list."""
+    path = folder / shard.name
+    if not path.exists():
+        staged = path.with_suffix(f".{os.getpid()}.part")  # a worker may outlive a parent that was killed
+        source = sources[shard.part]
+        with staged.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+                for index in range(shard.first, shard.stop):
+                    content, ending = _encode(source.get(index), plan)
+                    _add(archive, f"{index:08}.{ending}", content)
+                    _add(archive, f"{index:08}.cls", str(source.label(index)).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        staged.replace(path)
+    with path.open("rb") as file:
+        digest = _digest(file)
+    return shard, {"images": shard.stop - shard.first, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _digest(file: BinaryIO) -> str:
+    digest = hashlib.sha256()
+    while block := file.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def _encode(stored: StoredImage, plan: Plan) -> tuple[bytes, str]:
+    """Return the bytes of an image and their ending: as they are, or shrunk."""
+    image = stored.decode()  # also where its bytes are kept: what cannot be read is found here and not in training
+    if plan.short_side and min(image.size) > plan.short_side:
+        scale = plan.short_side / min(image.size)
+        size = tuple(max(plan.short_side, round(side * scale)) for side in image.size)
+        return _save(image.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=plan.quality), "jpg"
+    if isinstance(stored.data, bytes) and not stored.turn:
+        with Image.open(io.BytesIO(stored.data)) as kept:
+            if kept.format in _ENDINGS:
+                return stored.data, _ENDINGS[kept.format]
+    return _save(image, "PNG"), "png"
+
+
+def _save(image: Image.Image, kind: str, **settings: int) -> bytes:
+    content = io.BytesIO()
+    image.save(content, kind, **settings)
+    return content.getvalue()
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def _write_json(path: Path, content: Any) -> None:
+    staged = path.with_suffix(".part")
+    staged.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    staged.replace(path)
+
+
+if __name__ == "__main__":
+    main()
