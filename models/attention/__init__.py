@@ -11,6 +11,7 @@ from torch import nn
 
 from ..options import StageOptions
 from .deformable import DeformableAttention
+from .ms_deform_attn import MSDeformAttn
 from .neighborhood import NeighborhoodAttention
 from .pyramid import PyramidAttention
 from .qna import QueryAndAttend
@@ -20,6 +21,7 @@ from .window import WindowAttention
 __all__ = [
     "MIXERS",
     "DeformableAttention",
+    "MSDeformAttn",
     "NeighborhoodAttention",
     "PyramidAttention",
     "QueryAndAttend",

@@ -1,1 +1,5 @@
 """Pure functions on tensors: every operation has a plain reference form and, where it pays, faster forms behind it."""
+
+from .multi_scale import ms_deform_attn
+
+__all__ = ["ms_deform_attn"]

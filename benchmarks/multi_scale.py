@@ -1,0 +1,153 @@
+"""Time and memory of multi-scale deformable attention beside that of `transformers` (Deformable DETR).
+
+    python -m benchmarks.multi_scale --threads 1
+    python -m benchmarks.multi_scale --queries 300
+
+Both layers have the same weights and take turns in this process on random input at the size of Deformable DETR's
+encoder. Peak memory is measured in a fresh process per layer, beyond what it holds before: resident memory on a CPU
+(Linux alone), what the layer allocates on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.models.deformable_detr.configuration_deformable_detr import DeformableDetrConfig
+from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrMultiscaleDeformableAttention
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.timing import environment, spread, take_turns
+from models.attention import MSDeformAttn
+
+LEVELS = [(76, 106), (38, 53), (19, 27), (10, 14)]
+DIM, HEADS, POINTS = 256, 8, 4
+RIVALS = ("transformers", "ours")
+
+
+def main() -> None:
+    """Measure and print the table."""
+    args = _parse_arguments()
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    if args.peak:
+        print(_peak(args, device, *args.peak))
+        return
+    queries = args.queries or sum(height * width for height, width in LEVELS)
+    print(f"{environment(device, args.threads)}, transformers {transformers.__version__}; batch {args.batch_size}, ")
+    print(f"{queries} queries, best of {args.runs}, spread of the median over the best\n")
+    print("| task | transformers, ms | ours, ms | ratio | transformers, MiB | ours, MiB | ratio |")
+    print("|---|---:|---:|---:|---:|---:|---:|")
+    for task in TASKS:
+        rivals = {name: partial(TASKS[task], *_layer(name, args, device)) for name in RIVALS}
+        seconds = take_turns(rivals, runs=args.runs, device=device)
+        times = {name: min(runs) * 1e3 for name, runs in seconds.items()}
+        peaks = {name: float(_in_fresh_process(name, task)) for name in RIVALS}
+        cells = [f"{times[name]:.0f} ({spread(seconds[name])})" for name in RIVALS]
+        memory = [f"{peaks[name]:.0f}" for name in RIVALS]
+        ratios = [f"{values['ours'] / values['transformers']:.2f}" for values in (times, peaks)]
+        print(f"| {task} | {' | '.join((*cells, ratios[0], *memory, ratios[1]))} |", flush=True)
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--queries", type=int, help="learned queries, as in the decoder; the pixels where not given")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--runs", type=int, default=5, help="timed runs of each layer")
+    parser.add_argument("--peak", nargs=2, metavar=("LAYER", "TASK"), help="print one peak of memory alone")
+    return parser.parse_args()
+
+
+def _layer(name: str, args: argparse.Namespace, device: torch.device) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """Return a call of a layer and the tensors that it takes and that require a gradient."""
+    torch.manual_seed(0)
+    layer = MSDeformAttn(DIM, len(LEVELS), HEADS, POINTS)
+    torch.nn.init.normal_(layer.sampling_offsets.weight, std=0.05)
+    torch.nn.init.normal_(layer.attention_weights.weight, std=0.05)
+    pixels = torch.randn(args.batch_size, sum(height * width for height, width in LEVELS), DIM, device=device)
+    query = pixels if args.queries is None else torch.randn(args.batch_size, args.queries, DIM, device=device)
+    points = torch.rand(*query.shape[:2], 1, 2, device=device)
+    if args.queries is None:
+        points = _centres(device).expand(args.batch_size, -1, -1, -1)
+    points = points.expand(-1, -1, len(LEVELS), -1)
+    shapes = torch.tensor(LEVELS, device=device)
+    starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
+    leaves = [query.clone().requires_grad_(), pixels.clone().requires_grad_()]
+    if name == "ours":
+        layer = layer.to(device)
+        return lambda: layer(leaves[0], points, leaves[1], LEVELS, starts), [*leaves, *layer.parameters()]
+    config = DeformableDetrConfig(d_model=DIM, num_feature_levels=len(LEVELS))
+    theirs = DeformableDetrMultiscaleDeformableAttention(config, HEADS, POINTS)
+    theirs.load_state_dict(layer.state_dict())
+    theirs = theirs.to(device)
+    return lambda: theirs(
+        leaves[0],
+        encoder_hidden_states=leaves[1],
+        reference_points=points,
+        spatial_shapes=shapes,
+        spatial_shapes_list=LEVELS,
+        level_start_index=starts,
+    )[0], [*leaves, *theirs.parameters()]
+
+
+def _centres(device: torch.device) -> Tensor:
+    """Return the place of every pixel of every level, ``[1, S, 1, 2]``."""
+    planes = []
+    for height, width in LEVELS:
+        y, x = ((torch.arange(length, device=device) + 0.5) / length for length in (height, width))
+        planes.append(torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1))
+    return torch.cat(planes)[None, :, None]
+
+
+def _inference(run: Callable[[], Tensor], _: list[Tensor]) -> None:
+    with torch.inference_mode():
+        run()
+
+
+def _training(run: Callable[[], Tensor], leaves: list[Tensor]) -> None:
+    out = run()
+    torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+TASKS = {"forward": _inference, "forward + backward": _training}
+
+
+def _in_fresh_process(name: str, task: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.multi_scale", *sys.argv[1:], "--peak", name, task]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def _peak(args: argparse.Namespace, device: torch.device, name: str, task: str) -> float:
+    """Return the MiB that a layer takes at most beyond what it holds before."""
+    run, leaves = _layer(name, args, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        TASKS[task](run, leaves)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    x = torch.ones(512, 512, requires_grad=True)
+    torch.nn.functional.linear(x, x).sum().backward()  # what the first product loads
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = _status("VmRSS")
+    TASKS[task](run, leaves)
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    """Return one of the kernel's figures of this process, in MiB."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) / 2**10
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Multi-scale deformable attention as a layer (Deformable DETR, arXiv 2010.04159, section 4.1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import ms_deform_attn
+
+
+class MSDeformAttn(nn.Module):
+    """Every query attends to a few points around its reference on each of several maps.
+
+    Args:
+        d_model: channels.
+        n_levels: maps.
+        n_heads: attention heads; divides ``d_model``.
+        n_points: points per head and level.
+
+    Attributes:
+        form: form of the attention, see `models.ops.ms_deform_attn`.
+        im2col_step: images worked on at a time.
+
+    Raises:
+        ValueError: an argument is not allowed.
+    """
+
+    def __init__(self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4) -> None:
+        super().__init__()
+        numbers = {"d_model": d_model, "n_levels": n_levels, "n_heads": n_heads, "n_points": n_points}
+        for name, number in numbers.items():
+            if number < 1:
+                raise ValueError(f"{name} = {number} is not allowed; give at least 1")
+        if d_model % n_heads:
+            raise ValueError(f"d_model = {d_model} is not divisible by n_heads = {n_heads}; change one of them")
+        self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
+        self.im2col_step = 64
+        self.form = "auto"
+        samples = n_heads * n_levels * n_points
+        self.sampling_offsets = nn.Linear(d_model, samples * 2)
+        self.attention_weights = nn.Linear(d_model, samples)
+        self.value_proj = nn.Linear(d_model, d_model)
+        self.output_proj = nn.Linear(d_model, d_model)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start from points in one direction per head, the p-th p pixels away, all of the same weight."""
+        angles = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        directions /= directions.abs().amax(dim=-1, keepdim=True)  # onto the border of the unit square
+        distances = torch.arange(1, self.n_points + 1)
+        bias = directions[:, None, None] * distances[:, None]  # [heads, 1, points, 2]
+        nn.init.zeros_(self.sampling_offsets.weight)
+        self.sampling_offsets.bias.copy_(bias.expand(-1, self.n_levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(projection.weight)
+            nn.init.zeros_(projection.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        input_flatten: Tensor,
+        input_spatial_shapes: Tensor | Sequence[Sequence[int]],
+        input_level_start_index: Tensor | Sequence[int],
+        input_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend to maps.
+
+        Args:
+            query: ``[B, Q, C]``.
+            reference_points: ``[B, Q, levels, 2]``, (x, y), 0 and 1 the edges of the map; or ``[B, Q, levels, 4]``,
+                boxes (cx, cy, w, h), in halves of which offsets are counted.
+            input_flatten: pixels of all maps in a row, ``[B, S, C]``.
+            input_spatial_shapes: height and width of every map, ``[levels, 2]``; a list where it is known outside the
+                device.
+            input_level_start_index: where every map begins among the pixels, ``[levels]``.
+            input_padding_mask: ``[B, S]``, true where a pixel is padding, whose value counts as zero.
+
+        Returns:
+            ``[B, Q, C]``.
+
+        Raises:
+            ValueError: shapes do not fit.
+        """
+        if reference_points.shape[-1] not in (2, 4) or reference_points.shape[2] != self.n_levels:
+            raise ValueError(
+                f"reference_points {list(reference_points.shape)} do not fit; "
+                f"give [batch, queries, {self.n_levels}, 2 or 4]"
+            )
+        value = self.value_proj(input_flatten)
+        if input_padding_mask is not None:
+            value = value.masked_fill(input_padding_mask.unsqueeze(-1), 0.0)
+        value = value.unflatten(-1, (self.n_heads, -1))
+        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1)).softmax(dim=-1)
+        out = ms_deform_attn(
+            value,
+            input_spatial_shapes,
+            input_level_start_index,
+            self.sampling_locations(query, reference_points, input_spatial_shapes),
+            weights.unflatten(-1, (self.n_levels, self.n_points)),
+            self.im2col_step,
+            form=self.form,
+        )
+        return self.output_proj(out)
+
+    def sampling_locations(
+        self, query: Tensor, reference_points: Tensor, spatial_shapes: Tensor | Sequence[Sequence[int]]
+    ) -> Tensor:
+        """Return where the queries look, ``[B, Q, heads, levels, points, 2]``, at least float32."""
+        offsets = self.sampling_offsets(query)
+        dtype = torch.promote_types(offsets.dtype, torch.float32)
+        offsets = offsets.to(dtype).unflatten(-1, (self.n_heads, self.n_levels, self.n_points, 2))
+        points = reference_points.to(dtype)[:, :, None, :, None]
+        if points.shape[-1] == 2:
+            sizes = torch.as_tensor(spatial_shapes, device=query.device).flip(-1)[:, None]  # [levels, 1, (w, h)]
+            return points + offsets / sizes
+        return points[..., :2] + offsets / self.n_points * points[..., 2:] * 0.5

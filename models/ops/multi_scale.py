@@ -1,0 +1,210 @@
+"""Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159, section 4.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import multi_scale_rows
+from .rows import neighbours
+
+FORMS = ("auto", "reference", "op")
+Levels = Sequence[Sequence[int]]
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: Tensor | Levels,
+    level_start_index: Tensor | Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int = 64,
+    *,
+    form: str = "auto",
+) -> Tensor:
+    """Sum, for every query and head, values sampled on several maps, each with its weight.
+
+    Args:
+        value: values of all levels in a row, ``[B, S, heads, C]``.
+        spatial_shapes: height and width of every level, ``[levels, 2]``; a list saves a GPU the wait for a tensor.
+        level_start_index: where every level begins among the S values, ``[levels]``.
+        sampling_locations: ``[B, Q, heads, levels, points, 2]``, (x, y), 0 and 1 the edges of the level, so that the
+            centre of pixel i of n lies at (i + 0.5) / n. Outside, values are zero. At least float32 is computed.
+        attention_weights: ``[B, Q, heads, levels, points]``.
+        im2col_step: images worked on at a time, which bounds the memory; the result does not depend on it.
+        form: ``op`` is one operator, ``torch.ops.dat.ms_deform_attn``, for compiler, export and profiler: sums of rows
+            on a CPU, Triton kernels on a GPU; its sums have a fixed order, and it has no second derivatives.
+            ``reference`` is made of plain operations that can be differentiated any number of times. ``auto`` takes
+            ``op``, but for ONNX, which has no such operator.
+
+    Returns:
+        ``[B, Q, heads * C]`` in the dtype of ``value``.
+
+    Raises:
+        ValueError: shapes do not fit, or the form is unknown.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form {form!r} of multi-scale attention is unknown; choose one of {', '.join(FORMS)}")
+    _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step)
+    dtype = torch.promote_types(sampling_locations.dtype, torch.float32)
+    sampling_locations, attention_weights = sampling_locations.to(dtype), attention_weights.to(dtype)
+    if form == "reference" or (form == "auto" and torch.onnx.is_in_onnx_export()):
+        levels, starts = _numbers(spatial_shapes), _numbers(level_start_index)
+        return _reference(value, levels, starts, sampling_locations, attention_weights)
+    shapes, starts = (
+        torch.as_tensor(numbers, dtype=torch.int64, device=value.device)
+        for numbers in (spatial_shapes, level_start_index)
+    )
+    return _op(value, shapes, starts, sampling_locations, attention_weights, im2col_step)
+
+
+def _numbers(tensor: Tensor | Sequence) -> list:
+    return tensor.tolist() if isinstance(tensor, Tensor) else list(tensor)
+
+
+def _check(
+    value: Tensor,
+    spatial_shapes: Tensor | Levels,
+    level_start_index: Tensor | Sequence[int],
+    locations: Tensor,
+    weights: Tensor,
+    im2col_step: int,
+) -> None:
+    levels = len(spatial_shapes)
+    if value.dim() != 4 or locations.dim() != 6 or locations.shape[-1] != 2:
+        raise ValueError(
+            f"value {list(value.shape)} and sampling_locations {list(locations.shape)} do not fit; give "
+            "[batch, pixels, heads, channels] and [batch, queries, heads, levels, points, 2]"
+        )
+    if weights.shape != locations.shape[:-1]:
+        raise ValueError(f"attention_weights {list(weights.shape)} must have the shape {list(locations.shape[:-1])}")
+    if (value.shape[0], value.shape[2], levels, levels) != (
+        locations.shape[0],
+        *locations.shape[2:4],
+        len(level_start_index),
+    ):
+        raise ValueError(
+            f"value {list(value.shape)}, {levels} levels with {len(level_start_index)} starts and sampling_locations "
+            f"{list(locations.shape)} must agree in batch, heads and levels"
+        )
+    if im2col_step < 1:
+        raise ValueError(f"im2col_step = {im2col_step} is not allowed; give at least 1")
+    if isinstance(spatial_shapes, Tensor):  # the numbers are read, and checked, where that costs no wait
+        return
+    check_levels(spatial_shapes, _numbers(level_start_index), value.shape[1])
+
+
+def check_levels(levels: Levels, starts: Sequence[int], pixels: int) -> None:
+    """Raise ValueError where a level does not lie among the values."""
+    for (height, width), start in zip(levels, starts, strict=True):
+        if height < 1 or width < 1 or start < 0 or start + height * width > pixels:
+            raise ValueError(
+                f"a level of {height} x {width} from {start} on does not fit into {pixels} values; "
+                "check spatial_shapes and level_start_index"
+            )
+
+
+def _reference(value: Tensor, levels: Levels, starts: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:
+    values = value.transpose(1, 2).to(weights.dtype)  # [B, heads, S, C]
+    locations, weights = locations.permute(3, 5, 0, 2, 1, 4), weights.permute(3, 0, 2, 1, 4)
+    out = torch.zeros((), dtype=weights.dtype, device=value.device)
+    for (height, width), start, (x, y), weight in zip(levels, starts, locations, weights, strict=True):
+        rows, row_weights = neighbours(y * height - 0.5, height)  # [B, heads, Q, points, 2]
+        columns, column_weights = neighbours(x * width - 0.5, width)
+        pixels = start + rows.unsqueeze(-1) * width + columns.unsqueeze(-2)
+        corners = row_weights.unsqueeze(-1) * column_weights.unsqueeze(-2) * weight[..., None, None]
+        index = pixels.flatten(2).unsqueeze(-1).expand(-1, -1, -1, values.shape[-1])
+        samples = values.gather(2, index).unflatten(2, pixels.shape[2:]) * corners.unsqueeze(-1)
+        out = out + samples.sum(dim=(3, 4, 5))
+    return out.transpose(1, 2).flatten(2).to(value.dtype)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@torch.library.custom_op("dat::ms_deform_attn", mutates_args=(), device_types="cpu")
+def _op(
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> Tensor:
+    levels, starts = spatial_shapes.tolist(), level_start_index.tolist()
+    check_levels(levels, starts, value.shape[1])
+    parts = zip(*(x.split(im2col_step) for x in (value, sampling_locations, attention_weights)), strict=True)
+    return _joined([multi_scale_rows.forward(levels, starts, *part) for part in parts])
+
+
+@torch.library.custom_op("dat::ms_deform_attn_backward", mutates_args=(), device_types="cpu")
+def _op_backward(
+    grad: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor,
+    level_start_index: Tensor,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    im2col_step: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    levels, starts = spatial_shapes.tolist(), level_start_index.tolist()
+    parts = zip(*(x.split(im2col_step) for x in (grad, value, sampling_locations, attention_weights)), strict=True)
+    grads = [multi_scale_rows.backward(levels, starts, *part) for part in parts]
+    return tuple(_joined(column) for column in zip(*grads, strict=True))
+
+
+@_op.register_kernel("cuda")
+def _op_cuda(
+    value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, im2col_step: int
+) -> Tensor:
+    from . import multi_scale_triton  # needs Triton, which comes with builds of torch for GPUs alone
+
+    parts = zip(*(x.split(im2col_step) for x in (value, locations, weights)), strict=True)
+    return _joined([multi_scale_triton.forward(shapes, starts, *part) for part in parts])
+
+
+@_op_backward.register_kernel("cuda")
+def _op_backward_cuda(
+    grad: Tensor, value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, im2col_step: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import multi_scale_triton
+
+    parts = zip(*(x.split(im2col_step) for x in (grad, value, locations, weights)), strict=True)
+    grads = [multi_scale_triton.backward(shapes, starts, *part) for part in parts]
+    return tuple(_joined(column) for column in zip(*grads, strict=True))
+
+
+@_op.register_fake
+def _op_fake(value: Tensor, _shapes: Tensor, _starts: Tensor, locations: Tensor, *_: object) -> Tensor:
+    return value.new_empty(*locations.shape[:2], value.shape[2] * value.shape[3])
+
+
+@_op_backward.register_fake
+def _op_backward_fake(
+    _grad: Tensor, value: Tensor, _shapes: Tensor, _starts: Tensor, locations: Tensor, weights: Tensor, *_: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape) for x in (value, locations, weights))
+
+
+def _keep(ctx, inputs, output) -> None:  # noqa: ANN001, ARG001
+    *tensors, ctx.im2col_step = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    value, shapes, starts, locations, weights = ctx.saved_tensors
+    to_value, to_locations, to_weights = _op_backward(
+        grad.contiguous(), value, shapes, starts, locations, weights, ctx.im2col_step
+    )
+    return to_value, None, None, to_locations, to_weights, None
+
+
+def _refuse(ctx, *grads: Tensor) -> None:  # noqa: ANN001, ARG001
+    raise RuntimeError("the operator ms_deform_attn has no second derivatives; take form='reference'")
+
+
+_op.register_autograd(_backward, setup_context=_keep)
+_op_backward.register_autograd(_refuse)

@@ -1,0 +1,61 @@
+"""The kernels of multi-scale deformable attention, run by Triton's interpreter; see `test_multi_scale_triton`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.ops import multi_scale_triton as kernels
+from tests.models.ops.test_multi_scale import random_arguments, with_gradients
+
+
+def run(arguments: tuple) -> list[Tensor]:
+    value, shapes, starts, locations, weights = arguments
+    shapes, starts = torch.tensor(shapes), torch.tensor(starts)
+    out = kernels.forward(shapes, starts, value, locations, weights)
+    ramp = torch.linspace(-1, 2, out.numel(), dtype=out.dtype).view_as(out)
+    return [out, *kernels.backward(shapes, starts, ramp, value, locations, weights)]
+
+
+@pytest.mark.parametrize(("seed", "reach"), [(1, 5.0), (11, 0.4)])
+def test_kernels_equal_the_plain_form(seed: int, reach: float) -> None:
+    arguments = random_arguments(seed, reach=reach)
+    torch.testing.assert_close(run(arguments), with_gradients(arguments, form="reference"))
+
+
+def test_many_samples_in_a_cell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SAMPLES", 2)
+    arguments = random_arguments(6)
+    torch.testing.assert_close(run(arguments), with_gradients(arguments, form="reference"))
+
+
+def test_precision() -> None:
+    arguments = random_arguments(2, dtype=torch.float32)
+    arguments = (arguments[0].bfloat16(), *arguments[1:])
+    results = run(arguments)
+    assert [x.dtype for x in results] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
+    torch.testing.assert_close(results, with_gradients(arguments, form="reference"), atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(run(arguments), results, rtol=0, atol=0)
+
+
+def test_what_is_no_number() -> None:
+    value, shapes, starts, locations, weights = random_arguments(1)
+    locations[0, 0], locations[:, 1] = float("nan"), float("inf")
+    out = kernels.forward(torch.tensor(shapes), torch.tensor(starts), value, locations, weights)
+    assert out[0, 0].isnan().all()
+    assert not out[:, 1].any()
+    assert out[:, 2:].isfinite().all()
+
+
+@pytest.mark.parametrize("empty", ["batch", "queries"])
+def test_empty_input(empty: str) -> None:
+    value, shapes, starts, locations, weights = random_arguments(2)
+    if empty == "batch":
+        value, locations, weights = value[:0], locations[:0], weights[:0]
+    else:
+        locations, weights = locations[:, :0], weights[:, :0]
+    results = run((value, shapes, starts, locations, weights))
+    assert results[0].numel() == 0
+    assert [x.shape for x in results[1:]] == [x.shape for x in (value, locations, weights)]
+    assert not any(x.any() for x in results)
