@@ -1,5 +1,8 @@
 # make setup | demo | test | test-long | lint: each sets up .venv by itself, once.
 PYTHON ?= python3
+# Processes that run tests at once: as many as there are cores, or a number; and the tests they run.
+WORKERS ?= logical
+TESTS ?= tests
 # Threads per process: one is fastest for networks this small, and more threads than free cores ruin every timing.
 export OMP_NUM_THREADS ?= 1
 
@@ -8,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make setup      set up .venv (once: about 6 GB, one to five minutes)"
 	@echo "make demo       train a small DAT++ on handwritten digits (one to two minutes on four cores)"
-	@echo "make test       run every test (nine to eleven minutes on two cores)"
+	@echo "make test       run every test on all cores (six to eight minutes on two); TESTS=tests/data runs a part"
 	@echo "make test-long  the tests that kill and resume runs at many moments (about ten minutes)"
 	@echo "make test-slurm train_slurm.sh on a SLURM of two nodes on this machine (Debian's slurm-wlm and munge, root)"
 	@echo "make lint       ruff"
@@ -21,8 +24,8 @@ demo: setup
 	@.venv/bin/python main.py --cfg configs/digits.yaml --output output/demo --opts TRAIN.AUTO_RESUME False
 
 test: setup
-	@echo "test: every test, nine to eleven minutes on two cores"
-	@.venv/bin/python -m pytest -m "not slow"
+	@echo "test: $(TESTS) on all cores; every test takes six to eight minutes on two"
+	@.venv/bin/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
 
 test-long: setup
 	@echo "test-long: the long form of the tests, about ten minutes on four cores"

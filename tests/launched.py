@@ -65,7 +65,7 @@ class Job:
             if self.ranks[rank].is_alive():
                 os.kill(self.ranks[rank].pid, number)
 
-    def wait(self, seconds: float = 60) -> list[int]:
+    def wait(self, seconds: float = 120) -> list[int]:
         """Return the exit statuses, below 0 for processes that a signal ended; kill what still runs after `seconds`."""
         end = time.monotonic() + seconds
         for process in self.ranks:
@@ -75,7 +75,7 @@ class Job:
         assert None not in statuses, f"still running after {seconds} s: {statuses}\n{self.console()}"
         return statuses
 
-    def wait_until(self, holds: Callable[[], bool], seconds: float = 60) -> None:
+    def wait_until(self, holds: Callable[[], bool], seconds: float = 120) -> None:
         """Return as soon as `holds()`, or when the job ended."""
         end = time.monotonic() + seconds
         while not holds() and any(process.is_alive() for process in self.ranks):
@@ -114,7 +114,7 @@ class Trial:
     def finish(self) -> dict[str, Any]:
         """Run the command to its end and return what it left."""
         job = self.start()
-        statuses = job.wait(120)
+        statuses = job.wait(240)
         assert statuses == [0] * self._processes, job.console()
         return outcome(self.folder)
 

@@ -19,6 +19,8 @@ import pytest
 from tests.launched import Trial, first_difference, outcome
 from tests.runs import ROOT
 
+pytestmark = pytest.mark.xdist_group("serial")
+
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
 
 # A command for tasks. Each word is one start, with what becomes of each task: an exit status, below 0 a signal to the

@@ -12,6 +12,8 @@ import yaml
 from config import load_config
 from tests.runs import read_metrics, run_command, write_config
 
+pytestmark = pytest.mark.xdist_group("training")  # which share one run
+
 RESULT = re.compile(r" \* Acc@1 (?P<top1>[\d.]+) Acc@5 (?P<top5>[\d.]+)\n \* Loss (?P<loss>[\d.]+)\n")
 
 

@@ -23,6 +23,8 @@ from tests.data.formats.writers import write_tar
 from tests.data.samples import write_folder
 from tests.runs import ROOT, run_command, write_config
 
+pytestmark = pytest.mark.xdist_group("wrong input")  # which share one run
+
 PHOTOS = {"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/dog": 2}
 DATA = {"DATASET": "imagenet", "DATA_PATH": "photos", "BATCH_SIZE": 2, "NUM_WORKERS": 0}
 LAYOUT = r"the layout is DATA_PATH/train/<class>/\*\.jpg and DATA_PATH/val/<class>/\*\.jpg"

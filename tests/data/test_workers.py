@@ -103,7 +103,10 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.stdout.close()
 
 
-pytestmark = pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS does not tell who sent a signal")
+pytestmark = [
+    pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS does not tell who sent a signal"),
+    pytest.mark.xdist_group("serial"),
+]
 
 
 def test_signals_to_the_whole_job_leave_the_workers_at_work(start: Start) -> None:
@@ -113,7 +116,7 @@ def test_signals_to_the_whole_job_leave_the_workers_at_work(start: Start) -> Non
     out, _ = process.communicate(timeout=60)
     assert out.split() == [str(1437 // 16)]
     assert process.returncode == 1
-    assert wait_for_end(workers, seconds=2) == []
+    assert wait_for_end(workers, seconds=15) == []
 
 
 def test_the_parent_ends_workers_that_a_server_forked(start: Start) -> None:
@@ -122,7 +125,7 @@ def test_the_parent_ends_workers_that_a_server_forked(start: Start) -> None:
         process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == 1
-    assert wait_for_end(workers, seconds=2) == []
+    assert wait_for_end(workers, seconds=15) == []
 
 
 @pytest.mark.parametrize("method", ["fork", "forkserver"])

@@ -12,6 +12,8 @@ import pytest
 from tests.launched import CONTEXT
 from tools import launch
 
+pytestmark = pytest.mark.xdist_group("serial")
+
 # Notes that it was started, and ends as the plan says: by an exit status, or below 0 by a signal.
 PROCESS = """
 import json, os, sys
