@@ -17,12 +17,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
+from tests.data.samples import photograph
 from tests.runs import ROOT, write_config
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["main", "tools.launch", "tests.launched"])
+# Images of ten classes: few, as a run takes as long as they do; enough for eleven updates an epoch, and a remainder.
+TRAINING_IMAGES, HELD_OUT_IMAGES, UPDATES = 270, 40, 11
 
 
 class Job:
@@ -93,7 +98,12 @@ class Trial:
     def __init__(self, folder: Path, processes: int, workers: int, **sections: Any) -> None:
         folder.mkdir()
         sections = {
-            "DATA": {"BATCH_SIZE": 64 // processes, "NUM_WORKERS": workers},
+            "DATA": {
+                "DATASET": "imagenet",
+                "DATA_PATH": str(_write_images(folder / "images")),
+                "BATCH_SIZE": 12 // processes,
+                "NUM_WORKERS": workers,
+            },
             "TRAIN": {"ACCUMULATION_STEPS": 2, "EMA": {"ENABLED": True}},
             "AUG": {"MIXUP": 0.8, "REPROB": 0.25},
             "PRINT_FREQ": 3,
@@ -134,6 +144,7 @@ class Uninterrupted:
     def of(self, processes: int) -> tuple[dict[str, Any], float]:
         """Return the outcome with so many processes; the workers that read the images do not change it."""
         if processes not in self._known:
+            _start_server()
             begin = time.monotonic()
             left = Trial(self._folder / f"uninterrupted-{processes}", processes, 0).finish()
             self._known[processes] = left, time.monotonic() - begin
@@ -152,6 +163,24 @@ def _run(words: list[str], env: dict[str, str], console: str, prepare: Callable[
     if prepare:
         prepare()
     sys.exit(main(words))
+
+
+def _start_server() -> None:
+    """Return when the server has imported everything."""
+    process = CONTEXT.Process(target=int)
+    process.start()
+    process.join()
+
+
+def _write_images(root: Path) -> Path:
+    """Write images that tell their class by their colours, so that a run learns, and return `root`."""
+    for split, count in (("train", TRAINING_IMAGES), ("val", HELD_OUT_IMAGES)):
+        for number in range(count):
+            path = root / split / str(number % 10) / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.asarray(photograph(number % 10, 32, 32))
+            Image.fromarray(np.roll(pixels, number, axis=(0, 1))).save(path)
+    return root
 
 
 def _free_port() -> int:

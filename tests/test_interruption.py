@@ -22,7 +22,7 @@ import torch
 from checkpoint import load_checkpoint
 from config import default_config
 from logger import RunLog
-from tests.launched import CONTEXT, Job, Trial, Uninterrupted, first_difference
+from tests.launched import CONTEXT, UPDATES, Job, Trial, Uninterrupted, first_difference
 from tests.runs import ROOT, read_metrics
 
 pytestmark = pytest.mark.xdist_group("serial")
@@ -75,7 +75,7 @@ def test_a_signal_during_evaluation_repeats_the_evaluation_alone(uninterrupted: 
     trial = Trial(tmp_path / "trial", 1, 0)
     assert trial.start(prepare=_interrupt_evaluation).wait() == [128 + signal.SIGTERM]
     state = load_checkpoint(trial.folder / "last.pth")
-    assert (state["epoch"], state["update"]) == (0, 1437 // 128)
+    assert (state["epoch"], state["update"]) == (0, UPDATES)
     assert read_metrics(trial.folder, "eval") == []
     assert first_difference(uninterrupted.of(1)[0], trial.finish()) is None
 
