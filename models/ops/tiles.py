@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .kept import made_once
 
 LARGEST_TILE = 8  # query rows of a tile where one or two tiles do
 INNER_TILE = 6  # elsewhere: with windows of 7 the tile has 12 rows of keys, measured best on CPUs
@@ -107,12 +108,10 @@ class Tiles:
         return table[:, :-1].unflatten(1, (self._side, self._side))
 
 
+@made_once
 def tiles_of(size: tuple[int, int], kernel_size: int, device: torch.device) -> Tiles:
-    """Return the tiles of a map; made once, in a compiled graph too."""
-    return (Tiles if torch.compiler.is_compiling() else _cached_tiles)(size, kernel_size, device)
-
-
-_cached_tiles = functools.lru_cache(maxsize=64)(Tiles)
+    """Return the tiles of a map."""
+    return Tiles(size, kernel_size, device)
 
 
 @torch._dynamo.assume_constant_result  # a graph that made them would copy lists to the device in every step
@@ -126,7 +125,7 @@ def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> l
         that order; the kind of every tile; the cell of the table for every kind, ``[kinds, queries_per_tile,
         keys_per_tile]``, the one after the last for keys outside the window of a query.
     """
-    with torch.inference_mode(False):  # what is made in inference mode could not serve training later
+    with _disable_current_modes():  # the number of pixels inside would be unknown to tensors without values
         axes = y, x = [_Axis(length, kernel_size) for length in size]
         rows, columns = (torch.arange(axis.count)[:, None] * axis.tile + torch.arange(axis.tile) for axis in axes)
         inside = ((rows < y.length)[:, None, :, None] & (columns < x.length)[:, None, :]).flatten()
@@ -142,7 +141,7 @@ def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> l
         side = 2 * kernel_size - 1
         dy, dx = y.offsets()[:, None, :, None, :, None], x.offsets()[:, None, :, None, :]
         cells = torch.where((dy == _OUTSIDE) | (dx == _OUTSIDE), side**2, dy * side + dx)
-        return [index.flatten().to(device) for index in (queries, places, beyond, keys, by_pixel, pixels, kinds, cells)]
+    return [index.flatten().to(device) for index in (queries, places, beyond, keys, by_pixel, pixels, kinds, cells)]
 
 
 _OUTSIDE = -1

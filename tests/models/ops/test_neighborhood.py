@@ -104,7 +104,7 @@ def test_add_windows_is_the_transpose_of_windows() -> None:
 
 
 def test_tiles_made_in_inference_mode_serve_training() -> None:
-    tiles_of.__globals__["_cached_tiles"].cache_clear()
+    tiles_of.forget()
     tensors = inputs((8, 9), 3)
     with torch.inference_mode():
         neighborhood_attention(*tensors, kernel_size=3, scale=1, form="tiles")
