@@ -22,6 +22,7 @@ import multiprocessing, signal, sys, time
 from tests.data.samples import build_train_loader, small_config
 
 multiprocessing.set_start_method(sys.argv[1])
+multiprocessing.set_forkserver_preload(["data.build"])  # once, instead of once in each worker
 received = set()
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: received.add(number))
@@ -41,6 +42,7 @@ from tests.data.samples import build_train_loader, small_config
 from tests.data.test_workers import wait_for_file
 
 multiprocessing.set_start_method(sys.argv[1])
+multiprocessing.set_forkserver_preload(["data.build"])  # once, instead of once in each worker
 loader = build_train_loader(small_config(NUM_WORKERS=2, BATCH_SIZE=16), rank=0, world_size=1)
 loader.worker_init_fn = functools.partial(wait_for_file, sys.argv[2], loader.worker_init_fn)
 batches = iter(loader)

@@ -14,10 +14,12 @@ from models.attention import QueryAndAttend
 from models.dat import DAT
 from tests import golden
 
+# All tests of a case run in one process, which builds its networks once.
+CASES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in golden.CASES]
 CHEAP_CASES = ["cvpr22_mini", "mini_d_logcpb", "mini_ls", "mini_mixed", "mini_nd"]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=2)  # of one case in float64 and float32; of all they would take two gigabytes
 def build(name: str, dtype: torch.dtype = torch.float64) -> DAT:
     """Return the model of a case with its weights, in evaluation mode."""
     description, _ = golden.load("cases", name)
@@ -36,7 +38,7 @@ def assert_close(actual: Tensor, expected: np.ndarray, tolerance: float) -> None
     assert error <= tolerance * np.abs(expected).max(), f"{error:.3g} against {np.abs(expected).max():.3g}"
 
 
-@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_state_dict_has_the_published_names_and_shapes(name: str) -> None:
     description, _ = golden.load("cases", name)
     model = build(name)
@@ -45,7 +47,7 @@ def test_state_dict_has_the_published_names_and_shapes(name: str) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == description["num_parameters"]
 
 
-@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_float64_values_and_gradients(name: str) -> None:
     description, arrays = golden.load("cases", name)
     model = build(name)
@@ -73,7 +75,7 @@ def test_float64_values_and_gradients(name: str) -> None:
     }
 
 
-@pytest.mark.parametrize("name", golden.CASES)
+@pytest.mark.parametrize("name", CASES)
 @torch.no_grad()
 def test_forward_equals_the_published_logits_in_float32(name: str) -> None:
     _, arrays = golden.load("cases", name)
