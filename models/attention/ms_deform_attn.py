@@ -97,14 +97,12 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask.unsqueeze(-1), 0.0)
-        value = value.unflatten(-1, (self.n_heads, -1))
-        weights = self.attention_weights(query).unflatten(-1, (self.n_heads, -1)).softmax(dim=-1)
         out = ms_deform_attn(
-            value,
+            value.unflatten(-1, (self.n_heads, -1)),
             input_spatial_shapes,
             input_level_start_index,
             self.sampling_locations(query, reference_points, input_spatial_shapes),
-            weights.unflatten(-1, (self.n_levels, self.n_points)),
+            self.sampling_logits(query).flatten(-2).softmax(dim=-1).unflatten(-1, (self.n_levels, self.n_points)),
             self.im2col_step,
             form=self.form,
         )
@@ -122,3 +120,7 @@ class MSDeformAttn(nn.Module):
             sizes = torch.as_tensor(spatial_shapes, device=query.device).flip(-1)[:, None]  # [levels, 1, (w, h)]
             return points + offsets / sizes
         return points[..., :2] + offsets / self.n_points * points[..., 2:] * 0.5
+
+    def sampling_logits(self, query: Tensor) -> Tensor:
+        """Return the logits of the attention weights, ``[B, Q, heads, levels, points]``."""
+        return self.attention_weights(query).unflatten(-1, (self.n_heads, self.n_levels, self.n_points))

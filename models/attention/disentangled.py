@@ -1,0 +1,179 @@
+"""Disentangled attention (DeBERTa, arXiv 2006.03654, section 3.1) on a grid, exact and with random features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..ops.linear_attention import normalized
+from ..ops.locality import range_sum
+from ..ops.relative_positions import Buckets, Relation
+from .performer import PerformerAttention
+from .tokens import TokenAttention
+
+DENSE_SHARE = 8  # how many times dearer a number of a sum over patches is than one of a matrix of tokens, on a CPU
+
+
+class RelativeKeys(nn.Module):
+    """The table of relative positions and what it adds to the logits.
+
+    Args:
+        dim: channels of a row.
+        grid: rows and columns of patches.
+        prefix: tokens before the patches.
+        span: largest displacement with a row of its own, see `models.ops.relative_positions.Buckets`.
+    """
+
+    def __init__(self, dim: int, *, grid: tuple[int, int], prefix: int, span: int) -> None:
+        super().__init__()
+        self.buckets = Buckets(span, max(grid) - 1)
+        self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(self.buckets.rows, dim), std=0.02))
+        self.register_buffer("index", self.buckets.table_index(grid, prefix), persistent=False)
+
+    def forward(self, qkv: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
+        """Return positions as queries and as keys, ``[heads, rows, d]``, by the projections of the content."""
+        dim = self.table.shape[1]
+        both = F.linear(self.table, qkv.weight[: 2 * dim], qkv.bias[: 2 * dim])
+        q, k = both.unflatten(-1, (2, heads, -1)).permute(1, 2, 0, 3)
+        return q, k
+
+    def bias(self, q: Tensor, k: Tensor, position_q: Tensor, position_k: Tensor) -> Tensor:
+        """Return ``q_i . k(i - j) + k_j . q(j - i)``, ``[B, heads, N, N]``."""
+        index = self.index.expand(*q.shape[:2], -1, -1)
+        to_position = (q @ position_k.mT).gather(-1, index)
+        return to_position + (k @ position_q.mT).gather(-1, index).mT
+
+
+class DisentangledAttention(TokenAttention):
+    """Attention whose logits are ``(q_i k_j + q_i k(i - j) + k_j q(j - i)) / sqrt(3 d)``.
+
+    Positions go through the projections of the content (``share_att_key``).
+
+    Args:
+        span: largest displacement with a row of its own.
+        **options: see `TokenAttention`.
+    """
+
+    def __init__(self, dim: int, *, span: int = 4, **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.relative = RelativeKeys(dim, grid=self.grid, prefix=self.prefix, span=span)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scale = (3 * q.shape[-1]) ** -0.5
+        bias = self.relative.bias(q, k, *self.relative(self.qkv, self.heads)) * scale
+        mask = self.mask(q)
+        if mask is not None:
+            bias = bias.masked_fill(~mask, float("-inf"))
+        dropout = self.attn_drop if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale, dropout_p=dropout)
+
+
+class DisentangledPerformer(PerformerAttention):
+    """Disentangled attention whose content term is approximated by random features; its position terms are exact.
+
+    With features f and the rows r of the table, the weight of key j for query i is
+
+        f(q_i) . f(k_j)  exp(q_i . k(r) / s)  exp(k_j . q(-r) / s),        r = r(i - j), s = sqrt(3 d).
+
+    The first exponential depends on i and r alone, the second on j and r. All keys of one r lie in a rectangle of the
+    grid, displaced from i, over which sums of ``f(k_j) exp(k_j . q(-r) / s) v_j^T`` are running sums, see
+    `models.ops.locality`. One such sum for each of the R rows: time and memory are linear in tokens, with R, the number
+    of features and that of channels as factors. On small grids a matrix of tokens is cheaper and gives the same.
+
+    Args:
+        span: largest displacement with a row of its own; R is at most ``(4 * span - 1)^2 + 3``.
+        form: ``boxes`` in linear time, ``dense`` with a matrix of tokens, or ``auto``, the cheaper.
+        **options: see `PerformerAttention`.
+    """
+
+    def __init__(self, dim: int, *, span: int = 2, form: str = "auto", **options: Any) -> None:
+        super().__init__(dim, **options)
+        self.relative = RelativeKeys(dim, grid=self.grid, prefix=self.prefix, span=span)
+        self.form = form
+
+    @property
+    def scale(self) -> float:
+        """Factor of queries and keys."""
+        return (3 * self.qkv.in_features // self.heads) ** -0.25
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            dtype = torch.promote_types(q.dtype, torch.float32)
+            q, k, v = (x.to(dtype) for x in (q, k, v))
+            position_q, position_k = self.relative(self.qkv, self.heads)
+            q_features, k_features = self.features(q, "query"), self.features(k, "key")
+            by_query, by_key = (
+                x @ positions.to(dtype).mT * self.scale**2 for x, positions in ((q, position_k), (k, position_q))
+            )  # [B, heads, N, rows]
+            # Factors of a query, and one factor of all keys, are divided out.
+            by_query = (by_query - by_query.detach().amax(-1, keepdim=True)).exp()
+            by_key = (by_key - by_key.detach().amax((-2, -1), keepdim=True)).exp()
+            attend = self._dense if self._is_dense(v) else self._boxes
+            return normalized(attend(q_features, k_features, F.pad(v, (0, 1), value=1.0), by_query, by_key))
+
+    def _is_dense(self, v: Tensor) -> bool:
+        if self.form != "auto":
+            return self.form == "dense"
+        return v.shape[2] <= DENSE_SHARE * self.relative.buckets.rows * min(v.shape[3], self.random.count)
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
+        index = self.relative.index.expand(*q.shape[:2], -1, -1)
+        weights = q @ k.mT * by_query.gather(-1, index) * by_key.gather(-1, index).mT
+        mask = self.mask(q)
+        return (weights if mask is None else weights * mask) @ v
+
+    def _boxes(self, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
+        rows, prefix = self.relative.buckets.rows, self.prefix
+        sums = torch.zeros_like(v[:, :, prefix:])
+        for relation in self._seen():
+            sums = sums + checkpoint(
+                self._box, relation, q, k, v, by_query, by_key, use_reentrant=False, preserve_rng_state=False
+            )
+        if not prefix:
+            return sums
+        heads, patches = (slice(None), slice(None), slice(prefix)), (slice(None), slice(None), slice(prefix, None))
+        to_prefix = self._pair(
+            q[patches], by_query[patches][..., rows - 2], k[heads], by_key[heads][..., rows - 3], v[heads]
+        )
+        of_prefix = self._pair(
+            q[heads], by_query[heads][..., rows - 3], k[patches], by_key[patches][..., rows - 2], v[patches]
+        ) + self._pair(q[heads], by_query[heads][..., rows - 1], k[heads], by_key[heads][..., rows - 1], v[heads])
+        return torch.cat((of_prefix, sums + to_prefix), dim=2)
+
+    @staticmethod
+    def _pair(q: Tensor, by_query: Tensor, k: Tensor, by_key: Tensor, v: Tensor) -> Tensor:
+        """Return the weighted sums of all keys for all queries, which have one relation."""
+        return q @ ((k * by_key.unsqueeze(-1)).mT @ v) * by_query.unsqueeze(-1)
+
+    def _box(self, relation: Relation, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
+        """Return what the keys of one relation add to the sums of the patches."""
+        q, k, v, by_query, by_key = (x[:, :, self.prefix :] for x in (q, k, v, by_query, by_key))
+        k = k * by_key[..., relation.opposite, None]
+        around = (k.unsqueeze(-1) * v.unsqueeze(-2)).unflatten(2, self.grid)  # [B, heads, H, W, m, d + 1]
+        for axis in (0, 1):
+            around = range_sum(around, relation.low[axis], relation.high[axis], 2 + axis)
+        around = around.flatten(2, 3)
+        return (q.unsqueeze(-2) @ around).squeeze(-2) * by_query[..., relation.index, None]
+
+    def _seen(self) -> Iterator[Relation]:
+        """Return the relations of the grid, cut to the window; a band of the sequence is cut row by row."""
+        for relation in self.relative.buckets.relations(self.grid):
+            if self.window is None:
+                yield relation
+                continue
+            kind, reach = self.window
+            for y, y_high in [(relation.low[0], relation.high[0])] if kind == "box" else _rows(relation):
+                shift = 0 if kind == "box" else y * self.grid[1]
+                low = max(y, -reach) if kind == "box" else y, max(relation.low[1], -reach - shift)
+                high = min(y_high, reach) if kind == "box" else y, min(relation.high[1], reach - shift)
+                if low[0] <= high[0] and low[1] <= high[1]:
+                    yield relation._replace(low=low, high=high)
+
+
+def _rows(relation: Relation) -> list[tuple[int, int]]:
+    return [(y, y) for y in range(relation.low[0], relation.high[0] + 1)]

@@ -1,0 +1,104 @@
+"""Multi-scale deformable attention over the patches of a Vision Transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.locality import Window
+from .ms_deform_attn import MSDeformAttn
+
+
+class PatchDeformableAttention(MSDeformAttn):
+    """Every token looks at a few points of the grid of patches, and of smaller grids that are means of it.
+
+    A patch looks from its own place, a token before the patches from the middle; it is no place to look at.
+
+    Args:
+        dim: channels.
+        heads: attention heads; divides ``dim``.
+        grid: rows and columns of patches.
+        prefix: tokens before the patches.
+        points: points of a head on every grid.
+        scales: grids, each half as high and wide as the one before, rounded up.
+        proj_drop: dropout rate of the output.
+
+    Attributes:
+        window: how far from itself a patch looks; anywhere where None. Its points are moved into the window, and it
+            looks at the finest grid alone. In the order of the sequence, the window is the highest rectangle around the
+            patch that lies within the band.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        grid: tuple[int, int],
+        prefix: int,
+        points: int = 4,
+        scales: int = 1,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__(dim, scales, heads, points)
+        self.grid, self.prefix = grid, prefix
+        self.window: Window | None = None
+        self.shapes = [tuple(-(-length // 2**scale) for length in grid) for scale in range(scales)]
+        self.starts = [0, *accumulate(height * width for height, width in self.shapes)][:-1]
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.register_buffer("places", _places(grid, prefix), persistent=False)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do what an epoch begins with: nothing."""
+
+    def forward(self, x: Tensor, **_: None) -> Tensor:
+        """Map tokens ``[B, N, C]`` to the same shape; timm's blocks pass masks, which are None here."""
+        reference = self.places[:, None].expand(x.shape[0], -1, self.n_levels, -1)
+        return self.proj_drop(super().forward(x, reference, self._pyramid(x), self.shapes, self.starts))
+
+    def _pyramid(self, x: Tensor) -> Tensor:
+        """Return the pixels of all grids in a row, ``[B, S, C]``."""
+        patches = x[:, self.prefix :]
+        if self.n_levels == 1:
+            return patches
+        plane = patches.mT.unflatten(-1, self.grid)
+        planes = [plane, *(F.adaptive_avg_pool2d(plane, shape) for shape in self.shapes[1:])]
+        return torch.cat([plane.flatten(2).mT for plane in planes], dim=1)
+
+    def sampling_locations(
+        self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Sequence[int]]
+    ) -> Tensor:
+        locations = super().sampling_locations(query, reference_points, spatial_shapes)
+        if self.window is None:
+            return locations
+        of_prefix, of_patches = locations.split((self.prefix, query.shape[1] - self.prefix), dim=1)
+        y, x = self._reach(self.window)
+        reach = locations.new_tensor([x / self.grid[1], y / self.grid[0]])
+        middle = reference_points[:, self.prefix :, None, :, None].to(locations.dtype)
+        return torch.cat((of_prefix, middle + torch.clamp(of_patches - middle, -reach, reach)), dim=1)
+
+    def sampling_logits(self, query: Tensor) -> Tensor:
+        logits = super().sampling_logits(query)
+        if self.window is None or self.n_levels == 1:
+            return logits
+        coarse = torch.arange(self.n_levels, device=query.device)[:, None] > 0
+        patch = (torch.arange(query.shape[1], device=query.device) >= self.prefix)[:, None, None, None]
+        return logits.masked_fill(patch & coarse, float("-inf"))
+
+    def _reach(self, window: Window) -> tuple[int, int]:
+        """Return how many rows and columns away a patch looks."""
+        if window.kind == "box":
+            return window.reach, window.reach
+        rows = window.reach // self.grid[1]
+        return rows, window.reach - rows * self.grid[1]
+
+
+def _places(grid: tuple[int, int], prefix: int) -> Tensor:
+    """Return where every token looks from, ``[N, 2]``, (x, y)."""
+    y, x = ((torch.arange(length) + 0.5) / length for length in grid)
+    patches = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1)
+    return torch.cat((torch.full((prefix, 2), 0.5), patches))

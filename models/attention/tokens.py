@@ -1,0 +1,71 @@
+"""What the attentions of a Vision Transformer share: projections, and a window while there is one."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.locality import Window, window_mask
+
+
+class TokenAttention(nn.Module):
+    """Self-attention of tokens: some prefix tokens, then the patches of a grid, row by row.
+
+    The names are those of timm's attention, so that weights of its Vision Transformers load.
+
+    Args:
+        dim: channels.
+        heads: attention heads; divides ``dim``.
+        grid: rows and columns of patches.
+        prefix: tokens before the patches.
+        attn_drop: probability of dropping an attention weight.
+        proj_drop: dropout rate of the output.
+
+    Attributes:
+        window: which patches a patch sees; all where None.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        heads: int,
+        grid: tuple[int, int],
+        prefix: int,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.heads, self.grid, self.prefix = heads, grid, prefix
+        self.attn_drop = attn_drop
+        self.window: Window | None = None
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Do what an epoch begins with."""
+
+    def forward(self, x: Tensor, **_: None) -> Tensor:
+        """Map tokens ``[B, N, C]`` to the same shape; timm's blocks pass masks, which are None here."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, d]
+        x = self.attend(q, k, v).to(v.dtype)
+        return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Map queries, keys and values ``[B, heads, N, d]`` to ``[B, heads, N, d]``."""
+        raise NotImplementedError
+
+    def mask(self, like: Tensor) -> Tensor | None:
+        """Return which key each query sees, bool ``[N, N]``, or None where it sees all."""
+        if self.window is None:
+            return None
+        return window_mask(self.grid, self.prefix, self.window, device=like.device)
+
+
+class SoftmaxAttention(TokenAttention):
+    """The attention of the Vision Transformer (arXiv 2010.11929)."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        dropout = self.attn_drop if self.training else 0.0
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(q), dropout_p=dropout)

@@ -1,0 +1,70 @@
+"""Attention whose weights are products of features of queries and keys, in time linear in the number of tokens."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .locality import Window, window_sum
+
+VANISHED = 1e-30  # sum of weights from which on their quotient has no meaning, and its gradient no finite value
+AT_ONCE = 1 << 22  # numbers of the sums around all patches that are held at a time: 16 MiB in float32
+
+
+def linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    grid: tuple[int, int] | None = None,
+    prefix: int = 0,
+    window: Window | None = None,
+) -> Tensor:
+    """Return ``sum_j (q_i . k_j) v_j / sum_j (q_i . k_j)`` over the keys j that query i sees.
+
+    Without a window, the sums of ``k_j v_j^T`` over all keys are computed once. With a window, a sum is computed for
+    every patch, see `models.ops.locality`; never a matrix of tokens. They are made anew in the backward pass, some
+    heads and images at a time.
+
+    Args:
+        q: features of the queries, ``[B, heads, N, m]``, not negative.
+        k: features of the keys, ``[B, heads, N, m]``, not negative.
+        v: values ``[B, heads, N, d]``.
+        grid: height and width of the grid of patches.
+        prefix: number of tokens before the patches.
+        window: which keys a patch sees; all where None.
+
+    Returns:
+        ``[B, heads, N, d]`` in the dtype of the features.
+    """
+    v = F.pad(v.to(k.dtype), (0, 1), value=1.0)  # the last channel adds up the weights
+    if window is None:
+        return normalized(q @ (k.mT @ v))
+    rows = q.shape[2] * k.shape[3] * v.shape[3]
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or q.shape[:2].numel() * rows <= AT_ONCE:
+        return normalized(_windowed(q, k, v, grid=grid, prefix=prefix, window=window))
+    attend = partial(_windowed, grid=grid, prefix=prefix, window=window)
+    count = max(1, AT_ONCE // rows)
+    parts = zip(*(x.flatten(0, 1).split(count) for x in (q, k, v)), strict=True)
+    sums = torch.cat([checkpoint(attend, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+    return normalized(sums.view(*q.shape[:-1], -1))
+
+
+def normalized(sums: Tensor) -> Tensor:
+    """Divide weighted sums by the sum of weights, their last channel; zero where all weights have vanished."""
+    return sums[..., :-1] / sums[..., -1:].clamp_min(VANISHED)
+
+
+def _windowed(q: Tensor, k: Tensor, v: Tensor, *, grid: tuple[int, int], prefix: int, window: Window) -> Tensor:
+    products = k.unsqueeze(-1) * v.unsqueeze(-2)  # [..., N, m, d + 1]
+    dim = products.dim() - 3
+    around = window_sum(products.narrow(dim, prefix, products.shape[dim] - prefix), grid, window, dim)
+    if not prefix:
+        return (q.unsqueeze(-2) @ around).squeeze(-2)
+    around = around + products.narrow(dim, 0, prefix).sum(dim, keepdim=True)
+    of_prefix, of_patches = q.split((prefix, q.shape[-2] - prefix), dim=-2)
+    return torch.cat((of_prefix @ products.sum(dim), (of_patches.unsqueeze(-2) @ around).squeeze(-2)), dim=-2)

@@ -1,0 +1,70 @@
+"""Windows around the tokens of a grid: which tokens see each other, and sums over windows without a matrix of tokens.
+
+Tokens are some prefix tokens, which see and are seen by all, and the patches of a grid, row by row.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KINDS = ("sequence", "box")
+
+
+class Window(NamedTuple):
+    """What a patch sees of the others.
+
+    Attributes:
+        kind: ``sequence`` counts distances in the order of the tokens, ``box`` in rows and columns of the grid.
+        reach: largest distance.
+    """
+
+    kind: str
+    reach: int
+
+
+def window_mask(grid: tuple[int, int], prefix: int, window: Window, *, device: torch.device | None = None) -> Tensor:
+    """Return which key each query sees, bool ``[prefix + H*W, prefix + H*W]``."""
+    token = torch.arange(grid[0] * grid[1], device=device)
+    places = torch.stack((token // grid[1], token % grid[1]) if window.kind == "box" else (token,))
+    near = ((places[:, :, None] - places[:, None]).abs() <= window.reach).all(dim=0)
+    return F.pad(near, (prefix, 0, prefix, 0), value=True)
+
+
+def range_sum(x: Tensor, low: int, high: int, dim: int) -> Tensor:
+    """Return, for every i of an axis, the sum of all ``x[j]`` with ``low <= i - j <= high``.
+
+    An axis is cut into blocks as long as the range, which then is the end of one block and the beginning of the next:
+    two running sums, whatever the length of the range. Nothing is subtracted, so that sums of positive numbers keep
+    their relative precision, unlike differences of one long running sum.
+    """
+    n = x.shape[dim]
+    low, high = max(low, 1 - n), min(high, n - 1)
+    if low > high:
+        return torch.zeros_like(x)
+    if (low, high) == (1 - n, n - 1):
+        return x.sum(dim, keepdim=True).expand_as(x)
+    length = high - low + 1
+    x = x.movedim(dim, 0)
+    blocks = math.ceil((n + length - 1) / length)
+    x = F.pad(x, (0, 0) * (x.dim() - 1) + (high, blocks * length - n - high))  # from i = -high on; negative pads cut
+    if length == 1:
+        return x.movedim(0, dim)
+    x = x.unflatten(0, (blocks, length))
+    until, since = x.cumsum(1).flatten(0, 1), x.flip(1).cumsum(1).flip(1).flatten(0, 1)
+    starts_inside = (torch.arange(n, device=x.device) % length > 0).view(-1, *(1,) * (until.dim() - 1))
+    return (until[length - 1 : length - 1 + n] + since[:n] * starts_inside).movedim(0, dim)
+
+
+def window_sum(x: Tensor, grid: tuple[int, int], window: Window, dim: int) -> Tensor:
+    """Return the sum over the window of every patch; ``dim`` is the axis of the patches."""
+    if window.kind == "sequence":
+        return range_sum(x, -window.reach, window.reach, dim)
+    x = x.unflatten(dim, grid)
+    for axis in (dim, dim + 1):
+        x = range_sum(x, -window.reach, window.reach, axis)
+    return x.flatten(dim, dim + 1)

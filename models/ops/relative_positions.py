@@ -1,0 +1,80 @@
+"""Relative positions on a grid in buckets that grow with the distance (as in DeBERTa, arXiv 2006.03654)."""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby, product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Relation(NamedTuple):
+    """Tokens that share one relative position: ``i - j`` lies between ``low`` and ``high`` on both axes.
+
+    Attributes:
+        index: row of the table.
+        opposite: row of the opposite relative position.
+        low: smallest displacement, (y, x).
+        high: largest displacement, (y, x).
+    """
+
+    index: int
+    opposite: int
+    low: tuple[int, int]
+    high: tuple[int, int]
+
+
+class Buckets:
+    """Buckets of the displacements of a grid.
+
+    Displacements up to ``span`` have a bucket each; those up to ``farthest`` share ``span - 1`` buckets on a
+    logarithmic scale, on both sides, and what lies beyond has the last. The table has a row for each pair of buckets,
+    and three for the tokens before the patches: those as queries of patches, patches as queries of those, and among
+    themselves.
+
+    Args:
+        span: largest displacement with a bucket of its own; at least 1.
+        farthest: where the last bucket begins.
+    """
+
+    def __init__(self, span: int, farthest: int) -> None:
+        self.span, self.farthest = span, max(farthest, span)
+        self.last = self.of(self.farthest)
+        self.side = 2 * self.last + 1
+        self.rows = self.side**2 + 3
+
+    def of(self, displacement: int) -> int:
+        """Return the bucket of a displacement on one axis, from ``-last`` to ``last``."""
+        distance = min(abs(displacement), self.farthest)
+        if distance > self.span:
+            share = math.log(distance / self.span) / math.log(self.farthest / self.span)
+            distance = self.span + math.ceil(share * (self.span - 1) - 1e-9)
+        return distance if displacement >= 0 else -distance
+
+    def table_index(self, grid: tuple[int, int], prefix: int) -> Tensor:
+        """Return the row of query minus key for all tokens, ``[N, N]``."""
+        y, x = (
+            torch.tensor([[self.of(i - j) for j in range(length)] for i in range(length)]) + self.last
+            for length in grid
+        )
+        patches = (y[:, None, :, None] * self.side + x[:, None, :]).reshape(grid[0] * grid[1], -1)
+        index = torch.full((prefix + len(patches),) * 2, self.rows - 1)
+        index[:prefix, prefix:], index[prefix:, :prefix] = self.rows - 3, self.rows - 2
+        index[prefix:, prefix:] = patches
+        return index
+
+    def relations(self, grid: tuple[int, int]) -> list[Relation]:
+        """Return all relative positions of the patches of a grid."""
+        axes = []
+        for length in grid:
+            runs = groupby(range(1 - length, length), key=self.of)
+            axes.append([(bucket, min(run), max(run)) for bucket, run in ((b, list(r)) for b, r in runs)])
+        return [
+            Relation(self._row(y, x), self._row(-y, -x), (y_low, x_low), (y_high, x_high))
+            for (y, y_low, y_high), (x, x_low, x_high) in product(*axes)
+        ]
+
+    def _row(self, y: int, x: int) -> int:
+        return (y + self.last) * self.side + x + self.last

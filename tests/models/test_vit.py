@@ -1,0 +1,162 @@
+"""The Vision Transformer: timm's own with softmax attention, and what every attention in it must do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer as TimmViT
+from torch import Tensor
+
+from models.attention.performer import PerformerAttention
+from models.ops.locality import Window
+from models.vit import ATTENTIONS, VisionTransformer, take_over
+from tests.models.small import without_gradient
+
+SMALL = {"img_size": (16, 24), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "drop_rate": 0.0}
+
+
+def build(attention: str, *, seed: int = 0, **options: Any) -> VisionTransformer:
+    torch.manual_seed(seed)
+    return VisionTransformer(**{**SMALL, "attention": attention, "scales": 2, **options})
+
+
+def images() -> Tensor:
+    return torch.randn(2, 3, 16, 24)
+
+
+def timm_model(**options: Any) -> TimmViT:
+    settings = {"img_size": (16, 24), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 10}
+    return TimmViT(**{**settings, **options})
+
+
+def test_softmax_is_the_transformer_of_timm() -> None:
+    for pooling in ("token", "avg"):
+        model = build("softmax", global_pool=pooling).eval()
+        theirs = timm_model(global_pool=pooling, class_token=pooling == "token").eval()
+        theirs.load_state_dict(model.state_dict())
+        x = images()
+        torch.testing.assert_close(model(x), theirs(x))
+
+
+@pytest.mark.parametrize("locality", ["none", "sequence", "box"])
+@pytest.mark.parametrize("pooling", ["token", "avg"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_parameter_gets_a_gradient(attention: str, pooling: str, locality: str) -> None:
+    model = build(attention, global_pool=pooling, locality=locality, scales=1)
+    model.set_epoch(0)
+    logits = model(images())
+    assert logits.shape == (2, 10)
+    logits.square().sum().backward()
+    assert without_gradient(model) == []
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_checkpointed_blocks_change_nothing(attention: str) -> None:
+    results = []
+    x = images()
+    for use_checkpoint in (False, True):
+        model = build(attention, use_checkpoint=use_checkpoint)
+        loss = model(x).square().sum()
+        results.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*results)
+
+
+def test_the_window_widens_and_is_gone() -> None:
+    model = build("softmax", locality="box", locality_reach=[1, 2], locality_epochs=[2, 3])
+    assert [model.window_at(epoch) for epoch in range(5)] == [
+        Window("box", 1),
+        Window("box", 1),
+        Window("box", 2),
+        None,
+        None,
+    ]
+    assert all(block.attn.window is None for block in model.blocks)  # weights alone are evaluated without
+    model.set_epoch(2)
+    assert all(block.attn.window == Window("box", 2) for block in model.blocks)
+    model.set_epoch(3)
+    assert all(block.attn.window is None for block in model.blocks)
+    assert build("softmax").window_at(0) is None
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_an_epoch_begins_the_same_in_a_resumed_run(attention: str) -> None:
+    model = build(attention, locality="box", locality_reach=[1, 2], locality_epochs=[2, 4]).eval()
+    for epoch in range(4):
+        model.set_epoch(epoch)
+    resumed = build(attention, seed=1, locality="box", locality_reach=[1, 2], locality_epochs=[2, 4]).eval()
+    resumed.load_state_dict(model.state_dict())
+    resumed.set_epoch(3)
+    x = images()
+    assert torch.equal(resumed(x), model(x))
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_pretrained_weights_of_timm(attention: str) -> None:
+    """Of another size, with another number of classes."""
+    torch.manual_seed(1)
+    state = timm_model(img_size=32, patch_size=8, num_classes=7).state_dict()
+    model = build(attention, num_classes=7)
+    missing, unexpected = model.load_state_dict(take_over(state, model), strict=False)
+    assert unexpected == []
+    own = {"performer": ["random"], "disentangled": ["relative"], "disentangled_performer": ["random", "relative"]}
+    own["deformable"] = ["sampling_offsets", "attention_weights"]
+    assert {name.split(".")[3] for name in missing} == set(own.get(attention, []))
+    if attention == "deformable":
+        qkv = state["blocks.0.attn.qkv.weight"]
+        assert torch.equal(model.blocks[0].attn.value_proj.weight, qkv[48:])
+        assert torch.equal(model.blocks[0].attn.output_proj.weight, state["blocks.0.attn.proj.weight"])
+    assert model.eval()(images()).isfinite().all()
+
+
+def test_a_performer_with_many_features_computes_what_pretrained_softmax_does() -> None:
+    softmax, performer = build("softmax").eval(), build("performer", num_features=4096).eval()
+    performer.load_state_dict(take_over(softmax.state_dict(), performer), strict=False)
+    x = images()
+    torch.testing.assert_close(performer(x), softmax(x), atol=0.01, rtol=0.01)
+
+
+def test_features_differ_between_blocks_and_epochs() -> None:
+    model = build("performer", redraw_epochs=2)
+    layers = [module for module in model.modules() if isinstance(module, PerformerAttention)]
+    assert not torch.equal(layers[0].random(), layers[1].random())
+    first = layers[0].random().clone()
+    model.set_epoch(1)
+    assert torch.equal(layers[0].random(), first)
+    model.set_epoch(2)
+    assert not torch.equal(layers[0].random(), first)
+
+
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_export_with_any_number_of_images(attention: str) -> None:
+    model = build(attention).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(model, (images(),), dynamic_shapes=({0: batch},)).module()
+    x = torch.randn(5, 3, 16, 24)
+    torch.testing.assert_close(exported(x), model(x), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "linear"}, "attention = 'linear' is unknown; choose one of softmax, performer"),
+        ({"embed_dim": 25}, "embed_dim = 25 is not divisible by num_heads = 2"),
+        (
+            {"attention": "performer", "attn_drop_rate": 0.1},
+            "attn_drop_rate = 0.1 has no meaning for attention = 'perf",
+        ),
+        ({"locality": "circle"}, "locality = 'circle' is unknown; choose one of none, sequence, box"),
+        ({"locality_reach": [1]}, "locality_reach has 1 windows and locality_epochs 4 ends"),
+        ({"locality_reach": [1, 2], "locality_epochs": [4, 2]}, "give ends that rise from 1 on"),
+    ],
+    ids=str,
+)
+def test_options_that_are_not_allowed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        VisionTransformer(**{**SMALL, **options})
+
+
+def test_the_grid_stays() -> None:
+    with pytest.raises(ValueError, match="the grid of patches is fixed"):
+        build("softmax").set_input_size((32, 32))
