@@ -7,9 +7,11 @@ import json
 import logging
 import math
 import os
+import secrets
 import sys
 from pathlib import Path
 
+import yaml
 from termcolor import colored
 from tqdm import tqdm
 from yacs.config import CfgNode
@@ -74,9 +76,10 @@ class RunLog:
 
             known = folder / "wandb_id.txt"  # so that a continued run stays one run
             if not known.exists():
-                known.write_text(wandb.util.generate_id(), encoding="utf-8")
+                known.write_text(secrets.token_hex(4), encoding="utf-8")
             self._wandb = wandb.init(
                 project="dat",
+                config=yaml.safe_load(config.dump()),
                 name=f"{config.MODEL.NAME}-{config.TAG}",
                 id=known.read_text(encoding="utf-8"),
                 dir=str(folder),

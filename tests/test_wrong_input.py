@@ -197,7 +197,6 @@ ROWS = [
     opts("control character", "OUTPUT", "a\nb", r"OUTPUT must be text of one line .*, not 'a\\nb'"),
     opts("no name", "TAG", "..", r"TAG names a folder and must be a plain name, not '\.\.'"),
     opts("class map without weights", "MODEL.CLASS_MAP", "map.txt", "MODEL.CLASS_MAP belongs to .* --pretrained"),
-    opts("missing package", "WANDB", "True", "WANDB needs the package wandb: pip install wandb, or set WANDB to False"),
     # The network.
     dat("three dims", r"dims = \[8, 16, 16\] must be a list of 4 entries, one per stage", dims=[8, 16, 16]),
     dat("no list", r"MODEL.DAT.dims must be a list, such as \[96, 192, 384, 768\], not 8", dims=8),
