@@ -21,6 +21,9 @@ _C = CfgNode()
 # YAML files, relative to this one, whose values come first.
 _C.BASE = []
 
+# What is trained, see tasks/.
+_C.TASK = "classification"
+
 _C.DATA = CfgNode()
 # How the data set is stored; docs/data.md describes each.
 # "imagenet": DATA_PATH/train/<class>/* and DATA_PATH/val/<class>/*, with any number of classes.

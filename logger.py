@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -16,7 +17,7 @@ from termcolor import colored
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from output_folder import write_whole
+from utils import write_whole
 
 _LINE = "%(asctime)s %(levelname)s %(message)s"
 _TIME = "%Y-%m-%d %H:%M:%S"
@@ -97,6 +98,13 @@ class RunLog:
     def error(self, message: str) -> None:
         """Say why the run ends, from any rank."""
         self._logger.error(message)
+
+    def result(self, lines: Sequence[str], warnings: Sequence[str], prefix: str = "") -> None:
+        """Say what an evaluation found, each line after `prefix`."""
+        for line in lines:
+            self.info(f"{prefix}{line}")
+        for warning in warnings:
+            self.warning(warning)
 
     def step(self, message: str) -> None:
         """Say a line of the training loop: to the file, and to the console where no progress bar shows the same."""

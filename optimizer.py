@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -47,6 +49,22 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
         # Left to the first step, the buffer would hold anything where that step is skipped.
         sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
+
+
+def keeps_state(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether `optimizer` remembers anything between steps, which a step of a copy on one weight shows."""
+    probe = copy.copy(optimizer)
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.zeros(2, 2)
+    probe.state = defaultdict(dict)
+    probe.param_groups = [{**optimizer.param_groups[0], "params": [weight]}]
+    probe.step()
+    return any(value is not None for values in probe.state.values() for value in values.values())
+
+
+def can_skip(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether `skip_next_step` works on `optimizer`: whether its kernels look at the flag themselves."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def skip_next_step(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The process group, random numbers, and numbers read back from the device without waiting for it."""
+"""The process group, random numbers, signals, and numbers read back from the device without waiting for it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-# What a process exits with when another one died or hangs: "temporary failure" in sysexits.h, worth another try.
-LOST_PEER = 75
+STAGED = ".tmp"  # suffix of files that are still being written
 
 
 @dataclass(frozen=True)
@@ -167,10 +167,10 @@ def agree_on(number: int) -> bool:
 
 @contextmanager
 def fail_together() -> Iterator[None]:
-    """Do in all processes what wrong input may end in any of them: where it does, all raise what the first one met.
+    """If the block raises on any rank, raise that error on all of them.
 
     Raises:
-        ValueError: for a ValueError or OSError of any process.
+        ValueError: with the message of the first rank that met a ValueError or OSError.
     """
     error = None
     try:
@@ -183,6 +183,13 @@ def fail_together() -> Iterator[None]:
         dist.all_gather_object(messages, messages[0])
     if found := next(filter(None, messages), None):
         raise ValueError(found) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a kill or a full disk leaves either the old file or the new one."""
+    staged = path.with_name(f"{path.name}{STAGED}")
+    staged.write_text(text, encoding="utf-8")
+    staged.replace(path)
 
 
 def wait_for_all() -> None:

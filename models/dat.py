@@ -230,6 +230,10 @@ class DAT(nn.Module):
         self.cls_norm = LayerNorm(dims[-1])
         self.cls_head = nn.Linear(dims[-1], num_classes)
 
+    def get_classifier(self) -> nn.Module:
+        """Return the layer that gives the logits."""
+        return self.cls_head
+
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compile every mixer and MLP by itself, for inputs of fixed size; parameters keep their names.
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-import main
 from config import default_config, differences, flatten, load_config, set_option
 from models.dat import DAT
 from tests.runs import ROOT
+from training.command_line import parse
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 MODELS = [path for path in CONFIGS if path.parent.name != "_base"]
@@ -35,7 +35,7 @@ def test_defaults_then_base_then_file_then_opts_then_flags(tmp_path: Path) -> No
     write(tmp_path / "far.yaml", "TRAIN: {EPOCHS: 1, WARMUP_EPOCHS: 1, BASE_LR: 1.0, MIN_LR: 1.0}\nSEED: 1")
     write(tmp_path / "near.yaml", "BASE: far.yaml\nTRAIN: {WARMUP_EPOCHS: 2, BASE_LR: 2.0, MIN_LR: 2.0}\nSEED: 2")
     path = write(tmp_path / "file.yaml", "BASE: near.yaml\nTRAIN: {BASE_LR: 3.0, MIN_LR: 3.0}\nSEED: 3")
-    _, config = main.parse(["--cfg", str(path), "--seed", "5", "--opts", "TRAIN.MIN_LR", "4", "SEED", "4"])
+    _, config = parse(["--cfg", str(path), "--seed", "5", "--opts", "TRAIN.MIN_LR", "4", "SEED", "4"])
     assert config.TRAIN.WEIGHT_DECAY == default_config().TRAIN.WEIGHT_DECAY
     assert (config.TRAIN.EPOCHS, config.TRAIN.WARMUP_EPOCHS) == (1, 2)
     assert (config.TRAIN.BASE_LR, config.TRAIN.MIN_LR, config.SEED) == (3.0, 4.0, 5)
@@ -65,7 +65,7 @@ def test_a_circle_over_two_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_every_opts_counts() -> None:
-    _, config = main.parse(["--cfg", str(MODELS[0]), "--opts", "SEED", "1", "--opts", "TAG", "second"])
+    _, config = parse(["--cfg", str(MODELS[0]), "--opts", "SEED", "1", "--opts", "TAG", "second"])
     assert (config.SEED, config.TAG) == (1, "second")
 
 

@@ -13,6 +13,8 @@ import main
 import utils
 from config import load_config
 from tests.runs import ROOT, run_command
+from training.build import settle
+from training.command_line import parse
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {
@@ -134,14 +136,14 @@ def test_automatic_precision_is_what_the_device_has(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
     config = load_config(ROOT / "configs" / "digits.yaml", ["AMP", amp])
-    main.settle(config, torch.device(device))
+    settle(config, torch.device(device))
     assert expected == config.AMP
 
 
 def test_the_check_before_a_launch_settles_the_precision_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "pick_device", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
-    args, config = main.parse(["--cfg", str(ROOT / "configs" / "digits.yaml"), "--amp"])
+    args, config = parse(["--cfg", str(ROOT / "configs" / "digits.yaml"), "--amp"])
     assert main.check(args, config) == 0
     assert config.AMP == "fp16"
 
@@ -149,6 +151,6 @@ def test_the_check_before_a_launch_settles_the_precision_of_the_gpu(monkeypatch:
 @pytest.mark.parametrize("option", [("COMPILE", True), ("MODEL.DAT.attn_drop_rate", 0.1)])
 def test_what_has_no_deterministic_kernel_is_refused(option: tuple[str, object]) -> None:
     config = load_config(ROOT / "configs" / "digits.yaml", ["DETERMINISTIC", True, *option])
-    main.settle(config, torch.device("cpu"))
+    settle(config, torch.device("cpu"))
     with pytest.raises(ValueError, match="--deterministic goes neither with --compile nor with attn_drop_rate on CUDA"):
-        main.settle(config, torch.device("cuda"))
+        settle(config, torch.device("cuda"))

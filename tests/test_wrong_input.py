@@ -22,6 +22,7 @@ from data.sources import Request
 from tests.data.formats.writers import write_tar
 from tests.data.samples import write_folder
 from tests.runs import ROOT, run_command, write_config
+from utils import StopSignal
 
 pytestmark = pytest.mark.xdist_group("wrong input")  # which share one run
 
@@ -578,7 +579,7 @@ def test_wrong_input_is_refused(
     wrong: Wrong, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(main.StopSignal, "listen", lambda self: None)  # the signals stay those of the test
+    monkeypatch.setattr(StopSignal, "listen", lambda self: None)  # the signals stay those of the test
     monkeypatch.setattr(main, "train", lambda run: pytest.fail("it went on to train"))
     argv = wrong.command()
     before = files_in(here)
@@ -591,7 +592,7 @@ def test_wrong_input_is_refused(
 
 
 def test_the_good_input_would_have_been_trained(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main.StopSignal, "listen", lambda self: None)
+    monkeypatch.setattr(StopSignal, "listen", lambda self: None)
     monkeypatch.setattr(main, "train", lambda run: 0)
     for flags in (
         (),
@@ -616,7 +617,7 @@ def test_more_gpus_than_there_are(
 
 
 def test_a_good_check_leaves_nothing_behind(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main.StopSignal, "listen", lambda self: None)
+    monkeypatch.setattr(StopSignal, "listen", lambda self: None)
     argv = Wrong(name="good", says="", flags=("--check",)).command()
     before = files_in(here)
     assert main.main(argv) == 0

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import startup
+from training import startup
 
 if __name__ == "__main__":
     startup.end_quietly()
@@ -28,7 +28,7 @@ from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-from utils import LOST_PEER
+from training.exit_status import LOST_PEER
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -13,8 +13,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TextIO
 
+from utils import STAGED
+
 LOCK = ".lock"
-STAGED = ".tmp"  # how the names of files end that are being written
 WRITERS = ("tensorboard", "wandb")  # folders that a run may leave
 
 
@@ -106,10 +107,3 @@ def set_aside(folder: Path) -> Path | None:
     for path in files:
         path.replace(earlier / path.name)
     return earlier
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a kill or a full disk leaves the file as it was or as it should be."""
-    staged = path.with_name(f"{path.name}{STAGED}")
-    staged.write_text(text, encoding="utf-8")
-    staged.replace(path)

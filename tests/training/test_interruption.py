@@ -17,13 +17,12 @@ from pathlib import Path
 from subprocess import PIPE
 
 import pytest
-import torch
 
-from checkpoint import load_checkpoint
 from config import default_config
 from logger import RunLog
 from tests.launched import CONTEXT, UPDATES, Job, Trial, Uninterrupted, first_difference
 from tests.runs import ROOT, read_metrics
+from training.checkpoint import load_checkpoint
 
 pytestmark = pytest.mark.xdist_group("serial")
 
@@ -59,16 +58,16 @@ def test_a_signal_to_one_rank_stops_all_and_the_command_continues(uninterrupted:
 
 
 def _interrupt_evaluation() -> None:
-    import engine
+    from tasks.classification import Accuracy
 
-    count = engine._count
+    add = Accuracy.add
 
-    def count_and_signal(*args: object) -> torch.Tensor:
+    def add_and_signal(*args: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.2)
-        return count(*args)
+        add(*args)
 
-    engine._count = count_and_signal
+    Accuracy.add = add_and_signal
 
 
 def test_a_signal_during_evaluation_repeats_the_evaluation_alone(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
@@ -206,15 +205,15 @@ def test_a_killed_worker_of_a_loader_is_told_in_one_line(uninterrupted: Uninterr
     assert first_difference(uninterrupted.of(1)[0], trial.finish()) is None
 
 
-def _cannot_read(_config: object) -> None:
+def _cannot_read(*_: object) -> None:
     raise ValueError("cannot read folder photos")
 
 
 def _hide_data_from_rank_1() -> None:
-    import main
+    from tasks import classification
 
     if os.environ["RANK"] == "1":
-        main.open_dataset = _cannot_read
+        classification.open_dataset = _cannot_read
 
 
 def test_what_one_process_cannot_read_all_refuse_in_one_line(tmp_path: Path) -> None:
@@ -352,29 +351,26 @@ def test_restarts_continue_a_run_that_began_afresh(tmp_path: Path) -> None:
 
 def _break_losses_of_rank_1() -> None:
     """Break updates 2, 4 and 5 and whatever follows; check that each such update changes nothing."""
-    import engine
+    from training import loop
 
-    compute, update = engine.compute_loss, engine.update_weights
-    broken = {1, *range(3, 100)}
+    take_update = loop.take_update
 
-    def compute_broken(run: engine.Run, *args: object) -> torch.Tensor:
-        loss = compute(run, *args)
-        rank = run.world.size - 1
-        return loss * float("inf") if run.world.rank == rank and run.position.update in broken else loss
-
-    def update_and_compare(run: engine.Run, loss: torch.Tensor) -> torch.Tensor:
-        states = run.optimizer.state_dict()["state"]
+    def break_and_compare(run: loop.Run, batches: Iterator) -> loop.Update:
+        state, task, update = run.state, run.task, run.state.position.update
+        states = state.optimizer.state_dict()["state"]
         before = (
             [p.clone() for p in run.model.parameters()],
-            {i: {name: value.clone() for name, value in state.items()} for i, state in states.items()},
+            {i: {name: value.clone() for name, value in held.items()} for i, held in states.items()},
         )
-        norm = update(run, loss)
-        after = list(run.model.parameters()), run.optimizer.state_dict()["state"]
+        breaks = run.world.rank == run.world.size - 1 and (update == 1 or update >= 3)
+        task.loss = lambda model, batch: type(task).loss(task, model, batch) * (float("inf") if breaks else 1)
+        taken = take_update(run, batches)
+        after = list(run.model.parameters()), state.optimizer.state_dict()["state"]
         same = first_difference(list(before[0]), after[0]) is None and first_difference(before[1], after[1]) is None
-        os.write(1, f"rank {run.world.rank} update {run.position.update + 1}: same {same}\n".encode())
-        return norm
+        os.write(1, f"rank {run.world.rank} update {update + 1}: same {same}\n".encode())
+        return taken
 
-    engine.compute_loss, engine.update_weights = compute_broken, update_and_compare
+    loop.take_update = break_and_compare
 
 
 @pytest.mark.parametrize(("processes", "amp"), [(2, "off"), (1, "fp16")])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from anomaly import first_nonfinite
+from training.anomaly import first_nonfinite
 
 
 def network() -> nn.Sequential:

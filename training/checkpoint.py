@@ -2,8 +2,8 @@
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that reading one runs no code: `format`,
 `model`, `ema` (or None), `optimizer`, `scaler`, `images_per_update`, `training_images` and `classes`, the names by
-label (the oldest files have neither), `config` (YAML text) and the fields of `run.Position`, such as `epoch` and
-`update` (what comes next). The published files, with a pickled `CfgNode` under `config`, load too.
+label (the oldest files have neither), `config` (YAML text) and the fields of `training.run.Position`, such as `epoch`
+and `update` (what comes next). The published files, with a pickled `CfgNode` under `config`, load too.
 """
 
 from __future__ import annotations
@@ -20,56 +20,18 @@ from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
-from yacs.config import CfgNode
 
-from config import differences
-from output_folder import STAGED
+from models.contract import classifier
+from utils import STAGED
 
 FORMAT = 1
 
-# What the continuation of a run needs, besides its format, and of which type.
-_TRAINING_STATE: dict[str, Any] = {
-    **dict.fromkeys(("model", "optimizer", "scaler"), dict),
-    "ema": (dict, NoneType),
-    "config": str,
-    "unlogged": list,
-    "best_accuracy": float,
-    **dict.fromkeys(("images_per_update", "epoch", "update", "best_epoch"), int),
-    **dict.fromkeys(("nonfinite_in_row", "nonfinite", "unreadable"), int),
-}
-
 # PyTorch's safe unpickler fills exact dicts and OrderedDicts only, so that is what a pickled CfgNode is read as.
 _CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
-
-# What may change between the start and the continuation of a run without changing its result. Batch size and
-# accumulation may, too, as long as an update sees as many images.
-_FREE_TO_CHANGE = {
-    *("OUTPUT", "TAG", "DEVICE", "PRINT_FREQ", "TENSORBOARD", "WANDB", "COMPILE", "DETERMINISTIC"),
-    *("SAVE_FREQ", "KEEP_CHECKPOINTS", "SAVE_EVERY_UPDATES", "SAVE_EVERY_MINUTES"),
-    *(
-        "DATA.DATA_PATH",
-        "DATA.NUM_WORKERS",
-        "DATA.PIN_MEMORY",
-        "DATA.BAD_IMAGES",
-        "DATA.MAX_BAD_SHARE",
-        "DATA.BATCH_SIZE",
-    ),
-    *(
-        "MODEL.RESUME",
-        "MODEL.PRETRAINED",
-        "MODEL.CLASS_MAP",
-        "TRAIN.AUTO_RESUME",
-        "TRAIN.ALLOW_CONFIG_CHANGE",
-        "TRAIN.USE_CHECKPOINT",
-    ),
-    *("TRAIN.ACCUMULATION_STEPS", "TRAIN.MAX_NONFINITE", "TRAIN.ANOMALY_REPORT"),
-}
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -165,7 +127,7 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
         ValueError: listing what does not fit.
     """
     expected = model.state_dict()
-    head = "cls_head.weight"
+    head = f"{classifier(model)}.weight"
     if head in weights and head in expected and weights[head].shape[1:] == expected[head].shape[1:]:
         classes, wanted = weights[head].shape[0], expected[head].shape[0]
         if classes != wanted:
@@ -184,64 +146,6 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
         shown = "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(f"{path} is of another architecture than --cfg: {shown}")
     model.load_state_dict(weights)
-
-
-def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Check that a run can be continued from a checkpoint.
-
-    Raises:
-        ValueError: where it holds weights alone, say, or is of another version of this code.
-    """
-    hint = "to start from its weights use --pretrained"
-    if isinstance(checkpoint.get("format"), int) and checkpoint["format"] != FORMAT:
-        raise ValueError(
-            f"{path} is of another version of this code: its format is {checkpoint['format']}, this one's {FORMAT}; "
-            f"continue it with that version; {hint}"
-        )
-    whole = all(_is_entry(checkpoint.get(name, ...), kind) for name, kind in _TRAINING_STATE.items())
-    whole = whole and all(isinstance(pair, list) and len(pair) == 2 for pair in checkpoint["unlogged"])
-    if checkpoint.get("format") != FORMAT or not whole or written_config(checkpoint) is None:
-        raise ValueError(f"{path} holds no training state that can be continued; {hint}")
-
-
-def _is_entry(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not (kind is int and value < 0)
-
-
-def written_config(checkpoint: dict[str, Any]) -> CfgNode | None:
-    """Return the config of the run that wrote a checkpoint; None where there is none."""
-    try:
-        options = yaml.safe_load(checkpoint.get("config"))
-        return CfgNode(options) if isinstance(options, dict) else None
-    except (yaml.YAMLError, AttributeError, AssertionError):  # no YAML, no text, or values that no option has
-        return None
-
-
-def config_changes(
-    checkpoint: dict[str, Any], config: CfgNode, *, images_per_update: int, training_images: int, classes: list[str]
-) -> list[str]:
-    """Return how the run that wrote `checkpoint` differs from this one where that would change the result."""
-    changes = [
-        f"{key}: {before!r} in the checkpoint, {now!r} now"
-        for key, before, now in differences(written_config(checkpoint), config)
-        if key not in _FREE_TO_CHANGE
-    ]
-    if checkpoint["images_per_update"] != images_per_update:
-        changes.append(
-            f"images per update: {checkpoint['images_per_update']} in the checkpoint, {images_per_update} now "
-            "(batch size x processes x accumulation steps)"
-        )
-    if (before := checkpoint.get("training_images", training_images)) != training_images:
-        changes.append(f"training images: {before} in the checkpoint, {training_images} now")
-    return changes + class_changes(checkpoint, classes)
-
-
-def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:
-    """Return the first class whose name is another one in `checkpoint`, which may not know them, as one message."""
-    known = checkpoint.get("classes")
-    known = known if isinstance(known, list) else classes
-    changed = [label for label, (before, now) in enumerate(zip(known, classes, strict=False)) if before != now]
-    return [f"class {label}: {known[label]!r} in the checkpoint, {classes[label]!r} now" for label in changed[:1]]
 
 
 class CheckpointFolder:

@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from yacs.config import CfgNode
 
-from checkpoint import CheckpointFolder, class_changes, config_changes, load_checkpoint, load_strictly, model_weights
 from config import default_config
 from tests.runs import Killed
+from training.checkpoint import CheckpointFolder, load_checkpoint, load_strictly, model_weights
+from training.resume import config_changes
 
 
 def published() -> dict[str, Any]:
@@ -240,16 +241,11 @@ def test_only_options_that_change_the_result_are_changes() -> None:
     checkpoint = {"config": written.dump(), "images_per_update": 512, "training_images": 9000}
     now = default_config()
     now.OUTPUT, now.DATA.NUM_WORKERS, now.DATA.BATCH_SIZE = "elsewhere", 2, 32
-    assert config_changes(checkpoint, now, images_per_update=512, training_images=9000, classes=["cat"]) == []
+    assert config_changes(checkpoint, now, images_per_update=512, training_images=9000) == []
     now.TRAIN.BASE_LR = 1e-3
-    changes = config_changes(checkpoint, now, images_per_update=256, training_images=9001, classes=["cat"])
+    changes = config_changes(checkpoint, now, images_per_update=256, training_images=9001)
     assert [change.split(":")[0] for change in changes] == ["TRAIN.BASE_LR", "images per update", "training images"]
     assert changes[-1] == "training images: 9000 in the checkpoint, 9001 now"
-
-
-def test_classes_are_known_by_name() -> None:
-    assert class_changes({}, ["cat", "dog"]) == class_changes({"classes": ["cat", "dog"]}, ["cat", "dog"]) == []
-    assert class_changes({"classes": ["cat", "dog"]}, ["ape", "dog"]) == ["class 0: 'cat' in the checkpoint, 'ape' now"]
 
 
 def state(value: float, size: int = 10) -> dict[str, Any]:

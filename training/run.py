@@ -2,50 +2,53 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from timm.data import Mixup
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from checkpoint import FORMAT, CheckpointFolder, load_strictly, model_weights
 from logger import RunLog
-from output_folder import STAGED
-from utils import StopSignal, World, agree_on
+from optimizer import keeps_state
+from tasks import Task
+from training.checkpoint import FORMAT, CheckpointFolder, load_strictly, model_weights
+from utils import STAGED, StopSignal, World
+
+AUTOCAST = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
 class Position:
-    """How far a run has come."""
+    """How far a run has come. Every field stands in the checkpoints under its name."""
 
     epoch: int = 0
     # Updates done within the epoch.
     update: int = 0
-    # Losses and gradient norms since the last line of the log.
+    # Loss, gradient norm and named losses of the updates since the last line of the log.
     unlogged: list[list[float]] = field(default_factory=list)
     # Updates skipped in a row because they were not finite, and in all.
     nonfinite_in_row: int = 0
     nonfinite: int = 0
-    # Unreadable images met in this epoch, over all ranks.
+    # Unreadable files met in this epoch, over all ranks.
     unreadable: int = 0
+    # The task's score, of which larger is better; named after that of classification.
     best_accuracy: float = -1.0
     best_epoch: int = 0
 
-    def finish_epoch(self, accuracy: float) -> None:
-        """Move on to the next epoch, given the top-1 accuracy at the end of this one in percent."""
+    def finish_epoch(self, score: float) -> None:
+        """Move on to the next epoch, given the score at the end of this one."""
         self.epoch += 1
         self.update = self.unreadable = 0
-        if accuracy > self.best_accuracy:
-            self.best_accuracy, self.best_epoch = accuracy, self.epoch
+        if score > self.best_accuracy or (not self.best_epoch and math.isfinite(score)):
+            self.best_accuracy, self.best_epoch = score, self.epoch
 
 
 class BadImages:
@@ -65,67 +68,48 @@ class BadImages:
             if path not in self._known:
                 self._known.add(path)
                 warn(f"{path} cannot be read; another image takes its place (listed in {self._path})")
-                with suppress(OSError), self._path.open("a", **self._file) as file:  # the warning is the better word
+                with suppress(OSError), self._path.open("a", **self._file) as file:  # the warning matters more
                     file.write(f"{path}\n")
 
 
 @dataclass
-class Run:
-    """Everything a training run consists of; `position` is what its checkpoints restore."""
+class TrainingState:
+    """What learns, and where it stands: all that a checkpoint restores.
 
-    config: CfgNode
-    world: World
-    log: RunLog
-    folder: Path
-    classes: list[str]
-    model: nn.Module
-    train_loader: DataLoader
-    eval_loader: DataLoader
-    mixup: Mixup | None
-    criterion: nn.Module
+    Attributes:
+        network: the model, without the wrapper of distributed training.
+        ema: averaged weights.
+        optimizer: over the trained parameters of `network`.
+        scheduler: learning rate by update.
+        scaler: of the loss, for fp16.
+        images_per_update: over all ranks and micro-batches.
+        updates_per_epoch: of a whole epoch.
+        position: how far training has come.
+    """
+
+    network: nn.Module
+    ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
     scheduler: Scheduler
     scaler: torch.amp.GradScaler
-    ema: ModelEmaV3 | None
-    stop: StopSignal
-    bad_images: BadImages
-    checkpoints: CheckpointFolder
+    images_per_update: int
+    updates_per_epoch: int
     position: Position = field(default_factory=Position)
-    continued_from: Path | None = None
-    # Of the main process: keeps other runs out of the folder.
-    hold: TextIO | None = None
-
-    @property
-    def updates_per_epoch(self) -> int:
-        """Updates of a whole epoch."""
-        return self.train_loader.sampler.updates_per_epoch
-
-    @property
-    def images_per_update(self) -> int:
-        """Images that one update sees, over all ranks and micro-batches."""
-        return self.config.DATA.BATCH_SIZE * self.world.size * self.config.TRAIN.ACCUMULATION_STEPS
 
     @property
     def updates_done(self) -> int:
         """Updates since the start of the run."""
         return self.position.epoch * self.updates_per_epoch + self.position.update
 
-    def network(self) -> nn.Module:
-        """Return the model without the wrapper of distributed training."""
-        return self.model.module if isinstance(self.model, DistributedDataParallel) else self.model
-
-    def state(self) -> dict[str, Any]:
-        """Return all that a continuation needs, as a checkpoint holds it."""
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as a checkpoint holds it."""
         return {
             "format": FORMAT,
-            "model": self.network().state_dict(),
+            "model": self.network.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "images_per_update": self.images_per_update,
-            "training_images": len(self.train_loader.dataset),
-            "classes": list(self.classes),
-            "config": self.config.dump(),
             **vars(self.position),
         }
 
@@ -133,15 +117,17 @@ class Run:
         """Continue where `state`, read from `path`, was saved; the weights are in the network already.
 
         Raises:
-            ValueError: where averaged weights are asked for and it has none, or its optimizer's state does not fit.
+            ValueError: averaged weights are wanted and it has none, or the optimizer's state does not fit.
         """
         if self.ema:
             load_strictly(self.ema.module, model_weights(state, path, ema=True), path)
         configured = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state["optimizer"])
-            fits = all(a.keys() <= b.keys() for a, b in zip(configured, self.optimizer.param_groups, strict=True))
-            fits = fits and self._has_optimizer_state(started=state["epoch"] + state["update"] > 0)
+            groups = zip(configured, self.optimizer.param_groups, strict=True)
+            fits = all(a.keys() <= b.keys() for a, b in groups) and self._has_optimizer_state(
+                started=state["epoch"] + state["update"] > 0
+            )
         except (ValueError, KeyError, TypeError, AttributeError):
             fits = False
         if not fits:
@@ -150,7 +136,6 @@ class Run:
             group.update(settings)  # where the run continues under other options, these hold
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        self.continued_from = path
         self.position = Position(**{name: state[name] for name in vars(self.position)})
         # Another size of updates continues at the same image.
         self.position.update = self.position.update * state["images_per_update"] // self.images_per_update
@@ -163,25 +148,46 @@ class Run:
             self.scheduler.step_update(self.updates_done - 1)
 
     def _has_optimizer_state(self, *, started: bool) -> bool:
-        """Return whether what the optimizer holds of the weights has their shapes; kernels would not ask."""
+        """Return whether what the optimizer remembers of the weights has their shapes; kernels would not ask."""
         held = self.optimizer.state
         fit = (
             isinstance(value, torch.Tensor) and value.shape in ((), weight.shape)
             for weight, values in held.items()
             for value in values.values()
         )
-        return bool(held or not started) and all(fit)
+        return bool(held or not started or not keeps_state(self.optimizer)) and all(fit)
 
-    def check_agreement(self) -> None:
-        """Check that all processes begin at the same update.
 
-        Raises:
-            ValueError: where they do not.
-        """
-        if not all([agree_on(self.position.epoch), agree_on(self.position.update)]):
-            raise ValueError(
-                f"the processes do not see the same checkpoints in {self.folder}; it must be a shared folder"
-            )
+@dataclass(frozen=True)
+class Run:
+    """A training run, complete: built once by `training.build`. What changes is in `state`."""
+
+    config: CfgNode
+    world: World
+    task: Task
+    train_loader: DataLoader
+    eval_loader: DataLoader
+    state: TrainingState
+    # The network as it is trained: wrapped where there are several processes.
+    model: nn.Module
+    folder: Path
+    log: RunLog
+    stop: StopSignal
+    bad_images: BadImages
+    checkpoints: CheckpointFolder
+    # The checkpoint that the run goes on from.
+    continued_from: Path | None
+    # Of the main process: keeps other runs out of the folder.
+    hold: TextIO | None
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the precision of the forward pass."""
+        amp = self.config.AMP
+        return torch.autocast(self.world.device.type, dtype=AUTOCAST[amp], enabled=amp != "off")
+
+    def gradient_sync(self, *, enabled: bool) -> AbstractContextManager:
+        """Return the context of a micro-batch: gradients are averaged over the ranks in the last one of an update."""
+        return nullcontext() if enabled or self.world.size == 1 else self.model.no_sync()
 
     def save(self, *, best: bool = False, epoch: int | None = None) -> bool:
         """Write a checkpoint and return whether there is one now; otherwise the one before stays in use.
@@ -192,17 +198,19 @@ class Run:
             best: also as `best.pth`.
             epoch: also as `epoch_N.pth` of this epoch.
         """
-        if self.position.nonfinite_in_row:  # these weights may be what is broken
+        position = self.state.position
+        if position.nonfinite_in_row:  # these weights may be what is broken
             self.log.info("not saved: the last update was not finite")
             return False
         if not self.world.is_main:
             return True
+        images = {"training_images": len(self.train_loader.dataset), "config": self.config.dump()}
         try:
-            self.checkpoints.save(self.state(), best=best, epoch=epoch)
+            self.checkpoints.save(self.state.to_dict() | images | self.task.describe(), best=best, epoch=epoch)
         except OSError as error:
             self.log.warning(
-                f"{self.folder / f'last{STAGED}'}, the checkpoint of epoch {self.position.epoch + 1}, update "
-                f"{self.position.update}, could not be written ({error.strerror}); the one before it, "
+                f"{self.folder / f'last{STAGED}'}, the checkpoint of epoch {position.epoch + 1}, update "
+                f"{position.update}, could not be written ({error.strerror}); the one before it, "
                 f"{self.folder / 'last.pth'}, stays in use"
             )
             return False

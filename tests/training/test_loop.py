@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
 
@@ -11,15 +12,18 @@ import pytest
 import torch
 from torch import nn
 
-import engine
-import main
-import run as run_module
-from engine import evaluate, train_one_epoch
+from data.build import build_eval_loader, open_dataset
 from logger import RunLog
+from main import main
 from models.dat import DAT
-from run import Run
 from tests.data.samples import write_folder
 from tests.runs import Killed, read_metrics, write_config
+from training import build as build_module
+from training import loop
+from training.build import assemble, build_run
+from training.command_line import parse
+from training.loop import train, train_one_epoch
+from training.run import Run
 from utils import LateReader, World, seed_everything
 
 CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
@@ -27,8 +31,8 @@ CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 def build(folder: Path, *flags: str) -> Run:
     """Return the tiny run under `flags`, built but not trained."""
-    _, config = main.parse(["--cfg", str(write_config(folder)), "--output", str(folder / "output"), *flags])
-    return main.build_run(config, CPU)
+    _, config = parse(["--cfg", str(write_config(folder)), "--output", str(folder / "output"), *flags])
+    return build_run(config, CPU)
 
 
 def train_epoch(folder: Path, *flags: str) -> tuple[Run, dict[str, torch.Tensor]]:
@@ -43,7 +47,7 @@ def test_accumulated_micro_batches_are_one_batch(tmp_path: Path) -> None:
     still = ["MODEL.DAT.drop_path_rate", "0"]
     _, whole = train_epoch(tmp_path / "whole", "--batch-size", "64", "--opts", *still)
     run, parts = train_epoch(tmp_path / "parts", "--batch-size", "16", "--accumulation-steps", "4", "--opts", *still)
-    assert run.updates_per_epoch == 1437 // 64
+    assert run.state.updates_per_epoch == 1437 // 64
     torch.testing.assert_close(parts, whole, rtol=1e-3, atol=2e-4)
 
 
@@ -81,7 +85,7 @@ def test_mixup_and_every_schedule_train(tmp_path: Path) -> None:
     for schedule in ("linear", "step"):
         flags = ("--opts", "TRAIN.LR_SCHEDULER.NAME", schedule, "AUG.MIXUP", "0.8", "AUG.CUTMIX", "1.0")
         run, weights = train_epoch(tmp_path / schedule, *flags)
-        assert run.mixup is not None
+        assert run.task._mixup is not None
         assert all(value.isfinite().all() for value in weights.values())
 
 
@@ -92,8 +96,8 @@ def test_compiled_blocks_train_and_evaluate_batches_of_every_size(
     monkeypatch.setattr(DAT, "compile_blocks", partialmethod(DAT.compile_blocks, backend="eager"))
     torch._dynamo.reset()
     flags = ("--opts", "TRAIN.EPOCHS", "1", "DATA.NUM_WORKERS", "1")  # 360 images: the last batch is a partial one
-    assert main.main(["--cfg", str(write_config(tmp_path)), "--output", str(tmp_path / "c"), "--compile", *flags]) == 0
-    assert main.main(["--cfg", str(write_config(tmp_path)), "--output", str(tmp_path / "e"), *flags]) == 0
+    assert main(["--cfg", str(write_config(tmp_path)), "--output", str(tmp_path / "c"), "--compile", *flags]) == 0
+    assert main(["--cfg", str(write_config(tmp_path)), "--output", str(tmp_path / "e"), *flags]) == 0
     compiled, plain = (read_metrics(tmp_path / name / "tiny/default", "eval")[0] for name in "ce")
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=0.05)
 
@@ -101,16 +105,16 @@ def test_compiled_blocks_train_and_evaluate_batches_of_every_size(
 def test_only_sound_weights_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three updates before the end of the second epoch the weights break: what is saved stays as it was before."""
     run = build(tmp_path, "--opts", "SAVE_EVERY_UPDATES", "7")
-    update_weights = engine.update_weights
+    take_update = loop.take_update
 
-    def break_weights(run: Run, loss: torch.Tensor) -> torch.Tensor:
-        norm = update_weights(run, loss)
-        if run.updates_done == 2 * run.updates_per_epoch - 3:
+    def break_weights(run: Run, batches: Iterator) -> loop.Update:
+        update = take_update(run, batches)
+        if run.state.updates_done == 2 * run.state.updates_per_epoch - 2:
             run.model.cls_head.weight.data.fill_(torch.nan)
-        return norm
+        return update
 
-    monkeypatch.setattr(engine, "update_weights", break_weights)
-    assert main.train(run) == 1
+    monkeypatch.setattr(loop, "take_update", break_weights)
+    assert train(run) == 1
     for name in ("last.pth", "previous.pth", "best.pth"):
         weights = torch.load(run.folder / name, weights_only=True)["model"]
         assert all(value.isfinite().all() for value in weights.values()), name
@@ -128,15 +132,16 @@ def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path: Path) -> 
     assert (output / "last.pth").exists()
 
 
-def test_what_may_not_be_meant_is_said(tmp_path: Path) -> None:
+def test_suspicious_settings_are_said(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", {"train/blue": 5, "train/red": 4, "val/blue": 1})
     flags = ["--data-path", str(images), "--batch-size", "6", "--opts", "DATA.DATASET", "imagenet"]
     run = build(tmp_path, *flags, "TRAIN.WARMUP_EPOCHS", "2")
     said = (run.folder / "log.txt").read_text()
     assert "TRAIN.WARMUP_EPOCHS 2 is not below TRAIN.EPOCHS 2" in said
-    assert "3 of 9, others each time, are left out" in said
+    assert "dropped: 3 of 9 images, others in each epoch" in said
     assert "1 of 2 classes have no held-out images: red" in said
-    assert main.doubts(build(tmp_path / "images")) == []
+    _, config = parse(["--cfg", str(write_config(tmp_path / "images"))])
+    assert assemble(config, CPU).warnings == []
 
 
 def test_weights_that_are_not_taken_are_named(tmp_path: Path) -> None:
@@ -166,11 +171,11 @@ def test_another_size_of_updates_continues_at_the_same_image(tmp_path: Path) -> 
     run = build(tmp_path)
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    run.optimizer.step()
-    run.position.update = 10
+    run.state.optimizer.step()
+    run.state.position.update = 10
     run.save()
     halved = build(tmp_path, "--batch-size", "32", "--allow-config-change")
-    assert halved.position.update == 20
+    assert halved.state.position.update == 20
 
 
 def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path) -> None:
@@ -192,11 +197,11 @@ def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path)
 def test_the_end_of_an_epoch_is_not_the_beginning_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process fell back to `previous.pth`, after as many updates, but before the evaluation."""
     run = build(tmp_path)
-    run.position.epoch, run.position.update = 1, 0
-    others = {1: 0, 0: run.updates_per_epoch}
-    monkeypatch.setattr(run_module, "agree_on", lambda number: number == others[number])
+    run.state.position.epoch, run.state.position.update = 1, 0
+    others = {1: 0, 0: run.state.updates_per_epoch}
+    monkeypatch.setattr(build_module, "agree_on", lambda number: number == others[number])
     with pytest.raises(ValueError, match="the processes do not see the same checkpoints in"):
-        run.check_agreement()
+        build_module._check_agreement(run.state, run.folder)
 
 
 class _Constant(nn.Module):
@@ -209,16 +214,16 @@ class _Constant(nn.Module):
 def test_evaluation_counts_every_image_once(tmp_path: Path) -> None:
     run = build(tmp_path)
     labels = torch.tensor([run.eval_loader.dataset[draw].target for draw in run.eval_loader.sampler])
-    result = evaluate(_Constant(), run.eval_loader, CPU, run.log)
-    assert result.images == 360
-    assert result.top1 == pytest.approx(100 * (labels == 0).float().mean().item())
+    result = run.task.evaluate(_Constant(), run.eval_loader, run.log)
+    assert result.lines[-1].startswith("Accuracy of the network on the 360 test images: ")
+    assert result.metrics["top1"] == pytest.approx(100 * (labels == 0).float().mean().item())
 
 
 def test_an_image_too_few_is_an_error(tmp_path: Path) -> None:
     run = build(tmp_path)
-    share = main.build_eval_loader(run.config, main.open_dataset(run.config), rank=0, world_size=2)
+    share = build_eval_loader(run.config, open_dataset(run.config), rank=0, world_size=2)
     with pytest.raises(RuntimeError, match="180 images of a data set of 360"):
-        evaluate(run.network(), share, CPU, run.log)
+        run.task.evaluate(run.state.network, share, run.log)
 
 
 def test_numbers_are_read_one_step_late() -> None:

@@ -1,0 +1,32 @@
+"""What the trainer asks of a network, whatever its kind.
+
+A network answers by methods under timm's names where timm has one; what it does not answer has a default here. So
+trainer, optimizer and weight code hold no names of any model.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def classifier(model: nn.Module) -> str:
+    """Return the dotted name of the layer that gives the logits, "" where there is none."""
+    if not hasattr(model, "get_classifier"):
+        return ""
+    head = model.get_classifier()
+    return next((name for name, module in model.named_modules() if module is head), "")
+
+
+def undecayed(model: nn.Module) -> set[str]:
+    """Return the names of matrices and tables that weight decay leaves alone, besides biases and norms."""
+    return set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+
+
+def compile_parts(model: nn.Module) -> None:
+    """Compile a network in place, part by part where it knows its parts; parameters keep their names."""
+    model.compile_blocks() if hasattr(model, "compile_blocks") else model.compile()
+
+
+def smallest_image(model: nn.Module) -> tuple[int, int]:
+    """Return the height and width in pixels of the smallest image that a network takes."""
+    return model.smallest_image if hasattr(model, "smallest_image") else (1, 1)

@@ -1,0 +1,33 @@
+"""What a run trains: each task gives the trainer its data, its loss and its metrics behind one small interface."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from utils import World
+
+from .base import Evaluation, Meter, Score, Task
+from .classification import Classification
+
+__all__ = ["TASKS", "Evaluation", "Meter", "Score", "Task", "build_task"]
+
+TASKS: dict[str, type[Task]] = {"classification": Classification}
+
+
+def build_task(config: Any, world: World, *, training: bool) -> Task:
+    """Return the task that ``config.TASK`` names, with its data set opened.
+
+    Args:
+        config: options of the run.
+        world: the processes of the run.
+        training: whether the training images are needed, or the held-out ones alone.
+
+    Raises:
+        ValueError: the task is unknown, or its data set is missing or not laid out as it should be.
+    """
+    if config.TASK not in TASKS:
+        near = difflib.get_close_matches(config.TASK, TASKS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"TASK must be one of {', '.join(TASKS)}, not {config.TASK!r}{hint}")
+    return TASKS[config.TASK](config, world, training=training)

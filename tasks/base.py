@@ -1,0 +1,199 @@
+"""The interface between the trainer and a task.
+
+The trainer knows batches, losses and metrics only through it: what a batch holds, what a network returns and how
+results are counted is the task's own affair.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from logger import RunLog
+from models import build_model
+from utils import LateReader, StopSignal, World, sum_over_ranks
+
+
+@dataclass(frozen=True)
+class Score:
+    """The metric that decides which epoch is the best.
+
+    Attributes:
+        key: its name among the metrics of an evaluation.
+        title: what people call it.
+        unit: of its values, as in "%".
+        higher_is_better: False for errors.
+    """
+
+    key: str
+    title: str
+    unit: str = ""
+    higher_is_better: bool = True
+
+    def of(self, metrics: dict[str, float]) -> float:
+        """Return the score of `metrics`, of which larger is better; minus infinity where a metric is not finite."""
+        if not all(math.isfinite(value) for value in metrics.values()):
+            return -math.inf
+        return metrics[self.key] if self.higher_is_better else -metrics[self.key]
+
+    def show(self, score: float) -> str:
+        """Return a score in words."""
+        value = score if self.higher_is_better else -score
+        return f"{value:.2f} {self.unit}".rstrip()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found over all ranks.
+
+    Attributes:
+        metrics: named numbers, for `metrics.jsonl` and to choose the best epoch.
+        lines: the result in words, for the log.
+        warnings: what the reader of these lines should know.
+    """
+
+    metrics: dict[str, float]
+    lines: list[str]
+    warnings: list[str] = field(default_factory=list)
+
+
+class Meter(ABC):
+    """Collects the results of one evaluation."""
+
+    @abstractmethod
+    def add(self, model: nn.Module, batch: Any) -> None:
+        """Run the network on a batch, which is on its device, and take in the result."""
+
+    @abstractmethod
+    def result(self) -> Evaluation:
+        """Return what was found over all ranks, which all call this.
+
+        Sums are added by `utils.sum_over_ranks`; what is no sum is gathered.
+
+        Raises:
+            RuntimeError: where not every sample of the data set was counted once.
+        """
+
+
+class Task(ABC):
+    """Data, network, loss and metrics of a kind of problem.
+
+    Args:
+        config: options of the run.
+        world: the processes of the run.
+        training: whether the training samples are needed, or the held-out ones alone.
+
+    Attributes:
+        score: the metric that decides.
+        notes: what the log says about the data at the start.
+
+    Raises:
+        ValueError: wrong input.
+    """
+
+    score: Score
+
+    def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
+        self.config = config
+        self.world = world
+        self.training = training
+        self.notes: list[str] = []
+
+    @abstractmethod
+    def train_loader(self) -> DataLoader:
+        """Return this rank's training batches; the loader's sampler is a `data.samplers.TrainSampler`."""
+
+    @abstractmethod
+    def eval_loader(self) -> DataLoader:
+        """Return this rank's held-out batches; the loader's sampler is a `data.samplers.EvalSampler`."""
+
+    def build_model(self) -> nn.Module:
+        """Return the untrained network, on the CPU."""
+        return build_model(self.config)
+
+    @abstractmethod
+    def prepare(self, batch: Any, device: torch.device) -> Any:
+        """Return a training batch on the device, with the augmentation that runs there."""
+
+    def to_device(self, batch: Any, device: torch.device) -> Any:
+        """Return a held-out batch on the device."""
+        return self.prepare(batch, device)
+
+    @abstractmethod
+    def loss(self, model: nn.Module, batch: Any) -> Tensor | dict[str, Tensor]:
+        """Return the mean loss of a prepared batch, or named losses, whose sum is minimised."""
+
+    @abstractmethod
+    def meter(self, samples: int, device: torch.device) -> Meter:
+        """Return what collects the results of an evaluation on so many samples of all ranks."""
+
+    def unreadable(self, batch: Any) -> Sequence[str]:  # noqa: ARG002
+        """Return the files of a batch, as it comes out of the loader, that could not be read."""
+        return ()
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the training data: plain values that `changes` compares."""
+        return {}
+
+    def changes(self, checkpoint: dict[str, Any]) -> list[str]:  # noqa: ARG002
+        """Return how the data of the run that wrote `checkpoint` differ from these."""
+        return []
+
+    def summary(self) -> str:
+        """Return the data in a few words."""
+        return self.config.TASK
+
+    def doubts(self) -> list[str]:
+        """Return what is suspicious about the data."""
+        return []
+
+    def best_line(self, score: float) -> str:
+        """Return the line of the log that follows an evaluation and names the best score so far."""
+        return f"Best {self.score.title}: {self.score.show(score)}"
+
+    @torch.inference_mode()
+    def evaluate(
+        self, model: nn.Module, loader: DataLoader, log: RunLog, stop: StopSignal | None = None
+    ) -> Evaluation | None:
+        """Evaluate in float32.
+
+        The result does not depend on how many processes share the samples.
+
+        Args:
+            model: the network.
+            loader: this rank's held-out batches.
+            log: shows progress and names the files that cannot be read.
+            stop: ends the evaluation early when any rank was asked to stop.
+
+        Returns:
+            What was found; None where it was stopped.
+        """
+        device, total = self.world.device, len(loader.dataset)
+        # A rank may have one batch fewer than another; all take part in every exchange.
+        rounds = math.ceil(math.ceil(total / self.world.size) / loader.batch_size)
+        batches, reader, meter = iter(loader), LateReader(), self.meter(total, device)
+        was_training, stopped = model.training, False
+        model.eval()
+        with log.bar(rounds, 0, "evaluating") as bar:
+            for _ in range(rounds):
+                batch = next(batches, None)
+                if batch is not None:
+                    for path in self.unreadable(batch):
+                        log.warning(f"{path} cannot be read; evaluated without it")
+                    meter.add(model, self.to_device(batch, device))
+                asked = torch.full((), float(stop is not None and stop.received is not None), device=device)
+                earlier = reader.exchange(None, sum_over_ranks(asked))
+                bar.update()
+                if earlier is not None and earlier[1]:
+                    stopped = True
+                    break
+        model.train(was_training)
+        return None if stopped else meter.result()

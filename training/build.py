@@ -1,0 +1,268 @@
+"""From a config to a run: settle what depends on the device, build the parts, open the output folder."""
+
+from __future__ import annotations
+
+import os
+import warnings as python_warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from logger import RunLog, check_writers
+from lr_scheduler import build_scheduler
+from models.contract import compile_parts
+from optimizer import build_optimizer
+from tasks import Task, build_task
+from training.checkpoint import CheckpointFolder, load_strictly, model_weights
+from training.output_folder import hold_folder, open_folder, set_aside
+from training.resume import find_resumed, start_from_pretrained
+from training.run import BadImages, Run, TrainingState
+from utils import (
+    StopSignal,
+    World,
+    agree_on,
+    collective_timeout,
+    fail_together,
+    seed_everything,
+    write_whole,
+)
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """The parts of a run before anything is written and before other processes are asked.
+
+    Attributes:
+        continued_from: the checkpoint that the run goes on from.
+        notes: what the log says at the start.
+        warnings: what the log warns of.
+    """
+
+    task: Task
+    train_loader: DataLoader
+    eval_loader: DataLoader
+    state: TrainingState
+    continued_from: Path | None
+    notes: list[str]
+    warnings: list[str]
+
+
+def settle(config: CfgNode, device: torch.device) -> None:
+    """Settle the options that depend on the device: for AMP "auto" bf16 where it has such units, else fp16.
+
+    Raises:
+        ValueError: the device cannot do what is asked for.
+    """
+    if config.AMP == "auto":
+        emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        config.AMP = "fp16" if emulated else "bf16"
+    if config.DETERMINISTIC and device.type == "cuda" and (config.COMPILE or config.MODEL.DAT.attn_drop_rate):
+        raise ValueError(
+            "--deterministic goes neither with --compile nor with attn_drop_rate on CUDA: both sample position tables "
+            "by an operation whose backward has no deterministic kernel there"
+        )
+
+
+def prepare_device(config: CfgNode) -> None:
+    """Seed the generators and choose the kind of kernels."""
+    seed_everything(config.SEED)
+    torch.backends.cudnn.benchmark = not config.DETERMINISTIC
+    torch.use_deterministic_algorithms(config.DETERMINISTIC)
+    if config.DETERMINISTIC:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
+
+
+def build_network(task: Task, world: World) -> nn.Module:
+    """Return the task's untrained network on its device."""
+    prepare_device(task.config)
+    return task.build_model().to(world.device, memory_format=torch.channels_last)
+
+
+def run_folder(config: CfgNode) -> Path:
+    """Return where the results of a run go."""
+    return Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
+
+
+def build_run(config: CfgNode, world: World) -> Run:
+    """Build a training run and open its output folder.
+
+    Raises:
+        ValueError: wrong input; nothing has been written then but the lock of a folder that there was.
+    """
+    folder, hold = run_folder(config), None
+    with fail_together():
+        if world.is_main and folder.is_dir():  # before reading checkpoints that another run may be about to replace
+            hold = hold_folder(open_folder(folder), patience=min(120, collective_timeout().total_seconds() / 2))
+    with fail_together():
+        parts = assemble(config, world)
+    _check_agreement(parts.state, folder)
+    begins = parts.continued_from is None or parts.continued_from.parent.resolve() != folder.resolve()
+    notes = list(parts.notes)
+    with fail_together():
+        if world.is_main:
+            hold = hold or _hold_new_folder(folder)
+            if begins and (earlier := set_aside(folder)):
+                notes.append(f"the files of an earlier run in this folder lie in {earlier} now")
+    run = Run(
+        config=config,
+        world=world,
+        task=parts.task,
+        train_loader=parts.train_loader,
+        eval_loader=parts.eval_loader,
+        state=parts.state,
+        model=_distribute(parts.state.network, world),
+        folder=folder,
+        log=RunLog(folder, config, is_main=world.is_main, updates_done=parts.state.updates_done),
+        stop=StopSignal(),
+        bad_images=BadImages(folder / "bad_images.txt"),
+        checkpoints=CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS),
+        continued_from=parts.continued_from,
+        hold=hold,
+    )
+    run.stop.listen()
+    if begins:
+        run.save()  # before the first line of the log, so that a run killed earlier leaves nothing to set aside
+    _introduce(run, notes, parts.warnings)
+    return run
+
+
+def assemble(config: CfgNode, world: World) -> Assembly:
+    """Build the parts of a run, continued from its newest checkpoint or started from pretrained weights, if any.
+
+    Nothing is written, and nothing asked of other processes.
+
+    Raises:
+        ValueError: wrong input.
+    """
+    task = build_task(config, world, training=True)
+    train_loader, eval_loader = task.train_loader(), task.eval_loader()
+    check_writers(config)
+    network = build_network(task, world)
+    images_per_update = config.DATA.BATCH_SIZE * world.size * config.TRAIN.ACCUMULATION_STEPS
+    resumed = find_resumed(
+        config,
+        run_folder(config),
+        task=task,
+        images_per_update=images_per_update,
+        training_images=len(train_loader.dataset),
+    )
+    notes, warnings = list(task.notes), resumed[2] if resumed else []
+    if resumed:
+        load_strictly(network, model_weights(resumed[1], resumed[0]), resumed[0])
+    elif config.MODEL.PRETRAINED:
+        notes += start_from_pretrained(config, network)
+    elif config.MODEL.CLASS_MAP:
+        raise ValueError("MODEL.CLASS_MAP belongs to the weights of --pretrained; give those too, or remove the map")
+    ema = ModelEmaV3(network, decay=config.TRAIN.EMA.DECAY, use_warmup=True) if config.TRAIN.EMA.ENABLED else None
+    if config.COMPILE:
+        compile_parts(network)
+    updates = train_loader.sampler.updates_per_epoch
+    optimizer = build_optimizer(config, network, world.size)
+    state = TrainingState(
+        network=network,
+        ema=ema,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer, updates_per_epoch=updates, world_size=world.size),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=config.AMP == "fp16"),
+        images_per_update=images_per_update,
+        updates_per_epoch=updates,
+    )
+    if resumed:
+        notes += _restore(state, config, *resumed[:2])
+    warnings += suspicious_settings(config, state, len(train_loader.dataset)) + task.doubts()
+    return Assembly(task, train_loader, eval_loader, state, resumed[0] if resumed else None, notes, warnings)
+
+
+def suspicious_settings(config: CfgNode, state: TrainingState, images: int) -> list[str]:
+    """Return which settings of a run on so many training images are probably not what its user means."""
+    found = []
+    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+        found.append(
+            f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {config.TRAIN.EPOCHS}: the "
+            "learning rate never reaches TRAIN.BASE_LR"
+        )
+    dropped = images - state.updates_per_epoch * state.images_per_update
+    if dropped > images / 10:
+        found.append(
+            f"updates take {state.images_per_update} images, and the incomplete last one of an epoch is dropped: "
+            f"{dropped} of {images} images, others in each epoch; smaller batches drop fewer"
+        )
+    return found
+
+
+def _restore(state: TrainingState, config: CfgNode, path: Path, saved: dict[str, Any]) -> list[str]:
+    """Continue from a checkpoint and return what to note in the log."""
+    state.restore(saved, path)
+    position = state.position
+    if position.epoch >= config.TRAIN.EPOCHS and path.parent.resolve() != run_folder(config).resolve():
+        raise ValueError(
+            f"{path} is the end of a run of {position.epoch} epochs, which leaves nothing to train; "
+            "evaluate it with --eval, or start from its weights by --pretrained"
+        )
+    notes = [f"continuing from {path}: epoch {position.epoch + 1}, update {position.update}"]
+    if config.MODEL.PRETRAINED:
+        notes.append(f"the weights are those of {path}, not of --pretrained {config.MODEL.PRETRAINED}")
+    return notes
+
+
+def _check_agreement(state: TrainingState, folder: Path) -> None:
+    """Check that all processes begin at the same update.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if not all([agree_on(state.position.epoch), agree_on(state.position.update)]):
+        raise ValueError(f"the processes do not see the same checkpoints in {folder}; it must be a shared folder")
+
+
+def _hold_new_folder(folder: Path) -> TextIO:
+    """Make a folder that there was not yet, and hold it.
+
+    Raises:
+        ValueError: another run has made it in between.
+    """
+    hold = hold_folder(open_folder(folder), patience=0)
+    if (folder / "last.pth").exists():
+        hold.close()
+        raise ValueError(
+            f"another run has begun in {folder} meanwhile; start again to continue it, or give another --tag"
+        )
+    return hold
+
+
+def _distribute(network: nn.Module, world: World) -> nn.Module:
+    """Return `network`, averaging its gradients over the processes if there are several."""
+    if world.size == 1:
+        return network
+    devices = [world.device] if world.device.type == "cuda" else None
+    # Harmless: it warns of 1x1 weights, whose layouts are all the same in memory.
+    python_warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    return DistributedDataParallel(
+        network, device_ids=devices, gradient_as_bucket_view=True, forward_sync_buffers=False
+    )
+
+
+def _introduce(run: Run, notes: list[str], warnings: list[str]) -> None:
+    """Write config.yaml and say what is about to run."""
+    config, log, state = run.config, run.log, run.state
+    if run.world.is_main:
+        write_whole(run.folder / "config.yaml", config.dump())
+    log.rewind(epoch=state.position.epoch, update=state.updates_done)
+    parameters = sum(p.numel() for p in state.network.parameters())
+    log.info(
+        f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(run.train_loader.dataset)} training and "
+        f"{len(run.eval_loader.dataset)} held-out images, {config.TRAIN.EPOCHS} epochs of {state.updates_per_epoch} "
+        f"updates of {state.images_per_update} images on {run.world.size} x {run.world.device.type}; "
+        f"results in {run.folder}"
+    )
+    for warning in warnings:
+        log.warning(warning)
+    for note in notes:
+        log.info(note)

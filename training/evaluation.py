@@ -1,0 +1,120 @@
+"""Evaluate a checkpoint, or time a network: what `--eval` and `--throughput` do."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from logger import RunLog
+from models import build_model
+from models.contract import compile_parts
+from tasks import Task, build_task
+from training.build import build_network, prepare_device
+from training.checkpoint import load_checkpoint, load_strictly, model_weights
+from training.run import AUTOCAST
+from utils import World
+
+
+@dataclass(frozen=True)
+class CheckpointEvaluation:
+    """A checkpoint to evaluate: its network, the images and what to warn of."""
+
+    path: str
+    task: Task
+    network: nn.Module
+    loader: DataLoader
+    warnings: list[str]
+
+    def run(self) -> int:
+        """Evaluate, print the published lines, and return the exit status."""
+        config, world = self.task.config, self.task.world
+        log = RunLog(None, config, is_main=world.is_main)
+        for warning in self.warnings if world.is_main else ():
+            log.warning(warning)
+        if config.COMPILE:
+            compile_parts(self.network)
+        images = len(self.loader.dataset)
+        log.info(f"evaluating {self.path} on {images} images, {world.size} process{'es' * (world.size > 1)}")
+        result = self.task.evaluate(self.network, self.loader, log)
+        log.result(result.lines, result.warnings)
+        return 0
+
+
+def build_evaluation(config: CfgNode, world: World) -> CheckpointEvaluation:
+    """Load the checkpoint of --resume, or of --pretrained, into the network of the config.
+
+    Raises:
+        ValueError: wrong input.
+    """
+    path = config.MODEL.RESUME or config.MODEL.PRETRAINED
+    task = build_task(config, world, training=False)
+    loader = task.eval_loader()
+    checkpoint = load_checkpoint(path)
+    weights = model_weights(checkpoint, path, ema=config.TRAIN.EMA.ENABLED)
+    network = build_network(task, world)
+    load_strictly(network, weights, path)
+    warnings = [f"{path} was trained on other classes: {change}" for change in task.changes(checkpoint)]
+    return CheckpointEvaluation(path, task, network, loader, warnings)
+
+
+@dataclass(frozen=True)
+class ThroughputTest:
+    """A network to time."""
+
+    config: CfgNode
+    network: nn.Module
+    device: torch.device
+
+    def run(self) -> int:
+        """Print images per second of inference on random images and return the exit status."""
+        if self.config.COMPILE:
+            compile_parts(self.network)
+        rate = measure_throughput(self.network, self.config, self.device)
+        print(
+            f"{self.config.MODEL.NAME}: {rate:.1f} images/s at {self.size()}, batch {self.config.DATA.BATCH_SIZE}, on "
+            f"{self.device.type}"
+        )
+        return 0
+
+    def size(self) -> str:
+        """Return the size of the images in words."""
+        return f"{self.config.DATA.IMG_SIZE}x{self.config.DATA.IMG_SIZE}"
+
+
+def build_throughput(config: CfgNode, world: World) -> ThroughputTest:
+    """Build the network of the config, with random weights.
+
+    Raises:
+        ValueError: wrong input.
+    """
+    prepare_device(config)
+    network = build_model(config).to(world.device, memory_format=torch.channels_last)
+    return ThroughputTest(config, network, world.device)
+
+
+@torch.inference_mode()
+def measure_throughput(network: nn.Module, config: CfgNode, device: torch.device, *, runs: int = 30) -> float:
+    """Return how many random images a second the network takes, in batches of DATA.BATCH_SIZE."""
+    network.eval()
+    size = config.DATA.IMG_SIZE
+    images = torch.randn(config.DATA.BATCH_SIZE, 3, size, size, device=device)
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, dtype=AUTOCAST[config.AMP], enabled=config.AMP != "off"):
+        for _ in range(max(runs // 10, 1)):
+            network(images)
+        _wait_for(device)
+        begin = time.perf_counter()
+        for _ in range(runs):
+            network(images)
+        _wait_for(device)
+    return runs * len(images) / (time.perf_counter() - begin)
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()

@@ -1,0 +1,68 @@
+"""What a process exits with, and the one line that says why.
+
+0 finished; 1 failed, retrying will not help; 2 wrong input; 75 another process or the machine failed, the launchers try
+again; 128 + n stopped by signal n.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import torch
+
+from utils import collective_timeout, is_lost_peer, is_lost_worker, is_out_of_memory, launched_as
+
+FAILED = 1
+WRONG_INPUT = 2
+# "Temporary failure" in sysexits.h: worth another try.
+LOST_PEER = 75
+
+
+def refuse(error: Exception | str, *, alone: bool = False) -> int:
+    """Say in one line what is wrong with the input and return the exit status.
+
+    Ranks that have joined fail together, and the first speaks for all. Before they join, one rank of each machine
+    speaks. What a single rank knows `alone`, it says itself.
+    """
+    try:
+        rank, _, local_rank, _ = launched_as()
+    except ValueError:  # the launcher's variables are what is wrong
+        rank = local_rank = 0
+    if alone or (rank if torch.distributed.is_initialized() else local_rank) == 0:
+        print(f"main.py: {on_one_line(str(error))}", file=sys.stderr, flush=True)
+    return WRONG_INPUT
+
+
+def report_failure(error: RuntimeError | OSError | MemoryError) -> int:
+    """Say that memory, a file system or another process failed, if that is what `error` means; return the exit status.
+
+    Raises:
+        RuntimeError: any other `error`.
+    """
+    log = logging.getLogger("dat")
+    if isinstance(error, OSError) or is_lost_worker(error):
+        reason = on_one_line(str(error).strip().splitlines()[-1])
+        hint = "" if isinstance(error, OSError) else " (fewer DATA.NUM_WORKERS take less memory)"
+        log.error(f"rank {launched_as()[0]}: {reason}{hint}; the same command continues from the last checkpoint")
+        return LOST_PEER
+    if is_out_of_memory(error):
+        log.error(
+            "out of memory; reduce --batch-size and raise --accumulation-steps instead, pass --use-checkpoint, or "
+            "choose a smaller network"
+        )
+        return FAILED
+    if not is_lost_peer(error):
+        raise error
+    minutes = collective_timeout().total_seconds() / 60
+    reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's source line and advice
+    log.error(
+        f"rank {launched_as()[0]}: another process died, or did not answer for {minutes:g} minutes "
+        f"(DAT_TIMEOUT_MINUTES): {reason}; the same command continues from the last checkpoint"
+    )
+    return LOST_PEER
+
+
+def on_one_line(message: str) -> str:
+    """Return `message` with line breaks and control characters, which file names may hold, as escapes."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)

@@ -1,0 +1,255 @@
+"""The training loop: epochs, updates, and what an update leads to."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from optimizer import can_skip, skip_next_step
+from tasks import Evaluation
+from training.anomaly import first_nonfinite
+from training.exit_status import FAILED
+from training.progress import Progress
+from training.run import Run
+from utils import LateReader, seed_everything, sum_over_ranks, wait_for_all
+
+
+class Ask(IntEnum):
+    """What the ranks ask for after an update."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot go on: too many updates in a row were not finite, or too many files unreadable."""
+
+
+class Update(NamedTuple):
+    """What one update gave on this rank, on the device.
+
+    Attributes:
+        loss: mean over the micro-batches.
+        norm: of the gradients before clipping, unscaled; NaN where the update was skipped.
+        parts: the named losses that `loss` is the sum of; empty where the task has a single one.
+        unreadable: files of these micro-batches that could not be read.
+        batches: the micro-batches as the network saw them, where TRAIN.ANOMALY_REPORT needs them.
+    """
+
+    loss: Tensor
+    norm: Tensor
+    parts: dict[str, Tensor]
+    unreadable: int
+    batches: list[Any]
+
+
+def train(run: Run) -> int:
+    """Train to the end or to a request to stop, finish the log, and return the exit status."""
+    try:
+        return train_epochs(run)
+    finally:
+        run.log.close()
+
+
+def train_epochs(run: Run) -> int:
+    """Train and evaluate epoch by epoch; return the exit status."""
+    config, position, log = run.config, run.state.position, run.log
+    saved = not position.nonfinite_in_row
+    while position.epoch < config.TRAIN.EPOCHS:
+        finished = train_one_epoch(run)
+        run.save()  # the evaluation may be interrupted, too
+        results = evaluate_weights(run) if finished else None
+        if results is None:
+            how = "the same command" if config.TRAIN.AUTO_RESUME else f"--resume {run.folder / 'last.pth'}"
+            log.info(f"stopped as asked in epoch {position.epoch + 1}, update {position.update}; {how} continues")
+            return run.stop.exit_status()
+        scores = [run.task.score.of(result.metrics) for result in results]
+        sound = all(math.isfinite(score) for score in scores)
+        if sound:  # so are the weights, whatever the last updates were
+            position.nonfinite_in_row = 0
+        position.finish_epoch(scores[-1] if sound else -math.inf)
+        log.info(run.task.best_line(position.best_accuracy))
+        keep = config.SAVE_FREQ > 0 and position.epoch % config.SAVE_FREQ == 0
+        saved = run.save(best=position.best_epoch == position.epoch, epoch=position.epoch if keep else None)
+    return conclude(run, saved)
+
+
+def train_one_epoch(run: Run) -> bool:
+    """Train from where the run stands to the end of its epoch.
+
+    Saves in between as SAVE_EVERY_UPDATES and SAVE_EVERY_MINUTES ask for.
+
+    Returns:
+        False where the run was asked to stop before the epoch was over.
+
+    Raises:
+        TrainingStopped: see there.
+    """
+    state, position = run.state, run.state.position
+    run.model.train()
+    run.train_loader.sampler.set_position(position.epoch, position.update * state.images_per_update)
+    batches, reader, ask = iter(run.train_loader), LateReader(), Ask.NOTHING
+    with Progress(run) as progress:
+        while position.update < state.updates_per_epoch:
+            lr = state.optimizer.param_groups[0]["lr"]
+            update = take_update(run, batches)
+            numbers = share(run, update, save_due=progress.is_clock_due())
+            tag = position.update, lr, list(update.parts), update.batches
+            ask = record(run, reader.exchange(tag, numbers), progress)
+            if ask or progress.is_count_due():
+                ask = max(ask, record(run, reader.flush(), progress))
+                if ask == Ask.STOP:
+                    return False
+                run.save()
+                progress.saved()
+        return max(ask, record(run, reader.flush(), progress)) != Ask.STOP
+
+
+def take_update(run: Run, batches: Iterator[Any]) -> Update:
+    """Take one update: forward and backward over its micro-batches, then one step of the optimizer.
+
+    A loss or gradient that is not finite on any rank leaves weights and optimizer as they are, on every rank.
+    """
+    config, state, task, device = run.config, run.state, run.task, run.world.device
+    position, optimizer, steps = state.position, state.optimizer, config.TRAIN.ACCUMULATION_STEPS
+    total, parts, unreadable, kept = torch.zeros((), device=device), {}, 0, []
+    for step in range(steps):
+        batch = next(batches)
+        run.bad_images.add(task.unreadable(batch), run.log.warning)
+        unreadable += len(task.unreadable(batch))
+        seed_everything(config.SEED, position.epoch, position.update, step, run.world.rank)
+        batch = task.prepare(batch, device)
+        if config.TRAIN.ANOMALY_REPORT:
+            kept.append(batch)
+        with run.gradient_sync(enabled=step == steps - 1):
+            with run.autocast():
+                losses = task.loss(run.model, batch)
+            loss = losses if isinstance(losses, Tensor) else sum(losses.values())
+            state.scaler.scale(loss / steps).backward()
+        total += loss.detach() / steps
+        for name, part in losses.items() if isinstance(losses, dict) else ():
+            parts[name] = parts.get(name, 0) + part.detach() / steps
+
+    state.scaler.unscale_(optimizer)
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    norm = nn.utils.clip_grad_norm_(weights, config.TRAIN.CLIP_GRAD or math.inf)
+    broken = sum_over_ranks((~(norm.isfinite() & total.isfinite())).float()).clamp(max=1)
+    if can_skip(optimizer):
+        skip_next_step(optimizer, broken)  # decided on the device, which nobody waits for
+        optimizer.step()
+    elif not broken:
+        optimizer.step()
+    if state.scaler.is_enabled():
+        state.scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        state.ema.update(state.network, step=state.updates_done + 1)
+    state.scheduler.step_update(state.updates_done)
+    position.update += 1
+    return Update(total, torch.where(broken > 0, math.nan, norm), parts, unreadable, kept)
+
+
+def share(run: Run, update: Update, *, save_due: bool) -> Tensor:
+    """Return `[loss, norm, unreadable files, requests to save, to stop, named losses...]` over all ranks.
+
+    Losses and norm are means, the others sums. The numbers stay on the device.
+    """
+    asked = (update.unreadable, save_due and run.world.is_main, run.stop.received is not None)
+    flags = [torch.full((), float(value), device=update.loss.device) for value in asked]  # filled there, not copied
+    means = [value / run.world.size for value in (update.loss, update.norm, *update.parts.values())]
+    return sum_over_ranks(torch.stack([*means[:2], *flags, *means[2:]]))
+
+
+def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress) -> Ask:
+    """Take in what an update gave, log it when it is time, and return what the ranks ask for; all learn the same.
+
+    Raises:
+        TrainingStopped: see there.
+    """
+    if report is None:
+        return Ask.NOTHING
+    config, position = run.config, run.state.position
+    (update, lr, names, batches), (loss, norm, unreadable, save, stop, *parts) = report
+    position.unreadable += int(unreadable)
+    samples = len(run.train_loader.dataset)
+    if position.unreadable > config.DATA.MAX_BAD_SHARE * samples:
+        raise TrainingStopped(
+            f"unreadable images in epoch {position.epoch + 1} so far: {position.unreadable} of {samples}, more than "
+            f"DATA.MAX_BAD_SHARE = {config.DATA.MAX_BAD_SHARE} of them; bad_images.txt lists them. Repair or delete "
+            "them, or allow more by --opts DATA.MAX_BAD_SHARE"
+        )
+    if math.isfinite(norm) and math.isfinite(loss):
+        position.nonfinite_in_row = 0
+        position.unlogged.append([loss, norm, *parts])
+    else:
+        position.nonfinite_in_row += 1
+        position.nonfinite += 1
+        where = f"epoch {position.epoch + 1}, update {update}"
+        run.log.warning(f"{where}: loss or gradient is not finite; update skipped ({position.nonfinite} so far)")
+        if position.nonfinite_in_row >= config.TRAIN.MAX_NONFINITE:
+            raise TrainingStopped(
+                f"{where}: {position.nonfinite_in_row} updates in a row were not finite; the last good checkpoint is "
+                "kept. Try a lower TRAIN.BASE_LR, a longer warm-up, or --amp bf16 in place of fp16"
+                + (f". {anomaly_report(run, update, batches)}" if batches else "")
+            )
+    progress.advance(update, loss, lr, names)
+    return Ask.STOP if stop else Ask.SAVE if save else Ask.NOTHING
+
+
+def anomaly_report(run: Run, update: int, batches: list[Any]) -> str:
+    """Return where the numbers of this rank's micro-batches of `update`, run once more, stop being finite."""
+    network = run.state.network
+
+    def forward() -> Tensor:
+        total = torch.zeros((), device=run.world.device)
+        for step, batch in enumerate(batches):
+            seed_everything(run.config.SEED, run.state.position.epoch, update - 1, step, run.world.rank)
+            with run.autocast():
+                losses = run.task.loss(network, batch)
+            total = total + (losses if isinstance(losses, Tensor) else sum(losses.values()))
+        return total
+
+    return f"Rank {run.world.rank}: {first_nonfinite(network, forward)}"
+
+
+def evaluate_weights(run: Run) -> list[Evaluation] | None:
+    """Evaluate the weights and, where there are any, the averaged weights; None where the run was asked to stop."""
+    state = run.state
+    kinds = {"eval": ("", state.network)} | (
+        {"eval_ema": ("averaged weights: ", state.ema.module)} if state.ema else {}
+    )
+    results = []
+    for kind, (prefix, network) in kinds.items():
+        result = run.task.evaluate(network, run.eval_loader, run.log, run.stop)
+        if result is None:
+            return None
+        run.log.result(result.lines, result.warnings, prefix)
+        run.log.metrics(kind, epoch=state.position.epoch + 1, update=state.updates_done, **result.metrics)
+        results.append(result)
+    return results
+
+
+def conclude(run: Run, saved: bool) -> int:
+    """Draw the curves and say how the run ended; return the exit status."""
+    from tools.plot import plot_curves  # matplotlib takes a second that a run needs at its end alone
+
+    position, score = run.state.position, run.task.score
+    wait_for_all()
+    if run.world.is_main:
+        try:
+            plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+        except OSError as error:
+            run.log.warning(f"{run.folder / 'curves.png'} could not be written ({error.strerror})")
+    run.log.info(
+        f"finished: best {score.title} {score.show(position.best_accuracy)} in epoch {position.best_epoch} of "
+        f"{position.epoch}; best.pth, last.pth, curves.png, metrics.jsonl, log.txt and config.yaml lie in {run.folder}"
+    )
+    if not saved:
+        run.log.error("last.pth is not from the end of the run; the lines above say why")
+    return 0 if saved else FAILED

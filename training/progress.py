@@ -1,0 +1,85 @@
+"""Progress within an epoch: the bar, the lines of the log, and when to save."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+
+import torch
+
+from training.run import Run
+
+
+class Progress:
+    """Follows the updates of one epoch; a context that takes its bar away at the end."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._begin = self._last_line = self._last_save = time.monotonic()
+        self._first = self._last_update = run.state.position.update
+        title = f"epoch {run.state.position.epoch + 1}/{run.config.TRAIN.EPOCHS}"
+        self._bar = run.log.bar(run.state.updates_per_epoch, self._first, title)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, update: int, loss: float, lr: float, names: list[str]) -> None:
+        """Move on to `update`, whose loss is known now; `names` are those of its named losses."""
+        self._bar.update()
+        self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+        if update % self._run.config.PRINT_FREQ == 0 or update == self._run.state.updates_per_epoch:
+            self._log(update, lr, names)
+
+    def is_count_due(self) -> bool:
+        """Return whether SAVE_EVERY_UPDATES asks for a checkpoint; the same on every rank."""
+        every, update = self._run.config.SAVE_EVERY_UPDATES, self._run.state.position.update
+        return every > 0 and update % every == 0 and update < self._run.state.updates_per_epoch
+
+    def is_clock_due(self) -> bool:
+        """Return whether SAVE_EVERY_MINUTES asks for a checkpoint, by this rank's clock."""
+        every = self._run.config.SAVE_EVERY_MINUTES
+        return every > 0 and time.monotonic() - self._last_save >= 60 * every
+
+    def saved(self) -> None:
+        """Note that a checkpoint was written now."""
+        self._last_save = time.monotonic()
+
+    def _log(self, update: int, lr: float, names: list[str]) -> None:
+        run, state, position, now = self._run, self._run.state, self._run.state.position, time.monotonic()
+        columns = list(zip(*position.unlogged, strict=True)) or [(math.nan,)] * (2 + len(names))
+        loss, norm, *parts = (sum(values) / len(values) for values in columns)
+        position.unlogged.clear()
+        rate = (update - self._last_update) * state.images_per_update / max(now - self._last_line, 1e-9)
+        left = (run.config.TRAIN.EPOCHS - position.epoch) * state.updates_per_epoch - update
+        seconds_left = left * (now - self._begin) / max(update - self._first, 1)
+        self._last_line, self._last_update = now, update
+        shown = "".join(f"{name} {part:.4f}  " for name, part in zip(names, parts, strict=True))
+        run.log.step(
+            f"epoch {position.epoch + 1}/{run.config.TRAIN.EPOCHS} update {update}/{state.updates_per_epoch}  "
+            f"lr {lr:.3e}  loss {loss:.4f}  {shown}grad norm {norm:.3f}  {rate:.1f} images/s  "
+            f"{_memory(run.world.device)}{_scale(state.scaler)}  {_clock(seconds_left)} left"
+        )
+        total = position.epoch * state.updates_per_epoch + update
+        values = {"lr": lr, "loss": loss, "grad_norm": norm, **dict(zip(names, parts, strict=True))}
+        run.log.metrics("train", epoch=position.epoch + 1, update=total, **values)
+
+
+def _memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB GPU"
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"
+
+
+def _scale(scaler: torch.amp.GradScaler) -> str:
+    return f"  loss scale {scaler.get_scale():.0f}" if scaler.is_enabled() else ""
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(int(seconds), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"

@@ -1,0 +1,163 @@
+"""What a run begins from: its newest checkpoint, --resume, or pretrained weights; and what may have changed since."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import yaml
+from torch import nn
+from yacs.config import CfgNode
+
+from config import default_config, differences, flatten
+from models.weights import adapt
+from tasks import Task
+from training.checkpoint import FORMAT, CheckpointFolder, load_checkpoint, model_weights
+from utils import was_restarted
+
+# What the continuation of a run needs, besides its format, and of which type.
+_TRAINING_STATE: dict[str, Any] = {
+    **dict.fromkeys(("model", "optimizer", "scaler"), dict),
+    "ema": (dict, NoneType),
+    "config": str,
+    "unlogged": list,
+    "best_accuracy": float,
+    **dict.fromkeys(("images_per_update", "epoch", "update", "best_epoch"), int),
+    **dict.fromkeys(("nonfinite_in_row", "nonfinite", "unreadable"), int),
+}
+
+# What may change between the start and the continuation of a run without changing its result. Batch size and
+# accumulation may, too, as long as an update sees as many images.
+_FREE_TO_CHANGE = {
+    *("OUTPUT", "TAG", "DEVICE", "PRINT_FREQ", "TENSORBOARD", "WANDB", "COMPILE", "DETERMINISTIC"),
+    *("SAVE_FREQ", "KEEP_CHECKPOINTS", "SAVE_EVERY_UPDATES", "SAVE_EVERY_MINUTES"),
+    *("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.BATCH_SIZE"),
+    *("DATA.BAD_IMAGES", "DATA.MAX_BAD_SHARE"),
+    *("MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.CLASS_MAP"),
+    *("TRAIN.AUTO_RESUME", "TRAIN.ALLOW_CONFIG_CHANGE", "TRAIN.USE_CHECKPOINT"),
+    *("TRAIN.ACCUMULATION_STEPS", "TRAIN.MAX_NONFINITE", "TRAIN.ANOMALY_REPORT"),
+}
+
+
+def find_resumed(
+    config: CfgNode, folder: Path, *, task: Task, images_per_update: int, training_images: int
+) -> tuple[Path, dict[str, Any], list[str]] | None:
+    """Return the checkpoint to continue from: the newest of the output folder, or --resume.
+
+    Args:
+        config: options of this run.
+        folder: its output folder.
+        task: its task.
+        images_per_update: over all ranks and micro-batches.
+        training_images: size of its training set.
+
+    Returns:
+        Path and content of the checkpoint, and what to warn of; None where the run begins afresh.
+
+    Raises:
+        ValueError: it cannot be continued under this config.
+    """
+    found, warnings = None, []
+    if config.TRAIN.AUTO_RESUME or was_restarted():
+        try:
+            found = CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS).newest(warnings.append)
+        except ValueError as error:
+            if not config.MODEL.RESUME:
+                raise
+            warnings.append(f"{error}; continuing from {config.MODEL.RESUME} instead")
+    if config.MODEL.RESUME and not (found and _began_from(found[1]) == config.MODEL.RESUME):
+        found = Path(config.MODEL.RESUME), load_checkpoint(config.MODEL.RESUME)
+    if found is None:
+        return None
+    path, state = found
+    check_training_state(state, path)
+    changes = config_changes(state, config, images_per_update=images_per_update, training_images=training_images)
+    changes += task.changes(state)
+    if changes and not config.TRAIN.ALLOW_CONFIG_CHANGE:
+        raise ValueError(
+            f"{path} was written under other options: {'; '.join(changes)}. Give another --tag to train "
+            "another run (from its weights by --pretrained), or --allow-config-change to continue this one all the same"
+        )
+    return path, state, warnings + [f"continuing under other options: {change}" for change in changes]
+
+
+def _began_from(state: dict[str, Any]) -> str:
+    """Return the --resume of the run that wrote `state`: the same command has continued from that file already."""
+    written = written_config(state) if state.get("format") == FORMAT else None
+    return dict(flatten(written)).get("MODEL.RESUME", "") if written else ""
+
+
+def start_from_pretrained(config: CfgNode, network: nn.Module) -> list[str]:
+    """Load the weights to fine-tune into `network` and return what was done with them, for the log.
+
+    Raises:
+        ValueError: they cannot be read or do not fit.
+    """
+    path = config.MODEL.PRETRAINED
+    class_map = Path(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
+    given = model_weights(load_checkpoint(path), path)
+    try:
+        weights, report = adapt(given, network, class_map=class_map)
+    except ValueError as error:
+        raise ValueError(f"--pretrained {path}: {error}") from None
+    network.load_state_dict(weights)
+    return [f"starting from {path}", *report.lines()]
+
+
+def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Check that a run can be continued from a checkpoint.
+
+    Raises:
+        ValueError: it holds weights alone, say, or is of another version of this code.
+    """
+    hint = "to start from its weights use --pretrained"
+    if isinstance(checkpoint.get("format"), int) and checkpoint["format"] != FORMAT:
+        raise ValueError(
+            f"{path} is of another version of this code: its format is {checkpoint['format']}, this one's {FORMAT}; "
+            f"continue it with that version; {hint}"
+        )
+    whole = all(_is_entry(checkpoint.get(name, ...), kind) for name, kind in _TRAINING_STATE.items())
+    whole = whole and all(isinstance(row, list) and len(row) >= 2 for row in checkpoint["unlogged"])
+    if checkpoint.get("format") != FORMAT or not whole or written_config(checkpoint) is None:
+        raise ValueError(f"{path} holds no training state that can be continued; {hint}")
+
+
+def _is_entry(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not (kind is int and value < 0)
+
+
+def written_config(checkpoint: dict[str, Any]) -> CfgNode | None:
+    """Return the config of the run that wrote a checkpoint; None where there is none."""
+    try:
+        options = yaml.safe_load(checkpoint.get("config"))
+        return CfgNode(options) if isinstance(options, dict) else None
+    except (yaml.YAMLError, AttributeError, AssertionError):  # no YAML, no text, or values that no option has
+        return None
+
+
+def _completed(written: CfgNode) -> CfgNode:
+    """Return a config with the options that it lacks, which its run did not know yet, at their defaults."""
+    config = default_config()
+    config.set_new_allowed(True)
+    config.merge_from_other_cfg(written)
+    return config
+
+
+def config_changes(
+    checkpoint: dict[str, Any], config: CfgNode, *, images_per_update: int, training_images: int
+) -> list[str]:
+    """Return the options of the run that wrote `checkpoint` that differ from this one's and change the result."""
+    changes = [
+        f"{key}: {before!r} in the checkpoint, {now!r} now"
+        for key, before, now in differences(_completed(written_config(checkpoint)), config)
+        if key not in _FREE_TO_CHANGE
+    ]
+    if checkpoint["images_per_update"] != images_per_update:
+        changes.append(
+            f"images per update: {checkpoint['images_per_update']} in the checkpoint, {images_per_update} now "
+            "(batch size x processes x accumulation steps)"
+        )
+    if (before := checkpoint.get("training_images", training_images)) != training_images:
+        changes.append(f"training images: {before} in the checkpoint, {training_images} now")
+    return changes
