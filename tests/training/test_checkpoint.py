@@ -205,6 +205,9 @@ class Classifier(nn.Module):
         self.body = nn.Linear(4, dim)
         self.cls_head = nn.Linear(dim, classes)
 
+    def get_classifier(self) -> nn.Module:
+        return self.cls_head
+
 
 def test_strict_loading_loads_everything() -> None:
     source, target = Classifier(8, 5), Classifier(8, 5)

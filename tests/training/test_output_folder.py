@@ -14,7 +14,7 @@ import pytest
 from tests.runs import ROOT
 from training.output_folder import LOCK, hold_folder, open_folder, set_aside, try_folder
 
-HOLD = "import sys, time; from pathlib import Path; from output_folder import hold_folder; "
+HOLD = "import sys, time; from pathlib import Path; from training.output_folder import hold_folder; "
 HOLD += "file = hold_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
