@@ -40,7 +40,7 @@ def plot_curves(metrics: Path, target: Path) -> None:
     rate.plot(epochs, [row["lr"] for row in train], linewidth=1.5)
     for kind, name in _NAMES.items():
         found = [row for row in rows if row["kind"] == kind]
-        if found:
+        if found and {"loss", "top1"} <= found[0].keys():
             at = [row["epoch"] for row in found]
             loss.plot(at, [row["loss"] for row in found], label=f"held out, {name}")
             best = max(found, key=lambda row: row["top1"])

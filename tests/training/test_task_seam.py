@@ -1,0 +1,43 @@
+"""The trainer knows nothing of classes: a task of another kind trains, is killed and resumes, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.launched import Trial, first_difference, outcome
+from tests.runs import read_metrics
+from tests.training.regression import register
+
+SECTIONS = {
+    "TASK": "regression",
+    "DATA": {"BATCH_SIZE": 8, "NUM_WORKERS": 0},
+    "TRAIN": {"EPOCHS": 3, "WARMUP_EPOCHS": 1, "ACCUMULATION_STEPS": 2, "EMA": {"ENABLED": True}},
+    "PRINT_FREQ": 3,
+    "SAVE_EVERY_UPDATES": 2,
+}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_another_task_trains_and_resumes_after_a_kill(tmp_path: Path, processes: int) -> None:
+    left = []
+    for name in ("whole", "killed"):
+        trial = Trial(tmp_path / name, processes, 0, **SECTIONS)
+        if name == "killed":
+            job = trial.start(prepare=register)
+            job.wait_until(lambda trial=trial: trial.rows() >= 5)
+            job.signal(signal.SIGKILL)
+            job.wait()
+            assert trial.rows() < 15
+        job = trial.start(prepare=register)
+        assert job.wait() == [0] * processes, job.console()
+        left.append(outcome(trial.folder))
+    assert "continuing from" in job.console()
+    assert first_difference(*left) is None
+    errors = [row["rmse"] for row in read_metrics(trial.folder, "eval_ema")]
+    assert left[1]["best.pth"]["best_accuracy"] == -min(errors)
+    losses = read_metrics(trial.folder, "train")[-1]
+    assert losses["loss"] == pytest.approx(losses["sum"] + losses["largest"], rel=1e-5)
+    assert "Best error: " in job.console()
