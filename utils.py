@@ -139,7 +139,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def was_restarted() -> bool:
-    """Return whether a launcher or SLURM started this run again after it had broken off."""
+    """Return whether a launcher or SLURM started this run again after a failure."""
     counts = ("DAT_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     return any(int(os.environ.get(name, "0")) > 0 for name in counts)
 
