@@ -12,8 +12,10 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from PIL import Image
 from tests.runs import ROOT, write_config
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["main", "tools.launch", "tests.launched"])
+CONTEXT.set_forkserver_preload(["main", "tools.launch", "tests.launched", "sklearn.datasets"])
 # Images of ten classes: few, as a run takes as long as they do; enough for eleven updates an epoch, and a remainder.
 TRAINING_IMAGES, HELD_OUT_IMAGES, UPDATES = 270, 40, 11
 
@@ -91,6 +93,21 @@ class Job:
         return self._console.read_text(encoding="utf-8") if self._console.exists() else ""
 
 
+def run_forked(*words: str | Path | int, processes: int = 1) -> str:
+    """Run `python main.py <words>` to its end, which must be a good one, and return what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        job = Job(words, Path(folder, "console.txt"), processes=processes)
+        assert job.wait(240) == [0] * processes, job.console()
+        return job.console()
+
+
+def start_launcher(words: Sequence[str | Path | int], console: Path) -> ForkServerProcess:
+    """Start `python tools/launch.py 2 <words>`, which appends to `console` what it and its processes print."""
+    launcher = CONTEXT.Process(target=_launch, args=([str(word) for word in words], str(console)))
+    launcher.start()
+    return launcher
+
+
 class Trial:
     """One command, whose jobs can be killed and started again, in a folder of its own."""
 
@@ -152,9 +169,7 @@ class Uninterrupted:
 
 def _run(words: list[str], env: dict[str, str], console: str, prepare: Callable[[], None] | None) -> None:
     os.environ.update(env)
-    descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    _print_to(console)
     multiprocessing.set_start_method("fork", force=True)  # of the workers of loaders, as in a process of its own
     from main import main
 
@@ -162,6 +177,19 @@ def _run(words: list[str], env: dict[str, str], console: str, prepare: Callable[
     if prepare:
         prepare()
     sys.exit(main(words))
+
+
+def _launch(words: list[str], console: str) -> None:
+    _print_to(console)
+    from tools import launch
+
+    sys.exit(launch.main(["2", *words]))
+
+
+def _print_to(console: str) -> None:
+    descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
 
 
 def _start_server() -> None:

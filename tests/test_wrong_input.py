@@ -21,6 +21,7 @@ from data.formats.tar import open_tar
 from data.sources import Request
 from tests.data.formats.writers import write_tar
 from tests.data.samples import write_folder
+from tests.launched import run_forked
 from tests.runs import ROOT, run_command, write_config
 from utils import StopSignal
 
@@ -552,8 +553,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("wrong")
     write_folder(root / "photos", PHOTOS)
     config = write_config(root, OUTPUT=str(root), DATA={**DATA, "DATA_PATH": str(root / "photos")})
-    done = run_command(sys.executable, "main.py", "--cfg", config, "--opts", "SAVE_FREQ", "1")
-    assert done.returncode == 0, done.stderr
+    run_forked("--cfg", config, "--opts", "SAVE_FREQ", 1)
     state = torch.load(root / "tiny/default/epoch_1.pth", weights_only=True)
     torch.save(state, root / "trained.pth")
     return root

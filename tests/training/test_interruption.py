@@ -20,7 +20,7 @@ import pytest
 
 from config import default_config
 from logger import RunLog
-from tests.launched import CONTEXT, UPDATES, Job, Trial, Uninterrupted, first_difference
+from tests.launched import UPDATES, Job, Trial, Uninterrupted, first_difference, start_launcher
 from tests.runs import ROOT, read_metrics
 from training.checkpoint import load_checkpoint
 
@@ -110,23 +110,13 @@ def test_a_hung_process_is_told_in_one_line(tmp_path: Path) -> None:
     assert "Traceback" not in job.console()
 
 
-def _launch(words: list[str], console: str) -> None:
-    descriptor = os.open(console, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    from tools import launch
-
-    raise SystemExit(launch.main(["2", *words]))
-
-
 @LINUX
 def test_the_launcher_continues_after_a_worker_died_and_stops_when_asked(
     uninterrupted: Uninterrupted, tmp_path: Path
 ) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
     console = tmp_path / "launcher.txt"
-    launcher = CONTEXT.Process(target=_launch, args=([str(word) for word in trial.words], str(console)))
-    launcher.start()
+    launcher = start_launcher(trial.words, console)
 
     def wait_for_rows(rows: int) -> None:
         end = time.monotonic() + 90
@@ -151,8 +141,7 @@ def test_the_launcher_continues_after_a_worker_died_and_stops_when_asked(
 @LINUX
 def test_processes_stop_when_their_launcher_is_killed(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
-    launcher = CONTEXT.Process(target=_launch, args=([*map(str, trial.words)], str(tmp_path / "launcher.txt")))
-    launcher.start()
+    launcher = start_launcher(trial.words, tmp_path / "launcher.txt")
     end = time.monotonic() + 90
     while trial.rows() < 2:
         assert time.monotonic() < end, (tmp_path / "launcher.txt").read_text()
@@ -165,8 +154,7 @@ def test_processes_stop_when_their_launcher_is_killed(uninterrupted: Uninterrupt
 @LINUX
 def test_processes_that_still_import_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
-    launcher = CONTEXT.Process(target=_launch, args=([*map(str, trial.words)], str(tmp_path / "launcher.txt")))
-    launcher.start()
+    launcher = start_launcher(trial.words, tmp_path / "launcher.txt")
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     wait_until(lambda: len(children.read_text().split()) == 2)
     started = [Path("/proc", number, "stat") for number in children.read_text().split()]
