@@ -82,6 +82,7 @@ _C.MODEL.DAT = CfgNode()
 # The size the tables are built for; any size can be run.
 _C.MODEL.DAT.img_size = 224
 _C.MODEL.DAT.patch_size = 4
+_C.MODEL.DAT.in_chans = 3
 # Training builds the head for as many classes as the data set has; this is the number the file is meant for.
 _C.MODEL.DAT.num_classes = 1000
 # Width of the hidden layer of an MLP, in multiples of the width of the stage.

@@ -7,12 +7,18 @@ contiguous view whose last axis holds the channels. Norms and 1x1 convolutions w
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from .ops.depthwise import conv_mlp, depthwise_residual
 from .ops.linear import linear
+
+
+def as_pair(size: int | Sequence[int]) -> tuple[int, ...]:
+    """Return ``(height, width)`` of a size that is one number where both are the same."""
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 class LayerNorm(nn.Module):

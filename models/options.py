@@ -1,228 +1,235 @@
-"""The options of one stage, checked against each other before anything is built."""
+"""Options, each declared once: default, type, meaning and check.
+
+A declaration stands beside the code that uses the option. Constructor, config, messages and documentation follow from
+it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from .ops.grids import COORDINATES
-
-LETTERS = "LSDNPQXE"
-QNA_ACTIVATIONS = ("exp", "sigmoid", "linear")
 NUM_STAGES = 4
 
-LIST_NAMES = {
-    "dim": "dims",
-    "depth": "depths",
-    "letters": "stage_spec",
-    "heads": "heads",
-    "heads_q": "heads_q",
-    "window_size": "window_sizes",
-    "groups": "groups",
-    "stride": "strides",
-    "ksize": "ksizes",
-    "offset_range_factor": "offset_range_factor",
-    "use_pe": "use_pes",
-    "dwc_pe": "dwc_pes",
-    "fixed_pe": "fixed_pes",
-    "log_cpb": "log_cpb",
-    "no_off": "no_offs",
-    "sr_ratio": "sr_ratios",
-    "nat_ksize": "nat_ksizes",
-    "nq": "nqs",
-    "ksize_qna": "ksize_qnas",
-    "use_dwc_mlp": "use_dwc_mlps",
-    "use_lpu": "use_lpus",
-    "layer_scale_value": "layer_scale_values",
+_TYPES = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: ((int, float), "a number"),
+    str: (str, "text"),
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class Check:
+    """What values are allowed.
+
+    Attributes:
+        holds: whether a value, of the right type, is allowed.
+        words: what is allowed, after "must be".
+        choices: the allowed values where they can be listed.
+    """
+
+    holds: Callable[[Any], bool]
+    words: str
+    choices: tuple[Any, ...] = ()
+
+
+def at_least(smallest: float) -> Check:
+    """Return the check that a number is not below ``smallest``."""
+    return Check(lambda value: value >= smallest, f"at least {smallest}")
+
+
+def not_negative() -> Check:
+    """Return the check that a number is not negative."""
+    return Check(lambda value: value >= 0, "0 or more")
+
+
+def share() -> Check:
+    """Return the check that a number lies between 0 and 1."""
+    return Check(lambda value: 0 <= value <= 1, "between 0 and 1")
+
+
+def rate() -> Check:
+    """Return the check of a probability of dropping something, which cannot be 1."""
+    return Check(lambda value: 0 <= value < 1, "a number in [0, 1)")
+
+
+def odd() -> Check:
+    """Return the check of a kernel or window that has a pixel at its centre."""
+    return Check(lambda value: value >= 1 and value % 2 == 1, "odd")
+
+
+def one_of(*choices: str) -> Check:
+    """Return the check that a value is one of a few."""
+    return Check(lambda value: value in choices, f"one of {', '.join(c or repr(c) for c in choices)}", choices)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option.
+
+    Attributes:
+        default: its value where none is given; also gives the type.
+        meaning: one or two sentences for the documentation.
+        check: which values are allowed, None for all of the type.
+        also_list: takes a list of such values, too.
+    """
+
+    default: Any
+    meaning: str
+    check: Check | None = None
+    also_list: bool = False
+
+
+@dataclass(frozen=True)
+class StageOption(Option):
+    """An option with one entry per stage.
+
+    Attributes:
+        each: which entries are allowed in a stage that uses the option.
+    """
+
+    each: Check | None = None
+
+
+class DeclaredSignature:
+    """Shows the options that a class declares as its keyword-only arguments, to `inspect.signature` and `help`."""
+
+    def __get__(self, instance: object, owner: Any) -> inspect.Signature:
+        if instance is not None:
+            raise AttributeError("__signature__")
+        kind = inspect.Parameter.KEYWORD_ONLY
+        declared = [inspect.Parameter(name, kind, default=o.default) for name, o in owner.options().items()]
+        written = inspect.signature(owner.__init__).parameters.values()
+        return inspect.Signature([*declared, *(parameter for parameter in written if parameter.kind is kind)])
+
+
+def complete(given: Mapping[str, Any], declared: Mapping[str, Option]) -> dict[str, Any]:
+    """Return the value of every declared option, and check those that do not depend on a stage.
+
+    Raises:
+        TypeError: an option is unknown.
+        ValueError: a value is not allowed; the message names it and what is allowed.
+    """
+    for name in given.keys() - declared.keys():
+        near = difflib.get_close_matches(name, declared, n=1)
+        hint = f"; did you mean {near[0]}?" if near else f"; the options are {', '.join(declared)}"
+        raise TypeError(f"unknown option {name!r}{hint}")
+    values = {name: given.get(name, option.default) for name, option in declared.items()}
+    for name, option in declared.items():
+        value = values[name]
+        if isinstance(option, StageOption):
+            if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != NUM_STAGES:
+                raise ValueError(f"{name} = {value!r} must be a list of {NUM_STAGES} entries, one per stage")
+            continue
+        entries = value if option.also_list and isinstance(value, Sequence) else [value]
+        for entry in entries:
+            _check_type(f"{name} = {value!r}", entry, option.default)
+        if option.check and not option.check.holds(value):
+            raise ValueError(f"{name} = {value!r} must be {option.check.words}")
+    return values
+
+
+def _check_type(shown: str, value: Any, default: Any) -> None:
+    accepted, words = _TYPES[type(default)]
+    if not isinstance(value, accepted) or isinstance(value, bool) != isinstance(default, bool):
+        raise ValueError(f"{shown} must be {words}")
+
+
+@dataclass(frozen=True)
 class StageOptions:
-    """What the blocks of one stage are built from; `LIST_NAMES` gives the list that an option is one entry of."""
+    """The options of one stage: ``stage["dims"]`` is its entry of a list, ``stage["coordinates"]`` that of all stages.
+
+    Attributes:
+        index: number of the stage.
+        map_size: native height and width of its map.
+        letters: letter of each block.
+        values: value of every option by name.
+        lists: names of the options that have an entry per stage.
+    """
 
     index: int
-    map_size: int
-    dim: int
-    depth: int
+    map_size: tuple[int, int]
     letters: str
-    heads: int
-    heads_q: int
-    window_size: int
-    groups: int
-    stride: int
-    ksize: int
-    offset_range_factor: float
-    use_pe: bool
-    dwc_pe: bool
-    fixed_pe: bool
-    log_cpb: bool
-    no_off: bool
-    sr_ratio: int
-    nat_ksize: int
-    nq: int
-    ksize_qna: int
-    use_dwc_mlp: bool
-    use_lpu: bool
-    layer_scale_value: float
-    expansion: int
-    nat_rpb: bool
-    qna_activation: str
-    coordinates: str
-    drop_rate: float
-    attn_drop_rate: float
+    values: Mapping[str, Any]
+    lists: frozenset[str]
 
-    @property
-    def position_bias(self) -> str:
-        """The kind of position bias of the stage's deformable attention: none, table, log_cpb, fixed or dwc."""
-        if not self.use_pe or self.no_off:
-            return "none"
-        if self.dwc_pe:
-            return "dwc"
-        if self.fixed_pe:
-            return "fixed"
-        return "log_cpb" if self.log_cpb else "table"
+    def __getitem__(self, name: str) -> Any:
+        return self.values[name]
 
-    def __post_init__(self) -> None:
-        self._check_types()
-        self._at_least("dim", "depth")
-        if len(self.letters) != self.depth:
-            raise ValueError(f"{self._show('letters')} does not name as many blocks as {self._show('depth')}")
-        for letter in dict.fromkeys(self.letters):
-            self._check_letter(letter)
-
-    def _check_types(self) -> None:
-        accepted = {"int": int, "float": (int, float), "bool": bool, "str": str}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            is_right = isinstance(value, accepted[field.type]) and isinstance(value, bool) == (field.type == "bool")
-            if field.name in LIST_NAMES and not is_right:
-                raise ValueError(f"{self._show(field.name)} must be of type {field.type}, not {type(value).__name__}")
-
-    def _check_letter(self, letter: str) -> None:
-        if letter in "LSDNPE":
-            self._divides("heads", "dim")
-        match letter:
-            case "L" | "S":
-                self._at_least("window_size")
-            case "D":
-                self._divides("groups", "heads")
-                self._at_least("stride", "ksize")
-                self._at_most_one("dwc_pe", "fixed_pe", "log_cpb")
-            case "N":
-                self._odd("nat_ksize")
-            case "P":
-                self._at_least("sr_ratio")
-            case "Q":
-                self._divides("heads_q", "dim")
-                self._at_least("nq")
-                self._odd("ksize_qna")
-            case "E":
-                self._divides("heads", "dim", factor=4)
-            case "X":
-                self._odd("window_size")
-            case _:
-                raise ValueError(f"{self._show('letters')} holds {letter!r}; the letters are {', '.join(LETTERS)}")
-
-    def _show(self, name: str) -> str:
+    def show(self, name: str) -> str:
         """Return an option as the person wrote it, for example ``heads[2] = 5``."""
-        return f"{LIST_NAMES[name]}[{self.index}] = {getattr(self, name)!r}"
+        return f"{name}[{self.index}] = {self[name]!r}" if name in self.lists else f"{name} = {self[name]!r}"
 
-    def _at_least(self, *names: str) -> None:
-        for name in names:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{self._show(name)} must be at least 1 for the blocks {self.letters!r}")
+    def require(self, name: str, check: Check) -> None:
+        """Raise a ValueError unless a check holds for an option."""
+        if not check.holds(self[name]):
+            raise ValueError(f"{self.show(name)} must be {check.words} for the blocks {self.letters!r}")
 
-    def _divides(self, divisor: str, number: str, *, factor: int = 1) -> None:
-        self._at_least(divisor)
-        if getattr(self, number) % (factor * getattr(self, divisor)):
+    def divides(self, divisor: str, number: str, *, factor: int = 1) -> None:
+        """Raise a ValueError unless one option, ``factor`` times, divides another."""
+        self.require(divisor, at_least(1))
+        if self[number] % (factor * self[divisor]):
             times = f"{factor} times " if factor > 1 else ""
-            raise ValueError(f"{times}{self._show(divisor)} does not divide {self._show(number)}; change one of them")
+            raise ValueError(f"{times}{self.show(divisor)} does not divide {self.show(number)}; change one of them")
 
-    def _odd(self, name: str) -> None:
-        self._at_least(name)
-        if getattr(self, name) % 2 == 0:
-            raise ValueError(
-                f"{self._show(name)} must be odd for the blocks {self.letters!r}, so that a pixel is its centre"
-            )
-
-    def _at_most_one(self, *names: str) -> None:
-        chosen = [self._show(name) for name in names if getattr(self, name)]
+    def at_most_one(self, *names: str, of: str) -> None:
+        """Raise a ValueError if more than one of several switches is on."""
+        chosen = [self.show(name) for name in names if self[name]]
         if len(chosen) > 1:
-            raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one kind of position bias")
+            raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one {of}")
 
 
-def _joined(letters: object, index: int) -> str:
-    """Return a list of letters as a string."""
+def split_stages(
+    values: Mapping[str, Any], declared: Mapping[str, Option], *, map_size: tuple[int, int]
+) -> list[StageOptions]:
+    """Split completed options into those of the four stages, and check the type of every entry.
+
+    Args:
+        values: from `complete`; ``stage_spec`` holds strings (``"ND"``) or lists of letters.
+        declared: the options.
+        map_size: native size of the first stage's map; it halves from stage to stage.
+
+    Raises:
+        ValueError: an entry has a wrong type, or a stage has another number of letters than blocks.
+    """
+    lists = {name: option for name, option in declared.items() if isinstance(option, StageOption)}
+    stages = []
+    for i in range(NUM_STAGES):
+        own = {name: values[name][i] for name in lists} | {"stage_spec": _letters(values["stage_spec"], i)}
+        size = map_size[0] >> i, map_size[1] >> i
+        stage = StageOptions(i, size, own["stage_spec"], {**values, **own}, frozenset(lists))
+        for name in lists.keys() - {"stage_spec"}:
+            _check_type(stage.show(name), stage[name], lists[name].default[0])
+        for name in ("dims", "depths"):
+            stage.require(name, lists[name].each)
+        if len(stage.letters) != stage["depths"]:
+            raise ValueError(f"{stage.show('stage_spec')} does not name as many blocks as {stage.show('depths')}")
+        stages.append(stage)
+    return stages
+
+
+def _letters(spec: Sequence, index: int) -> str:
+    """Return the letters of a stage as a string."""
+    letters = spec[index]
     if not isinstance(letters, Sequence) or not all(isinstance(letter, str) for letter in letters):
         raise ValueError(f"stage_spec[{index}] = {letters!r} must be letters, such as 'ND' or ['N', 'D']")
     return "".join(letters)
 
 
-def split_stages(lists: dict[str, Sequence], *, map_size: int, **common: object) -> list[StageOptions]:
-    """Split lists of four entries, keyed as `LIST_NAMES` is, into the options of the four stages.
-
-    Args:
-        lists: one list per option of a stage; ``letters`` may hold strings (``"ND"``) or lists of letters.
-        map_size: native side of the first stage's map; it halves from stage to stage.
-        **common: the remaining fields of `StageOptions`, the same for every stage.
-
-    Raises:
-        ValueError: a list is not one or has the wrong length, or options contradict each other.
-    """
-    for name, values in lists.items():
-        if isinstance(values, str) or not isinstance(values, Sequence) or len(values) != NUM_STAGES:
-            raise ValueError(f"{LIST_NAMES[name]} = {values!r} must be a list of {NUM_STAGES} entries, one per stage")
-    stages = []
-    for i in range(NUM_STAGES):
-        options = {name: values[i] for name, values in lists.items()}
-        if not isinstance(options["letters"], str):
-            options["letters"] = _joined(options["letters"], i)
-        stages.append(StageOptions(index=i, map_size=map_size >> i, **options, **common))
-    return stages
-
-
-def check_network(
-    *,
-    img_size: int,
-    patch_size: int,
-    dim_stem: int,
-    num_classes: int,
-    expansion: int,
-    use_conv_patches: bool,
-    qna_activation: str,
-    coordinates: str,
-    rates: dict[str, float],
-) -> None:
-    """Check the options that all stages share; see `models.dat.DAT` for their meaning.
-
-    Raises:
-        ValueError: an option is not allowed; the message names it, its value and what is allowed.
-    """
-    counts = {
-        "img_size": img_size,
-        "patch_size": patch_size,
-        "dim_stem": dim_stem,
-        "num_classes": num_classes,
-        "expansion": expansion,
-    }
-    for name, value in counts.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} = {value!r} must be a whole number of at least 1")
-    smallest = patch_size << (NUM_STAGES - 1)
-    if img_size < smallest:
-        raise ValueError(f"img_size = {img_size} leaves no pixel for the last stage; choose at least {smallest}")
-    if use_conv_patches and (patch_size % 2 or dim_stem % 2):
-        raise ValueError(
-            f"patch_size = {patch_size} and dim_stem = {dim_stem} must both be even with use_conv_patches, "
-            "whose stem has two halving steps"
-        )
-    for name, value, allowed in (
-        ("qna_activation", qna_activation, QNA_ACTIVATIONS),
-        ("coordinates", coordinates, COORDINATES),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} = {value!r} is unknown; choose one of {', '.join(allowed)}")
-    for name, value in rates.items():
-        if not isinstance(value, (int, float)) or not 0 <= value < 1:
-            raise ValueError(f"{name} = {value!r} must be a number in [0, 1)")
+def as_table(options: Mapping[str, Option]) -> str:
+    """Return options as a table for the documentation."""
+    rows = ["| option | default | meaning |", "|---|---|---|"]
+    for name, option in options.items():
+        check = getattr(option, "each", None) or option.check
+        allowed = f" Must be {check.words}." if check else ""
+        default = option.default
+        if name == "stage_spec":
+            default = ["".join(letters) for letters in default]
+        elif isinstance(default, tuple):
+            default = list(default)
+        rows.append(f"| `{name}` | `{default}` | {option.meaning}{allowed} |")
+    return "\n".join(rows)

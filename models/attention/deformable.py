@@ -10,13 +10,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import LayerNorm, PointwiseConv
+from ..layers import LayerNorm, PointwiseConv, as_pair
 from ..ops.deformable import attention, deformable_attention
-from ..ops.grids import query_grid, reference_points
+from ..ops.grids import COORDINATES, query_grid, reference_points
 from ..ops.position_bias import fixed_bias, log_continuous_bias, table_bias
 from ..ops.sampling import sample
+from ..options import Option, StageOption, StageOptions, at_least, one_of
+from .letters import Mixer, register
 
 Size = tuple[int, int]
+
+NOWHERE = (False, False, False, False)
+OPTIONS = {
+    "groups": StageOption((1, 1, 3, 6), "Groups of channels of D that share their offsets.", each=at_least(1)),
+    "strides": StageOption((1, 1, 1, 1), "Pixels per key of D on each axis.", each=at_least(1)),
+    "ksizes": StageOption((9, 7, 5, 3), "Kernel of the offset network of D.", each=at_least(1)),
+    "offset_range_factor": StageOption(
+        (1.0, 2.0, 3.0, 4.0), "Bound of the offsets of D in key cells; negative: unbounded, positions stay on the map."
+    ),
+    "no_offs": StageOption(NOWHERE, "D pools the map instead of sampling it at deformed positions."),
+    "use_pes": StageOption(NOWHERE, "Whether D has a position bias; a sampled table unless one of the next is set."),
+    "dwc_pes": StageOption(NOWHERE, "The position bias of D is a depthwise convolution of the queries."),
+    "fixed_pes": StageOption(NOWHERE, "The position bias of D is one value per query and key."),
+    "log_cpb": StageOption(NOWHERE, "The position bias of D is a small network of log-spaced displacements."),
+    "coordinates": Option(
+        "dat++",
+        "Reference points and query grid of D; `cvpr22` for the weights of the first paper.",
+        one_of(*COORDINATES),
+    ),
+}
 
 # Values of the samples of a batch, 1 MiB in float32, from which it pays to make the keys anew in the backward pass.
 WORTH_MAKING_ANEW = 1 << 18
@@ -45,7 +67,7 @@ class DeformableAttention(nn.Module):
         dim: channels C.
         heads: attention heads; divides ``dim``.
         groups: offset groups g; divides ``heads``. Each group samples its C/g channels at its own positions.
-        map_size: native side of the map, which sizes the position tables.
+        map_size: native height and width of the map, which sizes the position tables.
         stride: pixels per key on each axis.
         kernel_size: kernel of the depthwise convolution of the offset network.
         offset_range_factor: bound of the offsets in key cells; negative for unbounded ones.
@@ -67,7 +89,7 @@ class DeformableAttention(nn.Module):
         *,
         heads: int,
         groups: int,
-        map_size: int,
+        map_size: int | Size,
         stride: int,
         kernel_size: int,
         offset_range_factor: float = -1.0,
@@ -80,7 +102,7 @@ class DeformableAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.groups = groups
-        self.native_size = (map_size, map_size)
+        self.native_size = as_pair(map_size)
         self.stride = stride
         self.offset_range_factor = offset_range_factor
         self.use_offsets = use_offsets
@@ -260,3 +282,36 @@ class DeformableAttention(nn.Module):
         conv = self.conv_offset[0]
         (kernel, _), (padding, _) = conv.kernel_size, conv.padding
         return tuple((max(length + 2 * padding, kernel) - kernel) // self.stride + 1 for length in size)
+
+
+def _check(stage: StageOptions) -> None:
+    stage.divides("heads", "dims")
+    stage.divides("groups", "heads")
+    stage.at_most_one("dwc_pes", "fixed_pes", "log_cpb", of="kind of position bias")
+
+
+def _position_bias(stage: StageOptions) -> str:
+    if not stage["use_pes"] or stage["no_offs"]:
+        return "none"
+    kinds = {"dwc_pes": "dwc", "fixed_pes": "fixed", "log_cpb": "log_cpb"}
+    return next((kind for name, kind in kinds.items() if stage[name]), "table")
+
+
+def _build(stage: StageOptions) -> DeformableAttention:
+    return DeformableAttention(
+        stage["dims"],
+        heads=stage["heads"],
+        groups=stage["groups"],
+        map_size=stage.map_size,
+        stride=stage["strides"],
+        kernel_size=stage["ksizes"],
+        offset_range_factor=stage["offset_range_factor"],
+        use_offsets=not stage["no_offs"],
+        position_bias=_position_bias(stage),
+        coordinates=stage["coordinates"],
+        attn_drop=stage["attn_drop_rate"],
+        proj_drop=stage["drop_rate"],
+    )
+
+
+register("D", Mixer(build=_build, options=OPTIONS, check=_check))

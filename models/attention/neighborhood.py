@@ -11,6 +11,13 @@ from torch import Tensor, nn
 
 from ..layers import Linear
 from ..ops.neighborhood import neighborhood_attention
+from ..options import Option, StageOption, StageOptions, odd
+from .letters import Mixer, register
+
+OPTIONS = {
+    "nat_ksizes": StageOption((3, 3, 3, 3), "Side of the window of N.", each=odd()),
+    "nat_rpb": Option(True, "Whether N has a table of relative position biases."),
+}
 
 
 class NeighborhoodAttention(nn.Module):
@@ -83,3 +90,17 @@ def natten_attention() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     return na2d
+
+
+def _build(stage: StageOptions) -> NeighborhoodAttention:
+    return NeighborhoodAttention(
+        stage["dims"],
+        heads=stage["heads"],
+        kernel_size=stage["nat_ksizes"],
+        use_rpb=stage["nat_rpb"],
+        attn_drop=stage["attn_drop_rate"],
+        proj_drop=stage["drop_rate"],
+    )
+
+
+register("N", Mixer(build=_build, options=OPTIONS, check=lambda stage: stage.divides("heads", "dims")))

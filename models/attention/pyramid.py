@@ -6,6 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import LayerNorm, PointwiseConv
+from ..options import StageOption, StageOptions, at_least
+from .letters import Mixer, register
+
+OPTIONS = {"sr_ratios": StageOption((8, 4, 2, 1), "Reduction of the keys of P on each axis.", each=at_least(1))}
 
 
 class PyramidAttention(nn.Module):
@@ -37,3 +41,16 @@ class PyramidAttention(nn.Module):
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
         x = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
         return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+
+
+def _build(stage: StageOptions) -> PyramidAttention:
+    return PyramidAttention(
+        stage["dims"],
+        heads=stage["heads"],
+        sr_ratio=stage["sr_ratios"],
+        attn_drop=stage["attn_drop_rate"],
+        proj_drop=stage["drop_rate"],
+    )
+
+
+register("P", Mixer(build=_build, options=OPTIONS, check=lambda stage: stage.divides("heads", "dims")))

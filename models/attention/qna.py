@@ -7,6 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Linear, PointwiseConv
+from ..options import Option, StageOption, StageOptions, at_least, odd, one_of
+from .letters import Mixer, register
+
+OPTIONS = {
+    "heads_q": StageOption((6, 12, 24, 48), "Attention heads of Q."),
+    "nqs": StageOption((2, 2, 2, 2), "Learned queries of Q.", each=at_least(1)),
+    "ksize_qnas": StageOption((3, 3, 3, 3), "Side of the window of Q.", each=odd()),
+    "qna_activation": Option("exp", "Function of the scores of Q.", one_of("exp", "sigmoid", "linear")),
+}
 
 # Keeps the sums of a window from vanishing whose scores are all far below the map's largest.
 SCORE_FLOOR = -40.0
@@ -88,3 +97,17 @@ class QueryAndAttend(nn.Module):
             return scores.clamp(min=SCORE_FLOOR).sigmoid()
         # The maximum over the map cancels in the quotient.
         return (scores - scores.amax(dims, keepdim=True).detach()).clamp(min=SCORE_FLOOR).exp()
+
+
+def _build(stage: StageOptions) -> QueryAndAttend:
+    return QueryAndAttend(
+        stage["dims"],
+        heads=stage["heads_q"],
+        num_queries=stage["nqs"],
+        kernel_size=stage["ksize_qnas"],
+        activation=stage["qna_activation"],
+        proj_drop=stage["drop_rate"],
+    )
+
+
+register("Q", Mixer(build=_build, options=OPTIONS, check=lambda stage: stage.divides("heads_q", "dims")))

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import Linear
+from ..options import StageOptions
+from .letters import Mixer, register
 
 KERNEL_SIZE = 3
 SHIFTS = KERNEL_SIZE**2
@@ -58,3 +60,12 @@ class SlideAttention(nn.Module):
         bias = self.dep_conv.bias + self.dep_conv1.bias
         x = F.conv2d(x, weight, bias, padding=KERNEL_SIZE // 2, groups=x.shape[1])
         return x.permute(0, 2, 3, 1).unflatten(-1, (-1, SHIFTS))
+
+
+def _build(stage: StageOptions) -> SlideAttention:
+    return SlideAttention(
+        stage["dims"], heads=stage["heads"], attn_drop=stage["attn_drop_rate"], proj_drop=stage["drop_rate"]
+    )
+
+
+register("E", Mixer(build=_build, check=lambda stage: stage.divides("heads", "dims", factor=REDUCTION)))

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Linear
+from ..layers import Linear, as_pair
 from ..ops.window import merge, padding_mask, partition, relative_position_index, shift_mask
+from ..options import StageOption, StageOptions, at_least
+from .letters import Mixer, register
+
+WINDOW_SIZES = StageOption((7, 7, 7, 7), "Side of the windows of L and S, kernel of X.", each=at_least(1))
 
 
 class WindowAttention(nn.Module):
@@ -22,7 +28,7 @@ class WindowAttention(nn.Module):
         *,
         heads: int,
         window_size: int,
-        map_size: int,
+        map_size: int | tuple[int, int],
         shifted: bool,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
@@ -35,7 +41,7 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.01)
         self.register_buffer("relative_position_index", relative_position_index(window_size))
-        self.native_size = self._padded((map_size, map_size))
+        self.native_size = self._padded(as_pair(map_size))
         if shifted:
             self.register_buffer("attn_mask", shift_mask(self.native_size, window_size, self.shift))
         self.proj_qkv = Linear(dim, 3 * dim)
@@ -79,3 +85,26 @@ class WindowAttention(nn.Module):
         if masks:
             bias = (bias + sum(masks)[:, None]).repeat(batch, 1, 1, 1)
         return bias.to(dtype)
+
+
+def _build(stage: StageOptions, *, shifted: bool) -> WindowAttention:
+    return WindowAttention(
+        stage["dims"],
+        heads=stage["heads"],
+        window_size=stage["window_sizes"],
+        map_size=stage.map_size,
+        shifted=shifted,
+        attn_drop=stage["attn_drop_rate"],
+        proj_drop=stage["drop_rate"],
+    )
+
+
+for _letter in "LS":
+    register(
+        _letter,
+        Mixer(
+            build=partial(_build, shifted=_letter == "S"),
+            options={"window_sizes": WINDOW_SIZES},
+            check=lambda stage: stage.divides("heads", "dims"),
+        ),
+    )

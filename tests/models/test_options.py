@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+from models.attention.letters import MIXERS, Mixer, register
 from models.dat import DAT
+from models.options import StageOption, odd
 from tests.models.small import SMALL
 
 WRONG = [
     ({"dims": [8, 16, 32]}, r"dims = \[8, 16, 32\] must be a list of 4 entries"),
     ({"stage_spec": "NDND"}, "stage_spec = 'NDND' must be a list of 4 entries"),
     ({"heads": 4}, "heads = 4 must be a list of 4 entries"),
-    ({"dims": [8, 16, "32", 64]}, r"dims\[2\] = '32' must be of type int, not str"),
-    ({"dims": [8, 16, 32.0, 64]}, r"dims\[2\] = 32.0 must be of type int, not float"),
-    ({"heads": [1, True, 4, 8]}, r"heads\[1\] = True must be of type int, not bool"),
-    ({"use_pes": [1, 1, 1, 1]}, r"use_pes\[0\] = 1 must be of type bool, not int"),
+    ({"dims": [8, 16, "32", 64]}, r"dims\[2\] = '32' must be a whole number"),
+    ({"dims": [8, 16, 32.0, 64]}, r"dims\[2\] = 32.0 must be a whole number"),
+    ({"heads": [1, True, 4, 8]}, r"heads\[1\] = True must be a whole number"),
+    ({"use_pes": [1, 1, 1, 1]}, r"use_pes\[0\] = 1 must be true or false"),
     ({"stage_spec": [["D"], ["D"], 5, ["D"]]}, r"stage_spec\[2\] = 5 must be letters, such as 'ND'"),
-    ({"stage_spec": ["D", "Z", "D", "D"]}, r"stage_spec\[1\] = 'Z' holds 'Z'; the letters are L, S, D, N, P, Q, X, E"),
+    ({"stage_spec": ["D", "Z", "D", "D"]}, r"stage_spec\[1\] = 'Z' holds 'Z'; the letters are D, E, L, N, P, Q, S, X"),
     ({"depths": [1, 2, 1, 1]}, r"stage_spec\[1\] = 'D' does not name as many blocks as depths\[1\] = 2"),
     ({"depths": [1, 1, 0, 1]}, r"depths\[2\] = 0 must be at least 1"),
     ({"dims": [0, 16, 32, 64]}, r"dims\[0\] = 0 must be at least 1"),
@@ -41,14 +47,18 @@ WRONG = [
     ({"stage_spec": ["Q"] * 4, "nqs": [0, 2, 2, 2]}, r"nqs\[0\] = 0 must be at least 1"),
     ({"stage_spec": ["Q"] * 4, "ksize_qnas": [2, 3, 3, 3]}, r"ksize_qnas\[0\] = 2 must be odd"),
     ({"img_size": 16}, "img_size = 16 leaves no pixel for the last stage; choose at least 32"),
-    ({"img_size": 0}, "img_size = 0 must be a whole number of at least 1"),
-    ({"num_classes": 0}, "num_classes = 0 must be a whole number of at least 1"),
+    ({"img_size": 0}, "img_size = 0 must be at least 1"),
+    ({"img_size": [64, 16]}, r"img_size = \[64, 16\] leaves no pixel for the last stage; choose at least 32"),
+    ({"img_size": [64]}, r"img_size = \[64\] must be at least 1, or \[height, width\]"),
+    ({"img_size": [64, 64.0]}, r"img_size = \[64, 64.0\] must be a whole number"),
+    ({"in_chans": 0}, "in_chans = 0 must be at least 1"),
+    ({"num_classes": -1}, "num_classes = -1 must be at least 0"),
     ({"expansion": 2.5}, "expansion = 2.5 must be a whole number"),
     ({"patch_size": 3, "img_size": 96}, "patch_size = 3 and dim_stem = 8 must both be even"),
     ({"drop_path_rate": 1.0}, r"drop_path_rate = 1.0 must be a number in \[0, 1\)"),
     ({"drop_rate": -0.1}, r"drop_rate = -0.1 must be a number in \[0, 1\)"),
-    ({"coordinates": "dat"}, r"coordinates = 'dat' is unknown; choose one of dat\+\+, cvpr22"),
-    ({"qna_activation": "relu"}, "qna_activation = 'relu' is unknown; choose one of exp, sigmoid, linear"),
+    ({"coordinates": "dat"}, r"coordinates = 'dat' must be one of dat\+\+, cvpr22"),
+    ({"qna_activation": "relu"}, "qna_activation = 'relu' must be one of exp, sigmoid, linear"),
 ]
 
 
@@ -59,8 +69,35 @@ def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> Non
 
 
 def test_misspelt_option_is_refused() -> None:
-    with pytest.raises(TypeError, match="use_pe"):
+    with pytest.raises(TypeError, match=r"unknown option 'use_pe'; did you mean use_pes\?"):
         DAT(**SMALL, use_pe=[True] * 4)
+
+
+def test_the_signature_shows_the_declared_options() -> None:
+    parameters = inspect.signature(DAT).parameters
+    assert {p.kind for p in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+    assert list(parameters) == [*DAT.options(), "use_checkpoint"]
+    assert all(parameters[name].default == option.default for name, option in DAT.options().items())
+    with pytest.raises(TypeError, match="positional"):
+        DAT(224)
+
+
+def test_a_rectangular_size_gives_rectangular_tables() -> None:
+    model = DAT(**{**SMALL, "img_size": [64, 96]}, stage_spec=["D"] * 4)
+    assert model.stages[1].attns[0].rpe_table.shape == (2, 15, 23)
+    assert model(torch.randn(1, 3, 64, 96)).isfinite().all()
+
+
+@pytest.mark.parametrize("in_chans", [1, 4])
+@pytest.mark.parametrize("use_conv_patches", [False, True])
+def test_images_of_any_number_of_channels(in_chans: int, use_conv_patches: bool) -> None:
+    options = {**SMALL, "in_chans": in_chans, "use_conv_patches": use_conv_patches}
+    assert DAT(**options, stage_spec=["N"] * 4)(torch.randn(1, in_chans, 64, 64)).shape == (1, 10)
+
+
+def test_no_classes_give_features() -> None:
+    features = DAT(**{**SMALL, "num_classes": 0}, stage_spec=["N"] * 4)(torch.randn(2, 3, 64, 64))
+    assert features.shape == (2, 64)
 
 
 def test_options_of_absent_letters_do_not_matter() -> None:
@@ -72,3 +109,34 @@ def test_strings_and_lists_of_letters_are_the_same() -> None:
     one = DAT(**options, stage_spec=["ND", "ND", "LS", "DD"])
     other = DAT(**options, stage_spec=[["N", "D"], ["N", "D"], ["L", "S"], ["D", "D"]])
     assert one.state_dict().keys() == other.state_dict().keys()
+
+
+@pytest.fixture
+def toy_letter() -> Iterator[None]:
+    """A ninth letter, as a contributor would add it in a file of its own."""
+
+    class Toy(nn.Conv2d):
+        pass
+
+    register(
+        "T",
+        Mixer(
+            build=lambda stage: Toy(stage["dims"], stage["dims"], stage["toy_sizes"], padding="same"),
+            options={"toy_sizes": StageOption((1, 3, 5, 7), "Kernel of T.", each=odd())},
+            check=lambda stage: stage.divides("toy_sizes", "dims"),
+        ),
+    )
+    yield
+    del MIXERS["T"]
+
+
+@pytest.mark.usefixtures("toy_letter")
+def test_a_new_letter_brings_its_options() -> None:
+    assert "toy_sizes" in inspect.signature(DAT).parameters
+    model = DAT(**SMALL, stage_spec=["T"] * 4, toy_sizes=[1] * 4)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
+    with pytest.raises(ValueError, match=r"toy_sizes\[1\] = 4 must be odd for the blocks 'T'"):
+        DAT(**SMALL, stage_spec=["T"] * 4, toy_sizes=[1, 4, 1, 1])
+    with pytest.raises(ValueError, match=r"toy_sizes\[0\] = 3 does not divide dims\[0\] = 8"):
+        DAT(**SMALL, stage_spec=["T"] * 4, toy_sizes=[3] * 4)
+    DAT(**SMALL, stage_spec=["N"] * 4, toy_sizes=[4] * 4)

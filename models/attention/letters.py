@@ -1,0 +1,66 @@
+"""What the letters of ``stage_spec`` stand for.
+
+A mixer's file registers its letters with the options that it declares. Importing the file, in `models.attention`, is
+all that a new letter takes elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..options import Option, StageOption, StageOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixer:
+    """What one letter stands for.
+
+    Attributes:
+        build: makes the mixer of a stage's options, a module from ``[B, C, H, W]`` to ``[B, C, H, W]``.
+        options: what it declares; an option of several letters is one object.
+        check: raises a ValueError if the stage's options contradict each other; None where they cannot.
+        lone: whether mixer and MLP share one residual, as in ConvNeXt, instead of having one each.
+    """
+
+    build: Callable[[StageOptions], nn.Module]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    check: Callable[[StageOptions], None] | None = None
+    lone: bool = False
+
+
+MIXERS: dict[str, Mixer] = {}
+
+
+def register(letter: str, mixer: Mixer) -> None:
+    """Make a letter known to ``stage_spec``, and the options of its mixer to `models.dat.DAT`."""
+    assert len(letter) == 1, f"{letter!r} is more than a letter"
+    assert letter not in MIXERS, f"the letter {letter!r} is taken"
+    known = declared_options()
+    assert all(known.get(name, option) is option for name, option in mixer.options.items()), "declared twice"
+    MIXERS[letter] = mixer
+
+
+def declared_options() -> dict[str, Option]:
+    """Return the options that the mixers declare, by name."""
+    return {name: option for mixer in MIXERS.values() for name, option in mixer.options.items()}
+
+
+def check_letters(stage: StageOptions) -> None:
+    """Check the options of a stage that its letters use.
+
+    Raises:
+        ValueError: a letter is unknown, or an option is not allowed or contradicts another.
+    """
+    for letter in dict.fromkeys(stage.letters):
+        if letter not in MIXERS:
+            known = ", ".join(sorted(MIXERS))
+            raise ValueError(f"{stage.show('stage_spec')} holds {letter!r}; the letters are {known}")
+        mixer = MIXERS[letter]
+        for name, option in mixer.options.items():
+            if isinstance(option, StageOption) and option.each:
+                stage.require(name, option.each)
+        if mixer.check:
+            mixer.check(stage)
