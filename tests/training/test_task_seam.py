@@ -11,6 +11,8 @@ from tests.launched import Trial, first_difference, outcome
 from tests.runs import read_metrics
 from tests.training.regression import register
 
+pytestmark = pytest.mark.xdist_group("serial")
+
 SECTIONS = {
     "TASK": "regression",
     "DATA": {"BATCH_SIZE": 8, "NUM_WORKERS": 0},
