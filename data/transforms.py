@@ -77,7 +77,7 @@ def train_transform(
         ) from None
 
 
-def eval_transform(img_size: int, *, interpolation: str, crop: bool) -> Transform:
+def eval_transform(img_size: int | tuple[int, int], *, interpolation: str, crop: bool) -> Transform:
     """Return resizing, without keeping the aspect ratio, and normalisation.
 
     Args:
@@ -85,11 +85,12 @@ def eval_transform(img_size: int, *, interpolation: str, crop: bool) -> Transfor
         interpolation: "bicubic" or "bilinear".
         crop: resize to 256/224 of `img_size` and cut out the centre; otherwise resize straight to `img_size`.
     """
-    size = int(256 / 224 * img_size) if crop else img_size
+    pair = (img_size, img_size) if isinstance(img_size, int) else img_size
+    size = [int(256 / 224 * side) if crop else side for side in pair]
     return transforms.Compose(
         [
-            transforms.Resize((size, size), transforms.InterpolationMode(interpolation)),
-            transforms.CenterCrop(img_size),
+            transforms.Resize(size, transforms.InterpolationMode(interpolation)),
+            transforms.CenterCrop(pair),
             transforms.ToTensor(),
             transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         ]

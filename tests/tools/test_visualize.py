@@ -1,0 +1,185 @@
+"""Pictures of deformable attention: the numbers in them, the files, and the page in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from models import build_model
+from tests.browser import Browser, needs_browser
+from tests.runs import run_command
+from tests.tools.samples import tiny_config, write_checkpoint, write_photograph
+from tools.deformations import look
+from tools.drawing import first_heads
+from tools.visualize import main
+
+
+def visualize(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr("sys.argv", ["visualize.py", *map(str, words)])
+    main()
+
+
+def page_data(page: Path) -> dict:
+    found = re.search(r"const DATA = (\{.*\});", page.read_text(encoding="utf-8"))
+    return json.loads(found[1])
+
+
+def test_offsets_of_nothing_leave_the_keys_on_their_reference(tmp_path: Path) -> None:
+    network = build_model(tiny_config(tmp_path)).eval()
+    for stage in list(network.stages)[1:]:
+        torch.nn.init.zeros_(stage.attns[0].conv_offset[3].weight)
+    seen = look(network, torch.randn(3, 32, 48))
+    assert [one.title for one in seen] == ["stage 2, block 1", "stage 3, block 1", "stage 4, block 1"]
+    for one in seen:
+        # The published reference leaves small maps; places are held between the centres of the corner pixels.
+        edge = 0.5 / np.array(one.map_size)
+        assert np.allclose(one.places, one.reference.clip(edge, 1 - edge), atol=1e-6)
+    middle = seen[1]
+    assert middle.map_size == middle.key_size == (2, 3)  # of 32 x 48 pixels, each cell a key
+    assert middle.groups == 2
+    assert middle.weights.shape == (4, 6, 6)
+
+
+def test_places_are_shares_of_the_image_measured_from_pixel_edges(tmp_path: Path) -> None:
+    network = build_model(tiny_config(tmp_path)).eval()
+    attention = network.stages[1].attns[0]
+    kept = {}
+    attention.register_forward_pre_hook(lambda module, inputs: kept.update(seen=module.inspect(inputs[0])))
+    one = look(network, torch.randn(3, 32, 32), stages=[2])[0]
+    size = one.map_size[0]
+    y, x = kept["seen"].positions[0, 0, 0].tolist()
+    # -1 is the centre of the first pixel of the map, half a pixel from the edge; +1 half a pixel from the other edge.
+    assert one.places[0, 0] == pytest.approx([0.5 / size + (v + 1) / 2 * (1 - 1 / size) for v in (y, x)], abs=1e-6)
+
+
+def test_importance_and_attention_are_shares(tmp_path: Path) -> None:
+    for one in look(build_model(tiny_config(tmp_path)).eval(), torch.randn(3, 32, 32)):
+        assert one.importance().shape == (one.groups, one.key_size[0] * one.key_size[1])
+        assert one.importance().sum(1) == pytest.approx(1, abs=1e-5)
+        assert one.weights.sum(2) == pytest.approx(1, abs=1e-5)
+        first = one.weights[: one.heads // one.groups].mean((0, 1))
+        assert one.importance()[0] == pytest.approx(first, abs=1e-6)
+
+
+def test_queries_and_heads_are_found(tmp_path: Path) -> None:
+    one = look(build_model(tiny_config(tmp_path)).eval(), torch.randn(3, 32, 48), stages=[3])[0]
+    assert [one.query_at(place) for place in ((0, 0), (0.49, 0.4), (0.51, 0.99), (1, 1))] == [0, 1, 5, 5]
+    assert [one.group_of(head) for head in range(4)] == [0, 0, 1, 1]
+    assert first_heads(one, 2) == [0, 2]
+    assert first_heads(one, 3) == [0, 1, 2]
+
+
+def test_stages_without_deformable_attention_are_refused(tmp_path: Path) -> None:
+    network = build_model(tiny_config(tmp_path)).eval()
+    with pytest.raises(ValueError, match="stage 1 has no deformable attention; choose from 2, 3, 4"):
+        look(network, torch.randn(3, 32, 32), stages=[1])
+    with pytest.raises(ValueError, match="the letter D"):
+        look(torch.nn.Linear(3, 3), torch.randn(3, 32, 32))
+
+
+def test_a_picture_for_each_photograph_and_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photographs = [write_photograph(tmp_path / name / "one.png", seed=i) for i, name in enumerate(_folders(tmp_path))]
+    visualize(monkeypatch, *photographs, "--checkpoint", write_checkpoint(tmp_path), "--output", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.html", "one-2.png", "one.png"]
+    page = page_data(tmp_path / "out" / "index.html")
+    assert [image["name"] for image in page["images"]] == ["one.png", "one.png"]
+    looks = page["images"][0]["networks"][0]["looks"]
+    assert [entry["title"] for entry in looks] == ["stage 2, block 1", "stage 3, block 1", "stage 4, block 1"]
+    assert Image.open(tmp_path / "out" / "one.png").width > 600
+
+
+def _folders(folder: Path) -> list[str]:
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+    return ["a", "b"]
+
+
+def test_before_and_after_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image, checkpoint = write_photograph(tmp_path / "one.png"), write_checkpoint(tmp_path)
+    visualize(monkeypatch, image, "--checkpoint", checkpoint, "--output", tmp_path / "one")
+    visualize(monkeypatch, image, "--checkpoint", checkpoint, "--before", "--output", tmp_path / "two")
+    networks = page_data(tmp_path / "two" / "index.html")["images"][0]["networks"]
+    assert [network["title"] for network in networks] == ["before training", "after training"]
+    assert networks[0]["looks"][0]["weights"] != networks[1]["looks"][0]["weights"]
+    assert networks[1] | {"title": "tiny"} == page_data(tmp_path / "one" / "index.html")["images"][0]["networks"][0]
+    single, double = (Image.open(tmp_path / name / "one.png") for name in ("one", "two"))
+    assert double.width > 1.8 * single.width
+
+
+def test_large_maps_keep_some_of_their_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tools.visualize.MOST_WEIGHTS", 40)
+    image, checkpoint = write_photograph(tmp_path / "one.png"), write_checkpoint(tmp_path)
+    visualize(monkeypatch, image, "--checkpoint", checkpoint, "--stages", 3, "--output", tmp_path / "out")
+    entry = page_data(tmp_path / "out" / "index.html")["images"][0]["networks"][0]["looks"][0]
+    assert entry["map"] == [2, 2]
+    assert entry["queries"] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--query", "0.5", "1.5"], "--query 0.5 1.5 lies outside of the image"),
+        (["--heads", "0"], "--heads are counted from 1, not 0"),
+        (["--size", "32", "32", "32"], "--size 32 32 32 must be one side"),
+        (["--stages", "1"], "stage 1 has no deformable attention"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str], said: str
+) -> None:
+    image, checkpoint = write_photograph(tmp_path / "one.png"), write_checkpoint(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        visualize(monkeypatch, image, "--checkpoint", checkpoint, "--output", tmp_path / "out", *words)
+    assert said in capsys.readouterr().err
+
+
+def test_the_command_needs_a_network(tmp_path: Path) -> None:
+    result = run_command(sys.executable, "tools/visualize.py", "photo.jpg")
+    assert result.returncode == 2
+    assert "give --checkpoint FILE, or --cfg FILE" in result.stderr
+
+
+@needs_browser
+def test_the_page_follows_the_mouse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = [write_photograph(tmp_path / f"{name}.png", seed=seed) for seed, name in enumerate("ab")]
+    visualize(
+        monkeypatch, *images, "--checkpoint", write_checkpoint(tmp_path), "--before", "--output", tmp_path / "out"
+    )
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(tmp_path / "out" / "index.html", ready="document.body.dataset.ready")
+
+        def drawn() -> list[str]:
+            return browser.evaluate("[...document.querySelectorAll('canvas.main')].map(c => c.toDataURL())")
+
+        pictures = [drawn()]
+        assert len(pictures[0]) == 2
+        browser.mouse("canvas.main", 0.2, 0.3)
+        pictures.append(drawn())
+        assert "row 2 of 4, column 1 of 4" in browser.evaluate("document.querySelector('.said').textContent")
+        for selector, value in (
+            ("#block", "1"),
+            ("#head", "3"),
+            ("#group", "0"),
+            ("#image", "1"),
+            ("#mode", "importance"),
+        ):
+            browser.choose(selector, value)
+            pictures.append(drawn())
+        # The head of the second group gave way to the first group.
+        assert browser.evaluate("document.querySelector('#head').value") == "-1"
+        for before, after in pairwise(pictures):
+            assert all(one != other for one, other in zip(before, after, strict=True))
+        browser.choose("#mode", "query")
+        browser.mouse("canvas.main", 0.8, 0.8, click=True)
+        held = drawn()
+        browser.mouse("canvas.main", 0.1, 0.1)
+        assert drawn() == held
+        assert browser.problems == []

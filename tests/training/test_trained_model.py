@@ -1,0 +1,80 @@
+"""A network from a checkpoint alone: its config, classes and weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from data.images import read_image
+from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
+from training.trained_model import load_trained
+
+
+def holds(network: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("ema", "asked", "entry"),
+    [(False, "", "model"), (True, "", "ema"), (True, "raw", "model"), (True, "ema", "ema"), (False, "raw", "model")],
+)
+def test_the_weights_are_those_that_the_checkpoint_was_chosen_for(
+    tmp_path: Path, ema: bool, asked: str, entry: str
+) -> None:
+    path = write_checkpoint(tmp_path, ema=ema)
+    model = load_trained(path, weights=asked)
+    assert holds(model.network, torch.load(path, weights_only=True)[entry])
+    assert model.weights == ("ema" if entry == "ema" else "raw")
+    assert model.classes == CLASSES
+    assert model.config.MODEL.NAME == "tiny"
+    assert not model.network.training
+
+
+def test_averaged_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no averaged weights"):
+        load_trained(write_checkpoint(tmp_path), weights="ema")
+
+
+def test_weights_alone_need_a_config_and_their_head_counts_the_classes(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path)
+    whole = torch.load(path, weights_only=True)
+    bare = tmp_path / "bare.pth"
+    head = {"cls_head.weight": torch.zeros(7, 16), "cls_head.bias": torch.zeros(7)}
+    torch.save(whole["model"] | head, bare)
+    with pytest.raises(ValueError, match=r"bare.pth holds no config; .* --cfg"):
+        load_trained(bare)
+    config = tmp_path / "own.yaml"
+    config.write_text(whole["config"], encoding="utf-8")
+    model = load_trained(bare, cfg=config)
+    assert model.classes == [f"class {label}" for label in range(7)]
+    assert model.network(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+
+
+def test_a_thousand_classes_without_names_are_those_of_imagenet(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path)
+    whole = torch.load(path, weights_only=True)
+    whole["model"] |= {"cls_head.weight": torch.zeros(1000, 16), "cls_head.bias": torch.zeros(1000)}
+    del whole["classes"]
+    torch.save(whole, path)
+    names = load_trained(path).classes
+    assert len(names) == 1000
+    assert "tench" in names[0]
+
+
+def test_options_that_the_run_did_not_know_yet_have_their_defaults(tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path)
+    whole = torch.load(path, weights_only=True)
+    lines = [line for line in whole["config"].splitlines() if "CROP" not in line]
+    assert len(lines) < len(whole["config"].splitlines())
+    torch.save(whole | {"config": "\n".join(lines).replace("TEST:", "TEST: {}")}, path)
+    assert load_trained(path).config.TEST.CROP is True
+
+
+def test_the_transform_is_that_of_evaluation(tmp_path: Path) -> None:
+    model = load_trained(write_checkpoint(tmp_path))
+    image = read_image(write_photograph(tmp_path / "a.png"))
+    assert model.transform()(image).shape == (3, 32, 32)
+    assert model.transform((48, 64))(image).shape == (3, 48, 64)

@@ -1,0 +1,133 @@
+"""What the deformable attentions of a network look at in an image: the numbers behind the pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.attention.deformable import DeformableAttention, Deformation
+
+Place = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What one deformable attention looks at in one image.
+
+    Places are (y, x) as shares of the image's height and width: (0, 0) is its top left corner, (1, 1) the bottom right.
+
+    Attributes:
+        name: dotted name of the module.
+        map_size: height and width of the map of queries.
+        key_size: height and width of the grid of keys, ``Hk * Wk = Ns``.
+        reference: undeformed places of the keys, ``[Ns, 2]``.
+        places: where each group samples its keys, ``[groups, Ns, 2]``; some may lie outside of the image.
+        weights: attention weights ``[heads, H*W, Ns]``, which add up to 1 over the keys.
+    """
+
+    name: str
+    map_size: tuple[int, int]
+    key_size: tuple[int, int]
+    reference: NDArray[np.float32]
+    places: NDArray[np.float32]
+    weights: NDArray[np.float32]
+
+    @property
+    def title(self) -> str:
+        """The block in words, counted from 1: ``stage 3, block 2``."""
+        found = re.search(r"stages\.(\d+)\.attns\.(\d+)$", self.name)
+        return f"stage {int(found[1]) + 1}, block {int(found[2]) + 1}" if found else self.name
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return len(self.weights)
+
+    @property
+    def groups(self) -> int:
+        """Number of offset groups, each of which serves ``heads / groups`` heads in a row."""
+        return len(self.places)
+
+    def group_of(self, head: int) -> int:
+        """Return the offset group that a head takes its keys from."""
+        return head * self.groups // self.heads
+
+    def query_at(self, place: Place) -> int:
+        """Return the index of the query whose cell holds a place."""
+        (y, x), (height, width) = place, self.map_size
+        return min(int(y * height), height - 1) * width + min(int(x * width), width - 1)
+
+    def importance(self) -> NDArray[np.float32]:
+        """Return the share of all attention that each key of each group gets, averaged over queries and heads.
+
+        Returns:
+            ``[groups, Ns]``; the keys of a group add up to 1 (drawn as in the figures of DAT, arXiv 2201.00520).
+        """
+        return self.weights.mean(1).reshape(self.groups, -1, self.weights.shape[-1]).mean(1)
+
+
+@torch.no_grad()
+def look(network: nn.Module, image: Tensor, *, stages: Sequence[int] = (), every_block: bool = False) -> list[Look]:
+    """Return what the deformable attentions of a network look at.
+
+    Args:
+        network: in evaluation mode.
+        image: normalised, ``[3, H, W]``.
+        stages: counted from 1; all that have deformable attention where empty.
+        every_block: every deformable block of a stage instead of its last one.
+
+    Raises:
+        ValueError: a stage has no deformable attention, or the whole network has none.
+    """
+    modules = _choose(network, stages, every_block=every_block)
+    found: dict[str, Look] = {}
+
+    def keep(module: DeformableAttention, inputs: tuple[Tensor]) -> None:
+        (x,) = inputs
+        found[names[module]] = _as_look(names[module], tuple(x.shape[-2:]), module.inspect(x))
+
+    names = {module: name for name, module in modules.items()}
+    hooks = [module.register_forward_pre_hook(keep) for module in names]
+    try:
+        network(image.unsqueeze(0))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [found[name] for name in modules]
+
+
+def _choose(network: nn.Module, stages: Sequence[int], *, every_block: bool) -> dict[str, DeformableAttention]:
+    """Return the deformable attentions by name, those of the last blocks of each stage unless `every_block`."""
+    by_stage: dict[str, dict[str, DeformableAttention]] = {}
+    for name, module in network.named_modules():
+        if isinstance(module, DeformableAttention):
+            stage = re.match(r"stages\.(\d+)\.", name)
+            by_stage.setdefault(str(int(stage[1]) + 1) if stage else name, {})[name] = module
+    if not by_stage:
+        raise ValueError("this network has no deformable attention, the letter D; there is nothing to draw")
+    wanted = [str(stage) for stage in stages] or list(by_stage)
+    missing = [stage for stage in wanted if stage not in by_stage]
+    if missing:
+        raise ValueError(f"stage {missing[0]} has no deformable attention; choose from {', '.join(by_stage)}")
+    chosen = {}
+    for stage in wanted:
+        blocks = list(by_stage[stage].items())
+        chosen.update(blocks if every_block else blocks[-1:])
+    return chosen
+
+
+def _as_look(name: str, map_size: tuple[int, int], seen: Deformation) -> Look:
+    size = torch.tensor(map_size)
+
+    def share(points: Tensor) -> NDArray[np.float32]:
+        # -1 and +1 are the centres of the corner pixels of the map.
+        return (((points.float().cpu() + 1) / 2 * (size - 1) + 0.5) / size).numpy()
+
+    weights = seen.weights[0].float().cpu().numpy()
+    return Look(name, map_size, tuple(seen.key_size), share(seen.reference), share(seen.positions[0]), weights)

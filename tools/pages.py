@@ -1,0 +1,62 @@
+"""Self-contained HTML pages: one file each, with style, script, data and pictures inside; nothing is fetched."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+def fill(template: str, **values: str) -> str:
+    """Return a template of ``templates/`` with every ``{{name}}`` replaced by its value, and the style sheet inside.
+
+    Args:
+        template: file name.
+        values: HTML, as `text` or `data` make it safe.
+    """
+    page = (TEMPLATES / template).read_text(encoding="utf-8")
+    values["style"] = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    for name, value in values.items():
+        assert f"{{{{{name}}}}}" in page, name
+        page = page.replace(f"{{{{{name}}}}}", value)
+    return page
+
+
+def text(value: object) -> str:
+    """Return a value as text that HTML shows as it is. Bytes of file names that are no UTF-8 are shown as such."""
+    return html.escape(str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
+
+
+def data(value: Any) -> str:
+    """Return plain values as JSON that may stand inside a ``<script>`` element."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def numbers(array: NDArray) -> str:
+    """Return the bytes of an array, little-endian, in base64."""
+    return base64.b64encode(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"))).tobytes()).decode()
+
+
+def picture(image: Image.Image, *, side: int = 0) -> str:
+    """Return an image as the address of an ``<img>``: lossless where it is small, else JPEG.
+
+    Args:
+        image: RGB.
+        side: shrink it so that its longer side has at most so many pixels; 0 leaves it as it is.
+    """
+    if side and max(image.size) > side:
+        image = image.copy()
+        image.thumbnail((side, side))
+    kind = "png" if max(image.size) <= 100 else "jpeg"
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **({"quality": 88} if kind == "jpeg" else {}))
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,201 @@
+"""Draw what deformable attention looks at in a photograph: a picture for each, and one page to explore them.
+
+    python tools/visualize.py photo.jpg --checkpoint output/digits/default/best.pth
+    python tools/visualize.py *.jpg --checkpoint best.pth --before --query 0.3 0.6 --stages 3 4
+    python tools/visualize.py photo.jpg --checkpoint dat_pp_tiny_in1k_224.pth --cfg configs/dat_tiny.yaml --size 384
+
+For each stage with deformable attention: the reference grid, the sampling points of each offset group, the importance
+of the keys (their share of all attention) and the attention of query points by several heads. `--before` puts the
+network with its random initial weights, or an earlier checkpoint, beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import load_config
+from data.images import read_image
+from tools import pages
+from tools.deformations import Look, Place, look
+from tools.drawing import Seen, draw
+from training.trained_model import WEIGHTS, TrainedModel, load_trained, untrained
+
+# Attention weights that a page holds of one block; beyond that it keeps every second query, every third, ...
+MOST_WEIGHTS = 3_000_000
+
+
+def main() -> None:
+    """Draw what the command line names."""
+    parser = _parser()
+    args = parser.parse_args()
+    try:
+        visualize(args)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="photographs")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights; without it they are random")
+    parser.add_argument("--cfg", metavar="FILE", help="config, where the checkpoint holds none")
+    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: what the checkpoint was chosen for")
+    parser.add_argument(
+        "--before", nargs="?", const="", metavar="FILE", help="beside it: random weights, or an earlier checkpoint"
+    )
+    parser.add_argument("--stages", type=int, nargs="+", default=[], metavar="N", help="default: all with the letter D")
+    parser.add_argument("--every-block", action="store_true", help="all blocks of a stage (default: the last one)")
+    parser.add_argument(
+        "--query",
+        type=float,
+        nargs=2,
+        action="append",
+        metavar=("Y", "X"),
+        help="query point, from 0 0 at the top left to 1 1; may be repeated (default: the centre)",
+    )
+    parser.add_argument("--heads", type=int, nargs="+", default=[], metavar="N", help="heads in the picture, from 1")
+    parser.add_argument("--size", type=int, nargs="+", default=[], metavar="PIXELS", help="side, or height and width")
+    parser.add_argument("--output", type=Path, default=Path("output/visualize"), metavar="FOLDER")
+    return parser
+
+
+def visualize(args: argparse.Namespace) -> None:
+    """Write a picture for each image and the page of all.
+
+    Raises:
+        ValueError: wrong input.
+    """
+    queries = [_place(query) for query in args.query or [[0.5, 0.5]]]
+    if any(head < 1 for head in args.heads):
+        raise ValueError(f"--heads are counted from 1, not {min(args.heads)}")
+    size = _size(args.size)
+    networks = _networks(args)
+    args.output.mkdir(parents=True, exist_ok=True)
+    entries, taken = [], set()
+    for path in args.images:
+        pixels, seen = look_at(path, networks, size, stages=args.stages, every_block=args.every_block)
+        target = args.output / f"{_free_name(Path(path).stem, taken)}.png"
+        draw(pixels, seen, queries=queries, heads=[head - 1 for head in args.heads]).savefig(target, dpi=130)
+        print(target)
+        entries.append(page_entry(Path(path).name, pixels, seen))
+    page = args.output / "index.html"
+    values = {"images": entries, "query": queries[0]}
+    title = f"Deformable attention of {networks[-1][1].config.MODEL.NAME}"
+    page.write_text(
+        pages.fill("visualize.html", title=pages.text(title), data=pages.data(values)), encoding="utf-8", newline="\n"
+    )
+    print(page)
+
+
+def look_at(
+    path: str | Path,
+    networks: Sequence[tuple[str, TrainedModel]],
+    size: tuple[int, int] | None,
+    *,
+    stages: Sequence[int] = (),
+    every_block: bool = False,
+) -> tuple[NDArray[np.uint8], list[Seen]]:
+    """Return the pixels ``[H, W, 3]`` that the networks see of an image file, and what each looks at."""
+    image = read_image(path)
+    tensors = [model.transform(size)(image) for _, model in networks]
+    seen = [
+        Seen(title, look(model.network, tensor, stages=stages, every_block=every_block))
+        for (title, model), tensor in zip(networks, tensors, strict=True)
+    ]
+    return to_pixels(tensors[-1]), seen
+
+
+def to_pixels(image: Tensor) -> NDArray[np.uint8]:
+    """Return a normalised image ``[3, H, W]`` as pixels ``[H, W, 3]``."""
+    values = image.permute(1, 2, 0).numpy() * IMAGENET_DEFAULT_STD + np.array(IMAGENET_DEFAULT_MEAN)
+    return (values * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def page_entry(name: str, pixels: NDArray[np.uint8], seen: Sequence[Seen]) -> dict[str, Any]:
+    """Return what the page holds of one image."""
+    networks = [{"title": one.title, "looks": [_look_entry(look) for look in one.looks]} for one in seen]
+    height, width = pixels.shape[:2]
+    source = pages.picture(Image.fromarray(pixels))
+    return {"name": name, "source": source, "height": height, "width": width, "networks": networks}
+
+
+def _look_entry(look: Look) -> dict[str, Any]:
+    """Return a block for the page: attention weights in bytes, of which 255 is the largest of each query and head."""
+    heads, _, keys = look.weights.shape
+    rows, columns = look.map_size
+    step = 1
+    while heads * keys * -(-rows // step) * -(-columns // step) > MOST_WEIGHTS:
+        step += 1
+    # The middle one of each step x step queries, or the last.
+    y, x = (np.minimum(np.arange(0, side, step) + step // 2, side - 1) for side in look.map_size)
+    weights = look.weights.reshape(heads, rows, columns, keys)[:, y][:, :, x]
+    scale = np.maximum(weights.max(-1, keepdims=True), 1e-30)
+    return {
+        "title": look.title,
+        "map": look.map_size,
+        "queries": weights.shape[1:3],
+        "count": keys,
+        "heads": heads,
+        "groups": look.groups,
+        "reference": pages.numbers(look.reference),
+        "places": pages.numbers(look.places),
+        "importance": pages.numbers(look.importance()),
+        "weights": pages.numbers((weights / scale * 255).round().astype(np.uint8)),
+        "scale": pages.numbers(scale.astype(np.float32)),
+    }
+
+
+def _networks(args: argparse.Namespace) -> list[tuple[str, TrainedModel]]:
+    """Return the networks to look at with their titles, the earlier one first."""
+    if not args.checkpoint:
+        if not args.cfg:
+            raise ValueError("give --checkpoint FILE, or --cfg FILE for a network with random weights")
+        if args.before is not None:
+            raise ValueError("--before needs the --checkpoint that comes after it")
+        return [("random weights", untrained(load_config(args.cfg)))]
+    after = load_trained(args.checkpoint, cfg=args.cfg, weights=args.weights)
+    print(after.words())
+    if args.before is None:
+        return [(after.config.MODEL.NAME, after)]
+    if not args.before:
+        return [("before training", untrained(after.config, after.classes)), ("after training", after)]
+    before = load_trained(args.before, cfg=args.cfg, weights=args.weights)
+    print(before.words())
+    return [(Path(args.before).stem, before), (Path(args.checkpoint).stem, after)]
+
+
+def _place(query: Sequence[float]) -> Place:
+    if not all(0 <= share <= 1 for share in query):
+        raise ValueError(f"--query {query[0]:g} {query[1]:g} lies outside of the image; give shares from 0 to 1")
+    return query[0], query[1]
+
+
+def _size(size: Sequence[int]) -> tuple[int, int] | None:
+    if len(size) > 2 or (size and min(size) < 1):
+        raise ValueError(f"--size {' '.join(map(str, size))} must be one side, or height and width, in pixels")
+    return (size[0], size[-1]) if size else None
+
+
+def _free_name(stem: str, taken: set[str]) -> str:
+    """Return `stem`, numbered where an earlier image has the same name."""
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    taken.add(name)
+    return name
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""A network as a checkpoint holds it: with its config, the names of its classes, and the weights it was chosen for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data.imagenet_info import ImageNetInfo
+from torch import Tensor, nn
+from yacs.config import CfgNode
+
+from config import default_config, differences, load_config
+from data.transforms import eval_transform
+from models import build_model
+from models.contract import classifier
+from models.weights import IMAGENET_1K
+from training.checkpoint import load_checkpoint, load_strictly, model_weights
+from training.resume import written_config
+
+# Sets of weights that a checkpoint may hold: as they were trained, and their moving average.
+RAW, EMA = "raw", "ema"
+WEIGHTS = (RAW, EMA)
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A network that is ready to be used.
+
+    Attributes:
+        network: in evaluation mode, on the CPU.
+        config: of the run that trained it.
+        classes: names by label.
+        weights: ``raw`` or ``ema``; empty for a network that was not trained.
+        path: the checkpoint.
+    """
+
+    network: nn.Module
+    config: CfgNode
+    classes: list[str]
+    weights: str
+    path: str
+
+    def transform(self, size: tuple[int, int] | None = None) -> Callable[[Image.Image], Tensor]:
+        """Return what makes an RGB image the network's input ``[3, H, W]``, as evaluation does.
+
+        Args:
+            size: height and width in pixels; that of the config, with its crop, where None.
+        """
+        config = self.config
+        side, crop = config.DATA.IMG_SIZE, config.TEST.CROP
+        return eval_transform(size or side, interpolation=config.DATA.INTERPOLATION, crop=crop and size is None)
+
+    def words(self) -> str:
+        """Return what was loaded, in words."""
+        kind = {RAW: "raw weights", EMA: "averaged weights", "": "random weights"}[self.weights]
+        return f"{self.path or self.config.MODEL.NAME}: {self.config.MODEL.NAME}, {len(self.classes)} classes, {kind}"
+
+
+def load_trained(path: str | Path, *, cfg: str | Path | None = None, weights: str = "") -> TrainedModel:
+    """Load a network from a checkpoint alone.
+
+    Args:
+        path: a checkpoint of the trainer, or another file of weights together with `cfg`.
+        cfg: config file; the checkpoint's own where None.
+        weights: ``raw`` or ``ema``; those that the checkpoint was chosen for where empty.
+
+    Raises:
+        ValueError: the file holds no such weights, or no config while `cfg` is None.
+    """
+    checkpoint = load_checkpoint(path)
+    config = load_config(cfg) if cfg else _own_config(checkpoint, path)
+    chosen = weights or chosen_weights(checkpoint)
+    state = model_weights(checkpoint, path, ema=chosen == EMA)
+    network = _build_for(config, state)
+    load_strictly(network, state, path)
+    classes = _class_names(checkpoint.get("classes"), config.MODEL.DAT.num_classes)
+    return TrainedModel(network.eval(), config, classes, chosen, str(path))
+
+
+def untrained(config: CfgNode, classes: list[str] | None = None) -> TrainedModel:
+    """Return the network of a config as a run with its seed begins, with random weights."""
+    torch.manual_seed(config.SEED)
+    network = build_model(config).eval()
+    return TrainedModel(network, config, _class_names(classes, config.MODEL.DAT.num_classes), "", "")
+
+
+def chosen_weights(checkpoint: dict[str, Any]) -> str:
+    """Return which of its weights a checkpoint was chosen for: the average decides where a run keeps one."""
+    return EMA if checkpoint.get("ema") else RAW
+
+
+def _build_for(config: CfgNode, weights: dict[str, Tensor]) -> nn.Module:
+    """Return the network of a config with as many classes as the weights have, which the config then says."""
+    network = build_model(config)
+    classes = len(weights.get(f"{classifier(network)}.bias", ()))
+    if not classes or classes == config.MODEL.DAT.num_classes:
+        return network
+    config.MODEL.DAT.num_classes = classes
+    return build_model(config)
+
+
+def _own_config(checkpoint: dict[str, Any], path: str | Path) -> CfgNode:
+    written = written_config(checkpoint)
+    if written is None:
+        raise ValueError(f"{path} holds no config; name the one of its architecture, as in --cfg configs/dat_tiny.yaml")
+    config = default_config()
+    for key, _, value in differences(config, written):
+        if value is not None:  # None: an option that its run did not know yet
+            *parents, name = key.split(".")
+            node = config
+            for parent in parents:
+                node = node[parent]
+            node[name] = value
+    return config
+
+
+def _class_names(known: Any, number: int) -> list[str]:
+    if isinstance(known, list) and len(known) == number:
+        return known
+    if number == IMAGENET_1K:
+        info = ImageNetInfo("imagenet-1k")
+        return [info.index_to_description(label) for label in range(number)]
+    return [f"class {label}" for label in range(number)]
