@@ -1,6 +1,6 @@
-"""Every option of a run, its default and its meaning.
+"""Every option of a run: its default, its meaning, and what values it takes.
 
-A run is one YAML file merged over these defaults, then `--opts KEY VALUE ...` merged over that. Keys that are not
+A run is one YAML file merged over these defaults, then `--opts KEY VALUE ...`, then the flags. Keys that are not
 declared here are errors, in the file and on the command line alike.
 """
 
@@ -8,275 +8,358 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
 from yacs.config import CfgNode
 
-_C = CfgNode()
+from models.dat import DAT
+from models.options import Check, Option, at_least, not_negative, one_of, share
 
-# YAML files, relative to this one, whose values come first.
-_C.BASE = []
 
-# What is trained, see tasks/.
-_C.TASK = "classification"
+@dataclass(frozen=True)
+class RunOption(Option):
+    """An option of a run, on top of what every option has.
 
-_C.DATA = CfgNode()
-# How the data set is stored; docs/data.md describes each.
-# "imagenet": DATA_PATH/train/<class>/* and DATA_PATH/val/<class>/*, with any number of classes.
-# "csv", "tar" (archives and shards), "parquet", "huggingface" (saved on disk), "cifar10", "cifar100", "mnist",
-# "fashion_mnist": the same from other files.
-# "digits": the 1,797 handwritten digits inside scikit-learn; needs no path.
-_C.DATA.DATASET = "imagenet"
-# Root of the data set; `--data-path`, then the environment variable DATA_PATH, where this is empty.
-_C.DATA.DATA_PATH = ""
-# What the parts are called, below DATA_PATH or in full; empty: train, and val, validation, valid or test.
-_C.DATA.TRAIN = ""
-_C.DATA.VAL = ""
-# Fetch the data set from where it is published, for formats that know where.
-_C.DATA.DOWNLOAD = False
-# An image may have several labels, or none; they are learnt by binary cross-entropy.
-_C.DATA.MULTI_LABEL = False
-# Columns of parquet and huggingface; empty: the usual names.
-_C.DATA.IMAGE_COLUMN = ""
-_C.DATA.LABEL_COLUMN = ""
-# Order of classes whose names are all numbers: "name", as text like torchvision (0, 1, 10, 2), or "number".
-_C.DATA.CLASS_ORDER = "name"
-# Orientation that cameras note in EXIF: "ignore", as published numbers do, or "apply".
-_C.DATA.EXIF = "ignore"
-# More held-out images than training images are taken for swapped parts; this allows them.
-_C.DATA.ALLOW_LARGER_VAL = False
-# Images per process and micro-batch; an update sees BATCH_SIZE x processes x TRAIN.ACCUMULATION_STEPS images.
-_C.DATA.BATCH_SIZE = 128
-# Height and width in pixels of what the network is given.
-_C.DATA.IMG_SIZE = 224
-_C.DATA.INTERPOLATION = "bicubic"
-# Worker processes that decode images, per training process, at most one for each core; 0: the training process itself.
-_C.DATA.NUM_WORKERS = 8
-# Page-locked host memory, so that copies to a GPU overlap with computing. Ignored on other devices.
-_C.DATA.PIN_MEMORY = True
-# What an unreadable image does. "raise" stops the run and names the file. "skip" goes on: training draws a substitute,
-# evaluation leaves the image out and says so. "auto" skips in training and raises in evaluation.
-_C.DATA.BAD_IMAGES = "auto"
-# Skipping stops with an error once more than this share of the training images was unreadable.
-_C.DATA.MAX_BAD_SHARE = 0.01
+    A default of `{}` makes a section whose keys are free, for the arguments of another library.
 
-_C.MODEL = CfgNode()
-_C.MODEL.TYPE = "dat"
-# Names the output folder.
-_C.MODEL.NAME = "dat"
-# Weights to start from (fine-tuning); the optimizer starts afresh. Set by `--pretrained`.
-_C.MODEL.PRETRAINED = ""
-# Where PRETRAINED has other classes: a text file with the index of its class for each class here, one a line.
-# ImageNet-22K weights need none to become ImageNet-1K ones.
-_C.MODEL.CLASS_MAP = ""
-# Checkpoint to continue, or to evaluate. Set by `--resume`.
-_C.MODEL.RESUME = ""
-_C.MODEL.LABEL_SMOOTHING = 0.1
+    Attributes:
+        may_change: may be another one when a run is continued, because the result stays the same.
+        flag: the flag of the command line that sets it.
+        metavar: what the flag's value is called in `--help`.
+        bare: what the flag means without a value; such a flag needs none.
+    """
 
-# The arguments of models.dat.DAT, under their published names. Lists of four have one entry per stage.
-_C.MODEL.DAT = CfgNode()
-# The size the tables are built for; any size can be run.
-_C.MODEL.DAT.img_size = 224
-_C.MODEL.DAT.patch_size = 4
-_C.MODEL.DAT.in_chans = 3
-# Training builds the head for as many classes as the data set has; this is the number the file is meant for.
-_C.MODEL.DAT.num_classes = 1000
-# Width of the hidden layer of an MLP, in multiples of the width of the stage.
-_C.MODEL.DAT.expansion = 4
-_C.MODEL.DAT.dim_stem = 96
-_C.MODEL.DAT.dims = [96, 192, 384, 768]
-_C.MODEL.DAT.depths = [2, 2, 6, 2]
-# One letter a block: L window, S shifted window, D deformable, N neighborhood, P pyramid, Q learned queries,
-# E slide attention, X ConvNeXt block. A stage is a string or a list of letters.
-_C.MODEL.DAT.stage_spec = [["L", "D"], ["L", "D"], ["L", "D", "L", "D", "L", "D"], ["L", "D"]]
-_C.MODEL.DAT.heads = [3, 6, 12, 24]
-# Heads of learned-query attention.
-_C.MODEL.DAT.heads_q = [6, 12, 24, 48]
-# Side of the windows of L and S, and the kernel of X.
-_C.MODEL.DAT.window_sizes = [7, 7, 7, 7]
-# Window of neighborhood attention, and whether it has a relative position bias.
-_C.MODEL.DAT.nat_ksizes = [3, 3, 3, 3]
-_C.MODEL.DAT.nat_rpb = True
-# Deformable attention: groups that share offsets, stride and kernel of the offset network, and the range of the offsets
-# in key cells (below 0: unbounded, positions clamped to the map).
-_C.MODEL.DAT.groups = [1, 1, 3, 6]
-_C.MODEL.DAT.strides = [1, 1, 1, 1]
-_C.MODEL.DAT.ksizes = [9, 7, 5, 3]
-_C.MODEL.DAT.offset_range_factor = [1.0, 2.0, 3.0, 4.0]
-_C.MODEL.DAT.no_offs = [False, False, False, False]
-# Position bias of deformable attention: on or off, and its kind (the sampled table where none of the three is set).
-_C.MODEL.DAT.use_pes = [False, False, False, False]
-_C.MODEL.DAT.dwc_pes = [False, False, False, False]
-_C.MODEL.DAT.fixed_pes = [False, False, False, False]
-_C.MODEL.DAT.log_cpb = [False, False, False, False]
-# Reference points and query grid of "dat++" (2023) or of "cvpr22" weights.
-_C.MODEL.DAT.coordinates = "dat++"
-# Reduction of keys and values in pyramid attention.
-_C.MODEL.DAT.sr_ratios = [8, 4, 2, 1]
-# Learned-query attention: kernel, queries, and "exp", "sigmoid" or "linear".
-_C.MODEL.DAT.ksize_qnas = [3, 3, 3, 3]
-_C.MODEL.DAT.nqs = [2, 2, 2, 2]
-_C.MODEL.DAT.qna_activation = "exp"
-# Depthwise convolutions in the MLPs, local perception units before the blocks, overlapping convolutions between stages.
-_C.MODEL.DAT.use_dwc_mlps = [False, False, False, False]
-_C.MODEL.DAT.use_lpus = [False, False, False, False]
-_C.MODEL.DAT.use_conv_patches = False
-# Initial layer scale; no layer scale at or below 0.
-_C.MODEL.DAT.layer_scale_values = [-1.0, -1.0, -1.0, -1.0]
-_C.MODEL.DAT.drop_rate = 0.0
-_C.MODEL.DAT.attn_drop_rate = 0.0
-_C.MODEL.DAT.drop_path_rate = 0.0
+    may_change: bool = False
+    flag: str = ""
+    metavar: str = ""
+    bare: Any = None
 
-_C.TRAIN = CfgNode()
-_C.TRAIN.EPOCHS = 300
-_C.TRAIN.WARMUP_EPOCHS = 20
-_C.TRAIN.WEIGHT_DECAY = 0.05
-# Learning rates for an update of 512 images; each is multiplied by images per update / 512.
-_C.TRAIN.BASE_LR = 5e-4
-_C.TRAIN.WARMUP_LR = 5e-7
-_C.TRAIN.MIN_LR = 5e-6
-# Largest gradient norm; 0 switches clipping off.
-_C.TRAIN.CLIP_GRAD = 5.0
-# Continue from the newest checkpoint of the output folder.
-_C.TRAIN.AUTO_RESUME = True
-# Continue although the checkpoint was written under other options; without it the differences are listed and refused.
-_C.TRAIN.ALLOW_CONFIG_CHANGE = False
-# Micro-batches per update.
-_C.TRAIN.ACCUMULATION_STEPS = 1
-# Recompute every block in the backward pass instead of keeping its activations: less memory, about a third more time.
-_C.TRAIN.USE_CHECKPOINT = False
-# An update whose loss or gradient is not finite is skipped; so many in a row end the run.
-_C.TRAIN.MAX_NONFINITE = 20
-# Then run the last batch once more and name the first module whose output is not finite. Keeps a batch more in memory.
-_C.TRAIN.ANOMALY_REPORT = False
-_C.TRAIN.EMA = CfgNode()
-# Keep an exponential moving average of the weights, evaluated beside them.
-_C.TRAIN.EMA.ENABLED = False
-_C.TRAIN.EMA.DECAY = 0.9999
-_C.TRAIN.LR_SCHEDULER = CfgNode()
-_C.TRAIN.LR_SCHEDULER.NAME = "cosine"
-# Of the step schedule: epochs between decays, and the factor.
-_C.TRAIN.LR_SCHEDULER.DECAY_EPOCHS = 30
-_C.TRAIN.LR_SCHEDULER.DECAY_RATE = 0.1
-_C.TRAIN.OPTIMIZER = CfgNode()
-_C.TRAIN.OPTIMIZER.NAME = "adamw"
-_C.TRAIN.OPTIMIZER.EPS = 1e-8
-_C.TRAIN.OPTIMIZER.BETAS = [0.9, 0.999]
-# Of SGD, with Nesterov momentum.
-_C.TRAIN.OPTIMIZER.MOMENTUM = 0.9
 
-_C.AUG = CfgNode()
-# Area and aspect ratio of the random crop, as shares of the image.
-_C.AUG.SCALE = [0.08, 1.0]
-_C.AUG.RATIO = [0.75, 1.3333333333333333]
-# Probability of a horizontal flip.
-_C.AUG.HFLIP = 0.5
-_C.AUG.COLOR_JITTER = 0.4
-# A timm policy such as rand-m9-mstd0.5-inc1, or "" for none.
-_C.AUG.AUTO_AUGMENT = "rand-m9-mstd0.5-inc1"
-# Random erasing: probability, "pixel", "rand" or "const", and how many areas.
-_C.AUG.REPROB = 0.25
-_C.AUG.REMODE = "pixel"
-_C.AUG.RECOUNT = 1
-# Alphas of mixup and cutmix (0 switches one off), their joint probability, that of cutmix where both are on, and
-# whether they are drawn per "batch", "pair" or "elem".
-_C.AUG.MIXUP = 0.8
-_C.AUG.CUTMIX = 1.0
-_C.AUG.MIXUP_PROB = 1.0
-_C.AUG.MIXUP_SWITCH_PROB = 0.5
-_C.AUG.MIXUP_MODE = "batch"
+def _switch(default: bool, meaning: str, *, flag: str = "", may_change: bool = False) -> RunOption:
+    return RunOption(default, meaning, flag=flag, bare=True if flag else None, may_change=may_change)
 
-_C.TEST = CfgNode()
-# Resize both sides to 256/224 of IMG_SIZE and crop the centre; otherwise resize both sides to IMG_SIZE.
-_C.TEST.CROP = True
 
-# "cuda", "mps" or "cpu"; empty: the best there is.
-_C.DEVICE = ""
-# Mixed precision of training: "off", "fp16", "bf16", or "auto": bf16 where the device has it, else fp16. Evaluation is
-# float32.
-_C.AMP = "off"
-# torch.compile, block by block.
-_C.COMPILE = False
-# Results lie in OUTPUT/MODEL.NAME/TAG.
-_C.OUTPUT = "output"
-_C.TAG = "default"
-# Log every so many updates.
-_C.PRINT_FREQ = 10
-_C.SEED = 0
-# Choose deterministic kernels only. On CPU runs are reproducible without it.
-_C.DETERMINISTIC = False
-# `last.pth` is written after every epoch; a copy epoch_N.pth is kept every SAVE_FREQ epochs (0: never), the newest
-# KEEP_CHECKPOINTS of them (0: all). Within an epoch `last.pth` is also written every so many updates or minutes
-# (0: not).
-_C.SAVE_FREQ = 10
-_C.KEEP_CHECKPOINTS = 3
-_C.SAVE_EVERY_UPDATES = 0
-_C.SAVE_EVERY_MINUTES = 0.0
-_C.TENSORBOARD = False
-_C.WANDB = False
+_AREAS = Check(
+    lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1] <= 1,
+    "two numbers [smallest, largest], above 0 and at most 1",
+)
+_RATIOS = Check(lambda pair: len(pair) == 2 and 0 < pair[0] <= pair[1], "two numbers [smallest, largest], above 0")
+_NAMES = Check(lambda names: all(isinstance(name, str) for name in names), "a list of names")
+_WRITERS = Check(
+    lambda names: all(name in ("tensorboard", "wandb", "mlflow") for name in names),
+    "a list of tensorboard, wandb and mlflow",
+)
+_BETAS = Check(lambda pair: len(pair) == 2 and all(0 <= beta < 1 for beta in pair), "two numbers from 0 to below 1")
+_SIZE = Check(
+    lambda size: min(size) >= 1 and len(size) == 2 if isinstance(size, list) else size >= 1,
+    "a number of pixels from 1 on, or [height, width]",
+)
+_POSITIVE = Check(lambda value: value > 0, "above 0")
+_PLAIN_NAME = Check(
+    lambda name: bool(name.strip()) and Path(name).name == name and not name.startswith("."),
+    "the plain name of a folder",
+)
+_FOLDER = Check(lambda path: bool(path.strip()), "a folder for the results, such as output")
 
-_CHOICES = {
-    "DATA.INTERPOLATION": ("bicubic", "bilinear"),
-    "DATA.BAD_IMAGES": ("auto", "raise", "skip"),
-    "DATA.CLASS_ORDER": ("name", "number"),
-    "DATA.EXIF": ("ignore", "apply"),
-    "MODEL.TYPE": ("dat",),
-    "TRAIN.LR_SCHEDULER.NAME": ("cosine", "linear", "step"),
-    "TRAIN.OPTIMIZER.NAME": ("adamw", "sgd"),
-    "AUG.REMODE": ("pixel", "rand", "const"),
-    "AUG.MIXUP_MODE": ("batch", "pair", "elem"),
-    "DEVICE": ("", "cuda", "mps", "cpu"),
-    "AMP": ("off", "fp16", "bf16", "auto"),
+OPTIONS: dict[str, Option] = {
+    "BASE": RunOption([], "YAML files, relative to the file that names them, whose values come first."),
+    "TASK": RunOption("classification", "What is trained, see tasks/."),
+    # ---- the data set, and how it is read
+    "DATA.DATASET": RunOption(
+        "imagenet",
+        "How the data set is stored; docs/data.md describes each. imagenet: DATA_PATH/train/<class>/* and "
+        "DATA_PATH/val/<class>/*, with any number of classes. csv, tar (archives and shards), parquet, huggingface "
+        "(saved on disk), cifar10, cifar100, mnist, fashion_mnist: the same from other files. digits: the 1,797 "
+        "handwritten digits inside scikit-learn, which needs no path.",
+    ),
+    "DATA.DATA_PATH": RunOption(
+        "",
+        "Root of the data set; empty: the environment variable DATA_PATH.",
+        flag="--data-path",
+        metavar="FOLDER",
+        may_change=True,
+    ),
+    "DATA.TRAIN": RunOption(
+        "", "What the training part is called, below DATA_PATH or in full; empty: train.", metavar="NAME"
+    ),
+    "DATA.VAL": RunOption("", "The same of the held-out part; empty: val, validation, valid or test."),
+    "DATA.DOWNLOAD": _switch(False, "Fetch the data set from where it is published, for formats that know where."),
+    "DATA.MULTI_LABEL": _switch(
+        False, "An image may have several labels, or none; they are learnt by binary cross-entropy."
+    ),
+    "DATA.IMAGE_COLUMN": RunOption("", "Column of the images in parquet and huggingface; empty: the usual names."),
+    "DATA.LABEL_COLUMN": RunOption("", "Column of the labels, likewise."),
+    "DATA.CLASS_ORDER": RunOption(
+        "name",
+        "Order of classes whose names are all numbers: name, as text like torchvision (0, 1, 10, 2), or number.",
+        one_of("name", "number"),
+    ),
+    "DATA.EXIF": RunOption(
+        "ignore",
+        "Orientation that cameras note in EXIF: ignore, as published numbers do, or apply.",
+        one_of("ignore", "apply"),
+    ),
+    "DATA.ALLOW_LARGER_VAL": _switch(
+        False, "More held-out images than training images are taken for swapped parts; this allows them."
+    ),
+    "DATA.BATCH_SIZE": RunOption(
+        128,
+        "Images per process and micro-batch; an update sees BATCH_SIZE x processes x TRAIN.ACCUMULATION_STEPS images.",
+        at_least(1),
+        flag="--batch-size",
+        metavar="N",
+        may_change=True,
+    ),
+    "DATA.IMG_SIZE": RunOption(
+        224,
+        "Size in pixels of what the network is given: a side, or [height, width].",
+        _SIZE,
+        also_list=True,
+        flag="--img-size",
+        metavar="N",
+    ),
+    "DATA.INTERPOLATION": RunOption("bicubic", "How images are resized.", one_of("bicubic", "bilinear")),
+    "DATA.NUM_WORKERS": RunOption(
+        8,
+        "Worker processes that decode images, per training process, at most one for each core; 0: the training "
+        "process itself.",
+        not_negative(),
+        flag="--workers",
+        metavar="N",
+        may_change=True,
+    ),
+    "DATA.PIN_MEMORY": _switch(
+        True,
+        "Page-locked host memory, so that copies to a GPU overlap with computing. Ignored on other devices.",
+        may_change=True,
+    ),
+    "DATA.BAD_IMAGES": RunOption(
+        "auto",
+        "What an unreadable image does. raise stops the run and names the file. skip goes on: training draws a "
+        "substitute, evaluation leaves the image out and says so. auto skips in training and raises in evaluation.",
+        one_of("auto", "raise", "skip"),
+        may_change=True,
+    ),
+    "DATA.MAX_BAD_SHARE": RunOption(
+        0.01,
+        "Skipping stops with an error once more than this share of the training images was unreadable.",
+        share(),
+        may_change=True,
+    ),
+    # ---- the network
+    "MODEL.TYPE": RunOption(
+        "dat", "Which options build the network: those of MODEL.DAT or of MODEL.TIMM.", one_of("dat", "timm")
+    ),
+    "MODEL.NAME": RunOption("dat", "Names the output folder.", _PLAIN_NAME),
+    "MODEL.PRETRAINED": RunOption(
+        "",
+        "Weights to start from (fine-tuning); the optimizer starts afresh.",
+        flag="--pretrained",
+        metavar="FILE",
+        may_change=True,
+    ),
+    "MODEL.CLASS_MAP": RunOption(
+        "",
+        "Where PRETRAINED has other classes: a text file with the index of its class for each class here, one a line. "
+        "ImageNet-22K weights need none to become ImageNet-1K ones.",
+        may_change=True,
+    ),
+    "MODEL.RESUME": RunOption(
+        "", "Checkpoint to continue, or to evaluate.", flag="--resume", metavar="FILE", may_change=True
+    ),
+    "MODEL.LABEL_SMOOTHING": RunOption(0.1, "Share of the target that all classes divide among them.", share()),
+    "MODEL.TIMM.NAME": RunOption(
+        "", "A model of timm, such as resnet50; the flag also sets MODEL.TYPE.", flag="--model", metavar="NAME"
+    ),
+    "MODEL.TIMM.ARGS": RunOption({}, "Arguments of timm.create_model, such as drop_path_rate: 0.1."),
+    # The arguments of models.dat.DAT under their published names; lists of four have one entry per stage.
+    **{f"MODEL.DAT.{name}": option for name, option in DAT.options().items()},
+    # ---- the recipe
+    "TRAIN.EPOCHS": RunOption(300, "Passes over the training images.", at_least(1), flag="--epochs", metavar="N"),
+    "TRAIN.WARMUP_EPOCHS": RunOption(
+        20,
+        "Epochs in which the learning rate rises from WARMUP_LR to BASE_LR.",
+        not_negative(),
+        flag="--warmup-epochs",
+        metavar="N",
+    ),
+    "TRAIN.WEIGHT_DECAY": RunOption(
+        0.05, "Of matrices; biases and norms have none.", not_negative(), flag="--weight-decay", metavar="X"
+    ),
+    "TRAIN.BASE_LR": RunOption(
+        5e-4,
+        "Largest learning rate for an update of 512 images; it and the next two are multiplied by images per update / "
+        "512.",
+        not_negative(),
+        flag="--lr",
+        metavar="X",
+    ),
+    "TRAIN.WARMUP_LR": RunOption(5e-7, "Learning rate at the start of the warm-up.", not_negative()),
+    "TRAIN.MIN_LR": RunOption(5e-6, "Learning rate at the end of the cosine.", not_negative()),
+    "TRAIN.CLIP_GRAD": RunOption(5.0, "Largest gradient norm; 0 switches clipping off.", not_negative()),
+    "TRAIN.AUTO_RESUME": _switch(True, "Continue from the newest checkpoint of the output folder.", may_change=True),
+    "TRAIN.ALLOW_CONFIG_CHANGE": _switch(
+        False,
+        "Continue although the checkpoint was written under other options; without it the differences are listed and "
+        "refused.",
+        flag="--allow-config-change",
+        may_change=True,
+    ),
+    "TRAIN.ACCUMULATION_STEPS": RunOption(
+        1, "Micro-batches per update.", at_least(1), flag="--accumulation-steps", metavar="N", may_change=True
+    ),
+    "TRAIN.USE_CHECKPOINT": _switch(
+        False,
+        "Recompute every block in the backward pass instead of keeping its activations: less memory, about a third "
+        "more time.",
+        flag="--use-checkpoint",
+        may_change=True,
+    ),
+    "TRAIN.MAX_NONFINITE": RunOption(
+        20,
+        "An update whose loss or gradient is not finite is skipped; so many in a row end the run.",
+        at_least(1),
+        may_change=True,
+    ),
+    "TRAIN.ANOMALY_REPORT": _switch(
+        False,
+        "Then run the last batch once more and name the first module whose output is not finite. Keeps a batch more in "
+        "memory.",
+        may_change=True,
+    ),
+    "TRAIN.FREEZE": RunOption(
+        [],
+        "Parts that are not trained: names of modules or parameters, in which * stands for any text, such as "
+        "[patch_proj, stages.0]. Their norms and dropout stay in evaluation mode.",
+        _NAMES,
+    ),
+    "TRAIN.LAYER_DECAY": RunOption(
+        1.0, "Factor on the learning rate from each layer to the one before it; 1: none.", _POSITIVE
+    ),
+    "TRAIN.HEAD_LR_SCALE": RunOption(
+        1.0, "Factor on the learning rate of the layer that gives the logits, such as 10 for a new one.", _POSITIVE
+    ),
+    "TRAIN.EMA.ENABLED": _switch(
+        False,
+        "Keep an exponential moving average of the weights, evaluated beside them; with --eval, evaluate those.",
+        flag="--ema",
+    ),
+    "TRAIN.EMA.DECAY": RunOption(0.9999, "Share of the average that an update keeps.", share()),
+    "TRAIN.LR_SCHEDULER.NAME": RunOption("cosine", "How the learning rate decays.", one_of("cosine", "linear", "step")),
+    "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": _switch(
+        False,
+        "Begin the decay when the warm-up is over, instead of letting it run through the warm-up as in the published "
+        "training. Linear always begins afterwards.",
+    ),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": RunOption(30, "Of the step schedule: epochs between decays.", at_least(1)),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": RunOption(0.1, "Of the step schedule: factor of a decay.", share()),
+    "TRAIN.OPTIMIZER.NAME": RunOption("adamw", "adamw, sgd, or another optimizer of timm, such as lion or lamb."),
+    "TRAIN.OPTIMIZER.EPS": RunOption(1e-8, "Of adamw.", not_negative()),
+    "TRAIN.OPTIMIZER.BETAS": RunOption([0.9, 0.999], "Of adamw.", _BETAS),
+    "TRAIN.OPTIMIZER.MOMENTUM": RunOption(0.9, "Of sgd, with Nesterov momentum.", share()),
+    "TRAIN.OPTIMIZER.ARGS": RunOption({}, "Further arguments of the optimizer, such as betas: [0.95, 0.98] for lion."),
+    # ---- augmentation
+    "AUG.SCALE": RunOption([0.08, 1.0], "Area of the random crop, as a share of the image.", _AREAS),
+    "AUG.RATIO": RunOption([0.75, 1.3333333333333333], "Aspect ratio of the random crop.", _RATIOS),
+    "AUG.HFLIP": RunOption(0.5, "Probability of a horizontal flip.", share()),
+    "AUG.COLOR_JITTER": RunOption(0.4, "Strength of the colour jitter; 0: none.", not_negative()),
+    "AUG.AUTO_AUGMENT": RunOption("rand-m9-mstd0.5-inc1", 'A timm policy, or "" for none.'),
+    "AUG.REPROB": RunOption(0.25, "Probability of random erasing.", share()),
+    "AUG.REMODE": RunOption("pixel", "What erased areas are filled with.", one_of("pixel", "rand", "const")),
+    "AUG.RECOUNT": RunOption(1, "How many areas are erased.", not_negative()),
+    "AUG.MIXUP": RunOption(0.8, "Alpha of mixup; 0: none.", not_negative()),
+    "AUG.CUTMIX": RunOption(1.0, "Alpha of cutmix; 0: none.", not_negative()),
+    "AUG.MIXUP_PROB": RunOption(1.0, "Probability of mixup or cutmix.", share()),
+    "AUG.MIXUP_SWITCH_PROB": RunOption(0.5, "Probability of cutmix where both are on.", share()),
+    "AUG.MIXUP_MODE": RunOption("batch", "What mixup and cutmix are drawn for.", one_of("batch", "pair", "elem")),
+    "TEST.CROP": _switch(
+        True, "Resize both sides to 256/224 of IMG_SIZE and crop the centre; otherwise resize both sides to IMG_SIZE."
+    ),
+    # ---- the machine
+    "DEVICE": RunOption(
+        "",
+        "cuda, mps or cpu; empty: the best there is.",
+        one_of("", "cuda", "mps", "cpu"),
+        flag="--device",
+        metavar="cuda|mps|cpu",
+        may_change=True,
+    ),
+    "AMP": RunOption(
+        "off",
+        "Mixed precision of training: off, fp16, bf16, or auto: bf16 where the device has it, else fp16. Evaluation is "
+        "float32.",
+        one_of("off", "fp16", "bf16", "auto"),
+        flag="--amp",
+        metavar="off|fp16|bf16",
+        bare="auto",
+    ),
+    "COMPILE": _switch(False, "torch.compile, block by block.", flag="--compile", may_change=True),
+    "SEED": RunOption(0, "Of all random numbers.", not_negative(), flag="--seed", metavar="N"),
+    "DETERMINISTIC": _switch(
+        False,
+        "Choose deterministic kernels only. On CPU runs are reproducible without it.",
+        flag="--deterministic",
+        may_change=True,
+    ),
+    # ---- what is written
+    "OUTPUT": RunOption(
+        "output", "Results lie in OUTPUT/MODEL.NAME/TAG.", _FOLDER, flag="--output", metavar="FOLDER", may_change=True
+    ),
+    "TAG": RunOption("default", "Name of this run.", _PLAIN_NAME, flag="--tag", metavar="NAME", may_change=True),
+    "PRINT_FREQ": RunOption(
+        10, "Updates between lines of the log.", at_least(1), flag="--print-freq", metavar="N", may_change=True
+    ),
+    "SAVE_FREQ": RunOption(
+        10,
+        "`last.pth` is written after every epoch; a copy epoch_N.pth is kept every so many epochs (0: never).",
+        not_negative(),
+        may_change=True,
+    ),
+    "KEEP_CHECKPOINTS": RunOption(
+        3, "How many epoch_N.pth are kept, the newest ones (0: all).", not_negative(), may_change=True
+    ),
+    "SAVE_EVERY_UPDATES": RunOption(
+        0, "Within an epoch `last.pth` is also written every so many updates (0: not).", not_negative(), may_change=True
+    ),
+    "SAVE_EVERY_MINUTES": RunOption(0.0, "And every so many minutes (0: not).", not_negative(), may_change=True),
+    "LOG.TO": RunOption(
+        [],
+        "Also log to these: tensorboard, wandb, mlflow, each with its package.",
+        _WRITERS,
+        may_change=True,
+    ),
+    "LOG.PROJECT": RunOption("dat", "Project of Weights & Biases, experiment of MLflow.", may_change=True),
+    "LOG.NAME": RunOption("", "Name of the run there; empty: MODEL.NAME-TAG.", may_change=True),
+    "TENSORBOARD": _switch(False, "The same as tensorboard in LOG.TO.", may_change=True),
+    "WANDB": _switch(False, "The same as wandb in LOG.TO.", may_change=True),
 }
-_AT_LEAST_ONE = (
-    "DATA.BATCH_SIZE",
-    "DATA.IMG_SIZE",
-    "MODEL.DAT.num_classes",
-    "TRAIN.EPOCHS",
-    "TRAIN.ACCUMULATION_STEPS",
-    "TRAIN.MAX_NONFINITE",
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS",
-    "PRINT_FREQ",
-)
-_NOT_NEGATIVE = (
-    "DATA.NUM_WORKERS",
-    "TRAIN.WARMUP_EPOCHS",
-    "TRAIN.WEIGHT_DECAY",
-    "TRAIN.BASE_LR",
-    "TRAIN.WARMUP_LR",
-    "TRAIN.MIN_LR",
-    "TRAIN.CLIP_GRAD",
-    "TRAIN.OPTIMIZER.EPS",
-    "AUG.COLOR_JITTER",
-    "AUG.RECOUNT",
-    "AUG.MIXUP",
-    "AUG.CUTMIX",
-    "SAVE_FREQ",
-    "KEEP_CHECKPOINTS",
-    "SAVE_EVERY_UPDATES",
-    "SAVE_EVERY_MINUTES",
-    "SEED",
-)
-_SHARES = (
-    "DATA.MAX_BAD_SHARE",
-    "MODEL.LABEL_SMOOTHING",
-    "TRAIN.EMA.DECAY",
-    "TRAIN.LR_SCHEDULER.DECAY_RATE",
-    "TRAIN.OPTIMIZER.MOMENTUM",
-    "AUG.HFLIP",
-    "AUG.REPROB",
-    "AUG.MIXUP_PROB",
-    "AUG.MIXUP_SWITCH_PROB",
-)
+
+_FREE_SECTIONS = [key for key, option in OPTIONS.items() if option.default == {}]
 
 
 def default_config() -> CfgNode:
-    """Return a copy of the defaults."""
-    return _C.clone()
+    """Return the defaults."""
+    config = CfgNode()
+    for key, option in OPTIONS.items():
+        *parents, name = key.split(".")
+        node = config
+        for parent in parents:
+            node = node.setdefault(parent, CfgNode())
+        node[name] = _as_config(option.default)
+    return config
+
+
+def options(**marks: Any) -> dict[str, RunOption]:
+    """Return the options of a run whose attributes are as in `marks`, by key; `options(may_change=True)`, say."""
+    found = {key: option for key, option in OPTIONS.items() if isinstance(option, RunOption)}
+    return {key: o for key, o in found.items() if all(getattr(o, name) == value for name, value in marks.items())}
 
 
 def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
@@ -301,31 +384,47 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
 
 
 def set_option(config: CfgNode, key: str, value: Any) -> None:
-    """Set the option `key`, dotted as in `TRAIN.EPOCHS`; text is read like YAML where the option is not text itself."""
+    """Set the option `key`, dotted as in `TRAIN.EPOCHS`; text is read like YAML where the option is not text itself.
+
+    Raises:
+        ValueError: there is no such option, or the value is of a wrong type.
+    """
     if key == "BASE":
         raise ValueError("BASE belongs into a config file; on the command line give the options themselves")
-    *parents, name = key.split(".")
-    node = config
-    for parent in parents:
-        if not isinstance(node.get(parent), CfgNode):
-            raise ValueError(_unknown_key(key))
-        node = node[parent]
-    if name not in node:
-        raise ValueError(_unknown_key(key))
-    if isinstance(node[name], CfgNode):
-        raise ValueError(f"{key} is a section; set one of its options, such as {key}.{next(iter(node[name]))}")
-    if isinstance(value, str) and not isinstance(node[name], str):
+    section = next((name for name in _FREE_SECTIONS if key.startswith(f"{name}.")), None)
+    if section is None and key not in OPTIONS:
+        raise ValueError(_no_option(key))
+    if isinstance(value, str) and not isinstance(OPTIONS[section or key].default, str):
         try:
             value = _read_yaml(value)
         except ValueError:
             raise ValueError(f"{key}: {value!r} is no value; write it as in a YAML file, lists as [1,2,3,4]") from None
-    node[name] = _coerce(key, value, _default(key))
+    *parents, name = key.split(".")
+    node = config
+    for parent in parents:
+        node = node.setdefault(parent, CfgNode())
+    node[name] = _free_value(key, value) if section else _coerce(key, value)
 
 
 def differences(one: CfgNode, other: CfgNode) -> list[tuple[str, Any, Any]]:
     """Return `(key, value in one, value in other)` of every option that differs; None where one does not have it."""
     left, right = dict(flatten(one)), dict(flatten(other))
     return [(key, left.get(key), right.get(key)) for key in left | right if left.get(key) != right.get(key)]
+
+
+def complete(written: CfgNode) -> CfgNode:
+    """Return a config with the options that it lacks, which its run did not know yet, at their defaults."""
+    config = default_config()
+    _lay_over(config, written)
+    return config
+
+
+def _lay_over(config: CfgNode, over: CfgNode) -> None:
+    for name, value in over.items():
+        if isinstance(value, CfgNode) and isinstance(config.get(name), CfgNode):
+            _lay_over(config[name], value)
+        else:
+            config[name] = value
 
 
 def flatten(config: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -368,14 +467,16 @@ def _merge_file(config: CfgNode, path: Path, children: tuple[Path, ...] = ()) ->
 def _merge_dict(config: CfgNode, loaded: dict, prefix: str) -> None:
     for name, value in loaded.items():
         key = f"{prefix}{name}"
-        if name not in config:
-            raise ValueError(_unknown_key(key))
-        if isinstance(config[name], CfgNode):
-            if not isinstance(value, dict):
-                raise ValueError(f"{key} is a section, not {value!r}; its options go below it, indented")
-            _merge_dict(config[name], value, f"{key}.")
+        if key in OPTIONS and key not in _FREE_SECTIONS:
+            config[name] = _coerce(key, value)
+        elif not isinstance(config.get(name), CfgNode):
+            raise ValueError(_no_option(key))
+        elif not isinstance(value, dict):
+            raise ValueError(f"{key} is a section, not {value!r}; its options go below it, indented")
+        elif key in _FREE_SECTIONS:
+            config[name].update(_free_value(key, value))
         else:
-            config[name] = _coerce(key, value, _default(key))
+            _merge_dict(config[name], value, f"{key}.")
 
 
 class _Loader(yaml.SafeLoader):
@@ -396,26 +497,39 @@ def _read_yaml(text: str) -> Any:
         raise ValueError(str(error) or type(error).__name__) from None
 
 
-def _default(key: str) -> Any:
-    node = _C
-    for name in key.split("."):
-        node = node[name]
-    return node
-
-
-def _unknown_key(key: str) -> str:
-    known = {name.upper(): name for name, _ in flatten(_C)}
-    last = {name.rpartition(".")[2]: name for name in known}  # of those who write EPOCHS for TRAIN.EPOCHS
-    near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.6)
-    near = near or [last[name] for name in difflib.get_close_matches(key.upper().rpartition(".")[2], last, n=1)]
+def _no_option(key: str) -> str:
+    """Return what is wrong with `key`, which is no option, and the option that is probably meant."""
+    below = next((name for name in OPTIONS if name.startswith(f"{key}.")), None)
+    if below:
+        return f"{key} is a section; set one of its options, such as {below}"
+    known = {name.upper(): name for name in OPTIONS}
+    near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.85)
+    if not near:  # of those who write EPOCHS or DATA.EPOCHS for TRAIN.EPOCHS
+        last = {name.rpartition(".")[2]: name for name in known}
+        near = [last[name] for name in difflib.get_close_matches(key.upper().rpartition(".")[2], last, n=1, cutoff=0.8)]
     hint = f"did you mean {known[near[0]]}?" if near else "every option stands in config.py"
     return f"unknown option {key}; {hint}"
 
 
-def _coerce(key: str, value: Any, default: Any) -> Any:
-    """Return `value` as the type of `default`, or say what the type should be."""
+def _coerce(key: str, value: Any) -> Any:
+    """Return `value` as the type of the option `key`, or say what the type should be."""
+    option, default = OPTIONS[key], _as_config(OPTIONS[key].default)
+    if key in _FREE_SECTIONS:
+        if not isinstance(value, dict):
+            raise ValueError(f"{key} must be a section, such as {{name: value}}, not {value!r}")
+        return _free_value(key, value)
     if key == "AMP" and isinstance(value, bool):
         value = "on" if value else "off"  # YAML reads these bare words as booleans
+    if option.also_list and isinstance(value, list):
+        return [_coerce_one(f"{key}[{i}]", entry, default) for i, entry in enumerate(value)]
+    value = _coerce_one(key, value, default)
+    if isinstance(value, list) and default and not isinstance(default[0], list):
+        return [_coerce_one(f"{key}[{i}]", entry, default[0]) for i, entry in enumerate(value)]
+    return value
+
+
+def _coerce_one(key: str, value: Any, default: Any) -> Any:
+    """Return `value` as the type of `default`; the entries of a list stay as they are."""
     if isinstance(default, float) and isinstance(value, (int, str)) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
             value = float(value)  # YAML takes 1 for an integer and 5e-4 for text
@@ -430,38 +544,41 @@ def _coerce(key: str, value: Any, default: Any) -> Any:
         raise ValueError(f"{key} must be below 2^31, not {value}")
     if isinstance(value, str) and not value.isprintable():
         raise ValueError(f"{key} must be text of one line without control characters, not {value!r}")
-    if isinstance(value, list) and default and not isinstance(default[0], list):
-        return [_coerce(f"{key}[{i}]", entry, default[0]) for i, entry in enumerate(value)]
     return value
+
+
+def _free_value(key: str, value: Any) -> Any:
+    """Return a value of a section whose keys are free, as a config holds it."""
+    if isinstance(value, dict):
+        return CfgNode({str(name): _free_value(f"{key}.{name}", entry) for name, entry in value.items()})
+    if isinstance(value, list):
+        return [_free_value(key, entry) for entry in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+e[-+]?[0-9]+", value, re.IGNORECASE):
+        return float(value)  # which is text to YAML
+    if not isinstance(value, (str, int, float, NoneType)):
+        raise ValueError(f"{key} must be a number, text, true, false, a list or a section, not {value!r}")
+    return value
+
+
+def _as_config(value: Any) -> Any:
+    """Return a default as a config holds it: sections are nodes, sequences are lists of its own."""
+    if isinstance(value, dict):
+        return CfgNode(value)
+    return [_as_config(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def _validate(config: CfgNode) -> None:
     values = dict(flatten(config))
-    for key, choices in _CHOICES.items():
-        if values[key] not in choices:
-            near = difflib.get_close_matches(values[key], choices, n=1)
+    for key, option in OPTIONS.items():
+        if option.check and not option.check.holds(values[key]):
+            choices = option.check.choices
+            near = difflib.get_close_matches(str(values[key]), [str(choice) for choice in choices], n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{key} must be {option.check.words}, not {values[key]!r}{hint}")
+    settings = config.TRAIN.OPTIMIZER
+    for name in ("EPS", "BETAS", "MOMENTUM") if settings.NAME not in ("adamw", "sgd") else ():
+        key = f"TRAIN.OPTIMIZER.{name}"
+        if values[key] != OPTIONS[key].default:
             raise ValueError(
-                f"{key} must be one of {', '.join(c or repr(c) for c in choices)}, not {values[key]!r}{hint}"
+                f"{key} belongs to adamw and sgd; write it as TRAIN.OPTIMIZER.ARGS.{name.lower()} for {settings.NAME}"
             )
-    for keys, holds, words in (
-        (_AT_LEAST_ONE, lambda value: value >= 1, "at least 1"),
-        (_NOT_NEGATIVE, lambda value: value >= 0, "0 or more"),
-        (_SHARES, lambda value: 0 <= value <= 1, "between 0 and 1"),
-    ):
-        for key in keys:
-            if not holds(values[key]):
-                raise ValueError(f"{key} must be {words}, not {values[key]}")
-    for key, low, high in (("AUG.SCALE", 0, 1), ("AUG.RATIO", 0, math.inf)):
-        pair = values[key]
-        if len(pair) != 2 or not low < pair[0] <= pair[1] <= high:
-            bound = f" and at most {high}" if math.isfinite(high) else ""
-            raise ValueError(f"{key} must be two numbers [smallest, largest], above {low}{bound}, not {pair}")
-    betas = values["TRAIN.OPTIMIZER.BETAS"]
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"TRAIN.OPTIMIZER.BETAS must be two numbers from 0 to below 1, not {betas}")
-    if not config.OUTPUT.strip():
-        raise ValueError("OUTPUT is empty; give a folder for the results, such as output")
-    for key in ("MODEL.NAME", "TAG"):
-        if not values[key].strip() or Path(values[key]).name != values[key] or values[key].startswith("."):
-            raise ValueError(f"{key} names a folder and must be a plain name, not {values[key]!r}")

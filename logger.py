@@ -1,4 +1,4 @@
-"""What a run says: console, `log.txt`, `metrics.jsonl`, and TensorBoard or Weights & Biases where asked for."""
+"""What a run says: console, `log.txt`, `metrics.jsonl`, `speed.jsonl`, and the recorders that LOG.TO names."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import yaml
 from termcolor import colored
 from tqdm import tqdm
 from yacs.config import CfgNode
 
+from config import flatten
 from utils import write_whole
 
 _LINE = "%(asctime)s %(levelname)s %(message)s"
@@ -45,10 +48,10 @@ class RunLog:
 
     def __init__(self, folder: Path | None, config: CfgNode, *, is_main: bool, updates_done: int = 0) -> None:
         """Args:
-        folder: where `log.txt` and `metrics.jsonl` go; None writes no files.
+        folder: where the files go; None writes none.
         config: the run's options.
         is_main: whether this is the main process.
-        updates_done: how far the run has come; what TensorBoard holds beyond that is dropped.
+        updates_done: how far the run has come.
         """
         self._logger = logging.getLogger("dat")
         self._logger.propagate = False
@@ -59,33 +62,19 @@ class RunLog:
         console.setFormatter(logging.Formatter("%(message)s"))
         self._logger.addHandler(console)
         logging.raiseExceptions = False  # lines that a full disk does not take wait in the file's buffer
-        self._metrics: Path | None = None
-        self._unwritten = ""
-        self._tensorboard = self._wandb = None
+        self._files: dict[str, _Lines] = {}
+        self._recorders: dict[str, Recorder] = {}
         if folder is None or not is_main:
             return
         file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace", delay=True)
         file.setFormatter(logging.Formatter(_LINE, _TIME))
         self._logger.addHandler(file)
-        self._metrics = folder / "metrics.jsonl"
-        if config.TENSORBOARD:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=updates_done + 1)
-        if config.WANDB:
-            import wandb
-
-            known = folder / "wandb_id.txt"  # so that a continued run stays one run
-            if not known.exists():
-                known.write_text(secrets.token_hex(4), encoding="utf-8")
-            self._wandb = wandb.init(
-                project="dat",
-                config=yaml.safe_load(config.dump()),
-                name=f"{config.MODEL.NAME}-{config.TAG}",
-                id=known.read_text(encoding="utf-8"),
-                dir=str(folder),
-                resume="allow",
-            )
+        self._files = {name: _Lines(folder / f"{name}.jsonl", self.warning) for name in ("metrics", "speed")}
+        for name in recorder_names(config):
+            try:
+                self._recorders[name] = RECORDERS[name](folder, config, updates_done)
+            except Exception as error:  # of a service that is down, or asks for an account
+                self.warning(f"{name} does not record this run: {' '.join(str(error).split())}")
 
     def info(self, message: str) -> None:
         """Say `message` on the console and in the file."""
@@ -120,16 +109,25 @@ class RunLog:
         The file holds no clock readings, so that equal runs write equal files. A value that is not finite is null. A
         line that a full disk does not take is written before the next one.
         """
-        if self._metrics is None:
+        if not self._files:
             return
-        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._unwritten += json.dumps({"kind": kind, "epoch": epoch, "update": update, **finite}) + "\n"
-        self._append_unwritten(self._metrics)
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, update)
-        if self._wandb is not None:
-            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=update)
+        self._files["metrics"].add({"kind": kind, "epoch": epoch, "update": update, **values})
+        self._record({f"{kind}/{name}": value for name, value in values.items()}, update)
+
+    def speed(self, *, epoch: int, update: int, **values: float) -> None:
+        """Append one line to `speed.jsonl`, which holds what depends on the machine: rates, memory, the time of day."""
+        if not self._files:
+            return
+        self._files["speed"].add({"epoch": epoch, "update": update, **values, "time": round(time.time(), 3)})
+        self._record({f"speed/{name}": value for name, value in values.items()}, update)
+
+    def _record(self, values: dict[str, float], update: int) -> None:
+        for name, recorder in list(self._recorders.items()):
+            try:
+                recorder.record(values, update)
+            except Exception as error:  # the run goes on without it
+                del self._recorders[name]
+                self.warning(f"{name} records no more of this run: {' '.join(str(error).split())}")
 
     def rewind(self, *, epoch: int, update: int) -> None:
         """Drop what a lost process wrote to `metrics.jsonl` past its last checkpoint.
@@ -138,46 +136,162 @@ class RunLog:
             epoch: epochs that were evaluated.
             update: updates that were done.
         """
-        if self._metrics is None or not self._metrics.exists():
-            return
-        lines = self._metrics.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _is_before(line, epoch, update)]
-        write_whole(self._metrics, "".join(f"{line}\n" for line in kept))
-
-    def _append_unwritten(self, path: Path) -> None:
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(self._unwritten)
-        except OSError as error:
-            if path.exists():
-                os.truncate(path, size)
-            self.warning(f"{path} could not be written ({error.strerror}); its next lines wait until there is room")
-        else:
-            self._unwritten = ""
+        if self._files:
+            self._files["metrics"].keep(lambda row: _is_before(row, epoch, update))
 
     def close(self) -> None:
         """Finish the files."""
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for recorder in self._recorders.values():
+            recorder.close()
 
 
-def _is_before(line: str, epoch: int, update: int) -> bool:
+def _is_before(row: dict[str, Any], epoch: int, update: int) -> bool:
+    """Return whether a line was written in a finished epoch, or in the next one by an update that was done."""
+    if row["kind"] == "train":
+        return row["epoch"] <= epoch or (row["epoch"] == epoch + 1 and row["update"] <= update)
+    return row["epoch"] <= epoch
+
+
+class _Lines:
+    """A file of JSON lines, which a full disk does not end."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        self._path = path
+        self._warn = warn
+        self._unwritten = ""
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append `row`; a number that is not finite becomes null."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in row.items()
+        }
+        self._unwritten += json.dumps(finite) + "\n"
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(self._unwritten)
+        except OSError as error:
+            if self._path.exists():
+                os.truncate(self._path, size)
+            self._warn(f"{self._path} could not be written ({error.strerror}); its next lines wait until there is room")
+        else:
+            self._unwritten = ""
+
+    def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drop the rows that are not `wanted`, and a line that a kill cut off."""
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            write_whole(self._path, "".join(f"{line}\n" for line in lines if _holds(wanted, line)))
+
+
+def _holds(wanted: Callable[[dict[str, Any]], bool], line: str) -> bool:
     try:
-        row = json.loads(line)
-        return row["update"] <= update if row["kind"] == "train" else row["epoch"] <= epoch
-    except (ValueError, KeyError, TypeError):  # the line that a kill cut off
+        return wanted(json.loads(line))
+    except (ValueError, KeyError, TypeError):
         return False
 
 
-def check_writers(config: CfgNode) -> None:
-    """Check that the packages of TENSORBOARD and WANDB are there where they are asked for.
+class Recorder(Protocol):
+    """Another program that records a run. It is made with the run's folder, its options and the updates done."""
+
+    def record(self, values: dict[str, float], update: int) -> None:
+        """Take in named numbers."""
+
+    def close(self) -> None:
+        """Finish the record."""
+
+
+class TensorBoard:
+    """Event files below `tensorboard/`. What a lost process wrote beyond the updates done is dropped."""
+
+    def __init__(self, folder: Path, config: CfgNode, updates_done: int) -> None:  # noqa: ARG002
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=updates_done + 1)
+
+    def record(self, values: dict[str, float], update: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, update)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of Weights & Biases; WANDB_MODE=offline records without an account, `wandb sync` sends it later."""
+
+    def __init__(self, folder: Path, config: CfgNode, updates_done: int) -> None:  # noqa: ARG002
+        import wandb
+
+        self._run = wandb.init(
+            project=config.LOG.PROJECT,
+            name=_name(config),
+            id=_remembered(folder / "wandb_id.txt", lambda: secrets.token_hex(4)),
+            dir=str(folder),
+            resume="allow",
+            config=yaml.safe_load(config.dump()),
+        )
+
+    def record(self, values: dict[str, float], update: int) -> None:
+        self._run.log(values, step=update)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow:
+    """A run of MLflow, on the server or in the folder that MLFLOW_TRACKING_URI names."""
+
+    def __init__(self, folder: Path, config: CfgNode, updates_done: int) -> None:  # noqa: ARG002
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient()
+        self._run = _remembered(folder / "mlflow_id.txt", lambda: self._begin(config))
+        self._client.update_run(self._run, status="RUNNING")
+
+    def _begin(self, config: CfgNode) -> str:
+        known = self._client.get_experiment_by_name(config.LOG.PROJECT)
+        experiment = known.experiment_id if known else self._client.create_experiment(config.LOG.PROJECT)
+        run = self._client.create_run(experiment, run_name=_name(config)).info.run_id
+        for key, value in flatten(config):
+            self._client.log_param(run, key, value)
+        return run
+
+    def record(self, values: dict[str, float], update: int) -> None:
+        for name, value in values.items():
+            self._client.log_metric(self._run, name, value, step=update)
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run)
+
+
+RECORDERS: dict[str, type[Recorder]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}
+
+
+def _name(config: CfgNode) -> str:
+    return config.LOG.NAME or f"{config.MODEL.NAME}-{config.TAG}"
+
+
+def _remembered(file: Path, make: Callable[[], str]) -> str:
+    """Return the text in `file`, made and written at first, so that a continued run stays one run."""
+    if not file.exists():
+        write_whole(file, make())
+    return file.read_text(encoding="utf-8").strip()
+
+
+def recorder_names(config: CfgNode) -> list[str]:
+    """Return which recorders a run has, by LOG.TO and by the older TENSORBOARD and WANDB."""
+    older = [name for name in ("tensorboard", "wandb") if config[name.upper()]]
+    return list(dict.fromkeys([*config.LOG.TO, *older]))
+
+
+def check_recorders(config: CfgNode) -> None:
+    """Check that the packages of the recorders are there.
 
     Raises:
-        ValueError: where one is not.
+        ValueError: one is not.
     """
-    for option, package in (("TENSORBOARD", "tensorboard"), ("WANDB", "wandb")):
-        if config[option] and importlib.util.find_spec(package) is None:
-            raise ValueError(f"{option} needs the package {package}: pip install {package}, or set {option} to False")
+    for name in recorder_names(config):
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"recording with {name} needs its package: pip install {name}, or take it out of LOG.TO")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
+from torch import nn
 from yacs.config import CfgNode
 
 from optimizer import learning_rate_scale
@@ -12,32 +13,78 @@ from optimizer import learning_rate_scale
 # The published linear schedule ends at this share of the base learning rate, whatever MIN_LR says.
 _LINEAR_END = 0.01
 
+# A learning rate that falls below this share of its peak when the warm-up ends is probably not meant.
+_LARGEST_DROP = 0.8
+
 
 def build_scheduler(
     config: CfgNode, optimizer: torch.optim.Optimizer, *, updates_per_epoch: int, world_size: int
 ) -> Scheduler:
     """Return the configured schedule, counted in updates: call `step_update(n)` after update n, counted from 0.
 
-    The learning rate is a function of n alone, so a resumed run needs no state of it. Cosine and step go on from where
-    they would be without the warm-up; linear begins after it, as in the published training.
+    The learning rate is a function of n alone, so a resumed run needs no state of it. With WARMUP_PREFIX the decay
+    begins when the warm-up is over; without it, cosine and step are then where they would be without a warm-up, as in
+    the published training. Linear always begins after the warm-up.
     """
     train, scale = config.TRAIN, learning_rate_scale(config, world_size)
+    kind, warmup_updates = train.LR_SCHEDULER.NAME, train.WARMUP_EPOCHS * updates_per_epoch
+    after_warmup = train.LR_SCHEDULER.WARMUP_PREFIX or kind == "linear"
     updates = train.EPOCHS * updates_per_epoch
+    if after_warmup:
+        updates = max(1, updates - warmup_updates)
     warmup = {
-        "warmup_t": train.WARMUP_EPOCHS * updates_per_epoch,
+        "warmup_t": warmup_updates,
         "warmup_lr_init": train.WARMUP_LR * scale,
-        "warmup_prefix": train.LR_SCHEDULER.NAME == "linear",
+        "warmup_prefix": after_warmup,
         "t_in_epochs": False,
     }
-    if train.LR_SCHEDULER.NAME == "cosine":
+    if kind == "cosine":
         return CosineLRScheduler(optimizer, t_initial=updates, lr_min=train.MIN_LR * scale, cycle_limit=1, **warmup)
-    if train.LR_SCHEDULER.NAME == "linear":
-        return PolyLRScheduler(
-            optimizer,
-            power=1.0,
-            t_initial=max(1, updates - warmup["warmup_t"]),
-            lr_min=_LINEAR_END * train.BASE_LR * scale,
-            **warmup,
-        )
+    if kind == "linear":
+        lowest = _LINEAR_END * train.BASE_LR * scale
+        return PolyLRScheduler(optimizer, power=1.0, t_initial=updates, lr_min=lowest, **warmup)
     decay_updates = train.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch
     return StepLRScheduler(optimizer, decay_t=decay_updates, decay_rate=train.LR_SCHEDULER.DECAY_RATE, **warmup)
+
+
+def planned_schedule(
+    config: CfgNode, *, updates_per_epoch: int, world_size: int, points: int = 500
+) -> list[tuple[float, float]]:
+    """Return the learning rates that a run is going to have: `(epochs done, learning rate)` at about `points` updates.
+
+    The first and last update and those around the end of the warm-up are always among them.
+    """
+    shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
+    total, warmup = (epochs * updates_per_epoch for epochs in (config.TRAIN.EPOCHS, config.TRAIN.WARMUP_EPOCHS))
+    updates = {*range(0, total, max(1, total // points)), warmup, warmup + 1, total - 1}
+    rates = learning_rates(config, sorted(update for update in updates if update < total), **shape)
+    return [(update / updates_per_epoch, rate) for update, rate in rates.items()]
+
+
+def doubtful_drop(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> str:
+    """Return a warning where the learning rate falls steeply when the warm-up ends, otherwise an empty text."""
+    warmup = config.TRAIN.WARMUP_EPOCHS * updates_per_epoch
+    if not warmup or config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+        return ""
+    shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
+    before, after = learning_rates(config, [warmup, warmup + 1], **shape).values()
+    if after >= _LARGEST_DROP * before:
+        return ""
+    return (
+        f"the learning rate falls from {before:.2e} to {after:.2e} when the warm-up ends: the decay of a run of "
+        f"{config.TRAIN.EPOCHS} epochs is {config.TRAIN.WARMUP_EPOCHS} epochs old then, as in the published training. "
+        "TRAIN.LR_SCHEDULER.WARMUP_PREFIX True begins it after the warm-up; a shorter TRAIN.WARMUP_EPOCHS helps, too"
+    )
+
+
+def learning_rates(config: CfgNode, updates: list[int], *, updates_per_epoch: int, world_size: int) -> dict[int, float]:
+    """Return the learning rate of each of `updates`, which are counted from 0 and rise."""
+    base = config.TRAIN.BASE_LR * learning_rate_scale(config, world_size)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=base)
+    schedule = build_scheduler(config, optimizer, updates_per_epoch=updates_per_epoch, world_size=world_size)
+    rates = {}
+    for update in updates:
+        if update:
+            schedule.step_update(update - 1)
+        rates[update] = optimizer.param_groups[0]["lr"]
+    return rates

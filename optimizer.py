@@ -1,32 +1,135 @@
-"""Parameter groups and optimizer."""
+"""Parameter groups and optimizer: what is trained, at which share of the learning rate, and with which weight decay."""
 
 from __future__ import annotations
 
 import copy
+import difflib
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from timm.models import group_parameters
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import Tensor, nn
 from yacs.config import CfgNode
 
-# Position tables that the published recipe does not decay; the `rpb` of neighborhood attention it does.
-_UNDECAYED_TABLES = ("rpe_table", "relative_position_bias_table")
+from models.contract import classifier, undecayed
+
+# Optimizers of timm that the training loop cannot use, by the beginning of their names.
+_UNUSABLE = {
+    "adahessian": "needs second derivatives, for which the loop keeps no graph",
+    "bnb": "needs the package bitsandbytes, with which exact resuming is not tested",
+    "fused": "needs the package apex, with which exact resuming is not tested",
+}
 
 
-def decays(name: str, parameter: torch.Tensor) -> bool:
-    """Return whether weight decay acts on the parameter `name`."""
-    one_dimensional = parameter.ndim == 1 or name.endswith(".bias")
-    return not one_dimensional and not any(table in name for table in _UNDECAYED_TABLES)
+def decays(name: str, parameter: Tensor, exceptions: Collection[str]) -> bool:
+    """Return whether weight decay acts on the parameter `name`: on all but biases, norms and the named `exceptions`."""
+    one_dimensional = parameter.ndim <= 1 or name.endswith(".bias")
+    return not one_dimensional and not any(fnmatchcase(name, pattern) for pattern in exceptions)
 
 
-def parameter_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict]:
-    """Return the trained parameters as two groups, with and without `weight_decay`."""
-    trained = [(name, p) for name, p in named_parameters if p.requires_grad]
+def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
+    """Exclude from training what `patterns` name, and return how many numbers that are.
+
+    Args:
+        model: the network.
+        patterns: names of modules or parameters, in which `*` stands for any text: `stages.0`, `*.norm?.weight`.
+
+    Raises:
+        ValueError: a pattern matches nothing, or nothing is left to train.
+    """
+    parameters = dict(model.named_parameters())
+    names = {part: None for name in parameters for part in _with_parents(name)}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1)
+            hint = (
+                f"did you mean {near[0]}?" if near else f"its parts are {', '.join(n for n in names if '.' not in n)}"
+            )
+            raise ValueError(f"TRAIN.FREEZE: the network has no part named {pattern!r}; {hint}")
+    for name, parameter in parameters.items():
+        if any(fnmatchcase(part, pattern) for part in _with_parents(name) for pattern in patterns):
+            parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise ValueError(f"TRAIN.FREEZE {list(patterns)} leaves nothing to train; name fewer parts")
+    return sum(parameter.numel() for parameter in parameters.values() if not parameter.requires_grad)
+
+
+def keep_frozen_in_eval(model: nn.Module) -> None:
+    """Put every module whose parameters are all frozen into evaluation mode: its norms and dropout stay as they are."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def _with_parents(name: str) -> Iterator[str]:
+    """Yield the dotted `name` and the names of the modules that hold it, the innermost first."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def parameter_groups(
+    model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0, head_scale: float = 1.0
+) -> list[dict]:
+    """Return the trained parameters in groups, the decayed ones before the undecayed ones.
+
+    Args:
+        model: the network.
+        weight_decay: of the decayed parameters.
+        layer_decay: factor on the learning rate from each layer to the one before it (BEiT, arXiv 2106.08254,
+            appendix); the layers are those of the network's `group_matcher`, as timm calls it.
+        head_scale: factor on the learning rate of the layer that gives the logits.
+
+    Returns:
+        Two groups; with a factor other than 1 two for each layer and for the head, the last layer first. Their
+        `lr_scale` is the factor that timm's schedules apply.
+
+    Raises:
+        ValueError: the network does not tell its layers or its classifier, which a factor needs.
+    """
+    exceptions = undecayed(model)
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if layer_decay == head_scale == 1:
+        keep = [(decays(name, parameter, exceptions), parameter) for name, parameter in trained]
+        return [
+            {"params": [parameter for decayed, parameter in keep if decayed], "weight_decay": weight_decay},
+            {"params": [parameter for decayed, parameter in keep if not decayed], "weight_decay": 0.0},
+        ]
+    depths = _depths(model) if layer_decay != 1 else {}
+    head = _head(model) if head_scale != 1 else None
+    groups = defaultdict(list)
+    for name, parameter in trained:
+        in_head = head is not None and name.startswith(f"{head}.")
+        groups[depths.get(name, 0), not in_head, not decays(name, parameter, exceptions)].append(parameter)
     return [
-        {"params": [p for name, p in trained if decays(name, p)], "weight_decay": weight_decay},
-        {"params": [p for name, p in trained if not decays(name, p)], "weight_decay": 0.0},
+        {
+            "params": groups[depth, body, spared],
+            "weight_decay": 0.0 if spared else weight_decay,
+            "lr_scale": layer_decay**depth * (1.0 if body else head_scale),
+        }
+        for depth, body, spared in sorted(groups)
     ]
+
+
+def _depths(model: nn.Module) -> dict[str, int]:
+    """Return by name of a parameter how many layers lie between its own and the last one."""
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(f"TRAIN.LAYER_DECAY: {type(model).__name__} does not tell its layers; leave it at 1.0")
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    return {name: max(layers.values()) - layer for name, layer in layers.items()}
+
+
+def _head(model: nn.Module) -> str:
+    """Return the name of the layer that gives the logits."""
+    if not classifier(model):
+        raise ValueError(f"TRAIN.HEAD_LR_SCALE: {type(model).__name__} has no classifier; leave it at 1.0")
+    return classifier(model)
 
 
 def learning_rate_scale(config: CfgNode, world_size: int) -> float:
@@ -34,21 +137,96 @@ def learning_rate_scale(config: CfgNode, world_size: int) -> float:
     return config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS / 512
 
 
+def learning_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of the next step, before the factors of the groups."""
+    group = optimizer.param_groups[0]
+    return group["lr"] / group.get("lr_scale", 1.0)
+
+
+def optimizer_names() -> list[str]:
+    """Return the names of the optimizers that can be configured."""
+    return [name for name in list_optimizers() if not name.startswith(tuple(_UNUSABLE))]
+
+
 def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch.optim.Optimizer:
     """Return the configured optimizer over `model`'s trained parameters, with the base learning rate.
 
-    Both kinds are fused: one kernel for all parameters, which also lets an update be skipped on the device.
+    `adamw` and `sgd` are PyTorch's, fused: one kernel for all parameters, which can also skip an update on the device.
+    All others are timm's, with its defaults.
+
+    Raises:
+        ValueError: there is no such optimizer, it cannot be used here, or it does not know an argument.
     """
-    settings = config.TRAIN.OPTIMIZER
-    groups = parameter_groups(model.named_parameters(), config.TRAIN.WEIGHT_DECAY)
-    lr = config.TRAIN.BASE_LR * learning_rate_scale(config, world_size)
+    settings, train = config.TRAIN.OPTIMIZER, config.TRAIN
+    groups = parameter_groups(
+        model, weight_decay=train.WEIGHT_DECAY, layer_decay=train.LAYER_DECAY, head_scale=train.HEAD_LR_SCALE
+    )
+    arguments = {"lr": train.BASE_LR * learning_rate_scale(config, world_size), **_own_arguments(settings.ARGS)}
     if settings.NAME == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, betas=tuple(settings.BETAS), eps=settings.EPS, fused=True)
-    sgd = torch.optim.SGD(groups, lr=lr, momentum=settings.MOMENTUM, nesterov=settings.MOMENTUM > 0, fused=True)
-    for parameter in (p for group in groups for p in group["params"] if settings.MOMENTUM):
-        # Left to the first step, the buffer would hold anything where that step is skipped.
-        sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        arguments = {"betas": tuple(settings.BETAS), "eps": settings.EPS, "fused": True} | arguments
+        return _construct(torch.optim.AdamW, groups, arguments)
+    if settings.NAME == "sgd":
+        arguments = {"momentum": settings.MOMENTUM, "nesterov": settings.MOMENTUM > 0, "fused": True} | arguments
+        return _prepared(_construct(torch.optim.SGD, groups, arguments))
+    _check_name(settings.NAME)
+    return _construct(partial(create_optimizer_v2, opt=settings.NAME), groups, arguments)
+
+
+def _own_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return TRAIN.OPTIMIZER.ARGS as the constructors take them."""
+    elsewhere = {"lr": "TRAIN.BASE_LR", "weight_decay": "TRAIN.WEIGHT_DECAY"}
+    for name in elsewhere.keys() & given.keys():
+        raise ValueError(f"TRAIN.OPTIMIZER.ARGS.{name} is set by {elsewhere[name]}; remove it")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+
+
+def _construct(
+    kind: Callable[..., torch.optim.Optimizer], groups: list[dict], arguments: dict[str, Any]
+) -> torch.optim.Optimizer:
+    try:
+        return kind(groups, **arguments)
+    except (TypeError, ValueError) as error:  # an argument that it does not have, or a value outside its range
+        raise ValueError(f"TRAIN.OPTIMIZER: {error}") from None
+
+
+def _check_name(name: str) -> None:
+    if name not in list_optimizers():
+        near = difflib.get_close_matches(name, optimizer_names(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "timm.optim.list_optimizers() names them"
+        raise ValueError(f"TRAIN.OPTIMIZER.NAME: there is no optimizer {name!r}; {hint}")
+    for beginning, reason in _UNUSABLE.items():
+        if name.startswith(beginning):
+            raise ValueError(f"TRAIN.OPTIMIZER.NAME: {name} cannot be used here: it {reason}; adamw can")
+
+
+def _prepared(sgd: torch.optim.SGD) -> torch.optim.SGD:
+    """Return `sgd` with its buffers set: made by the first step, they would hold anything where that is skipped."""
+    for group in sgd.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return sgd
+
+
+def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Let `optimizer` take a step, or leave weights and optimizer as they are where `skip` is 1.
+
+    Fused optimizers decide on the device, and nobody waits for it; for the others the host reads `skip`.
+
+    Args:
+        skip: float32 scalar, 0 or 1, on the parameters' device.
+        optimizer: with its gradients in place.
+    """
+    if skips_on_device(optimizer):
+        # The attributes through which torch.amp.GradScaler speaks to fused optimizers.
+        optimizer.grad_scale, optimizer.found_inf = None, skip
+        optimizer.step()
+    elif not skip:
+        optimizer.step()
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the kernels of `optimizer` themselves look whether an update is to be skipped."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def keeps_state(optimizer: torch.optim.Optimizer) -> bool:
@@ -60,18 +238,3 @@ def keeps_state(optimizer: torch.optim.Optimizer) -> bool:
     probe.param_groups = [{**optimizer.param_groups[0], "params": [weight]}]
     probe.step()
     return any(value is not None for values in probe.state.values() for value in values.values())
-
-
-def can_skip(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether `skip_next_step` works on `optimizer`: whether its kernels look at the flag themselves."""
-    return getattr(optimizer, "_step_supports_amp_scaling", False)
-
-
-def skip_next_step(optimizer: torch.optim.Optimizer, skip: torch.Tensor) -> None:
-    """Make the next `optimizer.step()` leave everything as it is where `skip` is 1, decided on the device.
-
-    Args:
-        skip: float32 scalar, 0 or 1, on the parameters' device.
-    """
-    # The attributes through which torch.amp.GradScaler speaks to fused optimizers.
-    optimizer.grad_scale, optimizer.found_inf = None, skip

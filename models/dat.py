@@ -182,6 +182,11 @@ class DAT(nn.Module):
         """Return the layer that gives the logits."""
         return self.cls_head
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the position tables that the published recipe does not decay (the `rpb` of N it does)."""
+        tables = ("rpe_table", "relative_position_bias_table")
+        return {name for name, _ in self.named_parameters() if any(table in name for table in tables)}
+
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compile every mixer and MLP by itself, for inputs of fixed size; parameters keep their names.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from config import default_config, differences, flatten, load_config, set_option
+from config import OPTIONS, complete, default_config, differences, flatten, load_config, set_option
 from models.dat import DAT
 from tests.runs import ROOT
 from training.command_line import parse
@@ -103,12 +104,16 @@ def test_every_config_has_its_own_output_folder() -> None:
 
 
 def test_the_options_of_the_network_are_its_arguments() -> None:
-    arguments = {name: p.default for name, p in inspect.signature(DAT).parameters.items() if name != "use_checkpoint"}
-    options = dict(default_config().MODEL.DAT)
-    assert options.keys() == arguments.keys()
-    for name, default in arguments.items():
-        wanted = [list(stage) for stage in default] if name == "stage_spec" else default
-        assert options[name] == (list(wanted) if isinstance(wanted, tuple) else wanted), name
+    arguments = inspect.signature(DAT).parameters.keys() - {"use_checkpoint"}
+    assert default_config().MODEL.DAT.keys() == arguments
+
+
+def test_every_option_has_a_meaning_and_a_default_that_passes_its_check() -> None:
+    for key, value in flatten(default_config()):
+        assert OPTIONS[key].meaning.strip(), key
+        assert OPTIONS[key].check is None or OPTIONS[key].check.holds(value), key
+    flags = [option.flag for option in OPTIONS.values() if getattr(option, "flag", "")]
+    assert len(set(flags)) == len(flags)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +136,12 @@ def test_the_options_of_the_network_are_its_arguments() -> None:
         ("MODEL.DAT.dims", "[8, 8, 8, 8]", [8, 8, 8, 8]),
         ("MODEL.DAT.layer_scale_values", "[1e-6, 1, -1, 0]", [1e-6, 1.0, -1.0, 0.0]),
         ("MODEL.DAT.stage_spec", "[ND, ND, ND, DD]", ["ND", "ND", "ND", "DD"]),
+        ("DATA.IMG_SIZE", "[192, 224]", [192, 224]),
+        ("TRAIN.FREEZE", "[patch_proj, stages.0]", ["patch_proj", "stages.0"]),
+        ("MODEL.TIMM.ARGS.drop_path_rate", "1e-1", 0.1),
+        ("MODEL.TIMM.ARGS.img_size", "[64, 32]", [64, 32]),
+        ("MODEL.TIMM.ARGS.norm_layer", "null", None),
+        ("TRAIN.OPTIMIZER.ARGS.caution", "true", True),
         ("MODEL.DAT.stage_spec", "[[N, D], ND, [N], D]", [["N", "D"], "ND", ["N"], "D"]),
     ],
 )
@@ -167,6 +178,8 @@ def test_yaml_scalars_become_what_was_meant(content: str, key: str, value: Any, 
         ("dims", "MODEL.DAT.dims"),
         ("MODEL.DAT.use_pe", "MODEL.DAT.use_pes"),
         ("AUG.MIX_UP", "AUG.MIXUP"),
+        ("TRAIN.LR", None),
+        ("TRAIN.QUICKLY", None),
         ("TRAIN.EMA", None),
         ("QUICKLY", None),
     ],
@@ -201,3 +214,64 @@ def test_differences_name_what_one_side_lacks() -> None:
         "('TRAIN.EMA.DECAY', None, 0.9999)",
         "('LATER', None, 1)",
     }
+
+
+def test_free_sections_take_any_key_merge_over_files_and_come_back(tmp_path: Path) -> None:
+    write(tmp_path / "base.yaml", "MODEL: {TIMM: {NAME: resnet18, ARGS: {drop_rate: 0.1, act: {name: gelu}}}}")
+    path = write(tmp_path / "file.yaml", "BASE: base.yaml\nMODEL: {TYPE: timm, TIMM: {ARGS: {drop_rate: 2e-1}}}")
+    config = load_config(path, ["MODEL.TIMM.ARGS.act.approximate", "tanh"])
+    assert config.MODEL.TIMM.ARGS == {"drop_rate": 0.2, "act": {"name": "gelu", "approximate": "tanh"}}
+    assert load_config(write(tmp_path / "config.yaml", config.dump())) == config
+    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.ARGS must be a section, such as .*, not 'quick'"):
+        load_config(path, ["MODEL.TIMM.ARGS", "quick"])
+    with pytest.raises(ValueError, match=r"MODEL\.TIMM\.ARGS is a section, not 5"):
+        load_config(write(tmp_path / "wrong.yaml", "MODEL: {TIMM: {ARGS: 5}}"))
+
+
+def test_a_config_of_an_earlier_version_is_completed_by_defaults() -> None:
+    written = default_config()
+    del written.TRAIN.LR_SCHEDULER["WARMUP_PREFIX"]
+    written.TRAIN.EPOCHS = 5
+    written.MODEL.TIMM.ARGS.depth = 3
+    whole = complete(written)
+    assert dict(flatten(whole)) == {**dict(flatten(default_config())), "TRAIN.EPOCHS": 5, "MODEL.TIMM.ARGS.depth": 3}
+
+
+@pytest.mark.parametrize(
+    ("flags", "key", "value"),
+    [
+        (["--epochs", "3"], "TRAIN.EPOCHS", 3),
+        (["--lr", "1e-3"], "TRAIN.BASE_LR", 1e-3),
+        (["--workers", "2"], "DATA.NUM_WORKERS", 2),
+        (["--img-size", "64"], "DATA.IMG_SIZE", 64),
+        (["--img-size", "[64, 32]"], "DATA.IMG_SIZE", [64, 32]),
+        (["--weight-decay", "0"], "TRAIN.WEIGHT_DECAY", 0.0),
+        (["--warmup-epochs", "0"], "TRAIN.WARMUP_EPOCHS", 0),
+        (["--model", "resnet18"], "MODEL.TIMM.NAME", "resnet18"),
+        (["--model", "resnet18"], "MODEL.TYPE", "timm"),
+        (["--amp"], "AMP", "auto"),
+        (["--amp", "fp16"], "AMP", "fp16"),
+        (["--ema"], "TRAIN.EMA.ENABLED", True),
+    ],
+)
+def test_flags_set_their_options(flags: list[str], key: str, value: Any) -> None:
+    _, config = parse(["--cfg", str(ROOT / "configs/digits.yaml"), *flags])
+    assert dict(flatten(config))[key] == value
+
+
+@pytest.mark.parametrize(("flag", "hint"), [("--epoch", "did you mean --epochs?"), ("--fast", "options of config.py")])
+def test_hints_for_flags_come_where_they_are_near(flag: str, hint: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"unknown argument {flag}; {hint}")):
+        parse(["--cfg", str(ROOT / "configs/digits.yaml"), flag, "1"])
+
+
+def test_what_is_evaluated_is_named_or_the_best_of_the_run(tmp_path: Path) -> None:
+    path = write(tmp_path / "config.yaml", f"OUTPUT: {tmp_path}\nMODEL: {{NAME: run, PRETRAINED: start.pth}}")
+    argv = ["--cfg", str(path), "--eval"]
+    with pytest.raises(ValueError, match=r"--eval needs a checkpoint.*start\.pth.* is what the run starts from"):
+        parse(argv)
+    best = write(tmp_path / "run/default/best.pth", "")
+    assert str(best) == parse(argv)[1].MODEL.RESUME
+    for flag in ("--resume", "--pretrained"):
+        assert parse([*argv, flag, "other.pth"])[1].MODEL.RESUME == "other.pth"
+    assert parse([*argv, "--opts", "MODEL.RESUME", "other.pth"])[1].MODEL.RESUME == "other.pth"

@@ -24,7 +24,7 @@ ALLOWED = {
     "config": {"models"},
     "optimizer": {"models"},
     "lr_scheduler": {"optimizer"},
-    "logger": {"utils"},
+    "logger": {"config", "utils"},
     "utils": set(),
     **dict.fromkeys(("tools", "examples", "benchmarks"), OURS - {"main", "tests"}),
 }

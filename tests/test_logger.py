@@ -3,34 +3,148 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from yacs.config import CfgNode
 
 from config import default_config
-from logger import RunLog, check_writers
+from logger import RECORDERS, RunLog, check_recorders, recorder_names
 
 
-@pytest.mark.parametrize("option", ["TENSORBOARD", "WANDB"])
-def test_a_missing_package_is_named(option: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+def options(*recorders: str) -> CfgNode:
+    """Return the defaults with `recorders` in LOG.TO."""
     config = default_config()
-    check_writers(config)
-    config[option] = True
-    with pytest.raises(ValueError, match=f"{option} needs the package {option.lower()}: pip install {option.lower()}"):
-        check_writers(config)
+    config.LOG.TO, config.LOG.PROJECT, config.LOG.NAME = list(recorders), "birds", "first try"
+    return config
 
 
-def test_weights_and_biases_records_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    config = default_config()
-    config.WANDB = True
-    for _ in range(2):  # a continued run stays one run
-        log = RunLog(tmp_path, config, is_main=True)
-        log.metrics("train", epoch=1, update=1, loss=1.0)
+def write_twice(folder: Path, config: CfgNode) -> None:
+    """Log two lines as a run that was continued after the first one does."""
+    for update in (1, 2):
+        log = RunLog(folder, config, is_main=True, updates_done=update - 1)
+        log.metrics("train", epoch=1, update=update, loss=1.0 / update)
+        log.speed(epoch=1, update=update, images_per_second=10.0)
         log.close()
-    runs = list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a file."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+
+def test_clocks_and_rates_have_a_file_of_their_own(tmp_path: Path) -> None:
+    write_twice(tmp_path, options())
+    assert rows(tmp_path / "metrics.jsonl") == [
+        {"kind": "train", "epoch": 1, "update": 1, "loss": 1.0},
+        {"kind": "train", "epoch": 1, "update": 2, "loss": 0.5},
+    ]
+    first, second = rows(tmp_path / "speed.jsonl")
+    assert first["time"] <= second["time"]
+    assert {name: second[name] for name in second if name != "time"} == {
+        "epoch": 1,
+        "update": 2,
+        "images_per_second": 10.0,
+    }
+
+
+def test_rewinding_keeps_finished_epochs_however_updates_are_counted(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, options(), is_main=True)
+    for epoch, update in ((1, 50), (1, 100), (2, 200), (3, 210), (3, 230)):
+        log.metrics("train", epoch=epoch, update=update, loss=1.0)
+    log.metrics("eval", epoch=2, update=200, top1=1.0)
+    log.metrics("eval", epoch=3, update=300, top1=2.0)
+    log.rewind(epoch=2, update=210)
+    kept = [(row["epoch"], row["update"]) for row in rows(tmp_path / "metrics.jsonl")]
+    assert kept == [(1, 50), (1, 100), (2, 200), (3, 210), (2, 200)]
+    log.rewind(epoch=2, update=105)  # the same place, in updates of twice as many images
+    assert [row["update"] for row in rows(tmp_path / "metrics.jsonl")] == [50, 100, 200, 200]
+
+
+def test_older_options_and_the_section_name_the_same_recorders() -> None:
+    config = options("mlflow", "tensorboard")
+    config.TENSORBOARD = config.WANDB = True
+    assert recorder_names(config) == ["mlflow", "tensorboard", "wandb"]
+    assert recorder_names(default_config()) == []
+
+
+@pytest.mark.parametrize("name", RECORDERS)
+def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    check_recorders(options())
+    with pytest.raises(
+        ValueError, match=f"recording with {name} needs its package: pip install {name}, or take it out"
+    ):
+        check_recorders(options(name))
+
+
+def test_tensorboard_records_every_number_once(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = default_config()
+    config.TENSORBOARD = True
+    write_twice(tmp_path, config)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 1.0), (2, 0.5)]
+    assert [event.value for event in events.Scalars("speed/images_per_second")] == [10.0, 10.0]
+
+
+def test_weights_and_biases_records_one_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    begun, init = [], wandb.init
+    monkeypatch.setattr(wandb, "init", lambda **given: begun.append(init(**given)) or begun[-1])
+    config = options("wandb")
+    write_twice(tmp_path, config)
     identity = (tmp_path / "wandb_id.txt").read_text(encoding="utf-8")
-    assert len(runs) >= 1
-    assert {run.name.rpartition("-")[2] for run in runs} == {identity}
+    assert [(run.id, run.project, run.name) for run in begun] == [(identity, "birds", "first try")] * 2
+    assert begun[0].config["TRAIN"]["EPOCHS"] == config.TRAIN.EPOCHS
+    files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{identity}.wandb"))
+    assert any(b"train/loss" in file.read_bytes() for file in files)  # two of one second share a folder
+
+
+def test_mlflow_records_one_run_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'server'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    config = options("mlflow")
+    write_twice(tmp_path, config)
+    client = MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("birds").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("first try", "FINISHED")
+    assert run.data.params["TRAIN.EPOCHS"] == str(config.TRAIN.EPOCHS)
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
+
+
+class Broken:
+    """A recorder whose service goes away."""
+
+    def __init__(self, *_: object) -> None:
+        self.asked = 0
+
+    def record(self, *_: object) -> None:
+        self.asked += 1
+        raise ConnectionError("no route\nto host")
+
+    def close(self) -> None:
+        pass
+
+
+def test_a_service_that_fails_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setitem(RECORDERS, "wandb", Broken)
+    log = RunLog(tmp_path, options("wandb"), is_main=True)
+    log.metrics("train", epoch=1, update=1, loss=1.0)
+    log.metrics("train", epoch=1, update=2, loss=1.0)
+    log.close()
+    assert capsys.readouterr().out.count("wandb records no more of this run: no route to host") == 1
+    assert len(rows(tmp_path / "metrics.jsonl")) == 2
+    monkeypatch.setitem(RECORDERS, "wandb", lambda *_: Broken().record())
+    RunLog(tmp_path, options("wandb"), is_main=True).close()
+    assert "wandb does not record this run: no route to host" in capsys.readouterr().out

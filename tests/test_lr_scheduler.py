@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import load_config
-from lr_scheduler import build_scheduler
+from lr_scheduler import build_scheduler, doubtful_drop, learning_rates, planned_schedule
 from optimizer import build_optimizer
 
 RECIPE = json.loads((Path(__file__).parent / "golden" / "recipe.json").read_text(encoding="utf-8"))
@@ -45,3 +45,50 @@ def test_a_warm_up_longer_than_the_run_only_rises() -> None:
             rates.append(optimizer.param_groups[0]["lr"])
         assert rates == sorted(rates)
         assert rates[-1] < config.TRAIN.BASE_LR
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "step"])
+def test_with_a_prefix_the_decay_begins_after_the_warm_up(schedule: str) -> None:
+    options = ["TRAIN.EPOCHS", 30, "TRAIN.LR_SCHEDULER.NAME", schedule, "TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 2]
+    shape = {"updates_per_epoch": 10, "world_size": 4}
+    config = load_config("configs/dat_tiny.yaml", [*options, "TRAIN.LR_SCHEDULER.WARMUP_PREFIX", True])
+    rates = learning_rates(config, list(range(300)), **shape)
+    peak = config.TRAIN.BASE_LR
+    assert rates[200] == pytest.approx(peak, rel=0.01)  # the first update after 20 epochs of warm-up
+    assert rates[210] > 0.9 * peak
+    if schedule == "cosine":
+        assert rates[250] == pytest.approx((peak + config.TRAIN.MIN_LR) / 2, rel=0.05)
+        assert rates[299] == pytest.approx(config.TRAIN.MIN_LR, rel=0.1)
+    else:
+        assert rates[225] == pytest.approx(0.1 * peak)
+
+
+def test_a_steep_drop_after_the_warm_up_is_doubtful() -> None:
+    shape = {"updates_per_epoch": 100, "world_size": 4}
+    published = load_config("configs/dat_tiny.yaml")
+    assert doubtful_drop(published, **shape) == ""
+    short = load_config("configs/dat_tiny.yaml", ["TRAIN.EPOCHS", 30])
+    assert "the learning rate falls from 5.00e-04 to 1.29e-04 when the warm-up ends" in doubtful_drop(short, **shape)
+    for remedy in (["TRAIN.LR_SCHEDULER.WARMUP_PREFIX", True], ["TRAIN.WARMUP_EPOCHS", 2], ["TRAIN.WARMUP_EPOCHS", 0]):
+        mended = load_config("configs/dat_tiny.yaml", ["TRAIN.EPOCHS", 30, *remedy])
+        assert doubtful_drop(mended, **shape) == ""
+
+
+def test_the_planned_schedule_is_the_one_that_a_run_has() -> None:
+    config = load_config("configs/dat_tiny.yaml", ["TRAIN.EPOCHS", 5, "TRAIN.WARMUP_EPOCHS", 1])
+    optimizer = build_optimizer(config, torch.nn.Linear(2, 2), 2)
+    scheduler = build_scheduler(config, optimizer, updates_per_epoch=7, world_size=2)
+    had = []
+    for update in range(35):
+        had.append((update / 7, optimizer.param_groups[0]["lr"]))
+        scheduler.step_update(update)
+    assert planned_schedule(config, updates_per_epoch=7, world_size=2) == had
+    fewer = planned_schedule(config, updates_per_epoch=7, world_size=2, points=5)
+    assert set(fewer) < set(had)
+    assert {had[0], had[7], had[-1]} <= set(fewer)
+
+
+def test_a_resumed_schedule_is_the_same_function_of_the_update() -> None:
+    config = load_config("configs/digits.yaml")
+    rates = learning_rates(config, list(range(100)), updates_per_epoch=10, world_size=1)
+    assert learning_rates(config, [57], updates_per_epoch=10, world_size=1) == {57: rates[57]}

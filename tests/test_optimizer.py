@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+from yacs.config import CfgNode
 
 from config import load_config
+from lr_scheduler import build_scheduler, learning_rates
 from models import build_model
-from optimizer import build_optimizer, decays, learning_rate_scale, skip_next_step
+from models.contract import undecayed
+from optimizer import (
+    build_optimizer,
+    decays,
+    freeze,
+    keep_frozen_in_eval,
+    learning_rate,
+    learning_rate_scale,
+    optimizer_names,
+    parameter_groups,
+    step_unless,
+)
 
 RECIPE = json.loads((Path(__file__).parent / "golden" / "recipe.json").read_text(encoding="utf-8"))
 
@@ -21,10 +37,11 @@ def test_the_published_parameters_are_not_decayed(name: str) -> None:
     config = load_config(f"configs/{name}.yaml")
     with torch.device("meta"):
         model = build_model(config)
-    undecayed = [parameter for parameter, value in model.named_parameters() if not decays(parameter, value)]
-    assert sorted(undecayed) == sorted(RECIPE[name]["no_decay"])
+    exceptions = undecayed(model)
+    kept = [name for name, value in model.named_parameters() if not decays(name, value, exceptions)]
+    assert sorted(kept) == sorted(RECIPE[name]["no_decay"])
     groups = build_optimizer(config, model, 1).param_groups
-    assert [len(group["params"]) for group in groups] == [RECIPE[name]["num_decay"], len(undecayed)]
+    assert [len(group["params"]) for group in groups] == [RECIPE[name]["num_decay"], len(kept)]
     assert [group["weight_decay"] for group in groups] == [config.TRAIN.WEIGHT_DECAY, 0.0]
 
 
@@ -33,7 +50,7 @@ def test_tables_of_windows_are_not_decayed_and_frozen_weights_are_left_out() -> 
         model = build_model(load_config("configs/cvpr22/dat_tiny.yaml"))
     tables = [name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")]
     assert tables
-    assert not any(decays(name, dict(model.named_parameters())[name]) for name in tables)
+    assert not any(decays(name, dict(model.named_parameters())[name], undecayed(model)) for name in tables)
     model.cls_head.requires_grad_(False)
     groups = build_optimizer(load_config("configs/cvpr22/dat_tiny.yaml"), model, 1).param_groups
     trained = sum(parameter.requires_grad for parameter in model.parameters())
@@ -57,8 +74,7 @@ def test_a_skipped_step_leaves_weights_and_state_as_they_are(name: str) -> None:
     for skip, gradient in ((1.0, float("nan")), (0.0, 1.0), (1.0, float("nan")), (0.0, 1.0)):
         for parameter in layer.parameters():
             parameter.grad = torch.full_like(parameter, gradient)
-        skip_next_step(optimizer, torch.tensor(skip))
-        optimizer.step()
+        step_unless(torch.tensor(skip), optimizer)
         states.append(copy.deepcopy((layer.state_dict(), optimizer.state_dict()["state"])))
     first, done, skipped, after = states
     torch.testing.assert_close(first[0], before, rtol=0, atol=0)
@@ -82,3 +98,156 @@ def test_sgd_takes_the_steps_of_plain_sgd() -> None:
         optimizer.step()
         reference.step()
     torch.testing.assert_close(ours.state_dict(), plain.state_dict())
+
+
+def small_network() -> torch.nn.Module:
+    """Return a network with a convolution, norms, a wide matrix and a head, the same each time."""
+    torch.manual_seed(0)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3),
+        torch.nn.GroupNorm(2, 8),
+        torch.nn.Flatten(),
+        torch.nn.Linear(72, 140),
+        torch.nn.Linear(140, 4),
+    )
+
+
+def take_updates(network: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    """Train as the loop does, with a rate that changes; update 1 is not finite and is skipped."""
+    for update in range(first, last):
+        torch.manual_seed(update)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 - update / 10)
+        images = torch.randn(6, 3, 5, 5) * (float("nan") if update == 1 else 1.0)
+        torch.nn.functional.cross_entropy(network(images), torch.arange(6) % 4).backward()
+        step_unless(torch.tensor(float(update == 1)), optimizer)
+        optimizer.zero_grad()
+
+
+def named(name: str, *overrides: object) -> CfgNode:
+    """Return a config with the optimizer `name`."""
+    return load_config("configs/dat_tiny.yaml", ["TRAIN.OPTIMIZER.NAME", name, *overrides])
+
+
+# Kron compiles its steps, which takes half a minute.
+OFFERED = [pytest.param(n, marks=pytest.mark.slow) if n.startswith("kron") else n for n in optimizer_names()]
+
+
+@pytest.mark.parametrize("name", OFFERED)
+def test_every_optimizer_skips_what_is_not_finite_and_resumes_exactly(name: str) -> None:
+    whole, broken = small_network(), small_network()
+    optimizer, first = (build_optimizer(named(name), network, 1) for network in (whole, broken))
+    take_updates(whole, optimizer, 0, 5)
+    take_updates(broken, first, 0, 3)
+    file = io.BytesIO()
+    torch.save({"model": broken.state_dict(), "optimizer": first.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = small_network()
+    resumed.load_state_dict(saved["model"])
+    second = build_optimizer(named(name), resumed, 1)
+    second.load_state_dict(saved["optimizer"])
+    take_updates(resumed, second, 3, 5)
+    for key, value in whole.state_dict().items():
+        assert value.isfinite().all()
+        assert torch.equal(value, resumed.state_dict()[key]), key
+    assert not torch.equal(whole[3].weight, small_network()[3].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("adamv", "there is no optimizer 'adamv'; did you mean adam"),
+        ("zzz", "there is no optimizer 'zzz'; timm.optim.list_optimizers"),
+        ("lookahead_adam", "there is no optimizer 'lookahead_adam'"),
+        ("adahessian", "adahessian cannot be used here: it needs second derivatives"),
+        ("bnbadam8bit", "bnbadam8bit cannot be used here: it needs the package bitsandbytes"),
+        ("fusedlamb", "fusedlamb cannot be used here: it needs the package apex"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_used_is_refused_with_the_reason(name: str, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        build_optimizer(named(name), torch.nn.Linear(2, 2), 1)
+
+
+def test_arguments_reach_the_optimizer_and_wrong_ones_are_named() -> None:
+    layer = torch.nn.Linear(2, 2)
+    lion = build_optimizer(named("lion", "TRAIN.OPTIMIZER.ARGS.betas", "[0.95, 0.98]"), layer, 1)
+    assert tuple(lion.param_groups[0]["betas"]) == (0.95, 0.98)
+    assert build_optimizer(named("adamw", "TRAIN.OPTIMIZER.ARGS", "{amsgrad: true}"), layer, 1).defaults["amsgrad"]
+    with pytest.raises(ValueError, match=r"TRAIN\.OPTIMIZER: .*beta3"):
+        build_optimizer(named("lion", "TRAIN.OPTIMIZER.ARGS.beta3", "1"), layer, 1)
+    with pytest.raises(ValueError, match=r"ARGS\.lr is set by TRAIN\.BASE_LR; remove it"):
+        build_optimizer(named("lion", "TRAIN.OPTIMIZER.ARGS.lr", "1"), layer, 1)
+    with pytest.raises(ValueError, match=r"TRAIN\.OPTIMIZER\.BETAS belongs to adamw and sgd; .*ARGS\.betas for lion"):
+        named("lion", "TRAIN.OPTIMIZER.BETAS", "[0.9, 0.99]")
+
+
+def test_rates_fall_from_layer_to_layer_and_the_head_has_its_own() -> None:
+    network = timm.create_model("vit_tiny_patch16_224", depth=2, num_classes=3)
+    groups = parameter_groups(network, weight_decay=0.05, layer_decay=0.5, head_scale=10.0)
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    scales = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in groups for p in group["params"]}
+    assert scales.keys() == set(names.values())
+    assert scales["head.weight"] == (10.0, 0.05)
+    assert scales["head.bias"] == (10.0, 0.0)
+    assert scales["norm.weight"] == (0.5, 0.0)
+    assert scales["blocks.1.mlp.fc1.weight"] == (0.5, 0.05)
+    assert scales["blocks.0.mlp.fc1.weight"] == (0.25, 0.05)
+    assert scales["patch_embed.proj.weight"] == (0.125, 0.05)
+    assert scales["pos_embed"] == (0.125, 0.0)  # which timm's model exempts
+
+
+def test_a_schedule_applies_the_factors_of_the_groups() -> None:
+    config = load_config("configs/dat_tiny.yaml", ["TRAIN.HEAD_LR_SCALE", 10])
+    network = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
+    optimizer = build_optimizer(config, network, 1)
+    scheduler = build_scheduler(config, optimizer, updates_per_epoch=5, world_size=1)
+    plain = learning_rates(config, [0, 50, 1000], updates_per_epoch=5, world_size=1)
+    for update, rate in plain.items():
+        if update:
+            scheduler.step_update(update - 1)
+        assert learning_rate(optimizer) == pytest.approx(rate)
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([10 * rate] * 2 + [rate] * 2)
+
+
+def test_frozen_parts_stay_as_they_are_and_in_evaluation_mode() -> None:
+    network = torch.nn.Sequential(
+        torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout()),
+        torch.nn.Conv2d(4, 4, 3),
+        torch.nn.Dropout(),
+    )
+    assert freeze(network, ["0", "1.bias"]) == sum(p.numel() for p in network[0].parameters()) + 4
+    network.train()
+    keep_frozen_in_eval(network)
+    assert [module.training for module in network[0].modules()] == [False] * 4
+    assert network[1].training
+    assert network[2].training
+    before = copy.deepcopy(network[0].state_dict())
+    optimizer = build_optimizer(load_config("configs/dat_tiny.yaml"), network, 1)
+    network(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(network[0].state_dict(), before, rtol=0, atol=0)
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize(
+    ("patterns", "says"),
+    [
+        (["weigth"], "no part named 'weigth'; did you mean weight"),
+        (["stem"], "no part named 'stem'"),
+        (["*"], "leaves nothing to train"),
+    ],
+)
+def test_what_cannot_be_frozen_is_said(patterns: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=rf"TRAIN\.FREEZE.*{says}"):
+        freeze(torch.nn.Linear(2, 2), patterns)
+
+
+@pytest.mark.parametrize(
+    ("option", "needs"), [("LAYER_DECAY", "does not tell its layers"), ("HEAD_LR_SCALE", "no clas")]
+)
+def test_a_factor_that_a_network_has_no_part_for_is_refused(option: str, needs: str) -> None:
+    config = load_config("configs/dat_tiny.yaml", [f"TRAIN.{option}", "0.5"])
+    with pytest.raises(ValueError, match=rf"TRAIN\.{option}: Linear .*{needs}"):
+        build_optimizer(config, torch.nn.Linear(2, 2), 1)

@@ -160,7 +160,7 @@ ROWS = [
     ),
     Wrong(name="flag: --amp", flags=("--amp", "fp32"), says="AMP must be one of off, fp16, bf16, auto, not 'fp32'"),
     Wrong(name="flag: --device", flags=("--device", "cuda:0"), says=r"DEVICE must be one of .*did you mean cuda\?"),
-    Wrong(name="flag: --tag", flags=("--tag", "a/b"), says="TAG names a folder and must be a plain name, not 'a/b'"),
+    Wrong(name="flag: --tag", flags=("--tag", "a/b"), says="TAG must be the plain name of a folder, not 'a/b'"),
     Wrong(
         name="flag: no checkpoint to evaluate", flags=("--eval",), says="--eval needs a checkpoint: pass .* --resume"
     ),
@@ -175,6 +175,16 @@ ROWS = [
     opts("without its section", "EPOCHS", "1", r"unknown option EPOCHS; did you mean TRAIN.EPOCHS\?"),
     opts("in small letters", "train.epochs", "1", r"unknown option train.epochs; did you mean TRAIN.EPOCHS\?"),
     opts("unlike any", "QUICKLY", "1", "unknown option QUICKLY; every option stands in config.py"),
+    opts(
+        "frozen part", "TRAIN.FREEZE", "[patch_prj]", "TRAIN.FREEZE: the network has no part named 'patch_prj'; did you"
+    ),
+    opts("recorder", "LOG.TO", "[wandbb]", "LOG.TO must be a list of tensorboard, wandb and mlflow, not"),
+    opts(
+        "sides",
+        "DATA.IMG_SIZE",
+        "[32]",
+        r"DATA.IMG_SIZE must be a number of pixels from 1 on, or \[height, width\], not",
+    ),
     opts("below an option", "TAG.NAME", "1", "unknown option TAG.NAME; "),
     opts("section", "TRAIN", "1", "TRAIN is a section; set one of its options, such as TRAIN.EPOCHS"),
     opts("BASE", "BASE", "x.yaml", "BASE belongs into a config file"),
@@ -190,14 +200,14 @@ ROWS = [
     opts("negative", "TRAIN.WEIGHT_DECAY", "-1", "TRAIN.WEIGHT_DECAY must be 0 or more, not -1"),
     opts("zero", "DATA.BATCH_SIZE", "0", "DATA.BATCH_SIZE must be at least 1, not 0"),
     opts("no probability", "AUG.REPROB", "2", "AUG.REPROB must be between 0 and 1, not 2"),
-    opts("no choice", "TRAIN.OPTIMIZER.NAME", "adam", r"must be one of adamw, sgd, not 'adam'; did you mean adamw\?"),
+    opts("no optimizer", "TRAIN.OPTIMIZER.NAME", "adamv", r"there is no optimizer 'adamv'; did you mean adam"),
     opts("length of a pair", "AUG.RATIO", "[1]", r"AUG.RATIO must be two numbers \[smallest, largest\], above 0, not"),
     opts("order of a pair", "AUG.SCALE", "[1, 0.5]", r"two numbers \[smallest, largest\], above 0 and at most 1, not"),
     opts("entry of a pair", "AUG.SCALE", "[a, b]", r"AUG.SCALE\[0\] must be a number, such as 0.08, not 'a'"),
     opts("betas", "TRAIN.OPTIMIZER.BETAS", "[0.9, 1]", "BETAS must be two numbers from 0 to below 1, not"),
     opts("augmentation", "AUG.AUTO_AUGMENT", "rand-x9", "'rand-x9' is no policy of timm; write one such as rand-m9-"),
     opts("control character", "OUTPUT", "a\nb", r"OUTPUT must be text of one line .*, not 'a\\nb'"),
-    opts("no name", "TAG", "..", r"TAG names a folder and must be a plain name, not '\.\.'"),
+    opts("no name", "TAG", "..", r"TAG must be the plain name of a folder, not '\.\.'"),
     opts("class map without weights", "MODEL.CLASS_MAP", "map.txt", "MODEL.CLASS_MAP belongs to .* --pretrained"),
     # The network.
     dat("three dims", r"dims = \[8, 16, 16\] must be a list of 4 entries, one per stage", dims=[8, 16, 16]),

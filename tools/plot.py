@@ -1,72 +1,181 @@
-"""Draw the curves of a run from its metrics.jsonl.
+"""Draw the curves of one run, or of several in one picture, from their metrics.jsonl.
 
 python tools/plot.py output/digits/default
+python tools/plot.py output/digits/default output/digits/lion --output both.png
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-_NAMES = {"eval": "weights", "eval_ema": "averaged weights"}
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
+
+from config import load_config
+from lr_scheduler import learning_rates, planned_schedule
+
+_KINDS = {"eval": "validation, raw weights", "eval_ema": "validation, averaged weights"}
+_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
+
+Row = dict[str, Any]
 
 
-def plot_curves(metrics: Path, target: Path) -> None:
-    """Draw loss, accuracy and learning rate over epochs.
+def plot_curves(runs: dict[str, Path], target: Path, *, planned: Sequence[tuple[float, float]] = ()) -> None:
+    """Draw loss, score and learning rate over epochs.
 
     Args:
-        metrics: a `metrics.jsonl`.
+        runs: the `metrics.jsonl` of each run, by the name of the run.
         target: the picture to write.
+        planned: learning rates to come, as `lr_scheduler.planned_schedule` gives them.
 
     Raises:
-        ValueError: where `metrics` is missing or holds no rows.
+        ValueError: a file is missing or holds no rows of training.
     """
-    if not metrics.is_file():
-        raise ValueError(f"{metrics} does not exist; give the output folder of a run")
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    train = [row for row in rows if row["kind"] == "train"]
-    if not train:
-        raise ValueError(f"{metrics} holds no rows of training yet")
-    updates_per_epoch = max(row["update"] / row["epoch"] for row in train)
     figure = Figure(figsize=(15, 4.2), layout="constrained")
-    loss, accuracy, rate = figure.subplots(1, 3)
-    epochs = [row["update"] / updates_per_epoch for row in train]
-    loss.plot(epochs, [row["loss"] for row in train], label="training, as trained on", linewidth=1)
-    rate.plot(epochs, [row["lr"] for row in train], linewidth=1.5)
-    for kind, name in _NAMES.items():
-        found = [row for row in rows if row["kind"] == kind]
-        if found and {"loss", "top1"} <= found[0].keys():
-            at = [row["epoch"] for row in found]
-            loss.plot(at, [row["loss"] for row in found], label=f"held out, {name}")
-            best = max(found, key=lambda row: row["top1"])
-            accuracy.plot(at, [row["top1"] for row in found], marker=".", label=f"{name}, best {best['top1']:.2f} %")
-            accuracy.plot(best["epoch"], best["top1"], marker="o", color=accuracy.lines[-1].get_color())
-    _finish(loss, "loss", legend=True)
-    _finish(accuracy, "top-1 accuracy, %", legend=True)
-    _finish(rate, "learning rate", legend=False)
+    loss, score, rate = figure.subplots(1, 3)
+    if planned:
+        rate.plot(*zip(*planned, strict=True), color="0.6", linestyle="--", linewidth=1, label="planned")
+    colours = cycle(_COLOURS)
+    for name, metrics in runs.items():
+        rows = _read(metrics)
+        prefix = f"{name}: " if len(runs) > 1 else ""
+        train = [row for row in rows if row["kind"] == "train"]
+        at = epochs_of(train, rows)
+        colour = next(colours)
+        loss.plot(at, _column(train, "loss"), color=colour, linewidth=1, label=f"{prefix}training")
+        rate.plot(at, _column(train, "lr"), color=colour, linewidth=1.5, label=f"{prefix}as trained")
+        for kind, title in _KINDS.items():
+            found = [row for row in rows if row["kind"] == kind]
+            if found:
+                _draw_evaluations(loss, score, found, f"{prefix}{title}", next(colours))
+    _finish(loss, "loss")
+    _finish(score, "score on the validation set")
+    _finish(rate, "learning rate")
     figure.savefig(target, dpi=110)
 
 
-def _finish(axes: Axes, title: str, *, legend: bool) -> None:
+def epochs_of(train: list[Row], rows: list[Row]) -> list[float]:
+    """Return where the rows of training lie, in epochs.
+
+    A row tells its epoch and how many updates of the size of that time the run has taken. The last row of a finished
+    epoch gives the updates of an epoch. After a change of the batch size, that is another number: a row takes the
+    latest one that puts it into its own epoch.
+    """
+    sizes = {row["epoch"]: row["update"] / row["epoch"] for row in rows}
+    finished = {row["epoch"] for row in rows if row["kind"] != "train"} | {
+        epoch for epoch in sizes if epoch < max(sizes)
+    }
+    positions = []
+    for row in train:
+        epoch, update = row["epoch"], row["update"]
+        known = [sizes[other] for other in sorted(finished, reverse=True) if other <= epoch]
+        inside = (update / size for size in [*known, sizes[epoch]] if epoch - 1 < update / size <= epoch)
+        positions.append(next(inside, float(epoch)))
+    return positions
+
+
+def planned_rates(run: Path) -> list[tuple[float, float]]:
+    """Return the learning rates that a run plans for all of its epochs, as `lr_scheduler.planned_schedule` does.
+
+    Raises:
+        ValueError: the folder holds no config.yaml or no rows of training.
+    """
+    config = load_config(run / "config.yaml")
+    rows = _read(run / "metrics.jsonl")
+    last = [row for row in rows if row["kind"] == "train"][-1]
+    updates_per_epoch = round(last["update"] / epochs_of([last], rows)[0])
+    shape = {"updates_per_epoch": updates_per_epoch, "world_size": 1}
+    # Learning rates are proportional to the number of processes, which no file tells.
+    one_process = learning_rates(config, [last["update"] - 1], **shape)[last["update"] - 1]
+    shape["world_size"] = max(1, round(last["lr"] / one_process)) if one_process else 1
+    return planned_schedule(config, **shape)
+
+
+def _read(metrics: Path) -> list[Row]:
+    if not metrics.is_file():
+        raise ValueError(f"{metrics} does not exist; give the output folder of a run")
+    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    if not any(row["kind"] == "train" for row in rows):
+        raise ValueError(f"{metrics} holds no rows of training yet")
+    return rows
+
+
+def _column(rows: list[Row], name: str) -> list[float]:
+    """Return a column; what was not finite, null in the file, leaves a gap."""
+    return [float("nan") if row[name] is None else row[name] for row in rows]
+
+
+def _draw_evaluations(loss: Axes, score: Axes, rows: list[Row], label: str, colour: str) -> None:
+    at = [row["epoch"] for row in rows]
+    metrics = [name for name in rows[0] if name not in ("kind", "epoch", "update")]
+    if "loss" in metrics:
+        loss.plot(at, _column(rows, "loss"), color=colour, label=label)
+    if "top1" not in metrics:  # of another task; whether a larger value is better, no row tells
+        for name in metrics:
+            if name != "loss":
+                score.plot(at, _column(rows, name), marker=".", label=f"{label}: {name}")
+        return
+    values = _column(rows, "top1")
+    best = max(range(len(rows)), key=lambda i: values[i] if values[i] == values[i] else float("-inf"))
+    score.plot(at, values, color=colour, marker=".", label=label)
+    score.plot(
+        at[best],
+        values[best],
+        color=colour,
+        marker="*",
+        markersize=12,
+        linestyle="",
+        label=f"best: {values[best]:.2f} % in epoch {at[best]}",
+    )
+
+
+def _finish(axes: Axes, title: str) -> None:
     axes.set_title(title)
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    if legend and axes.get_legend_handles_labels()[0]:
-        axes.legend()
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        axes.legend(fontsize="small")
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """Return what tells the runs apart: the tag, or as much of the path as it takes."""
+    for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-parts:]) for folder in folders]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError("a run is named twice")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw what the command line asks for; return the exit status."""
+    parser = argparse.ArgumentParser(prog="plot.py", description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: curves.png or comparison.png in the first RUN"
+    )
+    parser.add_argument("--planned", action="store_true", help="also draw the learning rate that is still to come")
+    args = parser.parse_args(argv)
+    try:
+        runs = dict(zip(_names(args.runs), (run / "metrics.jsonl" for run in args.runs), strict=True))
+        target = args.output or args.runs[0] / ("curves.png" if len(runs) == 1 else "comparison.png")
+        planned = planned_rates(args.runs[0]) if args.planned else ()
+        plot_curves(runs, target, planned=planned)
+    except (ValueError, OSError) as problem:
+        print(f"plot.py: {problem}", file=sys.stderr)
+        return 2
+    print(target)
+    return 0
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python tools/plot.py OUTPUT_FOLDER")
-    try:
-        plot_curves(Path(sys.argv[1]) / "metrics.jsonl", Path(sys.argv[1]) / "curves.png")
-    except ValueError as problem:
-        print(f"plot.py: {problem}", file=sys.stderr)
-        sys.exit(2)
-    print(Path(sys.argv[1]) / "curves.png")
+    sys.exit(main())

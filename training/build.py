@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from logger import RunLog, check_writers
-from lr_scheduler import build_scheduler
+from logger import RunLog, check_recorders
+from lr_scheduler import build_scheduler, doubtful_drop
 from models.contract import compile_parts
-from optimizer import build_optimizer
+from optimizer import build_optimizer, freeze
 from tasks import Task, build_task
 from training.checkpoint import CheckpointFolder, load_strictly, model_weights
 from training.output_folder import hold_folder, open_folder, set_aside
@@ -143,7 +143,7 @@ def assemble(config: CfgNode, world: World) -> Assembly:
     """
     task = build_task(config, world, training=True)
     train_loader, eval_loader = task.train_loader(), task.eval_loader()
-    check_writers(config)
+    check_recorders(config)
     network = build_network(task, world)
     images_per_update = config.DATA.BATCH_SIZE * world.size * config.TRAIN.ACCUMULATION_STEPS
     resumed = find_resumed(
@@ -160,6 +160,9 @@ def assemble(config: CfgNode, world: World) -> Assembly:
         notes += start_from_pretrained(config, network)
     elif config.MODEL.CLASS_MAP:
         raise ValueError("MODEL.CLASS_MAP belongs to the weights of --pretrained; give those too, or remove the map")
+    if config.TRAIN.FREEZE:
+        frozen = freeze(network, config.TRAIN.FREEZE)
+        notes.append(f"{frozen / 1e6:.2f} M parameters are frozen: {', '.join(config.TRAIN.FREEZE)}")
     ema = ModelEmaV3(network, decay=config.TRAIN.EMA.DECAY, use_warmup=True) if config.TRAIN.EMA.ENABLED else None
     if config.COMPILE:
         compile_parts(network)
@@ -176,11 +179,11 @@ def assemble(config: CfgNode, world: World) -> Assembly:
     )
     if resumed:
         notes += _restore(state, config, *resumed[:2])
-    warnings += suspicious_settings(config, state, len(train_loader.dataset)) + task.doubts()
+    warnings += suspicious_settings(config, state, len(train_loader.dataset), world.size) + task.doubts()
     return Assembly(task, train_loader, eval_loader, state, resumed[0] if resumed else None, notes, warnings)
 
 
-def suspicious_settings(config: CfgNode, state: TrainingState, images: int) -> list[str]:
+def suspicious_settings(config: CfgNode, state: TrainingState, images: int, world_size: int) -> list[str]:
     """Return which settings of a run on so many training images are probably not what its user means."""
     found = []
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
@@ -188,6 +191,8 @@ def suspicious_settings(config: CfgNode, state: TrainingState, images: int) -> l
             f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {config.TRAIN.EPOCHS}: the "
             "learning rate never reaches TRAIN.BASE_LR"
         )
+    drop = doubtful_drop(config, updates_per_epoch=state.updates_per_epoch, world_size=world_size)
+    found += [drop] if drop else []
     dropped = images - state.updates_per_epoch * state.images_per_update
     if dropped > images / 10:
         found.append(

@@ -5,46 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
-from config import load_config
-
-# Flags that set an option of the config, and how their text is read.
-_OPTION_FLAGS: dict[str, tuple[str, dict[str, Any]]] = {
-    "--batch-size": ("DATA.BATCH_SIZE", {"metavar": "N", "help": "images per process and micro-batch"}),
-    "--data-path": (
-        "DATA.DATA_PATH",
-        {"metavar": "FOLDER", "help": "holds train/ and val/; or the variable DATA_PATH"},
-    ),
-    "--pretrained": ("MODEL.PRETRAINED", {"metavar": "FILE", "help": "weights to start from (fine-tuning)"}),
-    "--resume": ("MODEL.RESUME", {"metavar": "FILE", "help": "checkpoint to continue or to evaluate"}),
-    "--amp": (
-        "AMP",
-        {"nargs": "?", "const": "auto", "metavar": "off|fp16|bf16", "help": "mixed precision of training"},
-    ),
-    "--accumulation-steps": ("TRAIN.ACCUMULATION_STEPS", {"metavar": "N", "help": "micro-batches per update"}),
-    "--use-checkpoint": (
-        "TRAIN.USE_CHECKPOINT",
-        {"action": "store_true", "help": "recompute activations, saving memory"},
-    ),
-    "--compile": ("COMPILE", {"action": "store_true", "help": "torch.compile, block by block"}),
-    "--ema": (
-        "TRAIN.EMA.ENABLED",
-        {"action": "store_true", "help": "average the weights; with --eval, evaluate those"},
-    ),
-    "--output": ("OUTPUT", {"metavar": "FOLDER", "help": "results lie in FOLDER/<config name>/<tag>"}),
-    "--tag": ("TAG", {"help": "name of this run"}),
-    "--print-freq": ("PRINT_FREQ", {"metavar": "N", "help": "updates between lines of the log"}),
-    "--seed": ("SEED", {"metavar": "N", "help": "random seed"}),
-    "--device": ("DEVICE", {"metavar": "cuda|mps|cpu", "help": "default: the best there is"}),
-    "--deterministic": ("DETERMINISTIC", {"action": "store_true", "help": "deterministic kernels only"}),
-    "--allow-config-change": (
-        "TRAIN.ALLOW_CONFIG_CHANGE",
-        {"action": "store_true", "help": "resume although options differ from those of the checkpoint"},
-    ),
-}
+from config import OPTIONS, RunOption, load_config
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +23,7 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1)
+            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.7)
             hint = f"did you mean {near[0]}?" if near else "options of config.py are set by --opts KEY VALUE"
             self.error(f"unknown argument {unknown[0]}; {hint}")
         return parsed
@@ -71,22 +37,52 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     mode.add_argument("--eval", action="store_true", help="evaluate --resume instead of training")
     mode.add_argument("--throughput", action="store_true", help="measure images per second instead of training")
     parser.add_argument("--check", action="store_true", help="check config, data layout and files, and stop")
-    for flag, (key, settings) in _OPTION_FLAGS.items():
-        parser.add_argument(flag, dest=key, default=None, **settings)
+    flags = {option.flag: key for key, option in OPTIONS.items() if isinstance(option, RunOption) and option.flag}
+    for flag, key in flags.items():
+        parser.add_argument(flag, dest=key, default=None, **_reading(OPTIONS[key]))
     parser.add_argument(
         "--opts", nargs="*", action="extend", default=[], metavar="KEY VALUE", help="any option of config.py"
     )
     args = parser.parse_args(argv)
     if not args.cfg:
         parser.error("no config given; pass one as --cfg FILE, such as configs/digits.yaml")
-    empty = next((flag for flag, (key, _) in _OPTION_FLAGS.items() if getattr(args, key) == ""), None)
+    given = {key: getattr(args, key) for key in flags.values() if getattr(args, key) is not None}
+    empty = next((flag for flag, key in flags.items() if given.get(key) == ""), None)
     if empty:
         parser.error(f"{empty} is empty; give it a value or leave it out")
     if len(args.opts) % 2:
         hint = f": write {args.opts[-1].replace('=', ' ', 1)}" if "=" in args.opts[-1] else ""
         raise ValueError(f"--opts takes pairs of KEY VALUE; {args.opts[-1]!r} has no value{hint}")
-    given = {key: getattr(args, key) for key, _ in _OPTION_FLAGS.values() if getattr(args, key) is not None}
+    if "MODEL.TIMM.NAME" in given:
+        given["MODEL.TYPE"] = "timm"
     config = load_config(args.cfg, [*args.opts, *(word for option in given.items() for word in option)])
-    if args.eval and not (config.MODEL.RESUME or config.MODEL.PRETRAINED):
-        raise ValueError("--eval needs a checkpoint: pass it as --resume FILE")
+    if args.eval:
+        _choose_evaluated(config, {*args.opts[::2], *given})
     return args, config
+
+
+def _reading(option: RunOption) -> dict[str, Any]:
+    """Return how argparse reads the flag of an option."""
+    meaning = {"help": option.meaning.replace("%", "%%")}
+    if isinstance(option.default, bool):
+        return {"action": "store_const", "const": option.bare, **meaning}
+    optional = {} if option.bare is None else {"nargs": "?", "const": option.bare}
+    return {"metavar": option.metavar, **meaning, **optional}
+
+
+def _choose_evaluated(config: CfgNode, given: set[str]) -> None:
+    """Set MODEL.RESUME to the checkpoint to evaluate: the one on the command line, or the best of the run itself.
+
+    Files that a config names are what its run started from; they are not evaluated by accident.
+
+    Raises:
+        ValueError: there is neither.
+    """
+    best = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG / "best.pth"
+    named = [config.MODEL[name] for name in ("RESUME", "PRETRAINED") if f"MODEL.{name}" in given]
+    if not any(named) and not best.is_file():
+        start = config.MODEL.RESUME or config.MODEL.PRETRAINED
+        hint = f"; {start}, which the config names, is what the run starts from" if start else ""
+        raise ValueError(f"--eval needs a checkpoint: pass it as --resume FILE{hint}")
+    config.MODEL.RESUME = next(filter(None, named), str(best))
+    config.MODEL.PRETRAINED = ""

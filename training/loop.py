@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from enum import IntEnum
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from optimizer import can_skip, skip_next_step
+from optimizer import keep_frozen_in_eval, learning_rate, step_unless
 from tasks import Evaluation
 from training.anomaly import first_nonfinite
 from training.exit_status import FAILED
@@ -93,14 +94,15 @@ def train_one_epoch(run: Run) -> bool:
     """
     state, position = run.state, run.state.position
     run.model.train()
+    keep_frozen_in_eval(state.network)
     run.train_loader.sampler.set_position(position.epoch, position.update * state.images_per_update)
     batches, reader, ask = iter(run.train_loader), LateReader(), Ask.NOTHING
     with Progress(run) as progress:
         while position.update < state.updates_per_epoch:
-            lr = state.optimizer.param_groups[0]["lr"]
+            lr = learning_rate(state.optimizer)
             update = take_update(run, batches)
             numbers = share(run, update, save_due=progress.is_clock_due())
-            tag = position.update, lr, list(update.parts), update.batches
+            tag = position.update, lr, time.perf_counter(), list(update.parts), update.batches
             ask = record(run, reader.exchange(tag, numbers), progress)
             if ask or progress.is_count_due():
                 ask = max(ask, record(run, reader.flush(), progress))
@@ -140,11 +142,7 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     norm = nn.utils.clip_grad_norm_(weights, config.TRAIN.CLIP_GRAD or math.inf)
     broken = sum_over_ranks((~(norm.isfinite() & total.isfinite())).float()).clamp(max=1)
-    if can_skip(optimizer):
-        skip_next_step(optimizer, broken)  # decided on the device, which nobody waits for
-        optimizer.step()
-    elif not broken:
-        optimizer.step()
+    step_unless(broken, optimizer)
     if state.scaler.is_enabled():
         state.scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -175,7 +173,7 @@ def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress)
     if report is None:
         return Ask.NOTHING
     config, position = run.config, run.state.position
-    (update, lr, names, batches), (loss, norm, unreadable, save, stop, *parts) = report
+    (update, lr, taken, names, batches), (loss, norm, unreadable, save, stop, *parts) = report
     position.unreadable += int(unreadable)
     samples = len(run.train_loader.dataset)
     if position.unreadable > config.DATA.MAX_BAD_SHARE * samples:
@@ -198,7 +196,7 @@ def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress)
                 "kept. Try a lower TRAIN.BASE_LR, a longer warm-up, or --amp bf16 in place of fp16"
                 + (f". {anomaly_report(run, update, batches)}" if batches else "")
             )
-    progress.advance(update, loss, lr, names)
+    progress.advance(update, loss, lr, names, taken)
     return Ask.STOP if stop else Ask.SAVE if save else Ask.NOTHING
 
 
@@ -243,7 +241,7 @@ def conclude(run: Run, saved: bool) -> int:
     wait_for_all()
     if run.world.is_main:
         try:
-            plot_curves(run.folder / "metrics.jsonl", run.folder / "curves.png")
+            plot_curves({run.config.TAG: run.folder / "metrics.jsonl"}, run.folder / "curves.png")
         except OSError as error:
             run.log.warning(f"{run.folder / 'curves.png'} could not be written ({error.strerror})")
     run.log.info(

@@ -17,7 +17,8 @@ class Progress:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._begin = self._last_line = self._last_save = time.monotonic()
+        self._begin = self._last_line = time.perf_counter()
+        self._last_save = time.monotonic()
         self._first = self._last_update = run.state.position.update
         title = f"epoch {run.state.position.epoch + 1}/{run.config.TRAIN.EPOCHS}"
         self._bar = run.log.bar(run.state.updates_per_epoch, self._first, title)
@@ -28,12 +29,20 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def advance(self, update: int, loss: float, lr: float, names: list[str]) -> None:
-        """Move on to `update`, whose loss is known now; `names` are those of its named losses."""
+    def advance(self, update: int, loss: float, lr: float, names: list[str], taken: float) -> None:
+        """Move on to an update, whose loss is known now.
+
+        Args:
+            update: its number within the epoch, from 1.
+            loss: over all ranks.
+            lr: its learning rate.
+            names: of its named losses.
+            taken: when it was taken, by `time.perf_counter`; its loss is known one update later.
+        """
         self._bar.update()
         self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         if update % self._run.config.PRINT_FREQ == 0 or update == self._run.state.updates_per_epoch:
-            self._log(update, lr, names)
+            self._log(update, lr, names, taken)
 
     def is_count_due(self) -> bool:
         """Return whether SAVE_EVERY_UPDATES asks for a checkpoint; the same on every rank."""
@@ -49,31 +58,34 @@ class Progress:
         """Note that a checkpoint was written now."""
         self._last_save = time.monotonic()
 
-    def _log(self, update: int, lr: float, names: list[str]) -> None:
-        run, state, position, now = self._run, self._run.state, self._run.state.position, time.monotonic()
+    def _log(self, update: int, lr: float, names: list[str], taken: float) -> None:
+        run, state, position = self._run, self._run.state, self._run.state.position
         columns = list(zip(*position.unlogged, strict=True)) or [(math.nan,)] * (2 + len(names))
         loss, norm, *parts = (sum(values) / len(values) for values in columns)
         position.unlogged.clear()
-        rate = (update - self._last_update) * state.images_per_update / max(now - self._last_line, 1e-9)
+        rate = (update - self._last_update) * state.images_per_update / (taken - self._last_line)
         left = (run.config.TRAIN.EPOCHS - position.epoch) * state.updates_per_epoch - update
-        seconds_left = left * (now - self._begin) / max(update - self._first, 1)
-        self._last_line, self._last_update = now, update
+        seconds_left = left * (taken - self._begin) / max(update - self._first, 1)
+        self._last_line, self._last_update = taken, update
+        memory = _memory(run.world.device)
         shown = "".join(f"{name} {part:.4f}  " for name, part in zip(names, parts, strict=True))
         run.log.step(
             f"epoch {position.epoch + 1}/{run.config.TRAIN.EPOCHS} update {update}/{state.updates_per_epoch}  "
             f"lr {lr:.3e}  loss {loss:.4f}  {shown}grad norm {norm:.3f}  {rate:.1f} images/s  "
-            f"{_memory(run.world.device)}{_scale(state.scaler)}  {_clock(seconds_left)} left"
+            f"{memory:.1f} GiB{_scale(state.scaler)}  {_clock(seconds_left)} left"
         )
-        total = position.epoch * state.updates_per_epoch + update
+        at = {"epoch": position.epoch + 1, "update": position.epoch * state.updates_per_epoch + update}
         values = {"lr": lr, "loss": loss, "grad_norm": norm, **dict(zip(names, parts, strict=True))}
-        run.log.metrics("train", epoch=position.epoch + 1, update=total, **values)
+        run.log.metrics("train", **at, **values)
+        run.log.speed(**at, images_per_second=round(rate, 2), memory_gib=round(memory, 3))
 
 
-def _memory(device: torch.device) -> str:
+def _memory(device: torch.device) -> float:
+    """Return the most memory used so far, of a GPU or of the process, in GiB."""
     if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB GPU"
+        return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
-    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GiB"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def _scale(scaler: torch.amp.GradScaler) -> str:

@@ -10,7 +10,7 @@ import yaml
 from torch import nn
 from yacs.config import CfgNode
 
-from config import default_config, differences, flatten
+from config import complete, differences, flatten, options
 from models.weights import adapt
 from tasks import Task
 from training.checkpoint import FORMAT, CheckpointFolder, load_checkpoint, model_weights
@@ -25,18 +25,6 @@ _TRAINING_STATE: dict[str, Any] = {
     "best_accuracy": float,
     **dict.fromkeys(("images_per_update", "epoch", "update", "best_epoch"), int),
     **dict.fromkeys(("nonfinite_in_row", "nonfinite", "unreadable"), int),
-}
-
-# What may change between the start and the continuation of a run without changing its result. Batch size and
-# accumulation may, too, as long as an update sees as many images.
-_FREE_TO_CHANGE = {
-    *("OUTPUT", "TAG", "DEVICE", "PRINT_FREQ", "TENSORBOARD", "WANDB", "COMPILE", "DETERMINISTIC"),
-    *("SAVE_FREQ", "KEEP_CHECKPOINTS", "SAVE_EVERY_UPDATES", "SAVE_EVERY_MINUTES"),
-    *("DATA.DATA_PATH", "DATA.NUM_WORKERS", "DATA.PIN_MEMORY", "DATA.BATCH_SIZE"),
-    *("DATA.BAD_IMAGES", "DATA.MAX_BAD_SHARE"),
-    *("MODEL.RESUME", "MODEL.PRETRAINED", "MODEL.CLASS_MAP"),
-    *("TRAIN.AUTO_RESUME", "TRAIN.ALLOW_CONFIG_CHANGE", "TRAIN.USE_CHECKPOINT"),
-    *("TRAIN.ACCUMULATION_STEPS", "TRAIN.MAX_NONFINITE", "TRAIN.ANOMALY_REPORT"),
 }
 
 
@@ -136,22 +124,15 @@ def written_config(checkpoint: dict[str, Any]) -> CfgNode | None:
         return None
 
 
-def _completed(written: CfgNode) -> CfgNode:
-    """Return a config with the options that it lacks, which its run did not know yet, at their defaults."""
-    config = default_config()
-    config.set_new_allowed(True)
-    config.merge_from_other_cfg(written)
-    return config
-
-
 def config_changes(
     checkpoint: dict[str, Any], config: CfgNode, *, images_per_update: int, training_images: int
 ) -> list[str]:
     """Return the options of the run that wrote `checkpoint` that differ from this one's and change the result."""
+    free = options(may_change=True)  # BATCH_SIZE and ACCUMULATION_STEPS too: what counts is the size of an update
     changes = [
         f"{key}: {before!r} in the checkpoint, {now!r} now"
-        for key, before, now in differences(_completed(written_config(checkpoint)), config)
-        if key not in _FREE_TO_CHANGE
+        for key, before, now in differences(complete(written_config(checkpoint)), config)
+        if key not in free
     ]
     if checkpoint["images_per_update"] != images_per_update:
         changes.append(

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from logger import RunLog
-from optimizer import keeps_state
+from optimizer import keeps_state, skips_on_device
 from tasks import Task
 from training.checkpoint import FORMAT, CheckpointFolder, load_strictly, model_weights
 from utils import STAGED, StopSignal, World
@@ -148,14 +148,16 @@ class TrainingState:
             self.scheduler.step_update(self.updates_done - 1)
 
     def _has_optimizer_state(self, *, started: bool) -> bool:
-        """Return whether what the optimizer remembers of the weights has their shapes; kernels would not ask."""
+        """Return whether the optimizer remembers what it should; fused kernels would not ask for the shapes."""
         held = self.optimizer.state
         fit = (
             isinstance(value, torch.Tensor) and value.shape in ((), weight.shape)
             for weight, values in held.items()
             for value in values.values()
         )
-        return bool(held or not started or not keeps_state(self.optimizer)) and all(fit)
+        if skips_on_device(self.optimizer) and not all(fit):
+            return False
+        return bool(held or not started or not keeps_state(self.optimizer))
 
 
 @dataclass(frozen=True)

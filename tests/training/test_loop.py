@@ -140,7 +140,7 @@ def test_suspicious_settings_are_said(tmp_path: Path) -> None:
     assert "TRAIN.WARMUP_EPOCHS 2 is not below TRAIN.EPOCHS 2" in said
     assert "dropped: 3 of 9 images, others in each epoch" in said
     assert "1 of 2 classes have no held-out images: red" in said
-    _, config = parse(["--cfg", str(write_config(tmp_path / "images"))])
+    _, config = parse(["--cfg", str(write_config(tmp_path / "images")), "--warmup-epochs", "0"])
     assert assemble(config, CPU).warnings == []
 
 

@@ -1,0 +1,116 @@
+"""Where the rows of a run lie on the axis of epochs, and what the pictures show."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import matplotlib.axes
+import matplotlib.figure
+import pytest
+
+from config import load_config
+from lr_scheduler import learning_rates
+from tests.runs import ROOT
+from tools.plot import epochs_of, main, planned_rates, plot_curves
+
+
+def train_rows(epoch: int, updates: list[int]) -> list[dict[str, Any]]:
+    """Return rows of training."""
+    return [{"kind": "train", "epoch": epoch, "update": n, "lr": 0.1, "loss": 1.0, "grad_norm": 1.0} for n in updates]
+
+
+def eval_row(epoch: int, update: int, top1: float | None = 50.0, kind: str = "eval") -> dict[str, Any]:
+    """Return the row of an evaluation."""
+    return {"kind": kind, "epoch": epoch, "update": update, "top1": top1, "top5": 90.0, "loss": 1.0}
+
+
+def write_run(folder: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write the metrics of a run and return its folder."""
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
+    """Return a list that takes the figures that are saved."""
+    figures = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    return figures
+
+
+def legend(axes: matplotlib.axes.Axes) -> list[str]:
+    """Return the words of a legend."""
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+@pytest.mark.parametrize("later", [50, 200])
+def test_a_change_of_batch_size_leaves_earlier_epochs_in_place(later: int) -> None:
+    before = [*train_rows(1, [50, 100]), eval_row(1, 100), *train_rows(2, [150, 200]), eval_row(2, 200)]
+    middle = train_rows(3, [210, 225])  # of 300, where the run goes on with updates of another size
+    after = [*train_rows(3, [2 * later + later // 2, 3 * later]), eval_row(3, 3 * later)]
+    rows = [*before, *middle, *after]
+    train = [row for row in rows if row["kind"] == "train"]
+    assert epochs_of(train, rows) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.1, 2.25, 2.5, 3.0])
+
+
+def test_an_unfinished_epoch_is_measured_by_the_one_before() -> None:
+    rows = [*train_rows(1, [50, 100]), eval_row(1, 100), *train_rows(2, [110, 120])]
+    assert epochs_of([row for row in rows if row["kind"] == "train"], rows) == pytest.approx([0.5, 1.0, 1.1, 1.2])
+    begun = train_rows(1, [10, 20])
+    assert all(0 < position <= 1 for position in epochs_of(begun, begun))
+
+
+def test_legends_name_the_weights_and_the_best(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
+    rows = [*train_rows(1, [10]), eval_row(1, 10, 40.0), eval_row(1, 10, 30.0, "eval_ema")]
+    rows += [*train_rows(2, [20]), eval_row(2, 20, None), eval_row(2, 20, 45.5, "eval_ema")]
+    plot_curves({"run": write_run(tmp_path / "run", rows) / "metrics.jsonl"}, tmp_path / "curves.png")
+    loss, score, _ = drawn[0].axes
+    assert legend(loss) == ["training", "validation, raw weights", "validation, averaged weights"]
+    assert legend(score) == [
+        "validation, raw weights",
+        "best: 40.00 % in epoch 1",
+        "validation, averaged weights",
+        "best: 45.50 % in epoch 2",
+    ]
+
+
+def test_several_runs_share_a_picture(
+    tmp_path: Path, drawn: list[matplotlib.figure.Figure], capsys: pytest.CaptureFixture
+) -> None:
+    rows = [*train_rows(1, [10]), eval_row(1, 10)]
+    runs = [write_run(tmp_path / name / "default", rows) for name in ("one", "two")]
+    assert main([str(run) for run in runs]) == 0
+    assert capsys.readouterr().out.strip() == str(runs[0] / "comparison.png")
+    labels = legend(drawn[0].axes[0])
+    assert labels[0::2] == ["one/default: training", "two/default: training"]
+    assert len({line.get_color() for line in drawn[0].axes[0].lines}) == 4
+
+
+def test_the_planned_schedule_is_that_of_the_run(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
+    config = load_config(ROOT / "configs/digits.yaml")
+    rates = learning_rates(config, list(range(40)), updates_per_epoch=20, world_size=3)
+    rows = [row | {"lr": rates[row["update"] - 1]} for row in train_rows(1, [10, 20]) + train_rows(2, [30])]
+    run = write_run(tmp_path / "run", [*rows[:2], eval_row(1, 20), rows[2]])
+    shutil.copy(ROOT / "configs/digits.yaml", run / "config.yaml")
+    planned = dict(planned_rates(run))
+    assert [planned[(row["update"] - 1) / 20] for row in rows] == pytest.approx([row["lr"] for row in rows])
+    assert max(planned) == 399 / 20
+    assert main(["--planned", str(run)]) == 0
+    assert legend(drawn[0].axes[2]) == ["planned", "as trained"]
+
+
+@pytest.mark.parametrize(("name", "says"), [("none", "does not exist; give the output"), ("empty", "holds no rows of")])
+def test_what_cannot_be_drawn_is_said(name: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_run(tmp_path / "empty", [])
+    assert main([str(tmp_path / name)]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_picture_is_written(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [*train_rows(1, [10]), eval_row(1, 10)])
+    assert main([str(run)]) == 0
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
