@@ -127,7 +127,7 @@ def _deformable(model: str, size: int, stage: int, batch: int, device: torch.dev
     def run(form: str, *arguments: Tensor) -> Tensor:
         return deformable_attention(*arguments, scale=HEAD_DIM**-0.5, form=form, **options)
 
-    return Operation("deformable attention", run, arguments, choose_deformable(table=arguments[-1], **options))
+    return Operation("deformable attention", run, arguments, choose_deformable(arguments[0], native=side == native))
 
 
 def _mlp(model: str, size: int, stage: int, batch: int, device: torch.device) -> Operation:
@@ -173,7 +173,7 @@ def _layer(model: str, size: int, stage: int, batch: int, device: torch.device) 
                 module.form = "reference" if form == "reference" else "auto"
         return layer(arguments[0])
 
-    chosen = choose_deformable((side, side), layer.rpe_table, coordinates="dat++", clamped=True)
+    chosen = choose_deformable(x, native=side == native)
     return Operation("deformable layer", run, [x.requires_grad_(), *layer.parameters()], chosen)
 
 

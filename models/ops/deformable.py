@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
-from .grids import query_grid
+from . import gpu
+from .cpu import deformable as cpu
+from .grids import query_grid, query_steps
 from .position_bias import table_bias
-from .table_rows import crop_bias, separable_bias, table_columns, table_crops
 
-KEPT = 1 << 22  # attention weights of a batch that are kept for the backward pass at most: 16 MiB
-# Of larger batches, the weights that are made at a time:
-CACHED = 1 << 20  # on a CPU, 4 MiB, so that they stay in the cache
-AT_ONCE = 1 << 24  # elsewhere, 64 MiB, little beside the network and enough to fill a GPU
-FORMS = ("auto", "reference", "crops", "separable")
+FORMS = ("auto", "reference", "crops", "separable", "triton")
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float, dropout: float = 0.0) -> Tensor:
@@ -70,8 +62,9 @@ def deformable_attention(
         clamped: whether all positions are known to lie in [-1, 1], which ``crops`` needs.
         form: ``reference`` samples the table at every displacement and keeps all of them for the backward pass.
             ``separable`` and, on maps of the size that the table was made for, ``crops`` never hold a displacement, see
-            `models.ops.table_rows`, and make the attention weights anew in the backward pass; of small batches
-            ``crops`` keeps them. They have no dropout. ``auto`` takes `choose_form`.
+            `models.ops.cpu.table_rows`, and make the attention weights anew in the backward pass; of small batches
+            ``crops`` keeps them. ``triton`` is a kernel for GPUs that writes neither weights nor bias to the memory.
+            These three have no dropout. ``auto`` takes `choose_form`.
 
     Returns:
         ``[B, H*W, heads, d]``.
@@ -79,146 +72,71 @@ def deformable_attention(
     Raises:
         ValueError: the form is unknown or cannot do what is asked for.
     """
-    if form == "auto":
-        form = choose_form(map_size, table, coordinates=coordinates, clamped=clamped, dropout=dropout)
-    elif form not in FORMS:
+    native = clamped and coordinates == "dat++" and _is_native(map_size, table)
+    if form not in FORMS:
         raise ValueError(f"form {form!r} of deformable attention is unknown; choose one of {', '.join(FORMS)}")
-    elif form != "reference" and dropout:
+    if form not in ("auto", "reference") and dropout:
         raise ValueError(f"form {form!r} of deformable attention has no dropout; choose auto or reference")
-    elif form == "crops" and not (clamped and _is_native(map_size, table, coordinates)):
+    if form == "crops" and not native:
         raise ValueError("form 'crops' of deformable attention needs clamped positions and a map as the table's")
+    if form == "triton" and not _suits_gpu(q):
+        raise ValueError(
+            f"form 'triton' of deformable attention needs a GPU, heads of at most {gpu.LARGEST_HEAD} values and at "
+            "most float32; choose auto or reference"
+        )
+    if form == "auto":
+        form = choose_form(q, native=native, dropout=dropout)
+    if form == "triton":
+        return _on_gpu(q, k, v, positions, table, map_size=map_size, coordinates=coordinates, scale=scale)
+    if form in ("crops", "separable"):
+        return cpu.attention(
+            q, k, v, positions, table, map_size=map_size, coordinates=coordinates, scale=scale, form=form
+        )
     grid = query_grid(map_size, coordinates=coordinates, dtype=positions.dtype, device=positions.device)
-    if form == "reference":
-        return attention(q, k, v, table_bias(table, grid, positions), scale=scale, dropout=dropout)
-
-    heads_per_group = len(table) // positions.shape[1]
-    table = table.to(positions.dtype)
-    y, x = positions.repeat_interleave(heads_per_group, dim=1).unbind(-1)  # [B, heads, Ns]
-    if form == "crops":
-        y, x = _table_axis(grid[0, 0, 0], y, table.shape[1]), _table_axis(grid[0, 0, 1], x, table.shape[2])
-        to_matrix, bias = partial(table_crops, map_size=map_size), partial(crop_bias, map_size=map_size)
-    else:
-        y = _table_axis(grid[:, 0, 0], y.unsqueeze(-1), table.shape[1])  # [B, heads, Ns, H]
-        x = _table_axis(grid[0, :, 1], x.unsqueeze(-1), table.shape[2])
-        to_matrix, bias = table_columns, separable_bias
-    with torch.autocast(q.device.type, enabled=False):
-        matrix = to_matrix(table)
-
-        def attend(matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
-            return _BiasedAttention.apply(q, k, v, bias(matrix, y, x), scale)
-
-        # What the bias of the separable form is made of takes more memory than the weights.
-        if form == "crops" and len(q) * _weights_of_an_image(q, k) <= KEPT:
-            return attend(matrix, q, k, v, y, x)
-        return _make_anew(attend, matrix, q, k, v, y, x)
+    return attention(q, k, v, table_bias(table, grid, positions), scale=scale, dropout=dropout)
 
 
-def choose_form(
-    map_size: tuple[int, int], table: Tensor, *, coordinates: str, clamped: bool = False, dropout: float = 0.0
-) -> str:
-    """Return the form that `deformable_attention` takes for ``auto``: the fastest on CPUs that keeps no displacement.
+def choose_form(q: Tensor, *, native: bool, dropout: float = 0.0) -> str:
+    """Return the form that `deformable_attention` takes for ``auto``.
 
-    In a compiled graph it is the plain form, which the compiler fuses; what that keeps is the compiler's choice.
+    On GPUs the one that keeps nothing. On CPUs the fastest that keeps no displacement; in a compiled graph the plain
+    one, which the compiler fuses: what that keeps is the compiler's choice.
+
+    Args:
+        q: queries.
+        native: whether the map has the size that the table was made for, and no position lies outside.
+        dropout: probability of dropping an attention weight.
     """
-    if dropout or torch.compiler.is_compiling():
+    if dropout:
         return "reference"
-    return "crops" if clamped and _is_native(map_size, table, coordinates) else "separable"
+    if q.is_cuda:
+        return "triton" if _suits_gpu(q) else "reference"
+    if q.device.type != "cpu" or torch.compiler.is_compiling():
+        return "reference"
+    return "crops" if native else "separable"
 
 
-def _is_native(map_size: tuple[int, int], table: Tensor, coordinates: str) -> bool:
-    return coordinates == "dat++" and table.shape[1:] == tuple(2 * length - 1 for length in map_size)
+def _is_native(map_size: tuple[int, int], table: Tensor) -> bool:
+    return table.shape[1:] == tuple(2 * length - 1 for length in map_size)
 
 
-def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:
-    """Return the cell of a table's axis that holds the bias of the displacement (query - key) / 2."""
-    return ((query - key) / 2 + 1) * ((length - 1) / 2)
+def _suits_gpu(q: Tensor) -> bool:
+    return gpu.suits(q) and q.shape[-1] <= gpu.LARGEST_HEAD
 
 
-def _weights_of_an_image(q: Tensor, k: Tensor) -> int:
-    return k.shape[1] * q.shape[1:3].numel()
+def _on_gpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    *,
+    map_size: tuple[int, int],
+    coordinates: str,
+    scale: float,
+) -> Tensor:
+    from .gpu.deformable import attention
 
-
-def _make_anew(attend: Callable[..., Tensor], matrix: Tensor, q: Tensor, k: Tensor, *tensors: Tensor) -> Tensor:
-    """Return ``attend(matrix, q, k, ...)``, a few images at a time, each part of which is made anew in the backward."""
-    images = max(1, (CACHED if q.device.type == "cpu" else AT_ONCE) // _weights_of_an_image(q, k))
-    parts = zip(*(tensor.split(images) for tensor in (q, k, *tensors)), strict=True)
-    anew = partial(checkpoint, attend, matrix, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([anew(*part) for part in parts])
-
-
-class _BiasedAttention(torch.autograd.Function):
-    """Attention with a bias ``[B, heads, Ns, H*W]``, in whose memory the weights are written, that keeps the weights.
-
-    They have the keys first, as the bias of a key is a map of the queries. A CPU works on an image at a time, to stay
-    in the cache.
-
-    With weights ``P = softmax(S)``, ``S = scale K Q^T + bias`` and output ``O = P^T V``, the gradient ``G`` of ``O``
-    gives
-
-        dV = P G        dP = V G^T      dS = P * (dP - sum over keys of P * dP)
-        dQ = scale dS^T K               dK = scale dS Q                 dbias = dS
-
-    Logits, and what meets them in the softmax's backward, have the precision of the bias, at least float32.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, bias, scale):  # noqa: ANN001
-        weights, out = bias.detach(), torch.empty_like(q)
-        for part in _parts(q):
-            queries, keys, values = (_by_head(tensor[part]) for tensor in (q, k, v))
-            part_weights = _weights(weights[part].flatten(0, 1), queries, keys, scale)
-            _multiply(part_weights.to(v.dtype).mT, values, out[part])
-        ctx.save_for_backward(q, k, v, weights)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):  # noqa: ANN001
-        q, k, v, weights = ctx.saved_tensors
-        dq, dk, dv, dbias = (torch.empty_like(tensor) for tensor in (q, k, v, weights))
-        for part in _parts(q):
-            queries, keys, values, grads = (_by_head(tensor[part]) for tensor in (q, k, v, grad))
-            part_weights = weights[part].flatten(0, 1)
-            _multiply(part_weights.to(v.dtype), grads, dv[part])
-            dweights = _product(values, grads.mT, weights.dtype)
-            dlogits = torch.ops.aten._softmax_backward_data.out(
-                dweights, part_weights, 1, weights.dtype, grad_input=dbias[part].flatten(0, 1)
-            ).to(q.dtype)
-            _multiply(dlogits, queries, dk[part])
-            _multiply(dlogits.mT, keys, dq[part])
-        return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, dbias, None
-
-
-def _parts(x: Tensor) -> list[slice]:
-    """Return the images of a batch that are worked on at a time."""
-    images = 1 if x.device.type == "cpu" else max(1, len(x))
-    return [slice(first, first + images) for first in range(0, len(x), images)]
-
-
-def _by_head(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(0, 1)  # [B, N, heads, d] -> [B * heads, N, d]
-
-
-def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """Write ``a @ b [B * heads, N, d]`` to ``out [B, N, heads, d]``."""
-    if len(out) == 1:
-        torch.bmm(a, b, out=out[0].transpose(0, 1))
-    else:
-        out.transpose(1, 2).copy_((a @ b).unflatten(0, (len(out), -1)))
-
-
-def _weights(bias: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Return the softmax over the keys of ``scale k q^T + bias [B * heads, Ns, Nq]``, in the memory of the bias."""
-    if bias.dtype == q.dtype:
-        bias.baddbmm_(k, q.mT, alpha=scale)
-    else:
-        bias.add_(_product(k, q.mT, bias.dtype), alpha=scale)
-    return torch.softmax(bias, dim=1, out=bias)
-
-
-def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``a @ b`` that is never rounded to less than ``dtype``."""
-    if a.is_cuda and a.dtype != dtype:
-        return torch.bmm(a, b, out_dtype=dtype)
-    return a.to(dtype) @ b.to(dtype)
+    steps = query_steps(map_size, coordinates=coordinates)
+    tensors = (x.contiguous() for x in (q, k.to(q.dtype), v.to(q.dtype), positions.float(), table))
+    return attention(*tensors, map_size, steps, scale)[0]

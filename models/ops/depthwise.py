@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .cpu.onednn import depthwise_gelu, product
 from .forms import runs_by_hand
-from .onednn import depthwise_gelu, product
 
 FORMS = ("auto", "reference", "by_hand")
 CACHED = 1 << 20  # hidden values that are worked on at a time: 4 MiB, so that they stay in the cache

@@ -17,6 +17,12 @@ from torch import Tensor
 COORDINATES = ("dat++", "cvpr22")
 
 
+def _steps(length: int, *, shift: float, inset: int) -> tuple[float, float]:
+    """Return step and start of an axis whose coordinates are ``2 (i + shift) / (n - inset) - 1``."""
+    step = 2 / (length - inset) if length > 1 else 0.0
+    return step, shift * step - 1 if length > 1 else 0.0
+
+
 def _plane(size: tuple[int, int], *, shift: float, inset: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return ``2 (i + shift) / (n - inset) - 1`` on both axes, shape ``[h, w, 2]``, (y, x)."""
     axes = []
@@ -35,3 +41,9 @@ def query_grid(size: tuple[int, int], *, coordinates: str, dtype: torch.dtype, d
     """Return the coordinates of a map's queries, shape ``[h, w, 2]``, (y, x)."""
     shift, inset = (0.0, 1) if coordinates == "dat++" else (0.5, 0)
     return _plane(size, shift=shift, inset=inset, dtype=dtype, device=device)
+
+
+def query_steps(size: tuple[int, int], *, coordinates: str) -> list[float]:
+    """Return the step of `query_grid` and where it starts, on the y axis, then on the x axis."""
+    shift, inset = (0.0, 1) if coordinates == "dat++" else (0.5, 0)
+    return [value for length in size for value in _steps(length, shift=shift, inset=inset)]

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .cpu.onednn import product, suits
 from .forms import runs_by_hand
-from .onednn import product, suits
 
 FORMS = ("auto", "reference", "onednn")
 

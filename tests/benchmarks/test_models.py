@@ -12,7 +12,7 @@ from benchmarks import attention, model, sizes
 from benchmarks.memory import kept_for_backward
 from benchmarks.timing import spread, take_turns
 from models.attention import deformable as deformable_layer
-from models.ops import deformable as deformable_operation
+from models.ops.cpu import deformable as deformable_operation
 
 SMALL = """
 DATA: {IMG_SIZE: 64}

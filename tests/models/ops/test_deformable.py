@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory import kept_for_backward
-from models.ops import deformable
+from models.ops.cpu import deformable as on_cpu
 from models.ops.deformable import choose_form, deformable_attention
 
 HEADS = 4
@@ -74,15 +75,26 @@ def test_separable_on_any_map(size: tuple[int, int], native: tuple[int, int], re
         ((6, 7), True, "dat++", "separable"),
     ],
 )
-def test_the_choice_of_the_form(size: tuple[int, int], clamped: bool, coordinates: str, expected: str) -> None:
+def test_the_choice_of_the_form_on_a_cpu(
+    size: tuple[int, int], clamped: bool, coordinates: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tensors = inputs(size, (6, 6))
-    options = {"coordinates": coordinates, "clamped": clamped}
-    assert choose_form(size, tensors[4], **options) == expected
-    assert choose_form(size, tensors[4], **options, dropout=0.1) == "reference"
-    auto, plain = (
-        deformable_attention(*tensors, map_size=size, scale=0.4, form=form, **options) for form in ("auto", "reference")
-    )
-    torch.testing.assert_close(auto, plain)
+    taken = []
+    monkeypatch.setattr(on_cpu, "attention", lambda *_, form, **options: taken.append(form))
+    deformable_attention(*tensors, map_size=size, scale=0.4, coordinates=coordinates, clamped=clamped)
+    assert taken == [expected]
+
+
+def test_the_choice_follows_device_type_and_shape() -> None:
+    q = torch.zeros(1, 4, 2, 8)
+    assert choose_form(q, native=True, dropout=0.1) == "reference"
+    assert choose_form(q.to("meta"), native=True) == "reference"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = q.to("cuda")
+        assert choose_form(on_gpu, native=True) == choose_form(on_gpu.half(), native=False) == "triton"
+        assert choose_form(on_gpu, native=True, dropout=0.1) == "reference"
+        assert choose_form(on_gpu.double(), native=True) == "reference"
+        assert choose_form(on_gpu.new_empty(1, 4, 2, 160), native=True) == "reference"
 
 
 def test_an_unknown_form_is_refused() -> None:
@@ -98,6 +110,7 @@ def test_an_unknown_form_is_refused() -> None:
         ("crops", {"coordinates": "cvpr22"}, "needs clamped positions and a map as the table's"),
         ("crops", {"dropout": 0.1}, "has no dropout; choose auto or reference"),
         ("separable", {"dropout": 0.1}, "has no dropout; choose auto or reference"),
+        ("triton", {}, "needs a GPU, heads of at most 128 values and at most float32; choose auto or reference"),
     ],
 )
 def test_a_form_that_cannot_do_it_is_refused(form: str, options: dict[str, Any], message: str) -> None:
@@ -108,14 +121,8 @@ def test_a_form_that_cannot_do_it_is_refused(form: str, options: dict[str, Any],
 
 @pytest.mark.parametrize("form", ["crops", "separable"])
 def test_weights_of_large_batches_are_made_anew_in_parts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deformable, "KEPT", 0)
-    monkeypatch.setattr(deformable, "CACHED", 1)
-    assert_same(form, inputs((6, 7), (6, 7)), (6, 7))
-
-
-@pytest.mark.parametrize("form", ["crops", "separable"])
-def test_images_are_worked_on_together_as_on_a_gpu(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deformable, "_parts", lambda x: [slice(len(x))])
+    monkeypatch.setattr(on_cpu, "KEPT", 0)
+    monkeypatch.setattr(on_cpu, "CACHED", 1)
     assert_same(form, inputs((6, 7), (6, 7)), (6, 7))
 
 
@@ -161,5 +168,5 @@ def test_the_weights_of_small_batches_alone_are_kept(
     assert kept_of_an_image("reference", native, (20, 20), 25) > 2 * weights
     if form == "crops":
         assert weights < kept_of_an_image(form, native, (20, 20), 25) < 1.5 * weights
-        monkeypatch.setattr(deformable, "KEPT", 0)
+        monkeypatch.setattr(on_cpu, "KEPT", 0)
     assert kept_of_an_image(form, native, (20, 20), 25) < 0.25 * weights

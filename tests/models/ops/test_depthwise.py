@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.ops import depthwise
+from models.ops.cpu.onednn import product
 from models.ops.depthwise import choose_form, conv_mlp, depthwise_residual
-from models.ops.onednn import product
 
 
 def inputs(batch: int = 5, kernel_size: int = 3) -> list[Tensor]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from models.layers import Linear, PointwiseConv
 from models.ops import linear as linear_module
-from models.ops import onednn
+from models.ops.cpu import onednn
+from models.ops.cpu.onednn import depthwise_gelu, product, suits
 from models.ops.depthwise import conv_mlp
 from models.ops.linear import choose_form, linear
-from models.ops.onednn import depthwise_gelu, product, suits
 
 pytestmark = pytest.mark.skipif(not suits(torch.zeros(1)), reason="PyTorch without oneDNN, or not on x86")
 

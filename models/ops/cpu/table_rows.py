@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .rows import cell, neighbours, weighted_rows
+from ..rows import cell, neighbours, weighted_rows
 
 WHOLE_CROP = 256  # pixels of the largest map whose crops are stored whole; larger ones are stored by row
 

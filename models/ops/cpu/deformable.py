@@ -1,0 +1,122 @@
+"""Deformable attention for the caches of a CPU: the bias from rows of the table, the weights an image at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from ..grids import query_grid
+from .table_rows import crop_bias, separable_bias, table_columns, table_crops
+
+KEPT = 1 << 22  # attention weights of a batch that are kept for the backward pass at most: 16 MiB
+CACHED = 1 << 20  # of larger batches, the weights that are made at a time: 4 MiB, so that they stay in the cache
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    table: Tensor,
+    *,
+    map_size: tuple[int, int],
+    coordinates: str,
+    scale: float,
+    form: str,
+) -> Tensor:
+    """Return what `models.ops.deformable.deformable_attention` does, for ``form`` ``crops`` or ``separable``."""
+    grid = query_grid(map_size, coordinates=coordinates, dtype=positions.dtype, device=positions.device)
+    heads_per_group = len(table) // positions.shape[1]
+    table = table.to(positions.dtype)
+    y, x = positions.repeat_interleave(heads_per_group, dim=1).unbind(-1)  # [B, heads, Ns]
+    if form == "crops":
+        y, x = _table_axis(grid[0, 0, 0], y, table.shape[1]), _table_axis(grid[0, 0, 1], x, table.shape[2])
+        to_matrix, bias = partial(table_crops, map_size=map_size), partial(crop_bias, map_size=map_size)
+    else:
+        y = _table_axis(grid[:, 0, 0], y.unsqueeze(-1), table.shape[1])  # [B, heads, Ns, H]
+        x = _table_axis(grid[0, :, 1], x.unsqueeze(-1), table.shape[2])
+        to_matrix, bias = table_columns, separable_bias
+    with torch.autocast(q.device.type, enabled=False):
+        matrix = to_matrix(table)
+
+        def attend(matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
+            return _BiasedAttention.apply(q, k, v, bias(matrix, y, x), scale)
+
+        # What the bias of the separable form is made of takes more memory than the weights.
+        if form == "crops" and len(q) * _weights_of_an_image(q, k) <= KEPT:
+            return attend(matrix, q, k, v, y, x)
+        return _make_anew(attend, matrix, q, k, v, y, x)
+
+
+def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:
+    """Return the cell of a table's axis that holds the bias of the displacement (query - key) / 2."""
+    return ((query - key) / 2 + 1) * ((length - 1) / 2)
+
+
+def _weights_of_an_image(q: Tensor, k: Tensor) -> int:
+    return k.shape[1] * q.shape[1:3].numel()
+
+
+def _make_anew(attend: Callable[..., Tensor], matrix: Tensor, q: Tensor, k: Tensor, *tensors: Tensor) -> Tensor:
+    """Return ``attend(matrix, q, k, ...)``, a few images at a time, each part of which is made anew in the backward."""
+    images = max(1, CACHED // _weights_of_an_image(q, k))
+    parts = zip(*(tensor.split(images) for tensor in (q, k, *tensors)), strict=True)
+    anew = partial(checkpoint, attend, matrix, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([anew(*part) for part in parts])
+
+
+class _BiasedAttention(torch.autograd.Function):
+    """Attention with a bias ``[B, heads, Ns, H*W]``, in whose memory the weights are written, that keeps the weights.
+
+    They have the keys first, as the bias of a key is a map of the queries. A CPU works on an image at a time, to stay
+    in the cache.
+
+    With weights ``P = softmax(S)``, ``S = scale K Q^T + bias`` and output ``O = P^T V``, the gradient ``G`` of ``O``
+    gives
+
+        dV = P G        dP = V G^T      dS = P * (dP - sum over keys of P * dP)
+        dQ = scale dS^T K               dK = scale dS Q                 dbias = dS
+
+    Logits, and what meets them in the softmax's backward, have the precision of the bias, at least float32.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, bias, scale):  # noqa: ANN001
+        weights, out = bias.detach(), torch.empty_like(q)
+        for queries, keys, values, image_weights, result in zip(q, k, v, weights, out, strict=True):
+            queries, keys, values, result = (x.transpose(0, 1) for x in (queries, keys, values, result))
+            _weigh(image_weights, queries, keys, scale)
+            torch.bmm(image_weights.to(v.dtype).mT, values, out=result)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):  # noqa: ANN001
+        q, k, v, weights = ctx.saved_tensors
+        dq, dk, dv, dbias = (torch.empty_like(tensor) for tensor in (q, k, v, weights))
+        for image, image_weights in enumerate(weights):
+            queries, keys, values, grads = (x[image].transpose(0, 1) for x in (q, k, v, grad))
+            torch.bmm(image_weights.to(v.dtype), grads, out=dv[image].transpose(0, 1))
+            dweights = values.to(weights.dtype) @ grads.to(weights.dtype).mT
+            dlogits = torch.ops.aten._softmax_backward_data.out(
+                dweights, image_weights, 1, weights.dtype, grad_input=dbias[image]
+            ).to(q.dtype)
+            torch.bmm(dlogits, queries, out=dk[image].transpose(0, 1))
+            torch.bmm(dlogits.mT, keys, out=dq[image].transpose(0, 1))
+        return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, dbias, None
+
+
+def _weigh(bias: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
+    """Turn a bias ``[heads, Ns, Nq]`` into the softmax over the keys of ``scale k q^T + bias``."""
+    if bias.dtype == q.dtype:
+        bias.baddbmm_(k, q.mT, alpha=scale)
+    else:
+        bias.add_(k.to(bias.dtype) @ q.to(bias.dtype).mT, alpha=scale)
+    torch.softmax(bias, dim=1, out=bias)

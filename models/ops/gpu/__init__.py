@@ -1,0 +1,25 @@
+"""Fused kernels for GPUs, written in Triton and registered as operators, so that a graph holds one node for each.
+
+The modules of this room import Triton, which comes with PyTorch on Linux; they are imported where a kernel is called.
+Every kernel adds in a fixed order, without atomics: the same input gives the same bits. None of them waits for the
+host, so that CUDA graphs may hold them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+TYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_HEAD = 128  # values a head
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def suits(x: Tensor) -> bool:
+    """Return whether the kernels run where a tensor is: on a GPU, or on any device under Triton's interpreter."""
+    return _INSTALLED and x.dtype in TYPES and (x.is_cuda or INTERPRETED)

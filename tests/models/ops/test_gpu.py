@@ -1,0 +1,84 @@
+"""The kernels for GPUs: their tests run in a process of their own, under Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from benchmarks.launches import Launches
+from models.ops.deformable import deformable_attention
+
+triton = pytest.importorskip("triton")
+
+
+def run_interpreted(selection: str) -> None:
+    tests = Path(__file__).parent / "gpu"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", selection, str(tests)]
+    result = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-6000:] + result.stderr[-2000:]
+
+
+def test_small_shapes_under_the_interpreter() -> None:
+    run_interpreted("not slow")
+
+
+@pytest.mark.slow
+def test_all_shapes_under_the_interpreter() -> None:
+    run_interpreted("slow")
+
+
+def deformable(device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    q, k, v = (torch.randn(2, length, 4, 32, device=device, dtype=dtype) for length in (64, 20, 20))
+    positions, table = torch.rand(2, 2, 20, 2, device=device), torch.randn(4, 15, 15, device=device)
+    tensors = [x.requires_grad_() for x in (q, k, v, positions, table)]
+    form = "auto" if device == "cuda" else "triton"
+    return deformable_attention(*tensors, map_size=(8, 8), coordinates="dat++", scale=0.2, form=form), tensors
+
+
+OPERATIONS = {"deformable_attention": deformable}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_it_is_one_node_on_a_gpu(name: str) -> None:
+    with FakeTensorMode(), Launches() as launches:
+        OPERATIONS[name]("cuda", torch.bfloat16)
+    assert launches.kernels[name] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_kernel_compiles_for_gpus(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton brings the assembler of NVIDIA, which needs no GPU."""
+    started = []
+    monkeypatch.setattr(
+        triton.JITFunction, "run", lambda kernel, *args, **options: started.append((kernel, args, options))
+    )
+    monkeypatch.setattr("models.ops.gpu.INTERPRETED", True)
+    out, tensors = OPERATIONS[name]("cpu", dtype)
+    torch.autograd.grad(out, tensors, torch.ones_like(out))
+    assert len(started) > 1
+    for kernel, args, options in started:
+        compiled = compile_for(kernel, args, options, capability=80)
+        assert "cubin" in compiled.asm
+
+
+def compile_for(kernel, args: tuple, options: dict, *, capability: int):  # noqa: ANN001, ANN201
+    """Compile a kernel for the arguments of a call."""
+    types = {Tensor: lambda x: "*" + {torch.float32: "fp32", torch.bfloat16: "bf16"}[x.dtype]}
+    types |= {int: lambda _: "i32", float: lambda _: "fp32"}
+    constants = {key: value for key, value in options.items() if key in kernel.arg_names}
+    signature = {key: types[type(arg)](arg) for key, arg in zip(kernel.arg_names, args, strict=False)}
+    source = triton.compiler.ASTSource(
+        fn=kernel, signature=signature | dict.fromkeys(constants, "constexpr"), constexprs=constants
+    )
+    launch = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
+    return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", capability, 32), options=launch)
