@@ -79,11 +79,8 @@ def deformable_attention(
         raise ValueError(f"form {form!r} of deformable attention has no dropout; choose auto or reference")
     if form == "crops" and not native:
         raise ValueError("form 'crops' of deformable attention needs clamped positions and a map as the table's")
-    if form == "triton" and not _suits_gpu(q):
-        raise ValueError(
-            f"form 'triton' of deformable attention needs a GPU, heads of at most {gpu.LARGEST_HEAD} values and at "
-            "most float32; choose auto or reference"
-        )
+    if form == "triton" and not gpu.suits_heads(q):
+        raise ValueError(f"form 'triton' of deformable attention {gpu.NEEDS}; choose auto or reference")
     if form == "auto":
         form = choose_form(q, native=native, dropout=dropout)
     if form == "triton":
@@ -110,7 +107,7 @@ def choose_form(q: Tensor, *, native: bool, dropout: float = 0.0) -> str:
     if dropout:
         return "reference"
     if q.is_cuda:
-        return "triton" if _suits_gpu(q) else "reference"
+        return "triton" if gpu.suits_heads(q) else "reference"
     if q.device.type != "cpu" or torch.compiler.is_compiling():
         return "reference"
     return "crops" if native else "separable"
@@ -118,10 +115,6 @@ def choose_form(q: Tensor, *, native: bool, dropout: float = 0.0) -> str:
 
 def _is_native(map_size: tuple[int, int], table: Tensor) -> bool:
     return table.shape[1:] == tuple(2 * length - 1 for length in map_size)
-
-
-def _suits_gpu(q: Tensor) -> bool:
-    return gpu.suits(q) and q.shape[-1] <= gpu.LARGEST_HEAD
 
 
 def _on_gpu(

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import gpu
 from .forms import runs_by_hand
 from .tiles import tiles_of
 
-FORMS = ("auto", "reference", "tiles", "tiles_by_hand")
+FORMS = ("auto", "reference", "tiles", "tiles_by_hand", "triton")
 
 
 def neighborhood_attention(
@@ -38,17 +39,24 @@ def neighborhood_attention(
         dropout: probability of dropping an attention weight.
         form: ``reference`` gathers every window. ``tiles`` is dense attention of small tiles of queries, with a mask.
             ``tiles_by_hand`` is the same image by image, with a backward of its own that keeps the weights and no bias;
-            it has no dropout. ``auto`` takes `choose_form`.
+            it has no dropout. Neither has ``triton``, a kernel for GPUs that writes no weights to the memory. ``auto``
+            takes `choose_form`.
 
     Returns:
         ``[B, H, W, heads, d]``.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} of neighborhood attention is unknown; choose one of {', '.join(FORMS)}")
-    if form == "tiles_by_hand" and dropout:
+    if form in ("tiles_by_hand", "triton") and dropout:
         raise ValueError(f"form {form!r} of neighborhood attention has no dropout; choose auto, reference or tiles")
+    if form == "triton" and not gpu.suits_heads(q):
+        raise ValueError(f"form 'triton' of neighborhood attention {gpu.NEEDS}; choose auto, reference or tiles")
     if form == "auto":
         form = choose_form(q, dropout=dropout)
+    if form == "triton":
+        from .gpu.neighborhood import attention
+
+        return attention(q, k, v, rpb if rpb is None else rpb.contiguous(), kernel_size, scale)[0]
     if form == "reference":
         return _reference(q, k, v, rpb, kernel_size=kernel_size, scale=scale, dropout=dropout)
     heads, tiles = q.shape[3], tiles_of(tuple(q.shape[1:3]), kernel_size, q.device)
@@ -68,7 +76,11 @@ def neighborhood_attention(
 
 def choose_form(q: Tensor, *, dropout: float = 0.0) -> str:
     """Return the form that `neighborhood_attention` takes for ``auto``."""
-    return "tiles" if dropout or not runs_by_hand(q) else "tiles_by_hand"
+    if dropout:
+        return "tiles"
+    if q.is_cuda and gpu.suits_heads(q):
+        return "triton"
+    return "tiles_by_hand" if runs_by_hand(q) else "tiles"
 
 
 def window_rows(length: int, kernel_size: int, device: torch.device) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 128  # values a head
+NEEDS = f"needs a GPU, heads of at most {LARGEST_HEAD} values and at most float32"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -23,3 +24,8 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 def suits(x: Tensor) -> bool:
     """Return whether the kernels run where a tensor is: on a GPU, or on any device under Triton's interpreter."""
     return _INSTALLED and x.dtype in TYPES and (x.is_cuda or INTERPRETED)
+
+
+def suits_heads(x: Tensor) -> bool:
+    """Return whether the kernels take the heads of ``[..., heads, d]``."""
+    return suits(x) and x.shape[-1] <= LARGEST_HEAD

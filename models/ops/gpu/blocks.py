@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -14,3 +16,13 @@ def dot(a, b, PRECISION: tl.constexpr):
     if _INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+def head_blocks(q: Tensor) -> dict[str, int | str]:
+    """Return how a kernel takes the heads of ``[..., heads, d]``: their values, padded, and the precision of products.
+
+    Products of float32 are exact unless PyTorch was told that its own need not be.
+    """
+    width = max(16, triton.next_power_of_2(q.shape[-1]))  # the least that a product takes
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return {"HEAD": q.shape[-1], "WIDTH": width, "PRECISION": precision}

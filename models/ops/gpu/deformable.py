@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .blocks import dot
+from .blocks import dot, head_blocks
 
 QUERIES = 64  # a block, with 8 warps to keep the corners of the table in registers
 KEYS = 16
@@ -287,10 +287,7 @@ def _sizes(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, map_size: Seq
 
 
 def _blocks(q: Tensor) -> dict[str, int | str]:
-    head = q.shape[-1]
-    precision = "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    width = max(16, triton.next_power_of_2(head))
-    return {"HEAD": head, "WIDTH": width, "QUERIES": QUERIES, "KEYS": KEYS, "PRECISION": precision, **LAUNCH}
+    return {"QUERIES": QUERIES, "KEYS": KEYS, **head_blocks(q), **LAUNCH}
 
 
 @torch.library.custom_op("dat::deformable_attention", mutates_args=())

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.launches import Launches
 from models.ops.deformable import deformable_attention
+from models.ops.neighborhood import neighborhood_attention
 
 triton = pytest.importorskip("triton")
 
@@ -44,7 +45,14 @@ def deformable(device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
     return deformable_attention(*tensors, map_size=(8, 8), coordinates="dat++", scale=0.2, form=form), tensors
 
 
-OPERATIONS = {"deformable_attention": deformable}
+def neighborhood(device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    q, k, v = (torch.randn(2, 9, 8, 4, 32, device=device, dtype=dtype) for _ in range(3))
+    tensors = [x.requires_grad_() for x in (q, k, v, torch.randn(4, 13, 13, device=device))]
+    form = "auto" if device == "cuda" else "triton"
+    return neighborhood_attention(*tensors, kernel_size=7, scale=0.2, form=form), tensors
+
+
+OPERATIONS = {"deformable_attention": deformable, "neighborhood_attention": neighborhood}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

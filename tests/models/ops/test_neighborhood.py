@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.attention import NeighborhoodAttention
 from models.ops.neighborhood import FORMS, choose_form, neighborhood_attention
 from models.ops.tiles import Tiles, tiles_of
 
 HEADS = 2
-FAST = [form for form in FORMS if form != "reference"]
+FAST = [form for form in FORMS if form not in ("reference", "triton")]  # `gpu` has the tests of the last
 
 
 def inputs(size: tuple[int, int], kernel_size: int) -> list[Tensor]:
@@ -118,6 +119,15 @@ def test_the_choice_of_the_form() -> None:
     assert choose_form(x, dropout=0.1) == choose_form(x.bfloat16()) == "tiles"
     with torch.autocast("cpu", torch.bfloat16):
         assert choose_form(x) == "tiles"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        on_gpu = x.to("cuda")
+        assert choose_form(on_gpu) == choose_form(on_gpu.half()) == "triton"
+        assert choose_form(on_gpu, dropout=0.1) == choose_form(on_gpu.double()) == "tiles"
+
+
+def test_triton_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="form 'triton' of neighborhood attention needs a GPU, heads of at most 128"):
+        neighborhood_attention(*inputs((5, 5), 3), kernel_size=3, scale=1.0, form="triton")
 
 
 def test_tiles_by_hand_have_no_dropout() -> None:

@@ -1,0 +1,98 @@
+"""The kernels of neighborhood attention are the plain operation, forward and backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.ops.gpu import neighborhood as kernels
+from models.ops.neighborhood import neighborhood_attention
+
+NAMES = ("output", "q", "k", "v", "table")
+# Error of the kernels in shares of the largest value; low precision rounds the weights and what is returned.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PROGRAMS", 1)
+
+
+def inputs(
+    size: tuple[int, int], kernel_size: int, *, images: int = 2, head_dim: int = 16, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Return queries, keys and values that lie in one tensor, as a layer makes them, and a table."""
+    torch.manual_seed(0)
+    heads = 2
+    q, k, v = torch.randn(images, *size, 3, heads, head_dim, dtype=dtype).unbind(3)
+    table = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
+    return [tensor.requires_grad_() for tensor in (q, k, v, table)]
+
+
+def with_gradients(form: str, tensors: list[Tensor], kernel_size: int) -> list[Tensor]:
+    table = tensors[3] if len(tensors) > 3 else None
+    out = neighborhood_attention(*tensors[:3], table, kernel_size=kernel_size, scale=0.3, form=form)
+    ramp = torch.linspace(-1, 2, out.numel(), dtype=torch.float64).view_as(out)
+    return [out, *torch.autograd.grad((out * ramp).sum(), tensors)]
+
+
+def assert_same(tensors: list[Tensor], kernel_size: int) -> None:
+    exact = with_gradients("reference", [x.detach().double().requires_grad_() for x in tensors], kernel_size)
+    tolerance = TOLERANCE[tensors[0].dtype]
+    for name, fast, plain in zip(NAMES, with_gradients("triton", tensors, kernel_size), exact, strict=False):
+        error = (fast.double() - plain).abs().max() / plain.abs().max().clamp(min=0.1)
+        assert error < tolerance, f"{name}: {error:.2g}"
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_types(dtype: torch.dtype) -> None:
+    assert_same(inputs((5, 6), 3, dtype=dtype), 3)
+
+
+# One window; several tiles, the last ragged; a map of one row and one of one pixel.
+@pytest.mark.parametrize(
+    ("size", "kernel_size"), [((5, 5), 5), ((9, 18), 3), ((1, 9), 1), ((1, 1), 1), ((10, 7), 7)], ids=str
+)
+def test_sizes(size: tuple[int, int], kernel_size: int) -> None:
+    assert_same(inputs(size, kernel_size, images=1), kernel_size)
+
+
+@pytest.mark.parametrize("head_dim", [24, 64])
+def test_head_dimensions(head_dim: int) -> None:
+    assert_same(inputs((4, 4), 3, head_dim=head_dim), 3)
+
+
+def test_without_a_table() -> None:
+    assert_same(inputs((5, 6), 3)[:3], 3)
+
+
+def test_images_in_parts_and_maps_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "PROGRAMS", 100)  # 25 cells of 2 heads: two parts
+    q, k, v, table = inputs((4, 5), 3, images=3)
+    assert_same([q.detach().contiguous().requires_grad_(), k, v, table], 3)
+
+
+def test_a_batch_without_images() -> None:
+    out, *gradients = with_gradients("triton", inputs((4, 5), 3, images=0), 3)
+    assert out.shape == (0, 4, 5, 2, 16)
+    assert not gradients[-1].any()
+
+
+def test_the_operator_is_well_formed() -> None:
+    """Schema, pretended results and gradients agree with what the kernels do; torch's own check."""
+    torch.library.opcheck(kernels.attention, [*inputs((3, 4), 3, images=1), 3, 0.3])
+
+
+def test_the_same_bits_again() -> None:
+    tensors = inputs((4, 5), 3)
+    for one, other in zip(*(with_gradients("triton", tensors, 3) for _ in range(2)), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 20, 32, 48, 64])
+@pytest.mark.parametrize(("size", "kernel_size"), [((14, 14), 7), ((23, 17), 7), ((20, 31), 5)], ids=str)
+def test_shapes_of_networks(size: tuple[int, int], kernel_size: int, head_dim: int, dtype: torch.dtype) -> None:
+    assert_same(inputs(size, kernel_size, head_dim=head_dim, dtype=dtype), kernel_size)
