@@ -7,17 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import gpu
 from .cpu.onednn import depthwise_gelu, product
 from .forms import runs_by_hand
 
-FORMS = ("auto", "reference", "by_hand")
+FORMS = ("auto", "reference", "by_hand", "triton")
 CACHED = 1 << 20  # hidden values that are worked on at a time: 4 MiB, so that they stay in the cache
 
 
 def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return ``x + conv(x)`` of a depthwise convolution that keeps the size of the map.
 
-    In full precision it is one convolution, whose centre weight is larger by 1; low precision would round that sum.
+    On a GPU it is one kernel. On a CPU, in full precision, it is one convolution, whose centre weight is larger by 1;
+    low precision would round that sum.
 
     Args:
         x: map ``[B, C, H, W]``.
@@ -27,6 +29,8 @@ def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     Returns:
         ``[B, C, H, W]``.
     """
+    if x.is_cuda and gpu.suits(x):
+        return _on_gpu(x.permute(0, 2, 3, 1), weight, bias, gelu=False).permute(0, 3, 1, 2)
     if runs_by_hand(x):
         return _convolve(x, _with_skip(weight), bias)
     return x + _convolve(x, weight, bias)
@@ -55,8 +59,9 @@ def conv_mlp(
         weight2: of the second linear layer, ``[C, hidden]``.
         bias2: ``[C]``.
         dropout: rate of dropping values of ``h``.
-        form: ``reference``, or ``by_hand``, which works on a few images at a time, keeps ``h`` alone for the backward,
-            and has no dropout. ``auto`` takes `choose_form`.
+        form: ``reference``; ``by_hand``, which works on a few images at a time, keeps ``h`` alone for the backward, and
+            has no dropout; or ``triton``, for GPUs, with one kernel between the two layers. ``auto`` takes
+            `choose_form`.
 
     Returns:
         ``[B, H, W, C]``.
@@ -65,18 +70,35 @@ def conv_mlp(
         raise ValueError(f"form {form!r} of the convolutional MLP is unknown; choose one of {', '.join(FORMS)}")
     if form == "by_hand" and dropout:
         raise ValueError("form 'by_hand' of the convolutional MLP has no dropout; choose auto or reference")
-    if (choose_form(x, dropout=dropout) if form == "auto" else form) == "by_hand":
+    if form == "triton" and not gpu.suits(x):
+        raise ValueError(
+            "form 'triton' of the convolutional MLP needs a GPU and at most float32; choose auto or reference"
+        )
+    if form == "auto":
+        form = choose_form(x, dropout=dropout)
+    if form == "by_hand":
         arguments = x, weight1, bias1, _with_skip(kernel), bias, weight2, bias2
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
         return _ConvMLP.apply(*arguments, keep)
-    hidden = F.dropout(F.linear(x, weight1, bias1), dropout).permute(0, 3, 1, 2)
+    hidden = F.dropout(F.linear(x, weight1, bias1), dropout)
+    if form == "triton":
+        return F.linear(_on_gpu(hidden, kernel, bias, gelu=True), weight2, bias2)
+    hidden = hidden.permute(0, 3, 1, 2)
     hidden = F.gelu(hidden + _convolve(hidden, kernel, bias))
     return F.linear(hidden.permute(0, 2, 3, 1), weight2, bias2)
 
 
 def choose_form(x: Tensor, *, dropout: float = 0.0) -> str:
     """Return the form that `conv_mlp` takes for ``auto``."""
+    if x.is_cuda and gpu.suits(x):
+        return "triton"
     return "by_hand" if not dropout and runs_by_hand(x) else "reference"
+
+
+def _on_gpu(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool) -> Tensor:
+    from .gpu.depthwise import depthwise_residual
+
+    return depthwise_residual(x.contiguous(), weight.contiguous(), bias.contiguous(), gelu)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

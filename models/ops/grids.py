@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kept import made_once
+
 COORDINATES = ("dat++", "cvpr22")
 
 
@@ -32,11 +34,13 @@ def _plane(size: tuple[int, int], *, shift: float, inset: int, dtype: torch.dtyp
     return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1)
 
 
+@made_once
 def reference_points(size: tuple[int, int], *, coordinates: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the undeformed sampling positions of a key grid, shape ``[h, w, 2]``, (y, x)."""
     return _plane(size, shift=0.5, inset=1 if coordinates == "dat++" else 0, dtype=dtype, device=device)
 
 
+@made_once
 def query_grid(size: tuple[int, int], *, coordinates: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the coordinates of a map's queries, shape ``[h, w, 2]``, (y, x)."""
     shift, inset = (0.0, 1) if coordinates == "dat++" else (0.5, 0)

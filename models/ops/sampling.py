@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import gpu
 from .rows import neighbours, weighted_rows
 
-FORMS = ("auto", "reference", "rows")
+FORMS = ("auto", "reference", "rows", "triton")
 
 
 def sample(x: Tensor, positions: Tensor, *, form: str = "auto") -> Tensor:
@@ -18,14 +19,23 @@ def sample(x: Tensor, positions: Tensor, *, form: str = "auto") -> Tensor:
         x: map ``[B, H, W, C]``.
         positions: ``[B, g, Ns, 2]``, (y, x), -1 and +1 being the centres of the corner pixels; at least float32.
         form: ``reference`` is `grid_sample`, which needs and keeps a copy of the map with the channels first; ``rows``
-            adds up the four pixels around every position. ``auto`` takes `choose_form`.
+            adds up the four pixels around every position; ``triton`` is a kernel for GPUs. ``auto`` takes
+            `choose_form`.
 
     Returns:
         Samples ``[B, Ns, C]`` in the dtype of ``x``; what lies outside the map counts as zero.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} of sampling is unknown; choose one of {', '.join(FORMS)}")
-    if (choose_form() if form == "auto" else form) == "rows":
+    if form == "triton" and not gpu.suits(x):
+        raise ValueError("form 'triton' of sampling needs a GPU and at most float32; choose auto")
+    if form == "auto":
+        form = choose_form(x)
+    if form == "triton":
+        from .gpu.sampling import sample as sample_on_gpu
+
+        return sample_on_gpu(x.contiguous(), positions.float().contiguous())
+    if form == "rows":
         return _sample_rows(x, positions)
     batch, groups = positions.shape[:2]
     maps = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B*g, C/g, H, W]
@@ -34,9 +44,11 @@ def sample(x: Tensor, positions: Tensor, *, form: str = "auto") -> Tensor:
     return samples.to(x.dtype).reshape(batch, x.shape[-1], -1).transpose(1, 2)
 
 
-def choose_form() -> str:
+def choose_form(x: Tensor) -> str:
     """Return the form that `sample` takes for ``auto``."""
-    return "reference" if torch.compiler.is_compiling() else "rows"
+    if x.is_cuda and gpu.suits(x):
+        return "triton"
+    return "rows" if x.device.type == "cpu" and not torch.compiler.is_compiling() else "reference"
 
 
 def _sample_rows(x: Tensor, positions: Tensor) -> Tensor:

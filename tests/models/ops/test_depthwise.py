@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.ops import depthwise
 from models.ops.cpu.onednn import product
@@ -60,6 +61,15 @@ def test_mlp_in_inference_keeps_nothing(grad: bool, monkeypatch: pytest.MonkeyPa
         torch.testing.assert_close(conv_mlp(*tensors), expected)
     assert len(alive) == 5  # images, one by one
     assert max(alive) == (5 if grad else 2)  # the next one is made before the last one goes
+
+
+def test_a_gpu_takes_the_kernel() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        x = torch.zeros(1, 2, 2, 8).to("cuda")
+        assert choose_form(x) == choose_form(x, dropout=0.1) == choose_form(x.half()) == "triton"
+        assert choose_form(x.double()) == "reference"
+    with pytest.raises(ValueError, match="form 'triton' of the convolutional MLP needs a GPU and at most float32"):
+        conv_mlp(*inputs(), form="triton")
 
 
 def test_mlp_by_hand_has_no_dropout() -> None:

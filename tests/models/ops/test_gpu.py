@@ -14,7 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.launches import Launches
 from models.ops.deformable import deformable_attention
+from models.ops.depthwise import conv_mlp
 from models.ops.neighborhood import neighborhood_attention
+from models.ops.sampling import sample
 
 triton = pytest.importorskip("triton")
 
@@ -52,7 +54,24 @@ def neighborhood(device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]
     return neighborhood_attention(*tensors, kernel_size=7, scale=0.2, form=form), tensors
 
 
-OPERATIONS = {"deformable_attention": deformable, "neighborhood_attention": neighborhood}
+def depthwise(device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    shapes = (2, 9, 8, 16), (80, 16), (80,), (80, 1, 3, 3), (80,), (16, 80), (16,)
+    tensors = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
+    return conv_mlp(*tensors, form="auto" if device == "cuda" else "triton"), tensors
+
+
+def sampled(device: str, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    x, positions = torch.randn(2, 9, 8, 64, device=device, dtype=dtype), torch.rand(2, 2, 20, 2, device=device)
+    tensors = [x.requires_grad_(), positions.requires_grad_()]
+    return sample(*tensors, form="auto" if device == "cuda" else "triton"), tensors
+
+
+OPERATIONS = {
+    "deformable_attention": deformable,
+    "neighborhood_attention": neighborhood,
+    "depthwise_residual": depthwise,
+    "sample": sampled,
+}
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.ops.sampling import sample
+from models.ops.sampling import choose_form, sample
 
 
 @pytest.mark.parametrize("reach", [1.0, 1.6])
@@ -29,6 +30,19 @@ def test_positions_keep_their_precision() -> None:
     positions = torch.tensor([[[[0.0, 0.3]]]])
     expected = 1.3 / 2 * 255
     assert sample(x.bfloat16(), positions).item() == pytest.approx(expected, rel=2**-8)
+
+
+def test_the_choice_follows_the_device() -> None:
+    x = torch.zeros(1, 4, 4, 2)
+    assert choose_form(x) == "rows"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert choose_form(x.to("cuda")) == choose_form(x.to("cuda").bfloat16()) == "triton"
+        assert choose_form(x.to("cuda").double()) == "reference"
+
+
+def test_triton_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="form 'triton' of sampling needs a GPU and at most float32; choose auto"):
+        sample(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 2), form="triton")
 
 
 def test_an_unknown_form_is_refused() -> None:

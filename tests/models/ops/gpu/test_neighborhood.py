@@ -20,11 +20,16 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def inputs(
-    size: tuple[int, int], kernel_size: int, *, images: int = 2, head_dim: int = 16, dtype: torch.dtype = torch.float32
+    size: tuple[int, int],
+    kernel_size: int,
+    *,
+    images: int = 1,
+    heads: int = 1,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
     """Return queries, keys and values that lie in one tensor, as a layer makes them, and a table."""
     torch.manual_seed(0)
-    heads = 2
     q, k, v = torch.randn(images, *size, 3, heads, head_dim, dtype=dtype).unbind(3)
     table = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
     return [tensor.requires_grad_() for tensor in (q, k, v, table)]
@@ -55,7 +60,7 @@ def test_types(dtype: torch.dtype) -> None:
     ("size", "kernel_size"), [((5, 5), 5), ((9, 18), 3), ((1, 9), 1), ((1, 1), 1), ((10, 7), 7)], ids=str
 )
 def test_sizes(size: tuple[int, int], kernel_size: int) -> None:
-    assert_same(inputs(size, kernel_size, images=1), kernel_size)
+    assert_same(inputs(size, kernel_size), kernel_size)
 
 
 @pytest.mark.parametrize("head_dim", [24, 64])
@@ -69,23 +74,23 @@ def test_without_a_table() -> None:
 
 def test_images_in_parts_and_maps_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "PROGRAMS", 100)  # 25 cells of 2 heads: two parts
-    q, k, v, table = inputs((4, 5), 3, images=3)
+    q, k, v, table = inputs((4, 5), 3, images=3, heads=2)
     assert_same([q.detach().contiguous().requires_grad_(), k, v, table], 3)
 
 
 def test_a_batch_without_images() -> None:
     out, *gradients = with_gradients("triton", inputs((4, 5), 3, images=0), 3)
-    assert out.shape == (0, 4, 5, 2, 16)
+    assert out.shape == (0, 4, 5, 1, 16)
     assert not gradients[-1].any()
 
 
 def test_the_operator_is_well_formed() -> None:
     """Schema, pretended results and gradients agree with what the kernels do; torch's own check."""
-    torch.library.opcheck(kernels.attention, [*inputs((3, 4), 3, images=1), 3, 0.3])
+    torch.library.opcheck(kernels.attention, [*inputs((3, 4), 3), 3, 0.3])
 
 
 def test_the_same_bits_again() -> None:
-    tensors = inputs((4, 5), 3)
+    tensors = inputs((3, 4), 3, images=2)
     for one, other in zip(*(with_gradients("triton", tensors, 3) for _ in range(2)), strict=True):
         assert torch.equal(one, other)
 
@@ -95,4 +100,4 @@ def test_the_same_bits_again() -> None:
 @pytest.mark.parametrize("head_dim", [16, 20, 32, 48, 64])
 @pytest.mark.parametrize(("size", "kernel_size"), [((14, 14), 7), ((23, 17), 7), ((20, 31), 5)], ids=str)
 def test_shapes_of_networks(size: tuple[int, int], kernel_size: int, head_dim: int, dtype: torch.dtype) -> None:
-    assert_same(inputs(size, kernel_size, head_dim=head_dim, dtype=dtype), kernel_size)
+    assert_same(inputs(size, kernel_size, images=2, heads=2, head_dim=head_dim, dtype=dtype), kernel_size)
