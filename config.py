@@ -61,6 +61,7 @@ _SIZE = Check(
     lambda size: min(size) >= 1 and len(size) == 2 if isinstance(size, list) else size >= 1,
     "a number of pixels from 1 on, or [height, width]",
 )
+_PART = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _POSITIVE = Check(lambda value: value > 0, "above 0")
 _PLAIN_NAME = Check(
     lambda name: bool(name.strip()) and Path(name).name == name and not name.startswith("."),
@@ -266,11 +267,28 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.OPTIMIZER.MOMENTUM": RunOption(0.9, "Of sgd, with Nesterov momentum.", share()),
     "TRAIN.OPTIMIZER.ARGS": RunOption({}, "Further arguments of the optimizer, such as betas: [0.95, 0.98] for lion."),
     # ---- augmentation
-    "AUG.SCALE": RunOption([0.08, 1.0], "Area of the random crop, as a share of the image.", _AREAS),
-    "AUG.RATIO": RunOption([0.75, 1.3333333333333333], "Aspect ratio of the random crop.", _RATIOS),
+    "AUG.CROP": RunOption(
+        "resized",
+        "resized: a random part of the image, resized. padded: the image in a frame of black pixels, of which a random "
+        "part is taken, for small images such as CIFAR's.",
+        one_of("resized", "padded"),
+    ),
+    "AUG.CROP_PADDING": RunOption(4, "Width of the frame of a padded crop, in pixels.", not_negative()),
+    "AUG.SCALE": RunOption([0.08, 1.0], "Area of a resized crop, as a share of the image.", _AREAS),
+    "AUG.RATIO": RunOption([0.75, 1.3333333333333333], "Aspect ratio of a resized crop.", _RATIOS),
+    "AUG.REPEATS": RunOption(
+        1,
+        "How often an image stands in an epoch, each time augmented otherwise; the epoch stays as long and holds fewer "
+        "images.",
+        at_least(1),
+    ),
     "AUG.HFLIP": RunOption(0.5, "Probability of a horizontal flip.", share()),
     "AUG.COLOR_JITTER": RunOption(0.4, "Strength of the colour jitter; 0: none.", not_negative()),
-    "AUG.AUTO_AUGMENT": RunOption("rand-m9-mstd0.5-inc1", 'A timm policy, or "" for none.'),
+    "AUG.AUTO_AUGMENT": RunOption(
+        "rand-m9-mstd0.5-inc1",
+        'A timm policy: this one and others of RandAugment, "3a" (three-augment), "original" (AutoAugment), '
+        '"augmix-m3-w3", or "" for none.',
+    ),
     "AUG.REPROB": RunOption(0.25, "Probability of random erasing.", share()),
     "AUG.REMODE": RunOption("pixel", "What erased areas are filled with.", one_of("pixel", "rand", "const")),
     "AUG.RECOUNT": RunOption(1, "How many areas are erased.", not_negative()),
@@ -279,8 +297,12 @@ OPTIONS: dict[str, Option] = {
     "AUG.MIXUP_PROB": RunOption(1.0, "Probability of mixup or cutmix.", share()),
     "AUG.MIXUP_SWITCH_PROB": RunOption(0.5, "Probability of cutmix where both are on.", share()),
     "AUG.MIXUP_MODE": RunOption("batch", "What mixup and cutmix are drawn for.", one_of("batch", "pair", "elem")),
-    "TEST.CROP": _switch(
-        True, "Resize both sides to 256/224 of IMG_SIZE and crop the centre; otherwise resize both sides to IMG_SIZE."
+    "TEST.CROP": _switch(True, "Resize to IMG_SIZE / CROP_RATIO and crop the centre; otherwise resize to IMG_SIZE."),
+    "TEST.CROP_RATIO": RunOption(0.875, "Share of the resized image that is cut out, along each side.", _PART),
+    "TEST.RESIZE": RunOption(
+        "squash",
+        "squash: resize both sides, as published. shorter: resize the shorter side and keep the aspect ratio.",
+        one_of("squash", "shorter"),
     ),
     # ---- the machine
     "DEVICE": RunOption(

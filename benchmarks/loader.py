@@ -1,9 +1,14 @@
-"""Images per second of the training loader, beside a plain torchvision `ImageFolder` with the same transform.
+"""Images a second of one core that reads training images, beside timm's own loader with the same transforms.
 
-    python -m benchmarks.loader --cfg configs/dat_tiny.yaml --data-path FOLDER --workers 0 2 4
+    python -m benchmarks.loader --data-path FOLDER --also tar:SHARDS --also csv:TABLES
+    python -m benchmarks.loader --listing 14000000
 
-Both loaders of a row take turns in this process, over the same images in the same order. The table shows the best run
-of each, and its slowest as a share of that.
+The loaders take turns in this process, without workers, over the same folder; the best run of each counts. "recipe" is
+the published pipeline: decode, random resized crop, flip, RandAugment; "light" does without RandAugment. timm's loader
+is measured with and without its prefetcher, which collates bytes; the faster one is the base of the ratios. timm
+normalises and erases on this core, this loader leaves both to the device.
+
+With --listing, a made-up list of so many images is written and mapped, and what it takes is printed.
 """
 
 from __future__ import annotations
@@ -11,98 +16,177 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import resource
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import PIL
+import simplejpeg
 import timm
 import torch
-import torchvision
-from torch.utils.data import DataLoader
-from torchvision.datasets import ImageFolder
+from timm.data import create_dataset, create_loader
+from timm.data.auto_augment import NAME_TO_OP
 from yacs.config import CfgNode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import load_config
+from config import default_config
 from data.build import build_train_loader, open_dataset
+from data.images import StoredImage
+from data.listing import Listing
+from data.operations import posterize
+from data.samplers import TrainSampler
+
+# Images that eight GPUs take in a second, and seconds of a day.
+GPUS, RATE = 8, 2500
 
 
 def main() -> None:
-    """Measure and print the table."""
-    args = _parse_arguments()
+    """Measure what the command line names and print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", default="", help="holds train/<class>/*")
+    parser.add_argument("--also", action="append", default=[], metavar="FORMAT:PATH", help="the same in another format")
+    parser.add_argument("--batch-size", type=int, default=26)
+    parser.add_argument("--size", type=int, default=224, help="height and width of the result")
+    parser.add_argument("--images", type=int, default=100, help="images of a run, at least")
+    parser.add_argument("--runs", type=int, default=7, help="runs of each loader")
+    parser.add_argument("--listing", type=int, default=0, metavar="N", help="measure a made-up list of N images")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    # timm hands 0 bits on to Pillow, which refuses them from version 13 on.
+    NAME_TO_OP.update({name: posterize for name in NAME_TO_OP if name.startswith("Posterize")})
+    print(
+        f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"timm {timm.__version__}, Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}\n"
+    )
     try:
-        config = load_config(args.cfg, [*args.opts, "DATA.DATASET", "imagenet", "DATA.DATA_PATH", args.data_path])
-        _print_table(config, args)
+        print_listing(args.listing) if args.listing else print_rates(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
 
-def _parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cfg", required=True, help="config file: size, batch, transforms")
-    parser.add_argument("--data-path", default=os.environ.get("DATA_PATH", ""), help="holds train/<class>/*")
-    parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2, 4], help="numbers of workers to measure")
-    parser.add_argument("--images", type=int, default=1000, help="images of a run, after those that warm it up")
-    parser.add_argument("--runs", type=int, default=3, help="runs of each loader")
-    parser.add_argument("--opts", nargs="+", default=[], help="options of the config, KEY VALUE ...")
-    return parser.parse_args()
+def print_rates(args: argparse.Namespace) -> None:
+    """Print images a second of every loader and decoder."""
+    print("| pipeline | loader | images/s | slowest run | to timm's | first batch, s | cores for 8 GPUs |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for light in (False, True):
+        loaders: dict[str, Iterable] = {
+            "timm, folder": _timm_loader(args, light=light, prefetch=False),
+            "timm, folder, prefetcher": _timm_loader(args, light=light, prefetch=True),
+            "imagenet": _our_loader(args, "imagenet", args.data_path, light=light),
+        }
+        for also in args.also:
+            name, _, path = also.partition(":")
+            loaders[name] = _our_loader(args, name, path, light=light)
+        first = {name: _seconds(lambda loader=loader: next(iter(loader))) for name, loader in loaders.items()}
+        rates = {name: [] for name in loaders}
+        for _ in range(args.runs):
+            for name, loader in loaders.items():
+                rates[name].append(_rate(loader, args.images))
+        base = max(max(rates[name]) for name in rates if name.startswith("timm"))
+        for name, found in rates.items():
+            best = max(found)
+            cells = f"{best:.1f} | {min(found) / best:.0%} | {best / base:.2f} | {first[name]:.2f}"
+            kind = "light" if light else "recipe"
+            print(f"| {kind} | {name} | {cells} | {GPUS * RATE / best:.0f} |", flush=True)
+    _print_decoders(args)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    print(f"\npeak memory of this process: {peak:.2f} GiB")
 
 
-def _print_table(config: CfgNode, args: argparse.Namespace) -> None:
+def print_listing(count: int) -> None:
+    """Print what a list of `count` images takes: memory, and the start of an epoch."""
+    names = (f"n{number // 640:08}/n{number // 640:08}_{number % 640:05}.JPEG".encode() for number in range(count))
+    rows = ((name, number // 640) for number, name in enumerate(names))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "made up.index"
+        Listing.of(rows, {"label": np.int32}, {}).save(path)
+        size = path.stat().st_size
+        begin = time.perf_counter()
+        listing = Listing.load(path)
+        sampler = TrainSampler(len(listing), batch_size=128, rank=0, world_size=8, seed=0)
+        first = next(iter(sampler))
+        seconds = time.perf_counter() - begin
+        listing.name(first.index)
     print(
-        f"{args.cfg}, {args.images} images a run, {args.runs} runs; {os.cpu_count()} cores ({platform.machine()}); "
-        f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, "
-        f"timm {timm.__version__}, Pillow {PIL.__version__}\n"
-    )
-    print("| workers | this loader, images/s | slowest run | ImageFolder, images/s | slowest run | ratio |")
-    print("|---:|---:|---:|---:|---:|---:|")
-    for workers in args.workers:
-        config.DATA.NUM_WORKERS = workers
-        ours, plain = _measure(config, images=args.images, runs=args.runs)
-        cells = [f"{max(rates):.1f} | {min(rates) / max(rates):.0%}" for rates in (ours, plain)]
-        print(f"| {workers} | {' | '.join(cells)} | {max(ours) / max(plain):.3f} |", flush=True)
-
-
-def _measure(config: CfgNode, *, images: int, runs: int) -> tuple[list[float], list[float]]:
-    """Return the images per second of every run of the loader and of the plain one."""
-    loader = build_train_loader(config, open_dataset(config, ("train",)), rank=0, world_size=1)
-    ours, plain = _batches(loader), _batches(_plain_loader(config, loader))
-    # More than the workers have ready while the other loader runs.
-    warm_up = 2 * config.DATA.NUM_WORKERS + 1
-    batches = max(1, images // config.DATA.BATCH_SIZE)
-    rates = [[_batches_per_second(s, batches, warm_up) for s in (ours, plain)] for _ in range(runs)]
-    scaled = [[rate * config.DATA.BATCH_SIZE for rate in side] for side in zip(*rates, strict=True)]
-    return scaled[0], scaled[1]
-
-
-def _plain_loader(config: CfgNode, loader: DataLoader) -> DataLoader:
-    """Return a loader as the documentation of torchvision writes it, in the order of `loader`."""
-    folder = Path(config.DATA.DATA_PATH).expanduser() / "train"
-    return DataLoader(
-        ImageFolder(folder, transform=loader.dataset.transform),
-        batch_size=loader.batch_size,
-        sampler=[draw.index for draw in loader.sampler],
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        persistent_workers=loader.persistent_workers,
+        f"{count} images: {size / 2**30:.2f} GiB, mapped once by all processes of a machine, and "
+        f"{8 * count / 2**30:.2f} GiB for the order of an epoch in each; an epoch starts in {seconds:.2f} s"
     )
 
 
-def _batches(loader: DataLoader) -> Iterator[object]:
+def _config(args: argparse.Namespace, dataset: str, path: str, *, light: bool) -> CfgNode:
+    config = default_config()
+    config.DATA.DATASET, config.DATA.DATA_PATH, config.DATA.NUM_WORKERS = dataset, path, 0
+    config.DATA.BATCH_SIZE, config.DATA.IMG_SIZE = args.batch_size, args.size
+    if light:
+        config.AUG.AUTO_AUGMENT, config.AUG.COLOR_JITTER = "", 0.0
+    return config
+
+
+def _our_loader(args: argparse.Namespace, dataset: str, path: str, *, light: bool) -> Iterable:
+    config = _config(args, dataset, path, light=light)
+    return build_train_loader(config, open_dataset(config, ("train",)), rank=0, world_size=1)
+
+
+def _timm_loader(args: argparse.Namespace, *, light: bool, prefetch: bool) -> Iterable:
+    aug = default_config().AUG
+    if not (Path(args.data_path) / "train").is_dir():
+        raise ValueError(f"no folder 'train' in data path {args.data_path!r}")
+    return create_loader(
+        create_dataset("", root=str(Path(args.data_path) / "train")),
+        (3, args.size, args.size),
+        args.batch_size,
+        is_training=True,
+        use_prefetcher=prefetch,
+        num_workers=0,
+        persistent_workers=False,
+        scale=tuple(aug.SCALE),
+        ratio=tuple(aug.RATIO),
+        hflip=aug.HFLIP,
+        interpolation="bicubic",
+        color_jitter=None,
+        auto_augment=None if light else aug.AUTO_AUGMENT,
+        re_prob=0.0 if light else aug.REPROB,
+        re_mode=aug.REMODE,
+        device=torch.device("cpu"),
+    )
+
+
+def _print_decoders(args: argparse.Namespace) -> None:
+    config = _config(args, "imagenet", args.data_path, light=True)
+    source = open_dataset(config, ("train",)).train
+    files = [source.get(index).data for index in range(min(len(source), args.images))]
+    decoders: dict[str, Callable[[bytes], object]] = {
+        "Pillow": lambda data: np.asarray(StoredImage(data, "").decode()),
+        "simplejpeg": simplejpeg.decode_jpeg,
+    }
+    print("\n| decoder | images/s |\n|---|---:|")
+    for name, decode in decoders.items():
+        fastest = min(_seconds(lambda decode=decode: [decode(data) for data in files]) for _ in range(args.runs))
+        print(f"| {name} | {len(files) / fastest:.1f} |")
+
+
+def _rate(loader: Iterable, images: int) -> float:
+    batches, seen = _again_and_again(loader), 0
+    begin = time.perf_counter()
+    while seen < images:
+        seen += len(next(batches)[0])
+    return seen / (time.perf_counter() - begin)
+
+
+def _again_and_again(loader: Iterable) -> Iterator:
     while True:
         yield from loader
 
 
-def _batches_per_second(batches: Iterator[object], count: int, warm_up: int) -> float:
-    for _ in range(warm_up):
-        next(batches)
-    start = time.perf_counter()
-    for _ in range(count):
-        next(batches)
-    return count / (time.perf_counter() - start)
+def _seconds(run: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,15 +14,17 @@ from timm.data import Mixup
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.datasets import TransformedImages, collate
+from data.datasets import TransformedImages, collate, collate_for_a_pipe
 from data.formats import FORMATS
 from data.samplers import EvalSampler, TrainSampler
 from data.sources import PARTS, Dataset, Request
-from data.transforms import eval_transform, train_transform
+from data.transforms import Erase, EvalTransform, TrainTransform
 from data.workers import leave_signals_to_parent
 
-# More are taken for a slip; fewer are cut to the number of cores, which the default may exceed.
-WORKERS_PER_CORE = 8
+# Where Linux keeps what processes share; containers have 64 MiB of it by default.
+SHARED_MEMORY = Path("/dev/shm")
+# Batches that a worker reads ahead.
+PREFETCHED = 2
 
 
 def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Dataset:
@@ -48,19 +52,19 @@ def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_si
     """Return the loader of this rank's batches of `dataset.train`; its `sampler` is a `TrainSampler`.
 
     Raises:
-        ValueError: for a data set smaller than one update, and for more workers than the machine can feed.
+        ValueError: for a data set smaller than one update.
     """
-    transform = train_transform(
-        config.DATA.IMG_SIZE,
+    aug = config.AUG
+    transform = TrainTransform(
+        image_size(config),
         interpolation=config.DATA.INTERPOLATION,
-        scale=config.AUG.SCALE,
-        ratio=config.AUG.RATIO,
-        hflip=config.AUG.HFLIP,
-        color_jitter=config.AUG.COLOR_JITTER,
-        auto_augment=config.AUG.AUTO_AUGMENT,
-        reprob=config.AUG.REPROB,
-        remode=config.AUG.REMODE,
-        recount=config.AUG.RECOUNT,
+        crop=aug.CROP,
+        padding=aug.CROP_PADDING,
+        scale=aug.SCALE,
+        ratio=aug.RATIO,
+        hflip=aug.HFLIP,
+        color_jitter=aug.COLOR_JITTER,
+        auto_augment=aug.AUTO_AUGMENT,
     )
     on_unreadable = "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
     sampler = TrainSampler(
@@ -70,22 +74,37 @@ def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_si
         world_size=world_size,
         seed=config.SEED,
         accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
+        repeats=aug.REPEATS,
     )
     images = TransformedImages(dataset.train, transform, seed=config.SEED, on_unreadable=on_unreadable)
     return _build_loader(config, images, sampler)
 
 
 def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> DataLoader:
-    """Return the loader of this rank's share of `dataset.held_out`; its `sampler` is an `EvalSampler`.
-
-    Raises:
-        ValueError: for more workers than the machine can feed.
-    """
-    transform = eval_transform(config.DATA.IMG_SIZE, interpolation=config.DATA.INTERPOLATION, crop=config.TEST.CROP)
+    """Return the loader of this rank's share of `dataset.held_out`; its `sampler` is an `EvalSampler`."""
+    transform = EvalTransform(
+        image_size(config),
+        interpolation=config.DATA.INTERPOLATION,
+        crop=config.TEST.CROP,
+        crop_ratio=config.TEST.CROP_RATIO,
+        resize=config.TEST.RESIZE,
+    )
     on_unreadable = "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
     sampler = EvalSampler(len(dataset.held_out), rank=rank, world_size=world_size)
     images = TransformedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=on_unreadable)
     return _build_loader(config, images, sampler)
+
+
+def build_erasing(config: CfgNode) -> Erase | None:
+    """Return random erasing of normalised batches, or None where it is off."""
+    aug = config.AUG
+    return Erase(aug.REPROB, mode=aug.REMODE, count=aug.RECOUNT) if aug.REPROB and aug.RECOUNT else None
+
+
+def image_size(config: CfgNode) -> tuple[int, int]:
+    """Return height and width of what the network is given."""
+    size = config.DATA.IMG_SIZE
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
@@ -97,6 +116,10 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
     aug = config.AUG
     if not aug.MIXUP_PROB or not (aug.MIXUP or aug.CUTMIX):
         return None
+    if config.DATA.MULTI_LABEL:
+        raise ValueError(
+            "mixup and cutmix mix single labels; switch them off for DATA.MULTI_LABEL by AUG.MIXUP 0 AUG.CUTMIX 0"
+        )
     if config.DATA.BATCH_SIZE % 2:
         raise ValueError(
             f"DATA.BATCH_SIZE must be even for mixup and cutmix, not {config.DATA.BATCH_SIZE}; change it, or switch "
@@ -133,25 +156,52 @@ def _request(config: CfgNode, needs: Sequence[str]) -> Request:
     )
 
 
-def _build_loader(config: CfgNode, images: TransformedImages, sampler: TrainSampler | EvalSampler) -> DataLoader:
-    cores = os.cpu_count() or 1
-    most = WORKERS_PER_CORE * cores
-    if most < config.DATA.NUM_WORKERS:
-        raise ValueError(
-            f"DATA.NUM_WORKERS must be at most {most} on this machine, {WORKERS_PER_CORE} for each core, not "
-            f"{config.DATA.NUM_WORKERS}; one for each core that a training process has is enough"
+def loader_doubts(config: CfgNode) -> list[str]:
+    """Return where this machine cannot read images as the config asks, and what is done instead."""
+    found, workers, asked = [], _workers(config), config.DATA.NUM_WORKERS
+    if workers < asked:
+        found.append(f"DATA.NUM_WORKERS {asked} is more than the {workers} cores here; {workers} are used")
+    needed, free = _shared_memory(config)
+    if needed > free:
+        found.append(
+            f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, and the batches under way take {needed / 2**20:.0f} "
+            "MiB: they are handed over through pipes, which is slower. Give the container more by --shm-size or "
+            "--ipc=host, or take smaller batches or fewer DATA.NUM_WORKERS"
         )
+    return found
+
+
+def _workers(config: CfgNode) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(config.DATA.NUM_WORKERS, cores)
+
+
+def _shared_memory(config: CfgNode) -> tuple[float, float]:
+    """Return how many bytes the batches under way take in all processes of this machine, and how many are free."""
+    if not SHARED_MEMORY.is_dir():
+        return 0, math.inf  # other systems do not limit it so
+    height, width = image_size(config)
+    batch = config.DATA.BATCH_SIZE * height * width * 3
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = _workers(config)
+    return processes * batch * (PREFETCHED * workers + 1) * (workers > 0), shutil.disk_usage(SHARED_MEMORY).free
+
+
+def _build_loader(config: CfgNode, images: TransformedImages, sampler: TrainSampler | EvalSampler) -> DataLoader:
+    workers = _workers(config)
+    needed, free = _shared_memory(config)
     return DataLoader(
         images,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
-        num_workers=min(config.DATA.NUM_WORKERS, cores),
-        collate_fn=collate,
+        num_workers=workers,
+        prefetch_factor=PREFETCHED if workers else None,
+        collate_fn=collate_for_a_pipe if needed > free else collate,
         # Pinning opens a context on the GPU, where a run on another device has no business.
         pin_memory=config.DATA.PIN_MEMORY and config.DEVICE in ("", "cuda") and torch.cuda.is_available(),
         drop_last=isinstance(sampler, TrainSampler),
         worker_init_fn=leave_signals_to_parent,
-        persistent_workers=config.DATA.NUM_WORKERS > 0,
+        persistent_workers=workers > 0,
         # Without its own, a loader takes a number from the global generator whenever it is iterated.
         generator=torch.Generator(),
     )

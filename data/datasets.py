@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, get_worker_info
 
 from data.generators import preserve_generators, seed_generators
-from data.images import UnreadableImage
+from data.images import StoredImage, UnreadableImage
 from data.samplers import Draw
 from data.sources import ImageSource
 from data.transforms import Transform
@@ -24,10 +24,10 @@ MAX_SUBSTITUTES = 10
 
 
 class Sample(NamedTuple):
-    """An image `[3, H, W]`, its class, and the files that could not be read on the way to it."""
+    """Pixels `[H, W, 3]`, uint8, a label, and the files that could not be read on the way to them."""
 
-    image: Tensor
-    target: int
+    pixels: np.ndarray
+    target: int | np.ndarray
     unreadable: list[str]
 
 
@@ -35,8 +35,9 @@ class Batch(NamedTuple):
     """Images of one micro-batch.
 
     Attributes:
-        images: `[b, 3, H, W]`, float32, normalised.
-        targets: `[b]`, int64; -1 for an image that could not be read and is to be left out.
+        images: `[b, 3, H, W]`, uint8, channels last in memory.
+        targets: `[b]`, int64, or `[b, classes]` of 0 and 1, float32, where an image may have several labels; -1 for an
+            image that could not be read and is to be left out.
         unreadable: paths of the files that could not be read.
     """
 
@@ -53,7 +54,7 @@ class TransformedImages(Dataset[Sample]):
 
     Args:
         source: where the images come from.
-        transform: from an image to a tensor.
+        transform: from a stored image to pixels.
         seed: seed of the run.
         on_unreadable: what becomes of an image that cannot be read. "raise": `UnreadableImage` is raised. "substitute":
             another image takes its place, drawn from the seed and the draw. "mark": it is black and its target -1.
@@ -77,16 +78,12 @@ class TransformedImages(Dataset[Sample]):
             return [self._sample(draw) for draw in draws]
 
     def _sample(self, draw: Draw) -> Sample:
-        image, target, unreadable = self._read(draw)
-        seed_generators(self._seed, *draw)
-        return Sample(self.transform(image), target, unreadable)
-
-    def _read(self, draw: Draw) -> tuple[Image.Image, int, list[str]]:
         unreadable: list[str] = []
         index = draw.index
         while True:
+            seed_generators(self._seed, *draw)  # a substitute is augmented as the image would have been
             try:
-                return self._source.read(index), self._source.label(index), unreadable
+                return Sample(self.transform(self._source.get(index)), self._source.label(index), unreadable)
             except UnreadableImage as error:
                 if self._on_unreadable == "raise":
                     raise
@@ -94,14 +91,58 @@ class TransformedImages(Dataset[Sample]):
                     raise UnreadableImage(f"{error} (after {MAX_SUBSTITUTES} others in a row)", error.path) from None
                 unreadable.append(error.path)
             if self._on_unreadable == "mark":
-                return Image.new("RGB", (1, 1)), -1, unreadable
+                blank = StoredImage(np.zeros((1, 1, 3), np.uint8), "")
+                return Sample(self.transform(blank), self._left_out(index), unreadable)
             index = int(np.random.default_rng((self._seed, *draw, len(unreadable))).integers(len(self._source)))
+
+    def _left_out(self, index: int) -> int | np.ndarray:
+        label = self._source.label(index)
+        return np.full_like(label, -1, dtype=np.int8) if isinstance(label, np.ndarray) else -1
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Put samples together to a batch."""
-    return Batch(
-        images=default_collate([sample.image for sample in samples]),
-        targets=torch.tensor([sample.target for sample in samples]),
-        unreadable=[path for sample in samples for path in sample.unreadable],
-    )
+    """Put samples together to a batch: one copy of the pixels, into memory that the training process maps."""
+    shape = (len(samples), *samples[0].pixels.shape)
+    images = torch.empty(0, dtype=torch.uint8)
+    if get_worker_info() is not None:  # as default_collate does it
+        images.set_(torch.UntypedStorage._new_shared(math.prod(shape)))
+    images = images.resize_(shape)
+    _fill(images.numpy(), samples)
+    return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(_targets(samples)), _unreadable(samples))
+
+
+def collate_for_a_pipe(samples: list[Sample]) -> Batch:
+    """Put samples together to a batch that goes to the training process through a pipe, without shared memory."""
+    pixels = np.empty((len(samples), *samples[0].pixels.shape), np.uint8)
+    _fill(pixels, samples)
+    return Batch(_ByValue(pixels), _ByValue(_targets(samples)), _unreadable(samples))
+
+
+class _ByValue:
+    """An array that arrives as a tensor; tensors themselves would be sent as names of shared memory."""
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+
+    def __reduce__(self) -> tuple:
+        return _to_tensor, (self._array,)
+
+
+def _to_tensor(array: np.ndarray) -> Tensor:
+    """Return targets as they are, and pixels `[b, H, W, 3]` as `[b, 3, H, W]`."""
+    tensor = torch.from_numpy(array)
+    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
+
+
+def _fill(pixels: np.ndarray, samples: list[Sample]) -> None:
+    for place, sample in zip(pixels, samples, strict=True):
+        place[:] = sample.pixels
+
+
+def _targets(samples: list[Sample]) -> np.ndarray:
+    several = isinstance(samples[0].target, np.ndarray)
+    return np.array([sample.target for sample in samples], dtype=np.float32 if several else np.int64)
+
+
+def _unreadable(samples: list[Sample]) -> list[str]:
+    return [path for sample in samples for path in sample.unreadable]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import errno
 import io
+import math
 import os
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import simplejpeg
 from PIL import Image, ImageOps
 
 # What the system says of a file. Whatever else it says is of the machine: no descriptors left, a server that does not
@@ -58,9 +60,11 @@ class StoredImage:
         self.data = data
         self.name = name
         self.turn = turn
+        self._pixels: np.ndarray | None = None
+        self._size: tuple[int, ...] | None = None
 
     def decode(self) -> Image.Image:
-        """Return the first frame as 8-bit RGB.
+        """Return the first frame as 8-bit RGB, decoded by Pillow.
 
         Transparency is dropped. Grey images of 16 bits are scaled to 8.
 
@@ -76,6 +80,56 @@ class StoredImage:
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(self.data)) as image:
                 return _to_rgb(ImageOps.exif_transpose(image) if self.turn else image)
+
+    def size(self) -> tuple[int, int]:
+        """Return height and width in pixels; raises as `decode` does."""
+        return self._jpeg_size() or self._whole().shape[:2]
+
+    def crop(self, top: int, left: int, height: int, width: int, *, at_least: tuple[int, int]) -> np.ndarray:
+        """Return a part of the image, `[h, w, 3]`, uint8: as it is, or decoded at a smaller scale.
+
+        JPEG files are decoded by libjpeg-turbo to a half, a quarter or an eighth of their size where the part then
+        still has `at_least` so many pixels in height and width; else the pixels are those of `decode`.
+
+        Raises:
+            UnreadableImage: as `decode` does.
+        """
+        whole = self.size()
+        pixels = self._scaled(max(at_least[0] / height, at_least[1] / width))
+        if pixels.shape[:2] == whole:
+            return pixels[top : top + height, left : left + width]
+        down, across = pixels.shape[0] / whole[0], pixels.shape[1] / whole[1]
+        rows = slice(int(top * down), math.ceil((top + height) * down))
+        return pixels[rows, int(left * across) : math.ceil((left + width) * across)]
+
+    def _scaled(self, scale: float) -> np.ndarray:
+        """Return the pixels, those of JPEG files at the smallest of the scales 1/8, 1/4, 1/2, 1 that is not below."""
+        if (size := self._jpeg_size()) is None:
+            return self._whole()
+        height, width = (math.ceil(side * scale) for side in size)
+        try:
+            if scale > 0.5:  # the scales between are slower than none
+                return simplejpeg.decode_jpeg(self.data)
+            return simplejpeg.decode_jpeg(self.data, min_height=height, min_width=width, min_factor=2)
+        except ValueError:  # damaged; Pillow decides whether it is an image all the same
+            self._size = ()
+            return self._whole()
+
+    def _whole(self) -> np.ndarray:
+        if self._pixels is None:
+            self._pixels = np.array(self.decode())
+        return self._pixels
+
+    def _jpeg_size(self) -> tuple[int, int] | None:
+        """Return height and width of a JPEG file that libjpeg-turbo turns into the pixels that Pillow would."""
+        if self._size is None:
+            self._size = ()
+            if isinstance(self.data, bytes) and self.data.startswith(b"\xff\xd8") and not self.turn:
+                with suppress(ValueError):
+                    height, width, colours, _ = simplejpeg.decode_jpeg_header(self.data)
+                    if colours in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
+                        self._size = height, width
+        return self._size or None
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

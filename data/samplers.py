@@ -10,10 +10,17 @@ from torch.utils.data import Sampler
 
 
 class Draw(NamedTuple):
-    """One image of one epoch: all that its augmentation may depend on, besides the seed."""
+    """One image of one epoch: all that its augmentation may depend on, besides the seed.
+
+    Attributes:
+        index: which image.
+        epoch: which epoch.
+        repeat: how often the image was drawn before in the epoch; trailing zeros do not change a seed.
+    """
 
     index: int
     epoch: int
+    repeat: int = 0
 
 
 class TrainSampler(Sampler[Draw]):
@@ -30,6 +37,8 @@ class TrainSampler(Sampler[Draw]):
         world_size: number of processes.
         seed: seed of the run.
         accumulation_steps: micro-batches per update.
+        repeats: how often an image stands in the order, each time augmented otherwise (repeated augmentation, Hoffer et
+            al., arXiv 1901.09335); an epoch stays as long as it is, so it holds a part of the images.
 
     Attributes:
         updates_per_epoch: updates in a whole epoch.
@@ -39,7 +48,15 @@ class TrainSampler(Sampler[Draw]):
     """
 
     def __init__(
-        self, length: int, *, batch_size: int, rank: int, world_size: int, seed: int, accumulation_steps: int = 1
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        accumulation_steps: int = 1,
+        repeats: int = 1,
     ) -> None:
         assert 0 <= rank < world_size
         self._length = length
@@ -48,6 +65,7 @@ class TrainSampler(Sampler[Draw]):
         self._micro_batch = batch_size * world_size
         self._update = self._micro_batch * accumulation_steps
         self._seed = seed
+        self._repeats = repeats
         self._epoch = 0
         self._start = 0
         self.updates_per_epoch = length // self._update
@@ -72,11 +90,12 @@ class TrainSampler(Sampler[Draw]):
         self._start = start
 
     def __iter__(self) -> Iterator[Draw]:
-        epoch, batch_size = self._epoch, self._batch_size
+        epoch, batch_size, repeats = self._epoch, self._batch_size, self._repeats
         order = np.random.default_rng((self._seed, epoch)).permutation(self._length)
         stop = self._start + self._updates_left() * self._update
         firsts = range(self._start + self._rank * batch_size, stop, self._micro_batch)
-        return (Draw(index, epoch) for first in firsts for index in order[first : first + batch_size].tolist())
+        places = (place for first in firsts for place in range(first, first + batch_size))
+        return (Draw(int(order[place // repeats]), epoch, place % repeats) for place in places)
 
     def __len__(self) -> int:
         """Images left for this rank."""

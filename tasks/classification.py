@@ -1,4 +1,7 @@
-"""Image classification: cross-entropy with mixup and label smoothing, top-1 and top-5 accuracy."""
+"""Image classification: cross-entropy with mixup and label smoothing, top-1 and top-5 accuracy.
+
+Images that may have several labels (DATA.MULTI_LABEL) are learned by binary cross-entropy and evaluated by F1.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.build import build_eval_loader, build_mixup, build_train_loader, open_dataset
+from data.build import build_erasing, build_eval_loader, build_mixup, build_train_loader, loader_doubts, open_dataset
 from data.datasets import Batch
+from data.transforms import normalize
 from tasks.base import Evaluation, Meter, Score, Task
 from utils import World, sum_over_ranks
 
@@ -21,7 +25,8 @@ class LabelledImages(NamedTuple):
 
     Attributes:
         images: `[b, 3, H, W]`, normalised, channels last in memory.
-        targets: classes `[b]`, -1 for an image that is left out, or shares of the classes `[b, classes]`.
+        targets: classes `[b]`, -1 for an image that is left out; or shares of the classes `[b, classes]`; or 0 and 1,
+            `[b, classes]`, -1 for an image that is left out, where an image may have several labels.
     """
 
     images: Tensor
@@ -46,8 +51,13 @@ class Classification(Task):
             self.notes.append(
                 f"{len(self.classes)} classes as in the data set, instead of the {meant_for} of the config"
             )
+        self._erase = build_erasing(config)
         self._mixup = build_mixup(config, len(self.classes)) if training else None
-        self._criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self._mixup else config.MODEL.LABEL_SMOOTHING)
+        if config.DATA.MULTI_LABEL:
+            self.score = Score("f1", "F1", "%")
+            self._criterion: nn.Module = nn.BCEWithLogitsLoss()
+        else:
+            self._criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self._mixup else config.MODEL.LABEL_SMOOTHING)
 
     def train_loader(self) -> DataLoader:
         return build_train_loader(self.config, self._dataset, rank=self.world.rank, world_size=self.world.size)
@@ -57,18 +67,19 @@ class Classification(Task):
 
     def prepare(self, batch: Batch, device: torch.device) -> LabelledImages:
         images, targets = self.to_device(batch, device)
+        images = self._erase(images) if self._erase else images
         return LabelledImages(*self._mixup(images, targets)) if self._mixup else LabelledImages(images, targets)
 
     def to_device(self, batch: Batch, device: torch.device) -> LabelledImages:
-        # Without waiting for the copy.
+        # Bytes travel, a quarter of what floats would be, and without waiting for the copy.
         images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
-        return LabelledImages(images, batch.targets.to(device, non_blocking=True))
+        return LabelledImages(normalize(images), batch.targets.to(device, non_blocking=True))
 
     def loss(self, model: nn.Module, batch: LabelledImages) -> Tensor:
         return self._criterion(model(batch.images), batch.targets)
 
-    def meter(self, samples: int, device: torch.device) -> Accuracy:
-        return Accuracy(samples, device)
+    def meter(self, samples: int, device: torch.device) -> Meter:
+        return F1(samples, device) if self.config.DATA.MULTI_LABEL else Accuracy(samples, device)
 
     def unreadable(self, batch: Batch) -> list[str]:
         return batch.unreadable
@@ -83,10 +94,10 @@ class Classification(Task):
         return f"{len(self.classes)} classes"
 
     def doubts(self) -> list[str]:
-        return self._dataset.doubts()
+        return [*self._dataset.doubts(), *loader_doubts(self.config)]
 
     def best_line(self, score: float) -> str:
-        return f"Max accuracy: {score:.2f}%"
+        return f"Max {self.score.title}: {score:.2f}%"
 
 
 def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:
@@ -123,6 +134,37 @@ class Accuracy(Meter):
             f" * Acc@1 {metrics['top1']:.3f} Acc@5 {metrics['top5']:.3f}",
             f" * Loss {metrics['loss']:.4f}",
             f"Accuracy of the network on the {images:.0f} test images: {metrics['top1']:.1f}%",
+        ]
+        warnings = [f"{skipped:.0f} images could not be read and are not counted"] if skipped else []
+        return Evaluation(metrics, lines, warnings)
+
+
+class F1(Meter):
+    """F1 of the labels that are more likely than not, over all images and classes, and mean binary cross-entropy."""
+
+    def __init__(self, samples: int, device: torch.device) -> None:
+        self._samples = samples
+        # [right labels, labels said, labels true, sum of losses, images, images left out]
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self._sums = torch.zeros(6, dtype=dtype, device=device)
+
+    def add(self, model: nn.Module, batch: LabelledImages) -> None:
+        logits, targets = model(batch.images).float(), batch.targets
+        read = targets[:, 0] >= 0
+        said, true = (logits > 0) & read[:, None], (targets > 0.5)
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1) * read
+        sums = said & true, said, true, losses, read, ~read
+        self._sums += torch.stack([x.to(self._sums.dtype).sum() for x in sums])
+
+    def result(self) -> Evaluation:
+        right, said, true, loss, images, skipped = sum_over_ranks(self._sums).tolist()
+        if images + skipped != self._samples or not images:
+            raise RuntimeError(f"evaluated {images + skipped:.0f} images of a data set of {self._samples}")
+        shares = right / max(said, 1), right / max(true, 1)
+        metrics = {"f1": 100 * 2 * right / max(said + true, 1), "loss": loss / images}
+        lines = [
+            f" * F1 {metrics['f1']:.3f} precision {100 * shares[0]:.3f} recall {100 * shares[1]:.3f}",
+            f" * Loss {metrics['loss']:.4f}",
         ]
         warnings = [f"{skipped:.0f} images could not be read and are not counted"] if skipped else []
         return Evaluation(metrics, lines, warnings)

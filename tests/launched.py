@@ -113,10 +113,11 @@ class Trial:
 
     def __init__(self, folder: Path, processes: int, workers: int, **sections: Any) -> None:
         folder.mkdir()
+        self.images = _write_images(folder / "images")
         sections = {
             "DATA": {
                 "DATASET": "imagenet",
-                "DATA_PATH": str(_write_images(folder / "images")),
+                "DATA_PATH": str(self.images),
                 "BATCH_SIZE": 12 // processes,
                 "NUM_WORKERS": workers,
             },

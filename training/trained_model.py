@@ -52,7 +52,13 @@ class TrainedModel:
         """
         config = self.config
         side, crop = config.DATA.IMG_SIZE, config.TEST.CROP
-        return eval_transform(size or side, interpolation=config.DATA.INTERPOLATION, crop=crop and size is None)
+        return eval_transform(
+            size or side,
+            interpolation=config.DATA.INTERPOLATION,
+            crop=crop and size is None,
+            crop_ratio=config.TEST.CROP_RATIO,
+            resize=config.TEST.RESIZE,
+        )
 
     def words(self) -> str:
         """Return what was loaded, in words."""

@@ -1,4 +1,4 @@
-"""The benchmark of the loader prints its table."""
+"""The benchmark of the loader prints its tables."""
 
 from __future__ import annotations
 
@@ -8,25 +8,36 @@ from pathlib import Path
 import pytest
 
 from benchmarks import loader
+from tests.data.formats.writers import write_tar
 from tests.data.samples import write_folder
 
 
-def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    write_folder(tmp_path / "data", {"train/cat": 5, "train/dog": 4})
-    (tmp_path / "small.yaml").write_text("DATA: {IMG_SIZE: 32, BATCH_SIZE: 2}\n")
-    argv = ["loader", "--cfg", str(tmp_path / "small.yaml"), "--data-path", str(tmp_path / "data")]
-    monkeypatch.setattr(sys, "argv", [*argv, "--workers", "0", "1", "--images", "6", "--runs", "2"])
+def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = write_folder(tmp_path / "data", {"train/cat": 5, "train/dog": 4, "val/cat": 1})
+    argv = ["loader", "--data-path", str(photos), "--also", f"tar:{write_tar(photos, tmp_path / 'tars')}"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--size", "32", "--batch-size", "2", "--images", "6", "--runs", "2"])
     loader.main()
-    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")][2:]
-    assert [row[0] for row in rows] == ["0", "1"]
-    for _, ours, slowest, plain, _, ratio in rows:
-        assert float(ours) > 0
-        assert 0 < int(slowest.rstrip("%")) <= 100
-        assert float(ratio) == pytest.approx(float(ours) / float(plain), rel=0.01)
+    said = capsys.readouterr().out
+    rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("|")]
+    rates = [row for row in rows if row[0] in ("recipe", "light")]
+    names = ["timm, folder", "timm, folder, prefetcher", "imagenet", "tar"]
+    assert [row[:2] for row in rates] == [[kind, name] for kind in ("recipe", "light") for name in names]
+    for kind in ("recipe", "light"):
+        chosen = [row for row in rates if row[0] == kind]
+        base = max(float(row[2]) for row in chosen[:2])
+        for row in chosen:
+            assert float(row[4]) == pytest.approx(float(row[2]) / base, abs=0.01)
+            assert 0 < int(row[3].rstrip("%")) <= 100
+    assert [row[0] for row in rows[-2:]] == ["Pillow", "simplejpeg"]
+
+
+def test_made_up_listing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["loader", "--listing", "5000"])
+    loader.main()
+    assert "5000 images: 0.00 GiB, mapped once by all processes" in capsys.readouterr().out
 
 
 def test_wrong_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "small.yaml").write_text("DATA: {IMG_SIZE: 32}\n")
-    monkeypatch.setattr(sys, "argv", ["loader", "--cfg", str(tmp_path / "small.yaml"), "--data-path", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["loader", "--data-path", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: no folder 'train' in data path"):
         loader.main()

@@ -15,7 +15,7 @@ import torch
 from yacs.config import CfgNode
 
 from config import set_option
-from data.build import build_mixup, open_dataset
+from data.build import build_erasing, build_mixup, loader_doubts, open_dataset
 from data.datasets import Batch
 from data.generators import seed_generators
 from data.images import UnreadableImage
@@ -51,7 +51,7 @@ def test_training_batches(root: Path) -> None:
     assert len(batches) == len(loader) == loader.sampler.updates_per_epoch == 23 // 4
     for batch in batches:
         assert batch.images.shape == (4, 3, 32, 32)
-        assert batch.images.dtype == torch.float32
+        assert batch.images.dtype == torch.uint8
         assert batch.targets.dtype == torch.int64
         assert batch.unreadable == []
     assert {target for batch in batches for target in batch.targets.tolist()} == {0, 1, 2}
@@ -110,26 +110,46 @@ def test_generators_of_the_training_process_are_not_disturbed(root: Path, worker
         ("AUG.HFLIP", 1.0),
         ("AUG.COLOR_JITTER", 0.1),
         ("AUG.AUTO_AUGMENT", "rand-m3-inc1"),
-        ("AUG.REPROB", 0.0),
-        ("AUG.REMODE", "const"),
-        ("AUG.RECOUNT", 3),
+        ("AUG.CROP", "padded"),
+        ("AUG.REPEATS", 2),
+        ("DATA.IMG_SIZE", 48),
         ("SEED", 1),
     ],
 )
 def test_options_reach_training(root: Path, key: str, value: object) -> None:
     config = small_config(root)
-    config.AUG.AUTO_AUGMENT, config.AUG.REPROB, config.AUG.HFLIP = "", 1.0, 0.0
+    config.AUG.AUTO_AUGMENT, config.AUG.HFLIP = "", 0.0
     before = train_batches(config)
     set_option(config, key, value)
     assert not equal(train_batches(config), before)
 
 
-@pytest.mark.parametrize(("key", "value"), [("DATA.INTERPOLATION", "bilinear"), ("TEST.CROP", False)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("DATA.INTERPOLATION", "bilinear"),
+        ("TEST.CROP", False),
+        ("TEST.CROP_RATIO", 1.0),
+        ("TEST.RESIZE", "shorter"),
+    ],
+)
 def test_options_reach_evaluation(root: Path, key: str, value: object) -> None:
     config = small_config(root)
     before = list(build_eval_loader(config, rank=0, world_size=1))
     set_option(config, key, value)
     assert not equal(list(build_eval_loader(config, rank=0, world_size=1)), before)
+
+
+def test_options_reach_erasing() -> None:
+    config = small_config()
+    config.AUG.REPROB, config.AUG.REMODE, config.AUG.RECOUNT = 1.0, "const", 1
+    images = torch.ones(8, 3, 32, 32)
+    seed_generators(0)
+    assert (build_erasing(config)(images.clone()) == 0).flatten(1).any(1).all()
+    for option, value in (("REPROB", 0.0), ("RECOUNT", 0)):
+        off = config.clone()
+        off.AUG[option] = value
+        assert build_erasing(off) is None
 
 
 def break_images(root: Path, *names: str) -> list[str]:
@@ -207,13 +227,32 @@ def test_memory_is_pinned_for_cuda_alone(
     assert not build_train_loader(config, rank=0, world_size=1).pin_memory
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 16 worker processes")
-def test_more_workers_than_the_machine_can_feed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+def test_more_workers_than_cores(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3})
     for build in (build_train_loader, build_eval_loader):
-        assert build(small_config(root, NUM_WORKERS=16), rank=0, world_size=1).num_workers == 2
-        with pytest.raises(ValueError, match=r"^DATA\.NUM_WORKERS must be at most 16 .*, not 17; "):
-            build(small_config(root, NUM_WORKERS=17), rank=0, world_size=1)
+        assert build(small_config(root, NUM_WORKERS=32), rank=0, world_size=1).num_workers == 2
+    assert loader_doubts(small_config(root, NUM_WORKERS=2)) == []
+    assert loader_doubts(small_config(root, NUM_WORKERS=32)) == [
+        "DATA.NUM_WORKERS 32 is more than the 2 cores here; 2 are used"
+    ]
+
+
+def test_small_shared_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(root, NUM_WORKERS=1)
+    wanted = train_batches(config)
+    needed = 3 * 4 * 32 * 32 * 3  # three batches of four images
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed))
+    assert loader_doubts(config) == []
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    (doubt,) = loader_doubts(config)
+    assert "/dev/shm has 0 MiB free" in doubt
+    assert "by --shm-size or --ipc=host" in doubt
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", lambda *_: pytest.fail("shared memory is used"))
+    batches = train_batches(config)
+    assert equal(batches, wanted)
+    assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in batches)
+    config.DATA.NUM_WORKERS = 0
+    assert loader_doubts(config) == []
 
 
 def test_image_that_vanishes_during_training(root: Path) -> None:

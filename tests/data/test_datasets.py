@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from data.datasets import MAX_SUBSTITUTES, Batch, TransformedImages, collate
 from data.images import StoredImage, UnreadableImage
@@ -31,10 +30,10 @@ class Source(ImageSource):
         return StoredImage(np.asarray(photograph()), f"{index}.jpg")
 
 
-def three_generators(image: Image.Image) -> torch.Tensor:
-    """Transform an image to one number of each global generator, beside the mean of the image."""
-    drawn = [random.random(), np.random.rand(), torch.rand(()).item()]  # noqa: NPY002
-    return torch.tensor([*drawn, np.asarray(image).mean()]).float()
+def three_generators(stored: StoredImage) -> np.ndarray:
+    """Transform an image to one number of each global generator, beside one of its pixels."""
+    drawn = [random.randrange(256), np.random.randint(256), int(torch.randint(256, ()))]  # noqa: NPY002
+    return np.array([[drawn, stored.data[0, 0].tolist()]], dtype=np.uint8)
 
 
 def dataset(bad: frozenset[int] = frozenset(), on_unreadable: str = "substitute", seed: int = 5) -> TransformedImages:
@@ -43,20 +42,21 @@ def dataset(bad: frozenset[int] = frozenset(), on_unreadable: str = "substitute"
 
 def test_augmentation_depends_on_seed_epoch_and_index() -> None:
     images = dataset()
-    reference = images[Draw(3, 1)].image
-    assert torch.equal(images[Draw(3, 1)].image, reference)
-    assert torch.equal(images.__getitems__([Draw(7, 1), Draw(3, 1)])[1].image, reference)
+    reference = images[Draw(3, 1)].pixels
+    assert np.array_equal(images[Draw(3, 1)].pixels, reference)
+    assert np.array_equal(images.__getitems__([Draw(7, 1), Draw(3, 1)])[1].pixels, reference)
     for other in (dataset(seed=6)[Draw(3, 1)], images[Draw(3, 2)], images[Draw(4, 1)], images[Draw(1, 3)]):
-        assert (other.image[:3] != reference[:3]).all()
+        assert (other.pixels[0, 0] != reference[0, 0]).any()
 
 
 def test_generators_of_the_caller_are_not_disturbed() -> None:
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
-    expected = three_generators(photograph())
+    stored = Source().get(0)
+    expected = three_generators(stored)
     random.seed(1), np.random.seed(1), torch.manual_seed(1)  # noqa: NPY002
     dataset().__getitems__([Draw(0, 0), Draw(1, 0)])
     dataset()[Draw(2, 0)]
-    assert torch.equal(three_generators(photograph()), expected)
+    assert np.array_equal(three_generators(stored), expected)
 
 
 def test_unreadable_image_is_raised() -> None:
@@ -75,7 +75,8 @@ def test_substitutes_depend_on_the_draw_alone() -> None:
     assert len(set(targets)) > 10
     assert targets[:30] != targets[30:]
     assert images[Draw(3, 0)].unreadable[0] == "3.jpg"
-    assert torch.equal(images[Draw(3, 0)].image, dataset()[Draw(3, 0)].image)  # augmented as the image would have been
+    augmented_as = dataset()[Draw(3, 0)].pixels  # as the image would have been
+    assert np.array_equal(images[Draw(3, 0)].pixels, augmented_as)
 
 
 def test_unreadable_substitutes_are_listed_too() -> None:
@@ -94,21 +95,38 @@ def test_nothing_but_unreadable_images() -> None:
 def test_marked_images_are_black_and_without_target() -> None:
     images = dataset(frozenset({3}), "mark")
     sample = images[Draw(3, 0)]
-    assert (sample.target, sample.unreadable, sample.image[3].item()) == (-1, ["3.jpg"], 0.0)
+    assert (sample.target, sample.unreadable, sample.pixels[0, 1].tolist()) == (-1, ["3.jpg"], [0, 0, 0])
     assert images[Draw(4, 0)].target == 4
 
 
 def test_batch() -> None:
     batch = collate(dataset(frozenset({3}), "mark").__getitems__([Draw(2, 0), Draw(3, 0), Draw(9, 0)]))
     assert isinstance(batch, Batch)
-    assert batch.images.shape == (3, 4)
+    assert batch.images.shape == (3, 3, 1, 2)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
     assert batch.targets.dtype == torch.int64
     assert batch.targets.tolist() == [2, -1, 9]
     assert batch.unreadable == ["3.jpg"]
 
 
+def test_batch_of_images_with_several_labels() -> None:
+    images = dataset(frozenset({3}), "mark")
+    images._source.labels = np.eye(20, dtype=np.uint8)
+    batch = collate(images.__getitems__([Draw(2, 0), Draw(3, 0)]))
+    assert batch.targets.dtype == torch.float32
+    assert batch.targets[0].tolist() == np.eye(20)[2].tolist()
+    assert (batch.targets[1] == -1).all()
+
+
+def test_repeats_are_augmented_otherwise() -> None:
+    images = dataset()
+    assert np.array_equal(images[Draw(3, 1, 0)].pixels, images[Draw(3, 1)].pixels)
+    assert not np.array_equal(images[Draw(3, 1, 1)].pixels, images[Draw(3, 1)].pixels)
+
+
 def test_data_set_reaches_workers_that_are_not_forked(tmp_path: Path) -> None:
     images = dataset()
     copy = pickle.loads(pickle.dumps(images))
-    assert torch.equal(copy[Draw(3, 1)].image, images[Draw(3, 1)].image)
+    assert np.array_equal(copy[Draw(3, 1)].pixels, images[Draw(3, 1)].pixels)
     assert pickle.loads(pickle.dumps(collate)) is collate

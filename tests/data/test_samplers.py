@@ -97,3 +97,15 @@ def test_evaluation_takes_each_image_once(world_size: int) -> None:
     assert sorted(itertools.chain(*shards)) == [Draw(index, 0) for index in range(10)]
     assert [len(EvalSampler(10, rank=r, world_size=world_size)) for r in range(world_size)] == [*map(len, shards)]
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_repeated_augmentation() -> None:
+    sampler = TrainSampler(20, batch_size=6, rank=0, world_size=1, seed=0, repeats=3)
+    draws = list(sampler)
+    assert len(draws) == len(sampler) == 18
+    assert len(set(draws)) == 18
+    assert len({draw.index for draw in draws}) == 6  # a third of the images that an epoch has draws
+    assert {draw.repeat for draw in draws} == {0, 1, 2}
+    ranks = [TrainSampler(20, batch_size=3, rank=rank, world_size=2, seed=0, repeats=3) for rank in (0, 1)]
+    halves = [list(rank) for rank in ranks]
+    assert [draw for first in (0, 3, 6) for half in halves for draw in half[first : first + 3]] == draws

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import pickle
+import random
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
 from PIL import Image
-from timm.data.auto_augment import AugmentOp
+from timm.data import auto_augment
 from torch import Tensor
 
 from data.generators import seed_generators
-from data.transforms import Transform, eval_transform, train_transform
+from data.images import StoredImage, UnreadableImage
+from data.operations import OPERATIONS
+from data.transforms import Erase, EvalTransform, TrainTransform, eval_transform, normalize, resize
 from tests.data.samples import photograph
 
 MEAN = np.array([0.485, 0.456, 0.406])
@@ -24,7 +29,14 @@ def normalised(image: Image.Image) -> np.ndarray:
     return ((np.asarray(image) / 255 - MEAN) / STD).transpose(2, 0, 1)
 
 
-def plain_train_transform(img_size: int = 32, **options: object) -> Transform:
+def stored(image: Image.Image, kind: str = "PNG", **options: object) -> StoredImage:
+    """Return an image as a file of some kind."""
+    content = io.BytesIO()
+    image.save(content, kind, **options)
+    return StoredImage(content.getvalue(), f"a.{kind.lower()}")
+
+
+def plain_train_transform(img_size: int = 32, **options: object) -> TrainTransform:
     """Return the training transform with everything off that `options` do not switch on."""
     off = {
         "interpolation": "bicubic",
@@ -33,16 +45,17 @@ def plain_train_transform(img_size: int = 32, **options: object) -> Transform:
         "hflip": 0.0,
         "color_jitter": 0.0,
         "auto_augment": "",
-        "reprob": 0.0,
-        "remode": "pixel",
-        "recount": 1,
     }
-    return train_transform(img_size, **{**off, **options})
+    return TrainTransform((img_size, img_size), **{**off, **options})
 
 
-def draws(transform: Transform, image: Image.Image, count: int = 40) -> list[Tensor]:
+def to_tensor(pixels: np.ndarray) -> Tensor:
+    return normalize(torch.from_numpy(np.array(pixels)).permute(2, 0, 1))
+
+
+def draws(transform: TrainTransform, image: Image.Image, count: int = 40) -> list[Tensor]:
     seed_generators(0)
-    return [transform(image) for _ in range(count)]
+    return [to_tensor(transform(stored(image))) for _ in range(count)]
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -69,9 +82,9 @@ def test_evaluation_without_cropping() -> None:
 
 def test_training_with_everything_off_resizes() -> None:
     image = photograph(width=80, height=80)
-    expected = normalised(image.resize((32, 32), Image.Resampling.BICUBIC))
-    for tensor in draws(plain_train_transform(), image, 5):
-        np.testing.assert_allclose(tensor.numpy(), expected, atol=1e-5)
+    expected = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+    for _ in range(5):
+        assert np.abs(plain_train_transform()(stored(image)) - expected).max() <= 1
 
 
 def test_flip() -> None:
@@ -130,35 +143,186 @@ def test_rand_augment_at_its_strongest() -> None:
     assert all(t.isfinite().all() for t in tensors)
 
 
-@pytest.mark.parametrize(("magnitude", "mask"), [(10, 0b00000000), (8, 0b10000000), (0, 0b11110000)])
-def test_posterising_keeps_the_highest_bits(magnitude: int, mask: int) -> None:
+@pytest.mark.parametrize(("bits", "mask"), [(0, 0b00000000), (1, 0b10000000), (4, 0b11110000), (8, 0b11111111)])
+def test_posterising_keeps_the_highest_bits(bits: int, mask: int) -> None:
     image = photograph()
-    posterised = AugmentOp("PosterizeIncreasing", prob=1.0, magnitude=magnitude)(image)
-    assert np.array_equal(np.asarray(posterised), np.asarray(image) & mask)
+    assert np.array_equal(np.asarray(OPERATIONS["PosterizeIncreasing"](image, bits)), np.asarray(image) & mask)
 
 
-@pytest.mark.parametrize("remode", ["pixel", "rand", "const"])
-def test_random_erasing(remode: str) -> None:
-    image = photograph(width=32, height=32)
-    straight = torch.tensor(normalised(image), dtype=torch.float32)
-    tensors = draws(plain_train_transform(reprob=0.4, remode=remode), image, 150)
-    erased = [(t - straight).abs().amax(0) > 1e-4 for t in tensors]
-    share = np.mean([area.any().item() for area in erased])
-    assert 0.25 < share < 0.55
-    tensor, area = next((t, a) for t, a in zip(tensors, erased, strict=True) if a.sum() > 40)
-    values = tensor[:, area]
-    if remode == "const":
+SHIFTS = [
+    ("ShearX", 0.2),
+    ("ShearX", -0.3),
+    ("ShearY", 0.17),
+    ("TranslateXRel", 0.13),
+    ("TranslateYRel", -0.41),
+    ("TranslateX", 3.0),
+    ("TranslateY", 250.0),
+]
+
+
+@pytest.mark.parametrize(("name", "level"), SHIFTS)
+@pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+def test_shifts_are_those_of_pillow(name: str, level: float, resample: Image.Resampling) -> None:
+    image = photograph(width=97, height=64)
+    options = {"fillcolor": (124, 116, 104), "resample": resample}
+    expected = np.asarray(auto_augment.NAME_TO_OP[name](image, level, **options)).astype(int)
+    difference = np.abs(np.asarray(OPERATIONS[name](image, level, **options)) - expected)
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.01
+
+
+def test_shifts_keep_areas_of_one_colour() -> None:
+    image = Image.new("RGB", (64, 64), (255, 101, 0))
+    for name, level in (("ShearX", 0.23), ("ShearY", -0.11), ("TranslateXRel", 0.1)):
+        options = {"fillcolor": (255, 101, 0), "resample": Image.Resampling.BICUBIC}
+        assert np.asarray(OPERATIONS[name](image, level, **options)).tobytes() == image.tobytes()
+
+
+def test_interpolation_is_drawn_as_timm_draws_it() -> None:
+    image, options = photograph(), {"fillcolor": (0, 0, 0), "resample": (2, 3)}
+    for seed in range(8):
+        random.seed(seed)
+        expected = np.asarray(auto_augment.NAME_TO_OP["ShearX"](image, 0.2, **dict(options))).astype(int)
+        random.seed(seed)
+        assert np.abs(np.asarray(OPERATIONS["ShearX"](image, 0.2, **options)) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "3a", "original", "v0", "augmix-m3-w3"])
+def test_policies_of_timm(policy: str) -> None:
+    tensors = draws(plain_train_transform(auto_augment=policy), photograph(width=64, height=64), 20)
+    assert all(tensor.shape == (3, 32, 32) for tensor in tensors)
+    assert len({tensor.sum().item() for tensor in tensors}) > 4
+
+
+def erased(images: Tensor, probability: float, mode: str, count: int = 1) -> Tensor:
+    seed_generators(0)
+    return Erase(probability, mode=mode, count=count)(images.clone())
+
+
+@pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
+def test_random_erasing(mode: str) -> None:
+    images = to_tensor(np.asarray(photograph(width=32, height=32))).expand(150, 3, 32, 32)
+    after = erased(images, 0.4, mode)
+    areas = (after - images).abs().amax(1) > 1e-4
+    assert 0.25 < areas.flatten(1).any(1).float().mean() < 0.55
+    place = next(index for index, area in enumerate(areas) if area.sum() > 40)
+    values = after[place][:, areas[place]]
+    if mode == "const":
         assert not values.any()
     else:
         same_colour = (values == values[:, :1]).all().item()
-        assert same_colour == (remode == "rand")
-    assert area.float().mean() < 0.4
+        assert same_colour == (mode == "rand")
+    assert areas.float().mean((1, 2)).max() < 0.4
+    assert torch.equal(after, erased(images, 0.4, mode))
 
 
 def test_several_areas_are_erased() -> None:
-    image = Image.new("RGB", (64, 64), "white")
-    tensors = draws(plain_train_transform(64, reprob=1.0, remode="rand", recount=4), image, 30)
-    assert max(len(t.flatten(1).unique(dim=1)[0]) for t in tensors) > 2
+    after = erased(torch.zeros(30, 3, 64, 64), 1.0, "rand", 4)
+    assert max(len(image.flatten(1).unique(dim=1)[0]) for image in after) > 3
+
+
+def test_channels_last_stays() -> None:
+    images = torch.zeros(2, 8, 8, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    assert normalize(images).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_resizing_is_that_of_pillow(interpolation: str) -> None:
+    image = photograph(width=301, height=210)
+    for width, height in ((64, 64), (200, 96), (400, 400)):
+        expected = np.asarray(image.resize((width, height), Image.Resampling[interpolation.upper()])).astype(int)
+        difference = np.abs(resize(np.array(image), (height, width), interpolation) - expected)
+        assert difference.mean() < 0.1
+        assert difference.max() <= 2
+
+
+def test_large_images_are_decoded_at_a_smaller_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = photograph(width=640, height=480)
+    transform = plain_train_transform(64)
+    square = stored(image, "JPEG", quality=95).decode().crop((80, 0, 560, 480))
+    exact = resize(np.array(square), (64, 64), "bicubic").astype(int)
+    decoded = []
+    decode = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *a, **k: decoded.append(decode(*a, **k)) or decoded[-1])
+    assert np.abs(transform(stored(image, "JPEG", quality=95)) - exact).mean() < 2
+    assert decoded[0].shape == (120, 160, 3)  # never below the size of the result
+    assert plain_train_transform(256)(stored(image, "JPEG")).shape == (256, 256, 3)
+    assert decoded[1].shape == (480, 640, 3)
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+def test_a_part_at_a_smaller_scale_shows_the_same(scale: int) -> None:
+    image = stored(photograph(width=800, height=640), "JPEG", quality=95)
+    part = (160, 240, 320, 400)
+    whole = image.crop(*part, at_least=part[2:]).astype(int)
+    small = image.crop(*part, at_least=(320 // scale, 400 // scale))
+    assert small.shape == (320 // scale, 400 // scale, 3)
+    assert np.abs(resize(small, (320, 400), "bicubic") - whole).mean() < 2
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 2}])
+def test_decoding_is_that_of_pillow(mode: str, options: dict) -> None:
+    image = stored(photograph(width=201, height=133).convert(mode), "JPEG", **options)
+    expected = np.asarray(image.decode())
+    assert image.size() == (133, 201)
+    assert np.array_equal(image.crop(0, 0, 133, 201, at_least=(133, 201)), expected)
+    assert np.array_equal(image.crop(10, 20, 30, 40, at_least=(99, 99)), expected[10:40, 20:60])
+
+
+def test_damaged_jpeg_is_as_unreadable_as_to_pillow() -> None:
+    whole = stored(photograph(width=201, height=133), "JPEG").data
+    for content in (whole[:-50], whole[:300], whole[:30], b"\xff\xd8"):
+        with pytest.raises(UnreadableImage):
+            StoredImage(content, "a.jpg").decode()
+        with pytest.raises(UnreadableImage, match=r"cannot read image 'a\.jpg'"):
+            plain_train_transform()(StoredImage(content, "a.jpg"))
+
+
+def test_padded_crops() -> None:
+    image = photograph(width=32, height=32)
+    transform = plain_train_transform(crop="padded", padding=4)
+    pixels = np.pad(np.asarray(image), ((4, 4), (4, 4), (0, 0)))
+    places = {(top, left) for top in range(9) for left in range(9)}
+    seed_generators(0)
+    found = set()
+    for _ in range(60):
+        part = transform(stored(image))
+        found |= {(y, x) for y, x in places if np.array_equal(pixels[y : y + 32, x : x + 32], part)}
+    assert len(found) > 25
+    assert plain_train_transform(24, crop="padded")(stored(image)).shape == (24, 24, 3)
+
+
+def test_shorter_side_keeps_the_aspect_ratio() -> None:
+    image = photograph(width=300, height=200)
+    expected = image.resize((384, 256), Image.Resampling.BICUBIC).crop((80, 16, 304, 240))
+    options = {"interpolation": "bicubic", "crop": True, "resize": "shorter"}
+    assert np.array_equal(EvalTransform((224, 224), **options)(stored(image)), np.asarray(expected))
+    no_crop = EvalTransform((96, 96), interpolation="bicubic", crop=False, resize="shorter")
+    expected = image.resize((144, 96), Image.Resampling.BICUBIC).crop((24, 0, 120, 96))
+    assert np.array_equal(no_crop(stored(image)), np.asarray(expected))
+
+
+def test_rectangles_and_crop_ratio() -> None:
+    image = photograph(width=300, height=200)
+    transform = EvalTransform((64, 96), interpolation="bilinear", crop=True, crop_ratio=0.5)
+    expected = image.resize((192, 128), Image.Resampling.BILINEAR).crop((48, 32, 144, 96))
+    assert np.array_equal(transform(stored(image)), np.asarray(expected))
+    wide = TrainTransform(
+        (32, 64),
+        interpolation="bicubic",
+        scale=(0.1, 1),
+        ratio=(0.7, 1.4),
+        hflip=0.5,
+        color_jitter=0,
+        auto_augment="3a",
+    )
+    assert wide(stored(image)).shape == (32, 64, 3)
+
+
+def test_the_published_crop_ratio_is_the_default() -> None:
+    for size in range(32, 1025):
+        assert EvalTransform((size, size), interpolation="bicubic", crop=True)._resized[0] == int(256 / 224 * size)
 
 
 def test_unknown_policy_is_named() -> None:
@@ -170,8 +334,8 @@ def test_unknown_policy_is_named() -> None:
 def test_transforms_reach_workers_that_are_not_forked() -> None:
     image = photograph()
     for transform in (
-        plain_train_transform(auto_augment="rand-m9-mstd0.5-inc1", reprob=0.5),
-        eval_transform(32, interpolation="bicubic", crop=True),
+        plain_train_transform(auto_augment="rand-m9-mstd0.5-inc1"),
+        EvalTransform((32, 32), interpolation="bicubic", crop=True),
     ):
         (one,), (other,) = (draws(t, image, 1) for t in (transform, pickle.loads(pickle.dumps(transform))))
         assert torch.equal(one, other)

@@ -2,9 +2,56 @@
 
 from __future__ import annotations
 
-from tasks.classification import class_changes
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import f1_score
+from torch import nn
+
+import main
+from tasks.classification import F1, LabelledImages, class_changes
+from tests.data.samples import write_folder
+from tests.runs import read_metrics, write_config
 
 
 def test_classes_are_known_by_name() -> None:
     assert class_changes({}, ["cat", "dog"]) == class_changes({"classes": ["cat", "dog"]}, ["cat", "dog"]) == []
     assert class_changes({"classes": ["cat", "dog"]}, ["ape", "dog"]) == ["class 0: 'cat' in the checkpoint, 'ape' now"]
+
+
+SCORES = torch.tensor([[2.0, -1.0, 0.5], [-0.3, 0.7, -2.0], [1.0, 1.0, 1.0]])
+
+
+class Linear(nn.Module):
+    """Gives the scores of a batch whose images are the numbers of its rows."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return SCORES[images.long()]
+
+
+def test_f1_of_several_labels() -> None:
+    targets = torch.tensor([[1.0, 1.0, 1.0], [0.0, 1.0, 0.0], [-1.0, -1.0, -1.0]])
+    meter = F1(3, torch.device("cpu"))
+    for rows in ([0, 2], [1]):
+        meter.add(Linear(), LabelledImages(torch.tensor(rows), targets[rows]))
+    found = meter.result()
+    assert found.metrics["f1"] == pytest.approx(100 * f1_score(targets[:2], SCORES[:2] > 0, average="micro"))
+    expected = nn.functional.binary_cross_entropy_with_logits(SCORES[:2], targets[:2])
+    assert found.metrics["loss"] == pytest.approx(expected.item())
+    assert found.warnings == ["1 images could not be read and are not counted"]
+
+
+def test_a_run_on_images_of_several_labels(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"images": 12})
+    names = ("cat", "dog", "cat;dog", "")
+    for part, numbers in (("train", range(8)), ("val", range(8, 12))):
+        rows = [f"images/{number}.jpg,{names[number % 4]}\n" for number in numbers]
+        (tmp_path / f"{part}.csv").write_text("".join(rows))
+    data = {"DATASET": "csv", "DATA_PATH": str(tmp_path), "MULTI_LABEL": True, "BATCH_SIZE": 4}
+    config = write_config(tmp_path, OUTPUT=str(tmp_path), DATA=data, TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
+    assert main.main(["--cfg", str(config)]) == 0
+    (row,) = read_metrics(tmp_path / "tiny" / "default", "eval")
+    assert 0 <= row["f1"] <= 100
+    assert row["loss"] > 0
+    assert main.main(["--cfg", str(config), "--opts", "AUG.MIXUP", "0.8", "TAG", "mixed"]) == 2
