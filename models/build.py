@@ -2,29 +2,67 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
+import timm
 from torch import nn
 
 from .dat import DAT
-
-MODELS = {"dat": DAT}
 
 
 def build_model(config: Any) -> nn.Module:
     """Build the model that ``config.MODEL`` describes, on the CPU and in training mode.
 
     Args:
-        config: configuration with ``MODEL.TYPE``, ``MODEL.DAT`` (the arguments of `DAT` by name) and
-            ``TRAIN.USE_CHECKPOINT``.
+        config: configuration with ``MODEL.TYPE``: ``dat`` is built from ``MODEL.DAT``, the arguments of `DAT` by name,
+            ``timm`` from ``MODEL.TIMM``; both with ``TRAIN.USE_CHECKPOINT``.
 
     Raises:
-        ValueError: the type is unknown, or an option of the architecture is not allowed.
+        ValueError: the model is unknown, one of its options is not allowed, or images are too small for it.
     """
-    if config.MODEL.TYPE not in MODELS:
-        raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of {', '.join(MODELS)}")
-    model = MODELS[config.MODEL.TYPE](**config.MODEL.DAT, use_checkpoint=config.TRAIN.USE_CHECKPOINT)
-    size, smallest = config.DATA.IMG_SIZE, model.smallest_image
-    if size < smallest:
-        raise ValueError(f"DATA.IMG_SIZE = {size} leaves no pixel for the last stage; give at least {smallest}")
+    if config.MODEL.TYPE == "timm":
+        return _build_timm(config)
+    if config.MODEL.TYPE != "dat":
+        raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of dat, timm")
+    model = DAT(**config.MODEL.DAT, use_checkpoint=config.TRAIN.USE_CHECKPOINT)
+    if min(image_size(config)) < model.smallest_image:
+        raise ValueError(
+            f"DATA.IMG_SIZE = {config.DATA.IMG_SIZE} leaves no pixel for the last stage; give at least "
+            f"{model.smallest_image}"
+        )
     return model
+
+
+def _build_timm(config: Any) -> nn.Module:
+    name, arguments = config.MODEL.TIMM.NAME, config.MODEL.TIMM.ARGS
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"did you mean {near[0]}?" if near else "timm.list_models() names them"
+        raise ValueError(f"MODEL.TIMM.NAME: timm has no model {name!r}; {hint}")
+    try:
+        model = timm.create_model(name, **arguments)
+    except TypeError as error:  # for an argument that the model does not have
+        raise ValueError(f"MODEL.TIMM.ARGS: {error}") from None
+    if config.TRAIN.USE_CHECKPOINT:
+        model.set_grad_checkpointing()
+    return model
+
+
+def image_size(config: Any) -> tuple[int, int]:
+    """Return height and width in pixels of what the network is given."""
+    size = config.DATA.IMG_SIZE
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def num_classes(config: Any) -> int:
+    """Return for how many classes the configured model is built."""
+    return (
+        config.MODEL.TIMM.ARGS.get("num_classes", 1000) if config.MODEL.TYPE == "timm" else config.MODEL.DAT.num_classes
+    )
+
+
+def set_num_classes(config: Any, number: int) -> None:
+    """Let the configured model be built for ``number`` classes."""
+    options = config.MODEL.TIMM.ARGS if config.MODEL.TYPE == "timm" else config.MODEL.DAT
+    options["num_classes"] = number

@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 from data.build import build_erasing, build_eval_loader, build_mixup, build_train_loader, loader_doubts, open_dataset
 from data.datasets import Batch
 from data.transforms import normalize
+from models.build import num_classes, set_num_classes
 from tasks.base import Evaluation, Meter, Score, Task
 from utils import World, sum_over_ranks
 
@@ -46,7 +47,8 @@ class Classification(Task):
         super().__init__(config, world, training=training)
         self._dataset = open_dataset(config, ("train", "val") if training else ("val",))
         self.classes = self._dataset.classes
-        meant_for, config.MODEL.DAT.num_classes = config.MODEL.DAT.num_classes, len(self.classes)
+        meant_for = num_classes(config)
+        set_num_classes(config, len(self.classes))
         if len(self.classes) != meant_for:
             self.notes.append(
                 f"{len(self.classes)} classes as in the data set, instead of the {meant_for} of the config"

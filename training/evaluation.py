@@ -12,6 +12,7 @@ from yacs.config import CfgNode
 
 from logger import RunLog
 from models import build_model
+from models.build import image_size
 from models.contract import compile_parts
 from tasks import Task, build_task
 from training.build import build_network, prepare_device
@@ -83,7 +84,7 @@ class ThroughputTest:
 
     def size(self) -> str:
         """Return the size of the images in words."""
-        return f"{self.config.DATA.IMG_SIZE}x{self.config.DATA.IMG_SIZE}"
+        return "x".join(map(str, image_size(self.config)))
 
 
 def build_throughput(config: CfgNode, world: World) -> ThroughputTest:
@@ -101,8 +102,7 @@ def build_throughput(config: CfgNode, world: World) -> ThroughputTest:
 def measure_throughput(network: nn.Module, config: CfgNode, device: torch.device, *, runs: int = 30) -> float:
     """Return how many random images a second the network takes, in batches of DATA.BATCH_SIZE."""
     network.eval()
-    size = config.DATA.IMG_SIZE
-    images = torch.randn(config.DATA.BATCH_SIZE, 3, size, size, device=device)
+    images = torch.randn(config.DATA.BATCH_SIZE, 3, *image_size(config), device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, dtype=AUTOCAST[config.AMP], enabled=config.AMP != "off"):
         for _ in range(max(runs // 10, 1)):

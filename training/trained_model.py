@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 from config import default_config, differences, load_config
 from data.transforms import eval_transform
 from models import build_model
+from models.build import num_classes, set_num_classes
 from models.contract import classifier
 from models.weights import IMAGENET_1K
 from training.checkpoint import load_checkpoint, load_strictly, model_weights
@@ -83,7 +84,7 @@ def load_trained(path: str | Path, *, cfg: str | Path | None = None, weights: st
     state = model_weights(checkpoint, path, ema=chosen == EMA)
     network = _build_for(config, state)
     load_strictly(network, state, path)
-    classes = _class_names(checkpoint.get("classes"), config.MODEL.DAT.num_classes)
+    classes = _class_names(checkpoint.get("classes"), num_classes(config))
     return TrainedModel(network.eval(), config, classes, chosen, str(path))
 
 
@@ -91,7 +92,7 @@ def untrained(config: CfgNode, classes: list[str] | None = None) -> TrainedModel
     """Return the network of a config as a run with its seed begins, with random weights."""
     torch.manual_seed(config.SEED)
     network = build_model(config).eval()
-    return TrainedModel(network, config, _class_names(classes, config.MODEL.DAT.num_classes), "", "")
+    return TrainedModel(network, config, _class_names(classes, num_classes(config)), "", "")
 
 
 def chosen_weights(checkpoint: dict[str, Any]) -> str:
@@ -103,9 +104,9 @@ def _build_for(config: CfgNode, weights: dict[str, Tensor]) -> nn.Module:
     """Return the network of a config with as many classes as the weights have, which the config then says."""
     network = build_model(config)
     classes = len(weights.get(f"{classifier(network)}.bias", ()))
-    if not classes or classes == config.MODEL.DAT.num_classes:
+    if not classes or classes == num_classes(config):
         return network
-    config.MODEL.DAT.num_classes = classes
+    set_num_classes(config, classes)
     return build_model(config)
 
 

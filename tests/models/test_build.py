@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from config import default_config, load_config
 from models import build_model
+from models.build import image_size, num_classes, set_num_classes
 from tests.models.small import without_gradient
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -44,5 +45,36 @@ def test_checkpointing_comes_from_the_training_section() -> None:
 def test_unknown_type_is_refused() -> None:
     config = default_config()
     config.MODEL.TYPE = "dit"
-    with pytest.raises(ValueError, match=r"MODEL\.TYPE = 'dit' is unknown; choose one of dat"):
+    with pytest.raises(ValueError, match=r"MODEL\.TYPE = 'dit' is unknown; choose one of dat, timm"):
         build_model(config)
+
+
+def test_a_model_of_timm_is_built_for_the_classes_of_the_data() -> None:
+    config = load_config(CONFIGS / "digits.yaml", ["MODEL.TYPE", "timm", "MODEL.TIMM.NAME", "test_resnet"])
+    config.MODEL.TIMM.ARGS.drop_rate = 0.25
+    assert num_classes(config) == 1000
+    set_num_classes(config, 7)
+    model = build_model(config)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    assert model.drop_rate == 0.25
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["MODEL.TIMM.NAME", "resnet81"], r"timm has no model 'resnet81'; did you mean resnet"),
+        (["MODEL.TIMM.NAME", ""], r"timm has no model ''; timm\.list_models"),
+        (["MODEL.TIMM.NAME", "test_resnet", "MODEL.TIMM.ARGS.deep", "3"], r"MODEL\.TIMM\.ARGS: .*deep"),
+    ],
+)
+def test_what_timm_does_not_have_is_said(options: list[str], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        build_model(load_config(CONFIGS / "digits.yaml", ["MODEL.TYPE", "timm", *options]))
+
+
+def test_a_pair_of_sides_is_an_image_size() -> None:
+    config = load_config(CONFIGS / "digits.yaml", ["DATA.IMG_SIZE", "[32, 64]"])
+    assert image_size(config) == (32, 64)
+    build_model(config)
+    with pytest.raises(ValueError, match=r"DATA\.IMG_SIZE = \[32, 1\] leaves no pixel"):
+        build_model(load_config(CONFIGS / "dat_p.yaml", ["DATA.IMG_SIZE", "[32, 1]"]))
