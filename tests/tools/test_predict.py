@@ -1,0 +1,141 @@
+"""Predictions from a checkpoint alone: formats, batches, folders, lists, and files that cannot be read."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from data.images import read_image
+from tests.browser import Browser, needs_browser
+from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
+from tools.predict import main
+from training.trained_model import load_trained
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> list[Path]:
+    folder = tmp_path / "photos"
+    (folder / "more").mkdir(parents=True)
+    names = ("a.png", "b <i>.jpg", "more/c.webp")
+    return [write_photograph(folder / name, seed=seed) for seed, name in enumerate(names)]
+
+
+def predict(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words: object, stdin: str = ""
+) -> tuple[int, str, str]:
+    monkeypatch.setattr("sys.argv", ["predict.py", *map(str, words)])
+    monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+    return int(ended.value.code or 0), said.out, said.err
+
+
+def expected(checkpoint: Path, path: Path) -> torch.Tensor:
+    model = load_trained(checkpoint)
+    with torch.inference_mode():
+        return model.network(model.transform()(read_image(path))[None]).softmax(1)[0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_json_lines_hold_what_the_network_says(
+    tmp_path: Path,
+    photographs: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    batch_size: int,
+) -> None:
+    checkpoint = write_checkpoint(tmp_path, ema=True)
+    words = ("--checkpoint", checkpoint, "--format", "jsonl", "--top", 3, "--batch-size", batch_size)
+    status, out, err = predict(monkeypatch, capsys, *words, tmp_path / "photos")
+    assert status == 0
+    assert "tiny, 10 classes, averaged weights" in err
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [row["file"] for row in rows] == list(map(str, photographs))
+    for row, path in zip(rows, photographs, strict=True):
+        values, labels = expected(checkpoint, path).topk(3)
+        assert [one["class"] for one in row["top"]] == [CLASSES[label] for label in labels]
+        assert [one["probability"] for one in row["top"]] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+def test_text_csv_and_lists(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint = write_checkpoint(tmp_path)
+    stdin = "".join(f"{path}\n" for path in photographs)
+    words = ("--checkpoint", checkpoint, "--top", 20)
+    _, text, _ = predict(monkeypatch, capsys, *words, "-", stdin=stdin)
+    best = expected(checkpoint, photographs[0]).max(0)
+    assert text.splitlines()[0].startswith(f"{photographs[0]}: {CLASSES[best.indices]} {100 * best.values:.1f} %, ")
+    _, out, _ = predict(monkeypatch, capsys, *words, "--format", "csv", *photographs)
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [row["file"] for row in rows] == list(map(str, photographs))
+    assert sorted(rows[0][f"class{place}"] for place in range(1, 11)) == CLASSES
+    assert sum(float(rows[0][f"probability{place}"]) for place in range(1, 11)) == pytest.approx(1, abs=1e-5)
+
+
+def test_files_that_cannot_be_read_are_named_and_skipped(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    photographs[1].write_bytes(b"no image")
+    words = ("--checkpoint", write_checkpoint(tmp_path), "--format", "jsonl", "--batch-size", 2)
+    status, out, err = predict(monkeypatch, capsys, *words, tmp_path / "photos")
+    assert status == 1
+    assert [json.loads(line)["file"] for line in out.splitlines()] == [str(photographs[0]), str(photographs[2])]
+    assert f"skipped: cannot read image '{photographs[1]}'" in err
+
+
+def test_half_precision_is_near(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint = write_checkpoint(tmp_path)
+    words = ("--checkpoint", checkpoint, "--format", "jsonl", "--top", 1, "--amp", "bf16", "--device", "cpu")
+    _, out, _ = predict(monkeypatch, capsys, *words, photographs[0])
+    values = expected(checkpoint, photographs[0])
+    assert json.loads(out)["top"][0]["probability"] == pytest.approx(values.max().item(), abs=0.02)
+    assert json.loads(out)["top"][0]["probability"] != values.max().item()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nowhere.jpg"], "nowhere.jpg does not exist; give images, folders, or -"),
+        (["photos", "--top", "0"], "--top must be at least 1, not 0"),
+        (["empty"], "folder empty holds no images"),
+    ],
+)
+def test_wrong_input_is_said(
+    tmp_path: Path,
+    photographs: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    words: list[str],
+    said: str,
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    status, _, err = predict(monkeypatch, capsys, "--checkpoint", write_checkpoint(tmp_path), *words)
+    assert status == 2
+    assert said in err
+
+
+@needs_browser
+def test_the_page_shows_each_picture(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    photographs[0].write_bytes(b"no image")
+    page = tmp_path / "page.html"
+    predict(monkeypatch, capsys, "--checkpoint", write_checkpoint(tmp_path), "--html", page, tmp_path / "photos")
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(page)
+        browser.wait_for("[...document.images].every(image => image.complete && image.naturalWidth)")
+        assert browser.evaluate("document.images.length") == 2
+        assert browser.evaluate("document.querySelectorAll('.bar').length") == 10
+        assert "b <i>.jpg" in browser.evaluate("document.querySelector('figcaption').textContent")
+        assert "a.png" in browser.evaluate("document.querySelector('li').textContent")
+        assert browser.problems == []
