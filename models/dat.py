@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .attention.letters import MIXERS, check_letters, declared_options
-from .layers import MLP, ConvMLP, DropPath, LayerNorm, LayerScale, LocalPerceptionUnit, PointwiseConv, as_pair
+from .layers import MLP, ConvMLP, LayerNorm, LayerScale, Residual, as_pair, pointwise, residual_depthwise
 from .options import (
     NUM_STAGES,
     Check,
@@ -84,14 +84,14 @@ class Stage(nn.Module):
 
         mlp = ConvMLP if options["use_dwc_mlps"] else MLP
         init = options["layer_scale_values"]
-        self.proj = PointwiseConv(dim_in, dim) if dim_in != dim else nn.Identity()
+        self.proj = nn.Conv2d(dim_in, dim, kernel_size=1) if dim_in != dim else nn.Identity()
         self.ln_cnvnxt = nn.ModuleDict({str(d): LayerNorm(dim) for d in range(depth) if self.lone[d]})
         self.layer_norms = nn.ModuleList(
             nn.Identity() if lone else LayerNorm(dim) for lone in self.lone for _ in range(2)
         )
         self.mlps = nn.ModuleList(mlp(dim, expansion=expansion, drop=drop) for _ in range(depth))
         self.attns = nn.ModuleList(mixer.build(options) for mixer in mixers)
-        self.drop_paths = nn.ModuleList(DropPath(rate) for rate in drop_paths)
+        self.residuals = nn.ModuleList(Residual(rate) for rate in drop_paths)
         # A ConvNeXt block has no layer scale; its entries exist, untrained, because published weights name them.
         self.layer_scales = nn.ModuleList(
             LayerScale(dim, init).requires_grad_(not lone) if init > 0 else nn.Identity()
@@ -99,11 +99,12 @@ class Stage(nn.Module):
             for _ in range(2)
         )
         self.local_perception_units = nn.ModuleList(
-            LocalPerceptionUnit(dim) for _ in range(depth if options["use_lpus"] else 0)
+            nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
+            for _ in range(depth if options["use_lpus"] else 0)
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = pointwise(self.proj, x)
         for d in range(len(self.attns)):
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(self.block, d, x, use_reentrant=False)
@@ -113,13 +114,13 @@ class Stage(nn.Module):
 
     def block(self, d: int, x: Tensor) -> Tensor:
         """Run block ``d`` on a map ``[B, C, H, W]``."""
-        drop_path = self.drop_paths[d]
+        add = self.residuals[d]
         if self.local_perception_units:
-            x = self.local_perception_units[d](x)
+            x = residual_depthwise(self.local_perception_units[d], x)
         if self.lone[d]:
-            return drop_path(x, self.mlps[d](self.ln_cnvnxt[str(d)](self.attns[d](x))))
-        x = drop_path(x, self.layer_scales[2 * d](self.attns[d](self.layer_norms[2 * d](x))))
-        return drop_path(x, self.layer_scales[2 * d + 1](self.mlps[d](self.layer_norms[2 * d + 1](x))))
+            return add(x, self.mlps[d](self.ln_cnvnxt[str(d)](self.attns[d](x))))
+        x = add(x, self.layer_scales[2 * d](self.attns[d](self.layer_norms[2 * d](x))))
+        return add(x, self.layer_scales[2 * d + 1](self.mlps[d](self.layer_norms[2 * d + 1](x))))
 
 
 class DAT(nn.Module):
@@ -214,7 +215,7 @@ class DAT(nn.Module):
                 f"an image of {x.shape[-2]} x {x.shape[-1]} pixels leaves nothing for the last stage; "
                 f"give at least {self.smallest_image} x {self.smallest_image}"
             )
-        x = self.patch_proj(x.contiguous(memory_format=torch.channels_last))
+        x = self.patch_proj(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))  # channels last in memory
         maps = []
         for i, stage in enumerate(self.stages):
             x = stage(self.down_projs[i - 1](x) if i else x)

@@ -2,6 +2,9 @@
 
 Maps between modules are logical ``[B, C, H, W]`` tensors in channels-last memory, so that ``permute(0, 2, 3, 1)`` is a
 contiguous view whose last axis holds the channels. Norms and 1x1 convolutions work on that view.
+
+Linear layers and convolutions are torch's own. `linear`, `pointwise` and `residual_depthwise` call them or, where
+nobody could tell, take a faster form.
 """
 
 from __future__ import annotations
@@ -10,10 +13,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .fusing import is_depthwise, is_pointwise, may_fuse
 from .ops.depthwise import conv_mlp, depthwise_residual
-from .ops.linear import linear
+from .ops.forms import runs_by_hand
+from .ops.linear import linear as multiply
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, ...]:
@@ -43,47 +49,51 @@ class LayerScale(nn.Module):
         return x * self.weight[:, None, None]
 
 
-class Linear(nn.Linear):
-    """A linear layer on the last axis of ``[..., in]``.
-
-    Attributes:
-        form: form of the operation, see `models.ops.linear`.
-    """
-
-    def __init__(self, in_features: int, out_features: int, *, bias: bool = True) -> None:
-        super().__init__(in_features, out_features, bias=bias)
-        self.form = "auto"
+class WideLinear(nn.Linear):
+    """A linear layer on coordinates, computed in at least float32, whatever the autocast or the weights are."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, form=self.form)
+        with torch.autocast(x.device.type, enabled=False):
+            x = _widened(x)
+            return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution, weight ``[out, in, 1, 1]``, applied as a linear map to the last axis of ``[..., in]``.
-
-    Attributes:
-        form: form of the operation, see `models.ops.linear`.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
-        self.form = "auto"
+class WideConv(nn.Conv2d):
+    """A convolution to coordinates, computed in at least float32, whatever the autocast or the weights are."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight.flatten(1), self.bias, form=self.form)
+        with torch.autocast(x.device.type, enabled=False):
+            x = _widened(x)
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return self._conv_forward(x, self.weight.to(x.dtype), bias)
 
 
-class LocalPerceptionUnit(nn.Conv2d):
-    """A depthwise 3x3 convolution with a residual, on a map ``[B, C, H, W]`` (CMT, arXiv 2107.06263)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__(dim, dim, kernel_size=3, padding=1, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return depthwise_residual(x, self.weight, self.bias)
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class DropPath(nn.Module):
+def linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """Apply a linear layer to the last axis of ``[..., in]``."""
+    if runs_by_hand(x) and type(layer) is nn.Linear and may_fuse(layer):
+        return multiply(x, layer.weight, layer.bias)
+    return layer(x)
+
+
+def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Apply a 1x1 convolution to a map ``[B, C, H, W]``, where possible as a linear layer on the channels."""
+    if is_pointwise(conv) and may_fuse(conv):
+        return multiply(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+    return conv(x)
+
+
+def residual_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return ``x + conv(x)`` for a map ``[B, C, H, W]``: a local perception unit (CMT, arXiv 2107.06263)."""
+    if runs_by_hand(x) and is_depthwise(conv) and may_fuse(conv):
+        return depthwise_residual(x, conv.weight, conv.bias)
+    return x + conv(x)
+
+
+class Residual(nn.Module):
     """Adds a residual branch, which stochastic depth drops from a whole sample with a probability (arXiv 1603.09382).
 
     Args:
@@ -112,36 +122,45 @@ class MLP(nn.Module):
         super().__init__()
         self.chunk = nn.Sequential(
             OrderedDict(
-                linear1=Linear(dim, dim * expansion),
+                linear1=nn.Linear(dim, dim * expansion),
                 act=nn.GELU(),
                 drop1=nn.Dropout(drop),
-                linear2=Linear(dim * expansion, dim),
+                linear2=nn.Linear(dim * expansion, dim),
                 drop2=nn.Dropout(drop),
             )
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.chunk(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
+        if runs_by_hand(x) and may_fuse(self.chunk):
+            for layer in self.chunk:
+                x = linear(layer, x)
+        else:
+            x = self.chunk(x)
+        return x.permute(0, 3, 1, 2)
 
 
 class ConvMLP(nn.Module):
     """An MLP with a depthwise 3x3 convolution and its skip between the two layers (DAT++, section 4.2).
 
     Attributes:
-        form: form of the operation, see `models.ops.depthwise`.
+        form: form of the operation, see `models.ops.depthwise`; ``reference`` where something is attached to a layer.
     """
 
     def __init__(self, dim: int, *, expansion: int, drop: float) -> None:
         super().__init__()
         self.form = "auto"
         hidden = dim * expansion
-        self.linear1 = nn.Sequential(PointwiseConv(dim, hidden))
+        self.linear1 = nn.Sequential(nn.Conv2d(dim, hidden, kernel_size=1))
         self.drop1 = nn.Dropout(drop)
-        self.linear2 = nn.Sequential(PointwiseConv(hidden, dim))
+        self.linear2 = nn.Sequential(nn.Conv2d(hidden, dim, kernel_size=1))
         self.drop2 = nn.Dropout(drop)
         self.dwc = nn.Conv2d(hidden, hidden, kernel_size=3, padding=1, groups=hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self._may_fuse():
+            x = self.drop1(self.linear1(x))
+            return self.drop2(self.linear2(F.gelu(x + self.dwc(x))))
         first, second = self.linear1[0], self.linear2[0]
         x = conv_mlp(
             x.permute(0, 2, 3, 1),
@@ -151,7 +170,14 @@ class ConvMLP(nn.Module):
             self.dwc.bias,
             second.weight.flatten(1),
             second.bias,
-            dropout=self.drop1.p if self.training else 0.0,
+            dropout=self.drop1.p if self.drop1.training else 0.0,
             form=self.form,
         )
-        return self.drop2(x).permute(0, 3, 1, 2)
+        return self.drop2(x.permute(0, 3, 1, 2))
+
+    def _may_fuse(self) -> bool:
+        if len(self.linear1) != 1 or len(self.linear2) != 1:
+            return False
+        first, second = self.linear1[0], self.linear2[0]
+        as_made = is_pointwise(first) and is_depthwise(self.dwc) and is_pointwise(second)
+        return as_made and may_fuse(self.linear1, first, self.drop1, self.dwc, self.linear2, second)

@@ -7,11 +7,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..layers import LayerNorm, PointwiseConv, as_pair
+from ..fusing import may_fuse
+from ..layers import LayerNorm, WideConv, WideLinear, as_pair, pointwise
 from ..ops.deformable import attention, deformable_attention
+from ..ops.forms import keeps_what_others_decide, needs_plain_operations
 from ..ops.grids import COORDINATES, query_grid, reference_points
 from ..ops.position_bias import fixed_bias, log_continuous_bias, table_bias
 from ..ops.sampling import sample
@@ -118,12 +121,12 @@ class DeformableAttention(nn.Module):
             nn.Conv2d(width, width, kernel_size, stride, padding, groups=width),
             LayerNorm(width),
             nn.GELU(),
-            PointwiseConv(width, 2, bias=False),
+            WideConv(width, 2, kernel_size=1, bias=False),
         ).requires_grad_(use_offsets)
-        self.proj_q = PointwiseConv(dim, dim)
-        self.proj_k = PointwiseConv(dim, dim)
-        self.proj_v = PointwiseConv(dim, dim)
-        self.proj_out = PointwiseConv(dim, dim)
+        self.proj_q = nn.Conv2d(dim, dim, kernel_size=1)
+        self.proj_k = nn.Conv2d(dim, dim, kernel_size=1)
+        self.proj_v = nn.Conv2d(dim, dim, kernel_size=1)
+        self.proj_out = nn.Conv2d(dim, dim, kernel_size=1)
         self.proj_drop = nn.Dropout(proj_drop)
         self.rpe_table = self._build_position_bias(dim)
 
@@ -133,7 +136,7 @@ class DeformableAttention(nn.Module):
         if self.position_bias == "dwc":
             return nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
         if self.position_bias == "log_cpb":
-            return nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, self.heads // self.groups, bias=False))
+            return nn.Sequential(WideLinear(2, 32), nn.ReLU(), WideLinear(32, self.heads // self.groups, bias=False))
         height, width = self.native_size
         if self.position_bias == "fixed":
             key_height, key_width = self._key_size(self.native_size)
@@ -145,14 +148,13 @@ class DeformableAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
         size = x.shape[-2:]
-        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        q = self.proj_q(x)
+        q = pointwise(self.proj_q, x)
         if self._makes_keys_anew(x):
             # Keeps k, v and positions alone for the backward: what they are made of is cheap from x and q.
             k, v, positions, key_size = checkpoint(self._keys, x, q, use_reentrant=False)
         else:
             k, v, positions, key_size = self._keys(x, q)
-        queries = self._split_heads(q.flatten(1, 2))
+        queries = self._split_heads(q)
         dropout = self.attn_drop if self.training else 0.0
         if self.position_bias == "table":
             x = deformable_attention(
@@ -171,19 +173,18 @@ class DeformableAttention(nn.Module):
         else:
             bias = self._additive_bias(positions, size, key_size)
             x = attention(queries, k, v, bias, scale=self.scale, dropout=dropout)
-        x = x.flatten(2).unflatten(1, size)  # [B, H, W, C]
+        x = x.flatten(2).unflatten(1, size).permute(0, 3, 1, 2)  # [B, C, H, W]
         if self.position_bias == "dwc":
-            x = x + self.rpe_table(q.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj_drop(self.proj_out(x)).permute(0, 3, 1, 2)
+            x = x + self.rpe_table(q)
+        return self.proj_drop(pointwise(self.proj_out, x))
 
     @torch.no_grad()
     def inspect(self, x: Tensor) -> Deformation:
         """Return where the keys of a map ``[B, C, H, W]`` are sampled, and how much each pixel attends to each key."""
         size = x.shape[-2:]
-        x = x.permute(0, 2, 3, 1)
-        q = self.proj_q(x)
+        q = pointwise(self.proj_q, x)
         samples, positions, key_size = self._sample_keys(x, q)
-        queries, k = (self._split_heads(y).transpose(1, 2) for y in (q.flatten(1, 2), self.proj_k(samples)))
+        queries, k = (self._split_heads(y).transpose(1, 2) for y in (q, pointwise(self.proj_k, samples)))
         logits = queries @ k.transpose(-2, -1) * self.scale
         bias = self._additive_bias(positions, size, key_size)
         weights = (logits if bias is None else logits + bias).softmax(dim=-1)
@@ -193,52 +194,60 @@ class DeformableAttention(nn.Module):
         return Deformation(key_size, reference.flatten(0, 1), positions, weights)
 
     def _makes_keys_anew(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or self.form == "reference" or not torch.is_grad_enabled():
+        if needs_plain_operations() or self.form == "reference" or not torch.is_grad_enabled():
             return False
-        batch, height, width, channels = x.shape
+        if keeps_what_others_decide():  # in a block that is recomputed as a whole, a third time would gain nothing
+            return False
+        batch, channels, height, width = x.shape
         return batch * math.prod(self._key_size((height, width))) * channels >= WORTH_MAKING_ANEW
 
     def _keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Size]:
         """Return keys and values ``[B, Ns, heads, d]``, their positions ``[B, g, Ns, 2]`` and their grid's size."""
         samples, positions, key_size = self._sample_keys(x, q)
-        return self._split_heads(self.proj_k(samples)), self._split_heads(self.proj_v(samples)), positions, key_size
+        k, v = (self._split_heads(pointwise(proj, samples)) for proj in (self.proj_k, self.proj_v))
+        return k, v, positions, key_size
 
     def _split_heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+        return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (self.heads, -1))  # [B, H*W, heads, d]
 
     def _sample_keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Size]:
-        """Return what the keys are made of, ``[B, Ns, C]``, their positions ``[B, g, Ns, 2]`` and their grid's size."""
+        """Return what the keys are made of, ``[B, C, Hk, Wk]``, positions ``[B, g, Ns, 2]`` and the grid's size."""
         if self.use_offsets:
             positions, key_size = self._positions(self._offsets(q))
             form = "reference" if self.form == "reference" else "auto"
-            return sample(x, positions, form=form), positions, key_size
-        height, width = x.shape[1:3]
-        window = min(self.stride, height), min(self.stride, width)
-        samples = F.avg_pool2d(x.permute(0, 3, 1, 2), window, stride=self.stride).permute(0, 2, 3, 1)
-        key_size = samples.shape[1:3]
+            samples = sample(x.permute(0, 2, 3, 1), positions, form=form)  # [B, Ns, C]
+            return samples.unflatten(1, key_size).permute(0, 3, 1, 2), positions, key_size
+        height, width = x.shape[-2:]
+        samples = F.avg_pool2d(x, (min(self.stride, height), min(self.stride, width)), stride=self.stride)
+        key_size = samples.shape[-2:]
         dtype = torch.promote_types(x.dtype, torch.float32)
         reference = reference_points(key_size, coordinates=self.coordinates, dtype=dtype, device=x.device)
         positions = reference.flatten(0, 1).expand(x.shape[0], self.groups, -1, -1)
-        return samples.flatten(1, 2), positions, key_size
+        return samples, positions, key_size
 
     def _offsets(self, q: Tensor) -> Tensor:
-        """Return the offset network's output ``[B, Hk, Wk, g, 2]``, at least float32, for queries ``[B, H, W, C]``.
+        """Return the offset network's output ``[B, Hk, Wk, g, 2]``, at least float32, for queries ``[B, C, H, W]``.
 
-        The network is shared by the groups; its depthwise convolution runs on all of them as one.
+        The groups share the network. Its depthwise convolution runs on all of them as one; after that, a group is so
+        many more columns of the map.
         """
-        conv, norm, activation, project = self.conv_offset
-        height, width = q.shape[1:3]
+        conv, *rest = self.conv_offset
+        height, width = q.shape[-2:]
         (kernel, _), (padding, _) = conv.kernel_size, conv.padding
         smallest = kernel - 2 * padding
         if min(height, width) < smallest:  # padding by nothing would copy the map
-            q = F.pad(q, (0, 0, 0, max(smallest - width, 0), 0, max(smallest - height, 0)))
-        q = q.permute(0, 3, 1, 2)
+            q = F.pad(q, (0, max(smallest - width, 0), 0, max(smallest - height, 0)))
+        if self.groups > 1 and not may_fuse(self.conv_offset, conv):
+            offsets = self.conv_offset(rearrange(q, "b (g c) h w -> (b g) c h w", g=self.groups))
+            return rearrange(offsets, "(b g) yx h w -> b h w g yx", g=self.groups)
+        if self.groups == 1:
+            return rearrange(self.conv_offset(q), "b yx h w -> b h w 1 yx")
         weight, bias = conv.weight.repeat(self.groups, 1, 1, 1), conv.bias.repeat(self.groups)
         x = F.conv2d(q, weight, bias, conv.stride, conv.padding, groups=q.shape[1])
-        x = activation(norm.norm(x.permute(0, 2, 3, 1).unflatten(-1, (self.groups, -1))))  # [B, Hk, Wk, g, C/g]
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(dtype), project.weight.flatten(1).to(dtype))
+        x = x.permute(0, 2, 3, 1).unflatten(-1, (self.groups, -1)).flatten(2, 3).permute(0, 3, 1, 2)
+        for layer in rest:  # [B, C/g, Hk, Wk*g] -> [B, 2, Hk, Wk*g]
+            x = layer(x)
+        return x.permute(0, 2, 3, 1).unflatten(2, (-1, self.groups))
 
     def _positions(self, offsets: Tensor) -> tuple[Tensor, Size]:
         """Return the sampling positions ``[B, g, Hk*Wk, 2]`` and the size of the key grid."""
@@ -271,8 +280,7 @@ class DeformableAttention(nn.Module):
             grid = query_grid(size, coordinates=self.coordinates, dtype=positions.dtype, device=positions.device)
             if self.position_bias == "table":
                 return table_bias(self.rpe_table, grid, positions)
-            hidden, _, out = self.rpe_table
-            return log_continuous_bias(hidden, out, grid, positions)
+            return log_continuous_bias(self.rpe_table, grid, positions)
         return None
 
     def _key_size(self, size: Size) -> Size:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Linear
+from ..layers import linear
 from ..ops.neighborhood import neighborhood_attention
 from ..options import Option, StageOption, StageOptions, odd
 from .letters import Mixer, register
@@ -51,8 +51,8 @@ class NeighborhoodAttention(nn.Module):
         if use_rpb:
             self.rpb = nn.Parameter(torch.empty(heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
             nn.init.trunc_normal_(self.rpb, std=0.02)
-        self.qkv = Linear(dim, 3 * dim)
-        self.proj = Linear(dim, dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ class NeighborhoodAttention(nn.Module):
         if min(height, width) < self.kernel_size:  # padding by nothing would copy the map
             bottom, right = max(self.kernel_size - height, 0), max(self.kernel_size - width, 0)
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # [B, H, W, heads, d]
+        q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # [B, H, W, heads, d]
         dropout = self.attn_drop if self.training else 0.0
         if self._takes_natten(q, dropout):
             x = natten_attention()(q, k, v, self.kernel_size, scale=self.scale)
@@ -71,7 +71,7 @@ class NeighborhoodAttention(nn.Module):
                 q, k, v, self.rpb, kernel_size=self.kernel_size, scale=self.scale, dropout=dropout, form=self.form
             )
         x = x[:, :height, :width].flatten(-2)
-        return self.proj_drop(self.proj(x)).permute(0, 3, 1, 2)
+        return self.proj_drop(linear(self.proj, x)).permute(0, 3, 1, 2)
 
     def _takes_natten(self, q: Tensor, dropout: float) -> bool:
         """NATTEN has no position bias and no dropout, and brings kernels for GPUs."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..layers import LayerNorm, PointwiseConv
+from ..layers import LayerNorm, pointwise
+from ..ops.products import dot_product_attention
 from ..options import StageOption, StageOptions, at_least
 from .letters import Mixer, register
 
@@ -20,9 +22,9 @@ class PyramidAttention(nn.Module):
         self.heads = heads
         self.sr_ratio = sr_ratio
         self.attn_drop = attn_drop
-        self.q = PointwiseConv(dim, dim)
-        self.kv = PointwiseConv(dim, 2 * dim)
-        self.proj = PointwiseConv(dim, dim)
+        self.q = nn.Conv2d(dim, dim, kernel_size=1)
+        self.kv = nn.Conv2d(dim, 2 * dim, kernel_size=1)
+        self.proj = nn.Conv2d(dim, dim, kernel_size=1)
         self.proj_drop = nn.Dropout(proj_drop)
         self.proj_ds = nn.Identity()
         if sr_ratio > 1:
@@ -34,13 +36,12 @@ class PyramidAttention(nn.Module):
         reduced = x
         if min(height, width) < self.sr_ratio:  # padding by nothing would copy the map
             reduced = F.pad(x, (0, max(self.sr_ratio - width, 0), 0, max(self.sr_ratio - height, 0)))
-        reduced = self.proj_ds(reduced)
-        q = self.q(x.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(-1, (self.heads, -1))  # [B, H*W, heads, d]
-        k, v = self.kv(reduced.permute(0, 2, 3, 1).flatten(1, 2)).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.attn_drop if self.training else 0.0)
-        x = self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
-        return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+        q = rearrange(pointwise(self.q, x), "b (heads d) h w -> b heads (h w) d", heads=self.heads)
+        kv = pointwise(self.kv, self.proj_ds(reduced))
+        k, v = rearrange(kv, "b (two heads d) h w -> two b heads (h w) d", two=2, heads=self.heads)
+        x = dot_product_attention(q, k, v, dropout=self.attn_drop if self.training else 0.0)
+        x = rearrange(x, "b heads (h w) d -> b h w (heads d)", h=height)
+        return self.proj_drop(pointwise(self.proj, x.permute(0, 3, 1, 2)))
 
 
 def _build(stage: StageOptions) -> PyramidAttention:

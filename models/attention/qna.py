@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Linear, PointwiseConv
+from ..layers import linear, pointwise
 from ..options import Option, StageOption, StageOptions, at_least, odd, one_of
 from .letters import Mixer, register
 
@@ -49,20 +49,19 @@ class QueryAndAttend(nn.Module):
         self.rpb_table = nn.Parameter(torch.empty(kernel_size**2, num_queries * heads))
         nn.init.trunc_normal_(self.q_param, std=dim**-0.5)
         nn.init.trunc_normal_(self.rpb_table, std=0.02)
-        self.proj_k = Linear(dim, dim, bias=False)
-        self.proj_v = Linear(dim, dim, bias=False)
-        self.proj_out = PointwiseConv(dim, dim, bias=False)
+        self.proj_k = nn.Linear(dim, dim, bias=False)
+        self.proj_v = nn.Linear(dim, dim, bias=False)
+        self.proj_out = nn.Conv2d(dim, dim, kernel_size=1, bias=False)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
         x = x.permute(0, 2, 3, 1)
-        k = self.proj_k(x).unflatten(-1, (self.heads, -1))  # [B, H, W, heads, d]
-        v = self.proj_v(x).permute(0, 3, 1, 2).unflatten(1, (self.heads, -1))  # [B, heads, d, H, W]
+        k = linear(self.proj_k, x).unflatten(-1, (self.heads, -1))  # [B, H, W, heads, d]
+        v = linear(self.proj_v, x).permute(0, 3, 1, 2).unflatten(1, (self.heads, -1))  # [B, heads, d, H, W]
         q = self.q_param.unflatten(1, (self.heads, -1)) * self.scale  # [queries, heads, d]
         scores = torch.einsum("bhwnd,qnd->bqnhw", k, q)
-        x = self._attend(scores, v).permute(0, 2, 3, 1)
-        return self.proj_drop(self.proj_out(x)).permute(0, 3, 1, 2)
+        return self.proj_drop(pointwise(self.proj_out, self._attend(scores, v)))
 
     def _attend(self, scores: Tensor, v: Tensor) -> Tensor:
         """Return the sum over queries of the weighted means of ``v``.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from ..layers import Linear
+from ..fusing import may_fuse
+from ..layers import linear
 from ..options import StageOptions
 from .letters import Mixer, register
 
@@ -30,8 +32,8 @@ class SlideAttention(nn.Module):
         self.scale = (dim // heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(torch.empty(1, heads, 1, SHIFTS, 1, 1))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.qkv = Linear(dim, 3 * reduced)
-        self.proj = Linear(reduced, dim)
+        self.qkv = nn.Linear(dim, 3 * reduced)
+        self.proj = nn.Linear(reduced, dim)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
         self.dep_conv = self._shift_conv(head_dim)
@@ -45,21 +47,25 @@ class SlideAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
-        qkv = self.qkv(x.permute(0, 2, 3, 1)).unflatten(-1, (self.heads, 3, -1)).permute(4, 0, 3, 1, 2, 5)
-        q, kv = qkv[0].unsqueeze(-2) * self.scale, qkv[1:]  # [B, heads, H, W, 1, c], [2, B, heads, H, W, c]
-        k, v = self._shifted(kv.flatten(0, 2).permute(0, 3, 1, 2)).unflatten(0, kv.shape[:3]).unbind(0)
+        qkv = linear(self.qkv, x.permute(0, 2, 3, 1))
+        qkv = rearrange(qkv, "b h w (heads three c) -> three b heads h w c", heads=self.heads, three=3)
+        q = qkv[0].unsqueeze(-2) * self.scale  # [B, heads, H, W, 1, c]
+        shifts = self._shifted(rearrange(qkv[1:], "two b heads h w c -> (two b heads) c h w"))
+        shifts = shifts.unflatten(0, (2, -1, self.heads))
+        k, v = rearrange(shifts, "two b heads (c nine) h w -> two b heads h w c nine", nine=SHIFTS)
         k = k + self.relative_position_bias_table.reshape(self.heads, 1, 1, 1, SHIFTS)
         weights = self.attn_drop((q @ k).softmax(dim=-1))  # [B, heads, H, W, 1, 9]
-        x = (weights.to(v.dtype) @ v.transpose(-2, -1)).squeeze(-2)  # [B, heads, H, W, c]
-        x = x.permute(0, 2, 3, 1, 4).flatten(3)
-        return self.proj_drop(self.proj(x)).permute(0, 3, 1, 2)
+        x = (weights.to(v.dtype) @ v.transpose(-2, -1)).squeeze(-2)
+        x = rearrange(x, "b heads h w c -> b h w (heads c)")
+        return self.proj_drop(linear(self.proj, x)).permute(0, 3, 1, 2)
 
     def _shifted(self, x: Tensor) -> Tensor:
-        """Return the nine shifts of maps ``[N, c, H, W]`` as ``[N, H, W, c, 9]``; both convolutions run as one."""
+        """Return the nine shifts of maps ``[N, c, H, W]`` as ``[N, c * 9, H, W]``."""
+        if not may_fuse(self.dep_conv, self.dep_conv1):
+            return self.dep_conv(x) + self.dep_conv1(x)
         weight = self.dep_conv.weight + self.dep_conv1.weight
         bias = self.dep_conv.bias + self.dep_conv1.bias
-        x = F.conv2d(x, weight, bias, padding=KERNEL_SIZE // 2, groups=x.shape[1])
-        return x.permute(0, 2, 3, 1).unflatten(-1, (-1, SHIFTS))
+        return F.conv2d(x, weight, bias, padding=KERNEL_SIZE // 2, groups=x.shape[1])
 
 
 def _build(stage: StageOptions) -> SlideAttention:

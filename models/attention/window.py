@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import Linear, as_pair
+from ..layers import as_pair, linear
+from ..ops.products import dot_product_attention
 from ..ops.window import merge, padding_mask, partition, relative_position_index, shift_mask
 from ..options import StageOption, StageOptions, at_least
 from .letters import Mixer, register
@@ -44,8 +45,8 @@ class WindowAttention(nn.Module):
         self.native_size = self._padded(as_pair(map_size))
         if shifted:
             self.register_buffer("attn_mask", shift_mask(self.native_size, window_size, self.shift))
-        self.proj_qkv = Linear(dim, 3 * dim)
-        self.proj_out = Linear(dim, dim)
+        self.proj_qkv = nn.Linear(dim, 3 * dim)
+        self.proj_out = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,12 +58,12 @@ class WindowAttention(nn.Module):
             x = F.pad(x, (0, 0, 0, size[1] - width, 0, size[0] - height))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
-        qkv = self.proj_qkv(partition(x, self.window_size)).unflatten(-1, (3, self.heads, -1))
+        qkv = linear(self.proj_qkv, partition(x, self.window_size)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B * windows, heads, w*w, d]
         dropout = self.attn_drop if self.training else 0.0
         bias = self._bias((height, width), size, batch, q.dtype)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-        x = self.proj_drop(self.proj_out(x.transpose(1, 2).flatten(2)))
+        x = dot_product_attention(q, k, v, bias, dropout=dropout)
+        x = self.proj_drop(linear(self.proj_out, x.transpose(1, 2).flatten(2)))
         x = merge(x, self.window_size, size)
         if self.shift:
             x = x.roll((self.shift, self.shift), (1, 2))

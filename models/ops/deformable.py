@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import gpu
 from .cpu import deformable as cpu
+from .forms import is_transformed, needs_plain_operations
 from .grids import query_grid, query_steps
 from .position_bias import table_bias
+from .products import dot_product_attention
 
 FORMS = ("auto", "reference", "crops", "separable", "triton")
 
@@ -30,7 +30,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: fl
     """
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     bias = None if bias is None else bias.to(q.dtype)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout, scale=scale).transpose(1, 2)
+    return dot_product_attention(q, k, v, bias, scale=scale, dropout=dropout).transpose(1, 2)
 
 
 def deformable_attention(
@@ -97,18 +97,19 @@ def choose_form(q: Tensor, *, native: bool, dropout: float = 0.0) -> str:
     """Return the form that `deformable_attention` takes for ``auto``.
 
     On GPUs the one that keeps nothing. On CPUs the fastest that keeps no displacement; in a compiled graph the plain
-    one, which the compiler fuses: what that keeps is the compiler's choice.
+    one, which the compiler fuses: what that keeps is the compiler's choice. The transforms of `torch.func` need the
+    plain one.
 
     Args:
         q: queries.
         native: whether the map has the size that the table was made for, and no position lies outside.
         dropout: probability of dropping an attention weight.
     """
-    if dropout:
+    if dropout or is_transformed():
         return "reference"
     if q.is_cuda:
         return "triton" if gpu.suits_heads(q) else "reference"
-    if q.device.type != "cpu" or torch.compiler.is_compiling():
+    if q.device.type != "cpu" or needs_plain_operations():
         return "reference"
     return "crops" if native else "separable"
 

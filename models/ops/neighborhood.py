@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import gpu
-from .forms import runs_by_hand
+from .forms import is_transformed, runs_by_hand
+from .products import dot_product_attention
 from .tiles import tiles_of
 
 FORMS = ("auto", "reference", "tiles", "tiles_by_hand", "triton")
@@ -69,14 +70,14 @@ def neighborhood_attention(
     q_maps, k_maps, v_maps = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2) for x in (q, k, v))
     cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)
     cuts = (x.unflatten(0, (-1, len(bias))) for x in cuts)  # [B, heads * tiles, ...]
-    x = F.scaled_dot_product_attention(*cuts, attn_mask=bias, dropout_p=dropout, scale=scale)
+    x = dot_product_attention(*cuts, bias, scale=scale, dropout=dropout)
     x = tiles.join(x.flatten(0, 1)).view(q.shape[0], heads, *q.shape[1:3], -1)  # len(q) would fix it in a graph
     return x.permute(0, 2, 3, 1, 4)
 
 
 def choose_form(q: Tensor, *, dropout: float = 0.0) -> str:
     """Return the form that `neighborhood_attention` takes for ``auto``."""
-    if dropout:
+    if dropout or is_transformed():
         return "tiles"
     if q.is_cuda and gpu.suits_heads(q):
         return "triton"

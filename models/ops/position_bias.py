@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def displacements(grid: Tensor, positions: Tensor) -> Tensor:
@@ -32,25 +33,21 @@ def table_bias(table: Tensor, grid: Tensor, positions: Tensor) -> Tensor:
     return bias.unflatten(0, (batch, groups)).flatten(1, 2)
 
 
-def log_continuous_bias(hidden: nn.Linear, out: nn.Linear, grid: Tensor, positions: Tensor) -> Tensor:
+def log_continuous_bias(network: Callable[[Tensor], Tensor], grid: Tensor, positions: Tensor) -> Tensor:
     """Return the bias that a small network reads off log-spaced displacements (Swin V2, arXiv 2111.09883, section 3.3).
 
     Args:
-        hidden: first layer, from the two coordinates of a displacement; ReLU follows.
-        out: second layer, to the ``heads / g`` biases of one group; the groups share both.
+        network: from the two coordinates of a displacement, on the last axis, to the ``heads / g`` biases of one group;
+            the groups share it.
         grid: query coordinates ``[h, w, 2]``.
         positions: key positions ``[B, g, Ns, 2]``.
 
     Returns:
-        Bias ``[B, heads, h*w, Ns]``, computed in the dtype of the positions under autocast too.
+        Bias ``[B, heads, h*w, Ns]``.
     """
     shift = 4 * displacements(grid, positions)
     shift = torch.sign(shift) * torch.log2(shift.abs() + 1) / math.log2(8)
-    dtype = shift.dtype
-    with torch.autocast(shift.device.type, enabled=False):
-        features = F.linear(shift, hidden.weight.to(dtype), hidden.bias.to(dtype)).relu()
-        bias = F.linear(features, out.weight.to(dtype))  # [B, g, h*w, Ns, heads/g]
-    return bias.permute(0, 1, 4, 2, 3).flatten(1, 2)
+    return network(shift).permute(0, 1, 4, 2, 3).flatten(1, 2)  # from [B, g, h*w, Ns, heads/g]
 
 
 def fixed_bias(

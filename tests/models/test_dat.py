@@ -104,7 +104,7 @@ def test_use_checkpoint_reaches_every_stage() -> None:
 
 def test_drop_path_rises_linearly_over_all_blocks() -> None:
     model = DAT(**{**SMALL, "depths": [1, 2, 1, 2]}, stage_spec=["N", "NX", "N", "NN"], drop_path_rate=0.5)
-    rates = [drop.rate for stage in model.stages for drop in stage.drop_paths]
+    rates = [drop.rate for stage in model.stages for drop in stage.residuals]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
 
 

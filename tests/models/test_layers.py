@@ -2,27 +2,27 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from models.layers import ConvMLP, DropPath, LayerNorm, PointwiseConv
+from models.layers import ConvMLP, LayerNorm, Residual, pointwise
 
 
-def test_drop_path_keeps_the_mean_and_drops_whole_samples() -> None:
+def test_stochastic_depth_keeps_the_mean_and_drops_whole_samples() -> None:
     torch.manual_seed(0)
     x = torch.ones(4000, 3, 2, 2)
-    y = DropPath(0.25).train()(torch.zeros_like(x), x)
+    y = Residual(0.25).train()(torch.zeros_like(x), x)
     samples = y.flatten(1)
     assert (samples == samples[:, :1]).all()
     assert set(samples[:, 0].tolist()) == {0.0, torch.tensor(1 / 0.75).item()}
     assert abs(y.mean().item() - 1) < 0.03
-    assert torch.equal(DropPath(0.25).train()(x, torch.zeros_like(x)), x)
-    assert torch.equal(DropPath(0.25).eval()(x, x), x + x)
+    assert torch.equal(Residual(0.25).train()(x, torch.zeros_like(x)), x)
+    assert torch.equal(Residual(0.25).eval()(x, x), x + x)
 
 
-def test_pointwise_conv_is_a_convolution() -> None:
-    conv = PointwiseConv(5, 7)
+def test_a_pointwise_convolution_is_the_convolution() -> None:
+    conv = nn.Conv2d(5, 7, kernel_size=1)
     x = torch.randn(2, 5, 4, 3)
-    expected = F.conv2d(x, conv.weight, conv.bias)
-    torch.testing.assert_close(conv(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), expected)
+    torch.testing.assert_close(pointwise(conv, x), conv(x))
 
 
 def test_layer_norm_is_over_channels() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models.layers import Linear, PointwiseConv
+from models.layers import linear as apply_linear
+from models.layers import pointwise
 from models.ops import linear as linear_module
 from models.ops.cpu import onednn
 from models.ops.cpu.onednn import depthwise_gelu, product, suits
@@ -113,15 +114,24 @@ def test_the_choice_of_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_form(x, weight, bias) == "reference"
 
 
-@pytest.mark.parametrize("layer", [Linear(7, 5), PointwiseConv(7, 5), Linear(7, 5, bias=False)])
-def test_layers_take_the_form_that_they_are_told(layer: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("apply", "layer", "shape"),
+    [
+        (apply_linear, nn.Linear(7, 5), (2, 3, 7)),
+        (apply_linear, nn.Linear(7, 5, bias=False), (2, 3, 7)),
+        (pointwise, nn.Conv2d(7, 5, 1), (2, 7, 3, 3)),
+    ],
+)
+def test_layers_are_fused_unless_something_is_attached(
+    apply: Callable[..., Tensor], layer: nn.Module, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
     monkeypatch.setattr(linear_module, "product", lambda *tensors: calls.append(tensors) or product(*tensors))
-    x = torch.randn(2, 3, 7)
-    fast = layer(x)
+    x = torch.randn(*shape)
+    fast = apply(layer, x)
     assert len(calls) == 1
-    layer.form = "reference"
-    torch.testing.assert_close(layer(x), fast)
+    layer.register_forward_hook(lambda *_: None)
+    torch.testing.assert_close(apply(layer, x), fast)
     assert len(calls) == 1
 
 

@@ -1,0 +1,32 @@
+"""Scaled dot-product attention."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .forms import is_transformed
+
+
+def dot_product_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Return ``softmax(scale q k^T + bias) v``, under every transform of `torch.func` too.
+
+    Args:
+        q: queries ``[..., Nq, d]``.
+        k: keys ``[..., Nk, d]``.
+        v: values ``[..., Nk, d]``.
+        bias: added to the logits, broadcastable to ``[..., Nq, Nk]``, or None.
+        scale: factor of the products, ``d ** -0.5`` where None.
+        dropout: probability of dropping an attention weight.
+
+    Returns:
+        ``[..., Nq, d]``.
+    """
+    arguments = {"attn_mask": bias, "dropout_p": dropout, "scale": scale}
+    if not is_transformed():
+        return F.scaled_dot_product_attention(q, k, v, **arguments)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+        return F.scaled_dot_product_attention(q, k, v, **arguments)
