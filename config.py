@@ -316,7 +316,7 @@ OPTIONS: dict[str, Option] = {
     "AMP": RunOption(
         "off",
         "Mixed precision of training: off, fp16, bf16, or auto: bf16 where the device has it, else fp16. Evaluation is "
-        "float32.",
+        "float32, unless --amp is given with --eval.",
         one_of("off", "fp16", "bf16", "auto"),
         flag="--amp",
         metavar="off|fp16|bf16",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from training import startup
 
 if __name__ == "__main__":
+    startup.require_packages()
     startup.end_quietly()  # before the imports below, which take seconds
 
 import argparse
@@ -69,7 +70,7 @@ def build_job(args: argparse.Namespace, config: CfgNode, world: World) -> Callab
         return build_throughput(config, world).run
     if args.eval:
         with fail_together():
-            return build_evaluation(config, world).run
+            return build_evaluation(config, world, amp=config.AMP if args.AMP else "off").run
     return partial(train, build_run(config, world))
 
 

@@ -2,7 +2,8 @@
 # Submit a training run to SLURM, one task a GPU. Preempted or out of time, it saves, is queued again and continues.
 # From the environment, with defaults: PARTITION (the cluster's), GPUS_PER_NODE (8, or <gpus> if fewer), CPUS_PER_TASK (10),
 # TIME_LIMIT (2-00:00:00), GRACE (seconds before the time limit at which the run saves: 180), MAX_RESTARTS (of a run whose
-# process died: 3), MASTER_ADDR (the first node), DATA_PATH, SBATCH_FLAGS.
+# process died: 3), MASTER_ADDR (the first node), DATA_PATH, SBATCH_FLAGS, CHECK_FIRST (1; 0 queues the job unchecked,
+# where this machine does not see the data).
 set -euo pipefail
 usage="usage: bash train_slurm.sh <gpus> <config> <job-name> [main.py flags...]"
 
@@ -23,7 +24,8 @@ if [[ ${1:-} == --inside-job ]]; then
     for ((restart = 0; ; restart++)); do
         highest=0
         # Where one task ends, the others are left a minute to end by themselves: their exit status says why.
-        DAT_RESTART_COUNT=$restart srun --kill-on-bad-exit=0 --wait=60 bash -c "$task" task "$folder" "$@" || highest=$?
+        DAT_RESTART_COUNT=$restart DAT_RESTARTS_LEFT=$((${MAX_RESTARTS:-3} - restart)) \
+            srun --kill-on-bad-exit=0 --wait=60 bash -c "$task" task "$folder" "$@" || highest=$?
         # srun tells the highest status alone. A task that failed by itself decides, whatever the others ended with.
         decided=0
         for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
@@ -41,15 +43,21 @@ if [[ ${1:-} == --inside-job ]]; then
     done
 fi
 
-(($# >= 3)) || { echo "$usage" >&2; exit 2; }
+source "$(dirname "${BASH_SOURCE[0]}")/tools/launch.sh"
+answer_help "$usage" "$@"
+(($# >= 3)) && [[ $2 != -* && $3 != -* ]] || usage "$usage"
 gpus=$1 config=$2 name=$3
 shift 3
-[[ $gpus =~ ^[1-9][0-9]*$ ]] || { echo "the number of GPUs must be a whole number from 1 on, not '$gpus'" >&2; exit 2; }
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-python=${PYTHON:-$root/.venv/bin/python}
-command -v "$python" >/dev/null || python=python3
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || usage "the number of GPUs must be a whole number from 1 on, not '$gpus'"
 per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
-((gpus % per_node == 0)) || { echo "$gpus GPUs do not fill nodes of $per_node; set GPUS_PER_NODE" >&2; exit 2; }
+((gpus % per_node == 0)) || usage "$gpus GPUs do not fill nodes of $per_node; set GPUS_PER_NODE"
+command -v sbatch >/dev/null || usage "train_slurm.sh: there is no sbatch here; run it where SLURM is, or use train.sh"
+# A wrong flag is told now, not when the job has waited in the queue. This machine need not have the job's GPUs and cores.
+if [[ ${CHECK_FIRST:-1} != 0 ]]; then
+    LOCAL_WORLD_SIZE=$gpus "$python" "$root/main.py" --cfg "$config" --tag "$name" "$@" \
+        --opts DATA.NUM_WORKERS 0 --device cpu --check
+    [[ " $* " != *" --check "* ]] || exit 0
+fi
 cpu_only=false
 [[ " $* " != *" --device cpu "* ]] || cpu_only=true
 

@@ -138,6 +138,15 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
+def restarts_left() -> int:
+    """Return how often the launcher is going to start this run again if a process dies."""
+    if "DAT_RESTARTS_LEFT" in os.environ:  # of tools/launch.py and train_slurm.sh
+        return int(os.environ["DAT_RESTARTS_LEFT"])
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
+        os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    )
+
+
 def was_restarted() -> bool:
     """Return whether a launcher or SLURM started this run again after a failure."""
     counts = ("DAT_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
@@ -254,7 +263,8 @@ class StopSignal:
     A thread reads the signals, so that a second Ctrl-C also ends a process whose main thread waits for a hung rank.
     """
 
-    _NUMBERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    # Windows has the first two.
+    _NUMBERS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, n))
     # torchrun passes a Ctrl-C of the terminal on to processes that have received it already.
     _SAME_CTRL_C = 1.0
 
@@ -262,7 +272,9 @@ class StopSignal:
         self.received: int | None = None
 
     def listen(self) -> None:
-        """Take the signals over from now on."""
+        """Take the signals over from now on; in a thread leave them to the program that it belongs to."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         numbers, written = socket.socketpair()
         written.setblocking(False)
         signal.set_wakeup_fd(written.detach(), warn_on_full_buffer=False)
@@ -291,7 +303,7 @@ class StopSignal:
                 first_interrupt = min(first_interrupt, now)
             if self.received is None and launched_as()[0] == 0:
                 again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-                print(f"{signal.Signals(number).name}: finishing this update and saving{again}", file=sys.stderr)
+                print(f"{signal.Signals(number).name}: stopping after this update{again}", file=sys.stderr)
             self.received = number
 
 

@@ -17,9 +17,10 @@ def leave_signals_to_parent(worker_id: int) -> None:  # noqa: ARG001
     """
     # Not os.getppid(), which is the server under "forkserver", and init where the parent died in the meantime.
     parent = multiprocessing.parent_process()
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS; there SIGTERM ends the worker
+    for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has SIGINT alone
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows, where SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the threads below as well
         threading.Thread(target=_obey, args=(parent.pid,), daemon=True).start()
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -57,7 +57,7 @@ class Report:
         for words, names in (
             (f"rows picked ({self.head})", self.remapped),
             (f"newly initialised ({self.head})", self.reinitialised),
-            ("left out of the weights", self.left_out),
+            ("left out of the weights", [name for name in self.left_out if name not in self.reinitialised]),
         ):
             if names:
                 lines.append(f"{words}: {', '.join(names)}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from config import load_config
 from models import build_model
 from tests.data.samples import write_folder
 from tests.launched import run_forked, start_launcher
-from tests.runs import read_metrics, run_command, write_config
+from tests.runs import ROOT, read_metrics, run_command, write_config
 
 FOLDERS = {f"{split}/{name}": 5 for split in ("train", "val") for name in ("cat", "dog", "owl")}
 
@@ -64,3 +66,73 @@ def test_a_published_checkpoint_is_evaluated_and_fine_tuned(photographs: Path, t
     said = run_forked(*words, "--pretrained", tmp_path / "published_1000.pth")
     assert "newly initialised" in said
     assert "cls_head.weight, cls_head.bias" in said
+
+
+@pytest.mark.parametrize(
+    "words", [["train.sh", "1", "--help"], ["evaluate.sh", "-h"], ["train_slurm.sh", "8", "tiny.yaml", "job", "--help"]]
+)
+def test_launchers_answer_a_question_for_help(words: list[str]) -> None:
+    done = run_command("bash", *words, PYTHON="echo")
+    assert done.returncode == 0, done.stderr
+    usage, flags = done.stdout.splitlines()
+    assert usage.startswith(f"usage: bash {words[0]} <gpus> <config>")
+    assert flags == f"{ROOT}/main.py --help"
+
+
+@pytest.mark.parametrize("words", [["train.sh", "1", "--amp"], ["evaluate.sh", "1", "tiny.yaml", "--amp"]])
+def test_a_flag_is_taken_for_no_file(words: list[str]) -> None:
+    done = run_command("bash", *words)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"usage: bash {words[0]} <gpus> <config>")
+
+
+def test_a_check_of_several_processes_is_made_once() -> None:
+    done = run_command("bash", "train.sh", 3, "tiny.yaml", "--check", PYTHON="echo")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{ROOT}/main.py --cfg tiny.yaml --check --check\n"
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Path:
+    """Return a folder whose sbatch, found where the folder is in PATH, writes its words into a file there."""
+    for name, script in (("sbatch", 'echo "$@" >"$0.txt"'), ("check", 'echo "$LOCAL_WORLD_SIZE $@"; exit $FOUND')):
+        path = tmp_path / "bin" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{script}\n", encoding="utf-8")
+        path.chmod(0o755)
+    return path.parent
+
+
+@pytest.mark.parametrize(
+    ("found", "first", "queued"), [(0, "1", True), (2, "1", False), (1, "1", False), (2, "0", True)]
+)
+def test_a_job_is_checked_before_it_is_queued(queue: Path, found: int, first: str, queued: bool) -> None:
+    env = {"PATH": f"{queue}:{os.environ['PATH']}", "PYTHON": "check", "FOUND": str(found), "CHECK_FIRST": first}
+    done = run_command("bash", "train_slurm.sh", 16, "tiny.yaml", "job", "--opts", "SEED", 1, **env)
+    assert done.returncode == (0 if queued else found)
+    command = f"{ROOT}/main.py --cfg tiny.yaml --tag job --opts SEED 1"
+    checked = f"16 {command} --opts DATA.NUM_WORKERS 0 --device cpu --check\n"
+    assert done.stdout == (checked if first == "1" else "")
+    called = queue / "sbatch.txt"
+    assert called.exists() == queued
+    assert not queued or called.read_text(encoding="utf-8").endswith(f" check {command}\n")
+
+
+def test_the_check_of_a_job_needs_neither_its_gpus_nor_its_cores(queue: Path, tmp_path: Path) -> None:
+    config = write_config(tmp_path, OUTPUT=str(tmp_path / "output"), DATA={"NUM_WORKERS": 10_000}, DEVICE="cuda")
+    done = run_command("bash", "train_slurm.sh", 2, config, "job", PATH=f"{queue}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("checked: ") == 1
+    assert (queue / "sbatch.txt").exists()
+    assert not (tmp_path / "output").exists()
+
+
+def test_a_machine_without_slurm_is_told_in_one_line(tmp_path: Path) -> None:
+    for name in ("bash", "dirname", "python3"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    folder = ROOT / "output" / "slurm"
+    before = folder.exists()
+    done = run_command("bash", "train_slurm.sh", 1, "tiny.yaml", "job", PATH=str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr == "train_slurm.sh: there is no sbatch here; run it where SLURM is, or use train.sh\n"
+    assert folder.exists() == before

@@ -3,8 +3,8 @@
     python tools/launch.py 2 --cfg configs/digits.yaml
 
 The processes are torchrun's. torchrun alone repeats a run whatever it ended with, and then ends with 1. Here a run that
-was asked to stop, or that would break off again, is not repeated, and the exit status is the one of its processes. The
-variable MAX_RESTARTS says how often a run is started again: 3 times where it is not set.
+was asked to stop, or that retrying will not help, is not repeated, and the exit status is the one of its processes.
+The variable MAX_RESTARTS says how often a run is started again: 3 times where it is not set.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
+    startup.require_packages()
     startup.end_quietly()
 
 from torch.distributed import run as torchrun
@@ -50,10 +51,12 @@ def main(words: Sequence[str]) -> int:
         return 2
     restarts = int(wanted)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    signal.signal(signal.SIGUSR1, _stop)  # torchrun does so for the other signals
+    if hasattr(signal, "SIGUSR1"):  # not on Windows
+        signal.signal(signal.SIGUSR1, _stop)  # torchrun does so for the other signals
     try:
         for restart in range(restarts + 1):
             os.environ["DAT_RESTART_COUNT"] = str(restart)
+            os.environ["DAT_RESTARTS_LEFT"] = str(restarts - restart)
             statuses = run_once(processes, arguments)
             decided = [status for status in statuses if status >= 0 and status != LOST_PEER]
             if decided or restart == restarts:

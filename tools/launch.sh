@@ -10,6 +10,17 @@ usage() {
     exit 2
 }
 
+# answer_help <usage> <arguments...>: where --help or -h is among the arguments, print the usage and the flags, and end.
+answer_help() {
+    local usage=$1 word
+    shift
+    for word; do
+        [[ $word == --help || $word == -h ]] || continue
+        echo "$usage"
+        exec "$python" "$root/main.py" --help
+    done
+}
+
 launch() {
     local processes=$1
     shift
@@ -18,6 +29,7 @@ launch() {
         exec "$python" "$root/main.py" "$@"
     fi
     LOCAL_WORLD_SIZE=$processes "$python" "$root/main.py" "$@" --check
+    [[ " $* " != *" --check "* ]] || exit 0 # asked for nothing else
     # Share the cores, so that processes on CPU do not get into each other's way.
     local cores
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc knows which cores are ours

@@ -249,7 +249,10 @@ def _put_beside(source: Path, target: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:  # Windows opens no folders; it keeps their names without being asked
+        return
     try:
         with suppress(OSError):  # some network file systems cannot, and need not
             os.fsync(descriptor)

@@ -23,13 +23,14 @@ from utils import World
 
 @dataclass(frozen=True)
 class CheckpointEvaluation:
-    """A checkpoint to evaluate: its network, the images and what to warn of."""
+    """A checkpoint to evaluate: its network, the images, what to warn of, and the precision."""
 
     path: str
     task: Task
     network: nn.Module
     loader: DataLoader
     warnings: list[str]
+    amp: str
 
     def run(self) -> int:
         """Evaluate, print the published lines, and return the exit status."""
@@ -40,14 +41,21 @@ class CheckpointEvaluation:
         if config.COMPILE:
             compile_parts(self.network)
         images = len(self.loader.dataset)
-        log.info(f"evaluating {self.path} on {images} images, {world.size} process{'es' * (world.size > 1)}")
-        result = self.task.evaluate(self.network, self.loader, log)
+        precision = "" if self.amp == "off" else f", in {self.amp}"
+        log.info(f"evaluating {self.path} on {images} images, {world.size} process{'es' * (world.size > 1)}{precision}")
+        with torch.autocast(world.device.type, dtype=AUTOCAST[self.amp], enabled=self.amp != "off"):
+            result = self.task.evaluate(self.network, self.loader, log)
         log.result(result.lines, result.warnings)
         return 0
 
 
-def build_evaluation(config: CfgNode, world: World) -> CheckpointEvaluation:
+def build_evaluation(config: CfgNode, world: World, *, amp: str = "off") -> CheckpointEvaluation:
     """Load the checkpoint of --resume, or of --pretrained, into the network of the config.
+
+    Args:
+        config: options of the run.
+        world: its processes.
+        amp: precision, as in `AMP`. That of the config is the precision of training.
 
     Raises:
         ValueError: wrong input.
@@ -60,7 +68,7 @@ def build_evaluation(config: CfgNode, world: World) -> CheckpointEvaluation:
     network = build_network(task, world)
     load_strictly(network, weights, path)
     warnings = [f"{path} was trained on other classes: {change}" for change in task.changes(checkpoint)]
-    return CheckpointEvaluation(path, task, network, loader, warnings)
+    return CheckpointEvaluation(path, task, network, loader, warnings, amp)
 
 
 @dataclass(frozen=True)

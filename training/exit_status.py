@@ -7,11 +7,12 @@ again; 128 + n stopped by signal n.
 from __future__ import annotations
 
 import logging
+import re
 import sys
 
 import torch
 
-from utils import collective_timeout, is_lost_peer, is_lost_worker, is_out_of_memory, launched_as
+from utils import collective_timeout, is_lost_peer, is_lost_worker, is_out_of_memory, launched_as, restarts_left
 
 FAILED = 1
 WRONG_INPUT = 2
@@ -44,7 +45,7 @@ def report_failure(error: RuntimeError | OSError | MemoryError) -> int:
     if isinstance(error, OSError) or is_lost_worker(error):
         reason = on_one_line(str(error).strip().splitlines()[-1])
         hint = "" if isinstance(error, OSError) else " (fewer DATA.NUM_WORKERS take less memory)"
-        log.error(f"rank {launched_as()[0]}: {reason}{hint}; the same command continues from the last checkpoint")
+        log.error(f"rank {launched_as()[0]}: {reason}{hint}; {_continuation()}")
         return LOST_PEER
     if is_out_of_memory(error):
         log.error(
@@ -56,11 +57,17 @@ def report_failure(error: RuntimeError | OSError | MemoryError) -> int:
         raise error
     minutes = collective_timeout().total_seconds() / 60
     reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's source line and advice
-    log.error(
-        f"rank {launched_as()[0]}: another process died, or did not answer for {minutes:g} minutes "
-        f"(DAT_TIMEOUT_MINUTES): {reason}; the same command continues from the last checkpoint"
-    )
+    timed_out = re.search(r"time[d ]*out", reason, flags=re.IGNORECASE)
+    what = f"did not answer for {minutes:g} minutes (DAT_TIMEOUT_MINUTES)" if timed_out else "died"
+    log.error(f"rank {launched_as()[0]}: another process {what}: {reason}; {_continuation()}")
     return LOST_PEER
+
+
+def _continuation() -> str:
+    """Say who continues the run."""
+    if restarts_left() > 0:
+        return "the launcher starts all processes again, from the last checkpoint"
+    return "the same command continues from the last checkpoint"
 
 
 def on_one_line(message: str) -> str:

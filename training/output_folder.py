@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import socket
 import sys
@@ -15,8 +14,15 @@ from typing import TextIO
 
 from utils import STAGED
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None
+    import msvcrt
+
 LOCK = ".lock"
 WRITERS = ("tensorboard", "wandb")  # folders that a run may leave
+_WINDOWS_LOCK = 2**20  # the byte locked there: nobody can read a locked one, and the text before it is for everybody
 
 
 def open_folder(folder: Path) -> Path:
@@ -82,8 +88,13 @@ def hold_folder(folder: Path, *, patience: float = 120) -> TextIO:
 
 
 def _lock(file: TextIO) -> bool:
+    """Lock `file` unless another process has, and return whether it may be used."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the workers of loaders would inherit
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the workers of loaders would inherit
+        else:
+            os.lseek(file.fileno(), _WINDOWS_LOCK, os.SEEK_SET)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
         return error.errno not in (errno.EACCES, errno.EAGAIN)  # others: a file system without locks
     return True

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 
 import torch
 
 from training.run import Run
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None
 
 
 class Progress:
@@ -69,10 +73,11 @@ class Progress:
         self._last_line, self._last_update = taken, update
         memory = _memory(run.world.device)
         shown = "".join(f"{name} {part:.4f}  " for name, part in zip(names, parts, strict=True))
+        memory_in_words = f"{memory:.1f} GiB" if math.isfinite(memory) else "memory unknown"
         run.log.step(
             f"epoch {position.epoch + 1}/{run.config.TRAIN.EPOCHS} update {update}/{state.updates_per_epoch}  "
             f"lr {lr:.3e}  loss {loss:.4f}  {shown}grad norm {norm:.3f}  {rate:.1f} images/s  "
-            f"{memory:.1f} GiB{_scale(state.scaler)}  {_clock(seconds_left)} left"
+            f"{memory_in_words}{_scale(state.scaler)}  {_clock(seconds_left)} left"
         )
         at = {"epoch": position.epoch + 1, "update": position.epoch * state.updates_per_epoch + update}
         values = {"lr": lr, "loss": loss, "grad_norm": norm, **dict(zip(names, parts, strict=True))}
@@ -81,9 +86,11 @@ class Progress:
 
 
 def _memory(device: torch.device) -> float:
-    """Return the most memory used so far, of a GPU or of the process, in GiB."""
+    """Return the most memory used so far, of a GPU or of the process, in GiB; NaN where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return math.nan
     unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

@@ -52,7 +52,7 @@ def test_another_number_of_classes_gives_a_new_head() -> None:
         assert torch.equal(target.state_dict()[name], own[name])
     assert torch.equal(target.cls_norm.norm.weight, source.cls_norm.norm.weight)
     assert "newly initialised (10 classes in the weights, 3 here): cls_head.weight, cls_head.bias" in lines
-    assert "left out of the weights: cls_head.weight, cls_head.bias" in lines
+    assert sum("cls_head.weight" in line for line in lines) == 1
 
 
 def test_a_table_of_another_map_size_keeps_its_values_between_the_corners() -> None:

@@ -52,7 +52,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_command_continues(uninterrupted:
         job.signal(number, rank)
         assert job.wait() == [128 + number, 128 + number], job.console()
     assert job.console().count("stopped as asked in epoch") == 4
-    assert job.console().count("SIGINT: finishing this update and saving; Ctrl-C again ends at once") == 1
+    assert job.console().count("SIGINT: stopping after this update; Ctrl-C again ends at once") == 1
     assert "Traceback" not in job.console()
     assert first_difference(uninterrupted.of(2)[0], trial.finish()) is None
 
@@ -104,7 +104,7 @@ def test_a_hung_process_is_told_in_one_line(tmp_path: Path) -> None:
     job.signal(signal.SIGKILL, 1)
     assert job.wait() == [75, -signal.SIGKILL]
     last = job.console().splitlines()[-1]
-    assert last.startswith("rank 0: another process died, or did not answer for 0.1 minutes")
+    assert last.startswith("rank 0: another process did not answer for 0.1 minutes")
     assert last.endswith("the same command continues from the last checkpoint")
     assert last in (trial.folder / "log.txt").read_text(encoding="utf-8")
     assert "Traceback" not in job.console()

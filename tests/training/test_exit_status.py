@@ -1,0 +1,66 @@
+"""What is said about the end of a run, and who is told to continue it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launched import Trial
+from tests.runs import run_command
+from training.exit_status import LOST_PEER, report_failure
+
+CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1"
+LATE = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 6000ms for recv"
+BY_HAND = "the same command continues from the last checkpoint"
+BY_ITSELF = "the launcher starts all processes again, from the last checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("error", "env", "what", "how"),
+    [
+        (CLOSED, {}, "died: Connection closed", BY_HAND),
+        (CLOSED, {"DAT_RESTARTS_LEFT": "1"}, "died: Connection closed", BY_ITSELF),
+        (LATE, {"DAT_RESTARTS_LEFT": "0"}, "did not answer for 30 minutes", BY_HAND),
+        (LATE, {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "2"}, "did not answer", BY_ITSELF),
+        (CLOSED, {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "3"}, "died", BY_HAND),
+        (LATE, {"TORCHELASTIC_MAX_RESTARTS": "0", "DAT_RESTARTS_LEFT": "2"}, "did not answer", BY_ITSELF),
+    ],
+)
+def test_a_lost_process_is_told_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, error: str, env: dict[str, str], what: str, how: str
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", said.append)
+    for name in ("DAT_RESTARTS_LEFT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT", "DAT_TIMEOUT_MINUTES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert report_failure(RuntimeError(error)) == LOST_PEER
+    assert len(said) == 1
+    assert said[0].startswith(f"rank 0: another process {what}")
+    assert said[0].endswith(f"; {how}")
+
+
+def test_a_killed_process_is_not_called_slow(tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 2, 0)
+    job = trial.start(DAT_RESTARTS_LEFT="2")
+    job.wait_until(lambda: trial.rows() > 0)
+    job.signal(signal.SIGKILL, 1)
+    assert job.wait() == [LOST_PEER, -signal.SIGKILL]
+    last = job.console().splitlines()[-1]
+    assert last.startswith("rank 0: another process died: ")
+    assert last.endswith(BY_ITSELF)
+
+
+@pytest.mark.parametrize("program", ["main.py", "tools/launch.py"])
+def test_a_python_without_the_packages_is_told_in_one_line(program: str) -> None:
+    done = run_command(sys.executable, "-S", program, "1", PYTHONPATH="")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.count("\n") == 1
+    assert "has no package torch, torchvision, timm" in done.stderr
+    assert ".venv/bin/python" in done.stderr
