@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import gpu
 from .cpu import deformable as cpu
-from .forms import is_transformed, needs_plain_operations
+from .forms import needs_plain_operations
 from .grids import query_grid, query_steps
 from .position_bias import table_bias
 from .products import dot_product_attention
@@ -105,7 +105,7 @@ def choose_form(q: Tensor, *, native: bool, dropout: float = 0.0) -> str:
         native: whether the map has the size that the table was made for, and no position lies outside.
         dropout: probability of dropping an attention weight.
     """
-    if dropout or is_transformed():
+    if dropout:
         return "reference"
     if q.is_cuda:
         return "triton" if gpu.suits_heads(q) else "reference"

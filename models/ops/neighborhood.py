@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import gpu
-from .forms import is_transformed, runs_by_hand
+from .forms import runs_by_hand
 from .products import dot_product_attention
 from .tiles import tiles_of
 
@@ -77,7 +77,7 @@ def neighborhood_attention(
 
 def choose_form(q: Tensor, *, dropout: float = 0.0) -> str:
     """Return the form that `neighborhood_attention` takes for ``auto``."""
-    if dropout or is_transformed():
+    if dropout:
         return "tiles"
     if q.is_cuda and gpu.suits_heads(q):
         return "triton"

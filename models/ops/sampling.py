@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import gpu
-from .forms import is_transformed, needs_plain_operations
+from .forms import needs_plain_operations
 from .rows import neighbours, weighted_rows
 
 FORMS = ("auto", "reference", "rows", "triton")
@@ -47,7 +47,7 @@ def sample(x: Tensor, positions: Tensor, *, form: str = "auto") -> Tensor:
 
 def choose_form(x: Tensor) -> str:
     """Return the form that `sample` takes for ``auto``."""
-    if x.is_cuda and gpu.suits(x) and not is_transformed():
+    if x.is_cuda and gpu.suits(x):
         return "triton"
     return "rows" if x.device.type == "cpu" and not needs_plain_operations() else "reference"
 

@@ -13,6 +13,8 @@ import os
 import torch
 from torch import Tensor
 
+from ..forms import is_transformed
+
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 128  # values a head
 NEEDS = f"needs a GPU, heads of at most {LARGEST_HEAD} values and at most float32"
@@ -22,8 +24,11 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def suits(x: Tensor) -> bool:
-    """Return whether the kernels run where a tensor is: on a GPU, or on any device under Triton's interpreter."""
-    return _INSTALLED and x.dtype in TYPES and (x.is_cuda or INTERPRETED)
+    """Return whether the kernels run where a tensor is: on a GPU, or on any device under Triton's interpreter.
+
+    They have a first derivative alone, which the transforms of `torch.func` do not take.
+    """
+    return _INSTALLED and x.dtype in TYPES and (x.is_cuda or INTERPRETED) and not is_transformed()
 
 
 def suits_heads(x: Tensor) -> bool:
