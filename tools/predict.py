@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.images import UnreadableImage, read_image
+from data.images import UnreadableImage
 from models.contract import compile_parts
 from tools import pages
 from training.trained_model import WEIGHTS, TrainedModel, load_trained
@@ -147,7 +147,7 @@ def predict(
         amp: ``off``, ``fp16`` or ``bf16``.
         on_unreadable: told why a file cannot be read.
     """
-    readable = _read(files, model.transform(), on_unreadable)
+    readable = _read(files, model, on_unreadable)
     while batch := list(islice(readable, batch_size)):
         probabilities = _probabilities(model.network, torch.stack([tensor for _, tensor in batch]), amp)
         values, labels = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
@@ -156,11 +156,12 @@ def predict(
 
 
 def _read(
-    files: Sequence[str], transform: Callable[[Image.Image], Tensor], on_unreadable: Callable[[str], object]
+    files: Sequence[str], model: TrainedModel, on_unreadable: Callable[[str], object]
 ) -> Iterator[tuple[str, Tensor]]:
+    transform = model.transform()
     for path in files:
         try:
-            yield path, transform(read_image(path))
+            yield path, transform(model.read(path))
         except UnreadableImage as error:
             on_unreadable(str(error))
 
@@ -219,13 +220,13 @@ def page(model: TrainedModel, predictions: Sequence[Prediction], unreadable: Seq
         "predict.html",
         title=pages.text(f"Predictions of {model.config.MODEL.NAME}"),
         summary=pages.text(f"{len(predictions)} images; {model.words()}"),
-        images="\n".join(map(_figure, predictions)),
+        images="\n".join(_figure(model.read(one.path), one) for one in predictions),
         unreadable=skipped,
     )
 
 
-def _figure(prediction: Prediction) -> str:
-    source = pages.picture(read_image(prediction.path), side=THUMBNAIL)
+def _figure(image: Image.Image, prediction: Prediction) -> str:
+    source = pages.picture(image, side=THUMBNAIL)
     bars = "".join(
         f'<div class="bar" style="background: linear-gradient(to right, #cfe0fb {100 * share:.1f}%, transparent 0)">'
         f"<span>{pages.text(name)}</span><span>{100 * share:.1f} %</span></div>"

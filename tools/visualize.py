@@ -26,7 +26,6 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import load_config
-from data.images import read_image
 from tools import pages
 from tools.deformations import Look, Place, look
 from tools.drawing import Seen, draw
@@ -108,8 +107,7 @@ def look_at(
     every_block: bool = False,
 ) -> tuple[NDArray[np.uint8], list[Seen]]:
     """Return the pixels ``[H, W, 3]`` that the networks see of an image file, and what each looks at."""
-    image = read_image(path)
-    tensors = [model.transform(size)(image) for _, model in networks]
+    tensors = [model.transform(size)(model.read(path)) for _, model in networks]
     seen = [
         Seen(title, look(model.network, tensor, stages=stages, every_block=every_block))
         for (title, model), tensor in zip(networks, tensors, strict=True)

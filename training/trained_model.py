@@ -13,10 +13,10 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from config import default_config, differences, load_config
+from config import complete, load_config
+from data.images import read_image
 from data.transforms import eval_transform
-from models import build_model
-from models.build import num_classes, set_num_classes
+from models.build import build_model, image_size, num_classes, set_num_classes
 from models.contract import classifier
 from models.weights import IMAGENET_1K
 from training.checkpoint import load_checkpoint, load_strictly, model_weights
@@ -52,14 +52,17 @@ class TrainedModel:
             size: height and width in pixels; that of the config, with its crop, where None.
         """
         config = self.config
-        side, crop = config.DATA.IMG_SIZE, config.TEST.CROP
         return eval_transform(
-            size or side,
+            size or image_size(config),
             interpolation=config.DATA.INTERPOLATION,
-            crop=crop and size is None,
+            crop=config.TEST.CROP and size is None,
             crop_ratio=config.TEST.CROP_RATIO,
-            resize=config.TEST.RESIZE,
+            resize=config.TEST.RESIZE if size is None else "squash",
         )
+
+    def read(self, path: str | Path) -> Image.Image:
+        """Return an image file as RGB, turned as DATA.EXIF says; see `data.images.read_image`."""
+        return read_image(path, turn=self.config.DATA.EXIF == "apply")
 
     def words(self) -> str:
         """Return what was loaded, in words."""
@@ -114,15 +117,7 @@ def _own_config(checkpoint: dict[str, Any], path: str | Path) -> CfgNode:
     written = written_config(checkpoint)
     if written is None:
         raise ValueError(f"{path} holds no config; name the one of its architecture, as in --cfg configs/dat_tiny.yaml")
-    config = default_config()
-    for key, _, value in differences(config, written):
-        if value is not None:  # None: an option that its run did not know yet
-            *parents, name = key.split(".")
-            node = config
-            for parent in parents:
-                node = node[parent]
-            node[name] = value
-    return config
+    return complete(written)
 
 
 def _class_names(known: Any, number: int) -> list[str]:

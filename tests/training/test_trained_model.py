@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import yaml
+from PIL import Image
 from torch import nn
 
 from data.images import read_image
@@ -67,9 +70,9 @@ def test_a_thousand_classes_without_names_are_those_of_imagenet(tmp_path: Path) 
 def test_options_that_the_run_did_not_know_yet_have_their_defaults(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path)
     whole = torch.load(path, weights_only=True)
-    lines = [line for line in whole["config"].splitlines() if "CROP" not in line]
-    assert len(lines) < len(whole["config"].splitlines())
-    torch.save(whole | {"config": "\n".join(lines).replace("TEST:", "TEST: {}")}, path)
+    options = yaml.safe_load(whole["config"])
+    del options["TEST"]
+    torch.save(whole | {"config": yaml.safe_dump(options)}, path)
     assert load_trained(path).config.TEST.CROP is True
 
 
@@ -78,3 +81,14 @@ def test_the_transform_is_that_of_evaluation(tmp_path: Path) -> None:
     image = read_image(write_photograph(tmp_path / "a.png"))
     assert model.transform()(image).shape == (3, 32, 32)
     assert model.transform((48, 64))(image).shape == (3, 48, 64)
+
+
+def test_a_network_of_timm_has_as_many_classes_as_its_weights(tmp_path: Path) -> None:
+    config = tmp_path / "timm.yaml"
+    config.write_text("MODEL: {TYPE: timm, TIMM: {NAME: test_vit, ARGS: {img_size: 32}}}\nDATA: {IMG_SIZE: 32}\n")
+    network = timm.create_model("test_vit", img_size=32, num_classes=7)
+    torch.save(network.state_dict(), tmp_path / "vit.pth")
+    model = load_trained(tmp_path / "vit.pth", cfg=config)
+    assert holds(model.network, network.state_dict())
+    assert model.classes == [f"class {label}" for label in range(7)]
+    assert model.transform()(Image.new("RGB", (50, 60))).shape == (3, 32, 32)
