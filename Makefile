@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make setup      set up .venv (once: about 6 GB, one to five minutes)"
 	@echo "make demo       train a small DAT++ on handwritten digits (one to two minutes on four cores)"
-	@echo "make test       run every test on all cores (six to eight minutes on two); TESTS=tests/data runs a part"
+	@echo "make test       run every test, on all cores; TESTS=tests/data runs a part"
 	@echo "make test-long  the tests that kill and resume runs at many moments (about ten minutes)"
 	@echo "make test-slurm train_slurm.sh on a SLURM of two nodes on this machine (Debian's slurm-wlm and munge, root)"
 	@echo "make lint       ruff"
@@ -24,7 +24,7 @@ demo: setup
 	@.venv/bin/python main.py --cfg configs/digits.yaml --output output/demo --opts TRAIN.AUTO_RESUME False
 
 test: setup
-	@echo "test: $(TESTS) on all cores; every test takes six to eight minutes on two"
+	@echo "test: $(TESTS), on all cores"
 	@.venv/bin/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
 
 test-long: setup

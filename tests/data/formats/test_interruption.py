@@ -10,6 +10,8 @@ import pytest
 from tests.data.formats.writers import WRITERS
 from tests.launched import Trial, Uninterrupted, first_difference
 
+pytestmark = pytest.mark.xdist_group("serial")
+
 
 @pytest.mark.parametrize("kind", ["csv", "tar", "shards", "parquet", "huggingface"])
 def test_a_kill_in_mid_epoch_changes_nothing(kind: str, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
