@@ -25,7 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.memory import kept_for_backward
 from benchmarks.timing import environment, take_turns
 from models.attention import DeformableAttention
-from models.layers import PointwiseConv
 from models.ops.deformable import choose_form as choose_deformable
 from models.ops.deformable import deformable_attention
 from models.ops.depthwise import choose_form as choose_mlp
@@ -168,9 +167,6 @@ def _layer(model: str, size: int, stage: int, batch: int, device: torch.device) 
 
     def run(form: str, *arguments: Tensor) -> Tensor:
         layer.form = form
-        for module in layer.modules():
-            if isinstance(module, PointwiseConv):
-                module.form = "reference" if form == "reference" else "auto"
         return layer(arguments[0])
 
     chosen = choose_deformable(x, native=side == native)

@@ -129,7 +129,7 @@ def count(network: nn.Module, shape: tuple[int, ...], *, amp: str = "none") -> t
         network._apply(lambda tensor: mode.from_tensor(tensor).to(device))
         network.train()
         for module in network.modules():
-            if type(module).__name__ == "DropPath":
+            if type(module).__name__ in ("DropPath", "Residual"):
                 module.eval()
         images = torch.empty(shape, device=device)
         with precision(amp, device):

@@ -88,7 +88,7 @@ def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def residual_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Return ``x + conv(x)`` for a map ``[B, C, H, W]``: a local perception unit (CMT, arXiv 2107.06263)."""
-    if runs_by_hand(x) and is_depthwise(conv) and may_fuse(conv):
+    if is_depthwise(conv) and may_fuse(conv):
         return depthwise_residual(x, conv.weight, conv.bias)
     return x + conv(x)
 

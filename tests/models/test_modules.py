@@ -73,8 +73,8 @@ def test_hooks_of_every_module_of_every_config_fire(file: str, kind: str) -> Non
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 def test_hooks_fire_with_every_letter_and_option_and_change_nothing(variant: tuple[str, dict[str, Any]]) -> None:
     letter, options = variant
-    model = build_small(letter, **options)
-    x = images()
+    model = build_small(letter, **options).double()
+    x = images().double().requires_grad_()
     plain = model(x)
     plain.square().sum().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -85,10 +85,8 @@ def test_hooks_fire_with_every_letter_and_option_and_change_nothing(variant: tup
     watched = model(x)
     watched.square().sum().backward()
     assert waiting == set()
-    torch.testing.assert_close(watched, plain, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(
-        {name: parameter.grad for name, parameter in model.named_parameters()}, gradients, atol=1e-4, rtol=1e-3
-    )
+    torch.testing.assert_close(watched, plain)
+    torch.testing.assert_close({name: parameter.grad for name, parameter in model.named_parameters()}, gradients)
 
 
 @pytest.mark.parametrize(("letters", "options"), FUSED)
@@ -110,12 +108,7 @@ def test_lora_on_every_linear_and_pointwise_layer(letters: str, options: dict[st
     assert not torch.allclose(logits, expected, atol=1e-3)
     logits.square().sum().backward()
     assert without_gradient(adapted) == []
-    for name, adapter in second.items():  # each has its effect
-        with torch.no_grad():
-            value = adapter.clone()
-            adapter.zero_()
-            assert not torch.equal(adapted(images()), logits), name
-            adapter.copy_(value)
+    assert [name for name, parameter in second.items() if not parameter.grad.any()] == []
 
 
 def attach_weight_norm(layer: nn.Module) -> None:
@@ -142,22 +135,18 @@ def test_what_is_attached_to_a_layer_takes_effect(
     attach: Callable[[nn.Module], None], letters: str, options: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
-    model = build_small(letters, **options).eval()
-    x = images()
-    # A shift of the keys alone cancels in the softmax, one of the position bias of every key too.
-    stage = model.stages[2]
-    layers = [module for module in stage.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    stage = build_small(letters, **options).eval().stages[2]
+    x = torch.randn(1, 32, 7, 7)
     with torch.no_grad():
-        expected = model(x)
-        for layer in layers:
-            kept = copy.deepcopy(layer.__dict__)
-            kind = type(layer)
+        expected = stage(x)
+        for layer in [module for module in stage.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]:
+            kept, kind = copy.deepcopy(layer.__dict__), type(layer)
             attach(layer)
-            assert not torch.equal(model(x), expected), layer
+            assert not torch.equal(stage(x), expected), layer
             layer.__class__ = kind
             layer.__dict__.clear()
             layer.__dict__.update(kept)
-        torch.testing.assert_close(model(x), expected)
+        torch.testing.assert_close(stage(x), expected)
 
 
 @pytest.mark.parametrize(("letters", "options"), FUSED)

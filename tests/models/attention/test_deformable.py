@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from models.attention import DeformableAttention, deformable
 from models.ops.grids import reference_points
@@ -35,12 +36,12 @@ def test_inspect_reports_what_forward_does(position_bias: str, size: tuple[int, 
     assert seen.weights.shape == (2, 4, size[0] * size[1], len(seen.reference))
     torch.testing.assert_close(seen.weights.sum(-1), torch.ones_like(seen.weights[..., 0]))
 
-    values = module.proj_v(sample(x.permute(0, 2, 3, 1), seen.positions)).unflatten(-1, (4, -1)).transpose(1, 2)
-    attended = (seen.weights @ values).transpose(1, 2).flatten(2).unflatten(1, size)
+    samples = rearrange(sample(x.permute(0, 2, 3, 1), seen.positions), "b (h w) c -> b c h w", h=seen.key_size[0])
+    values = rearrange(module.proj_v(samples), "b (heads d) h w -> b heads (h w) d", heads=4)
+    attended = rearrange(seen.weights @ values, "b heads (h w) d -> b (heads d) h w", h=size[0])
     if position_bias == "dwc":
-        queries = module.proj_q(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-        attended = attended + module.rpe_table(queries).permute(0, 2, 3, 1)
-    torch.testing.assert_close(module(x), module.proj_out(attended).permute(0, 3, 1, 2))
+        attended = attended + module.rpe_table(module.proj_q(x))
+    torch.testing.assert_close(module(x), module.proj_out(attended))
 
 
 @pytest.mark.parametrize(
