@@ -1,4 +1,4 @@
-# make setup | demo | test | test-long | lint: each sets up .venv by itself, once.
+# make setup | demo | test | test-long | bench-gpu | lint: each sets up .venv by itself, once.
 PYTHON ?= python3
 # Processes that run tests at once: as many as there are cores, or a number; and the tests they run.
 WORKERS ?= logical
@@ -6,7 +6,7 @@ TESTS ?= tests
 # Threads per process: one is fastest for networks this small, and more threads than free cores ruin every timing.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-long test-slurm lint
+.PHONY: help setup demo test test-long test-slurm bench-gpu lint
 
 help:
 	@echo "make setup      set up .venv (once: about 6 GB, one to five minutes)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test       run every test, on all cores; TESTS=tests/data runs a part"
 	@echo "make test-long  the tests that kill and resume runs at many moments (about ten minutes)"
 	@echo "make test-slurm train_slurm.sh on a SLURM of two nodes on this machine (Debian's slurm-wlm and munge, root)"
+	@echo "make bench-gpu  on a GPU: check the kernels on it, measure networks, write benchmarks/gpu.md"
 	@echo "make lint       ruff"
 
 setup:
@@ -34,6 +35,11 @@ test-long: setup
 test-slurm: setup
 	@echo "test-slurm: train_slurm.sh on a SLURM of two nodes on this machine, two minutes; skipped where there is none"
 	@.venv/bin/python -m pytest -m slow -rs tests/test_slurm.py
+
+bench-gpu: setup
+	@echo "bench-gpu: the kernels against the plain operations, then images a second of networks"
+	@.venv/bin/python -m pytest tests/models/ops/gpu
+	@.venv/bin/python -m benchmarks.gpu
 
 lint: setup
 	@.venv/bin/python -m ruff check .

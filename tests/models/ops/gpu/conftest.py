@@ -1,5 +1,18 @@
-"""Tests that run Triton's kernels on the CPU; they need its interpreter from the first import, see `..test_gpu`."""
+"""Tests of Triton's kernels: on a GPU where there is one, else on the CPU by Triton's interpreter, see `..test_gpu`."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
-collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    with torch.device("cpu" if INTERPRETED else "cuda"):
+        yield
