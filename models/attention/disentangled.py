@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from ..ops.linear_attention import normalized
+from ..ops.linear_attention import in_parts, normalized
 from ..ops.locality import range_sum
 from ..ops.relative_positions import Buckets, Relation
 from .performer import PerformerAttention
@@ -64,13 +64,12 @@ class DisentangledAttention(TokenAttention):
         self.relative = RelativeKeys(dim, grid=self.grid, prefix=self.prefix, span=span)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        scale = (3 * q.shape[-1]) ** -0.5
-        bias = self.relative.bias(q, k, *self.relative(self.qkv, self.heads)) * scale
+        logits = q @ k.mT + self.relative.bias(q, k, *self.relative(self.qkv, self.heads))
         mask = self.mask(q)
         if mask is not None:
-            bias = bias.masked_fill(~mask, float("-inf"))
-        dropout = self.attn_drop if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale, dropout_p=dropout)
+            logits = logits.masked_fill(~mask, float("-inf"))
+        weights = (logits * (3 * q.shape[-1]) ** -0.5).softmax(dim=-1)
+        return F.dropout(weights, self.attn_drop, self.training).to(v.dtype) @ v
 
 
 class DisentangledPerformer(PerformerAttention):
@@ -130,34 +129,29 @@ class DisentangledPerformer(PerformerAttention):
     def _boxes(self, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
         rows, prefix = self.relative.buckets.rows, self.prefix
         sums = torch.zeros_like(v[:, :, prefix:])
+        patches = [x[:, :, prefix:] for x in (q, k, v, by_query, by_key)]
         for relation in self._seen():
-            sums = sums + checkpoint(
-                self._box, relation, q, k, v, by_query, by_key, use_reentrant=False, preserve_rng_state=False
-            )
+            sums = sums + in_parts(partial(self._box, relation), *patches)
         if not prefix:
             return sums
-        heads, patches = (slice(None), slice(None), slice(prefix)), (slice(None), slice(None), slice(prefix, None))
-        to_prefix = self._pair(
-            q[patches], by_query[patches][..., rows - 2], k[heads], by_key[heads][..., rows - 3], v[heads]
-        )
-        of_prefix = self._pair(
-            q[heads], by_query[heads][..., rows - 3], k[patches], by_key[patches][..., rows - 2], v[patches]
-        ) + self._pair(q[heads], by_query[heads][..., rows - 1], k[heads], by_key[heads][..., rows - 1], v[heads])
-        return torch.cat((of_prefix, sums + to_prefix), dim=2)
+        first = [x[:, :, :prefix] for x in (q, k, v, by_query, by_key)]
+        of_prefix = self._pair(first, patches, rows - 3, rows - 2) + self._pair(first, first, rows - 1, rows - 1)
+        return torch.cat((of_prefix, sums + self._pair(patches, first, rows - 2, rows - 3)), dim=2)
 
     @staticmethod
-    def _pair(q: Tensor, by_query: Tensor, k: Tensor, by_key: Tensor, v: Tensor) -> Tensor:
+    def _pair(queries: Sequence[Tensor], keys: Sequence[Tensor], row: int, opposite: int) -> Tensor:
         """Return the weighted sums of all keys for all queries, which have one relation."""
-        return q @ ((k * by_key.unsqueeze(-1)).mT @ v) * by_query.unsqueeze(-1)
+        q, _, _, by_query, _ = queries
+        _, k, v, _, by_key = keys
+        return q @ ((k * by_key[..., opposite, None]).mT @ v) * by_query[..., row, None]
 
     def _box(self, relation: Relation, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
         """Return what the keys of one relation add to the sums of the patches."""
-        q, k, v, by_query, by_key = (x[:, :, self.prefix :] for x in (q, k, v, by_query, by_key))
         k = k * by_key[..., relation.opposite, None]
-        around = (k.unsqueeze(-1) * v.unsqueeze(-2)).unflatten(2, self.grid)  # [B, heads, H, W, m, d + 1]
+        around = (k.unsqueeze(-1) * v.unsqueeze(-2)).unflatten(-3, self.grid)  # [..., H, W, m, d + 1]
         for axis in (0, 1):
-            around = range_sum(around, relation.low[axis], relation.high[axis], 2 + axis)
-        around = around.flatten(2, 3)
+            around = range_sum(around, relation.low[axis], relation.high[axis], around.dim() - 4 + axis)
+        around = around.flatten(-4, -3)
         return (q.unsqueeze(-2) @ around).squeeze(-2) * by_query[..., relation.index, None]
 
     def _seen(self) -> Iterator[Relation]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -27,8 +28,7 @@ def linear_attention(
     """Return ``sum_j (q_i . k_j) v_j / sum_j (q_i . k_j)`` over the keys j that query i sees.
 
     Without a window, the sums of ``k_j v_j^T`` over all keys are computed once. With a window, a sum is computed for
-    every patch, see `models.ops.locality`; never a matrix of tokens. They are made anew in the backward pass, some
-    heads and images at a time.
+    every patch, see `models.ops.locality`; never a matrix of tokens.
 
     Args:
         q: features of the queries, ``[B, heads, N, m]``, not negative.
@@ -44,14 +44,33 @@ def linear_attention(
     v = F.pad(v.to(k.dtype), (0, 1), value=1.0)  # the last channel adds up the weights
     if window is None:
         return normalized(q @ (k.mT @ v))
-    rows = q.shape[2] * k.shape[3] * v.shape[3]
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or q.shape[:2].numel() * rows <= AT_ONCE:
-        return normalized(_windowed(q, k, v, grid=grid, prefix=prefix, window=window))
-    attend = partial(_windowed, grid=grid, prefix=prefix, window=window)
-    count = max(1, AT_ONCE // rows)
-    parts = zip(*(x.flatten(0, 1).split(count) for x in (q, k, v)), strict=True)
-    sums = torch.cat([checkpoint(attend, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
-    return normalized(sums.view(*q.shape[:-1], -1))
+    return normalized(in_parts(partial(_windowed, grid=grid, prefix=prefix, window=window), q, k, v))
+
+
+def in_parts(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Tensor:
+    """Return ``attend(q, k, v, *others)``, some heads, images and features at a time where it takes much memory.
+
+    Each part is made anew in the backward pass.
+
+    Args:
+        attend: gives weighted sums of the values, ``[..., N, d]``, as a sum over features; holds ``m * d`` numbers for
+            each token.
+        q: features of the queries, ``[B, heads, N, m]``.
+        k: features of the keys, ``[B, heads, N, m]``.
+        v: values ``[B, heads, N, d]``.
+        *others: what else belongs to each head, ``[B, heads, ...]``.
+    """
+    heads, per_feature = q.shape[:2].numel(), q.shape[2] * v.shape[3]
+    at_once = max(1, min(k.shape[3], AT_ONCE // max(per_feature, 1)))
+    count = max(1, AT_ONCE // max(per_feature * at_once, 1))
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() or (at_once == k.shape[3] and count >= heads):
+        return attend(q, k, v, *others)
+    anew = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+    sums = []
+    for q_part, k_part, *rest in zip(*(x.flatten(0, 1).split(count) for x in (q, k, v, *others)), strict=True):
+        pieces = zip(q_part.split(at_once, dim=-1), k_part.split(at_once, dim=-1), strict=True)
+        sums.append(sum(anew(q_piece, k_piece, *rest) for q_piece, k_piece in pieces))
+    return torch.cat(sums).view(v.shape)
 
 
 def normalized(sums: Tensor) -> Tensor:

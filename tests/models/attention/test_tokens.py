@@ -91,16 +91,18 @@ def test_windows_in_single_precision(window: Window) -> None:
     assert (out - expected).abs().max() < 1e-5
 
 
-def test_windows_of_a_few_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = build("performer")
+@pytest.mark.parametrize("kind", ["performer", "disentangled performer, boxes"])
+def test_a_few_heads_and_features_at_a_time(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    module = build(kind)
     module.window = Window("box", 1)
     x = tokens()
     results = []
-    for size in (1 << 22, 1):
+    for size in (1 << 22, 20 * 7 * 20, 20 * 7 * 2, 1):  # all at once; two heads; two features; one
         monkeypatch.setattr("models.ops.linear_attention.AT_ONCE", size)
         out = module(x)
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])])
-    torch.testing.assert_close(*results)
+    for result in results[1:]:
+        torch.testing.assert_close(result, results[0])
 
 
 @pytest.mark.parametrize("window", [None, *WINDOWS], ids=str)
