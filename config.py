@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 
 from models.dat import DAT
 from models.options import Check, Option, at_least, not_negative, one_of, share
+from models.vit import VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,9 @@ OPTIONS: dict[str, Option] = {
     ),
     # ---- the network
     "MODEL.TYPE": RunOption(
-        "dat", "Which options build the network: those of MODEL.DAT or of MODEL.TIMM.", one_of("dat", "timm")
+        "dat",
+        "Which options build the network: those of MODEL.DAT, MODEL.VIT or MODEL.TIMM.",
+        one_of("dat", "vit", "timm"),
     ),
     "MODEL.NAME": RunOption("dat", "Names the output folder.", _PLAIN_NAME),
     "MODEL.PRETRAINED": RunOption(
@@ -182,6 +185,7 @@ OPTIONS: dict[str, Option] = {
     "MODEL.TIMM.ARGS": RunOption({}, "Arguments of timm.create_model, such as drop_path_rate: 0.1."),
     # The arguments of models.dat.DAT under their published names; lists of four have one entry per stage.
     **{f"MODEL.DAT.{name}": option for name, option in DAT.options().items()},
+    **{f"MODEL.VIT.{name}": option for name, option in VisionTransformer.options().items()},
     # ---- the recipe
     "TRAIN.EPOCHS": RunOption(300, "Passes over the training images.", at_least(1), flag="--epochs", metavar="N"),
     "TRAIN.WARMUP_EPOCHS": RunOption(

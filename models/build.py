@@ -9,22 +9,27 @@ import timm
 from torch import nn
 
 from .dat import DAT
+from .vit import VisionTransformer
 
 
 def build_model(config: Any) -> nn.Module:
     """Build the model that ``config.MODEL`` describes, on the CPU and in training mode.
 
     Args:
-        config: configuration with ``MODEL.TYPE``: ``dat`` is built from ``MODEL.DAT``, the arguments of `DAT` by name,
-            ``timm`` from ``MODEL.TIMM``; both with ``TRAIN.USE_CHECKPOINT``.
+        config: configuration with ``MODEL.TYPE``: ``dat`` and ``vit`` are built from ``MODEL.DAT`` and ``MODEL.VIT``, the
+            arguments of `DAT` and `VisionTransformer` by name, ``timm`` from ``MODEL.TIMM``; all with
+            ``TRAIN.USE_CHECKPOINT``.
 
     Raises:
         ValueError: the model is unknown, one of its options is not allowed, or images are too small for it.
     """
     if config.MODEL.TYPE == "timm":
         return _build_timm(config)
+    if config.MODEL.TYPE == "vit":
+        size, use_checkpoint = image_size(config), config.TRAIN.USE_CHECKPOINT
+        return VisionTransformer(**config.MODEL.VIT, img_size=size, use_checkpoint=use_checkpoint)
     if config.MODEL.TYPE != "dat":
-        raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of dat, timm")
+        raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of dat, vit, timm")
     model = DAT(**config.MODEL.DAT, use_checkpoint=config.TRAIN.USE_CHECKPOINT)
     if min(image_size(config)) < model.smallest_image:
         raise ValueError(
@@ -55,14 +60,16 @@ def image_size(config: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def arguments(config: Any) -> Any:
+    """Return the section of the config with the arguments of its model, among them ``num_classes``."""
+    return config.MODEL.TIMM.ARGS if config.MODEL.TYPE == "timm" else config.MODEL[config.MODEL.TYPE.upper()]
+
+
 def num_classes(config: Any) -> int:
     """Return for how many classes the configured model is built."""
-    return (
-        config.MODEL.TIMM.ARGS.get("num_classes", 1000) if config.MODEL.TYPE == "timm" else config.MODEL.DAT.num_classes
-    )
+    return arguments(config).get("num_classes", 1000)
 
 
 def set_num_classes(config: Any, number: int) -> None:
     """Let the configured model be built for ``number`` classes."""
-    options = config.MODEL.TIMM.ARGS if config.MODEL.TYPE == "timm" else config.MODEL.DAT
-    options["num_classes"] = number
+    arguments(config)["num_classes"] = number

@@ -6,7 +6,7 @@ trainer, optimizer and weight code hold no names of any model.
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def classifier(model: nn.Module) -> str:
@@ -30,3 +30,14 @@ def compile_parts(model: nn.Module) -> None:
 def smallest_image(model: nn.Module) -> tuple[int, int]:
     """Return the height and width in pixels of the smallest image that a network takes."""
     return model.smallest_image if hasattr(model, "smallest_image") else (1, 1)
+
+
+def set_epoch(model: nn.Module, epoch: int) -> None:
+    """Tell a network which epoch begins, counted from 0, when a run starts or is resumed, too."""
+    if hasattr(model, "set_epoch"):
+        model.set_epoch(epoch)
+
+
+def taken_over(model: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    """Return weights of a network of another kind under the names of `model`, and what they do not have."""
+    return model.take_over(weights) if hasattr(model, "take_over") else (weights, set())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,9 +15,34 @@ from .attention.patch_deformable import PatchDeformableAttention
 from .attention.performer import PerformerAttention
 from .attention.tokens import SoftmaxAttention
 from .ops.locality import KINDS, Window
+from .ops.random_features import KINDS as FEATURES
+from .options import Option, at_least, not_negative, one_of, share
 
 ATTENTIONS = ("softmax", "performer", "disentangled", "disentangled_performer", "deformable")
 LOCALITIES = ("none", *KINDS)
+OPTIONS = {
+    "patch_size": Option(4, "Pixels per patch on each axis.", at_least(1)),
+    "num_classes": Option(10, "Size of the logits; training takes the number of classes of the data.", at_least(1)),
+    "embed_dim": Option(384, "Channels.", at_least(1)),
+    "depth": Option(4, "Number of blocks.", at_least(1)),
+    "num_heads": Option(6, "Attention heads.", at_least(1)),
+    "mlp_ratio": Option(4.0, "Width of the MLPs over embed_dim."),
+    "global_pool": Option("token", "Classify by a class token, or by the mean of the patches.", one_of("token", "avg")),
+    "drop_rate": Option(0.1, "Dropout rate of tokens, projections and MLPs.", share()),
+    "attn_drop_rate": Option(0.0, "Probability of dropping an attention weight; softmax and disentangled.", share()),
+    "drop_path_rate": Option(0.0, "Stochastic-depth rate of the last block.", share()),
+    "attention": Option("softmax", "What mixes the tokens.", one_of(*ATTENTIONS)),
+    "num_features": Option(0, "Random features of a head of the Performers; 0: d ln d.", not_negative()),
+    "feature_kind": Option("positive", "Features that approximate softmax, or of ReLU.", one_of(*FEATURES)),
+    "redraw_epochs": Option(1, "Epochs after which Performers draw other features; 0: never.", not_negative()),
+    "span": Option(4, "Largest displacement in patches with a relative position of its own.", at_least(1)),
+    "points": Option(4, "Points of a head on every grid of deformable attention.", at_least(1)),
+    "scales": Option(1, "Grids of deformable attention, each half as large as the one before.", at_least(1)),
+    "locality": Option("none", "Kind of window around each patch in the first epochs.", one_of(*LOCALITIES)),
+    "locality_reach": Option([8, 12, 18, 20], "Patches that the windows reach to each side, one after the other."),
+    "locality_epochs": Option([5, 10, 15, 20], "The epoch before which each window ends."),
+}
+OF_OUR_ATTENTIONS = re.compile(r"\.attn\.(random|relative|sampling_offsets|attention_weights)\.")
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
@@ -114,6 +140,11 @@ class VisionTransformer(timm_vit.VisionTransformer):
             if attention != "deformable":  # which starts from values of its own
                 block.attn.apply(self._init_weights)
 
+    @staticmethod
+    def options() -> dict[str, Option]:
+        """Return the options of a config by name; the size of the images and the use of checkpoints stand elsewhere."""
+        return OPTIONS
+
     def window_at(self, epoch: int) -> Window | None:
         """Return what a patch sees in an epoch, counted from 0; all where None."""
         if self.locality == "none":
@@ -129,27 +160,31 @@ class VisionTransformer(timm_vit.VisionTransformer):
             block.attn.window = self.window_at(epoch)
             block.attn.set_epoch(epoch)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the embeddings and tables that weight decay leaves alone."""
+        tables = {name for name, _ in self.named_parameters() if name.endswith(".relative.table")}
+        return super().no_weight_decay() | tables
+
+    def take_over(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+        """Return weights of one of timm's Vision Transformers, or of one like this, under the names of this one.
+
+        Patches and position embeddings are resized to its grid. Values and output of ``deformable`` come from those of
+        softmax attention.
+
+        Returns:
+            The weights, and the names that they do not have: tables of relative positions, directions of random
+            features, and where and how much ``deformable`` looks.
+        """
+        weights = timm_vit.checkpoint_filter_fn(dict(weights), self)
+        if isinstance(self.blocks[0].attn, PatchDeformableAttention):
+            for name in [name for name in weights if ".attn.qkv." in name]:
+                weights[name.replace("qkv", "value_proj")] = weights.pop(name).chunk(3)[2]
+            weights = {name.replace(".attn.proj.", ".attn.output_proj."): x for name, x in weights.items()}
+        return weights, {name for name in self.state_dict().keys() - weights.keys() if OF_OUR_ATTENTIONS.search(name)}
+
     def set_input_size(self, *_: Any, **__: Any) -> None:
         """Refuse, as attentions are made for a grid; build another network and take over the weights."""
         raise ValueError("the grid of patches is fixed; build a network of the new img_size and take over the weights")
-
-
-def take_over(state: dict[str, Tensor], model: VisionTransformer) -> dict[str, Tensor]:
-    """Return weights of a timm Vision Transformer as `model` names them.
-
-    Patches and position embeddings are resized to its grid. What timm's has not, tables of relative positions or places
-    to look at, is missing from the result. Values and output of ``deformable`` come from those of softmax attention.
-    """
-    state = timm_vit.checkpoint_filter_fn(dict(state), model)
-    if not isinstance(model.blocks[0].attn, PatchDeformableAttention):
-        return state
-    moved = {}
-    for name, tensor in state.items():
-        if ".attn.qkv." in name:
-            moved[name.replace("qkv", "value_proj")] = tensor.chunk(3)[2]
-        else:
-            moved[name.replace(".attn.proj.", ".attn.output_proj.")] = tensor
-    return moved
 
 
 def _check(

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 from torch import Tensor, nn
 
-HEAD_WEIGHT, HEAD_BIAS = "cls_head.weight", "cls_head.bias"
+from .contract import classifier, taken_over
+
 IMAGENET_1K = 1000
 NEW_ROW = -1  # in a class map: a class that the weights do not have
 
@@ -33,7 +34,8 @@ class Report:
         loaded: entries taken as they are.
         resized: shape before and after of each position table that was resized.
         remapped: entries of the head whose rows were picked class by class.
-        reinitialised: entries that keep the network's own initialisation.
+        reinitialised: entries of the head that keep the network's own initialisation.
+        new: entries that networks of the weights' kind do not have.
         left_out: entries of the weights that were not used.
         head: what became of the classes, in words; empty where the head was taken as it is.
     """
@@ -43,6 +45,7 @@ class Report:
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     remapped: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     head: str = ""
 
@@ -57,6 +60,7 @@ class Report:
         for words, names in (
             (f"rows picked ({self.head})", self.remapped),
             (f"newly initialised ({self.head})", self.reinitialised),
+            ("newly initialised, as such weights have none", self.new),
             ("left out of the weights", [name for name in self.left_out if name not in self.reinitialised]),
         ):
             if names:
@@ -86,15 +90,19 @@ def adapt(
         ValueError: the weights are of another architecture, or the class map does not fit.
     """
     expected = model.state_dict()
+    weights, new = taken_over(model, weights)
     buffers = {name for name, _ in model.named_buffers()}
-    head = {HEAD_WEIGHT, HEAD_BIAS} if _same_features(weights, expected) else set()
+    names = [f"{classifier(model)}.{kind}" for kind in ("weight", "bias")]
+    head = set(names) if _same_features(weights, expected, names) else set()
     state, report = dict(expected), Report(entries=len(expected))
     misfits = [f"{name} is not of this model" for name in weights.keys() - expected.keys()]
     for name, own in expected.items():
         value = weights.get(name)
         if name in head:
             continue
-        if name in buffers:
+        if name in new:
+            report.new.append(name)
+        elif name in buffers:
             _note_buffer(name, value, own, report)
         elif value is None:
             misfits.append(f"{name} is missing")
@@ -109,7 +117,7 @@ def adapt(
     if misfits:
         more = f"; and {len(misfits) - 4} more names" if len(misfits) > 4 else ""
         raise ValueError(f"the weights are of another architecture: {'; '.join(sorted(misfits)[:4])}{more}")
-    state |= _adapt_head(weights, expected, class_map, report)
+    state |= _adapt_head(weights, expected, names, class_map, report)
     return state, report
 
 
@@ -154,20 +162,23 @@ def _bicubic(grids: Tensor, size: tuple[int, int], *, align_corners: bool = Fals
     return resized.reshape(*grids.shape[:-2], *size).to(grids.dtype)
 
 
-def _same_features(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+def _same_features(weights: dict[str, Tensor], expected: dict[str, Tensor], names: list[str]) -> bool:
     """Return whether the weights hold a head, for any number of classes, of the network's width."""
-    if HEAD_WEIGHT not in weights or HEAD_BIAS not in weights:
+    if not weights.keys() >= set(names):
         return False
-    weight, bias = weights[HEAD_WEIGHT], weights[HEAD_BIAS]
-    return weight.shape == (*bias.shape, expected[HEAD_WEIGHT].shape[1])
+    weight, bias = (weights[name] for name in names)
+    return weight.shape == (*bias.shape, expected[names[0]].shape[1])
 
 
 def _adapt_head(
-    weights: dict[str, Tensor], expected: dict[str, Tensor], class_map: Path | None, report: Report
+    weights: dict[str, Tensor],
+    expected: dict[str, Tensor],
+    names: list[str],
+    class_map: Path | None,
+    report: Report,
 ) -> dict[str, Tensor]:
     """Return the entries of the head for the classes of the network, and add them to the report."""
-    names = [HEAD_WEIGHT, HEAD_BIAS]
-    there, here = weights[HEAD_BIAS].numel(), expected[HEAD_BIAS].numel()
+    there, here = weights[names[1]].numel(), expected[names[1]].numel()
     if class_map is not None:
         rows, origin = read_class_map(class_map, there=there, here=here), str(class_map)
     elif there != here == IMAGENET_1K and (subset := infer_imagenet_subset({"num_classes": there})):

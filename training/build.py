@@ -17,6 +17,7 @@ from yacs.config import CfgNode
 
 from logger import RunLog, check_recorders
 from lr_scheduler import build_scheduler, doubtful_drop
+from models.build import arguments
 from models.contract import compile_parts
 from optimizer import build_optimizer, freeze
 from tasks import Task, build_task
@@ -63,7 +64,11 @@ def settle(config: CfgNode, device: torch.device) -> None:
     if config.AMP == "auto":
         emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
         config.AMP = "fp16" if emulated else "bf16"
-    if config.DETERMINISTIC and device.type == "cuda" and (config.COMPILE or config.MODEL.DAT.attn_drop_rate):
+    if (
+        config.DETERMINISTIC
+        and device.type == "cuda"
+        and (config.COMPILE or arguments(config).get("attn_drop_rate", 0))
+    ):
         raise ValueError(
             "--deterministic goes neither with --compile nor with attn_drop_rate on CUDA: both sample position tables "
             "by an operation whose backward has no deterministic kernel there"

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from logger import RunLog
 from models import build_model
 from models.build import image_size
-from models.contract import compile_parts
+from models.contract import compile_parts, set_epoch
 from tasks import Task, build_task
 from training.build import build_network, prepare_device
 from training.checkpoint import load_checkpoint, load_strictly, model_weights
@@ -67,6 +67,8 @@ def build_evaluation(config: CfgNode, world: World, *, amp: str = "off") -> Chec
     weights = model_weights(checkpoint, path, ema=config.TRAIN.EMA.ENABLED)
     network = build_network(task, world)
     load_strictly(network, weights, path)
+    if isinstance(epoch := checkpoint.get("epoch"), int):  # the one that the weights were trained in last
+        set_epoch(network, max(epoch if checkpoint.get("update") else epoch - 1, 0))
     warnings = [f"{path} was trained on other classes: {change}" for change in task.changes(checkpoint)]
     return CheckpointEvaluation(path, task, network, loader, warnings, amp)
 

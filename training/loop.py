@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.contract import set_epoch
 from optimizer import keep_frozen_in_eval, learning_rate, step_unless
 from tasks import Evaluation
 from training.anomaly import first_nonfinite
@@ -94,6 +95,8 @@ def train_one_epoch(run: Run) -> bool:
     """
     state, position = run.state, run.state.position
     run.model.train()
+    for network in filter(None, (state.network, state.ema and state.ema.module)):
+        set_epoch(network, position.epoch)
     keep_frozen_in_eval(state.network)
     run.train_loader.sampler.set_position(position.epoch, position.update * state.images_per_update)
     batches, reader, ask = iter(run.train_loader), LateReader(), Ask.NOTHING

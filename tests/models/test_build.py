@@ -30,9 +30,10 @@ def test_every_config_trains_every_parameter(file: str) -> None:
     config = narrow(load_config(CONFIGS / file))
     torch.manual_seed(0)
     model = build_model(config)
-    logits = model(torch.randn(1, 3, 64, 64))
+    size = (64, 64) if config.MODEL.TYPE == "dat" else image_size(config)
+    logits = model(torch.randn(1, 3, *size))
     logits.square().sum().backward()
-    assert logits.shape == (1, config.MODEL.DAT.num_classes)
+    assert logits.shape == (1, num_classes(config))
     assert without_gradient(model) == []
 
 
@@ -45,7 +46,7 @@ def test_checkpointing_comes_from_the_training_section() -> None:
 def test_unknown_type_is_refused() -> None:
     config = default_config()
     config.MODEL.TYPE = "dit"
-    with pytest.raises(ValueError, match=r"MODEL\.TYPE = 'dit' is unknown; choose one of dat, timm"):
+    with pytest.raises(ValueError, match=r"MODEL\.TYPE = 'dit' is unknown; choose one of dat, vit, timm"):
         build_model(config)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.attention.performer import PerformerAttention
 from models.ops.locality import Window
-from models.vit import ATTENTIONS, VisionTransformer, take_over
+from models.vit import ATTENTIONS, VisionTransformer
 from tests.models.small import without_gradient
 
 SMALL = {"img_size": (16, 24), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "drop_rate": 0.0}
@@ -98,8 +98,10 @@ def test_pretrained_weights_of_timm(attention: str) -> None:
     torch.manual_seed(1)
     state = timm_model(img_size=32, patch_size=8, num_classes=7).state_dict()
     model = build(attention, num_classes=7)
-    missing, unexpected = model.load_state_dict(take_over(state, model), strict=False)
+    weights, new = model.take_over(state)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
     assert unexpected == []
+    assert set(missing) == new
     own = {"performer": ["random"], "disentangled": ["relative"], "disentangled_performer": ["random", "relative"]}
     own["deformable"] = ["sampling_offsets", "attention_weights"]
     assert {name.split(".")[3] for name in missing} == set(own.get(attention, []))
@@ -112,7 +114,7 @@ def test_pretrained_weights_of_timm(attention: str) -> None:
 
 def test_a_performer_with_many_features_computes_what_pretrained_softmax_does() -> None:
     softmax, performer = build("softmax").eval(), build("performer", num_features=4096).eval()
-    performer.load_state_dict(take_over(softmax.state_dict(), performer), strict=False)
+    performer.load_state_dict(performer.take_over(softmax.state_dict())[0], strict=False)
     x = images()
     torch.testing.assert_close(performer(x), softmax(x), atol=0.01, rtol=0.01)
 

@@ -21,7 +21,7 @@ KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "performer": (PerformerAttention, {"num_features": 9}),
     "relu performer": (PerformerAttention, {"num_features": 9, "feature_kind": "relu"}),
     "disentangled": (DisentangledAttention, {"span": 2}),
-    "disentangled performer, dense": (DisentangledPerformer, {"span": 1, "form": "dense", "num_features": 5}),
+    "disentangled performer": (DisentangledPerformer, {"span": 1, "form": "reference", "num_features": 5}),
     "disentangled performer, boxes": (DisentangledPerformer, {"span": 1, "form": "boxes", "num_features": 5}),
     "deformable": (PatchDeformableAttention, {}),
     "deformable, scales": (PatchDeformableAttention, {"scales": 2}),
@@ -110,8 +110,8 @@ def test_a_few_heads_and_features_at_a_time(monkeypatch: pytest.MonkeyPatch, kin
 def test_position_terms_in_linear_time_are_exact(prefix: int, window: Window | None) -> None:
     x = tokens(prefix)
     results = []
-    for form in ("dense", "boxes"):
-        module = build(f"disentangled performer, {form}", prefix)
+    for kind in ("disentangled performer", "disentangled performer, boxes"):
+        module = build(kind, prefix)
         module.window = window
         out = module(x)
         results.append([out, *torch.autograd.grad(out.square().sum(), [x, *module.parameters()])])
@@ -223,7 +223,7 @@ def test_low_precision(kind: str, window: Window | None) -> None:
 
 
 @pytest.mark.parametrize("window", [None, Window("box", 1)], ids=str)
-@pytest.mark.parametrize("kind", ["softmax", "performer", "disentangled performer, dense", "deformable, scales"])
+@pytest.mark.parametrize("kind", ["softmax", "performer", "disentangled performer", "deformable, scales"])
 def test_compiled(kind: str, window: Window | None) -> None:
     torch._dynamo.reset()
     module, x = build(kind), tokens()

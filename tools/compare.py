@@ -1,0 +1,148 @@
+"""Train a Vision Transformer with each attention, and a DAT of the same cost, and draw their accuracy in one figure.
+
+    python tools/compare.py configs/compare/digits.yaml --seeds 0 1 2
+    python tools/compare.py configs/compare/cifar10.yaml --variants softmax performer --opts DATA.DATA_PATH cifar10
+
+Runs follow one another. The same command continues where it was interrupted: finished runs are not repeated, and the
+one that was cut off resumes. `comparison.png` and `comparison.md` lie beside the runs, and are written anew after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import load_config
+from models import build_model
+from models.vit import ATTENTIONS
+from tools.complexity import count_macs, count_parameters
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+VARIANTS = {
+    **{
+        f"{attention}{suffix}": ["MODEL.VIT.attention", attention, "MODEL.VIT.locality", locality]
+        for attention in ATTENTIONS
+        for suffix, locality in (("", "none"), ("_local", "box"))
+    },
+    "dat": ["MODEL.TYPE", "dat"],
+}
+
+
+class Cost(NamedTuple):
+    """What a network takes: parameters, multiply-accumulates and images a second of inference."""
+
+    parameters: int
+    macs: int
+    rate: float
+
+
+def main() -> int:
+    """Train what is left to train and return the exit status."""
+    args = _parse_arguments()
+    config = load_config(args.config, args.opts)
+    folder = Path(config.OUTPUT) / config.MODEL.NAME
+    costs: dict[str, Cost] = {}
+    for seed in args.seeds:
+        for name in args.variants:
+            tag = f"{name}_seed{seed}"
+            options = [*VARIANTS[name], *args.opts]
+            if len(accuracies(folder / tag)) < config.TRAIN.EPOCHS:
+                command = [sys.executable, str(MAIN), "--cfg", args.config, "--tag", tag]
+                done = subprocess.run([*command, "--opts", "SEED", str(seed), *options])
+                if done.returncode:
+                    print(f"compare.py: {tag} ended with status {done.returncode}; the same command continues")
+                    return done.returncode
+            if name not in costs:
+                costs[name] = measure(args.config, options)
+            write(folder, costs, args.seeds)
+    print(f"{folder / 'comparison.md'}\n{folder / 'comparison.png'}")
+    return 0
+
+
+def _parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="YAML file with MODEL.VIT and MODEL.DAT")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="options over the config")
+    return parser.parse_args()
+
+
+def accuracies(folder: Path) -> list[float]:
+    """Return the held-out accuracy of every epoch that a run has finished."""
+    file = folder / "metrics.jsonl"
+    if not file.is_file():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    by_epoch = {row["epoch"]: row["top1"] for row in rows if row["kind"] == "eval"}
+    return [by_epoch[epoch] for epoch in sorted(by_epoch)]
+
+
+def measure(config_path: str, options: Sequence[str], *, batch: int = 64, runs: int = 5) -> Cost:
+    """Return the cost of a variant; images a second on this machine, the best of some runs."""
+    config = load_config(config_path, options)
+    model, size = build_model(config).eval(), config.DATA.IMG_SIZE
+    images, seconds = torch.randn(batch, 3, size, size), []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model(images)
+        seconds.append(time.perf_counter() - start)
+    return Cost(count_parameters(model), count_macs(model, (size, size)), batch / min(seconds[1:]))
+
+
+def write(folder: Path, costs: dict[str, Cost], seeds: Sequence[int]) -> None:
+    """Write the table and the figure of what has been trained so far."""
+    curves = {name: [accuracies(folder / f"{name}_seed{seed}") for seed in seeds] for name in costs}
+    curves = {name: [run for run in runs if run] for name, runs in curves.items()}
+    (folder / "comparison.md").write_text(table(costs, curves), encoding="utf-8")
+    draw(folder / "comparison.png", curves)
+
+
+def table(costs: dict[str, Cost], curves: dict[str, list[list[float]]]) -> str:
+    """Return the table in Markdown; the accuracy is that of the last epoch, mean and range over the seeds."""
+    lines = [
+        "| variant | parameters | MACs | images/s | accuracy, % | range | seeds |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for name, cost in costs.items():
+        last = [run[-1] for run in curves[name]]
+        lines.append(
+            f"| {name} | {cost.parameters / 1e6:.2f} M | {cost.macs / 1e6:.1f} M | {cost.rate:.0f} | "
+            f"{statistics.mean(last):.2f} | {min(last):.2f} to {max(last):.2f} | {len(last)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, curves: dict[str, list[list[float]]]) -> None:
+    """Draw the mean accuracy of every variant over epochs, and the range of its seeds."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes: Any = figure.subplots()
+    colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(n.removesuffix("_local") for n in curves))}
+    for name, runs in curves.items():
+        length = min(map(len, runs))
+        points = list(zip(*(run[:length] for run in runs), strict=True))
+        epochs = range(1, length + 1)
+        style = {"color": colours[name.removesuffix("_local")], "linestyle": "--" if name.endswith("_local") else "-"}
+        axes.plot(epochs, [statistics.mean(point) for point in points], label=name, linewidth=1.2, **style)
+        axes.fill_between(epochs, [*map(min, points)], [*map(max, points)], color=style["color"], alpha=0.08)
+    axes.set(xlabel="epoch", ylabel="held-out accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
