@@ -121,12 +121,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         self.locality = locality
         self.schedule = list(zip(locality_epochs, locality_reach, strict=True))
         self.set_grad_checkpointing(use_checkpoint)
-        common = {
-            "heads": num_heads,
-            "grid": self.patch_embed.grid_size,
-            "prefix": self.num_prefix_tokens,
-            "proj_drop": drop_rate,
-        }
+        grid, prefix = self.patch_embed.grid_size, self.num_prefix_tokens
         random = {"num_features": num_features, "feature_kind": feature_kind, "redraw_epochs": redraw_epochs}
         makers: dict[str, Callable[..., nn.Module]] = {
             "softmax": partial(SoftmaxAttention, attn_drop=attn_drop_rate),
@@ -136,7 +131,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
             "deformable": partial(PatchDeformableAttention, points=points, scales=scales),
         }
         for block in self.blocks:
-            block.attn = makers[attention](embed_dim, **common)
+            block.attn = makers[attention](embed_dim, heads=num_heads, grid=grid, prefix=prefix, proj_drop=drop_rate)
             if attention != "deformable":  # which starts from values of its own
                 block.attn.apply(self._init_weights)
 

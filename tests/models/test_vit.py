@@ -12,6 +12,7 @@ from torch import Tensor
 from models.attention.performer import PerformerAttention
 from models.ops.locality import Window
 from models.vit import ATTENTIONS, VisionTransformer
+from models.weights import adapt
 from tests.models.small import without_gradient
 
 SMALL = {"img_size": (16, 24), "patch_size": 4, "embed_dim": 24, "depth": 2, "num_heads": 2, "drop_rate": 0.0}
@@ -110,6 +111,19 @@ def test_pretrained_weights_of_timm(attention: str) -> None:
         assert torch.equal(model.blocks[0].attn.value_proj.weight, qkv[48:])
         assert torch.equal(model.blocks[0].attn.output_proj.weight, state["blocks.0.attn.proj.weight"])
     assert model.eval()(images()).isfinite().all()
+
+
+def test_pretrained_weights_of_timm_load_strictly_and_the_report_says_what_is_new() -> None:
+    state = timm_model(img_size=32, patch_size=8, num_classes=7).state_dict()
+    model = build("deformable")
+    weights, report = adapt(state, model)
+    model.load_state_dict(weights)
+    lines = "\n".join(report.lines())
+    assert "newly initialised (7 classes in the weights, 10 here): head.weight, head.bias" in lines
+    assert "newly initialised, as such weights have none: blocks.0.attn.sampling_offsets.weight" in lines
+    state.pop("norm.weight")
+    with pytest.raises(ValueError, match=r"the weights are of another architecture: norm\.weight is missing"):
+        adapt(state, model)
 
 
 def test_a_performer_with_many_features_computes_what_pretrained_softmax_does() -> None:
