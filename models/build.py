@@ -16,9 +16,9 @@ def build_model(config: Any) -> nn.Module:
     """Build the model that ``config.MODEL`` describes, on the CPU and in training mode.
 
     Args:
-        config: configuration with ``MODEL.TYPE``: ``dat`` and ``vit`` are built from ``MODEL.DAT`` and ``MODEL.VIT``, the
-            arguments of `DAT` and `VisionTransformer` by name, ``timm`` from ``MODEL.TIMM``; all with
-            ``TRAIN.USE_CHECKPOINT``.
+        config: configuration with ``MODEL.TYPE``: ``dat`` and ``vit`` are built from ``MODEL.DAT`` and
+            ``MODEL.VIT``, the arguments of `DAT` and `VisionTransformer` by name, ``timm`` from ``MODEL.TIMM``; all
+            with ``TRAIN.USE_CHECKPOINT``.
 
     Raises:
         ValueError: the model is unknown, one of its options is not allowed, or images are too small for it.
