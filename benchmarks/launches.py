@@ -29,7 +29,6 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.timing import AMP_DTYPES, precision
 from config import load_config
 from models import build_model
 
@@ -84,7 +83,6 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--timm", nargs="+", default=[], help="names of timm models")
     parser.add_argument("--img-size", type=int, nargs="+", help="side, or height and width; that of the first config")
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--amp", choices=AMP_DTYPES, default="none", help="autocast")
     parser.add_argument("--operations", type=int, default=0, help="print so many operations of most bytes, too")
     parser.add_argument("--opts", nargs="+", default=[], help="options of the configs, KEY VALUE ...")
     return parser.parse_args()
@@ -102,9 +100,9 @@ def _print_tables(args: argparse.Namespace) -> None:
     for path, config in zip(args.cfg, configs, strict=True):
         makers[Path(path).stem] = lambda config=config: build_model(config)
 
-    print(f"batch {args.batch_size}, {size[0]}x{size[1]}, autocast {args.amp}, torch {torch.__version__}\n")
+    print(f"batch {args.batch_size}, {size[0]}x{size[1]}, float32, torch {torch.__version__}\n")
     print("| network | task | kernels | GB |\n|---|---|---:|---:|")
-    counts = {name: count(make(), (args.batch_size, 3, *size), amp=args.amp) for name, make in makers.items()}
+    counts = {name: count(make(), (args.batch_size, 3, *size)) for name, make in makers.items()}
     for name, (forward, backward) in counts.items():
         for task, launches in (("forward", forward), ("backward", backward)):
             kernels, moved = launches.kernels.total(), launches.bytes.total()
@@ -116,13 +114,12 @@ def _print_tables(args: argparse.Namespace) -> None:
                 print(f"| {operation} | {launches.kernels[operation]:,} | {moved / 1e9:.2f} |")
 
 
-def count(network: nn.Module, shape: tuple[int, ...], *, amp: str = "none") -> tuple[Launches, Launches]:
+def count(network: nn.Module, shape: tuple[int, ...]) -> tuple[Launches, Launches]:
     """Return what the forward and the backward pass of a training step launch, without stochastic depth.
 
     Args:
         network: on the CPU; it is moved to the pretended device for good.
         shape: of the images, ``[B, 3, H, W]``.
-        amp: autocast, a key of `AMP_DTYPES`.
     """
     device, forward, backward = torch.device("cuda"), Launches(), Launches()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _new_parameters():
@@ -132,10 +129,9 @@ def count(network: nn.Module, shape: tuple[int, ...], *, amp: str = "none") -> t
             if type(module).__name__ in ("DropPath", "Residual"):
                 module.eval()
         images = torch.empty(shape, device=device)
-        with precision(amp, device):
-            network(images)  # makes what depends on sizes alone
-            with forward:
-                out = network(images)
+        network(images)  # makes what depends on sizes alone
+        with forward:
+            out = network(images)
         loss = out.float().logsumexp(-1).mean()
         # Checkpoints make their tensors anew once in a backward pass, which they know by its number.
         with backward, mock.patch("torch._C._current_graph_task_id", return_value=0):
