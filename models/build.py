@@ -31,10 +31,10 @@ def build_model(config: Any) -> nn.Module:
     if config.MODEL.TYPE != "dat":
         raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of dat, vit, timm")
     model = DAT(**config.MODEL.DAT, use_checkpoint=config.TRAIN.USE_CHECKPOINT)
-    if min(image_size(config)) < model.smallest_image:
+    smallest = max(model.smallest_image)
+    if min(image_size(config)) < smallest:
         raise ValueError(
-            f"DATA.IMG_SIZE = {config.DATA.IMG_SIZE} leaves no pixel for the last stage; give at least "
-            f"{model.smallest_image}"
+            f"DATA.IMG_SIZE = {config.DATA.IMG_SIZE} leaves no pixel for the last stage; give at least {smallest}"
         )
     return model
 
@@ -45,6 +45,11 @@ def _build_timm(config: Any) -> nn.Module:
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"did you mean {near[0]}?" if near else "timm.list_models() names them"
         raise ValueError(f"MODEL.TIMM.NAME: timm has no model {name!r}; {hint}")
+    if arguments.get("pretrained"):
+        raise ValueError("MODEL.TIMM.ARGS.pretrained would fetch weights; give a file with --pretrained")
+    published = timm.get_pretrained_cfg(name)
+    if published is not None and published.fixed_input_size:  # these models take the size of their images
+        arguments = {"img_size": image_size(config), **arguments}
     try:
         model = timm.create_model(name, **arguments)
     except TypeError as error:  # for an argument that the model does not have

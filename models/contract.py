@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from .tables import Resize
+
 
 def classifier(model: nn.Module) -> str:
     """Return the dotted name of the layer that gives the logits, "" where there is none."""
@@ -41,3 +43,16 @@ def set_epoch(model: nn.Module, epoch: int) -> None:
 def taken_over(model: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
     """Return weights of a network of another kind under the names of `model`, and what they do not have."""
     return model.take_over(weights) if hasattr(model, "take_over") else (weights, set())
+
+
+def position_tables(model: nn.Module) -> dict[str, Resize]:
+    """Return the parameters that are resized with the images or windows, by name, and how."""
+    return model.position_tables() if hasattr(model, "position_tables") else {}
+
+
+def input_convs(model: nn.Module) -> set[str]:
+    """Return the dotted names of the layers that see the channels of the images."""
+    if hasattr(model, "input_convs"):
+        return model.input_convs()
+    names = getattr(model, "pretrained_cfg", {}).get("first_conv") or ()  # as timm says it
+    return {names} if isinstance(names, str) else set(names)

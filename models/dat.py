@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice, pairwise
 from typing import Any
 
@@ -24,6 +24,7 @@ from .options import (
     rate,
     split_stages,
 )
+from .tables import Resize
 
 NOWHERE = (False, False, False, False)
 # The options of the network; those of its mixers stand in their files. A StageOption has an entry per stage.
@@ -152,7 +153,8 @@ class DAT(nn.Module):
 
         overlapping = values["use_conv_patches"]
         self.num_classes = values["num_classes"]
-        self.smallest_image = 1 if overlapping else patch_size << (NUM_STAGES - 1)
+        smallest = 1 if overlapping else patch_size << (NUM_STAGES - 1)
+        self.smallest_image = (smallest, smallest)
         stem = _overlapping_stem if overlapping else _plain_stem
         self.patch_proj = stem(values["in_chans"], dim_stem, patch_size)
         dims, blocks = values["dims"], sum(values["depths"])
@@ -184,9 +186,35 @@ class DAT(nn.Module):
         return self.cls_head
 
     def no_weight_decay(self) -> set[str]:
-        """Return the position tables that the published recipe does not decay (the `rpb` of N it does)."""
-        tables = ("rpe_table", "relative_position_bias_table")
-        return {name for name, _ in self.named_parameters() if any(table in name for table in tables)}
+        """Return the parameters that the mixers exempt from weight decay."""
+        return {name for mixer in self._mixers("no_weight_decay") for name in mixer}
+
+    def position_tables(self) -> dict[str, Resize]:
+        """Return how the position tables of the mixers are resized, by name."""
+        return {name: resize for mixer in self._mixers("position_tables") for name, resize in mixer.items()}
+
+    def input_convs(self) -> set[str]:
+        """Return the convolutions that see the channels of the images."""
+        return {"patch_proj.0"}
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the layer that gives the logits; 0 leaves the network without one."""
+        self.num_classes = num_classes
+        features, like = self.cls_norm.norm.normalized_shape[0], self.cls_norm.norm.weight
+        self.cls_head = nn.Linear(features, num_classes).to(like) if num_classes else nn.Identity()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of each block in the backward pass instead of keeping them, or no longer."""
+        for stage in self.stages:
+            stage.use_checkpoint = enable
+
+    def _mixers(self, method: str) -> Iterator[dict[str, Any]]:
+        """Yield what the mixers with a method answer, names completed to those of the network."""
+        for path, module in self.named_modules():
+            if module is not self and hasattr(module, method):
+                answer = getattr(module, method)()
+                values = answer if isinstance(answer, dict) else dict.fromkeys(answer)
+                yield {f"{path}.{name}": value for name, value in values.items()}
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compile every mixer and MLP by itself, for inputs of fixed size; parameters keep their names.
@@ -210,10 +238,11 @@ class DAT(nn.Module):
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         """Return the output of every stage, ``[B, dims[i], H_i, W_i]``, for images ``[B, 3, H, W]``."""
-        if min(x.shape[-2:]) < self.smallest_image:
+        height, width = self.smallest_image
+        if x.shape[-2] < height or x.shape[-1] < width:
             raise ValueError(
                 f"an image of {x.shape[-2]} x {x.shape[-1]} pixels leaves nothing for the last stage; "
-                f"give at least {self.smallest_image} x {self.smallest_image}"
+                f"give at least {height} x {width}"
             )
         x = self.patch_proj(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))  # channels last in memory
         maps = []

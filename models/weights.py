@@ -8,21 +8,18 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass, field
-from math import isqrt
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from .contract import classifier, taken_over
+from .contract import classifier, input_convs, position_tables, taken_over
+from .tables import Resize
 
 IMAGENET_1K = 1000
 NEW_ROW = -1  # in a class map: a class that the weights do not have
-
-# Axis of a position table along which the cells of a square window are laid out.
-_WINDOW_AXIS = {"relative_position_bias_table": 0, "rpb_table": 0, "attn_scale": 2}
 
 
 @dataclass(kw_only=True)
@@ -33,6 +30,7 @@ class Report:
         entries: number of entries of the network.
         loaded: entries taken as they are.
         resized: shape before and after of each position table that was resized.
+        channels: shape before and after of each layer that was adapted to other channels of the images.
         remapped: entries of the head whose rows were picked class by class.
         reinitialised: entries of the head that keep the network's own initialisation.
         new: entries that networks of the weights' kind do not have.
@@ -43,6 +41,7 @@ class Report:
     entries: int
     loaded: list[str] = field(default_factory=list)
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    channels: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     remapped: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
@@ -57,6 +56,8 @@ class Report:
             tables[shapes].append(name)
         for (before, after), names in tables.items():
             lines.append(f"resized from {before} to {after}: {len(names)} tables, {', '.join(names)}")
+        for name, (before, after) in self.channels.items():
+            lines.append(f"adapted from {before[1]} to {after[1]} channels of the images: {name}")
         for words, names in (
             (f"rows picked ({self.head})", self.remapped),
             (f"newly initialised ({self.head})", self.reinitialised),
@@ -74,8 +75,9 @@ def adapt(
     """Make weights of the same architecture fit `model`, whatever classes and sizes they were trained for.
 
     Position tables of other map sizes, windows or kernels are resized bicubically. Index and mask buffers follow from
-    the sizes and are always the model's own. Where the classes differ, rows of the head are picked by `class_map`, or
-    by synset from an ImageNet-22K head (also 21K and 12K) for the classes of ImageNet-1K; otherwise the head is new.
+    the sizes and are always the model's own. Weights for images of three channels are adapted to others as timm does:
+    summed for one, repeated and scaled for more. Where the classes differ, rows of the head are picked by `class_map`,
+    or by synset from an ImageNet-22K head (also 21K and 12K) for the classes of ImageNet-1K; otherwise the head is new.
 
     Args:
         weights: state dict of another network; unchanged.
@@ -92,10 +94,13 @@ def adapt(
     expected = model.state_dict()
     weights, new = taken_over(model, weights)
     buffers = {name for name, _ in model.named_buffers()}
-    names = [f"{classifier(model)}.{kind}" for kind in ("weight", "bias")]
-    head = set(names) if _same_features(weights, expected, names) else set()
+    head = _head_entries(weights, expected, classifier(model))
+    tables, inputs = position_tables(model), {f"{name}.weight" for name in input_convs(model)}
     state, report = dict(expected), Report(entries=len(expected))
-    misfits = [f"{name} is not of this model" for name in weights.keys() - expected.keys()]
+    unknown = weights.keys() - expected.keys()
+    if not getattr(model, "num_classes", 1):  # a network without a head
+        report.left_out += sorted(name for name in unknown if name.startswith(f"{classifier(model)}."))
+    misfits = [f"{name} is not of this model" for name in unknown - set(report.left_out)]
     for name, own in expected.items():
         value = weights.get(name)
         if name in head:
@@ -109,7 +114,10 @@ def adapt(
         elif value.shape == own.shape:
             state[name] = value
             report.loaded.append(name)
-        elif (table := _resize_table(name, value, own.shape, model)) is not None:
+        elif name in inputs and value.shape[1:2] == (3,) and value.shape[2:] == own.shape[2:]:
+            state[name] = adapt_input_conv(own.shape[1], value)
+            report.channels[name] = tuple(value.shape), tuple(own.shape)
+        elif name in tables and (table := _resized(value, own.shape, tables[name])) is not None:
             state[name] = table
             report.resized[name] = tuple(value.shape), tuple(own.shape)
         else:
@@ -117,7 +125,8 @@ def adapt(
     if misfits:
         more = f"; and {len(misfits) - 4} more names" if len(misfits) > 4 else ""
         raise ValueError(f"the weights are of another architecture: {'; '.join(sorted(misfits)[:4])}{more}")
-    state |= _adapt_head(weights, expected, names, class_map, report)
+    if head:
+        state |= _adapt_head(weights, expected, head, class_map, report)
     return state, report
 
 
@@ -128,46 +137,21 @@ def _note_buffer(name: str, value: Tensor | None, own: Tensor, report: Report) -
     (report.loaded if same else report.left_out).append(name)
 
 
-def _resize_table(name: str, table: Tensor, shape: torch.Size, model: nn.Module) -> Tensor | None:
-    """Return the position table `name` in another shape, or None where it is none or differs in more than its size."""
-    path, _, leaf = name.rpartition(".")
+def _resized(table: Tensor, shape: torch.Size, resize: Resize) -> Tensor | None:
+    """Return a position table in another shape, or None where it differs in more than its size."""
     if table.ndim != len(shape):
         return None
-    if leaf == "rpe_table" and getattr(model.get_submodule(path), "position_bias", None) == "fixed":
-        for axis in (1, 2):  # queries, then keys
-            table = _resize_axis(table, axis, shape[axis])
-    elif leaf == "rpe_table" and table.shape[1] == table.shape[2]:
-        # Sampled between corners, -1 to +1, whatever the map: resized between corners it stays the same function.
-        table = _bicubic(table, shape[1:], align_corners=True)
-    elif leaf == "rpb":
-        table = _bicubic(table, shape[1:])
-    elif leaf in _WINDOW_AXIS:
-        table = _resize_axis(table, _WINDOW_AXIS[leaf], shape[_WINDOW_AXIS[leaf]])
+    table = resize(table, shape)
     return table if table.shape == shape else None
 
 
-def _resize_axis(table: Tensor, axis: int, cells: int) -> Tensor:
-    """Resize the square grid laid out along `axis` to `cells`; an axis that is no square grid stays as it is."""
-    before, after = isqrt(table.shape[axis]), isqrt(cells)
-    if before**2 != table.shape[axis] or before == after:
-        return table
-    grids = table.movedim(axis, -1).unflatten(-1, (before, before))
-    return _bicubic(grids, (after, after)).flatten(-2).movedim(-1, axis)
-
-
-def _bicubic(grids: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
-    """Resize the last two axes, aligned at the edges of the corner cells or, with `align_corners`, at their centres."""
-    flat = grids.reshape(1, -1, *grids.shape[-2:]).float()
-    resized = F.interpolate(flat, size, mode="bicubic", align_corners=align_corners)
-    return resized.reshape(*grids.shape[:-2], *size).to(grids.dtype)
-
-
-def _same_features(weights: dict[str, Tensor], expected: dict[str, Tensor], names: list[str]) -> bool:
-    """Return whether the weights hold a head, for any number of classes, of the network's width."""
-    if not weights.keys() >= set(names):
-        return False
-    weight, bias = (weights[name] for name in names)
-    return weight.shape == (*bias.shape, expected[names[0]].shape[1])
+def _head_entries(weights: dict[str, Tensor], expected: dict[str, Tensor], head: str) -> list[str]:
+    """Return the entries of the classifier if the weights have them for the same features, whatever the classes."""
+    names = [name for name in expected if head and name.startswith(f"{head}.")]
+    if not all(name in weights for name in names):
+        return []
+    same = all(weights[name].shape[1:] == expected[name].shape[1:] for name in names)
+    return names if same and len({len(weights[name]) for name in names}) == 1 else []
 
 
 def _adapt_head(
@@ -178,7 +162,7 @@ def _adapt_head(
     report: Report,
 ) -> dict[str, Tensor]:
     """Return the entries of the head for the classes of the network, and add them to the report."""
-    there, here = weights[names[1]].numel(), expected[names[1]].numel()
+    there, here = len(weights[names[0]]), len(expected[names[0]])
     if class_map is not None:
         rows, origin = read_class_map(class_map, there=there, here=here), str(class_map)
     elif there != here == IMAGENET_1K and (subset := infer_imagenet_subset({"num_classes": there})):

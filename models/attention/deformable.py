@@ -19,6 +19,7 @@ from ..ops.grids import COORDINATES, query_grid, reference_points
 from ..ops.position_bias import fixed_bias, log_continuous_bias, table_bias
 from ..ops.sampling import sample
 from ..options import Option, StageOption, StageOptions, at_least, one_of
+from ..tables import Resize, between_corners, per_query_and_key
 from .letters import Mixer, register
 
 Size = tuple[int, int]
@@ -177,6 +178,16 @@ class DeformableAttention(nn.Module):
         if self.position_bias == "dwc":
             x = x + self.rpe_table(q)
         return self.proj_drop(pointwise(self.proj_out, x))
+
+    def position_tables(self) -> dict[str, Resize]:
+        """Return how each position table is resized, by name."""
+        if self.position_bias == "fixed":
+            return {"rpe_table": per_query_and_key(self.native_size, self._key_size(self.native_size))}
+        return {"rpe_table": between_corners} if self.position_bias == "table" else {}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that the published recipe does not decay: those of every kind of position bias."""
+        return {name for name, _ in self.named_parameters() if name.split(".")[0] == "rpe_table"}
 
     @torch.no_grad()
     def inspect(self, x: Tensor) -> Deformation:

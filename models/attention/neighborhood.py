@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..layers import linear
 from ..ops.neighborhood import neighborhood_attention
 from ..options import Option, StageOption, StageOptions, odd
+from ..tables import Resize, by_cells
 from .letters import Mixer, register
 
 OPTIONS = {
@@ -72,6 +73,10 @@ class NeighborhoodAttention(nn.Module):
             )
         x = x[:, :height, :width].flatten(-2)
         return self.proj_drop(linear(self.proj, x)).permute(0, 3, 1, 2)
+
+    def position_tables(self) -> dict[str, Resize]:
+        """Return how each position table is resized, by name."""
+        return {} if self.rpb is None else {"rpb": by_cells}
 
     def _takes_natten(self, q: Tensor, dropout: float) -> bool:
         """NATTEN has no position bias and no dropout, and brings kernels for GPUs."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import linear, pointwise
 from ..options import Option, StageOption, StageOptions, at_least, odd, one_of
+from ..tables import Resize, square_along
 from .letters import Mixer, register
 
 OPTIONS = {
@@ -62,6 +63,10 @@ class QueryAndAttend(nn.Module):
         q = self.q_param.unflatten(1, (self.heads, -1)) * self.scale  # [queries, heads, d]
         scores = torch.einsum("bhwnd,qnd->bqnhw", k, q)
         return self.proj_drop(pointwise(self.proj_out, self._attend(scores, v)))
+
+    def position_tables(self) -> dict[str, Resize]:
+        """Return how each position table is resized, by name."""
+        return {"rpb_table": square_along(0), "attn_scale": square_along(2)}
 
     def _attend(self, scores: Tensor, v: Tensor) -> Tensor:
         """Return the sum over queries of the weighted means of ``v``.

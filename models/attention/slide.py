@@ -59,6 +59,10 @@ class SlideAttention(nn.Module):
         x = rearrange(x, "b heads h w c -> b h w (heads c)")
         return self.proj_drop(linear(self.proj, x)).permute(0, 3, 1, 2)
 
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that the published recipe does not decay."""
+        return {"relative_position_bias_table"}
+
     def _shifted(self, x: Tensor) -> Tensor:
         """Return the nine shifts of maps ``[N, c, H, W]`` as ``[N, c * 9, H, W]``."""
         if not may_fuse(self.dep_conv, self.dep_conv1):

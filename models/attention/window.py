@@ -12,6 +12,7 @@ from ..layers import as_pair, linear
 from ..ops.products import dot_product_attention
 from ..ops.window import merge, padding_mask, partition, relative_position_index, shift_mask
 from ..options import StageOption, StageOptions, at_least
+from ..tables import Resize, square_along
 from .letters import Mixer, register
 
 WINDOW_SIZES = StageOption((7, 7, 7, 7), "Side of the windows of L and S, kernel of X.", each=at_least(1))
@@ -68,6 +69,14 @@ class WindowAttention(nn.Module):
         if self.shift:
             x = x.roll((self.shift, self.shift), (1, 2))
         return x[:, :height, :width].permute(0, 3, 1, 2)
+
+    def position_tables(self) -> dict[str, Resize]:
+        """Return how each position table is resized, by name."""
+        return {"relative_position_bias_table": square_along(0)}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that the published recipe does not decay."""
+        return {"relative_position_bias_table"}
 
     def _padded(self, size: tuple[int, int]) -> tuple[int, int]:
         height, width = (-(-length // self.window_size) * self.window_size for length in size)

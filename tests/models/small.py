@@ -59,7 +59,7 @@ VARIANTS = [
     ("D", {"coordinates": "cvpr22", "offset_range_factor": 2}),
     ("D", {"coordinates": "cvpr22", "offset_range_factor": 0}),
 ]
-SCALARS = {"img_size", "num_classes", "use_conv_patches", "nat_rpb", "qna_activation", "coordinates"}
+SCALARS = {"img_size", "in_chans", "num_classes", "use_conv_patches", "nat_rpb", "qna_activation", "coordinates"}
 
 
 def variant_id(variant: tuple[str, dict[str, Any]]) -> str:

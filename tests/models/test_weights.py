@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
@@ -189,3 +190,39 @@ def test_weights_without_a_head_are_refused() -> None:
 def test_a_fixed_table_does_not_become_a_sampled_one() -> None:
     with pytest.raises(ValueError, match="rpe_table"):
         adapt(weights_of(build_small("D", fixed_pes=True)), build_small("D"))
+
+
+@pytest.mark.parametrize("in_chans", [1, 4, 6])
+def test_weights_of_colour_images_are_adapted_to_other_channels(in_chans: int) -> None:
+    source, target = build_small("N"), build_small("N", in_chans=in_chans)
+    state, report = adapt(weights_of(source), target)
+    target.load_state_dict(state)
+    assert f"adapted from 3 to {in_chans} channels of the images: patch_proj.0.weight" in report.lines()
+    before, after = source.patch_proj[0].weight, target.patch_proj[0].weight
+    expected = before.sum(1, keepdim=True) if in_chans == 1 else before.repeat(1, 2, 1, 1)[:, :in_chans] * 3 / in_chans
+    torch.testing.assert_close(after, expected)
+    if in_chans != 4:  # the same image in every channel gives what it gave in three
+        grey = torch.randn(2, 1, 64, 64)
+        logits = target(grey.expand(-1, in_chans, -1, -1))
+        torch.testing.assert_close(logits, source(grey.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-4)
+
+
+def test_tables_of_a_square_become_those_of_a_rectangle() -> None:
+    source, target = build_small("D"), build_small("D", img_size=[64, 128])
+    load_adapted(source, target)
+    before, after = source.stages[3].attns[0].rpe_table, target.stages[3].attns[0].rpe_table
+    assert after.shape == (8, 3, 7)
+    torch.testing.assert_close(after[:, :, ::3], before)
+
+
+def test_a_network_without_a_head_leaves_it_out() -> None:
+    lines = load_adapted(build_small("N"), build_small("N", num_classes=0))
+    assert "left out of the weights: cls_head.bias, cls_head.weight" in lines
+
+
+def test_weights_of_a_model_of_timm_fit_other_classes_and_channels() -> None:
+    source, target = timm.create_model("test_resnet"), timm.create_model("test_resnet", num_classes=7, in_chans=1)
+    state, report = adapt(weights_of(source), target)
+    target.load_state_dict(state)
+    assert report.reinitialised == ["fc.weight", "fc.bias"]
+    assert torch.equal(target.conv1[0].weight, source.conv1[0].weight.sum(1, keepdim=True))
