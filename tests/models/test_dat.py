@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from models.attention import deformable
 from models.dat import DAT
 from tests.models.small import SMALL, VARIANTS, build_small, variant_id, without_gradient
 
@@ -96,6 +97,16 @@ def test_checkpointing_changes_nothing() -> None:
         network(x).square().sum().backward()
         gradients.append([parameter.grad for parameter in network.parameters()])
     assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
+
+
+def test_a_block_that_is_recomputed_computes_its_keys_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deformable, "WORTH_MAKING_ANEW", 0)
+    model = build_small("D")
+    model.set_grad_checkpointing()
+    calls = []
+    model.stages[0].attns[0].proj_k.register_forward_hook(lambda *_: calls.append(1))
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert len(calls) == 2
 
 
 def test_use_checkpoint_reaches_every_stage() -> None:

@@ -246,3 +246,11 @@ def test_copies_are_networks_of_their_own(duplicate: Callable[[nn.Module], nn.Mo
         for parameter in twin.parameters():
             parameter.zero_()
     assert torch.equal(model(images()), expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
+def test_traces_take_plain_forms() -> None:
+    model = build_small("NDL", **DAT_PP).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images(), check_trace=False)
+        torch.testing.assert_close(traced(images()), model(images()), atol=1e-5, rtol=1e-4)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.attention.letters import MIXERS, Mixer, register
+from models.contract import undecayed
 from models.dat import DAT
-from models.options import StageOption, odd
+from models.options import StageOption, as_table, odd
+from models.tables import Resize, by_cells
+from models.weights import adapt
 from tests.models.small import SMALL
 
 WRONG = [
@@ -116,12 +120,23 @@ def toy_letter() -> Iterator[None]:
     """A ninth letter, as a contributor would add it in a file of its own."""
 
     class Toy(nn.Conv2d):
-        pass
+        def __init__(self, dim: int, kernel: int, cells: int) -> None:
+            super().__init__(dim, dim, kernel, padding="same")
+            self.table = nn.Parameter(torch.ones(1, cells, cells))
+
+        def position_tables(self) -> dict[str, Resize]:
+            return {"table": by_cells}
+
+        def no_weight_decay(self) -> set[str]:
+            return {"table"}
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * self.table.mean()
 
     register(
         "T",
         Mixer(
-            build=lambda stage: Toy(stage["dims"], stage["dims"], stage["toy_sizes"], padding="same"),
+            build=lambda stage: Toy(stage["dims"], stage["toy_sizes"], stage.map_size[0]),
             options={"toy_sizes": StageOption((1, 3, 5, 7), "Kernel of T.", each=odd())},
             check=lambda stage: stage.divides("toy_sizes", "dims"),
         ),
@@ -131,7 +146,7 @@ def toy_letter() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("toy_letter")
-def test_a_new_letter_brings_its_options() -> None:
+def test_a_new_letter_brings_its_options_and_table() -> None:
     assert "toy_sizes" in inspect.signature(DAT).parameters
     model = DAT(**SMALL, stage_spec=["T"] * 4, toy_sizes=[1] * 4)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)
@@ -140,3 +155,12 @@ def test_a_new_letter_brings_its_options() -> None:
     with pytest.raises(ValueError, match=r"toy_sizes\[0\] = 3 does not divide dims\[0\] = 8"):
         DAT(**SMALL, stage_spec=["T"] * 4, toy_sizes=[3] * 4)
     DAT(**SMALL, stage_spec=["N"] * 4, toy_sizes=[4] * 4)
+    assert "stages.1.attns.0.table" in undecayed(model)
+    larger = DAT(**{**SMALL, "img_size": 128}, stage_spec=["T"] * 4, toy_sizes=[1] * 4)
+    _, report = adapt(model.state_dict(), larger)
+    assert report.resized["stages.1.attns.0.table"] == ((1, 8, 8), (1, 16, 16))
+
+
+def test_the_documentation_lists_the_declared_options() -> None:
+    page = (Path(__file__).parents[2] / "docs/model.md").read_text(encoding="utf-8")
+    assert as_table(DAT.options()) in page, f"docs/model.md should hold\n{as_table(DAT.options())}"
