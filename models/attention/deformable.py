@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..fusing import may_fuse
 from ..layers import LayerNorm, WideConv, WideLinear, as_pair, pointwise
 from ..ops.deformable import attention, deformable_attention
-from ..ops.forms import keeps_what_others_decide, needs_plain_operations
+from ..ops.forms import is_checkpointed, needs_plain_operations
 from ..ops.grids import COORDINATES, query_grid, reference_points
 from ..ops.position_bias import fixed_bias, log_continuous_bias, table_bias
 from ..ops.sampling import sample
@@ -207,7 +207,7 @@ class DeformableAttention(nn.Module):
     def _makes_keys_anew(self, x: Tensor) -> bool:
         if needs_plain_operations() or self.form == "reference" or not torch.is_grad_enabled():
             return False
-        if keeps_what_others_decide():  # in a block that is recomputed as a whole, a third time would gain nothing
+        if is_checkpointed():  # in a block that is recomputed as a whole, a third time would gain nothing
             return False
         batch, channels, height, width = x.shape
         return batch * math.prod(self._key_size((height, width))) * channels >= WORTH_MAKING_ANEW

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils import checkpoint
 
 
 def is_captured() -> bool:
@@ -38,6 +39,7 @@ def runs_by_hand(x: Tensor) -> bool:
     return not torch.is_autocast_enabled("cpu") and not torch._C._len_torch_dispatch_stack()
 
 
-def keeps_what_others_decide() -> bool:
-    """Return whether what is saved for the backward pass is handled further out, by a checkpoint for instance."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+def is_checkpointed() -> bool:
+    """Return whether an outer checkpoint makes anew what is computed here, so that making it anew here is in vain."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and hooks[0].__module__ == checkpoint.__name__

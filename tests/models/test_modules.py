@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
 from models import build_model
+from models.build import image_size
 from models.fusing import may_fuse
 from tests.models.small import VARIANTS, build_small, variant_id, without_gradient
 from tests.models.test_build import CONFIGS, FILES, narrow
@@ -48,8 +49,10 @@ def images() -> Tensor:
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("kind", ["module", "global"])
 def test_hooks_of_every_module_of_every_config_fire(file: str, kind: str) -> None:
-    model = build_model(narrow(load_config(CONFIGS / file))).eval()
-    expected = model(images())
+    config = narrow(load_config(CONFIGS / file))
+    model = build_model(config).eval()
+    x = images() if config.MODEL.TYPE == "dat" else torch.randn(2, 3, *image_size(config))
+    expected = model(x)
     names = {module: name for name, module in bearers(model).items()}
     called = set()
 
@@ -62,7 +65,7 @@ def test_hooks_of_every_module_of_every_config_fire(file: str, kind: str) -> Non
         else [nn.modules.module.register_module_forward_hook(hook)]
     )
     try:
-        logits = model(images())
+        logits = model(x)
     finally:
         for handle in handles:
             handle.remove()

@@ -30,7 +30,7 @@ def test_two_runs_with_one_seed_are_equal(tmp_path: Path) -> None:
 
 
 def test_processes_that_share_the_images_follow_the_same_curve(tmp_path: Path) -> None:
-    still = ("--opts", "AUG.MIXUP", 0, "MODEL.DAT.drop_path_rate", 0)
+    still = ("--opts", "AUG.MIXUP", 0, "AUG.REPROB", 0, "MODEL.DAT.drop_path_rate", 0)
     one, two = (train(tmp_path / str(processes), processes, 0, *still) for processes in (1, 2))
     losses = [[row["loss"] for row in read_metrics(run.folder, "train")] for run in (one, two)]
     assert len(losses[0]) == 2 * UPDATES

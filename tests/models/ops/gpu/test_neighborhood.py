@@ -11,7 +11,7 @@ from models.ops.neighborhood import neighborhood_attention
 
 NAMES = ("output", "q", "k", "v", "table")
 # Error of the kernels in shares of the largest value; low precision rounds the weights and what is returned.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 
 
 @pytest.fixture(autouse=True)
