@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 import timm
 from torch import nn
 
+from .backbone import DATBackbone, TimmBackbone
 from .dat import DAT
 from .vit import VisionTransformer
 
@@ -39,12 +41,35 @@ def build_model(config: Any) -> nn.Module:
     return model
 
 
-def _build_timm(config: Any) -> nn.Module:
-    name, arguments = config.MODEL.TIMM.NAME, config.MODEL.TIMM.ARGS
+def build_backbone(config: Any, *, out_indices: Sequence[int] = (0, 1, 2, 3)) -> DATBackbone | TimmBackbone:
+    """Build the model that ``config.MODEL`` describes without its head, for a detector or segmenter.
+
+    Args:
+        config: configuration, as for `build_model`; of type ``dat`` or ``timm``.
+        out_indices: which maps are returned: stages of a DAT, features of a model of timm.
+
+    Raises:
+        ValueError: the model cannot be a backbone, or one of its options is not allowed.
+    """
+    if config.MODEL.TYPE == "dat":
+        return DATBackbone(**config.MODEL.DAT, out_indices=out_indices, use_checkpoint=config.TRAIN.USE_CHECKPOINT)
+    if config.MODEL.TYPE != "timm":
+        raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} cannot be a backbone; choose dat or timm")
+    arguments = {name: value for name, value in config.MODEL.TIMM.ARGS.items() if name != "num_classes"}
+    return TimmBackbone(_timm_name(config), out_indices=out_indices, **arguments)
+
+
+def _timm_name(config: Any) -> str:
+    name = config.MODEL.TIMM.NAME
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f"did you mean {near[0]}?" if near else "timm.list_models() names them"
         raise ValueError(f"MODEL.TIMM.NAME: timm has no model {name!r}; {hint}")
+    return name
+
+
+def _build_timm(config: Any) -> nn.Module:
+    name, arguments = _timm_name(config), config.MODEL.TIMM.ARGS
     if arguments.get("pretrained"):
         raise ValueError("MODEL.TIMM.ARGS.pretrained would fetch weights; give a file with --pretrained")
     published = timm.get_pretrained_cfg(name)

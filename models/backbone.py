@@ -1,0 +1,82 @@
+"""Networks without their head, as detectors and segmenters use them: images in, one map a stride out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from .dat import DAT
+from .layers import LayerNorm
+from .options import NUM_STAGES
+
+
+class DATBackbone(DAT):
+    """A `DAT` whose stages' outputs each pass a layer norm of their own, as published for dense prediction.
+
+    Its parameters have the names of the published detection weights: those of `DAT` without the classifier, and
+    ``norms.<stage>.norm``. Classification weights lack the latter, which start at 1 and 0.
+
+    Args:
+        out_indices: the stages whose outputs are returned, in order.
+        **options: those of `DAT`.
+
+    Attributes:
+        channels: of each returned map.
+        strides: pixels of the image per pixel of each returned map.
+    """
+
+    def __init__(
+        self, *, out_indices: Sequence[int] = (0, 1, 2, 3), use_checkpoint: bool = False, **options: Any
+    ) -> None:
+        super().__init__(use_checkpoint=use_checkpoint, **{**options, "num_classes": 0})
+        if not set(out_indices) <= set(range(NUM_STAGES)) or not out_indices:
+            raise ValueError(f"out_indices = {list(out_indices)} must name some of the stages 0 to {NUM_STAGES - 1}")
+        del self.cls_norm, self.cls_head
+        self.out_indices = tuple(sorted(out_indices))
+        dims, patch_size = (options.get(name, self.options()[name].default) for name in ("dims", "patch_size"))
+        self.channels = [dims[i] for i in self.out_indices]
+        self.strides = [patch_size << i for i in self.out_indices]
+        self.norms = nn.ModuleList(
+            LayerNorm(dims[i]) if i in self.out_indices else nn.Identity() for i in range(NUM_STAGES)
+        )
+
+    def get_classifier(self) -> nn.Module:
+        """Return a module that the network does not hold: it gives no logits."""
+        return nn.Identity()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return the normalised maps ``[B, channels[i], H / strides[i], W / strides[i]]`` of images ``[B, 3, H, W]``.
+
+        Images whose sides the last stride does not divide are cut short by the last pixels; pad them.
+        """
+        maps = self.forward_features(x)
+        return [self.norms[i](maps[i]) for i in self.out_indices]
+
+
+class TimmBackbone(nn.Module):
+    """A model of timm that gives its features, with the interface of `DATBackbone`.
+
+    Args:
+        name: any name that `timm.create_model` takes.
+        out_indices: which of its features are returned.
+        **arguments: of the model.
+
+    Attributes:
+        channels: of each returned map.
+        strides: pixels of the image per pixel of each returned map.
+    """
+
+    def __init__(self, name: str, *, out_indices: Sequence[int] = (0, 1, 2, 3), **arguments: Any) -> None:
+        super().__init__()
+        # The getter's maps are channels first for every model.
+        getter = {"features_only": True, "feature_cls": "getter"}
+        self.body = timm.create_model(name, out_indices=tuple(out_indices), **getter, **arguments)
+        self.channels: list[int] = self.body.feature_info.channels()
+        self.strides: list[int] = self.body.feature_info.reduction()
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Return maps ``[B, channels[i], H / strides[i], W / strides[i]]`` of images ``[B, 3, H, W]``."""
+        return self.body(x)

@@ -1,0 +1,40 @@
+"""Backbones of dense prediction: maps at every stride, with published names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.backbone import DATBackbone, TimmBackbone
+from models.dat import DAT
+from tests.models.small import SMALL, without_gradient
+
+OPTIONS = {**SMALL, "stage_spec": ["N", "N", "D", "D"]}
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160)])
+def test_maps_have_the_strides_and_channels_that_are_said(size: tuple[int, int]) -> None:
+    for backbone in (DATBackbone(**OPTIONS), TimmBackbone("resnet18", out_indices=(1, 2, 3, 4))):
+        maps = backbone.eval()(torch.rand(1, 3, *size))
+        assert [m.shape[1] for m in maps] == backbone.channels
+        assert [tuple(m.shape[-2:]) for m in maps] == [tuple(s // stride for s in size) for stride in backbone.strides]
+
+
+def test_names_are_those_of_the_classifier_and_a_norm_for_each_map() -> None:
+    classifier, backbone = DAT(**OPTIONS).state_dict(), DATBackbone(**OPTIONS).state_dict()
+    shared = {name for name in classifier if not name.startswith("cls_")}
+    assert backbone.keys() - shared == {f"norms.{i}.norm.{kind}" for i in range(4) for kind in ("weight", "bias")}
+    assert shared <= backbone.keys()
+
+
+def test_every_parameter_gets_a_gradient_and_fewer_maps_can_be_asked_for() -> None:
+    backbone = DATBackbone(**OPTIONS, out_indices=(1, 3))
+    maps = backbone(torch.rand(2, 3, 64, 64))
+    assert [m.shape[1] for m in maps] == backbone.channels
+    torch.stack([m.square().sum() for m in maps]).sum().backward()
+    assert without_gradient(backbone) == []
+
+
+def test_stages_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"out_indices = \[4\] must name"):
+        DATBackbone(**OPTIONS, out_indices=(4,))
