@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from torchvision import datasets
 
+from data.formats.folders import open_folders
 from data.images import StoredImage
 from data.sources import Dataset, ImageSource, Request
 
@@ -34,8 +35,8 @@ class ArraySource(ImageSource):
 
 
 def open_cifar(dataset: type[datasets.CIFAR10], folder: str) -> Callable[[Request], Dataset]:
-    """Return the function that opens CIFAR-10 or CIFAR-100 from the files of its Python version, by their checksums."""
-    layout = f"DATA_PATH holds {folder} as {dataset.url} unpacks"
+    """Return the function that opens CIFAR-10 or CIFAR-100 from its Python version, or from class folders."""
+    layout = f"DATA_PATH holds {folder} as {dataset.url} unpacks, or folders of images train/<class> and val/<class>"
 
     def open_part(request: Request, root: Path, *, train: bool) -> tuple[datasets.CIFAR10, ArraySource]:
         try:
@@ -50,6 +51,8 @@ def open_cifar(dataset: type[datasets.CIFAR10], folder: str) -> Callable[[Reques
 
     def opened(request: Request) -> Dataset:
         root = request.root(layout)
+        if (root / "train").is_dir() or (root / "val").is_dir():
+            return open_folders(request)  # people keep copies of it as images
         root = root.parent if root.name == folder else root
         parts = {part: open_part(request, root, train=part == "train") for part in request.needs}
         classes = next(iter(parts.values()))[0].classes
