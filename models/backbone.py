@@ -8,9 +8,12 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
+from .contract import TakenOver, undecayed
 from .dat import DAT
 from .layers import LayerNorm
 from .options import NUM_STAGES
+
+_TIMM_PREFIX = "body.model."  # where timm's getter of features keeps the model
 
 
 class DATBackbone(DAT):
@@ -47,6 +50,12 @@ class DATBackbone(DAT):
         """Return a module that the network does not hold: it gives no logits."""
         return nn.Identity()
 
+    def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
+        """Take weights of a classifier, which have no norms of maps, or of a backbone."""
+        unused = {name for name in weights if name.startswith(("cls_norm.", "cls_head."))}
+        new = {name for name in self.state_dict().keys() - weights.keys() if name.startswith("norms.")}
+        return TakenOver({name: value for name, value in weights.items() if name not in unused}, new, unused)
+
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the normalised maps ``[B, channels[i], H / strides[i], W / strides[i]]`` of images ``[B, 3, H, W]``.
 
@@ -76,6 +85,19 @@ class TimmBackbone(nn.Module):
         self.body = timm.create_model(name, out_indices=tuple(out_indices), **getter, **arguments)
         self.channels: list[int] = self.body.feature_info.channels()
         self.strides: list[int] = self.body.feature_info.reduction()
+
+    def no_weight_decay(self) -> set[str]:
+        """Return what timm exempts from weight decay."""
+        return {f"{_TIMM_PREFIX}{name}" for name in undecayed(self.body.model)}
+
+    def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
+        """Take weights of timm's whole model, or of a backbone."""
+        own = self.state_dict().keys()
+        if own <= weights.keys():
+            return TakenOver(weights)
+        unused = {name for name in weights if f"{_TIMM_PREFIX}{name}" not in own}
+        kept = {f"{_TIMM_PREFIX}{name}": value for name, value in weights.items() if name not in unused}
+        return TakenOver(kept, unused=unused)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return maps ``[B, channels[i], H / strides[i], W / strides[i]]`` of images ``[B, 3, H, W]``."""

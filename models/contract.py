@@ -6,9 +6,26 @@ trainer, optimizer and weight code hold no names of any model.
 
 from __future__ import annotations
 
+from collections.abc import Set
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from .tables import Resize
+
+
+class TakenOver(NamedTuple):
+    """Weights of a network of another kind.
+
+    Attributes:
+        weights: under the names of the network that takes them over.
+        new: names of that network that such weights do not have.
+        unused: names of the weights that it has no place for.
+    """
+
+    weights: dict[str, Tensor]
+    new: Set[str] = frozenset()
+    unused: Set[str] = frozenset()
 
 
 def classifier(model: nn.Module) -> str:
@@ -40,9 +57,9 @@ def set_epoch(model: nn.Module, epoch: int) -> None:
         model.set_epoch(epoch)
 
 
-def taken_over(model: nn.Module, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
-    """Return weights of a network of another kind under the names of `model`, and what they do not have."""
-    return model.take_over(weights) if hasattr(model, "take_over") else (weights, set())
+def taken_over(model: nn.Module, weights: dict[str, Tensor]) -> TakenOver:
+    """Return weights of a network of another kind under the names of `model`."""
+    return model.take_over(weights) if hasattr(model, "take_over") else TakenOver(weights)
 
 
 def position_tables(model: nn.Module) -> dict[str, Resize]:

@@ -14,6 +14,7 @@ from .attention.disentangled import DisentangledAttention, DisentangledPerformer
 from .attention.patch_deformable import PatchDeformableAttention
 from .attention.performer import PerformerAttention
 from .attention.tokens import SoftmaxAttention
+from .contract import TakenOver
 from .ops.locality import KINDS, Window
 from .ops.random_features import KINDS as FEATURES
 from .options import Option, at_least, not_negative, one_of, share
@@ -160,22 +161,22 @@ class VisionTransformer(timm_vit.VisionTransformer):
         tables = {name for name, _ in self.named_parameters() if name.endswith(".relative.table")}
         return super().no_weight_decay() | tables
 
-    def take_over(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], set[str]]:
+    def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
         """Return weights of one of timm's Vision Transformers, or of one like this, under the names of this one.
 
         Patches and position embeddings are resized to its grid. Values and output of ``deformable`` come from those of
         softmax attention.
 
-        Returns:
-            The weights, and the names that they do not have: tables of relative positions, directions of random
-            features, and where and how much ``deformable`` looks.
+        New are tables of relative positions, directions of random features, and where and how much ``deformable``
+        looks.
         """
         weights = timm_vit.checkpoint_filter_fn(dict(weights), self)
         if isinstance(self.blocks[0].attn, PatchDeformableAttention):
             for name in [name for name in weights if ".attn.qkv." in name]:
                 weights[name.replace("qkv", "value_proj")] = weights.pop(name).chunk(3)[2]
             weights = {name.replace(".attn.proj.", ".attn.output_proj."): x for name, x in weights.items()}
-        return weights, {name for name in self.state_dict().keys() - weights.keys() if OF_OUR_ATTENTIONS.search(name)}
+        missing = self.state_dict().keys() - weights.keys()
+        return TakenOver(weights, {name for name in missing if OF_OUR_ATTENTIONS.search(name)})
 
     def set_input_size(self, *_: Any, **__: Any) -> None:
         """Refuse, as attentions are made for a grid; build another network and take over the weights."""

@@ -20,6 +20,7 @@ from .tables import Resize
 
 IMAGENET_1K = 1000
 NEW_ROW = -1  # in a class map: a class that the weights do not have
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms, which were learned
 
 
 @dataclass(kw_only=True)
@@ -92,13 +93,13 @@ def adapt(
         ValueError: the weights are of another architecture, or the class map does not fit.
     """
     expected = model.state_dict()
-    weights, new = taken_over(model, weights)
-    buffers = {name for name, _ in model.named_buffers()}
+    weights, new, unused = taken_over(model, weights)
+    buffers = {name for name, _ in model.named_buffers() if not name.endswith(_STATISTICS)}
     head = _head_entries(weights, expected, classifier(model))
     tables, inputs = position_tables(model), {f"{name}.weight" for name in input_convs(model)}
-    state, report = dict(expected), Report(entries=len(expected))
+    state, report = dict(expected), Report(entries=len(expected), left_out=sorted(unused))
     unknown = weights.keys() - expected.keys()
-    if not getattr(model, "num_classes", 1):  # a network without a head
+    if not getattr(model, "num_classes", 1) and classifier(model):  # a network without a head
         report.left_out += sorted(name for name in unknown if name.startswith(f"{classifier(model)}."))
     misfits = [f"{name} is not of this model" for name in unknown - set(report.left_out)]
     for name, own in expected.items():

@@ -99,7 +99,7 @@ def test_pretrained_weights_of_timm(attention: str) -> None:
     torch.manual_seed(1)
     state = timm_model(img_size=32, patch_size=8, num_classes=7).state_dict()
     model = build(attention, num_classes=7)
-    weights, new = model.take_over(state)
+    weights, new, _ = model.take_over(state)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert unexpected == []
     assert set(missing) == new
