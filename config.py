@@ -183,6 +183,15 @@ OPTIONS: dict[str, Option] = {
         "", "A model of timm, such as resnet50; the flag also sets MODEL.TYPE.", flag="--model", metavar="NAME"
     ),
     "MODEL.TIMM.ARGS": RunOption({}, "Arguments of timm.create_model, such as drop_path_rate: 0.1."),
+    "MODEL.SEGMENTER.NAME": RunOption(
+        "fpn",
+        "What makes a segmenter of the backbone (TASK segmentation): fpn (Semantic FPN), upernet, mask2former.",
+        one_of("fpn", "upernet", "mask2former"),
+    ),
+    "MODEL.SEGMENTER.ARGS": RunOption(
+        {},
+        "Its arguments, see models/segmentation/, such as channels: 128; of mask2former, those of Mask2FormerConfig.",
+    ),
     # The arguments of models.dat.DAT under their published names; lists of four have one entry per stage.
     **{f"MODEL.DAT.{name}": option for name, option in DAT.options().items()},
     **{f"MODEL.VIT.{name}": option for name, option in VisionTransformer.options().items()},

@@ -11,6 +11,7 @@ from torch import nn
 
 from .backbone import DATBackbone, TimmBackbone
 from .dat import DAT
+from .segmentation import SEGMENTERS, Segmenter
 from .vit import VisionTransformer
 
 
@@ -20,11 +21,13 @@ def build_model(config: Any) -> nn.Module:
     Args:
         config: configuration with ``MODEL.TYPE``: ``dat`` and ``vit`` are built from ``MODEL.DAT`` and
             ``MODEL.VIT``, the arguments of `DAT` and `VisionTransformer` by name, ``timm`` from ``MODEL.TIMM``; all
-            with ``TRAIN.USE_CHECKPOINT``.
+            with ``TRAIN.USE_CHECKPOINT``. With ``TASK`` ``segmentation`` it is the backbone of a segmenter.
 
     Raises:
         ValueError: the model is unknown, one of its options is not allowed, or images are too small for it.
     """
+    if config.TASK == "segmentation":
+        return build_segmenter(config)
     if config.MODEL.TYPE == "timm":
         return _build_timm(config)
     if config.MODEL.TYPE == "vit":
@@ -57,6 +60,23 @@ def build_backbone(config: Any, *, out_indices: Sequence[int] = (0, 1, 2, 3)) ->
         raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} cannot be a backbone; choose dat or timm")
     arguments = {name: value for name, value in config.MODEL.TIMM.ARGS.items() if name != "num_classes"}
     return TimmBackbone(_timm_name(config), out_indices=out_indices, **arguments)
+
+
+def build_segmenter(config: Any) -> Segmenter:
+    """Build the segmenter ``MODEL.SEGMENTER`` on the backbone that the rest of ``config.MODEL`` describes.
+
+    Raises:
+        ValueError: there is no such segmenter, it has no such option, or the backbone has no maps of four strides.
+    """
+    settings = config.MODEL.SEGMENTER
+    if settings.NAME not in SEGMENTERS:
+        raise ValueError(f"MODEL.SEGMENTER.NAME must be one of {', '.join(SEGMENTERS)}, not {settings.NAME!r}")
+    # The last four maps: models of timm may have one of stride 2 before them.
+    backbone = build_backbone(config, out_indices=(0, 1, 2, 3) if config.MODEL.TYPE == "dat" else (-4, -3, -2, -1))
+    try:
+        return SEGMENTERS[settings.NAME](backbone, num_classes(config), **settings.ARGS)
+    except TypeError as error:  # for an argument that it does not have
+        raise ValueError(f"MODEL.SEGMENTER.ARGS: {error}") from None
 
 
 def _timm_name(config: Any) -> str:

@@ -54,7 +54,7 @@ class Job:
         self._console = console
         env = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
         if processes > 1:
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
         os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))  # for the server, which starts with the first job
         self.ranks = []
         for rank in range(processes):
@@ -211,7 +211,7 @@ def _write_images(root: Path) -> Path:
     return root
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]

@@ -1,0 +1,27 @@
+"""Semantic segmentation: the segmenters by name, each on a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..backbone import DATBackbone, TimmBackbone
+from .fpn import SemanticFPN
+from .parts import IGNORED, Segmenter
+from .upernet import UperNet
+
+__all__ = ["IGNORED", "SEGMENTERS", "Segmenter"]
+
+
+def _mask2former(backbone: DATBackbone | TimmBackbone, num_classes: int, **options: Any) -> Segmenter:
+    from .mask2former import Mask2Former  # transformers takes seconds to import
+
+    return Mask2Former(backbone, num_classes, **options)
+
+
+# Each takes a backbone of four maps, the number of classes, and options of its own.
+SEGMENTERS: Mapping[str, Callable[..., Segmenter]] = {
+    "fpn": SemanticFPN,
+    "upernet": UperNet,
+    "mask2former": _mask2former,
+}

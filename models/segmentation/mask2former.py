@@ -1,0 +1,88 @@
+"""Mask2Former (Cheng et al., arXiv 2112.01527), of the parts in Hugging Face's transformers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Mask2FormerConfig
+from transformers.models.mask2former.modeling_mask2former import (
+    Mask2FormerLoss,
+    Mask2FormerPixelDecoder,
+    Mask2FormerPreTrainedModel,
+    Mask2FormerTransformerModule,
+)
+
+from ..backbone import DATBackbone, TimmBackbone
+from .parts import IGNORED, Segmenter, resize
+
+_LOSSES = {"class": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dice"}
+
+
+class Mask2Former(Segmenter):
+    """Queries that each find a mask and its class; a pixel's class is what the masks over it say together.
+
+    The library's own model takes its backbone from a config; its parts take the maps of any.
+
+    Args:
+        backbone: gives four maps.
+        num_classes: number of classes, without "no object".
+        **options: of `transformers.Mask2FormerConfig`.
+
+    Raises:
+        ValueError: for an option that it does not have.
+    """
+
+    def __init__(self, backbone: DATBackbone | TimmBackbone, num_classes: int, **options: Any) -> None:
+        super().__init__(backbone)
+        unknown = options.keys() - Mask2FormerConfig.__annotations__.keys()
+        if unknown:
+            raise ValueError(f"Mask2FormerConfig of transformers has no {', '.join(sorted(unknown))}")
+        config = Mask2FormerConfig(num_labels=num_classes, feature_strides=backbone.strides, **options)
+        self.decode_head = Mask2FormerHead(config, backbone.channels)
+
+    def logits(self, maps: list[Tensor]) -> Tensor:
+        masks, classes = self.decode_head(maps)
+        size = [4 * side for side in masks[-1].shape[-2:]]
+        return torch.einsum("bqk,bqhw->bkhw", classes[-1].softmax(-1)[..., :-1], resize(masks[-1], size).sigmoid())
+
+    def losses(self, maps: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Return the losses of classes, masks and dice, each summed over all layers of the decoder."""
+        masks, classes = self.decode_head(maps)
+        with torch.autocast(labels.device.type, enabled=False):
+            return self.decode_head.losses([x.float() for x in masks], [x.float() for x in classes], labels)
+
+
+class Mask2FormerHead(Mask2FormerPreTrainedModel):
+    """Pixel decoder, transformer decoder, classes of the queries, and the loss, initialised as the library does."""
+
+    def __init__(self, config: Mask2FormerConfig, channels: list[int]) -> None:
+        super().__init__(config)
+        self.pixel_decoder = Mask2FormerPixelDecoder(config, channels)
+        self.transformer = Mask2FormerTransformerModule(config.feature_size, config)
+        self.class_predictor = nn.Linear(config.hidden_dim, config.num_labels + 1)
+        weights = config.class_weight, config.mask_weight, config.dice_weight
+        self.criterion = Mask2FormerLoss(config, dict(zip(_LOSSES.values(), weights, strict=True)))
+        self.post_init()
+
+    def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return masks ``[B, queries, h, w]`` and classes ``[B, queries, classes + 1]`` of each layer in turn."""
+        pixels = self.pixel_decoder(maps)
+        found = self.transformer(pixels.multi_scale_features, pixels.mask_features, output_hidden_states=True)
+        classes = [self.class_predictor(x.transpose(0, 1)) for x in found.intermediate_hidden_states]
+        return list(found.masks_queries_logits), classes
+
+    def losses(self, masks: list[Tensor], classes: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Return the weighted losses for labels ``[B, H, W]``, of which each class of an image is one mask."""
+        present = [found[found != IGNORED] for found in (image.unique() for image in labels)]
+        wanted = [(image == found[:, None, None]).float() for image, found in zip(labels, present, strict=True)]
+        earlier = [
+            {"masks_queries_logits": m, "class_queries_logits": c}
+            for m, c in zip(masks[:-1], classes[:-1], strict=True)
+        ]
+        terms = self.criterion(masks[-1], classes[-1], wanted, present, earlier)
+        return {
+            name: self.criterion.weight_dict[key] * sum(term for n, term in terms.items() if n.startswith(key))
+            for name, key in _LOSSES.items()
+        }

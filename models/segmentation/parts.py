@@ -1,0 +1,127 @@
+"""What the segmenters are made of, under the names of mmsegmentation 0, in which weights were published."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
+
+from ..backbone import DATBackbone, TimmBackbone
+from ..dense import DenseModel
+
+IGNORED = 255  # label of pixels that count nowhere
+
+
+class Segmenter(DenseModel):
+    """A network that gives each pixel a class: maps of four strides, and a head that makes logits of them.
+
+    Args:
+        backbone: gives four maps, each half as large as the one before.
+
+    Raises:
+        ValueError: it gives others.
+    """
+
+    def __init__(self, backbone: DATBackbone | TimmBackbone) -> None:
+        super().__init__(backbone)
+        first = backbone.strides[0]
+        if backbone.strides != [first << level for level in range(4)]:
+            raise ValueError(
+                f"a segmenter needs maps of four strides, such as 4, 8, 16 and 32; the backbone gives "
+                f"{', '.join(map(str, backbone.strides))}"
+            )
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
+        """Return logits, or the losses where there are labels.
+
+        Args:
+            images: ``[B, 3, H, W]``, of any size.
+            labels: classes ``[B, H, W]``, `IGNORED` where none is known.
+
+        Returns:
+            ``[B, classes, H, W]``; with labels, named losses, whose sum is minimised.
+        """
+        height, width = images.shape[-2:]
+        maps = self.backbone(pad_to(images, self.backbone.strides[-1]))
+        padded = [size * self.backbone.strides[0] for size in maps[0].shape[-2:]]
+        if labels is None:
+            return resize(self.logits(maps), padded)[..., :height, :width]
+        labels = F.pad(labels, (0, padded[1] - width, 0, padded[0] - height), value=IGNORED)
+        return self.losses(maps, labels)
+
+    def logits(self, maps: list[Tensor]) -> Tensor:
+        """Return ``[B, classes, h, w]`` of any size, for the whole of the padded images."""
+        raise NotImplementedError
+
+    def losses(self, maps: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Return named losses for labels ``[B, H, W]`` of the padded images."""
+        return {"ce": cross_entropy(self.logits(maps), labels)}
+
+
+class ConvModule(nn.Module):
+    """A convolution, a batch norm and a ReLU."""
+
+    def __init__(self, channels: int, out_channels: int, kernel_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = BatchNorm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm whose statistics in training are those of the micro-batch of all processes, on any device.
+
+    So every process keeps the same running statistics, and a micro-batch gives the same whatever processes share it.
+    `torch.nn.SyncBatchNorm` runs on GPUs alone.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            values = x.float()
+            count = values.numel() / values.shape[1] * dist.get_world_size()
+            mean = all_reduce(values.sum((0, 2, 3))) / count
+            centred = values - mean[:, None, None]
+            variance = all_reduce(centred.square().sum((0, 2, 3))) / count
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+            scale = self.weight * (variance + self.eps).rsqrt()
+            return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def pad_to(images: Tensor, stride: int) -> Tensor:
+    """Return images ``[B, 3, H, W]`` with zeros, the mean, below and at the right, up to multiples of ``stride``."""
+    height, width = images.shape[-2:]
+    return F.pad(images, (0, -width % stride, 0, -height % stride))
+
+
+def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Return maps ``[B, C, h, w]`` resized bilinearly to ``[B, C, *size]``."""
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the cross-entropy of logits ``[B, classes, h, w]``, resized to labels ``[B, H, W]``.
+
+    It is a mean over all pixels, of which ignored ones count 0, as in mmsegmentation 0. So the mean over processes does
+    not depend on which of them has the ignored pixels.
+    """
+    logits = resize(logits.float(), labels.shape[-2:])
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
+
+
+def classifier_layer(channels: int, num_classes: int) -> nn.Conv2d:
+    """Return the 1x1 convolution that gives the logits."""
+    conv = nn.Conv2d(channels, num_classes, 1)
+    nn.init.normal_(conv.weight, std=0.01)
+    nn.init.zeros_(conv.bias)
+    return conv

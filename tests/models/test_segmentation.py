@@ -1,0 +1,131 @@
+"""Segmenters: shapes, names, losses, and batch norms over processes."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from models.backbone import DATBackbone, TimmBackbone
+from models.segmentation import IGNORED, SEGMENTERS, Segmenter
+from models.segmentation.parts import BatchNorm, cross_entropy
+from models.weights import adapt
+from tests.launched import CONTEXT, free_port
+from tests.models.small import SMALL, without_gradient
+
+WB = ("weight", "bias")
+SMALL_QUERIES = {
+    **{"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "dim_feedforward": 32, "train_num_points": 32},
+    **{"encoder_feedforward_dim": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 6},
+}
+ARGS: dict[str, dict[str, Any]] = {
+    "fpn": {"channels": 8, "pyramid_channels": 8},
+    "upernet": {"channels": 8, "auxiliary_channels": 8},
+    "mask2former": SMALL_QUERIES,
+}
+
+
+def small(name: str, classes: int = 3, **options: Any) -> Segmenter:
+    torch.manual_seed(0)
+    return SEGMENTERS[name](DATBackbone(**SMALL, stage_spec=list("NNDD")), classes, **{**ARGS[name], **options})
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_every_pixel_of_any_image_gets_logits_and_every_parameter_a_gradient(name: str) -> None:
+    model = small(name)
+    images, labels = torch.rand(2, 3, 50, 70), torch.randint(3, (2, 50, 70))
+    labels[0] = IGNORED
+    losses = model(images, labels)
+    sum(losses.values()).backward()
+    assert without_gradient(model) == []
+    assert all(loss.isfinite() and loss > 0 for loss in losses.values())
+    with torch.inference_mode():
+        assert model.eval()(images).shape == (2, 3, 50, 70)
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_a_segmenter_stands_on_any_backbone_of_timm(name: str) -> None:
+    backbone = TimmBackbone("test_resnet", out_indices=(-4, -3, -2, -1))
+    model = SEGMENTERS[name](backbone, 3, **ARGS[name]).eval()
+    assert model(torch.rand(1, 3, 64, 32)).shape == (1, 3, 64, 32)
+
+
+def test_a_backbone_of_other_maps_is_refused() -> None:
+    backbone = DATBackbone(**SMALL, stage_spec=list("NNDD"), out_indices=(1, 3))
+    with pytest.raises(ValueError, match=r"needs maps of four strides.*; the backbone gives 8, 32"):
+        SEGMENTERS["fpn"](backbone, 3)
+
+
+def test_names_are_those_of_published_weights() -> None:
+    names = {"fpn": small("fpn").state_dict(), "upernet": small("upernet").state_dict()}
+    pyramid = {f"neck.{kind}_convs.{i}.conv.{part}" for kind in ("lateral", "fpn") for i in range(4) for part in WB}
+    assert pyramid <= names["fpn"].keys()
+    assert {f"decode_head.scale_heads.3.{i}.bn.running_mean" for i in (0, 2, 4)} <= names["fpn"].keys()
+    assert "decode_head.scale_heads.0.1.conv.weight" not in names["fpn"]
+    assert {f"decode_head.psp_modules.{i}.1.conv.weight" for i in range(4)} <= names["upernet"].keys()
+    parts = ("bottleneck", "fpn_bottleneck", "lateral_convs.2", "fpn_convs.2")
+    assert {f"decode_head.{part}.conv.weight" for part in parts} <= names["upernet"].keys()
+    assert {f"auxiliary_head.{part}.weight" for part in ("convs.0.conv", "conv_seg")} <= names["upernet"].keys()
+
+
+def test_fine_tuning_for_other_classes_makes_the_logits_new() -> None:
+    state, report = adapt(small("upernet", 3).state_dict(), small("upernet", 5))
+    new = {f"{head}.conv_seg.{part}" for head in ("decode_head", "auxiliary_head") for part in WB}
+    assert set(report.reinitialised) | set(report.new) == new
+    assert len(report.loaded) + len(new) == len(state)
+
+
+def test_the_loss_is_the_mean_over_all_pixels_of_which_ignored_ones_count_nothing() -> None:
+    logits, labels = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 4, 4))
+    labels[0, :2] = IGNORED
+    each = F.cross_entropy(logits, labels.where(labels != IGNORED, 0), reduction="none")
+    torch.testing.assert_close(cross_entropy(logits, labels), (each * (labels != IGNORED)).sum() / 32)
+
+
+def test_wrong_options_are_named() -> None:
+    with pytest.raises(TypeError, match="chanels"):
+        small("fpn", chanels=8)
+    with pytest.raises(ValueError, match="Mask2FormerConfig of transformers has no queries"):
+        small("mask2former", queries=8)
+
+
+def norm_batch(norm: nn.BatchNorm2d, part: slice) -> dict[str, torch.Tensor]:
+    """Return the outputs, gradients and statistics of a step on a part of a batch."""
+    torch.manual_seed(1)
+    x, wanted = torch.randn(4, 2, 3, 3, requires_grad=True), torch.randn(4, 2, 3, 3)
+    y = norm(x[part])
+    (y * wanted[part]).sum().backward()
+    grads = {"x": x.grad[part], "weight": norm.weight.grad, "bias": norm.bias.grad}
+    return {"y": y.detach(), **grads, "mean": norm.running_mean, "var": norm.running_var}
+
+
+def norm_in_process(rank: int, port: int, folder: Path) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    torch.save(norm_batch(BatchNorm(2), slice(2 * rank, 2 * rank + 2)), folder / str(rank))
+    dist.destroy_process_group()
+
+
+@pytest.mark.xdist_group("serial")
+def test_a_batch_norm_sees_the_batch_of_all_processes(tmp_path: Path) -> None:
+    port = free_port()
+    processes = [CONTEXT.Process(target=norm_in_process, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    whole = norm_batch(nn.BatchNorm2d(2), slice(None))
+    for name in ("y", "x"):
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), whole[name])
+    for name in WB:
+        torch.testing.assert_close(parts[0][name] + parts[1][name], whole[name])
+    for name in ("mean", "var"):
+        torch.testing.assert_close(parts[0][name], whole[name])
+        assert torch.equal(parts[0][name], parts[1][name])
