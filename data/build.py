@@ -6,15 +6,16 @@ import difflib
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import Mixup
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.datasets import TransformedImages, collate, collate_for_a_pipe
+from data.datasets import SeededSamples, TransformedImages, collate, collate_for_a_pipe
 from data.formats import FORMATS
 from data.samplers import EvalSampler, TrainSampler
 from data.sources import PARTS, Dataset, Request
@@ -42,7 +43,7 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Da
         near = difflib.get_close_matches(name, FORMATS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"DATA.DATASET must be one of {', '.join(FORMATS)}, not {name!r}{hint}")
-    dataset = FORMATS[name](_request(config, needs))
+    dataset = FORMATS[name](request(config, needs))
     if not config.DATA.ALLOW_LARGER_VAL:
         dataset.check_parts()
     return dataset.by_number() if config.DATA.CLASS_ORDER == "number" else dataset
@@ -67,17 +68,9 @@ def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_si
         auto_augment=aug.AUTO_AUGMENT,
     )
     on_unreadable = "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
-    sampler = TrainSampler(
-        len(dataset.train),
-        batch_size=config.DATA.BATCH_SIZE,
-        rank=rank,
-        world_size=world_size,
-        seed=config.SEED,
-        accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
-        repeats=aug.REPEATS,
-    )
+    sampler = train_sampler(config, len(dataset.train), rank=rank, world_size=world_size)
     images = TransformedImages(dataset.train, transform, seed=config.SEED, on_unreadable=on_unreadable)
-    return _build_loader(config, images, sampler)
+    return build_loader(config, images, sampler, _collate(config))
 
 
 def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> DataLoader:
@@ -92,7 +85,24 @@ def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_siz
     on_unreadable = "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
     sampler = EvalSampler(len(dataset.held_out), rank=rank, world_size=world_size)
     images = TransformedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=on_unreadable)
-    return _build_loader(config, images, sampler)
+    return build_loader(config, images, sampler, _collate(config))
+
+
+def train_sampler(config: CfgNode, length: int, *, rank: int, world_size: int) -> TrainSampler:
+    """Return the sampler of this rank's share of `length` training samples.
+
+    Raises:
+        ValueError: for fewer samples than an update takes.
+    """
+    return TrainSampler(
+        length,
+        batch_size=config.DATA.BATCH_SIZE,
+        rank=rank,
+        world_size=world_size,
+        seed=config.SEED,
+        accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
+        repeats=config.AUG.REPEATS,
+    )
 
 
 def build_erasing(config: CfgNode) -> Erase | None:
@@ -136,7 +146,12 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
     )
 
 
-def _request(config: CfgNode, needs: Sequence[str]) -> Request:
+def request(config: CfgNode, needs: Sequence[str]) -> Request:
+    """Return what the data options of a run ask of a format.
+
+    Raises:
+        ValueError: the parts seem swapped.
+    """
     data = config.DATA
     swapped = {"train": set(PARTS["val"]), "val": set(PARTS["train"])}
     for part, name in (("train", data.TRAIN), ("val", data.VAL)):
@@ -187,16 +202,26 @@ def _shared_memory(config: CfgNode) -> tuple[float, float]:
     return processes * batch * (PREFETCHED * workers + 1) * (workers > 0), shutil.disk_usage(SHARED_MEMORY).free
 
 
-def _build_loader(config: CfgNode, images: TransformedImages, sampler: TrainSampler | EvalSampler) -> DataLoader:
-    workers = _workers(config)
+def _collate(config: CfgNode) -> Callable[[list[Any]], Any]:
     needed, free = _shared_memory(config)
+    return collate_for_a_pipe if needed > free else collate
+
+
+def build_loader(
+    config: CfgNode,
+    samples: SeededSamples,
+    sampler: TrainSampler | EvalSampler,
+    collate: Callable[[list[Any]], Any],
+) -> DataLoader:
+    """Return the loader of the samples that a sampler draws, in the batches and workers that the config asks for."""
+    workers = _workers(config)
     return DataLoader(
-        images,
+        samples,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
         num_workers=workers,
         prefetch_factor=PREFETCHED if workers else None,
-        collate_fn=collate_for_a_pipe if needed > free else collate,
+        collate_fn=collate,
         # Pinning opens a context on the GPU, where a run on another device has no business.
         pin_memory=config.DATA.PIN_MEMORY and config.DEVICE in ("", "cuda") and torch.cuda.is_available(),
         drop_last=isinstance(sampler, TrainSampler),

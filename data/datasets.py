@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from data.sources import ImageSource
 from data.transforms import Transform
 
 OnUnreadable: TypeAlias = Literal["raise", "substitute", "mark"]
+S = TypeVar("S")
 
 # Substitutes drawn for one unreadable image before it is taken for granted that something else is wrong.
 MAX_SUBSTITUTES = 10
@@ -46,44 +48,54 @@ class Batch(NamedTuple):
     unreadable: list[str]
 
 
-class TransformedImages(Dataset[Sample]):
-    """Images of a source, transformed by random numbers that depend on `(seed, epoch, index)` alone.
+class SeededSamples(Dataset[S], ABC, Generic[S]):
+    """Samples transformed by random numbers that depend on `(seed, epoch, index)` alone.
 
     So an image is augmented in the same way by any worker of any rank, in a run that was interrupted as in one that was
     not, and no state of a generator has to be kept.
 
     Args:
-        source: where the images come from.
-        transform: from a stored image to pixels.
+        length: number of samples.
         seed: seed of the run.
         on_unreadable: what becomes of an image that cannot be read. "raise": `UnreadableImage` is raised. "substitute":
-            another image takes its place, drawn from the seed and the draw. "mark": it is black and its target -1.
+            another image takes its place, drawn from the seed and the draw. "mark": `left_out` takes its place.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, *, seed: int, on_unreadable: OnUnreadable) -> None:
-        self._source = source
-        self.transform = transform
+    def __init__(self, length: int, *, seed: int, on_unreadable: OnUnreadable) -> None:
+        self._length = length
         self._seed = seed
         self._on_unreadable = on_unreadable
 
-    def __len__(self) -> int:
-        return len(self._source)
+    @abstractmethod
+    def sample(self, index: int, unreadable: list[str]) -> S:
+        """Return a sample, with the files that could not be read on the way to it.
 
-    def __getitem__(self, draw: Draw) -> Sample:
+        Raises:
+            UnreadableImage: its image cannot be read.
+        """
+
+    @abstractmethod
+    def left_out(self, index: int, unreadable: list[str]) -> S:
+        """Return what takes the place of a sample whose image cannot be read and which is not to be counted."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, draw: Draw) -> S:
         return self.__getitems__([draw])[0]
 
-    def __getitems__(self, draws: Sequence[Draw]) -> list[Sample]:
-        """Return the images of a batch, as a `DataLoader` asks for them; global generators stay as they were."""
+    def __getitems__(self, draws: Sequence[Draw]) -> list[S]:
+        """Return the samples of a batch, as a `DataLoader` asks for them; global generators stay as they were."""
         with preserve_generators():
-            return [self._sample(draw) for draw in draws]
+            return [self._drawn(draw) for draw in draws]
 
-    def _sample(self, draw: Draw) -> Sample:
+    def _drawn(self, draw: Draw) -> S:
         unreadable: list[str] = []
         index = draw.index
         while True:
             seed_generators(self._seed, *draw)  # a substitute is augmented as the image would have been
             try:
-                return Sample(self.transform(self._source.get(index)), self._source.label(index), unreadable)
+                return self.sample(index, unreadable)
             except UnreadableImage as error:
                 if self._on_unreadable == "raise":
                     raise
@@ -91,13 +103,33 @@ class TransformedImages(Dataset[Sample]):
                     raise UnreadableImage(f"{error} (after {MAX_SUBSTITUTES} others in a row)", error.path) from None
                 unreadable.append(error.path)
             if self._on_unreadable == "mark":
-                blank = StoredImage(np.zeros((1, 1, 3), np.uint8), "")
-                return Sample(self.transform(blank), self._left_out(index), unreadable)
-            index = int(np.random.default_rng((self._seed, *draw, len(unreadable))).integers(len(self._source)))
+                return self.left_out(index, unreadable)
+            index = int(np.random.default_rng((self._seed, *draw, len(unreadable))).integers(self._length))
 
-    def _left_out(self, index: int) -> int | np.ndarray:
+
+class TransformedImages(SeededSamples[Sample]):
+    """Images of a source and their labels.
+
+    Args:
+        source: where the images come from.
+        transform: from a stored image to pixels.
+        seed: seed of the run.
+        on_unreadable: see `SeededSamples`; a marked image is black and its target -1.
+    """
+
+    def __init__(self, source: ImageSource, transform: Transform, *, seed: int, on_unreadable: OnUnreadable) -> None:
+        super().__init__(len(source), seed=seed, on_unreadable=on_unreadable)
+        self._source = source
+        self.transform = transform
+
+    def sample(self, index: int, unreadable: list[str]) -> Sample:
+        return Sample(self.transform(self._source.get(index)), self._source.label(index), unreadable)
+
+    def left_out(self, index: int, unreadable: list[str]) -> Sample:
+        blank = StoredImage(np.zeros((1, 1, 3), np.uint8), "")
         label = self._source.label(index)
-        return np.full_like(label, -1, dtype=np.int8) if isinstance(label, np.ndarray) else -1
+        target = np.full_like(label, -1, dtype=np.int8) if isinstance(label, np.ndarray) else -1
+        return Sample(self.transform(blank), target, unreadable)
 
 
 def collate(samples: list[Sample]) -> Batch:
