@@ -1,5 +1,7 @@
-"""The Deformable Attention Transformer family."""
+"""The Deformable Attention Transformer family; importing it registers the published models with timm."""
 
+from . import registry
 from .build import build_model
+from .dat import DAT
 
-__all__ = ["build_model"]
+__all__ = ["DAT", "build_model", "registry"]

@@ -37,22 +37,25 @@ class DATBackbone(DAT):
         super().__init__(use_checkpoint=use_checkpoint, **{**options, "num_classes": 0})
         if not set(out_indices) <= set(range(NUM_STAGES)) or not out_indices:
             raise ValueError(f"out_indices = {list(out_indices)} must name some of the stages 0 to {NUM_STAGES - 1}")
-        del self.cls_norm, self.cls_head
         self.out_indices = tuple(sorted(out_indices))
-        dims, patch_size = (options.get(name, self.options()[name].default) for name in ("dims", "patch_size"))
-        self.channels = [dims[i] for i in self.out_indices]
-        self.strides = [patch_size << i for i in self.out_indices]
+        self.prune_intermediate_layers(self.out_indices, prune_norm=True)
+        self.channels = [self.feature_info[i]["num_chs"] for i in self.out_indices]
+        self.strides = [self.feature_info[i]["reduction"] for i in self.out_indices]
         self.norms = nn.ModuleList(
-            LayerNorm(dims[i]) if i in self.out_indices else nn.Identity() for i in range(NUM_STAGES)
+            LayerNorm(info["num_chs"]) if i in self.out_indices else nn.Identity()
+            for i, info in enumerate(self.feature_info)
         )
-
-    def get_classifier(self) -> nn.Module:
-        """Return a module that the network does not hold: it gives no logits."""
-        return nn.Identity()
 
     def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
         """Take weights of a classifier, which have no norms of maps, or of a backbone."""
-        unused = {name for name in weights if name.startswith(("cls_norm.", "cls_head."))}
+        beyond = range(len(self.stages), NUM_STAGES)
+        absent = [
+            "cls_norm.",
+            "cls_head.",
+            *(f"stages.{i}." for i in beyond),
+            *(f"down_projs.{i - 1}." for i in beyond),
+        ]
+        unused = {name for name in weights if name.startswith(tuple(absent))}
         new = {name for name in self.state_dict().keys() - weights.keys() if name.startswith("norms.")}
         return TakenOver({name: value for name, value in weights.items() if name not in unused}, new, unused)
 
@@ -61,8 +64,8 @@ class DATBackbone(DAT):
 
         Images whose sides the last stride does not divide are cut short by the last pixels; pad them.
         """
-        maps = self.forward_features(x)
-        return [self.norms[i](maps[i]) for i in self.out_indices]
+        maps = self.forward_intermediates(x, self.out_indices, intermediates_only=True)
+        return [self.norms[i](x) for i, x in zip(self.out_indices, maps, strict=True)]
 
 
 class TimmBackbone(nn.Module):

@@ -7,6 +7,9 @@ from itertools import islice, pairwise
 from typing import Any
 
 import torch
+from timm.layers import SelectAdaptivePool2d
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,6 +24,7 @@ from .options import (
     StageOptions,
     at_least,
     complete,
+    one_of,
     rate,
     split_stages,
 )
@@ -38,6 +42,11 @@ OPTIONS = {
     "patch_size": Option(4, "Pixels per pixel of the first map on each axis.", at_least(1)),
     "in_chans": Option(3, "Channels of the images.", at_least(1)),
     "num_classes": Option(1000, "Size of the logits; 0 for a network without a head.", at_least(0)),
+    "global_pool": Option(
+        "avg",
+        "How the last map becomes one vector; empty for none, in a network without a head.",
+        one_of("avg", "max", "avgmax", ""),
+    ),
     "expansion": Option(4, "Width of the MLPs over that of the stage.", at_least(1)),
     "dim_stem": Option(96, "Channels of the stem.", at_least(1)),
     "dims": StageOption((96, 192, 384, 768), "Channels.", each=at_least(1)),
@@ -127,12 +136,19 @@ class Stage(nn.Module):
 class DAT(nn.Module):
     """A Vision Transformer with deformable attention, from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
 
-    The network runs on any image whose last map has a pixel, whatever ``img_size`` it was built for.
+    The network runs on any image whose last map has a pixel, whatever ``img_size`` it was built for. Its methods are
+    those of timm's models.
 
     Args:
         **options: by keyword, under their published names; `options` declares them, and ``docs/model.md`` lists them.
             Those that hold four values have one per stage.
         use_checkpoint: recompute the activations of each block in the backward pass instead of keeping them.
+
+    Attributes:
+        num_features: channels of the last map.
+        head_hidden_size: of what the classifier takes; the same.
+        feature_info: of the output of each stage, as timm describes features: channels, stride and name.
+        smallest_image: height and width in pixels.
 
     Raises:
         TypeError: an option is unknown.
@@ -152,7 +168,7 @@ class DAT(nn.Module):
             check_letters(stage)
 
         overlapping = values["use_conv_patches"]
-        self.num_classes = values["num_classes"]
+        self.in_chans = values["in_chans"]
         smallest = 1 if overlapping else patch_size << (NUM_STAGES - 1)
         self.smallest_image = (smallest, smallest)
         stem = _overlapping_stem if overlapping else _plain_stem
@@ -173,8 +189,12 @@ class DAT(nn.Module):
             nn.Sequential(nn.Conv2d(dim, dim_out, kernel, stride=2, padding=padding, bias=False), LayerNorm(dim_out))
             for dim, dim_out in pairwise(dims)
         )
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.feature_info = [
+            {"num_chs": dim, "reduction": patch_size << i, "module": f"stages.{i}"} for i, dim in enumerate(dims)
+        ]
         self.cls_norm = LayerNorm(dims[-1])
-        self.cls_head = nn.Linear(dims[-1], self.num_classes) if self.num_classes else nn.Identity()
+        self.reset_classifier(values["num_classes"], values["global_pool"])
 
     @staticmethod
     def options() -> dict[str, Option]:
@@ -197,16 +217,65 @@ class DAT(nn.Module):
         """Return the convolutions that see the channels of the images."""
         return {"patch_proj.0"}
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the layer that gives the logits; 0 leaves the network without one."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the layer that gives the logits.
+
+        Args:
+            num_classes: size of the logits; 0 leaves the network without such a layer.
+            global_pool: another value of that option; None leaves it as it is.
+
+        Raises:
+            ValueError: logits are asked for without pooling, or the pooling is unknown.
+        """
+        pool = self.global_pool.pool_type if global_pool is None else global_pool
+        complete({"global_pool": pool}, {"global_pool": OPTIONS["global_pool"]})
+        if num_classes and not pool:
+            raise ValueError(
+                f"global_pool = '' leaves a map, for which there is no classifier of {num_classes} classes; "
+                "choose avg, or 0 classes"
+            )
         self.num_classes = num_classes
-        features, like = self.cls_norm.norm.normalized_shape[0], self.cls_norm.norm.weight
-        self.cls_head = nn.Linear(features, num_classes).to(like) if num_classes else nn.Identity()
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool, flatten=bool(pool))
+        like = self.patch_proj[0].weight
+        self.cls_head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of each block in the backward pass instead of keeping them, or no longer."""
         for stage in self.stages:
             stage.use_checkpoint = enable
+
+    def set_input_size(self, img_size: int | Sequence[int]) -> None:
+        """Make the position tables those of images of another size, resized bicubically.
+
+        The network runs on any size without it; tables of the right size are for fine-tuning at it.
+
+        Args:
+            img_size: height and width in pixels, or both as one number.
+        """
+        _check_image(img_size, smallest=self.feature_info[-1]["reduction"])
+        size = as_pair(img_size)
+        for stage, info in zip(self.stages, self.feature_info, strict=False):
+            for mixer in stage.attns:
+                if hasattr(mixer, "set_map_size"):
+                    mixer.set_map_size(tuple(side // info["reduction"] for side in size))
+        update_model_input_size(self, size)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return which parameters form a layer, in timm's form: the stem, then every stage or every block.
+
+        A downsampling belongs to the first block after it.
+        """
+        stem = r"^patch_proj|^stages\.0\.proj"
+        down = [(rf"^down_projs\.{i}\.", (i + 1, 0)) for i in range(len(self.down_projs))]
+        if coarse:
+            down = [(pattern, (i,)) for pattern, (i, _) in down]
+            return {"stem": stem, "blocks": [*down, (r"^stages\.(\d+)", None)]}
+        blocks = [
+            (rf"^stages\.{i}\.(?:(?!layer_)\w+\.{d}|layer_\w+\.(?:{2 * d}|{2 * d + 1}))\.", (i, d))
+            for i, stage in enumerate(self.stages)
+            for d in range(len(stage.attns))
+        ]
+        return {"stem": stem, "blocks": [*down, *blocks]}
 
     def _mixers(self, method: str) -> Iterator[dict[str, Any]]:
         """Yield what the mixers with a method answer, names completed to those of the network."""
@@ -233,11 +302,74 @@ class DAT(nn.Module):
                 module.compile(backend=backend, fullgraph=True, dynamic=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.cls_norm(self.forward_features(x)[-1])
-        return self.cls_head(x.mean(dim=(2, 3)))
+        return self.forward_head(self.forward_features(x))
 
-    def forward_features(self, x: Tensor) -> list[Tensor]:
-        """Return the output of every stage, ``[B, dims[i], H_i, W_i]``, for images ``[B, 3, H, W]``."""
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Return the normalised map of the last stage, ``[B, num_features, H, W]``, for images ``[B, 3, H, W]``."""
+        return self.cls_norm(self._maps(x, len(self.stages))[-1])
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Return the logits of a map of `forward_features`, or with ``pre_logits`` what the classifier takes."""
+        x = self.global_pool(x)
+        return x if pre_logits else self.cls_head(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Return the outputs of stages, ``[B, dims[i], H_i, W_i]``, for images ``[B, 3, H, W]``.
+
+        Args:
+            x: images.
+            indices: of the stages, negative ones from the end; a number for that many last ones, None for all.
+            norm: give the last stage's output as the classifier's norm leaves it.
+            stop_early: leave out the stages after the last one that is asked for.
+            output_fmt: NCHW, the only layout.
+            intermediates_only: return the list alone.
+
+        Returns:
+            The result of `forward_features` and the outputs in the order of `indices`. With ``stop_early`` the former
+            is the last output that was computed.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt = {output_fmt!r} must be NCHW; permute the maps for another layout")
+        stages = len(self.stages)
+        take, last = feature_take_indices(stages, indices)
+        maps = self._maps(x, last + 1 if stop_early or intermediates_only else stages)
+        final = self.cls_norm(maps[-1]) if len(maps) == stages else maps[-1]
+        intermediates = [final if norm and i == stages - 1 else maps[i] for i in take]
+        return intermediates if intermediates_only else (final, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the outputs of some stages do not need.
+
+        Args:
+            indices: of the stages, as for `forward_intermediates`.
+            prune_norm: remove the classifier's norm, too; it goes with the last stage in any case.
+            prune_head: remove pooling and classifier, too; they go with the last stage in any case.
+
+        Returns:
+            The indices, counted from the first stage.
+        """
+        take, last = feature_take_indices(len(self.stages), indices)
+        cut = last + 1 < len(self.stages)
+        self.stages, self.down_projs = self.stages[: last + 1], self.down_projs[:last]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_norm or cut:
+            self.cls_norm = nn.Identity()
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return take
+
+    def _maps(self, x: Tensor, stages: int) -> list[Tensor]:
+        """Return the outputs of the first so many stages."""
         height, width = self.smallest_image
         if x.shape[-2] < height or x.shape[-1] < width:
             raise ValueError(
@@ -246,19 +378,21 @@ class DAT(nn.Module):
             )
         x = self.patch_proj(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))  # channels last in memory
         maps = []
-        for i, stage in enumerate(self.stages):
+        for i, stage in enumerate(islice(self.stages, stages)):
             x = stage(self.down_projs[i - 1](x) if i else x)
             maps.append(x)
         return maps
 
 
+def _check_image(img_size: int | Sequence[int], *, smallest: int) -> None:
+    if min(as_pair(img_size)) < smallest:
+        raise ValueError(f"img_size = {img_size} leaves no pixel for the last stage; choose at least {smallest}")
+
+
 def _check_stem(values: dict[str, Any]) -> None:
     """Check that the image leaves a map to the last stage, and that the stem can be built."""
-    patch_size, dim_stem, smallest = values["patch_size"], values["dim_stem"], values["patch_size"] << (NUM_STAGES - 1)
-    if min(as_pair(values["img_size"])) < smallest:
-        raise ValueError(
-            f"img_size = {values['img_size']} leaves no pixel for the last stage; choose at least {smallest}"
-        )
+    patch_size, dim_stem = values["patch_size"], values["dim_stem"]
+    _check_image(values["img_size"], smallest=patch_size << (NUM_STAGES - 1))
     if values["use_conv_patches"] and (patch_size % 2 or dim_stem % 2):
         raise ValueError(
             f"patch_size = {patch_size} and dim_stem = {dim_stem} must both be even with use_conv_patches, "

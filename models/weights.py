@@ -138,6 +138,19 @@ def _note_buffer(name: str, value: Tensor | None, own: Tensor, report: Report) -
     (report.loaded if same else report.left_out).append(name)
 
 
+def fit_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Return weights whose position tables have the sizes of `model`; index and mask buffers are its own.
+
+    A table that differs in more than its size stays as it is, for `load_state_dict` to name.
+    """
+    fitted = dict(weights)
+    for name, resize in position_tables(model).items():
+        shape = model.get_parameter(name).shape
+        if name in weights and (table := _resized(weights[name], shape, resize)) is not None:
+            fitted[name] = table
+    return fitted | dict(model.named_buffers())
+
+
 def _resized(table: Tensor, shape: torch.Size, resize: Resize) -> Tensor | None:
     """Return a position table in another shape, or None where it differs in more than its size."""
     if table.ndim != len(shape):

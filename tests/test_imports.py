@@ -20,6 +20,7 @@ ALLOWED = {
     "training": {"training", "tasks", "models", "data", "tools", *SMALL},
     "tasks": {"tasks", "models", "data", *SMALL},
     "models": {"models"},
+    "hubconf": {"models"},
     "data": {"data"},
     "config": {"models"},
     "optimizer": {"models"},

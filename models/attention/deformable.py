@@ -138,13 +138,15 @@ class DeformableAttention(nn.Module):
             return nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
         if self.position_bias == "log_cpb":
             return nn.Sequential(WideLinear(2, 32), nn.ReLU(), WideLinear(32, self.heads // self.groups, bias=False))
+        table = torch.empty(self._table_shape())
+        return nn.Parameter(nn.init.trunc_normal_(table, std=0.01))
+
+    def _table_shape(self) -> torch.Size:
         height, width = self.native_size
         if self.position_bias == "fixed":
             key_height, key_width = self._key_size(self.native_size)
-            table = torch.empty(self.heads, height * width, key_height * key_width)
-        else:
-            table = torch.empty(self.heads, 2 * height - 1, 2 * width - 1)
-        return nn.Parameter(nn.init.trunc_normal_(table, std=0.01))
+            return torch.Size((self.heads, height * width, key_height * key_width))
+        return torch.Size((self.heads, 2 * height - 1, 2 * width - 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
@@ -184,6 +186,14 @@ class DeformableAttention(nn.Module):
         if self.position_bias == "fixed":
             return {"rpe_table": per_query_and_key(self.native_size, self._key_size(self.native_size))}
         return {"rpe_table": between_corners} if self.position_bias == "table" else {}
+
+    def set_map_size(self, size: Size) -> None:
+        """Make the position table that of maps of another height and width."""
+        self.native_size = size
+        for name, resize in self.position_tables().items():
+            table = getattr(self, name)
+            resized = resize(table.detach(), self._table_shape())
+            setattr(self, name, nn.Parameter(resized, requires_grad=table.requires_grad))
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that the published recipe does not decay: those of every kind of position bias."""

@@ -43,12 +43,17 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.01)
         self.register_buffer("relative_position_index", relative_position_index(window_size))
-        self.native_size = self._padded(as_pair(map_size))
-        if shifted:
-            self.register_buffer("attn_mask", shift_mask(self.native_size, window_size, self.shift))
+        self.set_map_size(as_pair(map_size))
         self.proj_qkv = nn.Linear(dim, 3 * dim)
         self.proj_out = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    def set_map_size(self, size: tuple[int, int]) -> None:
+        """Make the mask of shifted windows that of maps of another height and width."""
+        self.native_size = self._padded(size)
+        if self.shift:
+            device = self.relative_position_index.device
+            self.register_buffer("attn_mask", shift_mask(self.native_size, self.window_size, self.shift, device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""

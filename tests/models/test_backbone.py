@@ -7,6 +7,7 @@ import torch
 
 from models.backbone import DATBackbone, TimmBackbone
 from models.dat import DAT
+from models.weights import adapt
 from tests.models.small import SMALL, without_gradient
 
 OPTIONS = {**SMALL, "stage_spec": ["N", "N", "D", "D"]}
@@ -38,3 +39,11 @@ def test_every_parameter_gets_a_gradient_and_fewer_maps_can_be_asked_for() -> No
 def test_stages_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match=r"out_indices = \[4\] must name"):
         DATBackbone(**OPTIONS, out_indices=(4,))
+
+
+def test_stages_after_the_last_map_are_not_built_and_their_weights_are_left_out() -> None:
+    backbone, weights = DATBackbone(**OPTIONS, out_indices=(1,)), DAT(**OPTIONS).state_dict()
+    assert not any(name.startswith(("stages.2.", "down_projs.1.")) for name in backbone.state_dict())
+    state, report = adapt(weights, backbone)
+    assert set(report.new) == {"norms.1.norm.weight", "norms.1.norm.bias"}
+    assert all(torch.equal(state[name], weights[name]) for name in state.keys() - set(report.new))

@@ -133,7 +133,9 @@ def test_dropout_is_random_in_training_and_off_in_evaluation() -> None:
 
 def test_maps_stay_channels_last() -> None:
     for letter in "LSNDPQEX":
-        maps = build_small(letter, use_lpus=True, use_dwc_mlps=True).forward_features(torch.randn(2, 3, 64, 64))
+        maps = build_small(letter, use_lpus=True, use_dwc_mlps=True).forward_intermediates(
+            torch.randn(2, 3, 64, 64), intermediates_only=True
+        )
         assert all(x.is_contiguous(memory_format=torch.channels_last) for x in maps), letter
 
 

@@ -54,8 +54,8 @@ def test_float64_values_and_gradients(name: str) -> None:
     model.zero_grad()
     x = images(name).requires_grad_()
 
-    maps = model.forward_features(x)
-    logits = model.cls_head(model.cls_norm(maps[-1]).mean((2, 3)))
+    features, maps = model.forward_intermediates(x)
+    logits = model.forward_head(features)
     loss = F.cross_entropy(logits, golden.labels(*logits.shape))
     loss.backward()
 

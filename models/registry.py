@@ -1,0 +1,126 @@
+"""The published models under names of timm: ``timm.create_model("dat_tiny.in1k")``.
+
+A name says architecture and, after the dot, data and image size of the published weights. What a name stands for is a
+YAML file of ``configs/``. Importing this module registers all names; `torch.hub` has them by ``hubconf.py``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._builder import resolve_pretrained_cfg
+from torch import Tensor, nn
+
+from .dat import DAT
+from .weights import fit_tables
+
+CONFIGS = {
+    "dat_tiny.in1k": "dat_tiny.yaml",
+    "dat_small.in1k": "dat_small.yaml",
+    "dat_base.in1k": "dat_base.yaml",
+    "dat_base.in1k_384": "dat_base_384.yaml",
+    "dat_plus.in1k": "dat_p.yaml",
+    "dat_cvpr22_tiny.in1k": "cvpr22/dat_tiny.yaml",
+    "dat_cvpr22_small.in1k": "cvpr22/dat_small.yaml",
+    "dat_cvpr22_base.in1k": "cvpr22/dat_base.yaml",
+    "dat_cvpr22_base.in1k_384": "cvpr22/dat_base_384.yaml",
+}
+PAPERS = {
+    False: ("arXiv:2309.01430", "DAT++: Spatially Dynamic Vision Transformer with Deformable Attention"),
+    True: ("arXiv:2201.00520", "Vision Transformer with Deformable Attention"),
+}
+EVALUATION = {"CROP": True, "CROP_RATIO": 0.875}  # as `config` has them where a file is silent
+# In an installed package the configs lie beside this file, in the repository beside its folder.
+_HERE = Path(__file__).resolve().parent
+FOLDER = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
+
+# The published files hold their config as a yacs `CfgNode`; read as a plain dict, it runs no code.
+torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
+
+
+@cache
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the options that a published config and the file under its ``BASE`` set, in sections."""
+    loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+    base = loaded.pop("BASE", None)
+    return _merged(read_config(path.parent / base), loaded) if base else loaded
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    sections = {name: _merged(base[name], value) for name, value in over.items() if isinstance(base.get(name), dict)}
+    return base | over | sections
+
+
+def model_options(name: str) -> dict[str, Any]:
+    """Return the options of `DAT` for a name with its tag; stochastic depth, part of the recipe, is left at 0."""
+    options = read_config(FOLDER / CONFIGS[name])["MODEL"]["DAT"]
+    return {option: value for option, value in options.items() if option != "drop_path_rate"}
+
+
+def _default_cfg(name: str) -> dict[str, Any]:
+    config = read_config(FOLDER / CONFIGS[name])
+    size, evaluation = config["DATA"]["IMG_SIZE"], EVALUATION | config.get("TEST", {})
+    paper, title = PAPERS["cvpr22" in name]
+    return {
+        "input_size": (3, size, size),
+        "pool_size": (size // 32, size // 32),
+        "crop_pct": evaluation["CROP_RATIO"] if evaluation["CROP"] else 1.0,
+        "crop_mode": "squash",
+        "first_conv": "patch_proj.0",
+        "classifier": "cls_head",
+        "license": "apache-2.0",
+        "paper_ids": paper,
+        "paper_name": title,
+    }
+
+
+default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in CONFIGS})
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Return weights as `model` takes them: a published file, a checkpoint of the trainer, or their ``model`` entry.
+
+    Position tables are resized to those of the model. timm itself sees to other classes and channels.
+    """
+    return fit_tables(state_dict.get("model", state_dict), model)
+
+
+def _create(variant: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    wanted = [arguments.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay")]
+    tag = resolve_pretrained_cfg(variant, *wanted).tag
+    name = f"{variant}.{tag}"
+    if name not in CONFIGS:
+        name = f"{variant}.{default_cfgs[variant].tags[0]}"
+    return build_model_with_cfg(
+        partial(DAT, **model_options(name)),
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **arguments,
+    )
+
+
+def _entrypoint(variant: str) -> Callable[..., nn.Module]:
+    def create(pretrained: bool = False, **arguments: Any) -> nn.Module:
+        return _create(variant, pretrained, **arguments)
+
+    files = [f"configs/{CONFIGS[f'{variant}.{tag}']}" for tag in default_cfgs[variant].tags]
+    create.__name__ = create.__qualname__ = variant
+    create.__doc__ = f"""Return the network of {" or ".join(files)}, a `DAT`.
+
+    Args:
+        pretrained: load the weights that ``pretrained_cfg_overlay={{"file": PATH}}`` names.
+        **arguments: those of `timm.create_model`, and options of `DAT` that differ from the file's.
+    """
+    return create
+
+
+ENTRYPOINTS = {variant: register_model(_entrypoint(variant)) for variant in default_cfgs}
