@@ -169,6 +169,15 @@ OPTIONS: dict[str, Option] = {
         metavar="FILE",
         may_change=True,
     ),
+    "MODEL.WEIGHTS": RunOption(
+        "",
+        "Which weights of a file to evaluate or to start from: raw, or ema, the averaged ones. Empty: those that the "
+        "file was chosen for; where it does not say, the averaged ones if there are any.",
+        one_of("", "raw", "ema"),
+        flag="--weights",
+        metavar="raw|ema",
+        may_change=True,
+    ),
     "MODEL.CLASS_MAP": RunOption(
         "",
         "Where PRETRAINED has other classes: a text file with the index of its class for each class here, one a line. "

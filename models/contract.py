@@ -59,7 +59,12 @@ def set_epoch(model: nn.Module, epoch: int) -> None:
 
 def taken_over(model: nn.Module, weights: dict[str, Tensor]) -> TakenOver:
     """Return weights of a network of another kind under the names of `model`."""
-    return model.take_over(weights) if hasattr(model, "take_over") else TakenOver(weights)
+    return model.take_over(weights) if takes_over(model) else TakenOver(weights)
+
+
+def takes_over(model: nn.Module) -> bool:
+    """Return whether a network takes weights under other names than its own."""
+    return hasattr(model, "take_over")
 
 
 def position_tables(model: nn.Module) -> dict[str, Resize]:

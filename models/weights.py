@@ -160,8 +160,13 @@ def _resized(table: Tensor, shape: torch.Size, resize: Resize) -> Tensor | None:
 
 
 def _head_entries(weights: dict[str, Tensor], expected: dict[str, Tensor], head: str) -> list[str]:
-    """Return the entries of the classifier if the weights have them for the same features, whatever the classes."""
+    """Return the entries of the classifier if the weights have them for the same features, whatever the classes.
+
+    They may also have none of them, as those of a backbone.
+    """
     names = [name for name in expected if head and name.startswith(f"{head}.")]
+    if not weights.keys() & set(names):
+        return names
     if not all(name in weights for name in names):
         return []
     same = all(weights[name].shape[1:] == expected[name].shape[1:] for name in names)
@@ -176,6 +181,10 @@ def _adapt_head(
     report: Report,
 ) -> dict[str, Tensor]:
     """Return the entries of the head for the classes of the network, and add them to the report."""
+    if names[0] not in weights:
+        report.reinitialised += names
+        report.head = "the weights have no classifier"
+        return {}
     there, here = len(weights[names[0]]), len(expected[names[0]])
     if class_map is not None:
         rows, origin = read_class_map(class_map, there=there, here=here), str(class_map)

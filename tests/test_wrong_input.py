@@ -162,6 +162,14 @@ ROWS = [
     Wrong(name="flag: --device", flags=("--device", "cuda:0"), says=r"DEVICE must be one of .*did you mean cuda\?"),
     Wrong(name="flag: --tag", flags=("--tag", "a/b"), says="TAG must be the plain name of a folder, not 'a/b'"),
     Wrong(
+        name="flag: --weights",
+        flags=("--weights", "best"),
+        says="MODEL.WEIGHTS must be one of '', raw, ema, not 'best'",
+    ),
+    Wrong(
+        name="flag: --weights without a file", flags=("--weights", "ema"), says="--weights belongs to .* --pretrained"
+    ),
+    Wrong(
         name="flag: no checkpoint to evaluate", flags=("--eval",), says="--eval needs a checkpoint: pass .* --resume"
     ),
     Wrong(name="flag: --opts without value", flags=("--opts", "SEED"), says="pairs of KEY VALUE; 'SEED' has no value"),
@@ -503,8 +511,14 @@ ROWS = [
     weights(
         "no averaged weights",
         lambda: None,
-        "trained.pth holds no averaged weights; use it without --ema, or train with --ema",
+        "trained.pth holds no averaged weights; use --weights raw, or train with --ema",
         *("--eval", "--ema", "--resume", "trained.pth"),
+    ),
+    weights(
+        "names of another layout",
+        lambda: save({"net": {f"layer{i}.weight": torch.ones(1) for i in range(9)}, "epoch": 3}),
+        r"holds no weights of this architecture, .*; it holds net: 9 tensors, layer0.weight, .*; 1 other ent",
+        *("--eval", "--resume", "wrong.pth"),
     ),
     weights(
         "architecture, to evaluate",

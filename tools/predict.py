@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.images import UnreadableImage
 from models.contract import compile_parts
 from tools import pages
-from training.trained_model import WEIGHTS, TrainedModel, load_trained
+from training.trained_model import TrainedModel, load_trained
+from training.weight_sets import WEIGHTS
 
 DTYPES = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICES = ("cpu", "cuda", "mps")

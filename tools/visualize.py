@@ -29,7 +29,8 @@ from config import load_config
 from tools import pages
 from tools.deformations import Look, Place, look
 from tools.drawing import Seen, draw
-from training.trained_model import WEIGHTS, TrainedModel, load_trained, untrained
+from training.trained_model import TrainedModel, load_trained, untrained
+from training.weight_sets import WEIGHTS
 
 # Attention weights that a page holds of one block; beyond that it keeps every second query, every third, ...
 MOST_WEIGHTS = 3_000_000

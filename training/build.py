@@ -21,10 +21,11 @@ from models.build import arguments
 from models.contract import compile_parts
 from optimizer import build_optimizer, freeze
 from tasks import Task, build_task
-from training.checkpoint import CheckpointFolder, load_strictly, model_weights
+from training.checkpoint import CheckpointFolder, load_strictly
 from training.output_folder import hold_folder, open_folder, set_aside
 from training.resume import find_resumed, start_from_pretrained
 from training.run import BadImages, Run, TrainingState
+from training.weight_sets import RAW, pick_weights
 from utils import (
     StopSignal,
     World,
@@ -160,11 +161,13 @@ def assemble(config: CfgNode, world: World) -> Assembly:
     )
     notes, warnings = list(task.notes), resumed[2] if resumed else []
     if resumed:
-        load_strictly(network, model_weights(resumed[1], resumed[0]), resumed[0])
+        load_strictly(network, pick_weights(resumed[1], resumed[0], network, kind=RAW).weights, resumed[0])
     elif config.MODEL.PRETRAINED:
         notes += start_from_pretrained(config, network)
     elif config.MODEL.CLASS_MAP:
         raise ValueError("MODEL.CLASS_MAP belongs to the weights of --pretrained; give those too, or remove the map")
+    elif config.MODEL.WEIGHTS:
+        raise ValueError("--weights belongs to the file of --pretrained, or to --eval; give one of these, or remove it")
     if config.TRAIN.FREEZE:
         frozen = freeze(network, config.TRAIN.FREEZE)
         notes.append(f"{frozen / 1e6:.2f} M parameters are frozen: {', '.join(config.TRAIN.FREEZE)}")

@@ -1,9 +1,11 @@
 """Checkpoints that are whole or not there: safe loading, atomic saving, and the files of a run.
 
 A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that reading one runs no code: `format`,
-`model`, `ema` (or None), `optimizer`, `scaler`, `images_per_update`, `training_images` and `classes`, the names by
-label (the oldest files have neither), `config` (YAML text) and the fields of `training.run.Position`, such as `epoch`
-and `update` (what comes next). The published files, with a pickled `CfgNode` under `config`, load too.
+`model`, `ema` (or None), `chosen` (which of these two decides which epoch is the best, `raw` or `ema`), `optimizer`,
+`scaler`, `images_per_update`, `training_images`, `classes` (the names by label), `config` (YAML text) and the fields of
+`training.run.Position`, such as `epoch` and `update` (what comes next). The oldest files lack `chosen`,
+`training_images` and `classes`. The published files, with a pickled `CfgNode` under `config`, load too, and so do files
+of other trainers, in which `training.weight_sets` finds the weights.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from models.contract import classifier
@@ -60,6 +64,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not begin or begin.startswith((b"<", b"version https://git-lfs")):
         kind = "a text page, not a checkpoint" if begin else "empty"
         raise ValueError(f"{path} is {kind}; the download went wrong, fetch the file again")
+    if path.suffix == ".safetensors":
+        return _load_safetensors(path)
     try:
         with torch.serialization.safe_globals([_CFG_NODE]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what is wrong with a file is said below, in one line
@@ -77,6 +83,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not a dict with `model`")
     return loaded
+
+
+def _load_safetensors(path: Path) -> dict[str, Any]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged, cut off or no file of safetensors ({error})") from None
 
 
 def fetch(address: str) -> Path:
@@ -99,25 +112,6 @@ def fetch(address: str) -> Path:
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{url} could not be fetched: {error}") from None
     return copy
-
-
-def model_weights(checkpoint: dict[str, Any], path: str | Path, *, ema: bool = False) -> dict[str, torch.Tensor]:
-    """Return the weights in a checkpoint: its `model` (or `ema`) entry, or the dict itself where it is a state dict.
-
-    Raises:
-        ValueError: where there are none.
-    """
-    if ema and not checkpoint.get("ema"):
-        raise ValueError(f"{path} holds no averaged weights; use it without --ema, or train with --ema")
-    weights = checkpoint.get("ema" if ema else "model", checkpoint)
-    if not isinstance(weights, dict) or not weights or not all(map(_is_weight, weights.items())):
-        raise ValueError(f"{path} holds no weights: neither a `model` entry nor a state dict")
-    return {name.removeprefix("module."): value for name, value in weights.items()}
-
-
-def _is_weight(entry: tuple[Any, Any]) -> bool:
-    name, value = entry
-    return isinstance(name, str) and isinstance(value, torch.Tensor) and value.layout == torch.strided
 
 
 def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:

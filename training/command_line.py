@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from yacs.config import CfgNode
 
 from config import OPTIONS, RunOption, load_config
+from training.weight_sets import EMA, RAW
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,7 +74,8 @@ def _reading(option: RunOption) -> dict[str, Any]:
 def _choose_evaluated(config: CfgNode, given: set[str]) -> None:
     """Set MODEL.RESUME to the checkpoint to evaluate: the one on the command line, or the best of the run itself.
 
-    Files that a config names are what its run started from; they are not evaluated by accident.
+    Files that a config names are what its run started from; they are not evaluated by accident. Which weights of the
+    checkpoint are meant is likewise said by the command line alone, by --weights or --ema.
 
     Raises:
         ValueError: there is neither.
@@ -86,3 +88,6 @@ def _choose_evaluated(config: CfgNode, given: set[str]) -> None:
         raise ValueError(f"--eval needs a checkpoint: pass it as --resume FILE{hint}")
     config.MODEL.RESUME = next(filter(None, named), str(best))
     config.MODEL.PRETRAINED = ""
+    if "MODEL.WEIGHTS" not in given:
+        asked = EMA if config.TRAIN.EMA.ENABLED else RAW
+        config.MODEL.WEIGHTS = asked if "TRAIN.EMA.ENABLED" in given else ""

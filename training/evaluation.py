@@ -16,19 +16,33 @@ from models.build import image_size
 from models.contract import compile_parts, set_epoch
 from tasks import Task, build_task
 from training.build import build_network, prepare_device
-from training.checkpoint import load_checkpoint, load_strictly, model_weights
+from training.checkpoint import load_checkpoint, load_strictly
 from training.run import AUTOCAST
+from training.weight_sets import pick_weights
 from utils import World
 
 
 @dataclass(frozen=True)
 class CheckpointEvaluation:
-    """A checkpoint to evaluate: its network, the images, what to warn of, and the precision."""
+    """A checkpoint to evaluate.
+
+    Attributes:
+        path: the file.
+        task: data and metrics.
+        network: with the weights of the file.
+        loader: the held-out images.
+        choice: which of several sets of weights of the file these are, in words.
+        notes: what the log says at the start.
+        warnings: what the log warns of.
+        amp: precision, as in `AMP`.
+    """
 
     path: str
     task: Task
     network: nn.Module
     loader: DataLoader
+    choice: str
+    notes: list[str]
     warnings: list[str]
     amp: str
 
@@ -41,8 +55,12 @@ class CheckpointEvaluation:
         if config.COMPILE:
             compile_parts(self.network)
         images = len(self.loader.dataset)
+        for note in self.notes:
+            log.info(note)
+        choice = self.choice and f", {self.choice},"
+        processes = f"{world.size} process{'es' * (world.size > 1)}"
         precision = "" if self.amp == "off" else f", in {self.amp}"
-        log.info(f"evaluating {self.path} on {images} images, {world.size} process{'es' * (world.size > 1)}{precision}")
+        log.info(f"evaluating {self.path}{choice} on {images} images, {processes}{precision}")
         with torch.autocast(world.device.type, dtype=AUTOCAST[self.amp], enabled=self.amp != "off"):
             result = self.task.evaluate(self.network, self.loader, log)
         log.result(result.lines, result.warnings)
@@ -64,13 +82,13 @@ def build_evaluation(config: CfgNode, world: World, *, amp: str = "off") -> Chec
     task = build_task(config, world, training=False)
     loader = task.eval_loader()
     checkpoint = load_checkpoint(path)
-    weights = model_weights(checkpoint, path, ema=config.TRAIN.EMA.ENABLED)
     network = build_network(task, world)
-    load_strictly(network, weights, path)
+    given = pick_weights(checkpoint, path, network, kind=config.MODEL.WEIGHTS)
+    load_strictly(network, given.weights, path)
     if isinstance(epoch := checkpoint.get("epoch"), int):  # the one that the weights were trained in last
         set_epoch(network, max(epoch if checkpoint.get("update") else epoch - 1, 0))
     warnings = [f"{path} was trained on other classes: {change}" for change in task.changes(checkpoint)]
-    return CheckpointEvaluation(path, task, network, loader, warnings, amp)
+    return CheckpointEvaluation(path, task, network, loader, given.choice, given.notes, warnings, amp)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from yacs.config import CfgNode
 from config import complete, differences, flatten, options
 from models.weights import adapt
 from tasks import Task
-from training.checkpoint import FORMAT, CheckpointFolder, load_checkpoint, model_weights
+from training.checkpoint import FORMAT, CheckpointFolder, load_checkpoint
+from training.weight_sets import pick_weights
 from utils import was_restarted
 
 # What the continuation of a run needs, besides its format, and of which type.
@@ -84,13 +85,13 @@ def start_from_pretrained(config: CfgNode, network: nn.Module) -> list[str]:
     """
     path = config.MODEL.PRETRAINED
     class_map = Path(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
-    given = model_weights(load_checkpoint(path), path)
+    given = pick_weights(load_checkpoint(path), path, network, kind=config.MODEL.WEIGHTS)
     try:
-        weights, report = adapt(given, network, class_map=class_map)
+        weights, report = adapt(given.weights, network, class_map=class_map)
     except ValueError as error:
         raise ValueError(f"--pretrained {path}: {error}") from None
     network.load_state_dict(weights)
-    return [f"starting from {path}", *report.lines()]
+    return [f"starting from {', '.join(filter(None, (path, given.choice)))}", *given.notes, *report.lines()]
 
 
 def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:

@@ -19,7 +19,8 @@ from yacs.config import CfgNode
 from logger import RunLog
 from optimizer import keeps_state, skips_on_device
 from tasks import Task
-from training.checkpoint import FORMAT, CheckpointFolder, load_strictly, model_weights
+from training.checkpoint import FORMAT, CheckpointFolder, load_strictly
+from training.weight_sets import EMA, RAW, pick_weights
 from utils import STAGED, StopSignal, World
 
 AUTOCAST = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -107,6 +108,7 @@ class TrainingState:
             "format": FORMAT,
             "model": self.network.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema else None,
+            "chosen": EMA if self.ema else RAW,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "images_per_update": self.images_per_update,
@@ -120,7 +122,8 @@ class TrainingState:
             ValueError: averaged weights are wanted and it has none, or the optimizer's state does not fit.
         """
         if self.ema:
-            load_strictly(self.ema.module, model_weights(state, path, ema=True), path)
+            averaged = pick_weights(state, path, self.ema.module, kind=EMA)
+            load_strictly(self.ema.module, averaged.weights, path)
         configured = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         try:
             self.optimizer.load_state_dict(state["optimizer"])

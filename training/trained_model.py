@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,9 @@ from data.transforms import eval_transform
 from models.build import build_model, image_size, num_classes, set_num_classes
 from models.contract import classifier
 from models.weights import IMAGENET_1K
-from training.checkpoint import load_checkpoint, load_strictly, model_weights
+from training.checkpoint import load_checkpoint, load_strictly
 from training.resume import written_config
-
-# Sets of weights that a checkpoint may hold: as they were trained, and their moving average.
-RAW, EMA = "raw", "ema"
-WEIGHTS = (RAW, EMA)
+from training.weight_sets import EMA, RAW, pick_weights
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,7 @@ class TrainedModel:
         classes: names by label.
         weights: ``raw`` or ``ema``; empty for a network that was not trained.
         path: the checkpoint.
+        notes: how its weights were recognised, where they do not stand as in those of the trainer.
     """
 
     network: nn.Module
@@ -44,6 +42,7 @@ class TrainedModel:
     classes: list[str]
     weights: str
     path: str
+    notes: Sequence[str] = ()
 
     def transform(self, size: tuple[int, int] | None = None) -> Callable[[Image.Image], Tensor]:
         """Return what makes an RGB image the network's input ``[3, H, W]``, as evaluation does.
@@ -67,7 +66,8 @@ class TrainedModel:
     def words(self) -> str:
         """Return what was loaded, in words."""
         kind = {RAW: "raw weights", EMA: "averaged weights", "": "random weights"}[self.weights]
-        return f"{self.path or self.config.MODEL.NAME}: {self.config.MODEL.NAME}, {len(self.classes)} classes, {kind}"
+        name = self.config.MODEL.NAME
+        return "\n".join([*self.notes, f"{self.path or name}: {name}, {len(self.classes)} classes, {kind}"])
 
 
 def load_trained(path: str | Path, *, cfg: str | Path | None = None, weights: str = "") -> TrainedModel:
@@ -83,12 +83,12 @@ def load_trained(path: str | Path, *, cfg: str | Path | None = None, weights: st
     """
     checkpoint = load_checkpoint(path)
     config = load_config(cfg) if cfg else _own_config(checkpoint, path)
-    chosen = weights or chosen_weights(checkpoint)
-    state = model_weights(checkpoint, path, ema=chosen == EMA)
-    network = _build_for(config, state)
-    load_strictly(network, state, path)
+    network = build_model(config)
+    given = pick_weights(checkpoint, path, network, kind=weights)
+    network = _fit_classes(network, config, given.weights)
+    load_strictly(network, given.weights, path)
     classes = _class_names(checkpoint.get("classes"), num_classes(config))
-    return TrainedModel(network.eval(), config, classes, chosen, str(path))
+    return TrainedModel(network.eval(), config, classes, given.kind, str(path), given.notes)
 
 
 def untrained(config: CfgNode, classes: list[str] | None = None) -> TrainedModel:
@@ -98,14 +98,8 @@ def untrained(config: CfgNode, classes: list[str] | None = None) -> TrainedModel
     return TrainedModel(network, config, _class_names(classes, num_classes(config)), "", "")
 
 
-def chosen_weights(checkpoint: dict[str, Any]) -> str:
-    """Return which of its weights a checkpoint was chosen for: the average decides where a run keeps one."""
-    return EMA if checkpoint.get("ema") else RAW
-
-
-def _build_for(config: CfgNode, weights: dict[str, Tensor]) -> nn.Module:
+def _fit_classes(network: nn.Module, config: CfgNode, weights: dict[str, Tensor]) -> nn.Module:
     """Return the network of a config with as many classes as the weights have, which the config then says."""
-    network = build_model(config)
     classes = len(weights.get(f"{classifier(network)}.bias", ()))
     if not classes or classes == num_classes(config):
         return network

@@ -22,8 +22,9 @@ from yacs.config import CfgNode
 
 from config import default_config
 from tests.runs import Killed
-from training.checkpoint import CheckpointFolder, load_checkpoint, load_strictly, model_weights
+from training.checkpoint import CheckpointFolder, load_checkpoint, load_strictly
 from training.resume import config_changes
+from training.weight_sets import pick_weights
 
 
 def published() -> dict[str, Any]:
@@ -72,7 +73,7 @@ def test_the_published_layout_is_read_as_plain_containers(tmp_path: Path, zipped
     assert not isinstance(read["config"]["MODEL"], CfgNode)
     assert (read["epoch"], read["max_accuracy"], read["lr_scheduler"]) == (299, 83.864, written["lr_scheduler"])
     assert torch.equal(read["optimizer"]["state"][0]["exp_avg"], written["optimizer"]["state"][0]["exp_avg"])
-    weights = model_weights(read, path)
+    weights = pick_weights(read, path, nn.Linear(4, 3)).weights
     assert all(torch.equal(weights[name], value) for name, value in written["model"].items())
     load_strictly(nn.Linear(4, 3), weights, path)
 
@@ -172,29 +173,6 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monke
     path.touch()
     monkeypatch.setattr(Path, "open", refuse)
     assert refusal(path) == f"{path} cannot be read: Permission denied"
-
-
-def test_a_state_dict_alone_and_prefixes_of_wrappers_are_understood() -> None:
-    tensor = torch.ones(2)
-    assert model_weights({"a.weight": tensor}, "x.pth") == {"a.weight": tensor}
-    assert model_weights({"model": {"module.a.weight": tensor}}, "x.pth") == {"a.weight": tensor}
-    # Only a prefix is the wrapper's: a child of that name stays.
-    assert model_weights({"model": {"a.module.weight": tensor}}, "x.pth") == {"a.module.weight": tensor}
-
-
-@pytest.mark.parametrize("checkpoint", [{}, {"model": {}}, {"model": {"a": 1}}, {"model": None}, {"epoch": 3}])
-def test_a_checkpoint_without_weights_is_refused(checkpoint: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"x\.pth holds no weights"):
-        model_weights(checkpoint, "x.pth")
-
-
-def test_averaged_weights_are_taken_only_where_there_are_some() -> None:
-    weights, averaged = {"a": torch.zeros(1)}, {"a": torch.ones(1)}
-    assert model_weights({"model": weights, "ema": averaged}, "x.pth", ema=True) == averaged
-    assert model_weights({"model": weights, "ema": averaged}, "x.pth") == weights
-    for checkpoint in ({"model": weights, "ema": None}, {"model": weights}):
-        with pytest.raises(ValueError, match="no averaged weights"):
-            model_weights(checkpoint, "x.pth", ema=True)
 
 
 class Classifier(nn.Module):

@@ -1,0 +1,177 @@
+"""The weights in a file, whoever wrote it: under which entry and prefix they stand, and whether they are averaged.
+
+A file is understood by what it holds: the weights are where most names of the network are found. So any nesting of
+entries (`model`, `state_dict`, `teacher`, ...) and prefixes (`module.`, `_orig_mod.`, `backbone.`, ...) is recognised.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.contract import takes_over
+
+# Sets of weights that a file may hold: as they were trained, and their moving average.
+RAW, EMA = "raw", "ema"
+WEIGHTS = (RAW, EMA)
+_IN_WORDS = {RAW: "raw weights", EMA: "averaged weights"}
+
+# Wrappers of torch.compile, activation checkpointing and FSDP, which stand in front of any part of a name.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+# Entries and prefixes of moving averages; the teachers of self-distillation are those of their students.
+_AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?|shadow|teacher|momentum)(?:[._]|$)")
+# Weights of which this share of the network's names is found are the network's. Other architectures share a few names.
+_RECOGNISED = 0.1
+# Sets that hold almost as many names as the best one are alternatives to it.
+_ALTERNATIVE = 0.9
+_DEPTH = 3
+
+
+@dataclass(frozen=True)
+class WeightSet:
+    """Weights of a file under the names of the network.
+
+    Attributes:
+        weights: tensors by name.
+        kind: ``raw`` or ``ema``.
+        choice: which of several sets these are, in words; empty where there is one.
+        notes: what was recognised, for the log; empty for files as the trainer writes them.
+    """
+
+    weights: dict[str, Tensor]
+    kind: str
+    choice: str
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """Tensors below one entry of a file whose names begin with one prefix."""
+
+    entry: str
+    prefix: str
+    wrappers: list[str]
+    tensors: dict[str, Tensor]
+    others: list[str]
+    found: int
+
+    @property
+    def kind(self) -> str:
+        averaged = "n_averaged" in self.others or _AVERAGED.search(f"{self.entry}.{self.prefix}")
+        return EMA if averaged else RAW
+
+    def place(self) -> str:
+        """Return entry and prefix in words."""
+        prefix = self.prefix and f"names with prefix {self.prefix}"
+        wrapped = f"names with {', '.join(self.wrappers)}" if self.wrappers else ""
+        return ", ".join(filter(None, (self.entry or "a state dict", prefix, wrapped)))
+
+
+def pick_weights(checkpoint: dict[str, Any], path: str | Path, network: nn.Module, *, kind: str = "") -> WeightSet:
+    """Return the weights of a file for a network.
+
+    Args:
+        checkpoint: content of the file.
+        path: its name, for messages.
+        network: what the weights are for; its names tell where they are.
+        kind: ``raw`` or ``ema``. Where empty, the set that the file was chosen for: the one that it names, otherwise
+            the average if there is one.
+
+    Raises:
+        ValueError: there are no weights, none of this kind, or none with names of the network.
+    """
+    names = network.state_dict().keys()
+    candidates = [one for entry, held in _tensors(checkpoint) for one in _candidates(entry, held, names)]
+    if not candidates:
+        raise ValueError(
+            f"{path} holds no weights: neither a `model` entry nor a state dict; it holds {layout(checkpoint)}"
+        )
+    best = max(one.found for one in candidates)
+    if best >= _RECOGNISED * len(names):
+        sets = [one for one in candidates if one.found >= _ALTERNATIVE * best]
+    elif not takes_over(network):
+        raise ValueError(
+            f"{path} holds no weights of this architecture, which has names such as {next(iter(names))}; it holds "
+            f"{layout(checkpoint)}"
+        )
+    else:
+        largest = max(len(one.tensors) for one in candidates)
+        sets = [one for one in candidates if len(one.tensors) >= _ALTERNATIVE * largest]
+    kinds = {one.kind for one in sets}
+    wanted = kind or (checkpoint["chosen"] if checkpoint.get("chosen") in WEIGHTS else EMA)
+    if wanted not in kinds:
+        (other,) = kinds
+        if kind:
+            advice = ", or train with --ema" if kind == EMA else ""
+            raise ValueError(f"{path} holds no {_IN_WORDS[kind]}; use --weights {other}{advice}")
+        wanted = other
+    mine = [one for one in sets if one.kind == wanted]
+    taken = next((one for one in mine if "best" in one.entry), mine[0])
+    choice = "" if len(sets) == 1 and wanted == RAW else _IN_WORDS[wanted]
+    return WeightSet(taken.tensors, wanted, choice, _notes(taken, sets, path))
+
+
+def layout(checkpoint: dict[str, Any]) -> str:
+    """Return what a file holds, in words: its entries, how many tensors each has, and their first names."""
+    words = [f"{entry or 'at its top'}: {_first(list(held), 'tensors')}" for entry, held in _tensors(checkpoint)]
+    tops = {entry.partition(".")[0] for entry, held in _tensors(checkpoint)}
+    others = [str(name) for name, value in checkpoint.items() if name not in tops and not isinstance(value, Tensor)]
+    return "; ".join(words + ([_first(others, "other entries")] if others else [])) or "nothing"
+
+
+def _first(names: list[str], what: str, most: int = 3) -> str:
+    return f"{len(names)} {what}, {', '.join(names[:most])}" + (", ..." if len(names) > most else "")
+
+
+def _tensors(held: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Yield the dicts of a file that hold tensors by name, each with where it stands."""
+    if not isinstance(held, dict) or depth > _DEPTH:
+        return
+    named = {name: value for name, value in held.items() if isinstance(name, str)}
+    tensors = {name: x for name, x in named.items() if isinstance(x, Tensor) and x.layout == torch.strided}
+    if tensors:
+        yield entry, tensors
+    for name, value in named.items():
+        if name.startswith("optim"):  # whose moments may stand under the names of the weights
+            continue
+        yield from _tensors(value, f"{entry}.{name}" if entry else name, depth + 1)
+
+
+def _candidates(entry: str, held: dict[str, Tensor], names: Collection[str]) -> Iterator[_Candidate]:
+    """Yield the tensors of one dict under each prefix below which the names of the network are found."""
+    bare = {_WRAPPERS.sub("", name): value for name, value in held.items()}
+    wrappers = sorted({wrapper for name in held for wrapper in _WRAPPERS.findall(name)})
+    found: Counter[str] = Counter({_wrapper(bare): 0})
+    for name in bare:
+        parts = name.split(".")
+        found.update(".".join([*parts[:i], ""]) for i in range(len(parts)) if ".".join(parts[i:]) in names)
+    most = max(found.values())
+    for prefix, count in found.items():
+        if count >= _ALTERNATIVE * most:
+            tensors = {name[len(prefix) :]: value for name, value in bare.items() if name.startswith(prefix)}
+            others = [name for name in bare if not name.startswith(prefix)]
+            yield _Candidate(entry, prefix, wrappers, tensors, others, count)
+
+
+def _wrapper(names: Collection[str]) -> str:
+    """Return the prefix of distributed training where all names have it, which is not the network's."""
+    return "module." if all(name.startswith("module.") for name in names) else ""
+
+
+def _notes(taken: _Candidate, sets: list[_Candidate], path: str | Path) -> list[str]:
+    notes = []
+    if taken.entry not in ("", "model", "ema") or taken.prefix or taken.wrappers:
+        notes.append(f"{path}: the weights were recognised in {taken.place()}")
+    if taken.others and taken.prefix:
+        notes.append(f"{path}: left out are {_first(taken.others, 'entries without that prefix')}")
+    if {one.entry for one in sets} - {"model", "ema"} and len(sets) > 1:
+        rest = "; ".join(one.place() for one in sets if one is not taken)
+        notes.append(f"{path}: {_IN_WORDS[taken.kind]} are taken from {taken.place()}; it also holds {rest}")
+    return notes
