@@ -111,6 +111,13 @@ OPTIONS: dict[str, Option] = {
     "DATA.ALLOW_LARGER_VAL": _switch(
         False, "More held-out images than training images are taken for swapped parts; this allows them."
     ),
+    "DATA.BALANCE": RunOption(
+        "none",
+        "What is done about classes of uneven size. loss: an image counts in the loss by the inverse of the size of "
+        "its class. sampling: an epoch, as long as ever, takes as many images of each class; those of small classes "
+        "come several times, each time augmented otherwise, and large classes give a part.",
+        one_of("none", "loss", "sampling"),
+    ),
     "DATA.BATCH_SIZE": RunOption(
         128,
         "Images per process and micro-batch; an update sees BATCH_SIZE x processes x TRAIN.ACCUMULATION_STEPS images.",
@@ -269,6 +276,9 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.HEAD_LR_SCALE": RunOption(
         1.0, "Factor on the learning rate of the layer that gives the logits, such as 10 for a new one.", _POSITIVE
     ),
+    "TRAIN.PATIENCE": RunOption(
+        0, "End the run after so many epochs in a row without a better score; 0: never before EPOCHS.", not_negative()
+    ),
     "TRAIN.EMA.ENABLED": _switch(
         False,
         "Keep an exponential moving average of the weights, evaluated beside them; with --eval, evaluate those.",
@@ -288,6 +298,25 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.OPTIMIZER.BETAS": RunOption([0.9, 0.999], "Of adamw.", _BETAS),
     "TRAIN.OPTIMIZER.MOMENTUM": RunOption(0.9, "Of sgd, with Nesterov momentum.", share()),
     "TRAIN.OPTIMIZER.ARGS": RunOption({}, "Further arguments of the optimizer, such as betas: [0.95, 0.98] for lion."),
+    # ---- knowledge distillation, see tasks/distillation.py
+    "DISTILL.TEACHER": RunOption(
+        "",
+        "Checkpoint of a network to learn from, with the same classes. One of this trainer holds its config.",
+        flag="--teacher",
+        metavar="FILE",
+    ),
+    "DISTILL.CONFIG": RunOption("", "Config file of the teacher, where its file holds none, such as a published one."),
+    "DISTILL.TIMM": RunOption("", "In place of TEACHER: a pretrained model that timm fetches, such as regnety_160."),
+    "DISTILL.KIND": RunOption(
+        "soft",
+        "What is learned of the teacher. soft: its probabilities, by the Kullback-Leibler divergence. hard: the class "
+        "that it finds most probable.",
+        one_of("soft", "hard"),
+    ),
+    "DISTILL.SHARE": RunOption(0.5, "Share of the teacher in the loss; the labels have the rest.", share()),
+    "DISTILL.TEMPERATURE": RunOption(
+        1.0, "Of soft: what the logits of both are divided by; more shows more of the improbable classes.", _POSITIVE
+    ),
     # ---- augmentation
     "AUG.CROP": RunOption(
         "resized",
@@ -319,6 +348,7 @@ OPTIONS: dict[str, Option] = {
     "AUG.MIXUP_PROB": RunOption(1.0, "Probability of mixup or cutmix.", share()),
     "AUG.MIXUP_SWITCH_PROB": RunOption(0.5, "Probability of cutmix where both are on.", share()),
     "AUG.MIXUP_MODE": RunOption("batch", "What mixup and cutmix are drawn for.", one_of("batch", "pair", "elem")),
+    "AUG.MIXUP_OFF_EPOCHS": RunOption(0, "Last epochs of the run, without mixup and cutmix.", not_negative()),
     "TEST.CROP": _switch(True, "Resize to IMG_SIZE / CROP_RATIO and crop the centre; otherwise resize to IMG_SIZE."),
     "TEST.CROP_RATIO": RunOption(0.875, "Share of the resized image that is cut out, along each side.", _PART),
     "TEST.RESIZE": RunOption(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from torch.utils.data import DataLoader
@@ -68,7 +69,8 @@ def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_si
         auto_augment=aug.AUTO_AUGMENT,
     )
     on_unreadable = "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
-    sampler = train_sampler(config, len(dataset.train), rank=rank, world_size=world_size)
+    balanced = dataset.train.labels if config.DATA.BALANCE == "sampling" else None
+    sampler = train_sampler(config, len(dataset.train), rank=rank, world_size=world_size, balanced=balanced)
     images = TransformedImages(dataset.train, transform, seed=config.SEED, on_unreadable=on_unreadable)
     return build_loader(config, images, sampler, _collate(config))
 
@@ -88,8 +90,10 @@ def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_siz
     return build_loader(config, images, sampler, _collate(config))
 
 
-def train_sampler(config: CfgNode, length: int, *, rank: int, world_size: int) -> TrainSampler:
-    """Return the sampler of this rank's share of `length` training samples.
+def train_sampler(
+    config: CfgNode, length: int, *, rank: int, world_size: int, balanced: np.ndarray | None = None
+) -> TrainSampler:
+    """Return the sampler of this rank's share of `length` training samples, see there for `balanced`.
 
     Raises:
         ValueError: for fewer samples than an update takes.
@@ -102,6 +106,7 @@ def train_sampler(config: CfgNode, length: int, *, rank: int, world_size: int) -
         seed=config.SEED,
         accumulation_steps=config.TRAIN.ACCUMULATION_STEPS,
         repeats=config.AUG.REPEATS,
+        balanced=balanced,
     )
 
 

@@ -39,6 +39,7 @@ class TrainSampler(Sampler[Draw]):
         accumulation_steps: micro-batches per update.
         repeats: how often an image stands in the order, each time augmented otherwise (repeated augmentation, Hoffer et
             al., arXiv 1901.09335); an epoch stays as long as it is, so it holds a part of the images.
+        balanced: classes of all images, `[length]`, to take as many images of each; None for each image once.
 
     Attributes:
         updates_per_epoch: updates in a whole epoch.
@@ -57,6 +58,7 @@ class TrainSampler(Sampler[Draw]):
         seed: int,
         accumulation_steps: int = 1,
         repeats: int = 1,
+        balanced: np.ndarray | None = None,
     ) -> None:
         assert 0 <= rank < world_size
         self._length = length
@@ -66,6 +68,7 @@ class TrainSampler(Sampler[Draw]):
         self._update = self._micro_batch * accumulation_steps
         self._seed = seed
         self._repeats = repeats
+        self._balanced = balanced
         self._epoch = 0
         self._start = 0
         self.updates_per_epoch = length // self._update
@@ -91,18 +94,54 @@ class TrainSampler(Sampler[Draw]):
 
     def __iter__(self) -> Iterator[Draw]:
         epoch, batch_size, repeats = self._epoch, self._batch_size, self._repeats
-        order = np.random.default_rng((self._seed, epoch)).permutation(self._length)
+        order, drawn = self._order(np.random.default_rng((self._seed, epoch)))
         stop = self._start + self._updates_left() * self._update
         firsts = range(self._start + self._rank * batch_size, stop, self._micro_batch)
         places = (place for first in firsts for place in range(first, first + batch_size))
-        return (Draw(int(order[place // repeats]), epoch, place % repeats) for place in places)
+        return (
+            Draw(int(order[place // repeats]), epoch, int(drawn[place // repeats]) * repeats + place % repeats)
+            for place in places
+        )
 
     def __len__(self) -> int:
         """Images left for this rank."""
         return self._updates_left() * self._update // self._micro_batch * self._batch_size
 
+    def _order(self, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Return the images of an epoch in order, and how often each was drawn before."""
+        if self._balanced is None:
+            return generator.permutation(self._length), np.zeros(self._length, np.uint8)
+        order = balanced_order(self._balanced, generator)
+        return order, times_before(order)
+
     def _updates_left(self) -> int:
         return (self._length - self._start) // self._update
+
+
+def balanced_order(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return as many indices as there are images, of every class that has images as many as of any other, or one more.
+
+    No image of a class comes once more before all of them came.
+    """
+    members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
+    members = [images for images in members if len(images)]
+    shares = np.full(len(members), len(labels) // len(members))
+    shares[generator.permutation(len(members))[: len(labels) % len(members)]] += 1
+    rounds = (
+        np.concatenate([generator.permutation(images) for _ in range(-(-share // len(images)))])[:share]
+        for images, share in zip(members, shares, strict=True)
+    )
+    return generator.permutation(np.concatenate(list(rounds)))
+
+
+def times_before(order: np.ndarray) -> np.ndarray:
+    """Return for each place how often its value stands at earlier places."""
+    places = np.argsort(order, kind="stable")
+    is_first = np.diff(order[places], prepend=-1) != 0
+    counts = np.arange(len(order)) - np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
+    before = np.empty_like(counts)
+    before[places] = counts
+    return before
 
 
 class EvalSampler(Sampler[Draw]):

@@ -119,6 +119,17 @@ class Task(ABC):
         """Return the untrained network, on the CPU."""
         return build_model(self.config)
 
+    def set_epoch(self, epoch: int) -> None:  # noqa: B027
+        """Take note that an epoch of training, counted from 0, begins or goes on."""
+
+    def learn_from(self, teacher: nn.Module) -> None:  # noqa: ARG002
+        """Learn from another network, too, see `tasks.distillation`.
+
+        Raises:
+            ValueError: the task cannot.
+        """
+        raise ValueError(f"the task {self.config.TASK} learns from no teacher; remove DISTILL.* from the options")
+
     @abstractmethod
     def prepare(self, batch: Any, device: torch.device) -> Any:
         """Return a training batch on the device, with the augmentation that runs there."""

@@ -5,6 +5,7 @@ Images that may have several labels (DATA.MULTI_LABEL) are learned by binary cro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from data.datasets import Batch
 from data.transforms import normalize
 from models.build import num_classes, set_num_classes
 from tasks.base import Evaluation, Meter, Score, Task
+from tasks.distillation import Distillation
 from utils import World, sum_over_ranks
 
 
@@ -55,17 +57,40 @@ class Classification(Task):
             )
         self._erase = build_erasing(config)
         self._mixup = build_mixup(config, len(self.classes)) if training else None
+        self._distillation: Distillation | None = None
         if config.DATA.MULTI_LABEL:
             self.score = Score("f1", "F1", "%")
-            self._criterion: nn.Module = nn.BCEWithLogitsLoss()
-        else:
-            self._criterion = nn.CrossEntropyLoss(label_smoothing=0.0 if self._mixup else config.MODEL.LABEL_SMOOTHING)
+        self._criterion = self._build_criterion()
+
+    def _build_criterion(self) -> nn.Module:
+        config = self.config
+        if config.DATA.MULTI_LABEL:
+            if config.DATA.BALANCE != "none":
+                raise ValueError(
+                    f"DATA.BALANCE {config.DATA.BALANCE} balances single labels; leave it at none for DATA.MULTI_LABEL"
+                )
+            return nn.BCEWithLogitsLoss()
+        weights = None
+        if config.DATA.BALANCE == "loss" and self.training:
+            weights = balancing_weights(self._dataset.counts(self._dataset.train)).to(self.world.device)
+        smoothing = 0.0 if self._mixup else config.MODEL.LABEL_SMOOTHING
+        return nn.CrossEntropyLoss(weights, label_smoothing=smoothing)
 
     def train_loader(self) -> DataLoader:
         return build_train_loader(self.config, self._dataset, rank=self.world.rank, world_size=self.world.size)
 
     def eval_loader(self) -> DataLoader:
         return build_eval_loader(self.config, self._dataset, rank=self.world.rank, world_size=self.world.size)
+
+    def set_epoch(self, epoch: int) -> None:
+        if self._mixup:
+            self._mixup.mixup_enabled = epoch < self.config.TRAIN.EPOCHS - self.config.AUG.MIXUP_OFF_EPOCHS
+
+    def learn_from(self, teacher: nn.Module) -> None:
+        if self.config.DATA.MULTI_LABEL:
+            raise ValueError("a teacher tells single labels; remove DISTILL.* from the options for DATA.MULTI_LABEL")
+        how = self.config.DISTILL
+        self._distillation = Distillation(teacher=teacher, kind=how.KIND, share=how.SHARE, temperature=how.TEMPERATURE)
 
     def prepare(self, batch: Batch, device: torch.device) -> LabelledImages:
         images, targets = self.to_device(batch, device)
@@ -77,8 +102,10 @@ class Classification(Task):
         images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
         return LabelledImages(normalize(images), batch.targets.to(device, non_blocking=True))
 
-    def loss(self, model: nn.Module, batch: LabelledImages) -> Tensor:
-        return self._criterion(model(batch.images), batch.targets)
+    def loss(self, model: nn.Module, batch: LabelledImages) -> Tensor | dict[str, Tensor]:
+        logits = model(batch.images)
+        loss = self._criterion(logits, batch.targets)
+        return self._distillation.losses(loss, logits, batch.images) if self._distillation else loss
 
     def meter(self, samples: int, device: torch.device) -> Meter:
         return F1(samples, device) if self.config.DATA.MULTI_LABEL else Accuracy(samples, device)
@@ -100,6 +127,13 @@ class Classification(Task):
 
     def best_line(self, score: float) -> str:
         return f"Max {self.score.title}: {score:.2f}%"
+
+
+def balancing_weights(counts: Sequence[int]) -> Tensor:
+    """Return a weight for each class, inverse to the number of its images, with a mean of 1 over all images."""
+    sizes = torch.tensor(counts, dtype=torch.float64)
+    present = sizes > 0
+    return torch.where(present, sizes.sum() / (present.sum() * sizes.clamp(min=1)), 0.0).float()
 
 
 def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:

@@ -25,6 +25,7 @@ from training.checkpoint import CheckpointFolder, load_strictly
 from training.output_folder import hold_folder, open_folder, set_aside
 from training.resume import find_resumed, start_from_pretrained
 from training.run import BadImages, Run, TrainingState
+from training.teacher import load_teacher
 from training.weight_sets import RAW, pick_weights
 from utils import (
     StopSignal,
@@ -150,6 +151,7 @@ def assemble(config: CfgNode, world: World) -> Assembly:
     task = build_task(config, world, training=True)
     train_loader, eval_loader = task.train_loader(), task.eval_loader()
     check_recorders(config)
+    taught = load_teacher(config, task)
     network = build_network(task, world)
     images_per_update = config.DATA.BATCH_SIZE * world.size * config.TRAIN.ACCUMULATION_STEPS
     resumed = find_resumed(
@@ -168,6 +170,9 @@ def assemble(config: CfgNode, world: World) -> Assembly:
         raise ValueError("MODEL.CLASS_MAP belongs to the weights of --pretrained; give those too, or remove the map")
     elif config.MODEL.WEIGHTS:
         raise ValueError("--weights belongs to the file of --pretrained, or to --eval; give one of these, or remove it")
+    if taught:
+        task.learn_from(taught[0])
+        notes.append(f"learning from {taught[1]}")
     if config.TRAIN.FREEZE:
         frozen = freeze(network, config.TRAIN.FREEZE)
         notes.append(f"{frozen / 1e6:.2f} M parameters are frozen: {', '.join(config.TRAIN.FREEZE)}")

@@ -63,7 +63,7 @@ def train_epochs(run: Run) -> int:
     """Train and evaluate epoch by epoch; return the exit status."""
     config, position, log = run.config, run.state.position, run.log
     saved = not position.nonfinite_in_row
-    while position.epoch < config.TRAIN.EPOCHS:
+    while position.epoch < config.TRAIN.EPOCHS and not position.lacks_progress(config.TRAIN.PATIENCE):
         finished = train_one_epoch(run)
         run.save()  # the evaluation may be interrupted, too
         results = evaluate_weights(run) if finished else None
@@ -97,6 +97,7 @@ def train_one_epoch(run: Run) -> bool:
     run.model.train()
     for network in filter(None, (state.network, state.ema and state.ema.module)):
         set_epoch(network, position.epoch)
+    run.task.set_epoch(position.epoch)
     keep_frozen_in_eval(state.network)
     run.train_loader.sampler.set_position(position.epoch, position.update * state.images_per_update)
     batches, reader, ask = iter(run.train_loader), LateReader(), Ask.NOTHING
@@ -247,6 +248,11 @@ def conclude(run: Run, saved: bool) -> int:
             plot_curves({run.config.TAG: run.folder / "metrics.jsonl"}, run.folder / "curves.png")
         except OSError as error:
             run.log.warning(f"{run.folder / 'curves.png'} could not be written ({error.strerror})")
+    if position.epoch < run.config.TRAIN.EPOCHS:
+        run.log.info(
+            f"no better {score.title} for {run.config.TRAIN.PATIENCE} epochs (TRAIN.PATIENCE): the run ends after "
+            f"epoch {position.epoch} of {run.config.TRAIN.EPOCHS}"
+        )
     run.log.info(
         f"finished: best {score.title} {score.show(position.best_accuracy)} in epoch {position.best_epoch} of "
         f"{position.epoch}; best.pth, last.pth, curves.png, metrics.jsonl, log.txt and config.yaml lie in {run.folder}"

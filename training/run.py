@@ -44,6 +44,10 @@ class Position:
     best_accuracy: float = -1.0
     best_epoch: int = 0
 
+    def lacks_progress(self, patience: int) -> bool:
+        """Return whether the score did not improve for so many epochs; 0 epochs are never enough."""
+        return 0 < patience <= self.epoch - self.best_epoch
+
     def finish_epoch(self, score: float) -> None:
         """Move on to the next epoch, given the score at the end of this one."""
         self.epoch += 1

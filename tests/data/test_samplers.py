@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import numpy as np
 import pytest
 
 from data.samplers import Draw, EvalSampler, TrainSampler
 
 
-def samplers(length: int, batch_size: int, world_size: int, **options: int) -> list[TrainSampler]:
+def samplers(length: int, batch_size: int, world_size: int, **options: Any) -> list[TrainSampler]:
     options = {"seed": 3, **options}
     return [
         TrainSampler(length, batch_size=batch_size, rank=rank, world_size=world_size, **options)
@@ -109,3 +111,23 @@ def test_repeated_augmentation() -> None:
     ranks = [TrainSampler(20, batch_size=3, rank=rank, world_size=2, seed=0, repeats=3) for rank in (0, 1)]
     halves = [list(rank) for rank in ranks]
     assert [draw for first in (0, 3, 6) for half in halves for draw in half[first : first + 3]] == draws
+
+
+LABELS = np.repeat([0, 1, 2, 4], [60, 31, 8, 3])  # class 3 has no images
+
+
+def test_balanced_epochs_take_as_many_images_of_each_class() -> None:
+    (sampler,) = samplers(len(LABELS), 1, 1, balanced=LABELS)
+    draws = list(sampler)
+    assert sorted(np.bincount(LABELS[[draw.index for draw in draws]])) == [0, 25, 25, 26, 26]
+    assert len(set(draws)) == len(draws)  # the second time, an image is augmented otherwise
+    times = np.bincount([draw.index for draw in draws], minlength=len(LABELS))
+    for label in (0, 1, 2, 4):
+        assert np.ptp(times[label == LABELS]) <= 1
+
+
+def test_balanced_epochs_are_the_same_for_any_number_of_processes_and_resume() -> None:
+    one = micro_batches(samplers(len(LABELS), 12, 1, balanced=LABELS), 12, epoch=5)
+    assert micro_batches(samplers(len(LABELS), 4, 3, balanced=LABELS), 4, epoch=5) == one
+    assert micro_batches(samplers(len(LABELS), 4, 3, balanced=LABELS), 4, epoch=5, start=36) == one[3:]
+    assert micro_batches(samplers(len(LABELS), 12, 1, balanced=LABELS), 12, epoch=6) != one

@@ -23,9 +23,10 @@ def tiny_config(folder: Path) -> CfgNode:
     return load_config(path, ["MODEL.DAT.groups", "[1, 1, 2, 2]", "MODEL.DAT.heads", "[1, 2, 4, 4]"])
 
 
-def write_checkpoint(folder: Path, *, ema: bool = False, **changes: Any) -> Path:
+def write_checkpoint(folder: Path, *, ema: bool = False, num_classes: int = 10, **changes: Any) -> Path:
     """Write a checkpoint of random weights as the trainer writes them, other ones as `ema` where asked for."""
     config = tiny_config(folder)
+    config.MODEL.DAT.num_classes = num_classes
     torch.manual_seed(1)
     states = [build_model(config).state_dict() for _ in range(2)]
     path = folder / "best.pth"

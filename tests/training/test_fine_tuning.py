@@ -1,0 +1,148 @@
+"""What people switch on when they fine-tune: each does what it says and resumes bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.models import save_for_hf
+
+from main import main
+from optimizer import keep_frozen_in_eval
+from tasks.classification import Classification, balancing_weights
+from tests.data.samples import write_folder
+from tests.runs import read_metrics, write_config
+from tests.tools.samples import write_checkpoint
+
+pytestmark = pytest.mark.xdist_group("training")
+
+PHOTOS = {"train/cat": 17, "train/dog": 6, "train/emu": 2, "val/cat": 3, "val/dog": 2, "val/emu": 1}
+
+
+def write(folder: Path, **sections: Any) -> list[str]:
+    """Write photographs of uneven classes and a config of three epochs, and return the command line."""
+    write_folder(folder, PHOTOS)
+    data = {"DATASET": "imagenet", "DATA_PATH": str(folder), "BATCH_SIZE": 8, **sections.pop("DATA", {})}
+    train = {"EPOCHS": 3, "WARMUP_EPOCHS": 0, **sections.pop("TRAIN", {})}
+    config = write_config(folder, DATA=data, TRAIN=train, SAVE_FREQ=1, PRINT_FREQ=1, **sections)
+    return ["--cfg", str(config), "--output", str(folder)]
+
+
+def teacher_of(folder: Path, kind: str) -> dict[str, Any]:
+    """Write a teacher of three classes and return the options that name it."""
+    if kind == "own":
+        return {"TEACHER": str(write_checkpoint(folder, classes=["cat", "dog", "emu"], num_classes=3))}
+    torch.manual_seed(2)
+    save_for_hf(timm.create_model("resnet10t", num_classes=3), folder / "published", model_config={"num_classes": 3})
+    return {"TIMM": f"local-dir:{folder / 'published'}", "KIND": "hard"}
+
+
+OPTIONS = {
+    "mixup ends": {"AUG": {"MIXUP": 0.8, "CUTMIX": 1.0, "MIXUP_OFF_EPOCHS": 2}},
+    "weights in the loss": {"DATA": {"BALANCE": "loss"}},
+    "balanced sampling": {"DATA": {"BALANCE": "sampling"}},
+    "teacher of ours": {"DISTILL": "own"},
+    "teacher of timm": {"DISTILL": "timm", "AUG": {"MIXUP": 0.8}},
+}
+
+
+@pytest.mark.parametrize("sections", OPTIONS.values(), ids=OPTIONS)
+def test_a_resumed_run_ends_bit_for_bit_the_same(tmp_path: Path, sections: dict[str, Any]) -> None:
+    sections = dict(sections)
+    if "DISTILL" in sections:
+        sections["DISTILL"] = teacher_of(tmp_path, sections["DISTILL"])
+    command = write(tmp_path, **sections)
+    assert main([*command, "--tag", "whole"]) == 0
+    whole = tmp_path / "tiny" / "whole"
+    assert main([*command, "--tag", "resumed", "--resume", str(whole / "epoch_1.pth")]) == 0
+    kept = [torch.load(tmp_path / "tiny" / tag / "last.pth", weights_only=True) for tag in ("whole", "resumed")]
+    torch.testing.assert_close(kept[1]["model"], kept[0]["model"], rtol=0, atol=0)
+    rows = read_metrics(whole, "train")
+    assert [row for row in rows if row["epoch"] > 1] == read_metrics(whole.with_name("resumed"), "train")
+    if "DISTILL" in sections:
+        assert all(row["loss"] == pytest.approx(row["label_loss"] + row["teacher_loss"]) for row in rows)
+        assert min(row["teacher_loss"] for row in rows) > 0
+
+
+def test_mixup_is_off_in_the_last_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest: list[float] = []
+    prepare = Classification.prepare
+
+    def note(*args: Any) -> Any:
+        batch = prepare(*args)
+        largest.append(batch.targets.max(1).values.min().item())
+        return batch
+
+    monkeypatch.setattr(Classification, "prepare", note)
+    aug = {"MIXUP": 100.0, "MIXUP_OFF_EPOCHS": 2}  # halves, about
+    assert main(write(tmp_path, AUG=aug)) == 0
+    updates = len(largest) // 3
+    assert max(largest[:updates]) < 0.9
+    assert min(largest[updates:]) > 0.9  # smoothed labels
+
+
+def test_a_run_without_progress_ends_and_stays_ended(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    command = write(tmp_path, TRAIN={"EPOCHS": 9, "PATIENCE": 2, "BASE_LR": 0.0, "MIN_LR": 0.0})
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "no better accuracy for 2 epochs (TRAIN.PATIENCE): the run ends after epoch 3 of 9" in said
+    folder = tmp_path / "tiny" / "default"
+    assert [row["epoch"] for row in read_metrics(folder, "eval")] == [1, 2, 3]
+    before = (folder / "last.pth").read_bytes()
+    assert main(command) == 0
+    assert (folder / "last.pth").read_bytes() == before
+
+
+def test_more_epochs_than_planned_go_on_where_a_longer_run_would_be(tmp_path: Path) -> None:
+    command = write(tmp_path, TRAIN={"EPOCHS": 2})
+    assert main(command) == 0
+    assert main([*command, "--epochs", "3"]) == 2
+    assert main([*command, "--epochs", "3", "--allow-config-change"]) == 0
+    assert main([*command, "--epochs", "3", "--tag", "planned"]) == 0
+    last = [read_metrics(tmp_path / "tiny" / tag, "train")[-1] for tag in ("default", "planned")]
+    assert last[0]["epoch"] == 3
+    assert last[0]["lr"] == last[1]["lr"]
+
+
+def test_weights_of_classes() -> None:
+    weights = balancing_weights([17, 6, 2, 0])
+    torch.testing.assert_close(weights[:3] * torch.tensor([17.0, 6, 2]), torch.full((3,), 25 / 3))
+    assert weights[3] == 0
+
+
+def test_frozen_norms_and_dropout_stay_in_evaluation_mode() -> None:
+    network = timm.create_model("resnet10t", num_classes=3, drop_rate=0.5)
+    for parameter in network.layer1.parameters():
+        parameter.requires_grad_(False)
+    keep_frozen_in_eval(network.train())
+    before = {name: value.clone() for name, value in network.state_dict().items() if "running" in name}
+    network(torch.randn(4, 3, 64, 64))
+    changed = {
+        name.split(".")[0]
+        for name, value in network.state_dict().items()
+        if "running" in name and not torch.equal(value, before[name])
+    }
+    assert "layer1" not in changed
+    assert {"layer2", "layer3", "layer4"} <= changed
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["DISTILL.TEACHER", "best.pth"], "the teacher best.pth has 10 classes and the data set 3; train it on"),
+        (["DISTILL.TEACHER", "three.pth"], "has class 1 as 'cow' and the data set as 'dog'"),
+        (["DISTILL.TIMM", "resnet10"], "DISTILL.TIMM: timm gives no pretrained 'resnet10': "),
+        (["DISTILL.TIMM", "resnet10t", "DISTILL.TEACHER", "best.pth"], "name a teacher each; remove one of them"),
+    ],
+)
+def test_wrong_teachers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, options: list[str], says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(tmp_path, classes=["cat", "cow", "emu"], num_classes=3).rename("three.pth")
+    write_checkpoint(tmp_path)
+    assert main([*write(tmp_path), "--opts", *options]) == 2
+    assert says in capsys.readouterr().err
