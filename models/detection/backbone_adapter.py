@@ -1,0 +1,80 @@
+"""Our backbones and our attention inside detectors of Hugging Face transformers."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+
+from ..ops import ms_deform_attn
+
+
+class AdapterConfig(BackboneConfigMixin, PretrainedConfig):
+    """What transformers asks of a backbone's description: names and channels of its maps."""
+
+    model_type = "dat_detection_adapter"
+
+    def __init__(self, channels: list[int] | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.channels = list(channels or [1])
+        self.stage_names = [f"map{i}" for i in range(len(self.channels))]
+        self.set_output_features_output_indices(self.stage_names, None)
+
+
+class BackboneAdapter(BackboneMixin, PreTrainedModel):
+    """Stands where transformers wants a backbone, and calls the one that the detector holds.
+
+    It does not own the backbone: so transformers neither initialises its weights anew nor names them, and they have
+    one place in the state dict of the detector.
+    """
+
+    config_class = AdapterConfig
+    base_model_prefix = "backbone"
+
+    def __init__(self, config: AdapterConfig) -> None:
+        super().__init__(config)
+        self.num_features = config.channels
+        self._held: list[nn.Module] = []
+        self.post_init()
+
+    def hold(self, backbone: nn.Module) -> None:
+        """Call `backbone` from now on."""
+        self._held = [backbone]  # in a list, which does not register it
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BackboneOutput:
+        return BackboneOutput(feature_maps=tuple(self._held[0](pixel_values)))
+
+
+AutoConfig.register(AdapterConfig.model_type, AdapterConfig)
+AutoBackbone.register(AdapterConfig, BackboneAdapter)
+
+
+class Sampling(nn.Module):
+    """The sampling of multi-scale deformable attention in our form, with the arguments of transformers'."""
+
+    def forward(
+        self,
+        value: Tensor,
+        value_spatial_shapes: Tensor,  # noqa: ARG002
+        value_spatial_shapes_list: list[tuple[int, int]],
+        level_start_index: Tensor,  # noqa: ARG002
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        levels = value_spatial_shapes_list  # numbers, for which a GPU need not be waited for
+        starts = [0, *accumulate(height * width for height, width in levels[:-1])]
+        return ms_deform_attn(value, levels, starts, sampling_locations, attention_weights, im2col_step)
+
+
+def adapt(model: nn.Module, backbone: nn.Module) -> None:
+    """Let a model of transformers call `backbone`, and sample by our multi-scale deformable attention."""
+    for module in list(model.modules()):
+        if isinstance(module, BackboneAdapter):
+            module.hold(backbone)
+        if type(getattr(module, "attn", None)).__name__ == "MultiScaleDeformableAttention":
+            module.attn = Sampling()

@@ -1,0 +1,247 @@
+"""DINO: DETR with improved denoising anchor boxes (arXiv 2203.03605), over transformers' Deformable DETR.
+
+Backbone, projections, encoder and decoder layers are Deformable DETR's with two stages and box refinement. What DINO
+adds, each of which can be switched off: contrastive denoising (section 3.3), mixed query selection (3.4), look forward
+twice (3.5), and the positions of DAB-DETR that it builds on. With all of them off, it is Deformable DETR.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import DeformableDetrConfig, DeformableDetrModel
+from transformers.models.deformable_detr.modeling_deformable_detr import (
+    DeformableDetrMLPPredictionHead,
+    inverse_sigmoid,
+)
+
+from ..backbone import DATBackbone, TimmBackbone
+from ..dense import DenseModel
+from .backbone_adapter import AdapterConfig, adapt
+from .denoising import noised_queries
+from .queries import Assignment, Queries, Targets, match, set_losses
+from .set_prediction import Batch, best_boxes, pad_images, relative_targets
+from .transformers_detectors import set_prior
+
+
+class Memory(NamedTuple):
+    """What the encoder gives, all levels in a row.
+
+    Attributes:
+        features: `[B, S, C]`.
+        mask: `[B, S]`, true within the image.
+        shapes: height and width of every level.
+        ratios: `[B, levels, 2]`, the shares of width and height of every level that the image fills.
+    """
+
+    features: Tensor
+    mask: Tensor
+    shapes: list[tuple[int, int]]
+    ratios: Tensor
+
+    def where(self) -> dict[str, Any]:
+        """Return the levels as transformers' layers take them."""
+        shapes = torch.tensor(self.shapes, device=self.features.device)
+        starts = F.pad(shapes.prod(1).cumsum(0)[:-1], (1, 0))
+        return {"spatial_shapes": shapes, "spatial_shapes_list": self.shapes, "level_start_index": starts}
+
+
+class DINO(DenseModel):
+    """DINO with the interface of torchvision's detectors: in training losses, in evaluation boxes.
+
+    Args:
+        backbone: images to maps, with `channels`.
+        num_classes: classes, without one for "no object".
+        num_queries: queries that are matched, at most one for each pixel of the maps.
+        denoising: noised queries of a training image, positives; there are as many negatives. 0: none.
+        label_noise: half of it is the probability that a noised query gets a label at random.
+        box_noise: how far the corners of a noised box move, in halves of its sides.
+        mixed_query_selection: learnt contents of queries at the positions of the best proposals, instead of contents
+            made from these positions.
+        anchor_positions: positions of queries follow their boxes from layer to layer, as in DAB-DETR.
+        look_forward_twice: the loss of a layer's boxes also trains the layer before.
+        **arguments: of transformers' `DeformableDetrConfig`, such as `d_model`.
+    """
+
+    def __init__(
+        self,
+        backbone: DATBackbone | TimmBackbone,
+        *,
+        num_classes: int,
+        num_queries: int = 900,
+        denoising: int = 100,
+        label_noise: float = 0.5,
+        box_noise: float = 1.0,
+        mixed_query_selection: bool = True,
+        anchor_positions: bool = True,
+        look_forward_twice: bool = True,
+        **arguments: Any,
+    ) -> None:
+        super().__init__(backbone)
+        self.num_classes, self.num_queries, self.denoising = num_classes, num_queries, denoising
+        self.label_noise, self.box_noise, self.look_forward_twice = label_noise, box_noise, look_forward_twice
+        config = DeformableDetrConfig(
+            backbone_config=AdapterConfig(channels=list(backbone.channels)),
+            num_labels=num_classes,
+            two_stage=True,
+            with_box_refine=True,
+            **{"dropout": 0.0, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, **arguments},
+        )
+        self.transformer = DeformableDetrModel(config)
+        adapt(self.transformer, backbone)
+        width, heads = config.d_model, config.decoder_layers + 1  # the last ones judge the encoder's proposals
+        self.transformer.decoder.class_embed = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(heads))
+        self.transformer.decoder.bbox_embed = nn.ModuleList(_box_head(width, width, 4, 3) for _ in range(heads))
+        set_prior(self.transformer, num_classes)
+        for head in self.transformer.decoder.bbox_embed:
+            nn.init.zeros_(head.layers[-1].weight)
+            nn.init.zeros_(head.layers[-1].bias)
+        self.contents = nn.Embedding(num_queries, width) if mixed_query_selection else None
+        self.anchor_position = _box_head(2 * width, width, width, 2) if anchor_positions else None
+        self.label_contents = nn.Embedding(num_classes, width) if denoising else None
+        if mixed_query_selection and anchor_positions:
+            # Neither contents nor positions are made from the proposals' positions any more.
+            del self.transformer.pos_trans, self.transformer.pos_trans_norm
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Detect objects.
+
+        Args:
+            images: normalised, `[3, h, w]` each.
+            targets: in training; of each image, `boxes` `[n, 4]` (x1, y1, x2, y2) in pixels and `labels` `[n]`.
+
+        Returns:
+            In training named losses, whose sum is minimised; in evaluation, of each image, `boxes`, `labels` and
+            `scores`, the most probable first.
+        """
+        batch = pad_images(images)
+        memory = self.encode(batch)
+        proposals, queries = self.select_queries(memory)
+        if not self.training:
+            logits, boxes = self.decode(memory, queries)[-1]
+            return best_boxes(logits.sigmoid(), boxes, batch)
+        truth = Targets(relative_targets(targets, batch.sizes))
+        extra, assignments, losses = self.extra_queries(memory, truth, batch)
+        layers = self.decode(memory, Queries.joined([*extra, queries]))
+        return losses | self.losses(proposals, layers, truth, assignments)
+
+    def extra_queries(
+        self,
+        memory: Memory,  # noqa: ARG002
+        truth: Targets,
+        batch: Batch,  # noqa: ARG002
+    ) -> tuple[list[Queries], dict[str, Assignment], dict[str, Tensor]]:
+        """Return queries whose objects are known in training, which objects they are, and losses besides."""
+        if not self.denoising or not truth.total:
+            return [], {}, {}
+        noised, assignment = noised_queries(
+            truth, self.label_contents, self.denoising, label_noise=self.label_noise, box_noise=self.box_noise
+        )
+        return [noised], {"denoising": assignment}, {}
+
+    def encode(self, batch: Batch) -> Memory:
+        """Return the maps of images after the encoder."""
+        parts, maps, sources, masks, positions = self.transformer, self.backbone(batch.pixels), [], [], []
+        for level, project in enumerate(parts.input_proj):
+            # Levels beyond the backbone's are made by strided convolutions, one after another.
+            above = maps[min(level, len(maps) - 1)] if level <= len(maps) else sources[-1]
+            source = project(above)
+            mask = F.interpolate(batch.mask[None].float(), size=source.shape[-2:])[0].bool()
+            position = parts.position_embedding(source.shape, source.device, torch.float32, mask)
+            sources.append(source)
+            masks.append(mask)
+            positions.append(position.flatten(2).transpose(1, 2) + parts.level_embed[level])
+        memory = Memory(
+            torch.cat([source.flatten(2).transpose(1, 2) for source in sources], 1),
+            torch.cat([mask.flatten(1) for mask in masks], 1),
+            [tuple(source.shape[-2:]) for source in sources],
+            torch.stack([parts.get_valid_ratio(mask) for mask in masks], 1),
+        )
+        encoded = parts.encoder(
+            inputs_embeds=memory.features,
+            attention_mask=memory.mask,
+            spatial_position_embeddings=torch.cat(positions, 1),
+            valid_ratios=memory.ratios,
+            **memory.where(),
+        )
+        return memory._replace(features=encoded.last_hidden_state)
+
+    def select_queries(self, memory: Memory) -> tuple[tuple[Tensor, Tensor], Queries]:
+        """Return the encoder's proposals as logits and boxes, and the queries that begin at the best of them."""
+        decoder = self.transformer.decoder
+        features, priors = self.transformer.gen_encoder_output_proposals(memory.features, ~memory.mask, memory.shapes)
+        logits, boxes = decoder.class_embed[-1](features), decoder.bbox_embed[-1](features) + priors
+        # Deformable DETR's proposals know one class, "object"; DINO's know all of them.
+        score = logits[..., 0] if self.contents is None else logits.amax(-1)
+        best = score.topk(min(self.num_queries, score.shape[1]), dim=1).indices.unsqueeze(-1)
+        anchors = boxes.gather(1, best.expand(-1, -1, 4)).detach()
+        if self.contents is None:
+            contents = self._from_positions(anchors)[1]
+        else:
+            contents = self.contents.weight[: anchors.shape[1]].expand(len(anchors), -1, -1)
+        return (logits, boxes.sigmoid()), Queries.matched(contents, anchors.sigmoid())
+
+    def decode(self, memory: Memory, queries: Queries) -> list[tuple[Tensor, Tensor]]:
+        """Return logits `[B, Q, classes]` and boxes `[B, Q, 4]` (cx, cy, w, h) of queries after each layer."""
+        decoder, content, reference = self.transformer.decoder, queries.contents, queries.boxes
+        where, ratios = memory.where(), memory.ratios.repeat(1, 1, 2)[:, None]  # [B, 1, levels, 4]
+        mask, previous, found = queries.attention_mask(), reference, []
+        static = None if self.anchor_position else self._from_positions(inverse_sigmoid(reference))[0]
+        for layer, class_head, box_head in zip(decoder.layers, decoder.class_embed, decoder.bbox_embed, strict=False):
+            position = static if static is not None else self.anchor_position(self._sine(inverse_sigmoid(reference)))
+            content = layer(
+                content,
+                object_queries_position_embeddings=position,
+                reference_points=reference[:, :, None] * ratios,
+                encoder_hidden_states=memory.features,
+                encoder_attention_mask=memory.mask,
+                attention_mask=mask,
+                **where,
+            )
+            change = box_head(content)
+            found.append((class_head(content), (change + inverse_sigmoid(previous)).sigmoid()))
+            refined = (change + inverse_sigmoid(reference)).sigmoid()
+            reference = refined.detach()
+            previous = refined if self.look_forward_twice else reference
+        return found
+
+    def losses(
+        self,
+        proposals: tuple[Tensor, Tensor],
+        layers: list[tuple[Tensor, Tensor]],
+        truth: Targets,
+        extra: dict[str, Assignment],
+    ) -> dict[str, Tensor]:
+        """Return the losses of proposals, matched queries and those of known objects, summed over layers."""
+        objects = truth if self.contents is not None else truth.without_classes()
+        losses = {"encoder": sum(set_losses(*proposals, match(*proposals, objects), objects).values())}
+        known = sum(assignment.shape[1] for assignment in extra.values())
+        for logits, boxes in layers:
+            start = 0
+            for name, assignment in extra.items():
+                part = slice(start, start := start + assignment.shape[1])
+                loss = sum(set_losses(logits[:, part], boxes[:, part], assignment, truth).values())
+                losses[name] = losses.get(name, 0.0) + loss
+            matched = logits[:, known:], boxes[:, known:]
+            for name, loss in set_losses(*matched, match(*matched, truth), truth).items():
+                losses[name] = losses.get(name, 0.0) + loss
+        return losses
+
+    def _sine(self, logits: Tensor) -> Tensor:
+        """Return the sine embedding `[B, Q, 2 C]` of boxes `[B, Q, 4]` before their sigmoid."""
+        return self.transformer.get_proposal_pos_embed(logits)
+
+    def _from_positions(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Return positions and contents of queries as Deformable DETR makes them from boxes before their sigmoid."""
+        parts = self.transformer
+        return parts.pos_trans_norm(parts.pos_trans(self._sine(logits))).chunk(2, dim=-1)
+
+
+def _box_head(width: int, hidden: int, out: int, layers: int) -> nn.Module:
+    return DeformableDetrMLPPredictionHead(width, hidden, out, layers)

@@ -1,0 +1,113 @@
+"""Queries of a decoder, the objects they stand for, and the losses of such sets (DETR, arXiv 2005.12872)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
+from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
+
+# Which object of its image each query stands for, [B, Q]; or one of the two below.
+Assignment = Tensor
+NO_OBJECT, PADDING = -1, -2
+MATCHED, ALONE = 0, -1  # groups of queries, see `Queries`
+CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
+CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 1.0, 5.0, 2.0
+
+
+class Queries(NamedTuple):
+    """Queries of a batch of images.
+
+    Attributes:
+        contents: `[B, Q, C]`.
+        boxes: `[B, Q, 4]` (cx, cy, w, h), as shares of the sides of the image.
+        groups: `[B, Q]`. Queries see those of their own group; groups above MATCHED see the matched ones, too, which
+            do not see them. The padding of shorter sets is in the group ALONE.
+    """
+
+    contents: Tensor
+    boxes: Tensor
+    groups: Tensor
+
+    @classmethod
+    def matched(cls, contents: Tensor, boxes: Tensor) -> Queries:
+        """Return queries that are matched with objects."""
+        return cls(contents, boxes, torch.full(boxes.shape[:2], MATCHED, device=boxes.device))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Queries]) -> Queries:
+        """Return the queries of all parts in a row."""
+        return cls(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
+
+    def attention_mask(self) -> Tensor | None:
+        """Return what self-attention adds to its logits, `[B, 1, Q, Q]`, so that no known object leaks."""
+        if bool((self.groups == MATCHED).all()):
+            return None
+        seeing, seen = self.groups.unsqueeze(-1), self.groups.unsqueeze(-2)
+        visible = (seeing == seen) | ((seen == MATCHED) & (seeing > MATCHED))
+        mask = torch.zeros(visible.shape, dtype=self.contents.dtype, device=visible.device)
+        return mask.masked_fill(~visible, -torch.inf).unsqueeze(1)
+
+
+class Targets:
+    """The objects of a batch of images.
+
+    Args:
+        images: of each image, `boxes` `[n, 4]` (cx, cy, w, h), as shares of its sides, and `class_labels` `[n]`.
+    """
+
+    def __init__(self, images: list[dict[str, Tensor]]) -> None:
+        self.images = images
+        self.counts = [len(image["boxes"]) for image in images]
+        self.total = sum(self.counts)
+        self.boxes = torch.cat([image["boxes"] for image in images])  # [total, 4]
+        self.labels = torch.cat([image["class_labels"] for image in images])  # [total]
+        self.starts = torch.tensor([0, *self.counts[:-1]], device=self.labels.device).cumsum(0)  # [B]
+
+    def without_classes(self) -> Targets:
+        """Return the same objects, all of the first class."""
+        return Targets([{**image, "class_labels": torch.zeros_like(image["class_labels"])} for image in self.images])
+
+
+@torch.no_grad()
+def match(logits: Tensor, boxes: Tensor, truth: Targets) -> Assignment:
+    """Return the matching of queries and objects of least cost, by transformers' Hungarian matcher."""
+    matcher = DeformableDetrHungarianMatcher(CLASS_COST, L1_COST, GIOU_COST)
+    pairs = matcher({"logits": logits.float(), "pred_boxes": boxes.float()}, truth.images)
+    assignment = torch.full(logits.shape[:2], NO_OBJECT, device=logits.device)
+    for row, (queries, objects) in zip(assignment, pairs, strict=True):
+        row[queries.to(row.device)] = objects.to(row.device)
+    return assignment
+
+
+def set_losses(logits: Tensor, boxes: Tensor, assignment: Assignment, truth: Targets) -> dict[str, Tensor]:
+    """Return focal, L1 and GIoU loss of queries that stand for objects, divided by the number of these queries.
+
+    The number is that of all ranks, divided by the number of ranks.
+    """
+    logits, boxes = logits.float(), boxes.float()
+    positive = assignment >= 0
+    objects = (assignment + truth.starts[:, None])[positive]
+    classes = torch.zeros_like(logits)
+    classes[positive] = torch.nn.functional.one_hot(truth.labels[objects], logits.shape[-1]).to(classes.dtype)
+    number = _mean_over_ranks(positive.sum()).clamp(min=1)
+    focal = sigmoid_focal_loss(logits, classes, alpha=0.25, gamma=2.0)[assignment != PADDING]
+    found, wanted = boxes[positive], truth.boxes[objects]
+    corners = (box_convert(x, "cxcywh", "xyxy") for x in (found, wanted))
+    return {
+        "class": CLASS_WEIGHT * focal.sum() / number,
+        "l1": L1_WEIGHT * (found - wanted).abs().sum() / number,
+        "giou": GIOU_WEIGHT * generalized_box_iou_loss(*corners, reduction="sum") / number,
+    }
+
+
+def _mean_over_ranks(count: Tensor) -> Tensor:
+    count = count.float()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(count)
+        count /= dist.get_world_size()
+    return count

@@ -1,0 +1,166 @@
+"""Detectors of Hugging Face transformers on our backbones: DETR, Conditional, Deformable, DAB, RT-DETR and D-FINE."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor, nn
+from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
+
+from ..backbone import DATBackbone, TimmBackbone
+from ..dense import DenseModel
+from .backbone_adapter import AdapterConfig, adapt
+from .set_prediction import best_boxes, pad_images, relative_targets
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A detector of transformers.
+
+    Attributes:
+        name: of its classes there, before `Config` and `ForObjectDetection`.
+        maps: how many maps of the backbone it uses, the last ones.
+        defaults: its arguments where they differ from those of transformers.
+        background: it has a class for "no object" and a softmax, instead of a sigmoid for each class.
+        masked: it knows which pixels are padding, and its boxes are shares of the image without it.
+        pyramid: it is told channels and strides of its maps, and begins with a prior probability of its own.
+    """
+
+    name: str
+    maps: int = 1
+    defaults: dict[str, Any] = field(default_factory=dict)
+    background: bool = False
+    masked: bool = True
+    pyramid: bool = False
+
+
+_REFINED = {"with_box_refine": True}
+KINDS = {
+    "detr": Kind("Detr", background=True),
+    "conditional_detr": Kind("ConditionalDetr"),
+    "dab_detr": Kind("DabDetr"),
+    "deformable_detr": Kind("DeformableDetr", maps=3),
+    "deformable_detr_refined": Kind("DeformableDetr", maps=3, defaults=_REFINED),
+    "deformable_detr_two_stage": Kind("DeformableDetr", maps=3, defaults={**_REFINED, "two_stage": True}),
+    "rt_detr": Kind("RTDetr", maps=3, masked=False, pyramid=True),
+    "d_fine": Kind("DFine", maps=3, masked=False, pyramid=True),
+}
+# Weights that transformers applies outside its named losses, by the name of the loss.
+_WEIGHTS = {"loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
+_PRIOR = 0.01  # what a sigmoid says at first, so that the many queries without an object do not drown the others
+
+
+class TransformersDetector(DenseModel):
+    """A detector of transformers with the interface of torchvision's: in training losses, in evaluation boxes.
+
+    Args:
+        kind: a name of `KINDS`.
+        backbone: images to maps, with `channels` and `strides`.
+        num_classes: classes, without one for "no object".
+        **arguments: of the detector's configuration in transformers, such as `num_queries`.
+
+    Raises:
+        ValueError: the kind or an argument is unknown, or arguments contradict each other.
+    """
+
+    def __init__(self, kind: str, backbone: DATBackbone | TimmBackbone, *, num_classes: int, **arguments: Any) -> None:
+        super().__init__(backbone)
+        self.kind = KINDS[kind]
+        self.config = _configuration(kind, backbone, num_classes, arguments)
+        self.detector = getattr(transformers, f"{self.kind.name}ForObjectDetection")(self.config)
+        adapt(self.detector, backbone)
+        if not (self.kind.background or self.kind.pyramid):
+            set_prior(self.detector, num_classes)
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Detect objects.
+
+        Args:
+            images: normalised, `[3, h, w]` each.
+            targets: in training; of each image, `boxes` `[n, 4]` (x1, y1, x2, y2) in pixels and `labels` `[n]`.
+
+        Returns:
+            In training named losses, whose sum is minimised; in evaluation, of each image, `boxes`, `labels` and
+            `scores`, the most probable first.
+        """
+        batch = pad_images(images)
+        mask = {"pixel_mask": batch.mask.long()} if self.kind.masked else {}
+        if not self.training:
+            out = self.detector(batch.pixels, **mask)
+            scores = out.logits.softmax(-1)[..., :-1] if self.kind.background else out.logits.sigmoid()
+            return best_boxes(scores, out.pred_boxes, batch, of_padded=not self.kind.masked)
+        labels = relative_targets(targets, batch.sizes if self.kind.masked else batch.padded)
+        out = self.detector(batch.pixels, **mask, labels=labels)
+        losses = self._summed(out.loss_dict)
+        if getattr(self.config, "two_stage", False):
+            losses["encoder"] = self._proposal_loss(out, labels)
+        return losses
+
+    def _summed(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the losses of all layers, weighted and summed by what they measure."""
+        sums: dict[str, Tensor] = {}
+        for name, value in named.items():
+            measure = re.match(r"loss_[a-z]+", name)
+            if measure:
+                weight = getattr(self.config, _WEIGHTS.get(measure[0], ""), 1)
+                short = measure[0].removeprefix("loss_")
+                sums[short] = sums.get(short, 0.0) + weight * value
+        return sums
+
+    def _proposal_loss(self, out: Any, labels: list[dict[str, Tensor]]) -> Tensor:
+        """Return the loss of the proposals of two stages, which transformers leaves out (section A.4 of the paper).
+
+        Proposals know one class, "object": the first.
+        """
+        config = self.config
+        matcher = DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
+        criterion = DeformableDetrImageLoss(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes"])
+        proposals = {"logits": out.enc_outputs_class, "pred_boxes": out.enc_outputs_coord_logits.sigmoid()}
+        objects = [{**target, "class_labels": torch.zeros_like(target["class_labels"])} for target in labels]
+        return sum(self._summed(criterion(proposals, objects)).values())
+
+
+def _configuration(kind: str, backbone: DATBackbone | TimmBackbone, num_classes: int, arguments: dict[str, Any]) -> Any:
+    """Return the configuration of a detector; transformers would keep a misspelt argument and ignore it."""
+    cls = getattr(transformers, f"{KINDS[kind].name}Config")
+    known = set(cls.__dataclass_fields__)
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"{kind} has no argument {name!r}{hint}")
+    channels = list(backbone.channels)
+    given = {"auxiliary_loss": True, **KINDS[kind].defaults, **arguments}
+    if given.get("decoder_layers", 2) < 2:
+        raise ValueError(f"decoder_layers = {given['decoder_layers']} of {kind} is not allowed; give at least 2")
+    if KINDS[kind].pyramid:
+        width = given.get("encoder_hidden_dim", 256)
+        given |= {
+            "encoder_in_channels": channels,
+            "feat_strides": list(backbone.strides),
+            "encode_proj_layers": [len(channels) - 1],
+            "decoder_in_channels": [width] * len(channels),
+            "num_feature_levels": len(channels),
+            "freeze_backbone_batch_norms": False,
+        }
+    try:
+        return cls(backbone_config=AdapterConfig(channels=channels), num_labels=num_classes, **given)
+    except StrictDataclassError as error:
+        raise ValueError(f"{kind}: {' '.join(str(error).split())}") from None
+
+
+def set_prior(detector: nn.Module, num_classes: int) -> None:
+    """Let the layers that give the logits of the classes begin at a small probability (focal loss, 1708.02002)."""
+    for name, module in detector.named_modules():
+        if isinstance(module, nn.Linear) and module.out_features == num_classes and "class" in name:
+            nn.init.constant_(module.bias, -math.log((1 - _PRIOR) / _PRIOR))

@@ -1,0 +1,165 @@
+"""DINO: Deformable DETR underneath, and what it adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
+from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
+
+from models.detection.backbone_adapter import AdapterConfig, adapt
+from models.detection.denoising import noised_queries
+from models.detection.dino import DINO
+from models.detection.queries import MATCHED, NO_OBJECT, PADDING, Targets, match, set_losses
+from models.detection.set_prediction import pad_images, relative_targets
+from tests.models.detection.small import CLASSES, DECODER, small_backbone, two_images
+from tests.models.small import without_gradient
+
+OFF = {"denoising": 0, "mixed_query_selection": False, "anchor_positions": False, "look_forward_twice": False}
+
+
+def small_dino(**options: Any) -> DINO:
+    torch.manual_seed(0)
+    options = {"num_queries": 20, **DECODER, **options}
+    return DINO(small_backbone(1, 2, 3), num_classes=CLASSES, **options)
+
+
+def deformable_detr(dino: DINO) -> DeformableDetrForObjectDetection:
+    """Return transformers' Deformable DETR with the weights of `dino`, moved from where training would begin."""
+    config = DeformableDetrConfig(
+        backbone_config=AdapterConfig(channels=dino.backbone.channels),
+        num_labels=CLASSES,
+        two_stage=True,
+        with_box_refine=True,
+        two_stage_num_proposals=20,
+        auxiliary_loss=True,
+        **DECODER,
+    )
+    theirs = DeformableDetrForObjectDetection(config)
+    adapt(theirs, dino.backbone)
+    with torch.no_grad():
+        for parameter in dino.transformer.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    missing, unexpected = theirs.model.load_state_dict(dino.transformer.state_dict(), strict=False)
+    assert not unexpected
+    assert all(name.startswith("pos_trans") for name in missing)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize(
+    "added", [{}, {"denoising": 100}, {"look_forward_twice": True}, {"denoising": 100, "look_forward_twice": True}]
+)
+@torch.no_grad()
+def test_without_its_additions_it_is_transformers_deformable_detr(added: dict[str, Any]) -> None:
+    # Denoising and looking forward twice change what is learnt, not what is computed.
+    dino = small_dino(**{**OFF, **added}).eval()
+    theirs = deformable_detr(dino)
+    batch = pad_images(two_images()[0])
+    expected = theirs(batch.pixels, batch.mask.long())
+    memory = dino.encode(batch)
+    (proposed_logits, proposed_boxes), queries = dino.select_queries(memory)
+    layers = dino.decode(memory, queries)
+    close = {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(memory.features, expected.encoder_last_hidden_state, **close)
+    torch.testing.assert_close(proposed_logits, expected.enc_outputs_class, **close)
+    torch.testing.assert_close(proposed_boxes, expected.enc_outputs_coord_logits.sigmoid(), **close)
+    torch.testing.assert_close(queries.boxes, expected.init_reference_points, **close)
+    torch.testing.assert_close(layers[-1][0], expected.logits, **close)
+    for (_, boxes), reference in zip(layers, expected.intermediate_reference_points.unbind(1), strict=True):
+        torch.testing.assert_close(boxes, reference, **close)
+    assert layers[-1][1].std() > 0.01  # boxes differ from each other
+
+
+@pytest.mark.parametrize("added", [{"mixed_query_selection": True}, {"anchor_positions": True}])
+@torch.no_grad()
+def test_each_addition_that_computes_something_else_shares_all_before_it(added: dict[str, Any]) -> None:
+    dino = small_dino(**{**OFF, **added}).eval()
+    theirs = deformable_detr(dino)
+    batch = pad_images(two_images()[0])
+    expected = theirs(batch.pixels, batch.mask.long())
+    memory = dino.encode(batch)
+    proposals, queries = dino.select_queries(memory)
+    torch.testing.assert_close(proposals[0], expected.enc_outputs_class, rtol=0, atol=1e-5)
+    assert (dino.decode(memory, queries)[-1][0] - expected.logits).abs().max() > 1e-3
+
+
+def test_looking_forward_twice_trains_the_layer_before() -> None:
+    for twice in (False, True):
+        dino = small_dino(denoising=0, look_forward_twice=twice)
+        memory = dino.encode(pad_images(two_images()[0]))
+        boxes = dino.decode(memory, dino.select_queries(memory)[1])[-1][1]
+        head = dino.transformer.decoder.bbox_embed[0].layers[-1].bias
+        (grad,) = torch.autograd.grad(boxes.sum(), head, allow_unused=True)
+        assert (grad is not None and bool(grad.abs().sum() > 0)) == twice
+
+
+@pytest.mark.parametrize("off", [(), ("denoising",), ("mixed_query_selection",), ("anchor_positions",), tuple(OFF)])
+def test_every_parameter_gets_a_gradient(off: tuple[str, ...]) -> None:
+    dino = small_dino(**{name: OFF[name] for name in off})
+    images, targets = two_images()
+    sum(dino(images, targets).values()).backward()
+    assert without_gradient(dino) == []
+
+
+def test_images_without_objects_train_and_small_ones_have_fewer_queries() -> None:
+    dino = small_dino(num_queries=50)
+    images, targets = two_images()
+    losses = dino(images, targets[1:] * 2)
+    assert "denoising" not in losses
+    assert sum(losses.values()).isfinite()
+    found = dino.eval()([torch.rand(3, 32, 32)] * 2)
+    assert len(found[0]["boxes"]) == CLASSES * (4 * 4 + 2 * 2 + 1 + 1)  # all pixels of all maps
+
+
+@torch.no_grad()
+def test_matched_queries_do_not_see_noised_objects_nor_groups_each_other() -> None:
+    dino = small_dino().train()
+    images, targets = two_images()
+    memory, truth = dino.encode(pad_images(images)), Targets(relative_targets(targets, [(64, 48), (60, 64)]))
+    queries = dino.select_queries(memory)[1]
+    noised, _ = noised_queries(truth, dino.label_contents, 10, label_noise=0.5, box_noise=1.0)
+    other = noised._replace(contents=noised.contents + 1, boxes=1 - noised.boxes)
+    known = noised.contents.shape[1]
+    one, two = (dino.decode(memory, type(queries).joined([extra, queries])) for extra in (noised, other))
+    for (logits, boxes), (others, other_boxes) in zip(one, two, strict=True):
+        assert torch.equal(logits[:, known:], others[:, known:])
+        assert torch.equal(boxes[:, known:], other_boxes[:, known:])
+        assert not torch.equal(logits[:, :known], others[:, :known])
+    first = noised.groups == MATCHED + 1
+    changed = noised._replace(contents=torch.where(first.unsqueeze(-1), other.contents, noised.contents))
+    after = dino.decode(memory, type(queries).joined([changed, queries]))[-1][0][0, :known]
+    moved = (after != one[-1][0][0, :known]).any(-1)
+    assert torch.equal(moved, first[0])
+
+
+def test_noise_is_as_large_as_it_is_said() -> None:
+    torch.manual_seed(0)
+    images = [{"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.1]] * 2), "class_labels": torch.tensor([1, 2])}]
+    images.append({"boxes": images[0]["boxes"][:1], "class_labels": images[0]["class_labels"][:1]})
+    truth = Targets(images)
+    queries, assignment = noised_queries(truth, torch.nn.Embedding(3, 8), 100, label_noise=0.5, box_noise=1.0)
+    assert assignment.shape == (2, 50 * 2 * 2)
+    assert [int((row >= 0).sum()) for row in assignment] == [100, 50]
+    assert [int((row == PADDING).sum()) for row in assignment] == [0, 100]
+    center, size = queries.boxes[..., :2], queries.boxes[..., 2:]
+    corners = torch.cat([center - size / 2, center + size / 2], -1)
+    moved = (corners - torch.tensor([0.4, 0.45, 0.6, 0.55])).abs() / torch.tensor([0.1, 0.05, 0.1, 0.05])
+    positive, negative = moved[assignment >= 0], moved[assignment == NO_OBJECT]
+    assert 0.9 < positive.max() <= 1.0001
+    # A corner that moves beyond the other one is the other one of the turned box.
+    assert negative.max() <= 2.0001
+    assert negative.mean() > positive.mean() + 0.5
+
+
+def test_losses_are_those_of_transformers() -> None:
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(2, 20, CLASSES), torch.rand(2, 20, 4) / 2 + 0.25
+    truth = Targets(relative_targets(two_images()[1], [(64, 48), (60, 64)]))
+    criterion = DeformableDetrImageLoss(DeformableDetrHungarianMatcher(2, 5, 2), CLASSES, 0.25, ["labels", "boxes"])
+    theirs = criterion({"logits": logits, "pred_boxes": boxes}, truth.images)
+    ours = set_losses(logits, boxes, match(logits, boxes, truth), truth)
+    torch.testing.assert_close(ours["class"], theirs["loss_ce"])
+    torch.testing.assert_close(ours["l1"], 5 * theirs["loss_bbox"])
+    torch.testing.assert_close(ours["giou"], 2 * theirs["loss_giou"])

@@ -1,0 +1,95 @@
+"""Detectors of transformers on our backbones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from models.backbone import TimmBackbone
+from models.detection.set_prediction import pad_images, relative_targets
+from models.detection.transformers_detectors import KINDS, TransformersDetector
+from tests.models.detection.small import CLASSES, DECODER, small_backbone, two_images
+from tests.models.small import without_gradient
+
+
+def small_arguments(kind: str) -> dict[str, Any]:
+    """Return the arguments of a small detector, whose width is called differently here and there."""
+    arguments = dict(DECODER)
+    if kind == "dab_detr":
+        arguments["hidden_size"] = arguments.pop("d_model")
+    if KINDS[kind].pyramid:
+        arguments["encoder_hidden_dim"] = 32
+    return {**arguments, ("two_stage_num_proposals" if kind.endswith("two_stage") else "num_queries"): 20}
+
+
+def small_detector(kind: str) -> TransformersDetector:
+    torch.manual_seed(0)
+    maps = range(4 - KINDS[kind].maps, 4)
+    return TransformersDetector(kind, small_backbone(*maps), num_classes=CLASSES, **small_arguments(kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_reach_every_parameter_and_boxes_lie_in_their_images(kind: str) -> None:
+    detector = small_detector(kind)
+    images, targets = two_images()
+    losses = detector(images, targets)
+    sum(losses.values()).backward()
+    assert without_gradient(detector) == []
+    with torch.no_grad():
+        found = detector.eval()(images)
+    for image, one in zip(images, found, strict=True):
+        height, width = image.shape[-2:]
+        assert one["boxes"].shape == (20 * CLASSES, 4)
+        assert bool((one["boxes"] >= 0).all())
+        assert bool((one["boxes"] <= torch.tensor([width, height, width, height])).all())
+        assert bool((one["scores"].diff() <= 0).all())
+        assert set(one["labels"].tolist()) == set(range(CLASSES))
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "deformable_detr_two_stage"])
+def test_the_losses_sum_to_what_transformers_minimises(kind: str) -> None:
+    detector = small_detector(kind)
+    images, targets = two_images()
+    torch.manual_seed(1)
+    losses = detector(images, targets)
+    batch = pad_images(images)
+    mask = {"pixel_mask": batch.mask.long()} if KINDS[kind].masked else {}
+    labels = relative_targets(targets, batch.sizes if KINDS[kind].masked else batch.padded)
+    torch.manual_seed(1)
+    torch.testing.assert_close(sum(losses.values()), detector.detector(batch.pixels, **mask, labels=labels).loss)
+
+
+def test_the_backbone_has_one_place_and_keeps_its_weights() -> None:
+    torch.manual_seed(3)
+    backbone = small_backbone(1, 2, 3)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    detector = TransformersDetector(
+        "deformable_detr", backbone, num_classes=CLASSES, **small_arguments("deformable_detr")
+    )
+    names = {name for name, _ in detector.named_parameters() if "patch_proj" in name}
+    assert names
+    assert all(name.startswith("backbone.patch_proj") for name in names)
+    assert all(torch.equal(value, before[name]) for name, value in detector.backbone.state_dict().items())
+
+
+def test_networks_of_timm_are_backbones() -> None:
+    backbone = TimmBackbone("resnet18", out_indices=(2, 3, 4))
+    detector = TransformersDetector(
+        "deformable_detr", backbone, num_classes=CLASSES, **small_arguments("deformable_detr")
+    )
+    assert sum(detector(*two_images()).values()).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_querys": 5}, "detr has no argument 'num_querys'; did you mean num_queries"),
+        ({"decoder_layers": 1}, "decoder_layers = 1 of detr is not allowed; give at least 2"),
+        ({"d_model": "wide"}, "detr: .*d_model"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TransformersDetector("detr", small_backbone(3), num_classes=CLASSES, **arguments)
