@@ -1,0 +1,96 @@
+"""The distribution: what its wheel holds, and that it works where nothing of this repository is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+
+from models.registry import CONFIGS
+
+ROOT = Path(__file__).resolve().parents[1]
+IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
+# Run in a folder outside the repository, with an interpreter that has the wheel.
+SCRIPT = """
+import json, sys
+import timm, torch
+import dat
+from dat.backbone import DATBackbone
+
+assert not {"models", "configs", "config", "data", "tasks", "training", "utils"} & sys.modules.keys()
+small = {"dims": [8, 16, 32, 64], "dim_stem": 8, "heads": [1, 2, 4, 8], "groups": [1, 1, 2, 4]}
+model = timm.create_model("dat_tiny.in1k", num_classes=5, **small)
+model(torch.rand(1, 3, 64, 64)).sum().backward()
+maps = timm.create_model("dat_cvpr22_tiny", features_only=True)(torch.rand(1, 3, 64, 64))
+print(json.dumps({
+    "file": dat.__file__,
+    "names": timm.list_models("dat_*", include_tags=True),
+    "strides": [64 // x.shape[-1] for x in maps],
+    "channels": DATBackbone(**small).channels,
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a wheel, built of a copy so that nothing is left in the tree."""
+    folder = tmp_path_factory.mktemp("package")
+    for name in ("models", "configs"):
+        shutil.copytree(ROOT / name, folder / "source" / name, ignore=IGNORED)
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "source" / name)
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder / "dist"]
+    built = subprocess.run([*command, folder / "source"], capture_output=True, text=True, check=False)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = (folder / "dist").glob("*.whl")
+    return path
+
+
+@pytest.mark.xdist_group("wheel")
+def test_the_wheel_holds_the_models_their_configs_and_nothing_else(wheel: Path) -> None:
+    files = set(zipfile.ZipFile(wheel).namelist())
+    info = next(name.partition("/")[0] for name in files if name.endswith(".dist-info/METADATA"))
+    own = {name for name in files if not name.startswith(info)}
+    code = {f"dat/{path.relative_to(ROOT / 'models').as_posix()}" for path in (ROOT / "models").rglob("*.py")}
+    configs = {f"dat/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "configs").rglob("*.yaml")}
+    assert own == code | configs | {"dat/py.typed"}
+    assert {f"{info}/licenses/LICENSE"} <= files
+
+
+@pytest.mark.xdist_group("wheel")
+def test_what_the_wheel_needs_is_what_the_repository_was_tested_with(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        metadata = message_from_bytes(archive.read(name))
+    tested = set((ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n"))
+    needed = {re.split(r" *;", requirement)[0] for requirement in metadata.get_all("Requires-Dist")}
+    assert needed <= tested
+    assert {"huggingface", "detection", "segmentation", "export"} == set(metadata.get_all("Provides-Extra"))
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("wheel")
+def test_the_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "fresh"], check=True)
+    python = tmp_path / "fresh" / "bin" / "python"
+    install = ["install", "--no-deps", "--no-index", "--quiet", "--disable-pip-version-check", wheel]
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    asked = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    fresh = Path(subprocess.run([python, "-c", asked], capture_output=True, text=True, check=True).stdout.strip())
+    # torch and timm are borrowed from here: a fresh copy takes 6 GB and a network.
+    (fresh / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
+    done = subprocess.run([python, "-I", "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said["file"] == str(fresh / "dat" / "__init__.py")
+    assert said["names"] == sorted(CONFIGS)
+    assert said["strides"] == [4, 8, 16, 32]
+    assert said["channels"] == [8, 16, 32, 64]
