@@ -49,6 +49,11 @@ class Memory(NamedTuple):
         starts = F.pad(shapes.prod(1).cumsum(0)[:-1], (1, 0))
         return {"spatial_shapes": shapes, "spatial_shapes_list": self.shapes, "level_start_index": starts}
 
+    def maps(self) -> list[Tensor]:
+        """Return the features of every level as maps `[B, C, h, w]`."""
+        levels = self.features.transpose(1, 2).split([height * width for height, width in self.shapes], dim=-1)
+        return [level.unflatten(-1, shape) for level, shape in zip(levels, self.shapes, strict=True)]
+
 
 class DINO(DenseModel):
     """DINO with the interface of torchvision's detectors: in training losses, in evaluation boxes.

@@ -25,8 +25,8 @@ class Queries(NamedTuple):
     Attributes:
         contents: `[B, Q, C]`.
         boxes: `[B, Q, 4]` (cx, cy, w, h), as shares of the sides of the image.
-        groups: `[B, Q]`. Queries see those of their own group; groups above MATCHED see the matched ones, too, which
-            do not see them. The padding of shorter sets is in the group ALONE.
+        groups: `[B, Q]`. Queries see those of their own group; those of groups above MATCHED see the matched ones,
+            too, which do not see them. The padding of shorter sets is in the group ALONE.
     """
 
     contents: Tensor
@@ -71,6 +71,16 @@ class Targets:
     def without_classes(self) -> Targets:
         """Return the same objects, all of the first class."""
         return Targets([{**image, "class_labels": torch.zeros_like(image["class_labels"])} for image in self.images])
+
+    def in_pixels(self, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+        """Return of each image `boxes` `[n, 4]` (x1, y1, x2, y2) in pixels and `labels` `[n]`."""
+        return [
+            {
+                "boxes": box_convert(image["boxes"], "cxcywh", "xyxy") * image["boxes"].new_tensor([width, height] * 2),
+                "labels": image["class_labels"],
+            }
+            for image, (height, width) in zip(self.images, sizes, strict=True)
+        ]
 
 
 @torch.no_grad()

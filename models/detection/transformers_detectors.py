@@ -162,5 +162,5 @@ def _configuration(kind: str, backbone: DATBackbone | TimmBackbone, num_classes:
 def set_prior(detector: nn.Module, num_classes: int) -> None:
     """Let the layers that give the logits of the classes begin at a small probability (focal loss, 1708.02002)."""
     for name, module in detector.named_modules():
-        if isinstance(module, nn.Linear) and module.out_features == num_classes and "class" in name:
+        if "class" in name and num_classes in (getattr(module, "out_features", 0), getattr(module, "out_channels", 0)):
             nn.init.constant_(module.bias, -math.log((1 - _PRIOR) / _PRIOR))

@@ -1,0 +1,128 @@
+"""A head that learns by adaptive training sample selection (ATSS, arXiv 1912.02424), for training alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder
+from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
+
+from .positives import Positives
+from .transformers_detectors import set_prior
+
+CANDIDATES = 9  # anchors of each level that are nearest to an object
+ANCHOR = 8  # side of an anchor in pixels of its map
+BOX_WEIGHT = 2.0
+_NOTHING = -1
+
+
+class ATSSHead(nn.Module):
+    """One square anchor at each pixel of each map, which learns class, box and centerness.
+
+    Args:
+        width: channels of the maps.
+        num_classes: classes, without one for "no object".
+    """
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.tower = nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(width // 8, width), nn.ReLU())
+        self.class_logits = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.changes = nn.Conv2d(width, 4, 3, padding=1)
+        self.centerness = nn.Conv2d(width, 1, 3, padding=1)
+        self.coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
+        for conv in (self.class_logits, self.changes, self.centerness):
+            nn.init.normal_(conv.weight, std=0.01)
+            nn.init.zeros_(conv.bias)
+        set_prior(self, num_classes)
+
+    def forward(
+        self, maps: list[Tensor], strides: list[float], targets: list[dict[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], list[Positives]]:
+        """Return the losses of maps `[B, C, h, w]`, and the positive samples of each image.
+
+        Args:
+            maps: of the encoder, the finest first.
+            strides: pixels of the image per pixel of each map.
+            targets: of each image, `boxes` (x1, y1, x2, y2) in pixels and `labels`.
+        """
+        towers = [self.tower(x) for x in maps]
+        logits, changes, centerness, features = (
+            torch.cat([x.flatten(2).transpose(1, 2) for x in parts], 1)
+            for parts in (
+                *([head(x) for x in towers] for head in (self.class_logits, self.changes, self.centerness)),
+                maps,
+            )
+        )  # [B, S, ...]
+        anchors = square_anchors(maps, strides)
+        counts = [x.shape[-2] * x.shape[-1] for x in maps]
+        assigned = torch.stack([assign(anchors, counts, target["boxes"]) for target in targets])  # [B, S]
+        positive = assigned != _NOTHING
+        found = [Positives(anchors[p], a[p], f[p]) for p, a, f in zip(positive, assigned, features, strict=True)]
+        classes = torch.zeros_like(logits, dtype=torch.float32)
+        classes[positive] = F.one_hot(
+            torch.cat([target["labels"][one.objects] for target, one in zip(targets, found, strict=True)]),
+            logits.shape[-1],
+        ).float()
+        wanted = torch.cat([target["boxes"][one.objects] for target, one in zip(targets, found, strict=True)])
+        at = torch.cat([one.boxes for one in found])
+        boxes = self.coder.decode_single(changes[positive].float(), at)
+        central = _centerness(at, wanted)
+        number = positive.sum().clamp(min=1)
+        overlap = generalized_box_iou_loss(boxes, wanted) * central
+        return {
+            "class": sigmoid_focal_loss(logits.float(), classes, alpha=0.25, gamma=2.0, reduction="sum") / number,
+            "box": BOX_WEIGHT * overlap.sum() / central.sum().clamp(min=1e-6),
+            "centerness": F.binary_cross_entropy_with_logits(
+                centerness[positive].squeeze(-1).float(), central, reduction="sum"
+            ) / number,
+        }, found  # fmt: skip
+
+
+def square_anchors(maps: list[Tensor], strides: list[float]) -> Tensor:
+    """Return anchors (x1, y1, x2, y2) in pixels around the pixels of all maps, `[S, 4]`."""
+    anchors = []
+    for x, stride in zip(maps, strides, strict=True):
+        rows, columns = (torch.arange(side, device=x.device) + 0.5 for side in x.shape[-2:])
+        y, x = torch.meshgrid(rows * stride, columns * stride, indexing="ij")
+        centers = torch.stack([x, y], -1).flatten(0, 1)
+        anchors.append(torch.cat([centers - ANCHOR * stride / 2, centers + ANCHOR * stride / 2], -1))
+    return torch.cat(anchors)
+
+
+def assign(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tensor:
+    """Return the object of each anchor, -1 for none (section 3.2).
+
+    Of the anchors nearest to the centre of an object on each level, those are positive that overlap it by more than
+    mean and standard deviation of all these, and whose centre it contains.
+
+    Args:
+        anchors: `[S, 4]`, level after level.
+        counts: anchors of each level.
+        boxes: of the objects, `[n, 4]`.
+    """
+    if not len(boxes):
+        return torch.full((len(anchors),), _NOTHING, device=anchors.device)
+    overlaps = box_iou(anchors, boxes)  # [S, n]
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    distances = torch.cdist(centers, (boxes[:, :2] + boxes[:, 2:]) / 2)
+    starts = torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()
+    nearest = torch.cat(
+        [
+            start + level.topk(min(CANDIDATES, count), dim=0, largest=False).indices
+            for start, count, level in zip(starts, counts, distances.split(counts), strict=True)
+        ]
+    )  # [candidates, n]
+    candidates = overlaps.gather(0, nearest)
+    inside = (centers[nearest] > boxes[:, :2]).all(-1) & (centers[nearest] < boxes[:, 2:]).all(-1)
+    chosen = (candidates >= candidates.mean(0) + candidates.std(0)) & inside
+    kept = torch.full_like(overlaps, -1.0).scatter(0, nearest, candidates.where(chosen, -1.0))
+    best = kept.max(dim=1)
+    return best.indices.where(best.values >= 0, _NOTHING)
+
+
+def _centerness(anchors: Tensor, boxes: Tensor) -> Tensor:
+    centers = (anchors[:, :2] + anchors[:, 2:]) / 2
+    before, after = centers - boxes[:, :2], boxes[:, 2:] - centers  # [n, 2]
+    return (torch.minimum(before, after) / torch.maximum(before, after)).prod(-1).clamp(min=0).sqrt()

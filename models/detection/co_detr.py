@@ -1,0 +1,69 @@
+"""Co-DETR: collaborative hybrid assignments (Zong et al., arXiv 2211.12860), over DINO.
+
+In training, heads that assign many samples to an object, ATSS and Faster R-CNN, learn on the encoder's maps and so
+train the encoder (section 3.1); their positive samples are queries of the decoder besides its own (section 3.2).
+In evaluation it is DINO.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
+
+from ..backbone import DATBackbone, TimmBackbone
+from .atss import ATSSHead
+from .dino import DINO, Memory
+from .faster_rcnn_head import FasterRCNNHead
+from .positives import positive_queries
+from .queries import ALONE, Assignment, Queries, Targets
+from .set_prediction import Batch
+
+
+class CoDETR(DINO):
+    """DINO with auxiliary heads in training.
+
+    Args:
+        backbone: images to maps, with `channels` and `strides`.
+        num_classes: classes, without one for "no object".
+        positive_queries: positive samples of a head that become queries, at most, for each image.
+        head_weight: of the losses of the heads; the paper's second lambda. The first is 1.
+        **options: of `DINO`.
+    """
+
+    def __init__(
+        self,
+        backbone: DATBackbone | TimmBackbone,
+        *,
+        num_classes: int,
+        positive_queries: int = 100,
+        head_weight: float = 2.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(backbone, num_classes=num_classes, **options)
+        self.positive_queries, self.head_weight = positive_queries, head_weight
+        config = self.transformer.config
+        more = config.num_feature_levels - len(backbone.strides)
+        self.strides = [*backbone.strides, *(backbone.strides[-1] << i for i in range(1, more + 1))]
+        self.atss = ATSSHead(config.d_model, num_classes)
+        self.faster_rcnn = FasterRCNNHead(config.d_model, num_classes, self.strides)
+        self.positive_contents = nn.ModuleList(nn.Linear(config.d_model, config.d_model) for _ in range(2))
+
+    def extra_queries(
+        self, memory: Memory, truth: Targets, batch: Batch
+    ) -> tuple[list[Queries], dict[str, Assignment], dict[str, Tensor]]:
+        extra, assignments, losses = super().extra_queries(memory, truth, batch)
+        targets = truth.in_pixels(batch.sizes)
+        maps = memory.maps()
+        found = {
+            "atss": self.atss(maps, self.strides, targets),
+            "faster_rcnn": self.faster_rcnn(maps, ImageList(batch.pixels, batch.sizes), targets),
+        }
+        for i, (name, (named, positives)) in enumerate(found.items()):
+            some = [one.at_most(self.positive_queries) for one in positives]
+            queries, assignment = positive_queries(some, batch.sizes, self.positive_contents[i], ALONE - 1 - i)
+            extra.append(queries)
+            assignments[f"{name}_queries"] = assignment
+            losses[name] = self.head_weight * sum(named.values())
+        return extra, assignments, losses
