@@ -20,6 +20,7 @@ import yaml
 from yacs.config import CfgNode
 
 from models.dat import DAT
+from models.detection import DETECTORS
 from models.options import Check, Option, at_least, not_negative, one_of, share
 from models.vit import VisionTransformer
 
@@ -61,6 +62,9 @@ _BETAS = Check(lambda pair: len(pair) == 2 and all(0 <= beta < 1 for beta in pai
 _SIZE = Check(
     lambda size: min(size) >= 1 and len(size) == 2 if isinstance(size, list) else size >= 1,
     "a number of pixels from 1 on, or [height, width]",
+)
+_SIDES = Check(
+    lambda sides: all(isinstance(side, int) and side >= 1 for side in sides), "a list of numbers of pixels from 1 on"
 )
 _PART = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _POSITIVE = Check(lambda value: value > 0, "above 0")
@@ -199,6 +203,12 @@ OPTIONS: dict[str, Option] = {
         "", "A model of timm, such as resnet50; the flag also sets MODEL.TYPE.", flag="--model", metavar="NAME"
     ),
     "MODEL.TIMM.ARGS": RunOption({}, "Arguments of timm.create_model, such as drop_path_rate: 0.1."),
+    "MODEL.DETECTOR.NAME": RunOption(
+        "retinanet",
+        "What makes a detector of the backbone (TASK detection): retinanet, mask_rcnn, cascade (Cascade Mask R-CNN).",
+        one_of(*DETECTORS),
+    ),
+    "MODEL.DETECTOR.ARGS": RunOption({}, "Its arguments, see models/detection/, such as channels: 256."),
     "MODEL.SEGMENTER.NAME": RunOption(
         "fpn",
         "What makes a segmenter of the backbone (TASK segmentation): fpn (Semantic FPN), upernet, mask2former.",
@@ -349,6 +359,20 @@ OPTIONS: dict[str, Option] = {
     "AUG.MIXUP_SWITCH_PROB": RunOption(0.5, "Probability of cutmix where both are on.", share()),
     "AUG.MIXUP_MODE": RunOption("batch", "What mixup and cutmix are drawn for.", one_of("batch", "pair", "elem")),
     "AUG.MIXUP_OFF_EPOCHS": RunOption(0, "Last epochs of the run, without mixup and cutmix.", not_negative()),
+    # ---- detection
+    "DETECTION.SHORT_SIDES": RunOption(
+        list(range(480, 801, 32)),
+        "Training images are resized until their short side is one of these, in pixels.",
+        _SIDES,
+    ),
+    "DETECTION.LONG_SIDE": RunOption(1333, "What their long side has at most, in evaluation too.", at_least(1)),
+    "DETECTION.CROP_SIDES": RunOption(
+        [400, 500, 600],
+        "Every other training image first gets one of these short sides and is cropped; empty: none.",
+        _SIDES,
+    ),
+    "DETECTION.CROP": RunOption([384, 600], "Smallest and largest side of that crop, in pixels.", _SIDES),
+    "DETECTION.TEST_SHORT_SIDE": RunOption(800, "Short side of held-out images, in pixels.", at_least(1)),
     "TEST.CROP": _switch(True, "Resize to IMG_SIZE / CROP_RATIO and crop the centre; otherwise resize to IMG_SIZE."),
     "TEST.CROP_RATIO": RunOption(0.875, "Share of the resized image that is cut out, along each side.", _PART),
     "TEST.RESIZE": RunOption(

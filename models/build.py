@@ -11,6 +11,8 @@ from torch import nn
 
 from .backbone import DATBackbone, TimmBackbone
 from .dat import DAT
+from .detection import DETECTORS, Detector
+from .options import NUM_STAGES
 from .segmentation import SEGMENTERS, Segmenter
 from .vit import VisionTransformer
 
@@ -21,11 +23,14 @@ def build_model(config: Any) -> nn.Module:
     Args:
         config: configuration with ``MODEL.TYPE``: ``dat`` and ``vit`` are built from ``MODEL.DAT`` and
             ``MODEL.VIT``, the arguments of `DAT` and `VisionTransformer` by name, ``timm`` from ``MODEL.TIMM``; all
-            with ``TRAIN.USE_CHECKPOINT``. With ``TASK`` ``segmentation`` it is the backbone of a segmenter.
+            with ``TRAIN.USE_CHECKPOINT``. With ``TASK`` ``detection`` or ``segmentation`` it is the backbone
+            of a detector or segmenter.
 
     Raises:
         ValueError: the model is unknown, one of its options is not allowed, or images are too small for it.
     """
+    if config.TASK == "detection":
+        return build_detector(config)
     if config.TASK == "segmentation":
         return build_segmenter(config)
     if config.MODEL.TYPE == "timm":
@@ -60,6 +65,25 @@ def build_backbone(config: Any, *, out_indices: Sequence[int] = (0, 1, 2, 3)) ->
         raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} cannot be a backbone; choose dat or timm")
     arguments = {name: value for name, value in config.MODEL.TIMM.ARGS.items() if name != "num_classes"}
     return TimmBackbone(_timm_name(config), out_indices=out_indices, **arguments)
+
+
+def build_detector(config: Any) -> Detector:
+    """Build the detector ``MODEL.DETECTOR`` on the backbone that the rest of ``config.MODEL`` describes.
+
+    Raises:
+        ValueError: there is no such detector, or it has no such option.
+    """
+    settings = config.MODEL.DETECTOR
+    kind = DETECTORS[settings.NAME]
+    first = NUM_STAGES - kind.maps
+    # Models of timm may have a map of stride 2 before those of a DAT.
+    backbone = build_backbone(
+        config, out_indices=range(first, NUM_STAGES) if config.MODEL.TYPE == "dat" else range(-kind.maps, 0)
+    )
+    try:
+        return kind.build(backbone, num_classes=num_classes(config), **settings.ARGS)
+    except TypeError as error:  # for an argument that it does not have
+        raise ValueError(f"MODEL.DETECTOR.ARGS: {error}") from None
 
 
 def build_segmenter(config: Any) -> Segmenter:

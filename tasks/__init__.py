@@ -9,10 +9,11 @@ from utils import World
 
 from .base import Evaluation, Meter, Score, Task
 from .classification import Classification
+from .detection import Detection
 
 __all__ = ["TASKS", "Evaluation", "Meter", "Score", "Task", "build_task"]
 
-TASKS: dict[str, type[Task]] = {"classification": Classification}
+TASKS: dict[str, type[Task]] = {"classification": Classification, "detection": Detection}
 
 
 def build_task(config: Any, world: World, *, training: bool) -> Task:

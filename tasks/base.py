@@ -31,12 +31,14 @@ class Score:
         title: what people call it.
         unit: of its values, as in "%".
         higher_is_better: False for errors.
+        digits: shown behind the point.
     """
 
     key: str
     title: str
     unit: str = ""
     higher_is_better: bool = True
+    digits: int = 2
 
     def of(self, metrics: dict[str, float]) -> float:
         """Return the score of `metrics`, of which larger is better; minus infinity where a metric is not finite."""
@@ -47,7 +49,7 @@ class Score:
     def show(self, score: float) -> str:
         """Return a score in words."""
         value = score if self.higher_is_better else -score
-        return f"{value:.2f} {self.unit}".rstrip()
+        return f"{value:.{self.digits}f} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,63 @@
+"""Data sets and loaders of detection as the config asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from data.build import build_loader, request, train_sampler
+from data.detection.datasets import EvalSamples, TrainSamples, collate
+from data.detection.digit_scenes import open_digit_scenes
+from data.detection.sources import DetectionDataset
+from data.detection.transforms import EvalTransform, TrainTransform
+from data.samplers import EvalSampler
+from data.sources import Request
+
+FORMATS: Mapping[str, Callable[[Request], DetectionDataset]] = {"digit_scenes": open_digit_scenes}
+
+
+def open_dataset(config: CfgNode, needs: Sequence[str]) -> DetectionDataset:
+    """Open the data set that the config names; no image is opened.
+
+    Args:
+        config: the options of the run.
+        needs: the parts that are needed, of "train" and "val".
+
+    Raises:
+        ValueError: for an unknown DATA.DATASET, and a data path that is missing or not laid out as it should be.
+    """
+    name = config.DATA.DATASET
+    if name not in FORMATS:
+        raise ValueError(f"DATA.DATASET must be one of {', '.join(FORMATS)} for TASK detection, not {name!r}")
+    return FORMATS[name](request(config, needs))
+
+
+def build_train_loader(
+    config: CfgNode, dataset: DetectionDataset, *, masks: bool, rank: int, world_size: int
+) -> DataLoader:
+    """Return the loader of this rank's training batches; its `sampler` is a `TrainSampler`.
+
+    Raises:
+        ValueError: for a data set smaller than one update.
+    """
+    options = config.DETECTION
+    transform = TrainTransform(
+        short_sides=options.SHORT_SIDES,
+        long_side=options.LONG_SIDE,
+        crop_sides=options.CROP_SIDES,
+        crop=options.CROP,
+        hflip=config.AUG.HFLIP,
+    )
+    on_unreadable = "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
+    samples = TrainSamples(dataset.train, transform, masks=masks, seed=config.SEED, on_unreadable=on_unreadable)
+    return build_loader(config, samples, train_sampler(config, len(samples), rank=rank, world_size=world_size), collate)
+
+
+def build_eval_loader(config: CfgNode, dataset: DetectionDataset, *, rank: int, world_size: int) -> DataLoader:
+    """Return the loader of this rank's share of the held-out images; its `sampler` is an `EvalSampler`."""
+    transform = EvalTransform(short_side=config.DETECTION.TEST_SHORT_SIDE, long_side=config.DETECTION.LONG_SIDE)
+    on_unreadable = "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
+    samples = EvalSamples(dataset.held_out, transform, on_unreadable=on_unreadable)
+    return build_loader(config, samples, EvalSampler(len(samples), rank=rank, world_size=world_size), collate)

@@ -1,0 +1,120 @@
+"""From a draw to an image with its objects, and from those to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+
+from data.datasets import OnUnreadable, SeededSamples
+from data.detection.sources import DetectionSource
+from data.detection.transforms import EvalTransform, TrainTransform, to_target
+
+Target = dict[str, Tensor]
+
+
+class Sample(NamedTuple):
+    """An image `[3, h, w]`, uint8, its target, and the files that could not be read on the way to it."""
+
+    image: Tensor
+    target: Target
+    unreadable: list[str]
+
+
+class Batch(NamedTuple):
+    """Images of one micro-batch, each of its own size.
+
+    Attributes:
+        images: `[3, h, w]` each, uint8.
+        targets: of each training image, `boxes` `[n, 4]`, `labels` `[n]` and, where they are learned, `masks`
+            `[n, h, w]`; of each held-out image, its `index`, and its `size` (height, width) before resizing: 0 and 0
+            where it is left out.
+        unreadable: paths of the files that could not be read.
+    """
+
+    images: list[Tensor]
+    targets: list[Target]
+    unreadable: list[str]
+
+
+class TrainSamples(SeededSamples[Sample]):
+    """Augmented images with their objects; crowds are not among them.
+
+    Args:
+        source: where they come from.
+        transform: augments them.
+        masks: whether masks are wanted.
+        seed: seed of the run.
+        on_unreadable: see `SeededSamples`.
+    """
+
+    def __init__(
+        self, source: DetectionSource, transform: TrainTransform, *, masks: bool, seed: int, on_unreadable: OnUnreadable
+    ) -> None:
+        super().__init__(len(source), seed=seed, on_unreadable=on_unreadable)
+        self._source = source
+        self._transform = transform
+        self._masks = masks
+
+    def sample(self, index: int, unreadable: list[str]) -> Sample:
+        image, size = _pixels(self._source, index)
+        objects = self._source.objects(index)
+        learned = torch.from_numpy(~objects.crowd)
+        masks = torch.from_numpy(objects.decoded(size))[learned] if self._masks else None
+        boxes, labels = (torch.from_numpy(x)[learned] for x in (objects.boxes, objects.labels))
+        image, target = self._transform(image, to_target(boxes, labels, masks, size))
+        return Sample(_plain(image), {name: _plain(value) for name, value in target.items()}, unreadable)
+
+    def left_out(self, index: int, unreadable: list[str]) -> Sample:
+        raise NotImplementedError("an image that cannot be read is substituted in training")
+
+
+class EvalSamples(SeededSamples[Sample]):
+    """Held-out images, resized.
+
+    Args:
+        source: where they come from.
+        transform: resizes them.
+        on_unreadable: see `SeededSamples`.
+    """
+
+    def __init__(self, source: DetectionSource, transform: EvalTransform, *, on_unreadable: OnUnreadable) -> None:
+        super().__init__(len(source), seed=0, on_unreadable=on_unreadable)
+        self._source = source
+        self._transform = transform
+
+    def sample(self, index: int, unreadable: list[str]) -> Sample:
+        image, size = _pixels(self._source, index)
+        return Sample(_plain(self._transform(image)), _place(index, size), unreadable)
+
+    def left_out(self, index: int, unreadable: list[str]) -> Sample:
+        return Sample(torch.zeros(3, 1, 1, dtype=torch.uint8), _place(index, (0, 0)), unreadable)
+
+
+def _pixels(source: DetectionSource, index: int) -> tuple[tv_tensors.Image, tuple[int, int]]:
+    pixels = np.array(source.get(index).decode())
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)), pixels.shape[:2]
+
+
+def _place(index: int, size: tuple[int, int]) -> Target:
+    return {"index": torch.tensor(index), "size": torch.tensor(size)}
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.as_subclass(Tensor).contiguous()
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Put samples together to a batch."""
+    images, targets, unreadable = zip(*samples, strict=True)
+    return Batch(list(images), list(targets), [path for paths in unreadable for path in paths])
+
+
+def on_device(batch: Batch, move: Callable[[Tensor], Any]) -> Batch:
+    """Return a batch whose tensors went through `move`."""
+    targets = [{name: move(value) for name, value in target.items()} for target in batch.targets]
+    return Batch([move(image) for image in batch.images], targets, batch.unreadable)

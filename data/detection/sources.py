@@ -1,0 +1,79 @@
+"""What a data set of detection is, whatever it is stored in."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from faster_coco_eval.core import mask as rle
+
+from data.images import StoredImage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """The objects of an image.
+
+    Attributes:
+        boxes: `[n, 4]`, float32: x1, y1, x2, y2 in pixels.
+        labels: `[n]`, int64, from 0 on.
+        areas: `[n]`, float64, in pixels, by which COCO tells small objects from large ones.
+        crowd: `[n]`, bool: groups of objects, which are not learned, and in which detections count neither way.
+        masks: of each object, run-length encoded as COCO does it; None where the data set has boxes alone.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+    masks: Sequence[dict[str, Any]] | None = None
+
+    def decoded(self, size: tuple[int, int]) -> np.ndarray:
+        """Return the masks as `[n, height, width]`, uint8, of an image of this size."""
+        if not self.masks:
+            return np.zeros((0, *size), dtype=np.uint8)
+        return np.ascontiguousarray(rle.decode(list(self.masks)).transpose(2, 0, 1))
+
+
+class DetectionSource(ABC):
+    """Images as they are stored, and the objects in them."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many images there are."""
+
+    @abstractmethod
+    def get(self, index: int) -> StoredImage:
+        """Return an image as it is stored; raises `UnreadableImage`."""
+
+    @abstractmethod
+    def size(self, index: int) -> tuple[int, int]:
+        """Return height and width of an image in pixels, as the data set says."""
+
+    @abstractmethod
+    def objects(self, index: int) -> Objects:
+        """Return what is in an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionDataset:
+    """A data set of detection.
+
+    Attributes:
+        classes: names by label.
+        masks: whether its objects have masks.
+        train: images to train on; None where they were not asked for.
+        held_out: images to evaluate on; None where they were not asked for.
+        notes: what the log says about it.
+        remarks: what is suspicious about it.
+    """
+
+    classes: list[str]
+    masks: bool
+    train: DetectionSource | None = None
+    held_out: DetectionSource | None = None
+    notes: Sequence[str] = ()
+    remarks: Sequence[str] = ()

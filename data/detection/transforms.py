@@ -1,0 +1,104 @@
+"""Augmentation of images with their boxes and masks, by torchvision on its tensors that know what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+# An image `[3, h, w]`, uint8, and its target: `boxes`, `labels`, and where they are wanted `masks`.
+Pair = tuple[tv_tensors.Image, dict[str, Any]]
+
+
+class TrainTransform:
+    """The augmentation of DETR (Carion et al., arXiv 2005.12872, section 4). All is drawn from torch's generator.
+
+    A flip; then the image is resized, or in every other case resized, cropped and resized again.
+
+    Args:
+        short_sides: one of these is drawn for the short side, in pixels.
+        long_side: what the long side has at most; the short one is then shorter.
+        crop_sides: short sides before a crop; empty: no image is cropped.
+        crop: smallest and largest side of a crop in pixels.
+        hflip: probability of a horizontal flip.
+    """
+
+    def __init__(
+        self,
+        *,
+        short_sides: Sequence[int],
+        long_side: int,
+        crop_sides: Sequence[int],
+        crop: Sequence[int],
+        hflip: float,
+    ) -> None:
+        resized: v2.Transform = _resize(short_sides, long_side)
+        if crop_sides:
+            cropped = v2.Compose([v2.RandomShortestSize(list(crop_sides)), RandomSizedCrop(*crop), resized])
+            resized = v2.RandomChoice([resized, cropped])
+        # Boxes of which a crop leaves less than a pixel are not there any more.
+        self._steps = v2.Compose([v2.RandomHorizontalFlip(hflip), resized, v2.SanitizeBoundingBoxes(min_size=1)])
+
+    def __call__(self, image: tv_tensors.Image, target: dict[str, Any]) -> Pair:
+        """Return the image, with the objects that are left of its target."""
+        return self._steps(image, target)
+
+
+class EvalTransform:
+    """Resizing to a short side, or to less where the long side would be too long.
+
+    Args:
+        short_side: in pixels.
+        long_side: in pixels.
+    """
+
+    def __init__(self, *, short_side: int, long_side: int) -> None:
+        self._resize = _resize([short_side], long_side)
+
+    def __call__(self, image: tv_tensors.Image) -> tv_tensors.Image:
+        """Return the image resized."""
+        return self._resize(image)
+
+
+def _resize(short_sides: Sequence[int], long_side: int) -> v2.RandomShortestSize:
+    return v2.RandomShortestSize(list(short_sides), max_size=long_side)
+
+
+class RandomSizedCrop(v2.Transform):
+    """A crop of random size and place.
+
+    Args:
+        smallest: side in pixels, or the whole side where the image has fewer.
+        largest: likewise.
+    """
+
+    def __init__(self, smallest: int, largest: int) -> None:
+        super().__init__()
+        self._smallest = smallest
+        self._largest = largest
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, int]:
+        """Draw top, left, height and width of the crop."""
+        sides = v2.query_size(flat_inputs)
+        height, width = (_integer(min(side, self._smallest), min(side, self._largest)) for side in sides)
+        top, left = _integer(0, sides[0] - height), _integer(0, sides[1] - width)
+        return {"top": top, "left": left, "height": height, "width": width}
+
+    def transform(self, inpt: Any, params: dict[str, int]) -> Any:
+        """Return one of the inputs cropped."""
+        return self._call_kernel(F.crop, inpt, **params)
+
+
+def _integer(low: int, high: int) -> int:
+    return int(torch.randint(low, high + 1, ()))
+
+
+def to_target(boxes: Tensor, labels: Tensor, masks: Tensor | None, size: tuple[int, int]) -> dict[str, Any]:
+    """Return a target that transforms of torchvision understand, of an image of this height and width."""
+    target = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size), "labels": labels}
+    return target if masks is None else {**target, "masks": tv_tensors.Mask(masks)}

@@ -1,0 +1,118 @@
+"""Mask R-CNN: region proposals, then boxes, classes and masks of the regions (He et al., arXiv 1703.06870)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+
+from ..backbone import DATBackbone, TimmBackbone
+from .detector import Detector, pad_images
+from .pyramid import AlignedPool, Anchors, Pyramid
+
+
+class TwoStageDetector(Detector):
+    """Region proposals over a feature pyramid, and heads on the regions, with the settings of mmdetection 2.
+
+    Inside, class 0 is the background, as torchvision has it.
+
+    Args:
+        backbone: gives four maps.
+        channels: of the pyramid and the heads.
+        anchor_scale: side of a square anchor, as a multiple of the stride.
+        proposals: regions of an image.
+    """
+
+    roi_heads: RoIHeads
+
+    def __init__(
+        self,
+        backbone: DATBackbone | TimmBackbone,
+        *,
+        channels: int = 256,
+        anchor_scale: float = 8.0,
+        proposals: int = 1000,
+    ) -> None:
+        super().__init__(backbone)
+        self.neck = Pyramid(backbone.channels, backbone.strides, width=channels, convolved=False)
+        anchors = Anchors(self.neck.strides, scales=[anchor_scale])
+        self.rpn = RegionProposalNetwork(
+            anchors,
+            RPNHead(channels, anchors.num_anchors_per_location()[0]),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
+            post_nms_top_n={"training": proposals, "testing": proposals},
+            nms_thresh=0.7,
+        )
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        batch = pad_images(images, self.backbone.strides[-1])
+        if targets is not None:
+            targets = [{**target, "labels": target["labels"] + 1} for target in targets]
+        maps = self.neck(self.backbone(batch.tensors))
+        proposals, losses = self.rpn(batch, maps, targets)
+        found, losses_of_regions = self.roi_heads(maps, proposals, batch.image_sizes, targets)
+        if self.training:
+            return {name.removeprefix("loss_"): loss for name, loss in (losses | losses_of_regions).items()}
+        return [{**one, "labels": one["labels"] - 1, "masks": one["masks"][:, 0]} for one in found]
+
+
+class MaskRCNN(TwoStageDetector):
+    """Mask R-CNN on a backbone of four maps.
+
+    Args:
+        backbone: gives the maps of strides 4, 8, 16 and 32.
+        num_classes: classes of objects.
+        channels: of the pyramid and the heads.
+        hidden: of the two layers on each region.
+        samples: regions of an image that are learned from.
+        detection: `score_thresh`, `nms_thresh` and `detections_per_img` of torchvision's `RoIHeads`.
+        **proposals: arguments of `TwoStageDetector`.
+    """
+
+    def __init__(
+        self,
+        backbone: DATBackbone | TimmBackbone,
+        *,
+        num_classes: int,
+        channels: int = 256,
+        hidden: int = 1024,
+        samples: int = 512,
+        detection: dict[str, float] | None = None,
+        **proposals: Any,
+    ) -> None:
+        super().__init__(backbone, channels=channels, **proposals)
+        self.roi_heads = RoIHeads(
+            AlignedPool(7, backbone.strides),
+            TwoMLPHead(channels * 7**2, hidden),
+            FastRCNNPredictor(hidden, num_classes + 1),
+            mask_roi_pool=AlignedPool(14, backbone.strides),
+            mask_head=MaskRCNNHeads(channels, [channels] * 4, dilation=1),
+            mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1),
+            **roi_settings(samples, detection or {}),
+        )
+
+
+def roi_settings(samples: int, detection: dict[str, float]) -> dict[str, Any]:
+    """Return the arguments of torchvision's `RoIHeads` that mmdetection's recipes share."""
+    return {
+        "fg_iou_thresh": 0.5,
+        "bg_iou_thresh": 0.5,
+        "batch_size_per_image": samples,
+        "positive_fraction": 0.25,
+        "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0),
+        "score_thresh": 0.05,
+        "nms_thresh": 0.5,
+        "detections_per_img": 100,
+        **detection,
+    }

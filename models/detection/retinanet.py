@@ -1,0 +1,116 @@
+"""RetinaNet: one stage with a focal loss (Lin et al., arXiv 1708.02002)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, sigmoid_focal_loss
+
+from ..backbone import DATBackbone, TimmBackbone
+from .detector import Detector, pad_images
+from .pyramid import Anchors, Pyramid
+
+_SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+
+
+class RetinaNet(Detector):
+    """RetinaNet on a backbone of three maps, with the settings of mmdetection 2.
+
+    Args:
+        backbone: gives the maps of strides 8, 16 and 32.
+        num_classes: classes of objects.
+        channels: of the pyramid and the heads.
+        anchor_scale: side of the smallest anchor, as a multiple of the stride.
+        score_threshold: detections below are dropped.
+        nms_threshold: IoU from which on the weaker of two boxes of a class is dropped.
+        candidates: most detections of a map before that.
+        detections: most detections of an image.
+    """
+
+    def __init__(
+        self,
+        backbone: DATBackbone | TimmBackbone,
+        *,
+        num_classes: int,
+        channels: int = 256,
+        anchor_scale: float = 4.0,
+        score_threshold: float = 0.05,
+        nms_threshold: float = 0.5,
+        candidates: int = 1000,
+        detections: int = 100,
+    ) -> None:
+        super().__init__(backbone)
+        self.neck = Pyramid(backbone.channels, backbone.strides, width=channels, convolved=True)
+        self.anchors = Anchors(self.neck.strides, scales=[anchor_scale * scale for scale in _SCALES])
+        self.head = RetinaNetHead(channels, self.anchors.num_anchors_per_location()[0], num_classes)
+        self._matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
+        self._coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
+        self._score_threshold = score_threshold
+        self._nms_threshold = nms_threshold
+        self._candidates = candidates
+        self._detections = detections
+
+    def forward(
+        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        batch = pad_images(images, self.backbone.strides[-1])
+        maps = list(self.neck(self.backbone(batch.tensors)).values())
+        out = self.head(maps)
+        # [b, anchors, classes] and [b, anchors, 4], map after map
+        logits, deltas = out["cls_logits"].float(), out["bbox_regression"].float()
+        anchors = self.anchors(batch, maps)
+        if self.training:
+            return self.losses(logits, deltas, anchors, targets)
+        lengths = [x.shape[-2] * x.shape[-1] * number for x, number in zip(maps, self._per_pixel(), strict=True)]
+        levels = zip(logits.split(lengths, 1), deltas.split(lengths, 1), anchors[0].split(lengths), strict=True)
+        found = [self._candidates_of(*level) for level in levels]
+        return [self._detect([level[i] for level in found], size) for i, size in enumerate(batch.image_sizes)]
+
+    def losses(
+        self, logits: Tensor, deltas: Tensor, anchors: list[Tensor], targets: Sequence[dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        """Return focal loss and L1 loss of the boxes, each divided by the positive anchors of the batch."""
+        matches = torch.stack([self._match(a, t["boxes"]) for a, t in zip(anchors, targets, strict=True)])
+        positive = matches >= 0
+        wanted = torch.zeros_like(logits)
+        boxes = []
+        for i, target in enumerate(targets):
+            chosen = matches[i][positive[i]]
+            wanted[i, positive[i], target["labels"][chosen]] = 1.0
+            boxes.append(self._coder.encode_single(target["boxes"][chosen], anchors[i][positive[i]]))
+        counted = matches != Matcher.BETWEEN_THRESHOLDS
+        number = positive.sum().clamp(min=1)
+        return {
+            "classification": sigmoid_focal_loss(logits[counted], wanted[counted], reduction="sum") / number,
+            "boxes": F.l1_loss(deltas[positive], torch.cat(boxes), reduction="sum") / number,
+        }
+
+    def _match(self, anchors: Tensor, boxes: Tensor) -> Tensor:
+        """Return which box each anchor has; negative where none."""
+        if not len(boxes):
+            return torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
+        return self._matcher(box_iou(boxes, anchors))
+
+    def _per_pixel(self) -> list[int]:
+        return self.anchors.num_anchors_per_location()
+
+    def _candidates_of(self, logits: Tensor, deltas: Tensor, anchors: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Return boxes, scores and labels of the best anchors of one map, for each image."""
+        found = []
+        for scores, offsets in zip(logits.sigmoid(), deltas, strict=True):
+            best, place = scores.flatten().topk(min(self._candidates, scores.numel()))
+            place, best = place[best > self._score_threshold], best[best > self._score_threshold]
+            anchor, label = place // scores.shape[1], place % scores.shape[1]
+            found.append((self._coder.decode_single(offsets[anchor], anchors[anchor]), best, label))
+        return found
+
+    def _detect(self, levels: list[tuple[Tensor, Tensor, Tensor]], size: tuple[int, int]) -> dict[str, Tensor]:
+        boxes, scores, labels = (torch.cat(parts) for parts in zip(*levels, strict=True))
+        boxes = clip_boxes_to_image(boxes, size)
+        keep = batched_nms(boxes, scores, labels, self._nms_threshold)[: self._detections]
+        return {"boxes": boxes[keep], "labels": labels[keep], "scores": scores[keep]}

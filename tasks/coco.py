@@ -1,0 +1,128 @@
+"""COCO's average precision, by faster-coco-eval, and masks as it takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as rle
+from torch import Tensor
+
+from data.detection.sources import DetectionSource
+
+# What COCO's twelve numbers begin with, and their names here.
+METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
+_PASTED = 16  # masks at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections:
+    """What was found in an image.
+
+    Attributes:
+        boxes: `[n, 4]`: x1, y1, x2, y2 in pixels of the image as it is stored.
+        labels: `[n]`.
+        scores: `[n]`.
+        masks: of each object, run-length encoded; None where the detector finds none.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    scores: np.ndarray
+    masks: Sequence[dict[str, Any]] | None = None
+
+
+def average_precision(
+    source: DetectionSource, found: Mapping[int, Detections], classes: Sequence[str]
+) -> dict[str, float]:
+    """Return COCO's average precision, `AP` and others of `METRICS`, those of masks as `mask_AP`.
+
+    Args:
+        source: images with what is in them.
+        found: what was found in the images that count, by index.
+        classes: names by label.
+
+    Returns:
+        Numbers from 0 to 1, and -1 where there is no object that would count.
+    """
+    indices = sorted(found)  # in whatever order the images were evaluated
+    truth = COCO(ground_truth(source, indices, classes))
+    guesses = [row for index in indices for row in _rows(index, found[index])]
+    kinds = {"bbox": ""} | ({"segm": "mask_"} if all(found[index].masks is not None for index in indices) else {})
+    metrics = {}
+    for kind, prefix in kinds.items():
+        values = _evaluate(truth, guesses, kind)
+        metrics |= {f"{prefix}{name}": value for name, value in zip(METRICS, values, strict=False)}
+    return metrics
+
+
+def _evaluate(truth: COCO, guesses: list[dict[str, Any]], kind: str) -> list[float]:
+    if not guesses:  # which faster-coco-eval does not take
+        return [0.0] * len(METRICS)
+    evaluator = COCOeval_faster(truth, truth.loadRes(guesses), kind, print_function=lambda *_: None)
+    evaluator.evaluate()
+    evaluator.accumulate()
+    evaluator.summarize()
+    return [float(value) for value in evaluator.stats]
+
+
+def ground_truth(source: DetectionSource, indices: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
+    """Return images, objects and classes as an annotation file of COCO holds them; ids of classes begin at 1."""
+    images, annotations = [], []
+    for index in indices:
+        height, width = source.size(index)
+        images.append({"id": index, "height": height, "width": width})
+        objects = source.objects(index)
+        for i, (x1, y1, x2, y2) in enumerate(objects.boxes.astype(np.float64).tolist()):
+            annotation = {
+                "id": len(annotations) + 1,
+                "image_id": index,
+                "category_id": int(objects.labels[i]) + 1,
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "area": float(objects.areas[i]),
+                "iscrowd": int(objects.crowd[i]),
+            }
+            annotations.append(annotation | ({"segmentation": objects.masks[i]} if objects.masks else {}))
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(classes)]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _rows(index: int, found: Detections) -> list[dict[str, Any]]:
+    """Return the detections of an image as a result file of COCO holds them."""
+    rows = []
+    for i, (x1, y1, x2, y2) in enumerate(found.boxes.astype(np.float64).tolist()):
+        row = {
+            "image_id": index,
+            "category_id": int(found.labels[i]) + 1,
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": float(found.scores[i]),
+        }
+        rows.append(row | ({"segmentation": found.masks[i]} if found.masks is not None else {}))
+    return rows
+
+
+def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:
+    """Return masks at the places of their boxes in an image, run-length encoded.
+
+    Args:
+        masks: `[n, m, m]`, probabilities on a grid over each box.
+        boxes: `[n, 4]`: x1, y1, x2, y2 in pixels.
+        size: height and width of the image.
+    """
+    height, width = size
+    encoded: list[dict[str, Any]] = []
+    rows, columns = torch.arange(height, device=boxes.device) + 0.5, torch.arange(width, device=boxes.device) + 0.5
+    for some, at in zip(masks.split(_PASTED), boxes.split(_PASTED), strict=True):
+        left, top, right, bottom = (side[:, None] for side in at.unbind(1))
+        # Centres of pixels in shares of the box, from -1 to 1.
+        x = 2 * (columns - left) / (right - left).clamp(min=1e-6) - 1
+        y = 2 * (rows - top) / (bottom - top).clamp(min=1e-6) - 1
+        grid = torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)
+        pasted = F.grid_sample(some[:, None], grid, align_corners=False)[:, 0] >= 0.5
+        encoded += rle.encode(np.asfortranarray(pasted.permute(1, 2, 0).to(torch.uint8).cpu().numpy()))
+    return encoded

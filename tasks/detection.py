@@ -1,0 +1,153 @@
+"""Object detection: the losses of a detector, and COCO's average precision of boxes and masks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from data.build import loader_doubts
+from data.detection.build import build_eval_loader, build_train_loader, open_dataset
+from data.detection.datasets import Batch, on_device
+from data.detection.sources import DetectionSource
+from data.transforms import normalize
+from models.build import num_classes, set_num_classes
+from models.detection import DETECTORS
+from tasks.base import Evaluation, Meter, Score, Task
+from tasks.classification import class_changes
+from tasks.coco import Detections, average_precision, paste_masks
+from utils import World
+
+
+class Images(NamedTuple):
+    """A batch on the device.
+
+    Attributes:
+        images: `[3, h, w]` each, normalised.
+        targets: as in `data.detection.datasets.Batch`.
+    """
+
+    images: list[Tensor]
+    targets: list[dict[str, Tensor]]
+
+
+class Detection(Task):
+    """Boxes and classes of objects, and masks where the detector finds them.
+
+    Attributes:
+        classes: names by label.
+    """
+
+    score = Score("AP", "AP", digits=3)
+
+    def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
+        super().__init__(config, world, training=training)
+        self._dataset = open_dataset(config, ("train", "val") if training else ("val",))
+        self._masks = DETECTORS[config.MODEL.DETECTOR.NAME].masks
+        if self._masks and not self._dataset.masks:
+            raise ValueError(
+                f"MODEL.DETECTOR.NAME {config.MODEL.DETECTOR.NAME} learns masks, and the data set has boxes alone; "
+                "choose a detector of boxes, such as retinanet"
+            )
+        self.classes = self._dataset.classes
+        meant_for = num_classes(config)
+        set_num_classes(config, len(self.classes))
+        if len(self.classes) != meant_for:
+            self.notes.append(
+                f"{len(self.classes)} classes as in the data set, instead of the {meant_for} of the config"
+            )
+        self.notes += self._dataset.notes
+
+    def train_loader(self) -> DataLoader:
+        ranks = {"rank": self.world.rank, "world_size": self.world.size}
+        return build_train_loader(self.config, self._dataset, masks=self._masks, **ranks)
+
+    def eval_loader(self) -> DataLoader:
+        return build_eval_loader(self.config, self._dataset, rank=self.world.rank, world_size=self.world.size)
+
+    def prepare(self, batch: Batch, device: torch.device) -> Images:
+        moved = on_device(batch, lambda tensor: tensor.to(device, non_blocking=True))
+        return Images([normalize(image) for image in moved.images], moved.targets)
+
+    def to_device(self, batch: Batch, device: torch.device) -> Images:
+        images = [normalize(image.to(device, non_blocking=True)) for image in batch.images]
+        return Images(images, batch.targets)  # indices and sizes are needed where the detections are counted
+
+    def loss(self, model: nn.Module, batch: Images) -> dict[str, Tensor]:
+        return model(batch.images, batch.targets)
+
+    def meter(self, samples: int, device: torch.device) -> Meter:  # noqa: ARG002 - the source knows its images
+        return AveragePrecision(self._dataset.held_out, self.classes, self.world)
+
+    def unreadable(self, batch: Batch) -> list[str]:
+        return batch.unreadable
+
+    def describe(self) -> dict[str, Any]:
+        return {"classes": list(self.classes)}
+
+    def changes(self, checkpoint: dict[str, Any]) -> list[str]:
+        return class_changes(checkpoint, self.classes)
+
+    def summary(self) -> str:
+        return f"{self.config.MODEL.DETECTOR.NAME}, {len(self.classes)} classes"
+
+    def doubts(self) -> list[str]:
+        return [*self._dataset.remarks, *loader_doubts(self.config)]
+
+
+class AveragePrecision(Meter):
+    """COCO's average precision over all held-out images.
+
+    Args:
+        source: the held-out images, with what is in them.
+        classes: names by label.
+        world: the processes, which have the images among them.
+    """
+
+    def __init__(self, source: DetectionSource, classes: list[str], world: World) -> None:
+        self._source = source
+        self._classes = classes
+        self._world = world
+        self._found: dict[int, Detections] = {}
+        self._left_out: set[int] = set()
+
+    def add(self, model: nn.Module, batch: Images) -> None:
+        # One by one: a batch is padded to its largest image, and what an image gives must not depend on its neighbours.
+        for image, target in zip(batch.images, batch.targets, strict=True):
+            index, size = int(target["index"]), tuple(target["size"].tolist())
+            if not all(size):
+                self._left_out.add(index)
+                continue
+            (found,) = model([image])
+            scale = torch.tensor([size[1] / image.shape[-1], size[0] / image.shape[-2]] * 2, device=image.device)
+            boxes = found["boxes"].float() * scale
+            self._found[index] = Detections(
+                boxes=boxes.cpu().numpy(),
+                labels=found["labels"].cpu().numpy(),
+                scores=found["scores"].float().cpu().numpy(),
+                masks=paste_masks(found["masks"].float(), boxes, size) if "masks" in found else None,
+            )
+
+    def result(self) -> Evaluation:
+        shares = [(self._found, self._left_out)]
+        if self._world.size > 1:
+            shares *= self._world.size
+            dist.all_gather_object(shares, shares[0])
+        counted = sum(len(found) + len(left_out) for found, left_out in shares)
+        found = {index: detections for one, _ in shares for index, detections in one.items()}
+        left_out = {index for _, indices in shares for index in indices}
+        if counted != len(self._source) or len(found | dict.fromkeys(left_out)) != counted or not found:
+            raise RuntimeError(f"evaluated {counted} images of a data set of {len(self._source)}")
+        metrics = average_precision(self._source, found, self._classes)
+        kinds = {"": "", "mask_": " of masks"} if "mask_AP" in metrics else {"": ""}
+        lines = [
+            f" * AP {metrics[f'{kind}AP']:.3f} AP50 {metrics[f'{kind}AP50']:.3f} AP75 {metrics[f'{kind}AP75']:.3f}"
+            f"{words}"
+            for kind, words in kinds.items()
+        ]
+        warnings = [f"{len(left_out)} images could not be read and are not counted"] if left_out else []
+        return Evaluation(metrics, lines, warnings)

@@ -1,0 +1,68 @@
+"""Every detector learns and finds: losses and gradients in training, boxes inside of the image in evaluation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.backbone import DATBackbone, TimmBackbone
+from models.detection import DETECTORS, Detector
+from tests.models.small import SMALL, without_gradient
+
+TINY = {
+    "retinanet": {"channels": 16, "anchor_scale": 2.0, "score_threshold": 0.0},
+    "mask_rcnn": {"channels": 16, "hidden": 16, "samples": 16, "proposals": 20, "detection": {"score_thresh": 0.0}},
+}
+OURS = [pytest.param(name, id=name) for name in TINY]
+TARGETS = [
+    {
+        "boxes": torch.tensor([[4.0, 5, 30, 40], [20, 20, 40, 60]]),
+        "labels": torch.tensor([0, 2]),
+        "masks": torch.ones(2, 64, 48, dtype=torch.uint8),
+    },
+    {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.long),
+        "masks": torch.zeros(0, 60, 64, dtype=torch.uint8),
+    },
+]
+
+
+def build(name: str, *, timm: bool = False) -> Detector:
+    kind = DETECTORS[name]
+    torch.manual_seed(0)
+    if timm:
+        backbone = TimmBackbone("resnet18", out_indices=range(-kind.maps, 0))
+    else:
+        options = {**SMALL, "stage_spec": ["N", "N", "D", "D"]}
+        backbone = DATBackbone(**options, out_indices=range(4 - kind.maps, 4))
+    return kind.build(backbone, num_classes=3, **TINY[name])
+
+
+def images() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(3, 64, 48, generator=generator), torch.randn(3, 60, 64, generator=generator)]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_losses_are_finite_and_reach_every_parameter(name: str) -> None:
+    detector = build(name)
+    losses = detector(images(), TARGETS)
+    assert all(loss.ndim == 0 and loss.isfinite() for loss in losses.values())
+    sum(losses.values()).backward()
+    assert without_gradient(detector) == []
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("timm", [False, True], ids=["dat", "resnet18"])
+def test_detections_lie_in_their_image_the_best_first(name: str, timm: bool) -> None:
+    detector = build(name, timm=timm).eval()
+    with torch.inference_mode():
+        found = detector(images())
+    for image, one in zip(images(), found, strict=True):
+        assert len(one["boxes"]) == len(one["labels"]) == len(one["scores"]) > 0
+        assert (one["scores"].diff() <= 0).all()
+        assert set(one["labels"].tolist()) <= {0, 1, 2}
+        assert (one["boxes"].amin(0) >= 0).all()
+        assert (one["boxes"].amax(0)[2:] <= torch.tensor(image.shape[:0:-1])).all()
+        assert ("masks" in one) == DETECTORS[name].masks
