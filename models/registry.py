@@ -6,6 +6,7 @@ YAML file of ``configs/``. Importing this module registers all names; `torch.hub
 
 from __future__ import annotations
 
+import difflib
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache, partial
@@ -59,8 +60,21 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_options(name: str) -> dict[str, Any]:
-    """Return the options of `DAT` for a name with its tag; stochastic depth, part of the recipe, is left at 0."""
-    options = read_config(FOLDER / CONFIGS[name])["MODEL"]["DAT"]
+    """Return the options of `DAT` for a name; stochastic depth, part of the recipe, is left at 0.
+
+    Args:
+        name: with its tag, or without it for that of the first one.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    first = {tagged.partition(".")[0]: tagged for tagged in reversed(CONFIGS)}
+    known = first | {tagged: tagged for tagged in CONFIGS}
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(CONFIGS)}"
+        raise ValueError(f"there is no published model {name!r}; {hint}")
+    options = read_config(FOLDER / CONFIGS[known[name]])["MODEL"]["DAT"]
     return {option: value for option, value in options.items() if option != "drop_path_rate"}
 
 
@@ -96,10 +110,8 @@ def _create(variant: str, pretrained: bool = False, **arguments: Any) -> nn.Modu
     wanted = [arguments.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay")]
     tag = resolve_pretrained_cfg(variant, *wanted).tag
     name = f"{variant}.{tag}"
-    if name not in CONFIGS:
-        name = f"{variant}.{default_cfgs[variant].tags[0]}"
     return build_model_with_cfg(
-        partial(DAT, **model_options(name)),
+        partial(DAT, **model_options(name if name in CONFIGS else variant)),
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

@@ -1,0 +1,86 @@
+"""The backbones for Hugging Face's transformers, by `AutoConfig` and `AutoBackbone`, once this module is imported.
+
+Detectors and segmenters of transformers take the config as their ``backbone_config``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+from transformers.utils.generic import can_return_tuple
+
+from . import backbone
+from .options import NUM_STAGES
+from .registry import model_options
+
+
+class DATConfig(BackboneConfigMixin, PreTrainedConfig):
+    """What a `DATBackbone` is made of.
+
+    Args:
+        architecture: a name of `models.registry`, such as ``dat_tiny``.
+        options: those of `models.dat.DAT` that differ from it. Complete once the config is made, and so in a file.
+        out_features: names of the returned maps, some of ``stage1`` to ``stage4``; the last by default.
+        out_indices: the same as numbers, from 0 on.
+    """
+
+    model_type = "dat"
+
+    architecture: str = "dat_tiny"
+    options: dict[str, Any] | None = None
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.options = model_options(self.architecture) | (self.options or {})
+        self.num_channels = self.options.get("in_chans", 3)
+        self.hidden_size = self.options["dims"][-1]
+        self.stage_names = [f"stage{i + 1}" for i in range(NUM_STAGES)]
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        super().__post_init__(**kwargs)
+
+
+class DATBackbone(BackboneMixin, PreTrainedModel):
+    """A `models.backbone.DATBackbone`, with a layer norm for each returned map, as a backbone of transformers.
+
+    Weights of a classifier are loaded into ``backbone`` by `models.weights.adapt`.
+    """
+
+    config_class = DATConfig
+    base_model_prefix = "backbone"
+    main_input_name = "pixel_values"
+    has_attentions = False
+
+    def __init__(self, config: DATConfig) -> None:
+        super().__init__(config)
+        taken = [i % NUM_STAGES for i in config.out_indices]
+        self.num_features = list(config.options["dims"])
+        self.backbone = backbone.DATBackbone(**config.options, out_indices=taken)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Give norms that a file lacks their start; everything else is initialised where it is made."""
+        if isinstance(module, nn.LayerNorm):
+            super()._init_weights(module)
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, output_hidden_states: bool | None = None, **_: Any) -> BackboneOutput:
+        """Return the normalised maps ``[B, channels[i], H / stride, W / stride]`` of images ``[B, 3, H, W]``.
+
+        Args:
+            pixel_values: images.
+            output_hidden_states: return the outputs of all stages up to the last map, without norms, too.
+        """
+        stages = self.backbone.forward_intermediates(pixel_values, intermediates_only=True)
+        maps = tuple(self.backbone.norms[i](stages[i]) for i in self.backbone.out_indices)
+        return BackboneOutput(feature_maps=maps, hidden_states=tuple(stages) if output_hidden_states else None)
+
+
+AutoConfig.register(DATConfig.model_type, DATConfig)
+AutoBackbone.register(DATConfig, DATBackbone)
