@@ -427,6 +427,11 @@ OPTIONS: dict[str, Option] = {
         0, "Within an epoch `last.pth` is also written every so many updates (0: not).", not_negative(), may_change=True
     ),
     "SAVE_EVERY_MINUTES": RunOption(0.0, "And every so many minutes (0: not).", not_negative(), may_change=True),
+    "REPORT": _switch(
+        True,
+        "Write report.html at the end; the first process runs the held-out images once more for it.",
+        may_change=True,
+    ),
     "LOG.TO": RunOption(
         [],
         "Also log to these: tensorboard, wandb, mlflow, each with its package.",

@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 
 from data.build import build_erasing, build_eval_loader, build_mixup, build_train_loader, loader_doubts, open_dataset
 from data.datasets import Batch
+from data.images import StoredImage
 from data.transforms import normalize
 from models.build import num_classes, set_num_classes
 from tasks.base import Evaluation, Meter, Score, Task
@@ -112,6 +113,10 @@ class Classification(Task):
 
     def unreadable(self, batch: Batch) -> list[str]:
         return batch.unreadable
+
+    def held_out(self, index: int) -> StoredImage:
+        """Return a held-out image as it is stored; raises `UnreadableImage`."""
+        return self._dataset.held_out.get(index)
 
     def describe(self) -> dict[str, Any]:
         return {"classes": list(self.classes)}

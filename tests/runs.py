@@ -29,6 +29,7 @@ TINY = {
     },
     "TRAIN": {"EPOCHS": 2, "WARMUP_EPOCHS": 1},
     "DEVICE": "cpu",
+    "REPORT": False,
 }
 
 

@@ -75,6 +75,14 @@ def test_what_is_imported_before_torch_needs_the_standard_library_alone() -> Non
         assert tops_of(ROOT / "training" / f"{name}.py") <= {"__future__", *sys.stdlib_module_names}
 
 
+def test_tools_and_matplotlib_are_loaded_where_a_run_ends_and_not_before() -> None:
+    for path in (ROOT / "main.py", *(ROOT / "training").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not {name.split(".")[0] for name in names} & {"tools", "matplotlib"}, path
+
+
 def test_the_root_holds_the_given_files() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} - {"hubconf", "setup"} == {"main", *SMALL}
     assert len((ROOT / "main.py").read_text(encoding="utf-8").splitlines()) <= 150

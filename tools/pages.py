@@ -17,14 +17,15 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def fill(template: str, **values: str) -> str:
-    """Return a template of ``templates/`` with every ``{{name}}`` replaced by its value, and the style sheet inside.
+    """Return a template of ``templates/`` with each ``{{name}}`` replaced by its value, ``{{style}}`` by style.css.
 
     Args:
         template: file name.
         values: HTML, as `text` or `data` make it safe.
     """
     page = (TEMPLATES / template).read_text(encoding="utf-8")
-    values["style"] = (TEMPLATES / "style.css").read_text(encoding="utf-8")
+    if "{{style}}" in page:
+        values["style"] = (TEMPLATES / "style.css").read_text(encoding="utf-8")
     for name, value in values.items():
         assert f"{{{{{name}}}}}" in page, name
         page = page.replace(f"{{{{{name}}}}}", value)
@@ -46,17 +47,31 @@ def numbers(array: NDArray) -> str:
     return base64.b64encode(np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"))).tobytes()).decode()
 
 
-def picture(image: Image.Image, *, side: int = 0) -> str:
-    """Return an image as the address of an ``<img>``: lossless where it is small, else JPEG.
+def picture(image: Image.Image, *, side: int = 0, lossless: bool = False) -> str:
+    """Return an image as the address of an ``<img>``: lossless where it is small or asked for, else JPEG.
 
     Args:
         image: RGB.
         side: shrink it so that its longer side has at most so many pixels; 0 leaves it as it is.
+        lossless: as PNG, whatever its size.
     """
     if side and max(image.size) > side:
         image = image.copy()
         image.thumbnail((side, side))
-    kind = "png" if max(image.size) <= 100 else "jpeg"
+    kind = "png" if lossless or max(image.size) <= 100 else "jpeg"
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **({"quality": 88} if kind == "jpeg" else {}))
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return address(kind, buffer.getvalue())
+
+
+def address(kind: str, content: bytes) -> str:
+    """Return the bytes of an image file as the address of an ``<img>``; ``kind`` is ``png`` or ``jpeg``."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def bar(name: str, share: float) -> str:
+    """Return a line with a name and a percentage, behind which a bar is as long as the share."""
+    return (
+        f'<div class="bar" style="background: linear-gradient(to right, #cfe0fb {100 * share:.1f}%, transparent 0)">'
+        f"<span>{text(name)}</span><span>{100 * share:.1f} %</span></div>"
+    )

@@ -228,11 +228,7 @@ def page(model: TrainedModel, predictions: Sequence[Prediction], unreadable: Seq
 
 def _figure(image: Image.Image, prediction: Prediction) -> str:
     source = pages.picture(image, side=THUMBNAIL)
-    bars = "".join(
-        f'<div class="bar" style="background: linear-gradient(to right, #cfe0fb {100 * share:.1f}%, transparent 0)">'
-        f"<span>{pages.text(name)}</span><span>{100 * share:.1f} %</span></div>"
-        for name, share in prediction.top
-    )
+    bars = "".join(pages.bar(name, share) for name, share in prediction.top)
     name = pages.text(prediction.path)
     return f'<figure class="card"><img src="{source}" alt="{name}"><figcaption>{name}</figcaption>{bars}</figure>'
 

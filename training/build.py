@@ -22,6 +22,7 @@ from models.contract import compile_parts
 from optimizer import build_optimizer, freeze
 from tasks import Task, build_task
 from training.checkpoint import CheckpointFolder, load_strictly
+from training.environment import write_environment
 from training.output_folder import hold_folder, open_folder, set_aside
 from training.resume import find_resumed, start_from_pretrained
 from training.run import BadImages, Run, TrainingState
@@ -272,6 +273,7 @@ def _introduce(run: Run, notes: list[str], warnings: list[str]) -> None:
     config, log, state = run.config, run.log, run.state
     if run.world.is_main:
         write_whole(run.folder / "config.yaml", config.dump())
+        write_environment(run.folder, run.world)
     log.rewind(epoch=state.position.epoch, update=state.updates_done)
     parameters = sum(p.numel() for p in state.network.parameters())
     log.info(

@@ -237,6 +237,22 @@ def evaluate_weights(run: Run) -> list[Evaluation] | None:
     return results
 
 
+def report(run: Run) -> None:
+    """Write report.html from what the run left in its folder; whatever goes wrong there is a warning."""
+    if not run.config.REPORT:
+        return
+    from tools.confusion import Stopped
+    from tools.report import write_report
+
+    again = f"tools/report.py {run.folder} writes it"
+    try:
+        write_report(run.folder, run.world.device, wanted=lambda: run.stop.received is None)
+    except Stopped:
+        run.log.info(f"no report.html, as the run was asked to stop; {again}")
+    except Exception as error:  # the run is over, and its results are there
+        run.log.warning(f"no report.html ({' '.join(str(error).split())}); {again}")
+
+
 def conclude(run: Run, saved: bool) -> int:
     """Draw the curves and say how the run ended; return the exit status."""
     from tools.plot import plot_curves  # matplotlib takes a second that a run needs at its end alone
@@ -248,14 +264,16 @@ def conclude(run: Run, saved: bool) -> int:
             plot_curves({run.config.TAG: run.folder / "metrics.jsonl"}, run.folder / "curves.png")
         except OSError as error:
             run.log.warning(f"{run.folder / 'curves.png'} could not be written ({error.strerror})")
+        report(run)
     if position.epoch < run.config.TRAIN.EPOCHS:
         run.log.info(
             f"no better {score.title} for {run.config.TRAIN.PATIENCE} epochs (TRAIN.PATIENCE): the run ends after "
             f"epoch {position.epoch} of {run.config.TRAIN.EPOCHS}"
         )
+    drawn = "report.html, curves.png" if run.config.REPORT else "curves.png"
     run.log.info(
         f"finished: best {score.title} {score.show(position.best_accuracy)} in epoch {position.best_epoch} of "
-        f"{position.epoch}; best.pth, last.pth, curves.png, metrics.jsonl, log.txt and config.yaml lie in {run.folder}"
+        f"{position.epoch}; best.pth, last.pth, {drawn}, metrics.jsonl, log.txt and config.yaml lie in {run.folder}"
     )
     if not saved:
         run.log.error("last.pth is not from the end of the run; the lines above say why")

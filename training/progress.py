@@ -67,7 +67,8 @@ class Progress:
         columns = list(zip(*position.unlogged, strict=True)) or [(math.nan,)] * (2 + len(names))
         loss, norm, *parts = (sum(values) / len(values) for values in columns)
         position.unlogged.clear()
-        rate = (update - self._last_update) * state.images_per_update / (taken - self._last_line)
+        seconds = taken - self._last_line
+        rate = (update - self._last_update) * state.images_per_update / seconds
         left = (run.config.TRAIN.EPOCHS - position.epoch) * state.updates_per_epoch - update
         seconds_left = left * (taken - self._begin) / max(update - self._first, 1)
         self._last_line, self._last_update = taken, update
@@ -82,7 +83,8 @@ class Progress:
         at = {"epoch": position.epoch + 1, "update": position.epoch * state.updates_per_epoch + update}
         values = {"lr": lr, "loss": loss, "grad_norm": norm, **dict(zip(names, parts, strict=True))}
         run.log.metrics("train", **at, **values)
-        run.log.speed(**at, images_per_second=round(rate, 2), memory_gib=round(memory, 3))
+        speed = {"images_per_second": round(rate, 2), "seconds": round(seconds, 3), "memory_gib": round(memory, 3)}
+        run.log.speed(**at, **speed)
 
 
 def _memory(device: torch.device) -> float:

@@ -1,0 +1,99 @@
+"""The page of a finished run: what a classifier confuses, and that a report which fails does not fail the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from main import main
+from tests.browser import Browser, needs_browser
+from tests.data.samples import write_folder
+from tests.runs import read_metrics, write_config
+from tools import report
+from tools.confusion import Predictions, Stopped
+
+pytestmark = pytest.mark.xdist_group("training")
+
+PHOTOS = {"train/<cat>": 8, "train/dog": 8, "val/<cat>": 5, "val/dog": 3}
+
+
+def predictions(target: list[int], predicted: list[int], truth: list[float]) -> Predictions:
+    confidence = np.linspace(0.5, 0.9, len(target), dtype=np.float32)
+    numbers = [np.array(column) for column in (range(len(target)), target, predicted)]
+    return Predictions(["ant", "bee", "cat", "dog"], *numbers, confidence, np.array(truth, np.float32))
+
+
+def test_sums_of_predictions() -> None:
+    found = predictions([0, 0, 1, 1, 1, 3], [0, 1, 1, 0, 0, 3], [0.9, 0.2, 0.8, 0.3, 0.1, 0.9])
+    assert found.accuracy() == 0.5
+    assert found.matrix().tolist() == [[1, 1, 0, 0], [2, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
+    np.testing.assert_array_equal(found.accuracy_by_class(), [1 / 2, 1 / 3, np.nan, 1])
+    assert found.confusions() == [(1, 0, 2), (0, 1, 1)]
+    assert found.worst(2) == [4, 1]
+
+
+def test_without_mistakes() -> None:
+    found = predictions([0, 3], [0, 3], [0.9, 0.9])
+    assert found.confusions() == found.worst(5) == []
+
+
+def command(folder: Path) -> list[str]:
+    write_folder(folder, PHOTOS)
+    data = {"DATASET": "imagenet", "DATA_PATH": str(folder), "BATCH_SIZE": 4}
+    train = {"EPOCHS": 2, "WARMUP_EPOCHS": 0, "EMA": {"ENABLED": True, "DECAY": 0.5}}
+    config = write_config(folder, DATA=data, TRAIN=train, REPORT=True, PRINT_FREQ=1)
+    return ["--cfg", str(config), "--output", str(folder)]
+
+
+@needs_browser
+def test_the_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert main(command(tmp_path)) == 0
+    run = tmp_path / "tiny" / "default"
+    assert "report.html" in capsys.readouterr().out.splitlines()[-1]
+    best = max(row["top1"] for row in read_metrics(run, "eval_ema"))
+    (run / "report.html").unlink()
+    monkeypatch.setattr("sys.argv", ["report.py", str(run), "--device", "cpu"])
+    report.main()
+    with Browser(tmp_path / "profile") as browser:
+        browser.open(run / "report.html")
+        browser.wait_for("[...document.images].every(image => image.complete && image.naturalWidth)")
+        text = browser.evaluate("document.body.innerText")
+        right = round(best * 8 / 100)
+        assert f"{right} of 8 right: {best:.2f} %" in text
+        assert f"{best:.2f} %\nbest accuracy, in epoch" in text
+        for words in ("<cat>", "2 of 2", "TRAIN.EMA.DECAY", f"torch\t{torch.__version__.partition('+')[0]}"):
+            assert words in text
+        assert browser.evaluate("document.querySelectorAll('.images figure').length") == 8 - right
+        counts = "[...document.querySelectorAll('table.matrix td.number')].map(cell => Number(cell.textContent))"
+        assert sum(browser.evaluate(counts)) == 8
+        assert browser.problems == []
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (RuntimeError("no memory\nleft"), "no report.html (no memory left); tools/report.py "),
+        (Stopped(), "to stop; tools/"),
+    ],
+)
+def test_a_report_that_fails_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception, says: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(report, "_mistakes", fail)
+    assert main(command(tmp_path)) == 0
+    assert says in capsys.readouterr().out
+
+
+def test_a_folder_that_is_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        report.main()
+    assert "metrics.jsonl does not exist; give the output folder of a run" in capsys.readouterr().err
