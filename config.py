@@ -166,6 +166,15 @@ OPTIONS: dict[str, Option] = {
         share(),
         may_change=True,
     ),
+    "DATA.REDUCE_ZERO_LABEL": _switch(
+        False, "Of masks: 0 is ignored and every other class one less. ADE20K is read so in any case."
+    ),
+    "DATA.IGNORE_LABEL": RunOption(
+        255, "Of masks: value of pixels that count nowhere.", Check(lambda value: 0 <= value <= 255, "0 to 255")
+    ),
+    "DATA.LABEL_MAP": RunOption(
+        {}, "Of masks: class by value, such as {7: 0, 8: 1}; values that it does not name are ignored."
+    ),
     # ---- the network
     "MODEL.TYPE": RunOption(
         "dat",
@@ -373,6 +382,26 @@ OPTIONS: dict[str, Option] = {
     ),
     "DETECTION.CROP": RunOption([384, 600], "Smallest and largest side of that crop, in pixels.", _SIDES),
     "DETECTION.TEST_SHORT_SIDE": RunOption(800, "Short side of held-out images, in pixels.", at_least(1)),
+    # ---- segmentation
+    "SEGMENTATION.SCALE": RunOption(
+        [0.5, 2.0],
+        "Smallest and largest factor on a training image, whose short side is otherwise that of DATA.IMG_SIZE, before "
+        "DATA.IMG_SIZE is cut out.",
+        _RATIOS,
+    ),
+    "SEGMENTATION.LARGEST_SHARE": RunOption(
+        0.75, "Largest share of one class in a training crop, where another can be drawn.", _PART
+    ),
+    "SEGMENTATION.PHOTOMETRIC": RunOption(
+        0.5, "Probability of each photometric distortion: brightness, contrast, saturation, hue, channels.", share()
+    ),
+    "SEGMENTATION.TEST_SCALES": RunOption(
+        [1.0],
+        "Factors on held-out images, whose short side is that of DATA.IMG_SIZE; several are averaged.",
+        Check(lambda scales: scales and min(scales) > 0, "a list of numbers above 0"),
+        may_change=True,
+    ),
+    "SEGMENTATION.TEST_FLIP": _switch(False, "Average held-out images with their mirror images.", may_change=True),
     "TEST.CROP": _switch(True, "Resize to IMG_SIZE / CROP_RATIO and crop the centre; otherwise resize to IMG_SIZE."),
     "TEST.CROP_RATIO": RunOption(0.875, "Share of the resized image that is cut out, along each side.", _PART),
     "TEST.RESIZE": RunOption(

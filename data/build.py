@@ -208,8 +208,13 @@ def _shared_memory(config: CfgNode) -> tuple[float, float]:
 
 
 def _collate(config: CfgNode) -> Callable[[list[Any]], Any]:
+    return collate_for_a_pipe if is_shared_memory_short(config) else collate
+
+
+def is_shared_memory_short(config: CfgNode) -> bool:
+    """Return whether the batches under way take more shared memory than there is."""
     needed, free = _shared_memory(config)
-    return collate_for_a_pipe if needed > free else collate
+    return needed > free
 
 
 def build_loader(

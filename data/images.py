@@ -81,6 +81,17 @@ class StoredImage:
             with Image.open(io.BytesIO(self.data)) as image:
                 return _to_rgb(ImageOps.exif_transpose(image) if self.turn else image)
 
+    def values(self) -> np.ndarray:
+        """Return what a file of one channel holds, `[height, width]`; of a palette, the indices.
+
+        Raises:
+            UnreadableImage: where it cannot be read, or has several channels.
+        """
+        with _blame(self.name), Image.open(io.BytesIO(self.data)) as image:
+            if len(image.getbands()) > 1 or image.mode == "F":
+                raise ValueError(f"it is of mode {image.mode}; a mask has one channel, whose values are labels")
+            return np.asarray(image).astype(np.int32)
+
     def size(self) -> tuple[int, int]:
         """Return height and width in pixels; raises as `decode` does."""
         return self._jpeg_size() or self._whole().shape[:2]

@@ -10,10 +10,15 @@ from utils import World
 from .base import Evaluation, Meter, Score, Task
 from .classification import Classification
 from .detection import Detection
+from .segmentation import Segmentation
 
 __all__ = ["TASKS", "Evaluation", "Meter", "Score", "Task", "build_task"]
 
-TASKS: dict[str, type[Task]] = {"classification": Classification, "detection": Detection}
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "detection": Detection,
+    "segmentation": Segmentation,
+}
 
 
 def build_task(config: Any, world: World, *, training: bool) -> Task:

@@ -1,0 +1,88 @@
+"""Data sets of segmentation and their loaders, as the config asks for them."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from data.build import build_loader, image_size, is_shared_memory_short, request, train_sampler
+from data.images import UnreadableImage
+from data.samplers import EvalSampler
+from data.segmentation.datasets import ByValue, MaskedImages, collate, stack
+from data.segmentation.folders import open_ade20k, open_masks
+from data.segmentation.scenes import open_scenes
+from data.segmentation.sources import Labels, MaskedDataset, check_some
+from data.segmentation.transforms import EvalTransform, TrainTransform
+from data.sources import Request
+
+FORMATS: Mapping[str, Callable[[Request, Labels], MaskedDataset]] = {
+    "ade20k": open_ade20k,
+    "masks": open_masks,
+    "digit_scenes": open_scenes,
+}
+
+
+def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> MaskedDataset:
+    """Open the data set that the config names, and look at a few of its masks.
+
+    Args:
+        config: the options of the run.
+        needs: the parts that are needed: `("val",)` where there is no training.
+
+    Raises:
+        ValueError: for an unknown DATA.DATASET, a data path that is not laid out as it should be, and masks that do not
+            fit their images or hold other labels.
+    """
+    name = config.DATA.DATASET
+    if name not in FORMATS:
+        near = difflib.get_close_matches(name, FORMATS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"DATA.DATASET of segmentation must be one of {', '.join(FORMATS)}, not {name!r}{hint}")
+    dataset = FORMATS[name](request(config, needs), _labels(config))
+    try:
+        check_some(dataset)
+    except UnreadableImage as error:
+        if config.DATA.BAD_IMAGES == "raise" or "mask" in str(error):
+            raise ValueError(str(error)) from None
+    return dataset
+
+
+def build_train_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, world_size: int) -> DataLoader:
+    """Return the loader of this rank's batches of `dataset.train`; its `sampler` is a `TrainSampler`.
+
+    Raises:
+        ValueError: for a data set smaller than one update.
+    """
+    options = config.SEGMENTATION
+    transform = TrainTransform(
+        image_size(config),
+        scale=options.SCALE,
+        largest_share=options.LARGEST_SHARE,
+        hflip=config.AUG.HFLIP,
+        photometric=options.PHOTOMETRIC,
+    )
+    on_unreadable = "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
+    images = MaskedImages(dataset.train, transform, seed=config.SEED, on_unreadable=on_unreadable)
+    sampler = train_sampler(config, len(images), rank=rank, world_size=world_size)
+    return build_loader(config, images, sampler, ByValue(stack) if is_shared_memory_short(config) else stack)
+
+
+def build_eval_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, world_size: int) -> DataLoader:
+    """Return the loader of this rank's share of `dataset.held_out`; its `sampler` is an `EvalSampler`."""
+    on_unreadable = "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
+    transform = EvalTransform(image_size(config))
+    images = MaskedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=on_unreadable)
+    sampler = EvalSampler(len(images), rank=rank, world_size=world_size)
+    return build_loader(config, images, sampler, ByValue(collate) if is_shared_memory_short(config) else collate)
+
+
+def _labels(config: CfgNode) -> Labels:
+    data, mapping = config.DATA, {}
+    for value, label in data.LABEL_MAP.items():
+        if not (str(value).isdecimal() and int(value) <= 255 and isinstance(label, int) and 0 <= label <= 255):
+            raise ValueError(f"DATA.LABEL_MAP {{{value}: {label!r}}}: both must be numbers from 0 to 255")
+        mapping[int(value)] = label
+    return Labels(mapping=mapping, reduce_zero=data.REDUCE_ZERO_LABEL, ignored=data.IGNORE_LABEL)

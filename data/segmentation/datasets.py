@@ -1,0 +1,96 @@
+"""Samples of segmentation and their batches."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.datasets import OnUnreadable, SeededSamples
+from data.segmentation.sources import IGNORED, MaskedSource
+
+Transform = Callable[[Image.Image, Tensor], tuple[Tensor, Tensor]]
+
+
+class Sample(NamedTuple):
+    """An image `[3, h, w]`, the classes `[H, W]` of its pixels, both uint8, and files that could not be read."""
+
+    image: Tensor
+    labels: Tensor
+    unreadable: list[str]
+
+
+class Batch(NamedTuple):
+    """Images of one micro-batch.
+
+    Attributes:
+        images: `[3, h, w]` each, uint8; of training, `[b, 3, H, W]`.
+        labels: classes `[H, W]` of the pixels of each, uint8, `IGNORED` where none is known; of training, `[b, H, W]`.
+            They have no pixels for an image that is left out.
+        unreadable: paths of the files that could not be read.
+    """
+
+    images: Sequence[Tensor] | Tensor
+    labels: Sequence[Tensor] | Tensor
+    unreadable: list[str]
+
+
+class MaskedImages(SeededSamples[Sample]):
+    """Images of a source with the classes of their pixels.
+
+    Args:
+        source: where they come from.
+        transform: of both.
+        seed: seed of the run.
+        on_unreadable: see `SeededSamples`; a marked image is one black pixel, and its labels are none.
+    """
+
+    def __init__(self, source: MaskedSource, transform: Transform, *, seed: int, on_unreadable: OnUnreadable) -> None:
+        super().__init__(len(source), seed=seed, on_unreadable=on_unreadable)
+        self._source = source
+        self.transform = transform
+
+    def sample(self, index: int, unreadable: list[str]) -> Sample:
+        image, mask = self._source.pair(index)
+        return Sample(*self.transform(image, torch.from_numpy(mask)), unreadable)
+
+    def left_out(self, index: int, unreadable: list[str]) -> Sample:  # noqa: ARG002
+        return Sample(
+            torch.zeros(3, 1, 1, dtype=torch.uint8), torch.full((0, 0), IGNORED, dtype=torch.uint8), unreadable
+        )
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Put samples of any sizes together to a batch."""
+    images, labels, unreadable = zip(*samples, strict=True)
+    return Batch(images, labels, [path for paths in unreadable for path in paths])
+
+
+def stack(samples: list[Sample]) -> Batch:
+    """Put samples of one size together to a batch of two tensors."""
+    images, labels, unreadable = collate(samples)
+    return Batch(torch.stack(images), torch.stack(labels), unreadable)
+
+
+class ByValue:
+    """A collating function whose batches go to the training process through a pipe, without shared memory."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return _Packed(self._collate(samples))
+
+
+class _Packed:
+    """Arrives as what it holds; tensors themselves would be sent as names of shared memory."""
+
+    def __init__(self, content: Any) -> None:
+        self._content = content
+
+    def __reduce__(self) -> tuple:
+        return pickle.loads, (pickle.dumps(self._content),)

@@ -1,0 +1,117 @@
+"""Folders of images and of masks under the same names: ADE20K, and data sets of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from data.formats.folders import endings
+from data.images import StoredImage, read_file
+from data.segmentation.sources import Labels, MaskedDataset, MaskedSource, read_mask
+from data.sources import PARTS, Request, read_class_list, shorten
+
+LAYOUT = (
+    "the layout is DATA_PATH/images/{train,val}/*.jpg, DATA_PATH/masks/{train,val}/*.png (or annotations/) and "
+    "DATA_PATH/classes.txt"
+)
+ADE20K_LAYOUT = "the layout is DATA_PATH/images/{training,validation}/*.jpg and DATA_PATH/annotations/..., as published"
+# Beside the images of ADE20K: a table whose last column names the classes.
+_ADE20K_NAMES = "objectInfo150.txt"
+
+
+def open_ade20k(request: Request, labels: Labels) -> MaskedDataset:
+    """Open ADE20K's scene parsing benchmark of 150 classes, in whose masks 0 means none of them.
+
+    Raises:
+        ValueError: for folders that are missing, or images without masks.
+    """
+    root = request.root(ADE20K_LAYOUT)
+    names = root / _ADE20K_NAMES
+    if names.is_file():
+        rows = names.read_text(encoding="utf-8").splitlines()[1:]
+        classes = [row.split("\t")[-1].split(",")[0].strip() for row in rows if row.strip()]
+    else:
+        classes = read_class_list(root) or [str(number) for number in range(1, 151)]
+    reduced = Labels(mapping=labels.mapping, reduce_zero=True, ignored=labels.ignored)
+    return _open(request, root, classes, reduced, ADE20K_LAYOUT)
+
+
+def open_masks(request: Request, labels: Labels) -> MaskedDataset:
+    """Open folders of images and masks whose classes `classes.txt` names, one a line.
+
+    Raises:
+        ValueError: for folders that are missing, images without masks, and classes that are not named.
+    """
+    root = request.root(LAYOUT)
+    classes = read_class_list(root)
+    if not 0 < len(classes) <= 255:
+        raise ValueError(f"{root / 'classes.txt'} names {len(classes)} classes; write 1 to 255, one a line, in order")
+    return _open(request, root, classes, labels, LAYOUT)
+
+
+def _open(request: Request, root: Path, classes: list[str], labels: Labels, layout: str) -> MaskedDataset:
+    sources, remarks = {}, []
+    for part in request.needs:
+        names = [getattr(request, part)] if getattr(request, part) else PARTS[part]
+        images = _first(root, ("images",), names, layout)
+        masks = _first(root, ("masks", "annotations"), names, layout)
+        pairs, spare = _pairs(images, masks)
+        sources[part] = FolderSource(pairs, labels.table(), len(classes), turn=request.turn)
+        remarks += [f"{len(spare)} masks in {masks} have no image: {shorten(spare, 3)}"] if spare else []
+    return MaskedDataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"), remarks=remarks)
+
+
+def _first(root: Path, kinds: tuple[str, ...], parts: list[str] | tuple[str, ...], layout: str) -> Path:
+    folders = [root / kind / part for kind in kinds for part in parts]
+    found = next((folder for folder in folders if folder.is_dir()), None)
+    if found is None:
+        raise ValueError(f"data path {root} has no folder {kinds[0]}/{parts[0]}; {layout}")
+    return found
+
+
+def _pairs(images: Path, masks: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """Return image and mask of each name in two folders, in order, and the names of masks without an image."""
+    found = _by_stem(images, endings())
+    wanted = _by_stem(masks, {".png"})
+    if not found:
+        raise ValueError(f"no images in {images}; add some, or name another part by DATA.TRAIN and DATA.VAL")
+    bare = sorted(found.keys() - wanted.keys())
+    if bare:
+        raise ValueError(
+            f"{len(bare)} of {len(found)} images in {images} have no mask in {masks}: {shorten(bare, 3)}; add masks "
+            f"named as the image, ending in .png, or remove the images"
+        )
+    return [(found[stem], wanted[stem]) for stem in sorted(found)], sorted(wanted.keys() - found.keys())
+
+
+def _by_stem(folder: Path, allowed: frozenset[str] | set[str]) -> dict[str, str]:
+    files = (file for file in folder.rglob("*") if file.suffix.lower() in allowed and not file.name.startswith("."))
+    return {str(file.relative_to(folder).with_suffix("")): str(file) for file in files}
+
+
+class FolderSource(MaskedSource):
+    """Image files and their masks.
+
+    Args:
+        pairs: paths of images and masks.
+        table: class by value of the masks.
+        classes: how many there are.
+        turn: whether to turn photographs upright as EXIF says; masks stay as they are.
+    """
+
+    def __init__(self, pairs: list[tuple[str, str]], table: np.ndarray, classes: int, *, turn: bool) -> None:
+        self._pairs = pairs
+        self._table = table
+        self._classes = classes
+        self._turn = turn
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def get(self, index: int) -> StoredImage:
+        path = self._pairs[index][0]
+        return StoredImage(read_file(path), path, turn=self._turn)
+
+    def mask(self, index: int) -> np.ndarray:
+        return read_mask(self._pairs[index][1], self._table, self._classes)

@@ -1,0 +1,44 @@
+"""Scenes of handwritten digits with the class of each pixel: background, and the digits from 0 to 9."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data.formats.digit_scenes import DigitScenes
+from data.images import StoredImage
+from data.segmentation.sources import Labels, MaskedDataset, MaskedSource
+from data.sources import Request
+
+
+def open_scenes(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG001 - the scenes hold classes
+    """Open the digit scenes.
+
+    Raises:
+        ValueError: where a path was given, which they do not have.
+    """
+    if request.path:
+        raise ValueError(
+            "the digit scenes are a data set of their own, without --data-path; to use folders with this config, add "
+            "--opts DATA.DATASET masks"
+        )
+    return MaskedDataset(
+        classes=["background", *DigitScenes.classes],
+        train=SceneSource(train=True) if "train" in request.needs else None,
+        held_out=SceneSource(train=False) if "val" in request.needs else None,
+    )
+
+
+class SceneSource(MaskedSource):
+    """The scenes to train on, or those to evaluate on."""
+
+    def __init__(self, *, train: bool) -> None:
+        self._scenes = DigitScenes(train=train)
+
+    def __len__(self) -> int:
+        return len(self._scenes)
+
+    def get(self, index: int) -> StoredImage:
+        return StoredImage(self._scenes[index].pixels, f"scene {index}")
+
+    def mask(self, index: int) -> np.ndarray:
+        return self._scenes[index].class_map

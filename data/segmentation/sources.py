@@ -1,0 +1,131 @@
+"""What a data set of segmentation is, whatever it is stored in, and how masks are read."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image
+
+from data.images import StoredImage, UnreadableImage, read_file
+
+IGNORED = 255  # label of pixels that count nowhere; so there are at most 255 classes
+
+
+class MaskedSource(ABC):
+    """Images as they are stored, and the class of each of their pixels."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return how many images there are."""
+
+    @abstractmethod
+    def get(self, index: int) -> StoredImage:
+        """Return an image as it is stored; raises `UnreadableImage`."""
+
+    @abstractmethod
+    def mask(self, index: int) -> np.ndarray:
+        """Return the classes `[height, width]` of its pixels, uint8, `IGNORED` where none is known.
+
+        Raises:
+            UnreadableImage: where they cannot be read, or a label is no class.
+        """
+
+    def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
+        """Return an image as RGB and the classes of its pixels.
+
+        Raises:
+            UnreadableImage: where one of them cannot be read, or they are not of one size.
+        """
+        stored, mask = self.get(index), self.mask(index)
+        image = stored.decode()
+        if (image.height, image.width) != mask.shape:
+            raise UnreadableImage(
+                f"image {stored.name!r} is {image.width} x {image.height} pixels, its mask {mask.shape[1]} x "
+                f"{mask.shape[0]}; they must be of one size",
+                stored.name,
+            )
+        return image, mask
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskedDataset:
+    """A data set of segmentation.
+
+    Attributes:
+        classes: names by label.
+        train: images to train on; None where they were not asked for.
+        held_out: images to evaluate on; None where they were not asked for.
+        remarks: what was found suspicious.
+    """
+
+    classes: list[str]
+    train: MaskedSource | None = None
+    held_out: MaskedSource | None = None
+    remarks: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labels:
+    """From the values of mask files to classes.
+
+    Attributes:
+        mapping: class by value; values that it does not name are ignored. Empty: each value is a class.
+        reduce_zero: 0 is ignored, and every other class is one less, as in ADE20K.
+        ignored: value of pixels that count nowhere.
+    """
+
+    mapping: Mapping[int, int] = field(default_factory=dict)
+    reduce_zero: bool = False
+    ignored: int = IGNORED
+
+    def table(self) -> np.ndarray:
+        """Return the class by value, `[256]`, uint8."""
+        table = np.arange(256)
+        if self.mapping:
+            table = np.full(256, IGNORED)
+            table[list(self.mapping)] = list(self.mapping.values())
+        if self.reduce_zero:
+            table = np.where((table == 0) | (table == IGNORED), IGNORED, table - 1)
+        table[self.ignored] = IGNORED
+        return table.astype(np.uint8)
+
+
+def read_mask(path: str, table: np.ndarray, classes: int) -> np.ndarray:
+    """Return the classes `[height, width]` in a mask file, uint8.
+
+    Args:
+        path: an image of one channel, or of a palette, whose indices count.
+        table: class by value, see `Labels.table`.
+        classes: how many there are.
+
+    Raises:
+        UnreadableImage: for a file that is no such image, and a label that is no class.
+    """
+    values = StoredImage(read_file(path), path).values()
+    if not 0 <= values.min() <= values.max() <= 255:
+        raise UnreadableImage(
+            f"mask {path!r} holds values of {values.min()} to {values.max()}; they must be 0 to 255", path
+        )
+    mask = table[values.astype(np.uint8)]
+    wrong = (mask >= classes) & (mask != IGNORED)
+    if wrong.any():
+        raise UnreadableImage(
+            f"mask {path!r} holds the value {values[wrong].min()}, which is none of the {classes} classes; name more "
+            f"classes, or say by DATA.LABEL_MAP, DATA.IGNORE_LABEL or DATA.REDUCE_ZERO_LABEL what it means",
+            path,
+        )
+    return mask
+
+
+def check_some(dataset: MaskedDataset, most: int = 8) -> None:
+    """Read a few images of each part with their masks.
+
+    Raises:
+        ValueError: where one of them is wrong.
+    """
+    for source in filter(None, (dataset.train, dataset.held_out)):
+        for index in np.linspace(0, len(source) - 1, min(most, len(source))).astype(int).tolist():
+            source.pair(index)

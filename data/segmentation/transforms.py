@@ -1,0 +1,96 @@
+"""Augmentation of images together with their masks, by torchvision on its tensors that know what they hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from data.segmentation.sources import IGNORED
+
+_PADDING = {tv_tensors.Image: [round(255 * value) for value in IMAGENET_DEFAULT_MEAN], tv_tensors.Mask: IGNORED}
+_LONGEST = 4  # times the short side: how long the long side may become, as 2048 for 512
+_CROPS = 10  # drawn before one is taken in which a class has too large a share
+
+
+class TrainTransform:
+    """Random scale, crop and flip, photometric distortion: the recipe of ADE20K. All is drawn from torch's generator.
+
+    Args:
+        size: height and width of the crop in pixels.
+        scale: smallest and largest factor on an image whose short side is that of the crop.
+        largest_share: of one class in a crop, where another can be drawn.
+        hflip: probability of a horizontal flip.
+        photometric: probability of each of brightness, contrast, saturation, hue and another order of channels.
+    """
+
+    def __init__(
+        self, size: tuple[int, int], *, scale: Sequence[float], largest_share: float, hflip: float, photometric: float
+    ) -> None:
+        self._size = size
+        self._scale = tuple(scale)
+        self._largest_share = largest_share
+        distort = [v2.RandomPhotometricDistort(p=photometric)] if photometric else []
+        self._rest = v2.Compose([*distort, v2.RandomHorizontalFlip(hflip)])
+
+    def __call__(self, image: Image.Image, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return an image `[3, height, width]` and the classes `[height, width]` of its pixels, both uint8."""
+        pixels, labels = tv_tensors.Image(F.pil_to_tensor(image)), tv_tensors.Mask(mask)
+        factor = torch.empty(()).uniform_(*self._scale).item()
+        size = resized(pixels.shape[-2:], factor * min(self._size))
+        pixels, labels = F.resize(pixels, size), F.resize(labels, size, v2.InterpolationMode.NEAREST)
+        window = self._window(labels)
+        pixels, labels = self._rest(*(self._filled(F.crop(x, *window)) for x in (pixels, labels)))
+        return pixels.as_subclass(Tensor), labels.as_subclass(Tensor)
+
+    def _window(self, labels: Tensor) -> tuple[int, int, int, int]:
+        """Return top, left, height and width of a crop in which no class has too large a share, if one is drawn."""
+        height, width = (min(side, most) for side, most in zip(labels.shape, self._size, strict=True))
+        for _ in range(_CROPS):
+            top, left = (
+                int(torch.randint(side - part + 1, ()))
+                for side, part in zip(labels.shape, (height, width), strict=True)
+            )
+            if self._largest_share == 1:
+                break
+            counts = torch.bincount(labels[top : top + height, left : left + width].flatten(), minlength=256)[:IGNORED]
+            if (counts > 0).sum() > 1 and counts.max() < self._largest_share * counts.sum():
+                break
+        return top, left, height, width
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """Return an image with the mean, or a mask with `IGNORED`, below and at the right, where it is too small."""
+        below, right = (most - side for most, side in zip(self._size, x.shape[-2:], strict=True))
+        return F.pad(x, [0, 0, right, below], fill=_PADDING[type(x)]) if below or right else x
+
+
+class EvalTransform:
+    """The whole image at a short side of so many pixels; its mask as it is.
+
+    Args:
+        size: height and width of the network's images, of which the smaller is the short side.
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self._short = min(size)
+
+    def __call__(self, image: Image.Image, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return an image `[3, h, w]` and the classes `[height, width]` of its pixels, both uint8."""
+        return self.apply(image), mask
+
+    def apply(self, image: Image.Image) -> Tensor:
+        """Return an image as `[3, h, w]`, uint8."""
+        return F.resize(F.pil_to_tensor(image), resized((image.height, image.width), self._short))
+
+
+def resized(size: Sequence[int], short: float) -> list[int]:
+    """Return height and width with a short side of so many pixels, fewer where the long side would be too long."""
+    factor = min(short / min(size), _LONGEST * short / max(size))
+    return [max(1, math.floor(side * factor + 0.5)) for side in size]

@@ -1,0 +1,180 @@
+"""Semantic segmentation: the losses of a segmenter, and mean intersection over union."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from yacs.config import CfgNode
+
+from data.build import loader_doubts
+from data.segmentation.build import build_eval_loader, build_train_loader, open_dataset
+from data.segmentation.datasets import Batch
+from data.segmentation.sources import IGNORED
+from data.transforms import normalize
+from models.build import num_classes, set_num_classes
+from models.segmentation.parts import resize
+from tasks.base import Evaluation, Meter, Score, Task
+from tasks.classification import class_changes
+from utils import World, sum_over_ranks
+
+
+class LabelledPixels(NamedTuple):
+    """A batch on the device.
+
+    Attributes:
+        images: normalised; of training `[b, 3, H, W]`, otherwise `[3, h, w]` each.
+        labels: classes of the pixels, int64, `IGNORED` where none is known; of training `[b, H, W]`, otherwise `[H, W]`
+            each, without pixels for an image that is left out.
+    """
+
+    images: Tensor | Sequence[Tensor]
+    labels: Tensor | Sequence[Tensor]
+
+
+class Segmentation(Task):
+    """One class for each pixel.
+
+    Attributes:
+        classes: names by label.
+    """
+
+    score = Score("miou", "mIoU", digits=3)
+
+    def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
+        super().__init__(config, world, training=training)
+        self._dataset = open_dataset(config, ("train", "val") if training else ("val",))
+        self.classes = self._dataset.classes
+        meant_for = num_classes(config)
+        set_num_classes(config, len(self.classes))
+        if len(self.classes) != meant_for:
+            self.notes.append(
+                f"{len(self.classes)} classes as in the data set, instead of the {meant_for} of the config"
+            )
+
+    def train_loader(self) -> DataLoader:
+        return build_train_loader(self.config, self._dataset, rank=self.world.rank, world_size=self.world.size)
+
+    def eval_loader(self) -> DataLoader:
+        return build_eval_loader(self.config, self._dataset, rank=self.world.rank, world_size=self.world.size)
+
+    def prepare(self, batch: Batch, device: torch.device) -> LabelledPixels:
+        images = batch.images.to(device, non_blocking=True)
+        images = normalize(images).contiguous(memory_format=torch.channels_last)
+        return LabelledPixels(images, batch.labels.to(device, non_blocking=True).long())
+
+    def to_device(self, batch: Batch, device: torch.device) -> LabelledPixels:
+        images = [normalize(image.to(device, non_blocking=True)) for image in batch.images]
+        return LabelledPixels(images, [labels.to(device, non_blocking=True).long() for labels in batch.labels])
+
+    def loss(self, model: nn.Module, batch: LabelledPixels) -> dict[str, Tensor]:
+        return model(batch.images, batch.labels)
+
+    def meter(self, samples: int, device: torch.device) -> Meter:
+        options = self.config.SEGMENTATION
+        return MeanIoU(self.classes, samples, device, scales=options.TEST_SCALES, flip=options.TEST_FLIP)
+
+    def unreadable(self, batch: Batch) -> list[str]:
+        return batch.unreadable
+
+    def describe(self) -> dict[str, Any]:
+        return {"classes": list(self.classes)}
+
+    def changes(self, checkpoint: dict[str, Any]) -> list[str]:
+        return class_changes(checkpoint, self.classes)
+
+    def summary(self) -> str:
+        return f"{self.config.MODEL.SEGMENTER.NAME}, {len(self.classes)} classes"
+
+    def doubts(self) -> list[str]:
+        return [*self._dataset.remarks, *loader_doubts(self.config)]
+
+
+class MeanIoU(Meter):
+    """Intersection over union of each class, and their mean, from one confusion matrix over all pixels of all images.
+
+    Args:
+        classes: names by label.
+        samples: number of images, over all ranks.
+        device: of the network.
+        scales: factors on the images, over which probabilities are averaged.
+        flip: whether mirror images take part.
+    """
+
+    def __init__(
+        self, classes: Sequence[str], samples: int, device: torch.device, *, scales: Sequence[float], flip: bool
+    ) -> None:
+        self._classes = classes
+        self._samples = samples
+        self._views = [(scale, mirrored) for scale in scales for mirrored in ([False, True] if flip else [False])]
+        # Pixels by class and by the class that was found; then images, and images left out. Whole numbers, so that
+        # the result does not depend on the order in which processes add them.
+        self._counts = torch.zeros(len(classes) ** 2 + 2, dtype=torch.int64, device=device)
+
+    def add(self, model: nn.Module, batch: LabelledPixels) -> None:
+        # One by one: images differ in size, and what an image gives must not depend on its neighbours.
+        for image, labels in zip(batch.images, batch.labels, strict=True):
+            self._counts[-2 if labels.numel() else -1] += 1
+            if labels.numel():
+                found = predict(model, image, labels.shape, self._views)
+                self._counts[:-2] += confusion(found, labels, len(self._classes)).flatten()
+
+    def result(self) -> Evaluation:
+        counts = sum_over_ranks(self._counts).cpu()
+        images, skipped = counts[-2:].tolist()
+        if images + skipped != self._samples or not images:
+            raise RuntimeError(f"evaluated {images + skipped} images of a data set of {self._samples}")
+        matrix = counts[:-2].view(len(self._classes), -1).double()
+        hits, labelled, found = matrix.diag(), matrix.sum(1), matrix.sum(0)
+        iou, recall = hits / (labelled + found - hits), hits / labelled  # NaN for a class that is nowhere
+        metrics = {
+            "miou": iou.nanmean().item(),
+            "accuracy": (hits.sum() / labelled.sum()).item(),
+            "class_accuracy": recall.nanmean().item(),
+        }
+        shares = (labelled / labelled.sum()).tolist()
+        rows = zip(self._classes, iou.tolist(), recall.tolist(), shares, strict=True)
+        width = max(map(len, self._classes))
+        lines = [
+            *(f"{name:{width}}  IoU {a:.3f}  accuracy {b:.3f}  {100 * c:6.2f} % of pixels" for name, a, b, c in rows),
+            f" * mIoU {metrics['miou']:.3f} accuracy {metrics['accuracy']:.3f} "
+            f"class accuracy {metrics['class_accuracy']:.3f}",
+        ]
+        warnings = [f"{skipped} images could not be read and are not counted"] if skipped else []
+        return Evaluation(metrics, lines, warnings)
+
+
+def predict(
+    model: nn.Module, image: Tensor, size: Sequence[int], views: Sequence[tuple[float, bool]] = ((1.0, False),)
+) -> Tensor:
+    """Return the classes `[height, width]` of an image.
+
+    Args:
+        model: a segmenter in evaluation mode.
+        image: `[3, h, w]`, normalised.
+        size: height and width of the result.
+        views: factor on the image and whether it is mirrored; over several views, probabilities are averaged.
+    """
+    total = torch.zeros((), device=image.device)
+    for scale, mirrored in views:
+        view = image[None] if scale == 1 else resize(image[None], [round(scale * side) for side in image.shape[-2:]])
+        logits = model(view.flip(-1) if mirrored else view).float()
+        logits = resize(logits.flip(-1) if mirrored else logits, size)
+        total = total + (logits.softmax(1) if len(views) > 1 else logits)
+    return total[0].argmax(0)
+
+
+def confusion(found: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """Return `[classes, classes]`: how many pixels of each class were taken for each class; ignored ones do not count.
+
+    Args:
+        found: classes `[height, width]`.
+        labels: the true ones, `IGNORED` where none is known.
+        classes: how many there are.
+    """
+    counted = labels != IGNORED
+    places = labels[counted] * classes + found[counted]
+    return torch.bincount(places, minlength=classes**2).view(classes, classes)

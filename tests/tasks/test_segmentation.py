@@ -1,0 +1,121 @@
+"""Mean intersection over union against a count by hand, over processes, scales and mirror images."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from config import load_config
+from data.segmentation.sources import IGNORED
+from logger import RunLog
+from models.segmentation.parts import resize
+from tasks import build_task
+from tasks.segmentation import LabelledPixels, MeanIoU, predict
+from tests.data.segmentation.samples import write_masks
+from tests.launched import CONTEXT, free_port
+from tests.runs import write_config
+from utils import World
+
+
+class Colours(nn.Module):
+    """Gives logits that are functions of the colours."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.conv(images)
+
+
+def evaluate(rank: int, size: int, port: int, folder: Path) -> None:
+    if size > 1:
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        dist.init_process_group("gloo", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    config = load_config(folder / "tiny.yaml")
+    task = build_task(config, World(rank, size, rank, torch.device("cpu")), training=False)
+    found = task.evaluate(Colours(), task.eval_loader(), RunLog(None, config, is_main=False))
+    torch.save(found.metrics, folder / f"{size}-{rank}.pt")
+    if size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.xdist_group("serial")
+def test_one_and_three_processes_and_a_count_by_hand_agree_to_the_last_digit(tmp_path: Path) -> None:
+    write_masks(tmp_path / "data", val=7)
+    data = {"DATASET": "masks", "DATA_PATH": str(tmp_path / "data"), "BATCH_SIZE": 2, "NUM_WORKERS": 0}
+    write_config(tmp_path, TASK="segmentation", DATA=data)
+    evaluate(0, 1, 0, tmp_path)
+    port = free_port()
+    processes = [CONTEXT.Process(target=evaluate, args=(rank, 3, port, tmp_path)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    one = torch.load(tmp_path / "1-0.pt")
+    assert [torch.load(tmp_path / f"3-{rank}.pt") for rank in range(3)] == [one] * 3
+    assert one == by_hand(tmp_path)
+
+
+def by_hand(folder: Path) -> dict[str, float]:
+    """Return the metrics from pixels counted one by one."""
+    task = build_task(load_config(folder / "tiny.yaml"), World(0, 1, 0, torch.device("cpu")), training=False)
+    pixels, network = [], Colours().eval()
+    for batch in task.eval_loader():
+        moved = task.to_device(batch, torch.device("cpu"))
+        for image, labels in zip(moved.images, moved.labels, strict=True):
+            found = resize(network(image[None]), labels.shape)[0].argmax(0)
+            pixels += zip(labels.flatten().tolist(), found.flatten().tolist(), strict=True)
+    pixels = [(label, found) for label, found in pixels if label != IGNORED]
+    assert len({label for label, _ in pixels}) == 3
+    iou, recall = [], []
+    for c in range(3):
+        both = sum(label == found == c for label, found in pixels)
+        recall.append(both / sum(label == c for label, _ in pixels))
+        iou.append(both / sum(c in pair for pair in pixels))
+    right = sum(label == found for label, found in pixels) / len(pixels)
+    means = (torch.tensor(values, dtype=torch.float64).mean().item() for values in (iou, recall))
+    return dict(zip(("miou", "class_accuracy"), means, strict=True)) | {"accuracy": right}
+
+
+def meter(samples: int, classes: int = 3) -> MeanIoU:
+    return MeanIoU([f"class {i}" for i in range(classes)], samples, torch.device("cpu"), scales=[1.0], flip=False)
+
+
+def test_classes_that_are_nowhere_do_not_count_and_images_left_out_are_said() -> None:
+    counted = meter(2, classes=4)
+    image = torch.eye(3)[:, :, None].expand(3, 3, 8).contiguous()  # a class a row
+    labels = torch.arange(3)[:, None].expand(3, 8).clone()
+    labels[2] = IGNORED
+    labels[1, :4] = 0
+
+    class Same(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.cat([images, torch.zeros_like(images[:, :1])], dim=1)
+
+    counted.add(Same(), LabelledPixels([image, image[:, :1, :1]], [labels, torch.empty(0, 0)]))
+    found = counted.result()
+    assert found.metrics["miou"] == pytest.approx((8 / 12 + 4 / 8) / 2)  # classes 2 and 3 are nowhere that counts
+    assert found.metrics["accuracy"] == pytest.approx(12 / 16)
+    assert found.lines[-1] == " * mIoU 0.583 accuracy 0.750 class accuracy 0.833"
+    assert found.warnings == ["1 images could not be read and are not counted"]
+    with pytest.raises(RuntimeError, match="evaluated 0 images of a data set of 2"):
+        meter(2).result()
+
+
+def test_several_views_are_averaged() -> None:
+    network, image = Colours().eval(), torch.rand(3, 16, 20)
+    views = [(1.0, False), (1.0, True), (0.5, False)]
+    small = resize(network(resize(image[None], (8, 10))), (16, 20))
+    logits = [network(image[None]), network(image[None].flip(-1)).flip(-1), small]
+    expected = sum(x.softmax(1) for x in logits)[0].argmax(0)
+    with torch.inference_mode():
+        assert np.array_equal(predict(network, image, (16, 20), views), expected)
