@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from .cascade import CascadeMaskRCNN
 from .detector import Detector
 from .mask_rcnn import MaskRCNN
 from .retinanet import RetinaNet
@@ -30,4 +31,5 @@ class DetectorKind:
 DETECTORS: Mapping[str, DetectorKind] = {
     "retinanet": DetectorKind(RetinaNet, maps=3),
     "mask_rcnn": DetectorKind(MaskRCNN, masks=True),
+    "cascade": DetectorKind(CascadeMaskRCNN, masks=True),
 }

@@ -9,9 +9,11 @@ from models.backbone import DATBackbone, TimmBackbone
 from models.detection import DETECTORS, Detector
 from tests.models.small import SMALL, without_gradient
 
+REGIONS = {"channels": 16, "hidden": 16, "samples": 16, "proposals": 20, "detection": {"score_thresh": 0.0}}
 TINY = {
     "retinanet": {"channels": 16, "anchor_scale": 2.0, "score_threshold": 0.0},
-    "mask_rcnn": {"channels": 16, "hidden": 16, "samples": 16, "proposals": 20, "detection": {"score_thresh": 0.0}},
+    "mask_rcnn": REGIONS,
+    "cascade": REGIONS,
 }
 OURS = [pytest.param(name, id=name) for name in TINY]
 TARGETS = [

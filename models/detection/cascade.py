@@ -1,0 +1,179 @@
+"""Cascade Mask R-CNN: three stages, each learned on boxes that the one before refined (arXiv 1906.09756)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
+from torchvision.ops import clip_boxes_to_image
+
+from ..backbone import DATBackbone, TimmBackbone
+from .mask_rcnn import TwoStageDetector, roi_settings
+from .pyramid import AlignedPool
+
+# Of each stage: IoU from which on a region shows an object, deviations of its boxes, and weight of its losses.
+_IOUS = (0.5, 0.6, 0.7)
+_DEVIATIONS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
+_WEIGHTS = (1.0, 0.5, 0.25)
+
+
+class CascadeMaskRCNN(TwoStageDetector):
+    """Cascade Mask R-CNN on a backbone of four maps; boxes are refined whatever their class.
+
+    Args:
+        backbone: gives the maps of strides 4, 8, 16 and 32.
+        num_classes: classes of objects.
+        channels: of the pyramid and the heads.
+        hidden: of the two layers on each region, in every stage.
+        samples: regions of an image that a stage learns from.
+        detection: `score_thresh`, `nms_thresh` and `detections_per_img` of torchvision's `RoIHeads`.
+        **proposals: arguments of `TwoStageDetector`.
+    """
+
+    def __init__(
+        self,
+        backbone: DATBackbone | TimmBackbone,
+        *,
+        num_classes: int,
+        channels: int = 256,
+        hidden: int = 1024,
+        samples: int = 512,
+        detection: dict[str, float] | None = None,
+        **proposals: Any,
+    ) -> None:
+        super().__init__(backbone, channels=channels, **proposals)
+        self.roi_heads = CascadeHeads(
+            [_Stage(channels, hidden, num_classes) for _ in _IOUS],
+            AlignedPool(7, backbone.strides),
+            AlignedPool(14, backbone.strides),
+            **roi_settings(samples, detection or {}),
+        )
+
+
+class _Stage(nn.Module):
+    """What a stage makes of pooled regions: logits of the classes, offsets of the box, and logits of the masks."""
+
+    def __init__(self, channels: int, hidden: int, num_classes: int) -> None:
+        super().__init__()
+        self.box_head = TwoMLPHead(channels * 7**2, hidden)
+        self.cls_score = nn.Linear(hidden, num_classes + 1)
+        self.bbox_pred = nn.Linear(hidden, 4)
+        self.mask_head = MaskRCNNHeads(channels, [channels] * 4, dilation=1)
+        self.mask_predictor = MaskRCNNPredictor(channels, channels, num_classes + 1)
+
+    def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return logits `[n, 1 + classes]`, the background first, and offsets `[n, 4]`."""
+        x = self.box_head(regions)
+        return self.cls_score(x).float(), self.bbox_pred(x).float()
+
+    def masks(self, regions: Tensor) -> Tensor:
+        """Return logits `[n, 1 + classes, 28, 28]`."""
+        return self.mask_predictor(self.mask_head(regions)).float()
+
+
+class CascadeHeads(RoIHeads):
+    """The stages, over torchvision's assignment, sampling and suppression of regions.
+
+    Args:
+        stages: from the first to the last.
+        box_pool: regions to `[n, channels, 7, 7]`.
+        mask_pool: regions to `[n, channels, 14, 14]`.
+        **settings: further arguments of `RoIHeads`.
+    """
+
+    def __init__(self, stages: list[_Stage], box_pool: AlignedPool, mask_pool: AlignedPool, **settings: Any) -> None:
+        super().__init__(box_pool, None, None, **settings)
+        self.stages = nn.ModuleList(stages)
+        self.mask_roi_pool = mask_pool
+        self._coders = [BoxCoder(tuple(1 / deviation for deviation in of_stage)) for of_stage in _DEVIATIONS]
+
+    def has_mask(self) -> bool:
+        """Return whether targets have masks."""
+        return True
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: Sequence[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Return detections in evaluation, losses in training; the other one is empty."""
+        if self.training:
+            return [], self._learn(features, proposals, image_shapes, targets)
+        return self._detect(features, proposals, image_shapes), {}
+
+    def _learn(
+        self,
+        maps: dict[str, Tensor],
+        regions: list[Tensor],
+        sizes: Sequence[tuple[int, int]],
+        targets: list[dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = {}
+        for number, (stage, coder, weight) in enumerate(zip(self.stages, self._coders, _WEIGHTS, strict=True)):
+            self.box_coder = coder
+            self.proposal_matcher = Matcher(_IOUS[number], _IOUS[number])
+            regions, matched, labels, wanted = self.select_training_samples(list(regions), targets)
+            logits, offsets = stage(self.box_roi_pool(maps, regions))
+            label, positive = torch.cat(labels), torch.cat(labels) > 0
+            of_boxes = F.smooth_l1_loss(offsets[positive], torch.cat(wanted)[positive], reduction="sum")
+            shown = [(where > 0) for where in labels]
+            boxes = [region[where] for region, where in zip(regions, shown, strict=True)]
+            of_masks = maskrcnn_loss(
+                stage.masks(self.mask_roi_pool(maps, boxes)),
+                boxes,
+                [target["masks"] for target in targets],
+                [target["labels"] for target in targets],
+                [match[where] for match, where in zip(matched, shown, strict=True)],
+            )
+            losses |= {
+                f"classifier_{number}": weight * F.cross_entropy(logits, label),
+                f"box_reg_{number}": weight * of_boxes / len(label),
+                f"mask_{number}": weight * of_masks,
+            }
+            refined = self._refined(coder, offsets.detach(), regions, sizes)
+            # Each stage is given the true boxes anew; they are no regions that the stage before found.
+            regions = [
+                box[~_is_one_of(region, target["boxes"])]
+                for box, region, target in zip(refined, regions, targets, strict=True)
+            ]
+        return losses
+
+    def _detect(
+        self, maps: dict[str, Tensor], regions: list[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        votes = []
+        for stage, coder in zip(self.stages, self._coders, strict=True):
+            before = regions
+            logits, offsets = stage(self.box_roi_pool(maps, regions))
+            regions = self._refined(coder, offsets, regions, sizes)
+            votes.append(logits)
+        self.box_coder = coder
+        mean = torch.stack(votes).mean(0)
+        # torchvision expects a box for each class.
+        boxes, scores, labels = self.postprocess_detections(mean, offsets.repeat(1, mean.shape[1]), before, sizes)
+        pooled = self.mask_roi_pool(maps, boxes)
+        masks = [maskrcnn_inference(stage.masks(pooled), labels) for stage in self.stages]
+        return [
+            {"boxes": boxes[i], "labels": labels[i], "scores": scores[i], "masks": torch.stack(of_image).mean(0)}
+            for i, of_image in enumerate(zip(*masks, strict=True))
+        ]
+
+    def _refined(
+        self, coder: BoxCoder, offsets: Tensor, regions: list[Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        boxes = coder.decode(offsets, regions)[:, 0].split([len(region) for region in regions])
+        return [clip_boxes_to_image(box, size) for box, size in zip(boxes, sizes, strict=True)]
+
+
+def _is_one_of(regions: Tensor, boxes: Tensor) -> Tensor:
+    """Return which of the regions `[n, 4]` are among the boxes `[m, 4]`, `[n]`."""
+    return (regions[:, None] == boxes[None]).all(-1).any(1)
