@@ -7,6 +7,10 @@
 For each stage with deformable attention: the reference grid, the sampling points of each offset group, the importance
 of the keys (their share of all attention) and the attention of query points by several heads. `--before` puts the
 network with its random initial weights, or an earlier checkpoint, beside it.
+
+    python tools/visualize.py --cfg configs/compare/digits.yaml --opts MODEL.VIT.locality box
+
+Without photographs: the windows of locality-aware initialisation of a Vision Transformer, by epochs.
 """
 
 from __future__ import annotations
@@ -26,9 +30,11 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import load_config
+from models.vit import VisionTransformer
 from tools import pages
 from tools.deformations import Look, Place, look
 from tools.drawing import Seen, draw
+from tools.windows import draw_windows
 from training.trained_model import TrainedModel, load_trained, untrained
 from training.weight_sets import WEIGHTS
 
@@ -48,9 +54,10 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="photographs")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="photographs; without, windows of a ViT are drawn")
     parser.add_argument("--checkpoint", metavar="FILE", help="weights; without it they are random")
     parser.add_argument("--cfg", metavar="FILE", help="config, where the checkpoint holds none")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="options over those of --cfg")
     parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: what the checkpoint was chosen for")
     parser.add_argument(
         "--before", nargs="?", const="", metavar="FILE", help="beside it: random weights, or an earlier checkpoint"
@@ -82,6 +89,9 @@ def visualize(args: argparse.Namespace) -> None:
         raise ValueError(f"--heads are counted from 1, not {min(args.heads)}")
     size = _size(args.size)
     networks = _networks(args)
+    if not args.images:
+        show_windows(networks[-1][1], args.output)
+        return
     args.output.mkdir(parents=True, exist_ok=True)
     entries, taken = [], set()
     for path in args.images:
@@ -97,6 +107,21 @@ def visualize(args: argparse.Namespace) -> None:
         pages.fill("visualize.html", title=pages.text(title), data=pages.data(values)), encoding="utf-8", newline="\n"
     )
     print(page)
+
+
+def show_windows(model: TrainedModel, folder: Path) -> None:
+    """Write the picture of a Vision Transformer's windows.
+
+    Raises:
+        ValueError: the network is another one, or has no windows.
+    """
+    if not isinstance(model.network, VisionTransformer):
+        raise ValueError("give images; windows by epochs, for which there are none, belong to MODEL.TYPE vit")
+    figure = draw_windows(model.network)
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "windows.png"
+    figure.savefig(target, dpi=110)
+    print(target)
 
 
 def look_at(
@@ -163,7 +188,9 @@ def _networks(args: argparse.Namespace) -> list[tuple[str, TrainedModel]]:
             raise ValueError("give --checkpoint FILE, or --cfg FILE for a network with random weights")
         if args.before is not None:
             raise ValueError("--before needs the --checkpoint that comes after it")
-        return [("random weights", untrained(load_config(args.cfg)))]
+        return [("random weights", untrained(load_config(args.cfg, args.opts)))]
+    if args.opts:
+        raise ValueError("--opts changes a config without weights; remove it, or --checkpoint")
     after = load_trained(args.checkpoint, cfg=args.cfg, weights=args.weights)
     print(after.words())
     if args.before is None:

@@ -14,12 +14,14 @@ import torch
 from PIL import Image
 
 from models import build_model
+from models.vit import VisionTransformer
 from tests.browser import Browser, needs_browser
-from tests.runs import run_command
+from tests.runs import run_command, write_config
 from tests.tools.samples import tiny_config, write_checkpoint, write_photograph
 from tools.deformations import look
 from tools.drawing import first_heads
 from tools.visualize import main
+from tools.windows import draw_windows
 
 
 def visualize(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
@@ -183,3 +185,30 @@ def test_the_page_follows_the_mouse(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         browser.mouse("canvas.main", 0.1, 0.1)
         assert drawn() == held
         assert browser.problems == []
+
+
+def test_windows_of_a_vision_transformer_by_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    vit = {"embed_dim": 8, "depth": 1, "num_heads": 2, "locality_reach": [0, 1], "locality_epochs": [2, 5]}
+    for locality, seen in (("sequence", [1, 3, 16]), ("box", [1, 9, 16])):
+        network = VisionTransformer(img_size=16, locality=locality, **vit)
+        axes = draw_windows(network).axes
+        assert [one.get_title() for one in axes[:3]] == [
+            "epochs 1 to 2\nreach 0",
+            "epochs 3 to 5\nreach 1",
+            "from epoch 6 on\nall",
+        ]
+        assert [one.images[0].get_array().shape for one in axes[2:4]] == [(17, 17), (4, 4)]
+        assert [int(one.images[0].get_array().sum()) for one in axes[3:]] == seen
+    config = write_config(tmp_path, MODEL={"TYPE": "vit", "VIT": vit}, DATA={"IMG_SIZE": 16})
+    words = ("--cfg", config, "--output", tmp_path / "out")
+    visualize(monkeypatch, *words, "--opts", "MODEL.VIT.locality", "box")
+    assert (tmp_path / "out" / "windows.png").stat().st_size > 1000
+    for wrong, says in (
+        (words, "has no windows"),
+        (("--cfg", write_config(tmp_path)), "give images; windows by epochs"),
+    ):
+        with pytest.raises(SystemExit):
+            visualize(monkeypatch, *wrong)
+        assert says in capsys.readouterr().err
