@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import resolve_model_data_config
 from timm.models import get_model_input_config, group_parameters, save_for_hf
-from torch import nn
 from yacs.config import CfgNode
 
 from config import load_config
+from examples import fine_tune
 from models.dat import DAT
 from models.registry import CONFIGS, ENTRYPOINTS, model_options
 from optimizer import parameter_groups
@@ -141,36 +141,17 @@ def test_pooling_that_cannot_be_is_refused() -> None:
         model.reset_classifier(5, "mean")
 
 
-def fine_tune_and_reload(name: str, folder: Path) -> None:
-    """Do what people do who know timm alone."""
-    backbone = timm.create_model(name, num_classes=0).eval()
-    data = resolve_model_data_config(backbone)
-    assert data["input_size"] == timm.get_pretrained_cfg(name).input_size
-    assert create_transform(**data, is_training=False) is not None
-    assert create_transform(**data, is_training=True) is not None
-    assert backbone(rgb()).shape == (1, backbone.num_features)
-
-    model = timm.create_model(name, num_classes=3)
-    model.requires_grad_(False)
-    head = model.get_classifier().requires_grad_(True)
-    optimizer = torch.optim.SGD(head.parameters(), lr=0.1)
-    nn.functional.cross_entropy(model(rgb(batch=2)), torch.tensor([0, 2])).backward()
-    optimizer.step()
-
-    save_for_hf(model, str(folder), safe_serialization=True)
-    again = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    images = rgb(96, 64)
-    with torch.no_grad():
-        assert torch.equal(again(images), model.eval()(images))
-    other = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=5)
-    assert other.get_classifier().out_features == 5
-
-
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if any(size in n for size in LARGE) else ()) for n in NAMES]
 )
 def test_a_script_that_knows_timm_alone(name: str, tmp_path: Path) -> None:
-    fine_tune_and_reload(name, tmp_path)
+    again = fine_tune.main(name, str(tmp_path), size=64)
+    assert again.num_classes == again.get_classifier().out_features == 3
+    assert again.default_cfg["tag"] == name.partition(".")[2]
+    data = resolve_model_data_config(again)
+    assert data["input_size"] == timm.get_pretrained_cfg(name).input_size
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5)
+    assert other.get_classifier().out_features == 5
 
 
 def test_a_published_file_loads_for_other_classes_channels_and_sizes(tmp_path: Path) -> None:
