@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from PIL import Image
+from timm.data import create_transform, resolve_data_config, resolve_model_data_config
 from timm.models import get_model_input_config, group_parameters, save_for_hf
 from yacs.config import CfgNode
 
 from config import load_config
+from data.transforms import eval_transform
 from examples import fine_tune
 from models.dat import DAT
 from models.registry import CONFIGS, ENTRYPOINTS, model_options
@@ -42,6 +45,19 @@ def test_names_are_those_of_the_published_configs() -> None:
         default = timm.get_pretrained_cfg(name)
         assert default.input_size == (3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE), name
         assert default.crop_pct == (config.TEST.CROP_RATIO if config.TEST.CROP else 1.0), name
+
+
+def test_images_are_prepared_as_in_the_trainers_evaluation() -> None:
+    y, x = np.mgrid[:300, :200]
+    image = Image.fromarray(np.stack((y * 255 // 300, x * 255 // 200, (x + y) % 256), axis=-1).astype(np.uint8))
+    for name in ("dat_tiny.in1k", "dat_base.in1k_384"):
+        config = load_config(ROOT / "configs" / CONFIGS[name])
+        crop = {"crop": config.TEST.CROP, "crop_ratio": config.TEST.CROP_RATIO, "resize": config.TEST.RESIZE}
+        ours = eval_transform(config.DATA.IMG_SIZE, interpolation=config.DATA.INTERPOLATION, **crop)(image)
+        cfg = timm.get_pretrained_cfg(name).to_dict()
+        theirs = create_transform(**resolve_data_config(pretrained_cfg=cfg), is_training=False)(image)
+        assert theirs.shape == ours.shape
+        assert (theirs - ours).abs().mean() < 0.01  # a grey level is 0.017
 
 
 @pytest.mark.parametrize("name", NAMES)
