@@ -68,6 +68,10 @@ _SIDES = Check(
 )
 _PART = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _POSITIVE = Check(lambda value: value > 0, "above 0")
+_MILESTONES = Check(
+    lambda epochs: epochs == sorted(epochs) and all(isinstance(epoch, int) and epoch >= 1 for epoch in epochs),
+    "a rising list of epochs from 1 on",
+)
 _PLAIN_NAME = Check(
     lambda name: bool(name.strip()) and Path(name).name == name and not name.startswith("."),
     "the plain name of a folder",
@@ -239,6 +243,7 @@ OPTIONS: dict[str, Option] = {
         flag="--warmup-epochs",
         metavar="N",
     ),
+    "TRAIN.WARMUP_UPDATES": RunOption(0, "The same in updates; 0: WARMUP_EPOCHS counts.", not_negative()),
     "TRAIN.WEIGHT_DECAY": RunOption(
         0.05, "Of matrices; biases and norms have none.", not_negative(), flag="--weight-decay", metavar="X"
     ),
@@ -251,7 +256,7 @@ OPTIONS: dict[str, Option] = {
         metavar="X",
     ),
     "TRAIN.WARMUP_LR": RunOption(5e-7, "Learning rate at the start of the warm-up.", not_negative()),
-    "TRAIN.MIN_LR": RunOption(5e-6, "Learning rate at the end of the cosine.", not_negative()),
+    "TRAIN.MIN_LR": RunOption(5e-6, "Learning rate at the end of cosine and poly.", not_negative()),
     "TRAIN.CLIP_GRAD": RunOption(5.0, "Largest gradient norm; 0 switches clipping off.", not_negative()),
     "TRAIN.AUTO_RESUME": _switch(True, "Continue from the newest checkpoint of the output folder.", may_change=True),
     "TRAIN.ALLOW_CONFIG_CHANGE": _switch(
@@ -304,14 +309,22 @@ OPTIONS: dict[str, Option] = {
         flag="--ema",
     ),
     "TRAIN.EMA.DECAY": RunOption(0.9999, "Share of the average that an update keeps.", share()),
-    "TRAIN.LR_SCHEDULER.NAME": RunOption("cosine", "How the learning rate decays.", one_of("cosine", "linear", "step")),
+    "TRAIN.LR_SCHEDULER.NAME": RunOption(
+        "cosine", "How the learning rate decays.", one_of("cosine", "linear", "poly", "step", "milestones")
+    ),
     "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": _switch(
         False,
         "Begin the decay when the warm-up is over, instead of letting it run through the warm-up as in the published "
         "training. Linear always begins afterwards.",
     ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": RunOption(30, "Of the step schedule: epochs between decays.", at_least(1)),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": RunOption(0.1, "Of the step schedule: factor of a decay.", share()),
+    "TRAIN.LR_SCHEDULER.MILESTONES": RunOption(
+        [8, 11], "Of the milestones schedule: epochs before which the learning rate decays.", _MILESTONES
+    ),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": RunOption(0.1, "Of step and milestones: factor of a decay.", share()),
+    "TRAIN.LR_SCHEDULER.POWER": RunOption(
+        0.9, "Of the poly schedule, which ends at MIN_LR: power of the share of updates that are left.", _POSITIVE
+    ),
     "TRAIN.OPTIMIZER.NAME": RunOption("adamw", "adamw, sgd, or another optimizer of timm, such as lion or lamb."),
     "TRAIN.OPTIMIZER.EPS": RunOption(1e-8, "Of adamw.", not_negative()),
     "TRAIN.OPTIMIZER.BETAS": RunOption([0.9, 0.999], "Of adamw.", _BETAS),

@@ -1,9 +1,9 @@
-"""Learning rate by update: linear warm-up, then cosine, linear or step decay."""
+"""Learning rate by update: linear warm-up, then cosine, polynomial, linear or step decay."""
 
 from __future__ import annotations
 
 import torch
-from timm.scheduler import CosineLRScheduler, PolyLRScheduler, StepLRScheduler
+from timm.scheduler import CosineLRScheduler, MultiStepLRScheduler, PolyLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 from yacs.config import CfgNode
@@ -23,11 +23,11 @@ def build_scheduler(
     """Return the configured schedule, counted in updates: call `step_update(n)` after update n, counted from 0.
 
     The learning rate is a function of n alone, so a resumed run needs no state of it. With WARMUP_PREFIX the decay
-    begins when the warm-up is over; without it, cosine and step are then where they would be without a warm-up, as in
-    the published training. Linear always begins after the warm-up.
+    begins when the warm-up is over; without it, the others are then where they would be without a warm-up, as in the
+    published training. Linear always begins after the warm-up.
     """
     train, scale = config.TRAIN, learning_rate_scale(config, world_size)
-    kind, warmup_updates = train.LR_SCHEDULER.NAME, train.WARMUP_EPOCHS * updates_per_epoch
+    kind, warmup_updates = train.LR_SCHEDULER.NAME, _warmup_updates(config, updates_per_epoch)
     after_warmup = train.LR_SCHEDULER.WARMUP_PREFIX or kind == "linear"
     updates = train.EPOCHS * updates_per_epoch
     if after_warmup:
@@ -43,8 +43,18 @@ def build_scheduler(
     if kind == "linear":
         lowest = _LINEAR_END * train.BASE_LR * scale
         return PolyLRScheduler(optimizer, power=1.0, t_initial=updates, lr_min=lowest, **warmup)
+    if kind == "poly":
+        power, lowest = train.LR_SCHEDULER.POWER, train.MIN_LR * scale
+        return PolyLRScheduler(optimizer, power=power, t_initial=updates, lr_min=lowest, **warmup)
+    if kind == "milestones":
+        at = [epoch * updates_per_epoch for epoch in train.LR_SCHEDULER.MILESTONES]
+        return MultiStepLRScheduler(optimizer, decay_t=at, decay_rate=train.LR_SCHEDULER.DECAY_RATE, **warmup)
     decay_updates = train.LR_SCHEDULER.DECAY_EPOCHS * updates_per_epoch
     return StepLRScheduler(optimizer, decay_t=decay_updates, decay_rate=train.LR_SCHEDULER.DECAY_RATE, **warmup)
+
+
+def _warmup_updates(config: CfgNode, updates_per_epoch: int) -> int:
+    return config.TRAIN.WARMUP_UPDATES or config.TRAIN.WARMUP_EPOCHS * updates_per_epoch
 
 
 def planned_schedule(
@@ -55,7 +65,7 @@ def planned_schedule(
     The first and last update and those around the end of the warm-up are always among them.
     """
     shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
-    total, warmup = (epochs * updates_per_epoch for epochs in (config.TRAIN.EPOCHS, config.TRAIN.WARMUP_EPOCHS))
+    total, warmup = config.TRAIN.EPOCHS * updates_per_epoch, _warmup_updates(config, updates_per_epoch)
     updates = {*range(0, total, max(1, total // points)), warmup, warmup + 1, total - 1}
     rates = learning_rates(config, sorted(update for update in updates if update < total), **shape)
     return [(update / updates_per_epoch, rate) for update, rate in rates.items()]
@@ -63,8 +73,8 @@ def planned_schedule(
 
 def doubtful_drop(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> str:
     """Return a warning where the learning rate falls steeply when the warm-up ends, otherwise an empty text."""
-    warmup = config.TRAIN.WARMUP_EPOCHS * updates_per_epoch
-    if not warmup or config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+    warmup = _warmup_updates(config, updates_per_epoch)
+    if not warmup or warmup >= config.TRAIN.EPOCHS * updates_per_epoch:
         return ""
     shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
     before, after = learning_rates(config, [warmup, warmup + 1], **shape).values()
@@ -72,8 +82,9 @@ def doubtful_drop(config: CfgNode, *, updates_per_epoch: int, world_size: int) -
         return ""
     return (
         f"the learning rate falls from {before:.2e} to {after:.2e} when the warm-up ends: the decay of a run of "
-        f"{config.TRAIN.EPOCHS} epochs is {config.TRAIN.WARMUP_EPOCHS} epochs old then, as in the published training. "
-        "TRAIN.LR_SCHEDULER.WARMUP_PREFIX True begins it after the warm-up; a shorter TRAIN.WARMUP_EPOCHS helps, too"
+        f"{config.TRAIN.EPOCHS} epochs is {warmup / updates_per_epoch:g} epochs old then, as in the published "
+        "training. TRAIN.LR_SCHEDULER.WARMUP_PREFIX True begins it after the warm-up; a shorter TRAIN.WARMUP_EPOCHS "
+        "helps, too"
     )
 
 

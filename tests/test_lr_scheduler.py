@@ -63,6 +63,24 @@ def test_with_a_prefix_the_decay_begins_after_the_warm_up(schedule: str) -> None
         assert rates[225] == pytest.approx(0.1 * peak)
 
 
+def test_poly_warms_up_by_updates_and_falls_to_its_power() -> None:
+    options = ["TRAIN.EPOCHS", 10, "TRAIN.LR_SCHEDULER.NAME", "poly", "TRAIN.WARMUP_UPDATES", 15, "TRAIN.MIN_LR", 0]
+    config = load_config("configs/dat_tiny.yaml", [*options, "TRAIN.LR_SCHEDULER.POWER", 0.9])
+    rates = learning_rates(config, list(range(100)), updates_per_epoch=10, world_size=4)
+    peak = config.TRAIN.BASE_LR
+    assert max(rates.values()) == pytest.approx(peak * (1 - 15 / 100) ** 0.9, rel=0.2)
+    for update in (30, 60, 99):  # timm counts the update that was taken
+        assert rates[update] == pytest.approx(peak * (1 - (update - 1) / 100) ** 0.9)
+
+
+def test_milestones_decay_after_their_epochs() -> None:
+    options = ["TRAIN.EPOCHS", 12, "TRAIN.LR_SCHEDULER.NAME", "milestones", "TRAIN.WARMUP_UPDATES", 5]
+    config = load_config("configs/dat_tiny.yaml", [*options, "TRAIN.LR_SCHEDULER.MILESTONES", [8, 11]])
+    rates = learning_rates(config, [50, 79, 82, 109, 112], updates_per_epoch=10, world_size=4)
+    peak = config.TRAIN.BASE_LR
+    assert list(rates.values()) == pytest.approx([peak, peak, peak / 10, peak / 10, peak / 100])
+
+
 def test_a_steep_drop_after_the_warm_up_is_doubtful() -> None:
     shape = {"updates_per_epoch": 100, "world_size": 4}
     published = load_config("configs/dat_tiny.yaml")

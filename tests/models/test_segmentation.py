@@ -12,12 +12,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from config import load_config
 from models.backbone import DATBackbone, TimmBackbone
+from models.build import build_model
 from models.segmentation import IGNORED, SEGMENTERS, Segmenter
 from models.segmentation.parts import BatchNorm, cross_entropy
 from models.weights import adapt
 from tests.launched import CONTEXT, free_port
 from tests.models.small import SMALL, without_gradient
+from tests.runs import ROOT
 
 WB = ("weight", "bias")
 SMALL_QUERIES = {
@@ -79,6 +82,19 @@ def test_fine_tuning_for_other_classes_makes_the_logits_new() -> None:
     new = {f"{head}.conv_seg.{part}" for head in ("decode_head", "auxiliary_head") for part in WB}
     assert set(report.reinitialised) | set(report.new) == new
     assert len(report.loaded) + len(new) == len(state)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "segmentation").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_config_trains_every_parameter(path: Path) -> None:
+    config = load_config(path)
+    config.MODEL.DAT.dims = [4 * heads for heads in config.MODEL.DAT.heads]
+    config.MODEL.DAT.dim_stem = config.MODEL.DAT.dims[0]
+    config.MODEL.SEGMENTER.ARGS.update(ARGS[config.MODEL.SEGMENTER.NAME])
+    torch.manual_seed(0)
+    model = build_model(config)
+    losses = model(torch.rand(2, 3, 64, 64), torch.randint(11, (2, 64, 64)))
+    sum(losses.values()).backward()
+    assert without_gradient(model) == []
 
 
 def test_the_loss_is_the_mean_over_all_pixels_of_which_ignored_ones_count_nothing() -> None:
