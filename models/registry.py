@@ -106,11 +106,17 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     return fit_tables(state_dict.get("model", state_dict), model)
 
 
-def _create(variant: str, pretrained: bool = False, **arguments: Any) -> nn.Module:
+def _create(
+    variant: str,
+    pretrained: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **arguments: Any,
+) -> nn.Module:
     wanted = [arguments.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay")]
     tag = resolve_pretrained_cfg(variant, *wanted).tag
     name = f"{variant}.{tag}"
-    return build_model_with_cfg(
+    model = build_model_with_cfg(
         partial(DAT, **model_options(name if name in CONFIGS else variant)),
         variant,
         pretrained,
@@ -118,6 +124,7 @@ def _create(variant: str, pretrained: bool = False, **arguments: Any) -> nn.Modu
         feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
         **arguments,
     )
+    return model.to(device=device, dtype=dtype)
 
 
 def _entrypoint(variant: str) -> Callable[..., nn.Module]:

@@ -121,6 +121,11 @@ def test_fewer_features_come_without_the_stages_after_them() -> None:
     assert without_gradient(model) == []
 
 
+def test_a_network_is_made_where_and_of_the_numbers_that_are_asked_for() -> None:
+    model = timm.create_model("dat_tiny", device="meta", dtype=torch.bfloat16, **TINY)
+    assert {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} == {("meta", torch.bfloat16)}
+
+
 @torch.no_grad()
 def test_intermediates_are_the_outputs_of_the_stages() -> None:
     model, images = timm.create_model("dat_tiny", **TINY).eval(), rgb()
