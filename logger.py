@@ -44,7 +44,7 @@ class _Console(logging.Handler):
 
 
 class RunLog:
-    """The voice of a run. Only the main process writes; the others are silent but for warnings."""
+    """The voice of a run: of its main process, and of the others where they alone know something."""
 
     def __init__(self, folder: Path | None, config: CfgNode, *, is_main: bool, updates_done: int = 0) -> None:
         """Args:
@@ -57,6 +57,7 @@ class RunLog:
         self._logger.propagate = False
         self._logger.handlers.clear()
         self._logger.setLevel(logging.DEBUG)
+        self._is_main = is_main
         self._bars = is_main and sys.stderr.isatty()
         console = _Console(logging.INFO if is_main else logging.WARNING)
         console.setFormatter(logging.Formatter("%(message)s"))
@@ -80,13 +81,21 @@ class RunLog:
         """Say `message` on the console and in the file."""
         self._logger.info(message)
 
-    def warning(self, message: str) -> None:
-        """Say `message` so that it stands out."""
-        self._logger.warning(message)
+    def warning(self, message: str, *, alone: bool = False) -> None:
+        """Say `message` so that it stands out: the main process where all know it, each where it knows it `alone`."""
+        if self._is_main or alone:
+            self._logger.warning(message)
 
     def error(self, message: str) -> None:
         """Say why the run ends, from any rank."""
         self._logger.error(message)
+
+    def begin(self, notes: Sequence[str], warnings: Sequence[str]) -> None:
+        """Say at the start what to know, and what is doubtful."""
+        for warning in warnings:
+            self.warning(warning)
+        for note in notes:
+            self.info(note)
 
     def result(self, lines: Sequence[str], warnings: Sequence[str], prefix: str = "") -> None:
         """Say what an evaluation found, each line after `prefix`."""

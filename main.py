@@ -23,13 +23,15 @@ import torch
 from yacs.config import CfgNode
 
 from data.images import UnreadableImage
+from logger import RunLog
 from training.build import assemble, build_run, run_folder, settle
 from training.command_line import parse
 from training.evaluation import build_evaluation, build_throughput
 from training.exit_status import FAILED, WRONG_INPUT, refuse, report_failure
 from training.loop import TrainingStopped, train
 from training.output_folder import try_folder
-from utils import World, close_world, fail_together, init_world, pick_device
+from training.preview import preview
+from utils import World, close_world, fail_together, init_world, launched_as, pick_device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,22 +77,29 @@ def build_job(args: argparse.Namespace, config: CfgNode, world: World) -> Callab
 
 
 def check(args: argparse.Namespace, config: CfgNode) -> int:
-    """Check all that can be checked before processes are started, without writing anything.
+    """Check all that can be checked before processes are started, and say what they would, without writing anything.
 
     Raises:
         ValueError: wrong input.
     """
-    size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    settle(config, pick_device(config.DEVICE, 0, size))
-    world = World(0, size, 0, torch.device("cpu"))
+    rank, started, _, local = launched_as()
+    size = max(started, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a launcher that has started none yet
+    settle(config, pick_device(config.DEVICE, 0, max(local, size) if started == 1 else local))
+    world, lines, warnings = World(0, size, 0, torch.device("cpu")), [], []
     if args.throughput:
         summary = build_throughput(config, world).size()
     elif args.eval:
-        summary = build_evaluation(config, world).task.summary()
+        evaluation = build_evaluation(config, world)
+        lines, warnings = evaluation.notes, evaluation.warnings
+        summary = f"{len(evaluation.loader.dataset)} held-out images, {evaluation.task.summary()}"
     else:
-        summary = assemble(config, world).task.summary()
+        parts = assemble(config, world)
         try_folder(run_folder(config))
-    print(f"checked: {config.MODEL.NAME}, {summary}")
+        lines, warnings = preview(parts, config, world)
+        summary = parts.task.summary()
+    log = RunLog(None, config, is_main=rank == 0)
+    log.begin(lines, warnings)
+    log.info(f"checked: {config.MODEL.NAME}, {summary}")
     return 0
 
 

@@ -157,7 +157,7 @@ class Dataset:
     def doubts(self) -> list[str]:
         """Return what about the data set may not be as intended, one line each."""
         found = list(self.remarks)
-        if len(self.classes) == 1:
+        if len(self.classes) == 1 and not self._has_several_labels():
             found.append(f"the data set has one class, {self.classes[0]}: there is nothing to tell apart")
         folded: dict[str, str] = {}
         for name in self.classes:
@@ -175,6 +175,9 @@ class Dataset:
                     f"{len(absent)} of {len(self.classes)} classes have no held-out images: {shorten(absent, 3)}"
                 )
         return found
+
+    def _has_several_labels(self) -> bool:
+        return any(part is not None and part.labels.ndim == 2 for part in (self.train, self.held_out))
 
     def is_numbered(self) -> bool:
         """Return whether every class is a whole number."""

@@ -200,7 +200,7 @@ class Task(ABC):
                 batch = next(batches, None)
                 if batch is not None:
                     for path in self.unreadable(batch):
-                        log.warning(f"{path} cannot be read; evaluated without it")
+                        log.warning(f"{path} cannot be read; evaluated without it", alone=True)
                     meter.add(model, self.to_device(batch, device))
                 asked = torch.full((), float(stop is not None and stop.received is not None), device=device)
                 earlier = reader.exchange(None, sum_over_ranks(asked))

@@ -28,8 +28,10 @@ launch() {
     if ((processes == 1)); then
         exec "$python" "$root/main.py" "$@"
     fi
-    LOCAL_WORLD_SIZE=$processes "$python" "$root/main.py" "$@" --check
-    [[ " $* " != *" --check "* ]] || exit 0 # asked for nothing else
+    if [[ " $* " == *" --check "* ]]; then # asked for nothing else
+        LOCAL_WORLD_SIZE=$processes exec "$python" "$root/main.py" "$@"
+    fi
+    LOCAL_WORLD_SIZE=$processes "$python" "$root/main.py" "$@" --check >/dev/null # what is to be said, the run says
     # Share the cores, so that processes on CPU do not get into each other's way.
     local cores
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc knows which cores are ours

@@ -137,7 +137,7 @@ def build_run(config: CfgNode, world: World) -> Run:
     run.stop.listen()
     if begins:
         run.save()  # before the first line of the log, so that a run killed earlier leaves nothing to set aside
-    _introduce(run, notes, parts.warnings)
+    _introduce(run, in_words(config, parts, world), notes, parts.warnings)
     return run
 
 
@@ -268,21 +268,23 @@ def _distribute(network: nn.Module, world: World) -> nn.Module:
     )
 
 
-def _introduce(run: Run, notes: list[str], warnings: list[str]) -> None:
+def in_words(config: CfgNode, parts: Assembly, world: World) -> str:
+    """Return the sizes of a run in a line."""
+    parameters = sum(p.numel() for p in parts.state.network.parameters())
+    return (
+        f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(parts.train_loader.dataset)} training and "
+        f"{len(parts.eval_loader.dataset)} held-out images, {config.TRAIN.EPOCHS} epochs of "
+        f"{parts.state.updates_per_epoch} updates of {parts.state.images_per_update} images on {world.size} x "
+        f"{world.device.type}; results in {run_folder(config)}"
+    )
+
+
+def _introduce(run: Run, introduction: str, notes: list[str], warnings: list[str]) -> None:
     """Write config.yaml and say what is about to run."""
     config, log, state = run.config, run.log, run.state
     if run.world.is_main:
         write_whole(run.folder / "config.yaml", config.dump())
         write_environment(run.folder, run.world)
     log.rewind(epoch=state.position.epoch, update=state.updates_done)
-    parameters = sum(p.numel() for p in state.network.parameters())
-    log.info(
-        f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(run.train_loader.dataset)} training and "
-        f"{len(run.eval_loader.dataset)} held-out images, {config.TRAIN.EPOCHS} epochs of {state.updates_per_epoch} "
-        f"updates of {state.images_per_update} images on {run.world.size} x {run.world.device.type}; "
-        f"results in {run.folder}"
-    )
-    for warning in warnings:
-        log.warning(warning)
-    for note in notes:
-        log.info(note)
+    log.info(introduction)
+    log.begin(notes, warnings)

@@ -198,6 +198,13 @@ class CheckpointFolder:
             raise ValueError(f"no checkpoint in {self.folder} can be read: {'; '.join(broken)}")
         return None
 
+    def best_epoch(self) -> int:
+        """Return which epoch `best.pth` is of; 0 where there is none that can be read."""
+        try:
+            return load_checkpoint(self.folder / "best.pth").get("best_epoch", 0)
+        except ValueError:
+            return 0
+
     def _epochs(self) -> list[Path]:
         numbers = {path: path.stem.removeprefix("epoch_") for path in self.folder.glob("epoch_*.pth")}
         return sorted((path for path in numbers if numbers[path].isdigit()), key=lambda path: int(numbers[path]))

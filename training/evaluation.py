@@ -50,13 +50,10 @@ class CheckpointEvaluation:
         """Evaluate, print the published lines, and return the exit status."""
         config, world = self.task.config, self.task.world
         log = RunLog(None, config, is_main=world.is_main)
-        for warning in self.warnings if world.is_main else ():
-            log.warning(warning)
+        log.begin(self.notes, self.warnings)
         if config.COMPILE:
             compile_parts(self.network)
         images = len(self.loader.dataset)
-        for note in self.notes:
-            log.info(note)
         choice = self.choice and f", {self.choice},"
         processes = f"{world.size} process{'es' * (world.size > 1)}"
         precision = "" if self.amp == "off" else f", in {self.amp}"
@@ -87,7 +84,7 @@ def build_evaluation(config: CfgNode, world: World, *, amp: str = "off") -> Chec
     load_strictly(network, given.weights, path)
     if isinstance(epoch := checkpoint.get("epoch"), int):  # the one that the weights were trained in last
         set_epoch(network, max(epoch if checkpoint.get("update") else epoch - 1, 0))
-    warnings = [f"{path} was trained on other classes: {change}" for change in task.changes(checkpoint)]
+    warnings = [f"{path} was trained on other classes: {change}" for change in task.changes(checkpoint)] + task.doubts()
     return CheckpointEvaluation(path, task, network, loader, given.choice, given.notes, warnings, amp)
 
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from enum import IntEnum
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from training.exit_status import FAILED
 from training.progress import Progress
 from training.run import Run
 from utils import LateReader, seed_everything, sum_over_ranks, wait_for_all
+
+# Files that a run leaves.
+RESULTS = ("best.pth", "last.pth", "report.html", "curves.png", "metrics.jsonl", "log.txt", "config.yaml")
 
 
 class Ask(IntEnum):
@@ -127,7 +131,7 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
     total, parts, unreadable, kept = torch.zeros((), device=device), {}, 0, []
     for step in range(steps):
         batch = next(batches)
-        run.bad_images.add(task.unreadable(batch), run.log.warning)
+        run.bad_images.add(task.unreadable(batch), partial(run.log.warning, alone=True))
         unreadable += len(task.unreadable(batch))
         seed_everything(config.SEED, position.epoch, position.update, step, run.world.rank)
         batch = task.prepare(batch, device)
@@ -257,24 +261,36 @@ def conclude(run: Run, saved: bool) -> int:
     """Draw the curves and say how the run ended; return the exit status."""
     from tools.plot import plot_curves  # matplotlib takes a second that a run needs at its end alone
 
-    position, score = run.state.position, run.task.score
+    position = run.state.position
     wait_for_all()
     if run.world.is_main:
+        curves = run.folder / "curves.png"
         try:
-            plot_curves({run.config.TAG: run.folder / "metrics.jsonl"}, run.folder / "curves.png")
+            plot_curves({run.config.TAG: run.folder / "metrics.jsonl"}, curves)
         except OSError as error:
-            run.log.warning(f"{run.folder / 'curves.png'} could not be written ({error.strerror})")
+            run.log.warning(f"{curves} could not be written ({error.strerror})")
+            curves.unlink(missing_ok=True)  # what there is of it
         report(run)
-    if position.epoch < run.config.TRAIN.EPOCHS:
-        run.log.info(
-            f"no better {score.title} for {run.config.TRAIN.PATIENCE} epochs (TRAIN.PATIENCE): the run ends after "
-            f"epoch {position.epoch} of {run.config.TRAIN.EPOCHS}"
-        )
-    drawn = "report.html, curves.png" if run.config.REPORT else "curves.png"
-    run.log.info(
-        f"finished: best {score.title} {score.show(position.best_accuracy)} in epoch {position.best_epoch} of "
-        f"{position.epoch}; best.pth, last.pth, {drawn}, metrics.jsonl, log.txt and config.yaml lie in {run.folder}"
-    )
-    if not saved:
-        run.log.error("last.pth is not from the end of the run; the lines above say why")
+        if position.epoch < run.config.TRAIN.EPOCHS:
+            run.log.info(
+                f"no better {run.task.score.title} for {run.config.TRAIN.PATIENCE} epochs (TRAIN.PATIENCE): the run "
+                f"ends after epoch {position.epoch} of {run.config.TRAIN.EPOCHS}"
+            )
+        run.log.info(f"finished: {result_in_words(run)}")
+        if not saved:
+            run.log.error("last.pth is not from the end of the run; the lines above say why")
     return 0 if saved else FAILED
+
+
+def result_in_words(run: Run) -> str:
+    """Return the best score and the files of the run that lie on the disk, which may have been full."""
+    position, score = run.state.position, run.task.score
+    best = "no evaluation gave finite numbers"
+    if position.best_epoch:
+        best = f"best {score.title} {score.show(position.best_accuracy)} in epoch {position.best_epoch} "
+        best += f"of {position.epoch}"
+    if (held := run.checkpoints.best_epoch()) != position.best_epoch:
+        best += ", which could not be saved" + (f": best.pth is of epoch {held}" if held else "")
+    files = [run.folder / name for name in RESULTS]
+    there = [file.name for file in files if file.is_file() and file.stat().st_size]
+    return f"{best}; {', '.join(there[:-1])} and {there[-1]} lie in {run.folder}"

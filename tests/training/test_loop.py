@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from training import build as build_module
 from training import loop
 from training.build import assemble, build_run
 from training.command_line import parse
-from training.loop import train, train_one_epoch
+from training.loop import result_in_words, train, train_one_epoch
 from training.run import Run
 from utils import LateReader, World, seed_everything
 
@@ -269,5 +270,25 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
     capsys.readouterr()
     log.info("not said")
     log.metrics("train", epoch=1, update=1, loss=1.0)
-    log.warning("said")
+    log.warning("known to all")
+    log.result(["known to all"], ["known to all"])
+    log.warning("said", alone=True)
     assert capsys.readouterr().out == "said\n"
+
+
+def test_the_closing_line_names_what_lies_on_the_disk(tmp_path: Path) -> None:
+    run = build(tmp_path)
+    run.state.position.finish_epoch(50.0)
+    folder = tmp_path / "output/tiny/default"
+    lost = "best accuracy 50.00 % in epoch 1 of 1, which could not be saved; last.pth, log.txt and config.yaml lie in"
+    assert result_in_words(run) == f"{lost} {folder}"
+    run.save(best=True)
+    assert result_in_words(run).startswith("best accuracy 50.00 % in epoch 1 of 1; best.pth, last.pth, log.txt and")
+    run.state.position.finish_epoch(60.0)
+    assert "60.00 % in epoch 2 of 2, which could not be saved: best.pth is of epoch 1; best.pth" in result_in_words(run)
+
+
+def test_a_run_without_finite_results_names_no_best(tmp_path: Path) -> None:
+    run = build(tmp_path)
+    run.state.position.finish_epoch(-math.inf)
+    assert result_in_words(run).startswith("no evaluation gave finite numbers; last.pth, log.txt and")

@@ -1,0 +1,73 @@
+"""What `--check` says of a run before it starts: its sizes, its schedule, and what its checkpoints take."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from yacs.config import CfgNode
+
+from lr_scheduler import planned_schedule
+from training.build import Assembly, in_words, run_folder
+from training.run import TrainingState
+from utils import World
+
+_BARS = "▁▂▃▄▅▆▇█"
+_COLUMNS = 60
+
+
+def preview(parts: Assembly, config: CfgNode, world: World) -> tuple[list[str], list[str]]:
+    """Return what is said of a run, and what it is warned of: that of the run itself, and too little room on the disk.
+
+    The optimizer takes a step, so the run must not be trained.
+    """
+    rates = planned_schedule(config, updates_per_epoch=parts.state.updates_per_epoch, world_size=world.size)
+    size, files = checkpoint_bytes(parts.state), checkpoint_files(config)
+    folder = run_folder(config)
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    taken = f"a checkpoint takes {_megabytes(size)}, the {files} of the run at most {_megabytes(size * files)}"
+    lines = [in_words(config, parts, world), *parts.notes, draw_schedule(rates), taken]
+    full = [f"{taken}, but {folder} has {_megabytes(free)} free"] if size * files > free else []
+    return lines, [*parts.warnings, *full]
+
+
+def draw_schedule(rates: list[tuple[float, float]]) -> str:
+    """Return a line with the learning rates of a run, given as pairs of the epochs done and the rate."""
+    peak_at, peak = max(rates, key=lambda pair: pair[1])
+    epochs = rates[-1][0] or 1
+    columns = min(_COLUMNS, len(rates))
+    heights = [0.0] * columns
+    for at, rate in rates:
+        column = min(int(at / epochs * columns), columns - 1)
+        heights[column] = max(heights[column], rate)
+    bars = "".join(_BARS[round(height / (peak or 1) * (len(_BARS) - 1))] for height in heights)
+    return f"learning rate: {rates[0][1]:.2e} {bars} {rates[-1][1]:.2e}, highest {peak:.2e} after {peak_at:.3g} epochs"
+
+
+def checkpoint_bytes(state: TrainingState) -> int:
+    """Return how much the tensors of a checkpoint take, after a step of the optimizer on gradients of zero."""
+    for group in state.optimizer.param_groups:
+        for weight in group["params"]:
+            weight.grad = torch.zeros_like(weight)
+    state.optimizer.step()
+    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state.to_dict()))
+
+
+def checkpoint_files(config: CfgNode) -> int:
+    """Return how many checkpoints a run has on the disk at most, the one that is being written among them."""
+    copies = config.TRAIN.EPOCHS // config.SAVE_FREQ if config.SAVE_FREQ else 0
+    return len(("best", "last", "previous", "written")) + min(copies, config.KEEP_CHECKPOINTS or copies)
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        yield held
+    for value in held.values() if isinstance(held, dict) else held if isinstance(held, (list, tuple)) else ():
+        yield from _tensors(value)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:.1f} MiB" if size < 2**30 else f"{size / 2**30:.1f} GiB"
