@@ -218,10 +218,15 @@ OPTIONS: dict[str, Option] = {
     "MODEL.TIMM.ARGS": RunOption({}, "Arguments of timm.create_model, such as drop_path_rate: 0.1."),
     "MODEL.DETECTOR.NAME": RunOption(
         "retinanet",
-        "What makes a detector of the backbone (TASK detection): retinanet, mask_rcnn, cascade (Cascade Mask R-CNN).",
+        "What makes a detector of the backbone (TASK detection): retinanet, mask_rcnn, cascade (Cascade Mask R-CNN); "
+        "detr, conditional_detr, dab_detr, deformable_detr, deformable_detr_refined (boxes refined by each layer), "
+        "deformable_detr_two_stage, rt_detr and d_fine of transformers; dino, co_detr.",
         one_of(*DETECTORS),
     ),
-    "MODEL.DETECTOR.ARGS": RunOption({}, "Its arguments, see models/detection/, such as channels: 256."),
+    "MODEL.DETECTOR.ARGS": RunOption(
+        {},
+        "Its arguments, see models/detection/, such as channels: 256; those of its config for one of transformers.",
+    ),
     "MODEL.SEGMENTER.NAME": RunOption(
         "fpn",
         "What makes a segmenter of the backbone (TASK segmentation): fpn (Semantic FPN), upernet, mask2former.",

@@ -18,7 +18,6 @@ from .dino import DINO, Memory
 from .faster_rcnn_head import FasterRCNNHead
 from .positives import positive_queries
 from .queries import ALONE, Assignment, Queries, Targets
-from .set_prediction import Batch
 
 
 class CoDETR(DINO):
@@ -51,18 +50,18 @@ class CoDETR(DINO):
         self.positive_contents = nn.ModuleList(nn.Linear(config.d_model, config.d_model) for _ in range(2))
 
     def extra_queries(
-        self, memory: Memory, truth: Targets, batch: Batch
+        self, memory: Memory, truth: Targets, batch: ImageList
     ) -> tuple[list[Queries], dict[str, Assignment], dict[str, Tensor]]:
         extra, assignments, losses = super().extra_queries(memory, truth, batch)
-        targets = truth.in_pixels(batch.sizes)
+        targets = truth.in_pixels(batch.image_sizes)
         maps = memory.maps()
         found = {
             "atss": self.atss(maps, self.strides, targets),
-            "faster_rcnn": self.faster_rcnn(maps, ImageList(batch.pixels, batch.sizes), targets),
+            "faster_rcnn": self.faster_rcnn(maps, batch, targets),
         }
         for i, (name, (named, positives)) in enumerate(found.items()):
             some = [one.at_most(self.positive_queries) for one in positives]
-            queries, assignment = positive_queries(some, batch.sizes, self.positive_contents[i], ALONE - 1 - i)
+            queries, assignment = positive_queries(some, batch.image_sizes, self.positive_contents[i], ALONE - 1 - i)
             extra.append(queries)
             assignments[f"{name}_queries"] = assignment
             losses[name] = self.head_weight * sum(named.values())

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.models.detection.image_list import ImageList
 from transformers import DeformableDetrConfig, DeformableDetrModel
 from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMLPPredictionHead,
@@ -20,11 +21,11 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 )
 
 from ..backbone import DATBackbone, TimmBackbone
-from ..dense import DenseModel
 from .backbone_adapter import AdapterConfig, adapt
 from .denoising import noised_queries
+from .detector import Detector, pad_images
 from .queries import Assignment, Queries, Targets, match, set_losses
-from .set_prediction import Batch, best_boxes, pad_images, relative_targets
+from .set_prediction import DIVISOR, best_boxes, image_mask, relative_targets
 from .transformers_detectors import set_prior
 
 
@@ -55,8 +56,8 @@ class Memory(NamedTuple):
         return [level.unflatten(-1, shape) for level, shape in zip(levels, self.shapes, strict=True)]
 
 
-class DINO(DenseModel):
-    """DINO with the interface of torchvision's detectors: in training losses, in evaluation boxes.
+class DINO(Detector):
+    """DINO: it learns to find objects back from noise, and starts its queries at the encoder's best proposals.
 
     Args:
         backbone: images to maps, with `channels`.
@@ -115,23 +116,13 @@ class DINO(DenseModel):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Detect objects.
-
-        Args:
-            images: normalised, `[3, h, w]` each.
-            targets: in training; of each image, `boxes` `[n, 4]` (x1, y1, x2, y2) in pixels and `labels` `[n]`.
-
-        Returns:
-            In training named losses, whose sum is minimised; in evaluation, of each image, `boxes`, `labels` and
-            `scores`, the most probable first.
-        """
-        batch = pad_images(images)
+        batch = pad_images(images, DIVISOR)
         memory = self.encode(batch)
         proposals, queries = self.select_queries(memory)
         if not self.training:
             logits, boxes = self.decode(memory, queries)[-1]
             return best_boxes(logits.sigmoid(), boxes, batch)
-        truth = Targets(relative_targets(targets, batch.sizes))
+        truth = Targets(relative_targets(targets, batch.image_sizes))
         extra, assignments, losses = self.extra_queries(memory, truth, batch)
         layers = self.decode(memory, Queries.joined([*extra, queries]))
         return losses | self.losses(proposals, layers, truth, assignments)
@@ -140,7 +131,7 @@ class DINO(DenseModel):
         self,
         memory: Memory,  # noqa: ARG002
         truth: Targets,
-        batch: Batch,  # noqa: ARG002
+        batch: ImageList,  # noqa: ARG002
     ) -> tuple[list[Queries], dict[str, Assignment], dict[str, Tensor]]:
         """Return queries whose objects are known in training, which objects they are, and losses besides."""
         if not self.denoising or not truth.total:
@@ -150,14 +141,15 @@ class DINO(DenseModel):
         )
         return [noised], {"denoising": assignment}, {}
 
-    def encode(self, batch: Batch) -> Memory:
+    def encode(self, batch: ImageList) -> Memory:
         """Return the maps of images after the encoder."""
-        parts, maps, sources, masks, positions = self.transformer, self.backbone(batch.pixels), [], [], []
+        parts, maps, sources, masks, positions = self.transformer, self.backbone(batch.tensors), [], [], []
+        inside = image_mask(batch)[None].float()
         for level, project in enumerate(parts.input_proj):
             # Levels beyond the backbone's are made by strided convolutions, one after another.
             above = maps[min(level, len(maps) - 1)] if level <= len(maps) else sources[-1]
             source = project(above)
-            mask = F.interpolate(batch.mask[None].float(), size=source.shape[-2:])[0].bool()
+            mask = F.interpolate(inside, size=source.shape[-2:])[0].bool()
             position = parts.position_embedding(source.shape, source.device, torch.float32, mask)
             sources.append(source)
             masks.append(mask)

@@ -1,46 +1,27 @@
-"""What the detectors of the DETR line share: padded images, boxes relative to them, and the best boxes of an image."""
+"""What the detectors of the DETR line share: masks of padding, boxes as shares of images, the best boxes of each."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert
 
+DIVISOR = 32  # of the sides of a batch
 DETECTIONS = 100  # per image, as COCO counts them
 
 
-class Batch(NamedTuple):
-    """Images of several sizes in one tensor.
-
-    Attributes:
-        pixels: `[B, 3, H, W]`, zero beyond each image.
-        mask: `[B, H, W]`, true within the image.
-        sizes: height and width of every image in pixels.
-    """
-
-    pixels: Tensor
-    mask: Tensor
-    sizes: list[tuple[int, int]]
-
-    @property
-    def padded(self) -> list[tuple[int, int]]:
-        """Height and width of the whole tensor, once for every image."""
-        return [tuple(self.pixels.shape[-2:])] * len(self.sizes)
+def image_mask(batch: ImageList) -> Tensor:
+    """Return where the pixels of a batch belong to an image, `[B, H, W]`, instead of to its padding."""
+    rows, columns = (torch.arange(side, device=batch.tensors.device) for side in batch.tensors.shape[-2:])
+    return torch.stack([(rows[:, None] < height) & (columns < width) for height, width in batch.image_sizes])
 
 
-def pad_images(images: Sequence[Tensor], divisor: int = 32) -> Batch:
-    """Lay images `[3, h, w]` into the upper left corners of one batch, whose sides `divisor` divides."""
-    sizes = [tuple(image.shape[-2:]) for image in images]
-    height, width = (-(-max(side) // divisor) * divisor for side in zip(*sizes, strict=True))
-    pixels = images[0].new_zeros(len(images), 3, height, width)
-    mask = torch.zeros(len(images), height, width, dtype=torch.bool, device=pixels.device)
-    for i, (image, (h, w)) in enumerate(zip(images, sizes, strict=True)):
-        pixels[i, :, :h, :w] = image
-        mask[i, :h, :w] = True
-    return Batch(pixels, mask, sizes)
+def padded_sizes(batch: ImageList) -> list[tuple[int, int]]:
+    """Return height and width of the whole batch, once for every image."""
+    return [tuple(batch.tensors.shape[-2:])] * len(batch.image_sizes)
 
 
 def relative_targets(targets: Sequence[dict[str, Tensor]], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
@@ -62,7 +43,7 @@ def relative_targets(targets: Sequence[dict[str, Tensor]], sizes: Sequence[tuple
     ]
 
 
-def best_boxes(scores: Tensor, boxes: Tensor, batch: Batch, *, of_padded: bool = False) -> list[dict[str, Tensor]]:
+def best_boxes(scores: Tensor, boxes: Tensor, batch: ImageList, *, of_padded: bool = False) -> list[dict[str, Tensor]]:
     """Return the most probable pairs of box and class of every image.
 
     Args:
@@ -79,7 +60,9 @@ def best_boxes(scores: Tensor, boxes: Tensor, batch: Batch, *, of_padded: bool =
     queries, labels = top.indices // scores.shape[-1], top.indices % scores.shape[-1]
     corners = box_convert(boxes, "cxcywh", "xyxy").gather(1, queries.unsqueeze(-1).expand(-1, -1, 4))
     found = []
-    for i, (size, shown) in enumerate(zip(batch.padded if of_padded else batch.sizes, batch.sizes, strict=True)):
+    for i, (size, shown) in enumerate(
+        zip(padded_sizes(batch) if of_padded else batch.image_sizes, batch.image_sizes, strict=True)
+    ):
         pixels = (corners[i] * _whwh(size, corners)).clamp(min=0).minimum(_whwh(shown, corners))
         found.append({"boxes": pixels, "labels": labels[i], "scores": top.values[i]})
     return found

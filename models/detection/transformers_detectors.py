@@ -6,7 +6,6 @@ import difflib
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,50 +15,18 @@ from torch import Tensor, nn
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
 from ..backbone import DATBackbone, TimmBackbone
-from ..dense import DenseModel
 from .backbone_adapter import AdapterConfig, adapt
-from .set_prediction import best_boxes, pad_images, relative_targets
+from .detector import Detector, pad_images
+from .set_prediction import DIVISOR, best_boxes, image_mask, padded_sizes, relative_targets
+from .transformers_kinds import KINDS
 
-
-@dataclass(frozen=True)
-class Kind:
-    """A detector of transformers.
-
-    Attributes:
-        name: of its classes there, before `Config` and `ForObjectDetection`.
-        maps: how many maps of the backbone it uses, the last ones.
-        defaults: its arguments where they differ from those of transformers.
-        background: it has a class for "no object" and a softmax, instead of a sigmoid for each class.
-        masked: it knows which pixels are padding, and its boxes are shares of the image without it.
-        pyramid: it is told channels and strides of its maps, and begins with a prior probability of its own.
-    """
-
-    name: str
-    maps: int = 1
-    defaults: dict[str, Any] = field(default_factory=dict)
-    background: bool = False
-    masked: bool = True
-    pyramid: bool = False
-
-
-_REFINED = {"with_box_refine": True}
-KINDS = {
-    "detr": Kind("Detr", background=True),
-    "conditional_detr": Kind("ConditionalDetr"),
-    "dab_detr": Kind("DabDetr"),
-    "deformable_detr": Kind("DeformableDetr", maps=3),
-    "deformable_detr_refined": Kind("DeformableDetr", maps=3, defaults=_REFINED),
-    "deformable_detr_two_stage": Kind("DeformableDetr", maps=3, defaults={**_REFINED, "two_stage": True}),
-    "rt_detr": Kind("RTDetr", maps=3, masked=False, pyramid=True),
-    "d_fine": Kind("DFine", maps=3, masked=False, pyramid=True),
-}
 # Weights that transformers applies outside its named losses, by the name of the loss.
 _WEIGHTS = {"loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
 _PRIOR = 0.01  # what a sigmoid says at first, so that the many queries without an object do not drown the others
 
 
-class TransformersDetector(DenseModel):
-    """A detector of transformers with the interface of torchvision's: in training losses, in evaluation boxes.
+class TransformersDetector(Detector):
+    """A detector of transformers, with its losses.
 
     Args:
         kind: a name of `KINDS`.
@@ -83,24 +50,14 @@ class TransformersDetector(DenseModel):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Detect objects.
-
-        Args:
-            images: normalised, `[3, h, w]` each.
-            targets: in training; of each image, `boxes` `[n, 4]` (x1, y1, x2, y2) in pixels and `labels` `[n]`.
-
-        Returns:
-            In training named losses, whose sum is minimised; in evaluation, of each image, `boxes`, `labels` and
-            `scores`, the most probable first.
-        """
-        batch = pad_images(images)
-        mask = {"pixel_mask": batch.mask.long()} if self.kind.masked else {}
+        batch = pad_images(images, DIVISOR)
+        mask = {"pixel_mask": image_mask(batch).long()} if self.kind.masked else {}
         if not self.training:
-            out = self.detector(batch.pixels, **mask)
+            out = self.detector(batch.tensors, **mask)
             scores = out.logits.softmax(-1)[..., :-1] if self.kind.background else out.logits.sigmoid()
             return best_boxes(scores, out.pred_boxes, batch, of_padded=not self.kind.masked)
-        labels = relative_targets(targets, batch.sizes if self.kind.masked else batch.padded)
-        out = self.detector(batch.pixels, **mask, labels=labels)
+        labels = relative_targets(targets, batch.image_sizes if self.kind.masked else padded_sizes(batch))
+        out = self.detector(batch.tensors, **mask, labels=labels)
         losses = self._summed(out.loss_dict)
         if getattr(self.config, "two_stage", False):
             losses["encoder"] = self._proposal_loss(out, labels)

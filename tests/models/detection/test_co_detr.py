@@ -9,10 +9,11 @@ import torch
 
 from models.detection.atss import assign, square_anchors
 from models.detection.co_detr import CoDETR
+from models.detection.detector import pad_images
 from models.detection.dino import DINO
 from models.detection.positives import Positives, positive_queries
 from models.detection.queries import ALONE, PADDING, Queries, Targets
-from models.detection.set_prediction import pad_images, relative_targets
+from models.detection.set_prediction import relative_targets
 from tests.models.detection.small import CLASSES, DECODER, small_backbone, two_images
 from tests.models.small import without_gradient
 
@@ -54,8 +55,8 @@ def test_in_evaluation_it_is_dino() -> None:
 def test_positive_queries_change_neither_matched_ones_nor_those_of_another_head() -> None:
     detector = small_co_detr(denoising=0)
     images, targets = two_images()
-    batch = pad_images(images)
-    memory, truth = detector.encode(batch), Targets(relative_targets(targets, batch.sizes))
+    batch = pad_images(images, 32)
+    memory, truth = detector.encode(batch), Targets(relative_targets(targets, batch.image_sizes))
     (atss, faster_rcnn), assignments, _ = detector.extra_queries(memory, truth, batch)
     assert all((assignment[0] >= 0).any() and (assignment[1] == PADDING).all() for assignment in assignments.values())
     matched = detector.select_queries(memory)[1]

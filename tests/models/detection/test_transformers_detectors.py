@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from models.backbone import TimmBackbone
-from models.detection.set_prediction import pad_images, relative_targets
-from models.detection.transformers_detectors import KINDS, TransformersDetector
+from models.detection.detector import pad_images
+from models.detection.set_prediction import image_mask, padded_sizes, relative_targets
+from models.detection.transformers_detectors import TransformersDetector
+from models.detection.transformers_kinds import KINDS
 from tests.models.detection.small import CLASSES, DECODER, small_backbone, two_images
 from tests.models.small import without_gradient
 
@@ -54,11 +56,11 @@ def test_the_losses_sum_to_what_transformers_minimises(kind: str) -> None:
     images, targets = two_images()
     torch.manual_seed(1)
     losses = detector(images, targets)
-    batch = pad_images(images)
-    mask = {"pixel_mask": batch.mask.long()} if KINDS[kind].masked else {}
-    labels = relative_targets(targets, batch.sizes if KINDS[kind].masked else batch.padded)
+    batch = pad_images(images, 32)
+    mask = {"pixel_mask": image_mask(batch).long()} if KINDS[kind].masked else {}
+    labels = relative_targets(targets, batch.image_sizes if KINDS[kind].masked else padded_sizes(batch))
     torch.manual_seed(1)
-    torch.testing.assert_close(sum(losses.values()), detector.detector(batch.pixels, **mask, labels=labels).loss)
+    torch.testing.assert_close(sum(losses.values()), detector.detector(batch.tensors, **mask, labels=labels).loss)
 
 
 def test_the_backbone_has_one_place_and_keeps_its_weights() -> None:
