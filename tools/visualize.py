@@ -116,7 +116,7 @@ def show_windows(model: TrainedModel, folder: Path) -> None:
         ValueError: the network is another one, or has no windows.
     """
     if not isinstance(model.network, VisionTransformer):
-        raise ValueError("give images; windows by epochs, for which there are none, belong to MODEL.TYPE vit")
+        raise ValueError("give images; without any, the windows of a Vision Transformer are drawn (MODEL.TYPE vit)")
     figure = draw_windows(model.network)
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / "windows.png"

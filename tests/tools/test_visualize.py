@@ -205,10 +205,9 @@ def test_windows_of_a_vision_transformer_by_epochs(
     words = ("--cfg", config, "--output", tmp_path / "out")
     visualize(monkeypatch, *words, "--opts", "MODEL.VIT.locality", "box")
     assert (tmp_path / "out" / "windows.png").stat().st_size > 1000
-    for wrong, says in (
-        (words, "has no windows"),
-        (("--cfg", write_config(tmp_path)), "give images; windows by epochs"),
-    ):
+    (tmp_path / "dat").mkdir()
+    dat = ("--cfg", write_config(tmp_path / "dat"))
+    for wrong, says in ((words, "has no windows"), (dat, "give images; without any, the windows of a Vision Trans")):
         with pytest.raises(SystemExit):
             visualize(monkeypatch, *wrong)
         assert says in capsys.readouterr().err
