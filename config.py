@@ -427,6 +427,7 @@ OPTIONS: dict[str, Option] = {
         "squash: resize both sides, as published. shorter: resize the shorter side and keep the aspect ratio.",
         one_of("squash", "shorter"),
     ),
+    "TEST.FLIP": _switch(False, "Evaluate each image and its mirror image, by the mean of their logits."),
     # ---- the machine
     "DEVICE": RunOption(
         "",

@@ -17,6 +17,9 @@ from data.images import StoredImage
 # What the parts of data sets are usually called, the first that is there counts.
 PARTS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
+# Stands between the labels of an image that has several.
+SEPARATOR = ";"
+
 
 class ImageSource(ABC):
     """Labelled images, as they are stored.
@@ -256,6 +259,11 @@ def join_classes(
 def relabel(labels: np.ndarray, lookup: np.ndarray) -> np.ndarray:
     """Return `lookup[labels]`; the labels themselves, which may be mapped from a file, where that changes nothing."""
     return labels if np.array_equal(lookup, np.arange(len(lookup))) else lookup[labels]
+
+
+def split_labels(text: str) -> tuple[str, ...]:
+    """Return the labels of an image that are written with semicolons between them; there may be none."""
+    return tuple(filter(None, map(str.strip, text.split(SEPARATOR))))
 
 
 def to_matrix(labels: Sequence[Sequence[int]], width: int) -> np.ndarray:

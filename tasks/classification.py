@@ -18,10 +18,11 @@ from data.build import build_erasing, build_eval_loader, build_mixup, build_trai
 from data.datasets import Batch
 from data.images import StoredImage
 from data.transforms import normalize
+from logger import RunLog
 from models.build import num_classes, set_num_classes
 from tasks.base import Evaluation, Meter, Score, Task
 from tasks.distillation import Distillation
-from utils import World, sum_over_ranks
+from utils import StopSignal, World, sum_over_ranks
 
 
 class LabelledImages(NamedTuple):
@@ -35,6 +36,19 @@ class LabelledImages(NamedTuple):
 
     images: Tensor
     targets: Tensor
+
+
+class Mirrored(nn.Module):
+    """A classifier that gives the mean of the logits of an image and its mirror image."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.training = network.training
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return logits `[b, classes]` of images `[b, 3, H, W]`."""
+        return (self.network(images) + self.network(images.flip(-1))) / 2
 
 
 class Classification(Task):
@@ -107,6 +121,15 @@ class Classification(Task):
         logits = model(batch.images)
         loss = self._criterion(logits, batch.targets)
         return self._distillation.losses(loss, logits, batch.images) if self._distillation else loss
+
+    def as_evaluated(self, model: nn.Module) -> nn.Module:
+        """Return what gives the logits that count in evaluation."""
+        return Mirrored(model) if self.config.TEST.FLIP else model
+
+    def evaluate(
+        self, model: nn.Module, loader: DataLoader, log: RunLog, stop: StopSignal | None = None
+    ) -> Evaluation | None:
+        return super().evaluate(self.as_evaluated(model), loader, log, stop)
 
     def meter(self, samples: int, device: torch.device) -> Meter:
         return F1(samples, device) if self.config.DATA.MULTI_LABEL else Accuracy(samples, device)

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 from yacs.config import CfgNode
@@ -31,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import default_config, set_option
 from data.build import open_dataset
-from data.formats.tar import MANIFEST, build_index
+from data.formats.tar import MANIFEST, build_index, index_name
 from data.images import StoredImage
-from data.sources import Dataset, ImageSource
+from data.sources import SEPARATOR, Dataset, ImageSource
 
 PLAN = "plan.json"
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
@@ -99,8 +100,6 @@ def pack(args: argparse.Namespace) -> None:
     dataset = open_dataset(dataset_config(args.dataset, args.data_path, args.opts), args.parts)
     sources = {"train": dataset.train, "val": dataset.held_out}
     sources = {part: sources[part] for part in args.parts}
-    if any(source.labels.ndim == 2 for source in sources.values()):
-        raise ValueError("shards hold one label for each image; keep data sets of several labels as csv or parquet")
     plan = _plan(args, dataset, sources)
     _begin(args.output, plan)
     shards = [
@@ -119,7 +118,8 @@ def pack(args: argparse.Namespace) -> None:
             bar.update(shard.stop - shard.first)
     for part in sources:
         paths = [args.output / shard.name for shard in shards if shard.part == part]
-        build_index(paths).save(args.output / f"{part}.index")
+        several = sources[part].labels.ndim == 2
+        build_index(paths, several=several).save(args.output / index_name(part, several=several))
     _write_json(args.output / MANIFEST, {"shards": {shard.name: entries[shard.name] for shard in shards}})
     (args.output / PLAN).unlink()
     for left in args.output.glob("*.part"):
@@ -175,6 +175,12 @@ def _begin(folder: Path, plan: Plan) -> None:
         _write_json(folder / PLAN, asdict(plan))
 
 
+def _label(label: int | np.ndarray) -> bytes:
+    """Return the content of a `.cls` file: a number, or several."""
+    labels = np.flatnonzero(label) if isinstance(label, np.ndarray) else [label]
+    return SEPARATOR.join(map(str, labels)).encode()
+
+
 def _write(shard: Shard, sources: dict[str, ImageSource], folder: Path, plan: Plan) -> tuple[Shard, dict[str, Any]]:
     """Write a shard unless it is there, whole or not at all, and return its entry of the list."""
     path = folder / shard.name
@@ -186,7 +192,7 @@ def _write(shard: Shard, sources: dict[str, ImageSource], folder: Path, plan: Pl
                 for index in range(shard.first, shard.stop):
                     content, ending = _encode(source.get(index), plan)
                     _add(archive, f"{index:08}.{ending}", content)
-                    _add(archive, f"{index:08}.cls", str(source.label(index)).encode())
+                    _add(archive, f"{index:08}.cls", _label(source.label(index)))
             file.flush()
             os.fsync(file.fileno())
         staged.replace(path)

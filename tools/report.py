@@ -174,7 +174,7 @@ def _mistakes(checkpoint: Path, config: CfgNode, device: torch.device, wanted: C
     model = load_trained(checkpoint)
     task = build_task(config, World(0, 1, 0, device), training=False)
     network = model.network.to(device, memory_format=torch.channels_last)
-    found = predict_all(network, task, task.eval_loader(), model.classes, wanted=wanted)
+    found = predict_all(task.as_evaluated(network), task, task.eval_loader(), model.classes, wanted=wanted)
     pictures = (_mistake(found, place, task.held_out(int(found.index[place]))) for place in found.worst(WORST))
     return pages.fill(
         "mistakes.html",

@@ -12,14 +12,12 @@ import numpy as np
 
 from data.formats.folders import FileSource
 from data.listing import Listing
-from data.sources import PARTS, Dataset, Request, join_classes, read_class_list, shorten, to_matrix
+from data.sources import PARTS, Dataset, Request, join_classes, read_class_list, shorten, split_labels, to_matrix
 
 LAYOUT = (
     "the layout is DATA_PATH/train.csv and DATA_PATH/val.csv (or .tsv) with the path of an image and its label on each "
     "line, paths relative to the table; classes.txt beside them may name the classes"
 )
-# Several labels of an image stand between these.
-SEPARATOR = ";"
 
 _PATHS = ("path", "image", "file", "filename", "file_name", "image_path", "filepath")
 _LABELS = ("label", "labels", "class", "target", "classes")
@@ -84,7 +82,7 @@ def read_rows(path: Path, part: str, *, multi_label: bool) -> list[Row]:
             raise ValueError(f"{path}, line {line}: a path and a label are expected, not {cells!r}; {LAYOUT}")
         if columns[2] is None or cells[columns[2]].strip() in PARTS[part]:
             text = cells[columns[1]].strip()
-            labels = tuple(filter(None, map(str.strip, text.split(SEPARATOR)))) if multi_label else (text,)
+            labels = split_labels(text) if multi_label else (text,)
             rows.append(Row(line, cells[columns[0]].strip(), labels))
     if not rows:
         split = f" whose split is {' or '.join(PARTS[part])}" if columns[2] is not None else ""

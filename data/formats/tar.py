@@ -21,7 +21,19 @@ import numpy as np
 from data.formats.folders import endings
 from data.images import StoredImage, UnreadableImage
 from data.listing import Listing, cache_folder, one_at_a_time
-from data.sources import PARTS, Dataset, ImageSource, Request, join_classes, read_class_list, relabel, shorten
+from data.sources import (
+    PARTS,
+    SEPARATOR,
+    Dataset,
+    ImageSource,
+    Request,
+    join_classes,
+    read_class_list,
+    relabel,
+    shorten,
+    split_labels,
+    to_matrix,
+)
 
 LAYOUT = (
     "the layout is DATA_PATH/train.tar and DATA_PATH/val.tar with members <class>/<image>, or shards "
@@ -44,7 +56,8 @@ def open_tar(request: Request) -> Dataset:
     """
     root = request.root(LAYOUT)
     shards = {part: find_shards(request, part, root) for part in request.needs}
-    listings = {part: _index(root, part, paths) for part, paths in shards.items()}
+    several = request.multi_label
+    listings = {part: _index(root, part, paths, several=several) for part, paths in shards.items()}
     folder = root.parent if root.is_file() else root
     names = {part: listing.about["classes"] for part, listing in listings.items()}
     listed = read_class_list(folder)
@@ -52,14 +65,22 @@ def open_tar(request: Request) -> Dataset:
         names = {part: _by_number(known, listed, shards[part]) for part, known in names.items()}
         names["train"] = listed
     elif "train" not in names and (train := find_shards(request, "train", root, optional=True)):
-        names["train"] = _index(root, "train", train).about["classes"]
+        names["train"] = _index(root, "train", train, several=several).about["classes"]
     where = {part: paths[0].parent for part, paths in shards.items()}
     classes, lookups = join_classes(names, {"train": root, **where}, LAYOUT)
     sources = {
-        part: TarSource(shards[part], listing, relabel(listing.numbers["label"], lookups[part]), turn=request.turn)
+        part: TarSource(shards[part], listing, _labels_of(listing, lookups[part], len(classes)), turn=request.turn)
         for part, listing in listings.items()
     }
     return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
+
+
+def _labels_of(listing: Listing, lookup: np.ndarray, classes: int) -> np.ndarray:
+    """Return the labels of an index as the data set counts them: `[n]`, or `[n, classes]` of 0 and 1."""
+    if "sets" not in listing.about:
+        return relabel(listing.numbers["label"], lookup)
+    sets = to_matrix([lookup[labels].tolist() if labels else [] for labels in listing.about["sets"]], classes)
+    return sets[listing.numbers["label"]]
 
 
 class TarSource(ImageSource):
@@ -171,15 +192,20 @@ def _by_number(numbers: Sequence[str], classes: Sequence[str], shards: Sequence[
     return [classes[int(number)] for number in numbers]
 
 
-def _index(root: Path, part: str, shards: Sequence[Path]) -> Listing:
+def index_name(part: str, *, several: bool) -> str:
+    """Return how the index of a part is called; that of images with several labels is another one."""
+    return f"{part}.labels.index" if several else f"{part}.index"
+
+
+def _index(root: Path, part: str, shards: Sequence[Path], *, several: bool) -> Listing:
     """Return the index of a part, built where there is none yet."""
     inside = PARTS[part] if root.is_file() else ()
-    path = shards[0].parent / f"{root.stem + '.' if root.is_file() else ''}{part}.index"
+    path = shards[0].parent / f"{root.stem + '.' if root.is_file() else ''}{index_name(part, several=several)}"
     if not path.exists() and not os.access(path.parent, os.W_OK):
         path = cache_folder() / "tar" / f"{str(path.absolute()).strip('/').replace('/', '%')}"
     with one_at_a_time(path):
         if not path.exists():
-            build_index(shards, inside).save(path)
+            build_index(shards, inside, several=several).save(path)
     listing = Listing.load(path)
     _check_index(listing, path, shards)
     return listing
@@ -217,12 +243,14 @@ class _Member:
     size: int
 
 
-def build_index(shards: Sequence[Path], inside: Sequence[str] = ()) -> Listing:
+def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: bool = False) -> Listing:
     """Read through archives once and return the names, places and labels of their images.
 
     Args:
         shards: the archives.
         inside: names of the folder inside that holds the part; empty where the archives are all of one part.
+        several: an image may have several labels, with semicolons between them; its number is then a place in
+            `about["sets"]`, the sets of labels that occur.
 
     Raises:
         ValueError: for an archive that cannot be read to its end, and an image without label.
@@ -231,21 +259,28 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = ()) -> Listing:
     if not images:
         where = f" in a folder {' or '.join(inside)}" if inside else " and the other shards" if len(shards) > 1 else ""
         raise ValueError(f"no images in {shards[0]}{where}; {LAYOUT}")
-    if labels:
-        named = [_class_by_key(labels, image, shards) for image in images]
-        names = set(named)
-        numbered = all(name.isdecimal() for name in names)
-        classes = [str(number) for number in range(max(map(int, names)) + 1)] if numbered else sorted(names)
-    else:  # in the order of class folders, whatever order the archive was written in
+    if several and not labels:
+        raise ValueError(f"{shards[0]} holds no labels (<key>.cls), which images of several labels need; {LAYOUT}")
+    if not labels:  # in the order of class folders, whatever order the archive was written in
         images.sort(key=lambda image: (*PurePosixPath(image.name).parts[:-1], "", PurePosixPath(image.name).name))
-        named = _classes_by_folder(images, inside)
-        classes = sorted(set(named))
+        written = _classes_by_folder(images, inside)
+    else:
+        written = [_class_by_key(labels, image, shards) for image in images]
+    sets = {text: split_labels(text) if several else (text,) for text in dict.fromkeys(written)}
+    if labels and not several and (joined := next((text for text in sets if SEPARATOR in text), None)):
+        raise ValueError(f"{shards[0]} has several labels for an image, {joined!r}; set DATA.MULTI_LABEL True")
+    names = {name for one in sets.values() for name in one}
+    numbered = bool(labels) and all(name.isdecimal() for name in names)
+    classes = [str(number) for number in range(max(map(int, names), default=-1) + 1)] if numbered else sorted(names)
     place = {name: label for label, name in enumerate(classes)}
+    number = {text: number if several else place[text] for number, text in enumerate(sets)}
     rows = (
-        (os.fsencode(image.name), image.shard, image.offset, image.size, place[name])
-        for image, name in zip(images, named, strict=True)
+        (os.fsencode(image.name), image.shard, image.offset, image.size, number[text])
+        for image, text in zip(images, written, strict=True)
     )
-    about = {"shards": [[shard.name, shard.stat().st_size] for shard in shards], "classes": classes}
+    about: dict[str, Any] = {"shards": [[shard.name, shard.stat().st_size] for shard in shards], "classes": classes}
+    if several:
+        about["sets"] = [[place[name] for name in one] for one in sets.values()]
     return Listing.of(rows, _COLUMNS, about)
 
 
@@ -307,7 +342,7 @@ def _label(content: bytes, ending: str) -> str | None:
         found = json.loads(text).get("label")
     except (ValueError, AttributeError):
         return None
-    return None if found is None else str(found)
+    return None if found is None else SEPARATOR.join(map(str, found)) if isinstance(found, list) else str(found)
 
 
 def _class_by_key(labels: dict[str, str], image: _Member, shards: Sequence[Path]) -> str:

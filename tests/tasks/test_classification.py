@@ -13,6 +13,7 @@ import main
 from tasks.classification import F1, LabelledImages, class_changes
 from tests.data.samples import write_folder
 from tests.runs import read_metrics, write_config
+from training.trained_model import load_trained
 
 
 def test_classes_are_known_by_name() -> None:
@@ -55,3 +56,21 @@ def test_a_run_on_images_of_several_labels(tmp_path: Path) -> None:
     assert 0 <= row["f1"] <= 100
     assert row["loss"] > 0
     assert main.main(["--cfg", str(config), "--opts", "AUG.MIXUP", "0.8", "TAG", "mixed"]) == 2
+
+
+def test_evaluation_with_mirror_images(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    write_folder(tmp_path, {"train/cat": 6, "train/dog": 6, "val/cat": 4, "val/dog": 4})
+    data = {"DATASET": "imagenet", "DATA_PATH": str(tmp_path), "BATCH_SIZE": 4}
+    config = write_config(tmp_path, OUTPUT=str(tmp_path), DATA=data, TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
+    assert main.main(["--cfg", str(config), "--opts", "TEST.FLIP", "True"]) == 0
+    run = tmp_path / "tiny" / "default"
+    (row,) = read_metrics(run, "eval")
+    model = load_trained(run / "last.pth")
+    images = torch.stack([model.transform()(model.read(path)) for path in sorted(tmp_path.glob("val/*/*.jpg"))])
+    with torch.inference_mode():
+        logits = (model.network(images) + model.network(images.flip(3))) / 2
+    targets = torch.tensor([0] * 4 + [1] * 4)
+    assert row["loss"] == pytest.approx(nn.functional.cross_entropy(logits, targets).item(), rel=1e-4)
+    capsys.readouterr()
+    assert main.main(["--cfg", str(config), "--eval"]) == 0
+    assert f"Loss {row['loss']:.4f}" not in capsys.readouterr().out

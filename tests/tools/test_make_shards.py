@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.build import open_dataset
@@ -70,6 +71,23 @@ def test_images_without_files_are_written_as_png(tmp_path: Path, monkeypatch: py
     for index in (0, 100, 359):
         assert shards.held_out.read(index).tobytes() == digits.held_out.read(index).tobytes()
         assert shards.held_out.label(index) == digits.held_out.label(index)
+
+
+def test_images_of_several_labels(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("cat", "dog;emu", "", "emu")
+    for part, number in (("train", 9), ("val", 3)):
+        rows = [f"photos/{part}/cat/{index}.jpg,{names[index % 4]}\n" for index in range(number)]
+        (tmp_path / f"{part}.csv").write_text("".join(rows))
+    flags = ("--dataset", "csv", "--data-path", tmp_path, "--opts", "DATA.MULTI_LABEL", "True")
+    run(monkeypatch, *flags, "--output", tmp_path / "shards", "--per-shard", 4)
+    kinds = (("csv", tmp_path), ("tar", tmp_path / "shards"))
+    table, shards = (open_dataset(small_config(root, DATASET=kind, MULTI_LABEL=True)) for kind, root in kinds)
+    assert shards.classes == table.classes == ["cat", "dog", "emu"]
+    for one, other in ((shards.train, table.train), (shards.held_out, table.held_out)):
+        np.testing.assert_array_equal(one.labels, other.labels)
+    assert shards.train.labels.sum(1).tolist() == [1, 2, 0, 1] * 2 + [1]
+    with pytest.raises(ValueError, match=r"several labels for an image, .1;2.; set DATA\.MULTI_LABEL True"):
+        opened(tmp_path / "shards")
 
 
 def test_a_kill_leaves_whole_shards_and_the_same_command_continues(
