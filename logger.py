@@ -14,7 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import yaml
+from PIL import Image
 from termcolor import colored
 from tqdm import tqdm
 from yacs.config import CfgNode
@@ -65,6 +67,7 @@ class RunLog:
         logging.raiseExceptions = False  # lines that a full disk does not take wait in the file's buffer
         self._files: dict[str, _Lines] = {}
         self._recorders: dict[str, Recorder] = {}
+        self._folder = folder if is_main else None
         if folder is None or not is_main:
             return
         file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace", delay=True)
@@ -130,10 +133,29 @@ class RunLog:
         self._files["speed"].add({"epoch": epoch, "update": update, **values, "time": round(time.time(), 3)})
         self._record({f"speed/{name}": value for name, value in values.items()}, update)
 
+    def pictures(self, kind: str, pictures: dict[str, np.ndarray], *, update: int) -> None:
+        """Write `<name>.png`, in place of that of an earlier evaluation; `<name>_ema.png` for `eval_ema`.
+
+        Args:
+            kind: `eval` or `eval_ema`.
+            pictures: `[H, W, 3]`, uint8, by name.
+            update: counted from the start of the run.
+        """
+        for name, pixels in pictures.items() if self._folder else ():
+            path = self._folder / f"{name}{kind.removeprefix('eval')}.png"
+            try:
+                Image.fromarray(pixels).save(path)
+            except OSError as error:
+                self.warning(f"{path} could not be written ({error.strerror})")
+            self._tell(lambda recorder, name=name, pixels=pixels: recorder.picture(f"{kind}/{name}", pixels, update))
+
     def _record(self, values: dict[str, float], update: int) -> None:
+        self._tell(lambda recorder: recorder.record(values, update))
+
+    def _tell(self, say: Callable[[Recorder], object]) -> None:
         for name, recorder in list(self._recorders.items()):
             try:
-                recorder.record(values, update)
+                say(recorder)
             except Exception as error:  # the run goes on without it
                 del self._recorders[name]
                 self.warning(f"{name} records no more of this run: {' '.join(str(error).split())}")
@@ -207,6 +229,9 @@ class Recorder(Protocol):
     def record(self, values: dict[str, float], update: int) -> None:
         """Take in named numbers."""
 
+    def picture(self, name: str, pixels: np.ndarray, update: int) -> None:
+        """Take in a picture, `[H, W, 3]`, uint8."""
+
     def close(self) -> None:
         """Finish the record."""
 
@@ -222,6 +247,9 @@ class TensorBoard:
     def record(self, values: dict[str, float], update: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, update)
+
+    def picture(self, name: str, pixels: np.ndarray, update: int) -> None:
+        self._writer.add_image(name, pixels, update, dataformats="HWC")
 
     def close(self) -> None:
         self._writer.close()
@@ -244,6 +272,11 @@ class WeightsAndBiases:
 
     def record(self, values: dict[str, float], update: int) -> None:
         self._run.log(values, step=update)
+
+    def picture(self, name: str, pixels: np.ndarray, update: int) -> None:
+        import wandb
+
+        self._run.log({name: wandb.Image(pixels)}, step=update)
 
     def close(self) -> None:
         self._run.finish()
@@ -270,6 +303,9 @@ class MLflow:
     def record(self, values: dict[str, float], update: int) -> None:
         for name, value in values.items():
             self._client.log_metric(self._run, name, value, step=update)
+
+    def picture(self, name: str, pixels: np.ndarray, update: int) -> None:
+        self._client.log_image(self._run, pixels, key=name, step=update)
 
     def close(self) -> None:
         self._client.set_terminated(self._run)

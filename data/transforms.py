@@ -152,6 +152,13 @@ def normalize(images: Tensor) -> Tensor:
     return images.float().div_(255).sub_(mean).div_(deviation)
 
 
+def as_pixels(image: Tensor) -> np.ndarray:
+    """Return a normalised image `[3, H, W]` as pixels `[H, W, 3]`, uint8, on the CPU."""
+    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    levels = (image.float().cpu() * deviation + mean) * 255
+    return levels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
 class Erase:
     """Random erasing of normalised images of a batch, where they are, by the generators of Python and of their device.
 

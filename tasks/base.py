@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -60,11 +61,13 @@ class Evaluation:
         metrics: named numbers, for `metrics.jsonl` and to choose the best epoch.
         lines: the result in words, for the log.
         warnings: what the reader of these lines should know.
+        pictures: samples with what was found and what is true, `[H, W, 3]`, uint8, by name; of the main process.
     """
 
     metrics: dict[str, float]
     lines: list[str]
     warnings: list[str] = field(default_factory=list)
+    pictures: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Meter(ABC):

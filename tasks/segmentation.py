@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -14,12 +15,15 @@ from data.build import loader_doubts
 from data.segmentation.build import build_eval_loader, build_train_loader, open_dataset
 from data.segmentation.datasets import Batch
 from data.segmentation.sources import IGNORED
-from data.transforms import normalize
+from data.transforms import as_pixels, normalize
 from models.build import num_classes, set_num_classes
 from models.segmentation.parts import resize
 from tasks.base import Evaluation, Meter, Score, Task
 from tasks.classification import class_changes
+from tasks.pictures import paint, stack_rows
 from utils import World, sum_over_ranks
+
+SAMPLES = 4  # images in the picture of an evaluation
 
 
 class LabelledPixels(NamedTuple):
@@ -96,6 +100,8 @@ class Segmentation(Task):
 class MeanIoU(Meter):
     """Intersection over union of each class, and their mean, from one confusion matrix over all pixels of all images.
 
+    The picture of the first images has a row for each: the image, the true classes, those that were found.
+
     Args:
         classes: names by label.
         samples: number of images, over all ranks.
@@ -110,6 +116,7 @@ class MeanIoU(Meter):
         self._classes = classes
         self._samples = samples
         self._views = [(scale, mirrored) for scale in scales for mirrored in ([False, True] if flip else [False])]
+        self._rows: list[list[np.ndarray]] = []
         # Pixels by class and by the class that was found; then images, and images left out. Whole numbers, so that
         # the result does not depend on the order in which processes add them.
         self._counts = torch.zeros(len(classes) ** 2 + 2, dtype=torch.int64, device=device)
@@ -121,6 +128,9 @@ class MeanIoU(Meter):
             if labels.numel():
                 found = predict(model, image, labels.shape, self._views)
                 self._counts[:-2] += confusion(found, labels, len(self._classes)).flatten()
+                if len(self._rows) < SAMPLES:
+                    pixels = as_pixels(image)
+                    self._rows.append([pixels, *(paint(pixels, x.cpu().numpy()) for x in (labels, found))])
 
     def result(self) -> Evaluation:
         counts = sum_over_ranks(self._counts).cpu()
@@ -144,7 +154,8 @@ class MeanIoU(Meter):
             f"class accuracy {metrics['class_accuracy']:.3f}",
         ]
         warnings = [f"{skipped} images could not be read and are not counted"] if skipped else []
-        return Evaluation(metrics, lines, warnings)
+        pictures = {"samples": stack_rows(self._rows)} if self._rows else {}
+        return Evaluation(metrics, lines, warnings, pictures)
 
 
 def predict(

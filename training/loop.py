@@ -237,6 +237,7 @@ def evaluate_weights(run: Run) -> list[Evaluation] | None:
             return None
         run.log.result(result.lines, result.warnings, prefix)
         run.log.metrics(kind, epoch=state.position.epoch + 1, update=state.updates_done, **result.metrics)
+        run.log.pictures(kind, result.pictures, update=state.updates_done)
         results.append(result)
     return results
 

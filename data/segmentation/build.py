@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.build import build_loader, image_size, is_shared_memory_short, request, train_sampler
-from data.images import UnreadableImage
 from data.samplers import EvalSampler
 from data.segmentation.datasets import ByValue, MaskedImages, collate, stack
 from data.segmentation.folders import open_ade20k, open_masks
@@ -42,11 +41,7 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Ma
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"DATA.DATASET of segmentation must be one of {', '.join(FORMATS)}, not {name!r}{hint}")
     dataset = FORMATS[name](request(config, needs), _labels(config))
-    try:
-        check_some(dataset)
-    except UnreadableImage as error:
-        if config.DATA.BAD_IMAGES == "raise" or "mask" in str(error):
-            raise ValueError(str(error)) from None
+    check_some(dataset)
     return dataset
 
 

@@ -39,12 +39,13 @@ class Mask2Former(Segmenter):
         unknown = options.keys() - Mask2FormerConfig.__annotations__.keys()
         if unknown:
             raise ValueError(f"Mask2FormerConfig of transformers has no {', '.join(sorted(unknown))}")
-        config = Mask2FormerConfig(num_labels=num_classes, feature_strides=backbone.strides, **options)
+        strides = {"feature_strides": backbone.strides, "common_stride": backbone.strides[0]}
+        config = Mask2FormerConfig(num_labels=num_classes, **{**strides, **options})
         self.decode_head = Mask2FormerHead(config, backbone.channels)
 
     def logits(self, maps: list[Tensor]) -> Tensor:
         masks, classes = self.decode_head(maps)
-        size = [4 * side for side in masks[-1].shape[-2:]]
+        size = [self.backbone.strides[0] * side for side in masks[-1].shape[-2:]]
         return torch.einsum("bqk,bqhw->bkhw", classes[-1].softmax(-1)[..., :-1], resize(masks[-1], size).sigmoid())
 
     def losses(self, maps: list[Tensor], labels: Tensor) -> dict[str, Tensor]:

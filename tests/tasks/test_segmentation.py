@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 
+import main
 from config import load_config
 from data.segmentation.sources import IGNORED
 from logger import RunLog
 from models.segmentation.parts import resize
 from tasks import build_task
+from tasks.pictures import palette
 from tasks.segmentation import LabelledPixels, MeanIoU, predict
 from tests.data.segmentation.samples import write_masks
 from tests.launched import CONTEXT, free_port
@@ -111,6 +116,27 @@ def test_classes_that_are_nowhere_do_not_count_and_images_left_out_are_said() ->
         meter(2).result()
 
 
+def test_the_picture_shows_image_truth_and_what_was_found() -> None:
+    counted, image = meter(1), torch.zeros(3, 8, 8)
+    labels = torch.ones(8, 8, dtype=torch.int64)
+    labels[:4] = IGNORED
+
+    class Second(nn.Module):
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.eye(3)[2, :, None, None].expand(1, 3, *images.shape[-2:])
+
+    counted.add(Second(), LabelledPixels([image], [labels]))
+    picture = counted.result().pictures["samples"]
+    height = picture.shape[0]
+    assert picture.shape == (height, 3 * height, 3)
+    centres = [picture[3 * height // 4, height // 2 + column * height] for column in range(3)]
+    grey = np.array([124, 116, 104])
+    assert np.array_equal(centres[0], grey)
+    for centre, label in zip(centres[1:], (1, 2), strict=True):
+        assert np.abs(centre - (0.65 * palette()[label] + 0.35 * grey)).max() <= 1
+    assert np.abs(picture[height // 4, height + height // 2] - 0.35 * grey).max() <= 1
+
+
 def test_several_views_are_averaged() -> None:
     network, image = Colours().eval(), torch.rand(3, 16, 20)
     views = [(1.0, False), (1.0, True), (0.5, False)]
@@ -119,3 +145,63 @@ def test_several_views_are_averaged() -> None:
     expected = sum(x.softmax(1) for x in logits)[0].argmax(0)
     with torch.inference_mode():
         assert np.array_equal(predict(network, image, (16, 20), views), expected)
+
+
+def remove_a_mask(root: Path) -> None:
+    (root / "masks" / "train" / "3.png").unlink()
+
+
+def make_a_mask_too_small(root: Path) -> None:
+    Image.new("L", (4, 4)).save(root / "masks" / "val" / "0.png")
+
+
+def name_fewer_classes(root: Path) -> None:
+    (root / "classes.txt").write_text("sky\nsea\n")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "says"),
+    [
+        (remove_a_mask, [], r"1 of 8 images in .*images/train have no mask in .*masks/train: 3; add masks named as"),
+        (make_a_mask_too_small, [], r"val/0\.png' is 48 x 40 pixels, its mask 4 x 4; they must be of one size"),
+        (
+            name_fewer_classes,
+            [],
+            r"holds the value 2, which is none of the 2 classes; name more classes, or say",
+        ),
+        (lambda root: (root / "classes.txt").unlink(), [], r"classes\.txt names 0 classes; write 1 to 255, one a line"),
+        (
+            lambda root: (root / "masks").rename(root / "mask"),
+            [],
+            r"has no folder masks/train; the layout is DATA_PATH",
+        ),
+        (
+            None,
+            ["DATA.DATASET", "mask"],
+            r"of segmentation must be one of ade20k, masks, digit_scenes, not 'mask'; ",
+        ),
+        (None, ["DATA.DATASET", "digit_scenes"], "the digit scenes are a data set of their own, without --data-path"),
+        (None, ["DATA.LABEL_MAP.sky", "0"], r"DATA\.LABEL_MAP \{sky: 0\}: both must be numbers from 0 to 255"),
+        (None, ["DATA.IGNORE_LABEL", "256"], "DATA.IGNORE_LABEL must be 0 to 255, not 256"),
+        (None, ["MODEL.SEGMENTER.NAME", "upnet"], r"MODEL\.SEGMENTER\.NAME must be .*; did you mean upernet\?"),
+        (None, ["MODEL.SEGMENTER.ARGS.chanels", "8"], r"MODEL\.SEGMENTER\.ARGS: .*chanels"),
+        (None, ["MODEL.TYPE", "vit"], r"MODEL\.TYPE = 'vit' cannot be a backbone; choose dat or timm"),
+        (None, ["SEGMENTATION.TEST_SCALES", "[]"], "SEGMENTATION.TEST_SCALES must be a list of numbers above 0"),
+    ],
+)
+def test_wrong_input_gets_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    spoil: Callable[[Path], object] | None,
+    options: list[str],
+    says: str,
+) -> None:
+    root = write_masks(tmp_path / "data")
+    if spoil:
+        spoil(root)
+    data = {"DATASET": "masks", "DATA_PATH": str(root), "BATCH_SIZE": 2, "NUM_WORKERS": 0}
+    config = write_config(tmp_path, TASK="segmentation", DATA=data)
+    assert main.main(["--cfg", str(config), "--check", "--opts", *options]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(r"main\.py: [^\n]+\n", said), said
+    assert re.search(says, said), said

@@ -53,5 +53,5 @@ def test_a_killed_segmenter_ends_as_one_that_was_not(tmp_path: Path, head: str, 
     assert first_difference(*left) is None
     (last,) = read_metrics(trial.folder, "eval")[-1:]
     assert 0 <= last["miou"] <= last["accuracy"] <= 1
-    assert {path.name for path in trial.folder.iterdir()} >= {"best.pth", "last.pth"}
+    assert {path.name for path in trial.folder.iterdir()} >= {"best.pth", "last.pth", "samples.png"}
     assert outcome(trial.folder)["last.pth"]["classes"] == ["sky", "sea", "sand"]
