@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from . import gpu
 from .cpu.onednn import depthwise_gelu, product
-from .forms import runs_by_hand
+from .forms import products_of, runs_by_hand
 
 FORMS = ("auto", "reference", "by_hand", "triton")
 CACHED = 1 << 20  # hidden values that are worked on at a time: 4 MiB, so that they stay in the cache
@@ -18,8 +18,8 @@ CACHED = 1 << 20  # hidden values that are worked on at a time: 4 MiB, so that t
 def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return ``x + conv(x)`` of a depthwise convolution that keeps the size of the map.
 
-    On a GPU it is one kernel. On a CPU, in full precision, it is one convolution, whose centre weight is larger by 1;
-    low precision would round that sum.
+    On a GPU it is one kernel. On a CPU it is one convolution, whose centre weight is larger by 1; it has at least
+    float32, as low precision would round that sum.
 
     Args:
         x: map ``[B, C, H, W]``.
@@ -32,7 +32,8 @@ def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.is_cuda and gpu.suits(x):
         return _on_gpu(x.permute(0, 2, 3, 1), weight, bias, gelu=False).permute(0, 3, 1, 2)
     if runs_by_hand(x):
-        return _convolve(x, _with_skip(weight), bias)
+        with torch.autocast("cpu", enabled=False):
+            return _convolve(_widened(x), _with_skip(_widened(weight)), _widened(bias)).to(x.dtype)
     return x + _convolve(x, weight, bias)
 
 
@@ -77,9 +78,10 @@ def conv_mlp(
     if form == "auto":
         form = choose_form(x, dropout=dropout)
     if form == "by_hand":
-        arguments = x, weight1, bias1, _with_skip(kernel), bias, weight2, bias2
-        keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
-        return _ConvMLP.apply(*arguments, keep)
+        with products_of(x, weight1, bias1, weight2, bias2) as (x, weight1, bias1, weight2, bias2):
+            arguments = x, weight1, bias1, _with_skip(_widened(kernel)), _widened(bias), weight2, bias2
+            keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
+            return _ConvMLP.apply(*arguments, keep)
     hidden = F.dropout(F.linear(x, weight1, bias1), dropout)
     if form == "triton":
         return F.linear(_on_gpu(hidden, kernel, bias, gelu=True), weight2, bias2)
@@ -105,6 +107,10 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
 
 
+def _widened(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _with_skip(weight: Tensor) -> Tensor:
     """Return the kernel of ``x + conv(x)``."""
     return weight + F.pad(weight.new_ones(1, 1, 1, 1), (weight.shape[-1] // 2,) * 4)
@@ -116,6 +122,9 @@ class _ConvMLP(torch.autograd.Function):
     With ``z = conv(h)``, whose kernel holds the skip connection, and ``y = linear2(gelu(z))``, the gradient of ``y``
     goes back through ``linear2`` to ``gelu(z)``, by the derivative of GELU to ``z``, through the transposed convolution
     to ``h`` and through ``linear1`` to ``x``. ``h`` is kept; ``z`` and ``gelu(z)``, cheap from it, are computed anew.
+
+    The kernel has at least float32, and so has what it is applied to, as oneDNN fuses GELU best there; the linear
+    layers may have less.
     """
 
     @staticmethod
@@ -127,7 +136,8 @@ class _ConvMLP(torch.autograd.Function):
             hidden = product(part, weight1, bias1)
             if keep:
                 kept.append(hidden)
-            activated = depthwise_gelu(hidden.permute(0, 3, 1, 2), kernel, bias).permute(0, 2, 3, 1)
+            hidden = hidden.to(kernel.dtype).permute(0, 3, 1, 2)
+            activated = depthwise_gelu(hidden, kernel, bias).permute(0, 2, 3, 1).to(x.dtype)
             result.copy_(product(activated, weight2, bias2))
         if keep:
             ctx.save_for_backward(x, weight1, kernel, bias, weight2, *kept)
@@ -135,26 +145,37 @@ class _ConvMLP(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):  # noqa: ANN001
         x, weight1, kernel, bias, weight2, *kept = ctx.saved_tensors
         images, grad = len(kept[0]), grad.contiguous()
         dx = x.new_empty(x.shape)
-        dbias1 = torch.zeros_like(bias)
-        dweight1, dkernel, dbias, dweight2 = (torch.zeros_like(tensor) for tensor in (weight1, kernel, bias, weight2))
+        totals = (torch.zeros_like(tensor, dtype=kernel.dtype) for tensor in (weight1, bias, kernel, bias, weight2))
+        dweight1, dbias1, dkernel, dbias, dweight2 = totals
         parts = (tensor.split(images) for tensor in (x, dx, grad))
         for hidden, part, dpart, dout in zip(kept, *parts, strict=True):
+            hidden = hidden.to(kernel.dtype)
             z = _convolve_last(hidden, kernel, bias)
             dout = dout.flatten(0, 2)
-            dweight2.addmm_(dout.t(), F.gelu(z).flatten(0, 2))
-            dz = torch.ops.aten.gelu_backward(product(dout, weight2.t()).view(z.shape), z)
+            _add_product(dweight2, dout.t(), F.gelu(z).flatten(0, 2).to(x.dtype))
+            dz = torch.ops.aten.gelu_backward(product(dout, weight2.t()).view(z.shape).to(z.dtype), z)
             dhidden, to_kernel, to_bias = _convolve_backward(dz, hidden, kernel)
             dkernel += to_kernel
             dbias += to_bias
             dhidden = dhidden.flatten(0, 2)
-            dweight1.addmm_(dhidden.t(), part.flatten(0, 2))
             dbias1 += dhidden.sum(0)
+            dhidden = dhidden.to(x.dtype)
+            _add_product(dweight1, dhidden.t(), part.flatten(0, 2))
             dpart.copy_(product(dhidden, weight1.t()).view(dpart.shape))
         return dx, dweight1, dbias1, dkernel, dbias, dweight2, grad.sum((0, 1, 2)), None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add ``a b`` to a sum that may have more precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _convolve_last(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -31,12 +34,27 @@ def needs_plain_operations() -> bool:
 def runs_by_hand(x: Tensor) -> bool:
     """Return whether forms with a backward of their own, written for the caches of a CPU, suit where ``x`` is used.
 
-    Under autocast and in a compiled graph the plain ones do better: the precision of each product and the fusion of
-    elementwise steps are then decided elsewhere. Counters of operations do not know oneDNN's.
+    In a compiled graph the plain ones do better: the fusion of elementwise steps is then decided elsewhere. Counters of
+    operations do not know oneDNN's.
     """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or needs_plain_operations():
+    if x.device.type != "cpu" or needs_plain_operations() or torch._C._len_torch_dispatch_stack():
         return False
-    return not torch.is_autocast_enabled("cpu") and not torch._C._len_torch_dispatch_stack()
+    return product_dtype(x) in (torch.float32, torch.float64, torch.bfloat16)
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """Return the type in which a tensor enters products: that of the autocast, which leaves float64 alone."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
+
+
+@contextmanager
+def products_of(*tensors: Tensor) -> Iterator[list[Tensor]]:
+    """Give tensors in their `product_dtype`, for operations that decide their precision themselves."""
+    cast = [tensor.to(product_dtype(tensor)) for tensor in tensors]
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        yield cast
 
 
 def is_checkpointed() -> bool:

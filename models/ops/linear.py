@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu.onednn import product, suits
-from .forms import runs_by_hand
+from .forms import product_dtype, runs_by_hand
 
 FORMS = ("auto", "reference", "onednn")
 
@@ -20,7 +20,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
         weight: ``[out, in]``.
         bias: ``[out]`` or None.
         form: ``reference`` is PyTorch's own. ``onednn`` takes this product and that of the gradient of ``x`` to oneDNN;
-            it needs float32 on an x86 CPU. ``auto`` takes `choose_form`.
+            it needs float32, or bfloat16 as tensors' type or autocast, on an x86 CPU. ``auto`` takes `choose_form`.
 
     Returns:
         ``[..., out]``.
@@ -32,10 +32,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
         raise ValueError(f"form {form!r} of a linear layer is unknown; choose one of {', '.join(FORMS)}")
     if form == "onednn" and not _is_possible(x, weight, bias):
         raise ValueError(
-            "form 'onednn' of a linear layer needs matching shapes, float32 and an x86 CPU; choose auto or reference"
+            "form 'onednn' of a linear layer needs matching shapes, float32 or bfloat16 and an x86 CPU; "
+            "choose auto or reference"
         )
     if (choose_form(x, weight, bias) if form == "auto" else form) == "reference":
         return F.linear(x, weight, bias)
+    x, weight, bias = (None if tensor is None else tensor.to(product_dtype(tensor)) for tensor in (x, weight, bias))
     # What is made in inference mode is never differentiated.
     return product(x, weight, bias) if torch.is_inference_mode_enabled() else _Linear.apply(x, weight, bias)
 
@@ -46,7 +48,9 @@ def choose_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 
 
 def _is_possible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return suits(x, weight, bias) and x.dim() > 0 and x.shape[-1] == weight.shape[-1]
+    if not suits(product_dtype(x), x, weight, bias) or x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
+        return False
+    return all(tensor is None or product_dtype(tensor) == product_dtype(x) for tensor in (weight, bias))
 
 
 class _Linear(torch.autograd.Function):

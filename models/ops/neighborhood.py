@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import gpu
-from .forms import runs_by_hand
+from .forms import products_of, runs_by_hand
 from .products import dot_product_attention
 from .tiles import tiles_of
 
@@ -65,12 +65,13 @@ def neighborhood_attention(
         rpb = q.new_zeros(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
     if form == "tiles_by_hand":
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rpb))
-        return _TiledAttention.apply(q, k, v, rpb, tiles, scale, keep)
+        with products_of(q, k, v) as (q, k, v):
+            return _TiledAttention.apply(q, k, v, rpb, tiles, scale, keep)
     bias = tiles.of_every_tile(tiles.bias(rpb)).to(q.dtype)
     q_maps, k_maps, v_maps = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2) for x in (q, k, v))
     cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)
     cuts = (x.unflatten(0, (-1, len(bias))) for x in cuts)  # [B, heads * tiles, ...]
-    x = dot_product_attention(*cuts, bias, scale=scale, dropout=dropout)
+    x = dot_product_attention(*cuts, bias[None], scale=scale, dropout=dropout)  # fused kernels want four axes
     x = tiles.join(x.flatten(0, 1)).view(q.shape[0], heads, *q.shape[1:3], -1)  # len(q) would fix it in a graph
     return x.permute(0, 2, 3, 1, 4)
 
@@ -120,12 +121,12 @@ class _TiledAttention(torch.autograd.Function):
         dV = P^T G      dP = G V^T      dS = P * (dP - sum over keys of P * dP)
         dQ = scale dS K                 dK = scale dS^T Q               dbias = sum over images of dS
 
-    ``dK`` and ``dV`` of overlapping windows add up.
+    ``dK`` and ``dV`` of overlapping windows add up. Sums over images have the precision of the table.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, rpb, tiles, scale, keep):  # noqa: ANN001
-        bias = tiles.bias(rpb)
+        bias = tiles.bias(rpb).to(q.dtype)
         out = q.new_empty(q.shape)
         weights = q.new_empty(len(q) if keep else 1, len(bias) * tiles.count, *bias.shape[2:])
         for image, (queries, keys, values, result) in enumerate(_by_image(q, k, v, out)):
@@ -135,16 +136,17 @@ class _TiledAttention(torch.autograd.Function):
             result.copy_(tiles.join(torch.bmm(logits, tiles.windows(values))))
         if keep:
             ctx.save_for_backward(q, k, v, weights)
-            ctx.tiles, ctx.scale = tiles, scale
+            ctx.tiles, ctx.scale, ctx.table_dtype = tiles, scale, rpb.dtype
         return out
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):  # noqa: ANN001
         q, k, v, kept = ctx.saved_tensors
         tiles, scale = ctx.tiles, ctx.scale
         dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-        dbias = kept.new_zeros(kept.shape[1:])
+        dbias = kept.new_zeros(kept.shape[1:], dtype=ctx.table_dtype)
         images = _by_image(q, k, v, grad, dq, dk, dv)
         for weights, (queries, keys, values, grads, dqueries, dkeys, dvalues) in zip(kept, images, strict=True):
             grads = tiles.cut(grads, zeros_beyond=True)

@@ -1,7 +1,8 @@
 """oneDNN in eager mode, through the operators that PyTorch keeps for its compiler.
 
-In float32 on x86, PyTorch sends eager products to MKL, and the activation after a convolution goes over the map again.
-Both take more time on the CPUs that were measured; see `benchmarks`. Where these operators do not suit, the functions
+On x86, PyTorch sends eager products in float32 to MKL, and the activation after a convolution goes over the map again.
+Both take more time on the CPUs that were measured; see `benchmarks`. In bfloat16, the layer of PyTorch costs more than
+the product. Where these operators do not suit, the functions
 do the same in plain PyTorch. None of them has a gradient.
 """
 
@@ -16,21 +17,23 @@ _BUILT_IN = (
     and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
     and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 )
+_BFLOAT16 = _BUILT_IN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def suits(*tensors: Tensor | None) -> bool:
-    """Return whether oneDNN is taken for the input, the weights and the bias, if there is one."""
-    return _BUILT_IN and torch.backends.mkldnn.enabled and all(x is None or _is_plain(x) for x in tensors)
+def suits(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
+    """Return whether oneDNN is taken for the input, the weights and the bias, if there is one, in a type."""
+    supported = dtype == torch.float32 or (dtype == torch.bfloat16 and _BFLOAT16)
+    return _BUILT_IN and supported and torch.backends.mkldnn.enabled and all(x is None or _is_plain(x) for x in tensors)
 
 
 def _is_plain(x: Tensor) -> bool:
     ordinary = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_nested
-    return ordinary and x.dtype == torch.float32 and x.device.type == "cpu"
+    return ordinary and x.device.type == "cpu"
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x weight^T + bias`` for ``x [..., in]`` and ``weight [out, in]``."""
-    if suits(x, weight, bias):
+    if suits(x.dtype, x, weight, bias):
         bias = None if bias is None else bias.contiguous()  # the operator does not look at its stride
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -39,7 +42,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return ``gelu(conv(x))`` of a depthwise convolution that keeps the size, for ``x [B, C, H, W]``."""
     groups, padding = len(weight), [weight.shape[-1] // 2] * 2
-    if suits(x, weight, bias):
+    if suits(x.dtype, x, weight, bias):
         return torch.ops.mkldnn._convolution_pointwise(
             x, weight, bias.contiguous(), padding, [1, 1], [1, 1], groups, "gelu", [], "none"
         )

@@ -17,7 +17,7 @@ from models.ops.cpu.onednn import depthwise_gelu, product, suits
 from models.ops.depthwise import conv_mlp
 from models.ops.linear import choose_form, linear
 
-pytestmark = pytest.mark.skipif(not suits(torch.zeros(1)), reason="PyTorch without oneDNN, or not on x86")
+pytestmark = pytest.mark.skipif(not suits(torch.float32), reason="PyTorch without oneDNN, or not on x86")
 
 
 class Quantized(Tensor):
@@ -100,12 +100,14 @@ def test_vectorized_over_a_strided_bias() -> None:
 def test_the_choice_of_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = inputs(3)
     assert choose_form(x, weight, bias) == choose_form(x, weight, None) == "onednn"
-    for other in (torch.float64, torch.bfloat16):
-        assert choose_form(x.to(other), weight.to(other), bias.to(other)) == "reference"
+    for other, form in ((torch.float64, "reference"), (torch.bfloat16, "onednn")):
+        assert choose_form(x.to(other), weight.to(other), bias.to(other)) == form
         assert choose_form(x, weight.to(other), bias) == choose_form(x, weight, bias.to(other)) == "reference"
     assert choose_form(x, weight.as_subclass(Quantized), bias) == "reference"
     assert choose_form(x, weight.to("meta"), bias) == choose_form(x.to_sparse(), weight, bias) == "reference"
     with torch.autocast("cpu", torch.bfloat16):
+        assert choose_form(x, weight, bias) == choose_form(x.bfloat16(), weight, bias) == "onednn"
+    with torch.autocast("cpu", torch.float16):
         assert choose_form(x, weight, bias) == "reference"
     with monkeypatch.context() as patch:
         patch.setattr(torch.backends.mkldnn, "enabled", False)
@@ -135,6 +137,14 @@ def test_layers_are_fused_unless_something_is_attached(
     assert len(calls) == 1
 
 
+def test_autocast_is_that_of_pytorch() -> None:
+    tensors = inputs(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, plain = (with_gradients(form, tensors) for form in ("onednn", "reference"))
+    assert fast[0].dtype == plain[0].dtype == torch.bfloat16
+    torch.testing.assert_close(fast, plain)
+
+
 def test_wrong_shapes_are_named_by_pytorch() -> None:
     x, weight, bias = inputs(3)
     with pytest.raises(RuntimeError, match=r"mat1 and mat2 shapes cannot be multiplied \(3x6 and 7x5\)"):
@@ -148,7 +158,7 @@ def test_what_a_form_cannot_do_is_refused() -> None:
     ):
         linear(x, weight, bias, form="mkl")
     with pytest.raises(
-        ValueError, match="form 'onednn' of a linear layer needs matching shapes, float32 and an x86 CPU"
+        ValueError, match="form 'onednn' of a linear layer needs matching shapes, float32 or bfloat16 and an x86"
     ):
         linear(x.double(), weight.double(), bias.double(), form="onednn")
 

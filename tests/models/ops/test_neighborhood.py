@@ -47,6 +47,17 @@ def test_forms_agree(form: str, size: tuple[int, int], kernel_size: int) -> None
         torch.testing.assert_close(fast, plain, atol=1e-11, rtol=1e-10)
 
 
+def test_tiles_by_hand_under_autocast_are_as_exact_as_the_plain_form() -> None:
+    tensors = inputs((14, 14), 7)
+    exact = with_gradients("reference", tensors, 7)
+    narrow = [tensor.detach().float().requires_grad_() for tensor in tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        fast, plain = (with_gradients(form, narrow, 7) for form in ("tiles_by_hand", "reference"))
+    assert fast[0].dtype == torch.bfloat16
+    for one, other, truth in zip(fast, plain, exact, strict=True):
+        assert (one - truth).norm() < 2 * (other - truth).norm() < 0.1 * truth.norm()
+
+
 @pytest.mark.parametrize("form", FAST)
 def test_forms_agree_without_a_table(form: str) -> None:
     tensors = inputs((9, 10), 3)
@@ -115,10 +126,10 @@ def test_tiles_made_in_inference_mode_serve_training() -> None:
 
 def test_the_choice_of_the_form() -> None:
     x = torch.zeros(1)
-    assert choose_form(x) == choose_form(x.double()) == "tiles_by_hand"
-    assert choose_form(x, dropout=0.1) == choose_form(x.bfloat16()) == "tiles"
+    assert choose_form(x) == choose_form(x.double()) == choose_form(x.bfloat16()) == "tiles_by_hand"
+    assert choose_form(x, dropout=0.1) == choose_form(x.half()) == "tiles"
     with torch.autocast("cpu", torch.bfloat16):
-        assert choose_form(x) == "tiles"
+        assert choose_form(x) == "tiles_by_hand"
     with FakeTensorMode(allow_non_fake_inputs=True):
         on_gpu = x.to("cuda")
         assert choose_form(on_gpu) == choose_form(on_gpu.half()) == "triton"
