@@ -1,8 +1,9 @@
-"""Say which classes a network sees in images.
+"""Say which classes a network sees in images. Of a segmenter, they come with their shares of the pixels.
 
     python tools/predict.py --checkpoint output/digits/default/best.pth photo.jpg folder
     find photos -name '*.jpg' | python tools/predict.py --checkpoint best.pth --format csv - > predictions.csv
     python tools/predict.py --checkpoint dat_pp_tiny_in1k_224.pth --cfg configs/dat_tiny.yaml folder --html page.html
+    python tools/predict.py --checkpoint output/digits_fpn/default/best.pth photo.jpg --draw maps
 
 Results go to the standard output; what was loaded, progress and files that cannot be read to the standard error. Such
 files are skipped, and the status is then 1.
@@ -20,6 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -28,7 +30,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.images import UnreadableImage
+from data.segmentation.transforms import EvalTransform
+from data.transforms import normalize
+from models.build import image_size
 from models.contract import compile_parts
+from tasks.pictures import paint
+from tasks.segmentation import predict as predict_pixels
 from tools import pages
 from training.trained_model import TrainedModel, load_trained
 from training.weight_sets import WEIGHTS
@@ -44,7 +51,7 @@ class Prediction:
 
     Attributes:
         path: the file.
-        top: names and probabilities, the most probable first.
+        top: names and probabilities, the most probable first; of a segmenter, names and shares of the pixels.
     """
 
     path: str
@@ -61,6 +68,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes an image (default: 5)")
     parser.add_argument("--format", choices=WRITERS, default="text", help="default: text")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the pictures")
+    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="of a segmenter: also draw its classes over images")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=DTYPES, default="off", help="mixed precision (default: off)")
@@ -88,9 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.compile:
         compile_parts(network)
     unreadable: list[str] = []
-    predictions = predict(
-        model, files, top=args.top, batch_size=args.batch_size, amp=args.amp, on_unreadable=unreadable.append
-    )
+    predictions = _predictions(model, files, args, unreadable.append)
     bar = tqdm(total=len(files), unit="image", disable=None, leave=False)
     done = []
     write = WRITERS[args.format](sys.stdout, min(args.top, len(model.classes)))
@@ -106,6 +112,18 @@ def run(args: argparse.Namespace) -> int:
         args.html.write_text(page(model, done, unreadable), encoding="utf-8", newline="\n")
         print(args.html, file=sys.stderr)
     return 1 if unreadable else 0
+
+
+def _predictions(
+    model: TrainedModel, files: Sequence[str], args: argparse.Namespace, on_unreadable: Callable[[str], object]
+) -> Iterator[Prediction]:
+    """Return the predictions of the kind of network that the checkpoint holds."""
+    settings = {"top": args.top, "amp": args.amp, "on_unreadable": on_unreadable}
+    if model.config.TASK == "segmentation":
+        return segment(model, files, folder=args.draw, **settings)
+    if args.draw:
+        raise ValueError(f"--draw takes the checkpoint of a segmenter; {args.checkpoint} is of {model.config.TASK}")
+    return predict(model, files, batch_size=args.batch_size, **settings)
 
 
 def find_images(names: Sequence[str], listed: TextIO) -> Iterator[str]:
@@ -154,6 +172,46 @@ def predict(
         values, labels = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
         for (path, _), row, names in zip(batch, values.tolist(), labels.tolist(), strict=True):
             yield Prediction(path, [(model.classes[label], value) for label, value in zip(names, row, strict=True)])
+
+
+@torch.inference_mode()
+def segment(
+    model: TrainedModel,
+    files: Sequence[str],
+    *,
+    top: int,
+    folder: Path | None,
+    amp: str = "off",
+    on_unreadable: Callable[[str], object],
+) -> Iterator[Prediction]:
+    """Yield the classes with the largest shares of the pixels of each file that can be read, in order.
+
+    Args:
+        model: a segmenter and its classes.
+        files: paths of images.
+        top: classes an image, at most as many as there are.
+        folder: where to draw the classes over each image, as PNG under its name; None for nowhere.
+        amp: ``off``, ``fp16`` or ``bf16``.
+        on_unreadable: told why a file cannot be read.
+    """
+    device = next(model.network.parameters()).device
+    transform = EvalTransform(image_size(model.config))
+    for path in files:
+        try:
+            image = model.read(path)
+        except UnreadableImage as error:
+            on_unreadable(str(error))
+            continue
+        with torch.autocast(device.type, dtype=DTYPES[amp], enabled=amp != "off"):
+            pixels = normalize(transform.apply(image).to(device))
+            labels = predict_pixels(model.network, pixels, (image.height, image.width)).cpu()
+        shares = torch.bincount(labels.flatten(), minlength=len(model.classes)) / labels.numel()
+        values, classes = shares.topk(min(top, len(model.classes)))
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(paint(np.asarray(image), labels.numpy())).save(folder / f"{Path(path).name}.png")
+        names = [model.classes[label] for label in classes.tolist()]
+        yield Prediction(path, list(zip(names, values.tolist(), strict=True)))
 
 
 def _read(

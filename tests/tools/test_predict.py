@@ -7,12 +7,16 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from yacs.config import CfgNode
 
 from data.images import read_image
+from models import build_model
+from tasks.pictures import palette
 from tests.browser import Browser, needs_browser
-from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
+from tests.tools.samples import CLASSES, tiny_config, write_checkpoint, write_photograph
 from tools.predict import main
 from training.trained_model import load_trained
 
@@ -139,3 +143,33 @@ def test_the_page_shows_each_picture(
         assert "b <i>.jpg" in browser.evaluate("document.querySelector('figcaption').textContent")
         assert "a.png" in browser.evaluate("document.querySelector('li').textContent")
         assert browser.problems == []
+
+
+def test_a_segmenter_says_shares_of_pixels_and_draws_them(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = tiny_config(tmp_path)
+    config.TASK, config.MODEL.SEGMENTER.ARGS = "segmentation", CfgNode({"channels": 8, "pyramid_channels": 8})
+    network = build_model(config)
+    with torch.no_grad():
+        network.decode_head.conv_seg.bias[3] = 100
+    checkpoint = tmp_path / "segmenter.pth"
+    torch.save({"format": 1, "model": network.state_dict(), "classes": CLASSES, "config": config.dump()}, checkpoint)
+    words = ("--checkpoint", checkpoint, photographs[0].parent, "--format", "jsonl", "--draw", tmp_path / "maps")
+    status, out, _ = predict(monkeypatch, capsys, *words)
+    assert status == 0
+    for line in out.splitlines():
+        assert json.loads(line)["top"][0] == {"class": "dog", "probability": 1.0}
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == {f"{path.name}.png" for path in photographs}
+    drawn, photograph = read_image(tmp_path / "maps" / "a.png.png"), read_image(photographs[0])
+    expected = 0.65 * palette()[3] + 0.35 * np.asarray(photograph)
+    assert np.abs(np.asarray(drawn) - expected).max() <= 1
+
+
+def test_only_segmenters_draw(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    words = ("--checkpoint", write_checkpoint(tmp_path), photographs[0], "--draw", tmp_path / "maps")
+    status, _, err = predict(monkeypatch, capsys, *words)
+    assert status == 2
+    assert "--draw takes the checkpoint of a segmenter" in err
