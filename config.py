@@ -152,6 +152,12 @@ OPTIONS: dict[str, Option] = {
         metavar="N",
         may_change=True,
     ),
+    "DATA.CACHE": _switch(
+        False,
+        "Read the files of all images into memory at the start, once for all processes of a machine (/dev/shm, Linux), "
+        "for data sets that fit and lie on slow disks; what does not fit is read as without it.",
+        may_change=True,
+    ),
     "DATA.PIN_MEMORY": _switch(
         True,
         "Page-locked host memory, so that copies to a GPU overlap with computing. Ignored on other devices.",

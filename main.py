@@ -86,6 +86,7 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     size = max(started, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a launcher that has started none yet
     settle(config, pick_device(config.DEVICE, 0, max(local, size) if started == 1 else local))
     world, lines, warnings = World(0, size, 0, torch.device("cpu")), [], []
+    config.DATA.CACHE = False  # which would read all images
     if args.throughput:
         summary = build_throughput(config, world).size()
     elif args.eval:

@@ -16,10 +16,11 @@ from timm.data import Mixup
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from data.cache import CachedSource
 from data.datasets import SeededSamples, TransformedImages, collate, collate_for_a_pipe
 from data.formats import FORMATS
 from data.samplers import EvalSampler, TrainSampler
-from data.sources import PARTS, Dataset, Request
+from data.sources import PARTS, Dataset, ImageSource, Request
 from data.transforms import Erase, EvalTransform, TrainTransform
 from data.workers import leave_signals_to_parent
 
@@ -71,7 +72,8 @@ def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_si
     on_unreadable = "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
     balanced = dataset.train.labels if config.DATA.BALANCE == "sampling" else None
     sampler = train_sampler(config, len(dataset.train), rank=rank, world_size=world_size, balanced=balanced)
-    images = TransformedImages(dataset.train, transform, seed=config.SEED, on_unreadable=on_unreadable)
+    source = _source(config, dataset.train, "train", rank)
+    images = TransformedImages(source, transform, seed=config.SEED, on_unreadable=on_unreadable)
     return build_loader(config, images, sampler, _collate(config))
 
 
@@ -86,7 +88,8 @@ def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_siz
     )
     on_unreadable = "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
     sampler = EvalSampler(len(dataset.held_out), rank=rank, world_size=world_size)
-    images = TransformedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=on_unreadable)
+    source = _source(config, dataset.held_out, "val", rank)
+    images = TransformedImages(source, transform, seed=config.SEED, on_unreadable=on_unreadable)
     return build_loader(config, images, sampler, _collate(config))
 
 
@@ -108,6 +111,22 @@ def train_sampler(
         repeats=config.AUG.REPEATS,
         balanced=balanced,
     )
+
+
+def _source(config: CfgNode, source: ImageSource, part: str, rank: int) -> ImageSource:
+    """Return the images of a part, from memory where DATA.CACHE asks for it.
+
+    Raises:
+        ValueError: this system has no memory that is a folder.
+    """
+    if not config.DATA.CACHE:
+        return source
+    if not SHARED_MEMORY.is_dir():
+        raise ValueError(f"DATA.CACHE needs {SHARED_MEMORY}, which this system does not have; leave it off")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Processes of one run and machine agree on the port of their group; a single one has itself.
+    job = f"{os.environ.get('MASTER_PORT', '')}-{os.getppid()}" if processes > 1 else str(os.getpid())
+    return CachedSource(source, SHARED_MEMORY, f"{job}-{part}", processes=processes, is_main=rank == 0)
 
 
 def build_erasing(config: CfgNode) -> Erase | None:

@@ -172,6 +172,7 @@ def _hours(speed: Sequence[dict[str, Any]]) -> float:
 def _mistakes(checkpoint: Path, config: CfgNode, device: torch.device, wanted: Callable[[], bool]) -> str:
     """Return the part of the page on the held-out images."""
     model = load_trained(checkpoint)
+    config.DATA.CACHE = False  # each image is read once
     task = build_task(config, World(0, 1, 0, device), training=False)
     network = model.network.to(device, memory_format=torch.channels_last)
     found = predict_all(task.as_evaluated(network), task, task.eval_loader(), model.classes, wanted=wanted)

@@ -1,0 +1,92 @@
+"""The files of images in memory, once for all processes of a machine."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data.images import StoredImage, UnreadableImage
+from data.listing import Listing, one_at_a_time
+from data.sources import ImageSource
+
+# Images that are read at once: files of a network come late, not slowly.
+_READERS = 16
+# Share of the memory that stays free for batches on their way.
+_RESERVE = 0.1
+_COLUMNS = {"offset": np.int64, "size": np.int64, "turn": np.uint8}
+
+
+class CachedSource(ImageSource):
+    """Images whose files are read once and then come from memory; decoding and augmentation stay as they are.
+
+    The first process of a machine fills a file in memory, all map it. Its name goes when the last one has, so that the
+    memory is free when they end, however they do. What does not fit, and what cannot be read, comes from the source.
+
+    Args:
+        source: where the images come from.
+        folder: a folder in memory, such as `/dev/shm`.
+        key: names the cache; the same for all processes that share it, another one for any other.
+        processes: how many share it.
+        is_main: whether this process shows progress.
+    """
+
+    def __init__(self, source: ImageSource, folder: Path, key: str, *, processes: int, is_main: bool) -> None:
+        self._source = source
+        self.labels = source.labels
+        content, table, opened = (folder / f"dat-{os.getuid()}-{key}.{kind}" for kind in ("data", "index", "opened"))
+        with one_at_a_time(content):
+            if not table.exists():
+                rows = _fill(source, content, show=is_main)
+                Listing.of(rows, _COLUMNS, {}).save(table)
+            self._table = Listing.load(table)
+            with content.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                self._content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
+            with opened.open("ab") as file:
+                file.write(b".")
+            if opened.stat().st_size == processes:
+                for path in (content, table, opened):
+                    path.unlink()
+
+    def cached(self) -> int:
+        """Return how many images are in memory."""
+        return int((self._table.numbers["size"] > 0).sum())
+
+    def get(self, index: int) -> StoredImage:
+        """Return an image as it is stored; raises `UnreadableImage`."""
+        if index >= len(self._table) or not self._table.numbers["size"][index]:
+            return self._source.get(index)
+        offset, size, turn = (int(self._table.numbers[name][index]) for name in _COLUMNS)
+        name = os.fsdecode(self._table.name(index))
+        return StoredImage(self._content[offset : offset + size], name, turn=bool(turn))
+
+
+def _fill(source: ImageSource, path: Path, *, show: bool) -> Iterator[tuple[bytes, int, int, int]]:
+    """Write the files of images one behind the other while they fit, and yield name, offset, size and orientation."""
+    offset, disk = 0, shutil.disk_usage(path.parent)
+    room = disk.free - _RESERVE * disk.total
+    with path.open("wb") as file, ThreadPoolExecutor(_READERS) as readers:
+        for first in tqdm(range(0, len(source), 1024), "reading images into memory", disable=None if show else True):
+            part = range(first, min(first + 1024, len(source)))
+            for stored in readers.map(lambda index: _read(source, index), part):
+                size = len(stored.data) if stored and isinstance(stored.data, bytes) else 0
+                if offset + size > room:
+                    return
+                if size:
+                    file.write(stored.data)
+                yield (os.fsencode(stored.name) if size else b""), offset, size, int(bool(size and stored.turn))
+                offset += size
+
+
+def _read(source: ImageSource, index: int) -> StoredImage | None:
+    try:
+        return source.get(index)
+    except UnreadableImage:
+        return None  # it is met again, and reported, when its turn comes

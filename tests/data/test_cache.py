@@ -1,0 +1,68 @@
+"""Images from memory are those of their source, shared by processes, and leave nothing behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import build, cache
+from data.build import build_train_loader, open_dataset
+from data.cache import CachedSource
+from data.images import UnreadableImage
+from data.sources import ImageSource
+from tests.data.samples import small_config, write_folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> ImageSource:
+    root = write_folder(tmp_path / "photos", {"train/cat": 4, "train/dog": 3, "val/cat": 1})
+    return open_dataset(small_config(root)).train
+
+
+def test_processes_share_what_is_read_once(
+    tmp_path: Path, source: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = [(image.data, image.name, image.turn) for image in map(source.get, range(7))]
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    first = CachedSource(source, folder, "run", processes=2, is_main=True)
+    monkeypatch.setattr(type(source), "get", lambda *_: pytest.fail("the source is asked again"))
+    second = CachedSource(source, folder, "run", processes=2, is_main=False)
+    assert list(folder.iterdir()) == []
+    for one in (first, second):
+        assert [(image.data, image.name, image.turn) for image in map(one.get, range(7))] == expected
+        np.testing.assert_array_equal(one.labels, source.labels)
+        assert one.cached() == 7
+
+
+def test_what_does_not_fit_or_cannot_be_read_comes_from_the_source(
+    tmp_path: Path, source: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [len(source.get(index).data) for index in range(7)]
+    missing = Path(source.get(1).name)
+    missing.unlink()
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: type("", (), {"free": sum(sizes[:4]), "total": 0}))
+    cached = CachedSource(source, tmp_path, "run", processes=1, is_main=True)
+    assert 3 <= cached.cached() < 6
+    assert cached.get(6).data == source.get(6).data
+    with pytest.raises(UnreadableImage):
+        cached.get(1)
+
+
+def test_batches_are_the_same(source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "SHARED_MEMORY", tmp_path)
+    root, batches = tmp_path / "photos", []
+    for on in (False, True):
+        config = small_config(root, CACHE=on)
+        (batch,) = build_train_loader(config, open_dataset(config), rank=0, world_size=1)
+        batches.append(batch)
+    np.testing.assert_array_equal(*(batch.images.numpy() for batch in batches))
+
+
+def test_a_system_without_such_memory(source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "SHARED_MEMORY", tmp_path / "none")
+    config = small_config(tmp_path / "photos", CACHE=True)
+    with pytest.raises(ValueError, match="leave it off"):
+        build_train_loader(config, open_dataset(config), rank=0, world_size=1)
