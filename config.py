@@ -328,6 +328,15 @@ OPTIONS: dict[str, Option] = {
         "Begin the decay when the warm-up is over, instead of letting it run through the warm-up as in the published "
         "training. Linear always begins afterwards.",
     ),
+    "TRAIN.LR_SCHEDULER.PLANNED_EPOCHS": RunOption(
+        0, "Epochs that the schedule is made for, to train a finished run for longer; 0: TRAIN.EPOCHS.", not_negative()
+    ),
+    "TRAIN.LR_SCHEDULER.AFTER": RunOption(
+        "hold",
+        "What follows these epochs, up to TRAIN.EPOCHS. hold: their last learning rate. rewarm: warm-up and decay once "
+        "more.",
+        one_of("hold", "rewarm"),
+    ),
     "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": RunOption(30, "Of the step schedule: epochs between decays.", at_least(1)),
     "TRAIN.LR_SCHEDULER.MILESTONES": RunOption(
         [8, 11], "Of the milestones schedule: epochs before which the learning rate decays.", _MILESTONES

@@ -17,19 +17,56 @@ _LINEAR_END = 0.01
 _LARGEST_DROP = 0.8
 
 
+class Continued:
+    """A schedule that goes on after its last update: held there, or begun anew.
+
+    Args:
+        first: the schedule.
+        updates: how many it is made for.
+        again: what follows; None holds the last learning rate.
+    """
+
+    def __init__(self, first: Scheduler, updates: int, again: Scheduler | None) -> None:
+        self._first, self._updates, self._again = first, updates, again
+
+    def step_update(self, num_updates: int) -> None:
+        """Set the learning rate that follows an update, counted from 0."""
+        if self._again is None or num_updates < self._updates - 1:
+            self._first.step_update(min(num_updates, self._updates - 1))
+        else:
+            self._again.step_update(max(num_updates - self._updates, 0))
+
+
+def schedule_epochs(config: CfgNode) -> int:
+    """Return the epochs that the schedule is made for; those that follow hold its end or repeat it."""
+    return min(config.TRAIN.LR_SCHEDULER.PLANNED_EPOCHS or config.TRAIN.EPOCHS, config.TRAIN.EPOCHS)
+
+
 def build_scheduler(
     config: CfgNode, optimizer: torch.optim.Optimizer, *, updates_per_epoch: int, world_size: int
-) -> Scheduler:
+) -> Scheduler | Continued:
     """Return the configured schedule, counted in updates: call `step_update(n)` after update n, counted from 0.
 
     The learning rate is a function of n alone, so a resumed run needs no state of it. With WARMUP_PREFIX the decay
     begins when the warm-up is over; without it, the others are then where they would be without a warm-up, as in the
     published training. Linear always begins after the warm-up.
     """
+    epochs, shape = schedule_epochs(config), {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
+    beyond = config.TRAIN.EPOCHS - epochs
+    if not beyond:
+        return _cycle(config, optimizer, epochs, **shape)
+    again = _cycle(config, optimizer, beyond, **shape) if config.TRAIN.LR_SCHEDULER.AFTER == "rewarm" else None
+    return Continued(_cycle(config, optimizer, epochs, **shape), epochs * updates_per_epoch, again)
+
+
+def _cycle(
+    config: CfgNode, optimizer: torch.optim.Optimizer, epochs: int, *, updates_per_epoch: int, world_size: int
+) -> Scheduler:
+    """Return a warm-up and the decay that follows it."""
     train, scale = config.TRAIN, learning_rate_scale(config, world_size)
     kind, warmup_updates = train.LR_SCHEDULER.NAME, _warmup_updates(config, updates_per_epoch)
     after_warmup = train.LR_SCHEDULER.WARMUP_PREFIX or kind == "linear"
-    updates = train.EPOCHS * updates_per_epoch
+    updates = epochs * updates_per_epoch
     if after_warmup:
         updates = max(1, updates - warmup_updates)
     warmup = {
@@ -67,6 +104,7 @@ def planned_schedule(
     shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
     total, warmup = config.TRAIN.EPOCHS * updates_per_epoch, _warmup_updates(config, updates_per_epoch)
     updates = {*range(0, total, max(1, total // points)), warmup, warmup + 1, total - 1}
+    updates.add(schedule_epochs(config) * updates_per_epoch)
     rates = learning_rates(config, sorted(update for update in updates if update < total), **shape)
     return [(update / updates_per_epoch, rate) for update, rate in rates.items()]
 
@@ -74,7 +112,7 @@ def planned_schedule(
 def doubtful_drop(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> str:
     """Return a warning where the learning rate falls steeply when the warm-up ends, otherwise an empty text."""
     warmup = _warmup_updates(config, updates_per_epoch)
-    if not warmup or warmup >= config.TRAIN.EPOCHS * updates_per_epoch:
+    if not warmup or warmup >= schedule_epochs(config) * updates_per_epoch:
         return ""
     shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
     before, after = learning_rates(config, [warmup, warmup + 1], **shape).values()
@@ -82,7 +120,7 @@ def doubtful_drop(config: CfgNode, *, updates_per_epoch: int, world_size: int) -
         return ""
     return (
         f"the learning rate falls from {before:.2e} to {after:.2e} when the warm-up ends: the decay of a run of "
-        f"{config.TRAIN.EPOCHS} epochs is {warmup / updates_per_epoch:g} epochs old then, as in the published "
+        f"{schedule_epochs(config)} epochs is {warmup / updates_per_epoch:g} epochs old then, as in the published "
         "training. TRAIN.LR_SCHEDULER.WARMUP_PREFIX True begins it after the warm-up; a shorter TRAIN.WARMUP_EPOCHS "
         "helps, too"
     )

@@ -106,6 +106,23 @@ def test_the_planned_schedule_is_the_one_that_a_run_has() -> None:
     assert {had[0], had[7], had[-1]} <= set(fewer)
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "step"])
+def test_a_finished_schedule_is_held_or_begun_anew(schedule: str) -> None:
+    shape = {"updates_per_epoch": 10, "world_size": 1}
+    options = ["TRAIN.WARMUP_EPOCHS", 2, "TRAIN.LR_SCHEDULER.NAME", schedule, "TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 3]
+    finished = load_config("configs/dat_tiny.yaml", [*options, "TRAIN.EPOCHS", 6])
+    before = list(learning_rates(finished, list(range(60)), **shape).values())
+    longer = [*options, "TRAIN.EPOCHS", 12, "TRAIN.LR_SCHEDULER.PLANNED_EPOCHS", 6]
+    held = list(learning_rates(load_config("configs/dat_tiny.yaml", longer), list(range(120)), **shape).values())
+    assert held[:60] == before
+    assert set(held[60:]) == {held[60]}
+    assert 0 < held[60] <= before[-1]
+    longer += ["TRAIN.LR_SCHEDULER.AFTER", "rewarm"]
+    anew = list(learning_rates(load_config("configs/dat_tiny.yaml", longer), list(range(120)), **shape).values())
+    assert anew[:60] == before
+    assert anew[60:] == before
+
+
 def test_a_resumed_schedule_is_the_same_function_of_the_update() -> None:
     config = load_config("configs/digits.yaml")
     rates = learning_rates(config, list(range(100)), updates_per_epoch=10, world_size=1)

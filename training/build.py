@@ -38,6 +38,9 @@ from utils import (
     write_whole,
 )
 
+# A continued run whose learning rate changes by more than this factor is probably not meant.
+_LARGEST_JUMP = 1.5
+
 
 @dataclass(frozen=True)
 class Assembly:
@@ -135,7 +138,7 @@ def build_run(config: CfgNode, world: World) -> Run:
         hold=hold,
     )
     run.stop.listen()
-    if begins:
+    if begins or config.TRAIN.ALLOW_CONFIG_CHANGE:  # which need not be given again: the checkpoint has the new options
         run.save()  # before the first line of the log, so that a run killed earlier leaves nothing to set aside
     _introduce(run, in_words(config, parts, world), notes, parts.warnings)
     return run
@@ -193,6 +196,7 @@ def assemble(config: CfgNode, world: World) -> Assembly:
     )
     if resumed:
         notes += _restore(state, config, *resumed[:2])
+        warnings += rate_jump(config, state, resumed[1])
     warnings += suspicious_settings(config, state, len(train_loader.dataset), world.size) + task.doubts()
     return Assembly(task, train_loader, eval_loader, state, resumed[0] if resumed else None, notes, warnings)
 
@@ -214,6 +218,17 @@ def suspicious_settings(config: CfgNode, state: TrainingState, images: int, worl
             f"{dropped} of {images} images, others in each epoch; smaller batches drop fewer"
         )
     return found
+
+
+def rate_jump(config: CfgNode, state: TrainingState, saved: dict[str, Any]) -> list[str]:
+    """Return a warning where the learning rate of a continued run is another one than its checkpoint stopped at."""
+    before, now = (groups[0]["lr"] for groups in (saved["optimizer"]["param_groups"], state.optimizer.param_groups))
+    if state.position.epoch >= config.TRAIN.EPOCHS or before / _LARGEST_JUMP <= now <= before * _LARGEST_JUMP:
+        return []
+    return [
+        f"the learning rate goes from {before:.2e} to {now:.2e} where the run continues, so that its accuracy may fall "
+        "at first. To hold the rate of a finished run, set TRAIN.LR_SCHEDULER.PLANNED_EPOCHS to the epochs that it had"
+    ]
 
 
 def _restore(state: TrainingState, config: CfgNode, path: Path, saved: dict[str, Any]) -> list[str]:

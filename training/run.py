@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from logger import RunLog
+from lr_scheduler import Continued
 from optimizer import keeps_state, skips_on_device
 from tasks import Task
 from training.checkpoint import FORMAT, CheckpointFolder, load_strictly
@@ -95,7 +96,7 @@ class TrainingState:
     network: nn.Module
     ema: ModelEmaV3 | None
     optimizer: torch.optim.Optimizer
-    scheduler: Scheduler
+    scheduler: Scheduler | Continued
     scaler: torch.amp.GradScaler
     images_per_update: int
     updates_per_epoch: int

@@ -165,7 +165,13 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_nothing_to_set_aside(
     folder = tmp_path / "output/tiny/default"
     assert {path.name for path in folder.iterdir()} == {".lock", "last.tmp"}
     build(tmp_path)
-    assert {path.name for path in folder.iterdir()} == {".lock", "last.pth", "log.txt", "config.yaml"}
+    assert {path.name for path in folder.iterdir()} == {
+        ".lock",
+        "last.pth",
+        "log.txt",
+        "config.yaml",
+        "environment.json",
+    }
 
 
 def test_another_size_of_updates_continues_at_the_same_image(tmp_path: Path) -> None:
@@ -177,6 +183,28 @@ def test_another_size_of_updates_continues_at_the_same_image(tmp_path: Path) -> 
     run.save()
     halved = build(tmp_path, "--batch-size", "32", "--allow-config-change")
     assert halved.state.position.update == 20
+
+
+def test_other_options_are_allowed_once_and_a_jump_of_the_learning_rate_is_said(tmp_path: Path) -> None:
+    run = build(tmp_path)
+    run.hold.close()
+    for update in range(run.state.updates_per_epoch * 2):
+        run.state.scheduler.step_update(update)
+    for parameter in run.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    run.state.optimizer.step()
+    run.state.position.epoch = 2
+    run.save()
+    longer = build(tmp_path, "--epochs", "4", "--allow-config-change")
+    longer.hold.close()
+    assert "the learning rate goes from " in (run.folder / "log.txt").read_text()
+    again = build(tmp_path, "--epochs", "4")
+    again.hold.close()
+    held = ("--epochs", "4", "--allow-config-change", "--opts", "TRAIN.LR_SCHEDULER.PLANNED_EPOCHS", "2")
+    (run.folder / "log.txt").unlink()
+    run.save()
+    assert build(tmp_path, *held).state.position.epoch == 2
+    assert "the learning rate goes" not in (run.folder / "log.txt").read_text()
 
 
 def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path) -> None:
