@@ -1,35 +1,42 @@
 """Time of whole networks beside models of timm: inference, and forward and backward of a training step.
 
-    python -m benchmarks.model --cfg configs/dat_tiny.yaml --timm swin_tiny_patch4_window7_224 --threads 1
+    python -m benchmarks.model --cfg configs/dat_tiny.yaml --timm swin_tiny_patch4_window7_224 convnext_tiny \\
+        --threads 1 2 --batch-size 1 8 32 --amp none bf16 --compile
 
-All networks take turns in this process on the same random images. A row shows the best run, by how much the median run
-is slower, and the best run over that of the first model of timm.
+measures every combination of the arguments. All networks of a row take turns in this process on the same random images.
+A row shows the best run of each, by how much its median run is slower, and the best run over that of the first model of
+timm. The floor is the time that the products of the first network take at the rate of one large product; a training
+step has three times as many.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
-from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.memory import peak_memory
 from benchmarks.timing import AMP_DTYPES, environment, precision, spread, take_turns
 from config import load_config
 from models import build_model
 
+SIDE = 1024  # of the matrices that the floor is measured with
+
 
 def main() -> None:
-    """Measure and print the tables."""
+    """Measure and print the table."""
     args = _parse_arguments()
     try:
-        _print_tables(args)
+        _print_table(args)
     except ValueError as error:
         sys.exit(f"error: {error}")
 
@@ -39,32 +46,44 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cfg", nargs="+", default=[], help="config files")
     parser.add_argument("--timm", nargs="+", default=[], help="names of timm models")
     parser.add_argument("--img-size", type=int, help="side of the images; that of the first config where left out")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="CPU threads")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--amp", choices=AMP_DTYPES, default="none", help="autocast")
+    parser.add_argument("--amp", choices=AMP_DTYPES, nargs="+", default=["none"], help="autocast")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile; ours block by block, those of timm whole"
+        "--compile", action="store_true", help="compiled networks, too; ours block by block, those of timm whole"
     )
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each network")
-    parser.add_argument("--only", choices=("inference", "training"), help="measure one of the two")
+    parser.add_argument("--only", choices=TASKS, help="measure one of the two")
     parser.add_argument("--opts", nargs="+", default=[], help="options of the configs, KEY VALUE ...")
     return parser.parse_args()
 
 
-def _print_tables(args: argparse.Namespace) -> None:
-    torch.set_num_threads(args.threads)
+def _print_table(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
     networks, size = _build_networks(args, device)
-    images = torch.randn(args.batch_size, 3, size, size, device=device)
-    print(
-        f"{environment(device, args.threads)}; batch {args.batch_size}, {size}x{size}, autocast {args.amp}, "
-        f"{'compiled' if args.compile else 'eager'}, best of {args.runs}"
-    )
-    for task, step in (("inference", infer), ("training", train)):
-        if args.only in (None, task):
-            _print_table(task, step, networks, images, args)
+    first, *others = networks
+    macs = _macs(networks[first], size)
+    print(f"{environment(device, max(args.threads))}; {size}x{size}, best of {args.runs}\n")
+    columns = ["threads", "batch", "autocast", "task", "mode", "floor, ms", f"{first}, ms"]
+    columns += [column for name in others for column in (f"{name}, ms", "ratio")]
+    print(f"| {' | '.join(columns)} |\n|---:|---:|---|---|---|{'---:|' * (len(columns) - 5)}")
+    for threads, compiled in product(args.threads, (False, True) if args.compile else (False,)):
+        torch.set_num_threads(threads)
+        running = _compiled(networks) if compiled else networks
+        rates = {amp: _mac_rate(amp, device) for amp in args.amp}
+        for batch, amp, task in product(args.batch_size, args.amp, [args.only] if args.only else TASKS):
+            images = torch.randn(batch, 3, size, size, device=device)
+            rivals = {name: partial(TASKS[task], network, images, amp) for name, network in running.items()}
+            seconds = take_turns(rivals, runs=args.runs, device=device)
+            floor = batch * macs * (1 if task == "inference" else 3) / rates[amp]
+            cells = [threads, batch, amp, task, "compiled" if compiled else "eager", f"{floor * 1e3:.0f}"]
+            for name, runs in seconds.items():
+                cells.append(f"{min(runs) * 1e3:.0f} +{spread(runs)}")
+                if name != first:
+                    cells.append(f"{min(runs) / min(seconds[first]):.2f}")
+            print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 def _build_networks(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, nn.Module], int]:
@@ -78,17 +97,38 @@ def _build_networks(args: argparse.Namespace, device: torch.device) -> tuple[dic
         theirs = {name: timm.create_model(name) for name in args.timm}
     except RuntimeError as error:
         raise ValueError(f"--timm: {error}") from None
-    if args.compile:
-        for network in ours.values():
-            network.compile_blocks()
-        for network in theirs.values():
-            network.compile(dynamic=False)
     networks = {**theirs, **ours}
     if not networks:
         raise ValueError("nothing to measure; give networks with --cfg and --timm")
     for network in networks.values():
         network.to(device, memory_format=torch.channels_last if device.type == "cuda" else torch.preserve_format)
     return networks, size
+
+
+def _compiled(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return copies compiled for the number of threads that is set, which becomes part of their code."""
+    torch.compiler.reset()
+    copies = copy.deepcopy(networks)
+    for network in copies.values():
+        if hasattr(network, "compile_blocks"):
+            network.compile_blocks()
+        else:
+            network.compile(dynamic=False)
+    return copies
+
+
+def _macs(network: nn.Module, size: int) -> int:
+    """Return the multiply-accumulates of a network for one image."""
+    like = next(network.parameters())
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network.eval()(torch.zeros(1, 3, size, size, device=like.device))
+    return counter.get_total_flops() // 2
+
+
+def _mac_rate(amp: str, device: torch.device) -> float:
+    """Return the multiply-accumulates a second of one large product."""
+    a, b = torch.randn(2, SIDE, SIDE, device=device, dtype=AMP_DTYPES[amp] or torch.float32)
+    return SIDE**3 / min(take_turns({"product": lambda: a @ b}, runs=3, device=device)["product"])
 
 
 def infer(network: nn.Module, images: Tensor, amp: str) -> None:
@@ -106,25 +146,7 @@ def train(network: nn.Module, images: Tensor, amp: str) -> None:
     loss.backward()
 
 
-def _print_table(
-    task: str,
-    step: Callable[[nn.Module, Tensor, str], None],
-    networks: dict[str, nn.Module],
-    images: Tensor,
-    args: argparse.Namespace,
-) -> None:
-    rivals = {name: lambda network=network: step(network, images, args.amp) for name, network in networks.items()}
-    seconds = take_turns(rivals, runs=args.runs, device=images.device)
-    on_gpu = images.is_cuda
-    base = min(next(iter(seconds.values())))
-    print(f"\n| {task} | best, ms | median over best | images/s | ratio |" + (" peak memory, MiB |" if on_gpu else ""))
-    print("|---|---:|---:|---:|---:|" + ("---:|" if on_gpu else ""))
-    for name, runs in seconds.items():
-        best = min(runs)
-        row = f"| {name} | {best * 1e3:.0f} | +{spread(runs)} | {len(images) / best:.1f} | {best / base:.3f} |"
-        print(
-            row + (f" {peak_memory(rivals[name], networks[name], images.device):.0f} |" if on_gpu else ""), flush=True
-        )
+TASKS = {"inference": infer, "training": train}
 
 
 if __name__ == "__main__":
