@@ -434,7 +434,6 @@ OPTIONS: dict[str, Option] = {
         Check(lambda scales: scales and min(scales) > 0, "a list of numbers above 0"),
         may_change=True,
     ),
-    "SEGMENTATION.TEST_FLIP": _switch(False, "Average held-out images with their mirror images.", may_change=True),
     "TEST.CROP": _switch(True, "Resize to IMG_SIZE / CROP_RATIO and crop the centre; otherwise resize to IMG_SIZE."),
     "TEST.CROP_RATIO": RunOption(0.875, "Share of the resized image that is cut out, along each side.", _PART),
     "TEST.RESIZE": RunOption(
@@ -442,7 +441,10 @@ OPTIONS: dict[str, Option] = {
         "squash: resize both sides, as published. shorter: resize the shorter side and keep the aspect ratio.",
         one_of("squash", "shorter"),
     ),
-    "TEST.FLIP": _switch(False, "Evaluate each image and its mirror image, by the mean of their logits."),
+    "TEST.FLIP": _switch(
+        False,
+        "Evaluate each image and its mirror image, by the mean of their logits; of their probabilities in segmentation.",
+    ),
     # ---- the machine
     "DEVICE": RunOption(
         "",

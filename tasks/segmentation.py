@@ -78,8 +78,8 @@ class Segmentation(Task):
         return model(batch.images, batch.labels)
 
     def meter(self, samples: int, device: torch.device) -> Meter:
-        options = self.config.SEGMENTATION
-        return MeanIoU(self.classes, samples, device, scales=options.TEST_SCALES, flip=options.TEST_FLIP)
+        scales, flip = self.config.SEGMENTATION.TEST_SCALES, self.config.TEST.FLIP
+        return MeanIoU(self.classes, samples, device, scales=scales, flip=flip)
 
     def unreadable(self, batch: Batch) -> list[str]:
         return batch.unreadable
