@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from models.backbone import DATBackbone
+from models.detection.transformers_kinds import KINDS
 from tests.models.small import SMALL
 
 CLASSES = 3
@@ -20,6 +21,16 @@ DECODER = {
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 4,
 }
+
+
+def small_arguments(name: str) -> dict[str, Any]:
+    """Return the arguments of a small detector, whose width is called differently here and there."""
+    arguments = dict(DECODER)
+    if name == "dab_detr":
+        arguments["hidden_size"] = arguments.pop("d_model")
+    if name in KINDS and KINDS[name].pyramid:
+        arguments["encoder_hidden_dim"] = 32
+    return {**arguments, ("two_stage_num_proposals" if name.endswith("two_stage") else "num_queries"): 20}
 
 
 def small_backbone(*out_indices: int, **options: Any) -> DATBackbone:

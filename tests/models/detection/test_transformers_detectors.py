@@ -12,18 +12,8 @@ from models.detection.detector import pad_images
 from models.detection.set_prediction import image_mask, padded_sizes, relative_targets
 from models.detection.transformers_detectors import TransformersDetector
 from models.detection.transformers_kinds import KINDS
-from tests.models.detection.small import CLASSES, DECODER, small_backbone, two_images
+from tests.models.detection.small import CLASSES, small_arguments, small_backbone, two_images
 from tests.models.small import without_gradient
-
-
-def small_arguments(kind: str) -> dict[str, Any]:
-    """Return the arguments of a small detector, whose width is called differently here and there."""
-    arguments = dict(DECODER)
-    if kind == "dab_detr":
-        arguments["hidden_size"] = arguments.pop("d_model")
-    if KINDS[kind].pyramid:
-        arguments["encoder_hidden_dim"] = 32
-    return {**arguments, ("two_stage_num_proposals" if kind.endswith("two_stage") else "num_queries"): 20}
 
 
 def small_detector(kind: str) -> TransformersDetector:
