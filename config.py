@@ -63,8 +63,8 @@ _SIZE = Check(
     lambda size: min(size) >= 1 and len(size) == 2 if isinstance(size, list) else size >= 1,
     "a number of pixels from 1 on, or [height, width]",
 )
-_SIDES = Check(
-    lambda sides: all(isinstance(side, int) and side >= 1 for side in sides), "a list of numbers of pixels from 1 on"
+_COUNTS = Check(
+    lambda sides: all(isinstance(side, int) and side >= 1 for side in sides), "a list of whole numbers from 1 on"
 )
 _PART = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _POSITIVE = Check(lambda value: value > 0, "above 0")
@@ -87,7 +87,7 @@ OPTIONS: dict[str, Option] = {
         "How the data set is stored; docs/data.md describes each. imagenet: DATA_PATH/train/<class>/* and "
         "DATA_PATH/val/<class>/*, with any number of classes. csv, tar (archives and shards), parquet, huggingface "
         "(saved on disk), cifar10, cifar100, mnist, fashion_mnist: the same from other files. digits: the 1,797 "
-        "handwritten digits inside scikit-learn, which needs no path.",
+        "handwritten digits inside scikit-learn, which needs no path. TASK detection: coco, voc, yolo, digit_scenes.",
     ),
     "DATA.DATA_PATH": RunOption(
         "",
@@ -405,15 +405,15 @@ OPTIONS: dict[str, Option] = {
     "DETECTION.SHORT_SIDES": RunOption(
         list(range(480, 801, 32)),
         "Training images are resized until their short side is one of these, in pixels.",
-        _SIDES,
+        _COUNTS,
     ),
     "DETECTION.LONG_SIDE": RunOption(1333, "What their long side has at most, in evaluation too.", at_least(1)),
     "DETECTION.CROP_SIDES": RunOption(
         [400, 500, 600],
         "Every other training image first gets one of these short sides and is cropped; empty: none.",
-        _SIDES,
+        _COUNTS,
     ),
-    "DETECTION.CROP": RunOption([384, 600], "Smallest and largest side of that crop, in pixels.", _SIDES),
+    "DETECTION.CROP": RunOption([384, 600], "Smallest and largest side of that crop, in pixels.", _COUNTS),
     "DETECTION.TEST_SHORT_SIDE": RunOption(800, "Short side of held-out images, in pixels.", at_least(1)),
     # ---- segmentation
     "SEGMENTATION.SCALE": RunOption(

@@ -8,14 +8,22 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.build import build_loader, request, train_sampler
+from data.detection.coco import open_coco
 from data.detection.datasets import EvalSamples, TrainSamples, collate
 from data.detection.digit_scenes import open_digit_scenes
 from data.detection.sources import DetectionDataset
 from data.detection.transforms import EvalTransform, TrainTransform
+from data.detection.voc import open_voc
+from data.detection.yolo import open_yolo
 from data.samplers import EvalSampler
 from data.sources import Request
 
-FORMATS: Mapping[str, Callable[[Request], DetectionDataset]] = {"digit_scenes": open_digit_scenes}
+FORMATS: Mapping[str, Callable[[Request], DetectionDataset]] = {
+    "digit_scenes": open_digit_scenes,
+    "coco": open_coco,
+    "voc": open_voc,
+    "yolo": open_yolo,
+}
 
 
 def open_dataset(config: CfgNode, needs: Sequence[str]) -> DetectionDataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from faster_coco_eval.core import mask as rle
 
+from data.detection.coco import open_coco
 from data.detection.sources import DetectionDataset, DetectionSource, Objects
 from data.formats.digit_scenes import SIDE, DigitScenes
 from data.images import StoredImage
@@ -12,16 +13,13 @@ from data.sources import Request
 
 
 def open_digit_scenes(request: Request) -> DetectionDataset:
-    """Open the digit scenes.
+    """Open the digit scenes, or the data set in the layout of COCO that a path names in their place.
 
     Raises:
-        ValueError: where a path was given, which they do not have.
+        ValueError: see `open_coco`.
     """
     if request.path:
-        raise ValueError(
-            "the digit scenes are a data set of their own, without --data-path; to train on files with this config, "
-            "add --opts DATA.DATASET coco"
-        )
+        return open_coco(request)
     return DetectionDataset(
         classes=DigitScenes.classes,
         masks=True,

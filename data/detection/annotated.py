@@ -1,0 +1,168 @@
+"""Images in folders with annotations beside them: what the readers of COCO, Pascal VOC and YOLO files share."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from faster_coco_eval.core import mask as rle
+
+from data.detection.sources import DetectionSource, Objects
+from data.images import StoredImage, read_file
+from data.sources import shorten
+
+
+@dataclass(frozen=True, kw_only=True)
+class Annotation:
+    """One object as a file describes it.
+
+    Attributes:
+        name: what messages call it.
+        box: x1, y1, x2, y2 in pixels.
+        label: from 0 on; None for a class that the data set does not know.
+        area: in pixels; that of the box where None.
+        crowd: whether it is a group of objects.
+        outline: polygons or run lengths as COCO writes them; None where it has a box alone.
+    """
+
+    name: str
+    box: tuple[float, float, float, float]
+    label: int | None
+    area: float | None = None
+    crowd: bool = False
+    outline: Any = None
+
+
+@dataclass
+class Faults:
+    """Annotations that were left out, by what is wrong with them."""
+
+    names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+    def keep(self, annotation: Annotation, size: tuple[int, int]) -> tuple[float, ...] | None:
+        """Return the part of the box inside of the image of this height and width; None, noted, where there is none."""
+        x1, y1, x2, y2 = annotation.box
+        inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0]))
+        if annotation.label is None:
+            self.names["of an unknown class"].append(annotation.name)
+        elif not all(map(math.isfinite, annotation.box)) or x2 <= x1 or y2 <= y1:
+            self.names["without an area"].append(annotation.name)
+        elif inside[2] <= inside[0] or inside[3] <= inside[1]:
+            self.names["outside of the image"].append(annotation.name)
+        else:
+            return inside
+        return None
+
+    def remarks(self, where: object) -> list[str]:
+        """Return what was left out of a file or folder, in words."""
+        return [
+            f"{where}: {len(names)} boxes {what} are left out: {shorten(names)}" for what, names in self.names.items()
+        ]
+
+
+class AnnotatedImages(DetectionSource):
+    """Image files and their annotations.
+
+    Args:
+        turn: whether to turn photographs upright as EXIF says.
+
+    Attributes:
+        masks: whether every object so far has an outline.
+    """
+
+    def __init__(self, *, turn: bool) -> None:
+        self._turn = turn
+        self._paths: list[str] = []
+        self._sizes: list[tuple[int, int]] = []
+        # One text an image: the objects of a million annotations would take gigabytes, in every worker.
+        self._objects: list[bytes] = []
+        self.masks = True
+
+    def add(
+        self, path: Path, size: tuple[int, int], annotations: Sequence[Annotation], faults: Faults, *, empty: bool
+    ) -> bool:
+        """Add an image of this height and width; return whether it was kept.
+
+        Args:
+            path: its file.
+            size: its height and width.
+            annotations: its objects.
+            faults: takes in those that are broken.
+            empty: whether to keep an image without objects to learn.
+        """
+        boxes = [(annotation, faults.keep(annotation, size)) for annotation in annotations]
+        rows = [
+            [box, one.label, _area(box) if one.area is None else one.area, one.crowd, one.outline]
+            for one, box in boxes
+            if box is not None
+        ]
+        if not empty and all(row[3] for row in rows):
+            return False
+        self.masks &= all(row[4] for row in rows)
+        self._paths.append(os.fspath(path))
+        self._sizes.append(size)
+        self._objects.append(json.dumps(rows).encode())
+        return True
+
+    def missing(self) -> list[str]:
+        """Return the files that are not there, by one look into each folder."""
+        folders = {Path(path).parent for path in self._paths}
+        there = {entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
+        return [path for path in self._paths if path not in there]
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def get(self, index: int) -> StoredImage:
+        return StoredImage(read_file(self._paths[index]), self._paths[index], turn=self._turn)
+
+    def size(self, index: int) -> tuple[int, int]:
+        return self._sizes[index]
+
+    def objects(self, index: int) -> Objects:
+        rows = json.loads(self._objects[index])
+        boxes, labels, areas, crowd, outlines = zip(*rows, strict=True) if rows else ((), (), (), (), ())
+        return Objects(
+            boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
+            labels=np.array(labels, dtype=np.int64),
+            areas=np.array(areas, dtype=np.float64),
+            crowd=np.array(crowd, dtype=bool),
+            masks=[_encoded(outline, self._sizes[index]) for outline in outlines] if self.masks else None,
+        )
+
+
+def _area(box: Sequence[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _encoded(outline: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Return polygons or run lengths as compressed run lengths."""
+    if isinstance(outline, list):
+        return rle.merge(rle.frPyObjects(outline, *size))
+    if isinstance(outline["counts"], list):
+        return rle.frPyObjects(outline, *outline["size"])
+    return outline
+
+
+def remarks_on(source: AnnotatedImages, where: object, faults: Faults, without: Sequence[str] = ()) -> list[str]:
+    """Return what is suspicious about a part of a data set, in words.
+
+    Args:
+        source: the part.
+        where: the file or folder that describes it.
+        faults: annotations that were left out.
+        without: images that were left out because they show nothing to learn.
+    """
+    found = faults.remarks(where)
+    if without:
+        found.append(f"{where}: {len(without)} images without objects are not trained on: {shorten(without)}")
+    if missing := source.missing():
+        found.append(f"{where}: {len(missing)} images are missing, see DATA.BAD_IMAGES: {shorten(missing)}")
+    return found

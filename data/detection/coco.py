@@ -1,0 +1,108 @@
+"""Detection as COCO stores it: `instances_{train,val}.json` beside the folders `train` and `val`.
+
+COCO's own names are understood as well: `annotations/instances_{train,val}2017.json` and `{train,val}2017`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from data.detection.annotated import AnnotatedImages, Annotation, Faults, remarks_on
+from data.detection.sources import DetectionDataset
+from data.sources import Request, join_classes
+
+_LAYOUT = (
+    "expected instances_train.json, instances_val.json, train/ and val/, or annotations/instances_train2017.json, "
+    "annotations/instances_val2017.json, train2017/ and val2017/"
+)
+
+
+def open_coco(request: Request) -> DetectionDataset:
+    """Open a data set in the layout of COCO. Labels follow the ids of the categories.
+
+    Crowds are not learned; boxes without an area, outside of their image or of an unknown class are left out, and
+    images without objects are not trained on. Each is counted and named in the remarks.
+
+    Raises:
+        ValueError: a file is missing, is no annotation file, or knows other classes than that of the training part.
+    """
+    root = request.root(_LAYOUT)
+    files = {part: _find(request, part, root) for part in request.needs}
+    contents = {part: _read(path) for part, (path, _) in files.items()}
+    names = {part: [c["name"] for c in _categories(content)] for part, content in contents.items()}
+    classes, labels = join_classes(names, {part: path for part, (path, _) in files.items()}, _LAYOUT)
+    parts, remarks = {}, []
+    for part, (path, folder) in files.items():
+        ids = [category["id"] for category in _categories(contents[part])]
+        by_id = dict(zip(ids, labels[part].tolist(), strict=True))
+        parts[part], found = _part(contents.pop(part), by_id, folder, path, request, learned=part == "train")
+        remarks += found
+    return DetectionDataset(
+        classes=classes,
+        masks=all(part.masks for part in parts.values()),
+        train=parts.get("train"),
+        held_out=parts.get("val"),
+        remarks=remarks,
+    )
+
+
+def _find(request: Request, part: str, root: Path) -> tuple[Path, Path]:
+    """Return the annotation file of a part and the folder of its images."""
+    given = getattr(request, part)
+    for name in [given] if given else [part, f"{part}2017"]:
+        for folder in (root, root / "annotations"):
+            if (path := folder / f"instances_{name}.json").is_file():
+                return path, root / name
+    raise ValueError(f"no file instances_{given or part}.json in data path {root}; {_LAYOUT}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as JSON: {error}") from None
+    absent = [key for key in ("images", "annotations", "categories") if not isinstance(_get(content, key), list)]
+    if absent:
+        raise ValueError(f"{path} is no annotation file of COCO: it has no list of {', '.join(absent)}")
+    return content
+
+
+def _get(content: Any, key: str) -> Any:
+    return content.get(key) if isinstance(content, dict) else None
+
+
+def _categories(content: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(content["categories"], key=lambda category: category["id"])
+
+
+def _part(
+    content: dict[str, Any], labels: dict[int, int], folder: Path, path: Path, request: Request, *, learned: bool
+) -> tuple[AnnotatedImages, list[str]]:
+    """Return the images of an annotation file, and what is suspicious about them."""
+    source, faults, without = AnnotatedImages(turn=request.turn), Faults(), []
+    by_image = defaultdict(list)
+    for annotation in content["annotations"]:
+        by_image[annotation["image_id"]].append(annotation)
+    for image in sorted(content["images"], key=lambda image: image["id"]):
+        objects = [_annotation(one, labels) for one in by_image[image["id"]]]
+        size = image["height"], image["width"]
+        if not source.add(folder / image["file_name"], size, objects, faults, empty=not learned):
+            without.append(image["file_name"])
+    if not len(source):
+        raise ValueError(f"{path} names no images with objects to learn")
+    return source, remarks_on(source, path, faults, without)
+
+
+def _annotation(one: dict[str, Any], labels: dict[int, int]) -> Annotation:
+    x, y, width, height = one["bbox"]
+    return Annotation(
+        name=f"annotation {one['id']}",
+        box=(x, y, x + width, y + height),
+        label=labels.get(one["category_id"]),
+        area=one.get("area"),
+        crowd=bool(one.get("iscrowd", 0)),
+        outline=one.get("segmentation") or None,
+    )

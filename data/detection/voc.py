@@ -1,0 +1,66 @@
+"""Detection as Pascal VOC stores it: a file of XML for each image, and lists of the images of each part."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+from data.detection.annotated import AnnotatedImages, Annotation, Faults, remarks_on
+from data.detection.sources import DetectionDataset
+from data.sources import Request, read_class_list
+
+_LAYOUT = "expected Annotations/*.xml, JPEGImages/ and ImageSets/Main/{train,val}.txt"
+
+
+def open_voc(request: Request) -> DetectionDataset:
+    """Open a data set in the layout of Pascal VOC.
+
+    Classes are those of `classes.txt`, one a line, or else all names in the annotations, sorted. Pixels count from 1 in
+    these files; objects marked as difficult are treated as crowds, which VOC leaves out in the same way.
+
+    Raises:
+        ValueError: a file is missing or cannot be read.
+    """
+    root = request.root(_LAYOUT)
+    lists = {part: root / "ImageSets" / "Main" / f"{getattr(request, part) or part}.txt" for part in request.needs}
+    trees = {part: _trees(root, path) for part, path in lists.items()}
+    named = {one.findtext("name", "") for of_part in trees.values() for tree in of_part for one in tree.iter("object")}
+    classes = read_class_list(root) or sorted(named)
+    parts, remarks = {}, []
+    for part, of_part in trees.items():
+        source, faults, without = AnnotatedImages(turn=request.turn), Faults(), []
+        for tree in of_part:
+            path = root / "JPEGImages" / tree.findtext("filename", "")
+            size = int(tree.findtext("size/height", "0")), int(tree.findtext("size/width", "0"))
+            objects = [_annotation(one, path.name, classes) for one in tree.iter("object")]
+            if not source.add(path, size, objects, faults, empty=part != "train"):
+                without.append(path.name)
+        parts[part] = source
+        remarks += remarks_on(source, lists[part], faults, without)
+    return DetectionDataset(
+        classes=classes, masks=False, train=parts.get("train"), held_out=parts.get("val"), remarks=remarks
+    )
+
+
+def _trees(root: Path, listed: Path) -> list[ElementTree.Element]:
+    if not listed.is_file():
+        raise ValueError(f"no file {listed} in data path {root}; {_LAYOUT}")
+    found = []
+    for name in listed.read_text(encoding="utf-8").split():
+        path = root / "Annotations" / f"{name}.xml"
+        try:
+            found.append(ElementTree.parse(path).getroot())
+        except (OSError, ElementTree.ParseError) as error:
+            raise ValueError(f"{path} cannot be read as XML: {error}") from None
+    return found
+
+
+def _annotation(one: ElementTree.Element, image: str, classes: list[str]) -> Annotation:
+    name = one.findtext("name", "")
+    x1, y1, x2, y2 = (float(one.findtext(f"bndbox/{side}", "nan")) for side in ("xmin", "ymin", "xmax", "ymax"))
+    return Annotation(
+        name=f"{name} in {image}",
+        box=(x1 - 1, y1 - 1, x2, y2),
+        label=classes.index(name) if name in classes else None,
+        crowd=one.findtext("difficult", "0") == "1",
+    )

@@ -1,0 +1,60 @@
+"""Detection as YOLO stores it: `images/{train,val}/*` and `labels/{train,val}/*.txt`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from PIL import Image
+
+from data.detection.annotated import AnnotatedImages, Annotation, Faults, remarks_on
+from data.detection.sources import DetectionDataset
+from data.sources import Request, read_class_list
+
+_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
+_LAYOUT = "expected images/{train,val}/, labels/{train,val}/*.txt and classes.txt"
+
+
+def open_yolo(request: Request) -> DetectionDataset:
+    """Open a data set in the layout of YOLO; classes are those of `classes.txt`, one a line.
+
+    A line of a label file is `class x y width height`, the centre and the size as shares of the image.
+
+    Raises:
+        ValueError: a folder or the list of classes is missing, or a label file holds something else.
+    """
+    root = request.root(_LAYOUT)
+    classes = read_class_list(root)
+    if not classes:
+        raise ValueError(f"no file classes.txt in data path {root}; {_LAYOUT}")
+    parts, remarks = {}, []
+    for part in request.needs:
+        folder = root / "images" / (getattr(request, part) or part)
+        if not folder.is_dir():
+            raise ValueError(f"no folder {folder} in data path {root}; {_LAYOUT}")
+        source, faults, without = AnnotatedImages(turn=request.turn), Faults(), []
+        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS):
+            with Image.open(path) as image:  # reads the header alone
+                width, height = image.size
+            labels = root / "labels" / folder.name / f"{path.stem}.txt"
+            objects = _annotations(labels, (height, width), len(classes)) if labels.is_file() else []
+            if not source.add(path, (height, width), objects, faults, empty=part != "train"):
+                without.append(path.name)
+        parts[part] = source
+        remarks += remarks_on(source, folder, faults, without)
+    return DetectionDataset(
+        classes=classes, masks=False, train=parts.get("train"), held_out=parts.get("val"), remarks=remarks
+    )
+
+
+def _annotations(path: Path, size: tuple[int, int], classes: int) -> list[Annotation]:
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            label, x, y, width, height = (float(word) for word in line.split())
+        except ValueError:
+            raise ValueError(f"{path}, line {number}: {line!r} is not `class x y width height`") from None
+        left, top = (x - width / 2) * size[1], (y - height / 2) * size[0]
+        box = left, top, left + width * size[1], top + height * size[0]
+        known = int(label) if 0 <= label < classes else None
+        found.append(Annotation(name=f"line {number} of {path.name}", box=box, label=known))
+    return found

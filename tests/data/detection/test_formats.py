@@ -1,0 +1,121 @@
+"""Readers of detection data: boxes, masks and crowds as they were written; what is broken is left out and named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.detection.coco import open_coco
+from data.detection.digit_scenes import open_digit_scenes
+from data.detection.voc import open_voc
+from data.detection.yolo import open_yolo
+from data.formats.digit_scenes import DigitScenes
+from data.sources import Request
+from tests.data.detection.samples import row, write_coco, write_instances
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_boxes_polygons_runs_and_crowds_are_read(tmp_path: Path, published: bool) -> None:
+    dataset = open_coco(Request(path=str(write_coco(tmp_path, published=published))))
+    assert (dataset.classes, dataset.masks, dataset.remarks) == (["dog", "cat"], True, [])
+    assert (len(dataset.train), len(dataset.held_out)) == (8, 5)
+    objects = dataset.held_out.objects(1)
+    assert objects.labels.tolist() == [0, 1, 1]
+    assert objects.crowd.tolist() == [False, False, True]
+    assert objects.boxes[1].tolist() == [20, 4, 35, 24]
+    masks = objects.decoded((32, 40))
+    assert masks.sum((1, 2)).tolist() == [120, 300, 64]
+    assert masks[2, :, 2:4].all()
+
+
+def test_what_is_broken_is_left_out_and_named(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    images = [{"id": i, "file_name": f"{i}.png", "height": 32, "width": 40} for i in (0, 1, 20)]
+    boxes = [[5, 5, 10, 10], [3, 3, 0, 4], [50, 5, 4, 4], [-5, -5, 15, 15], [1, 1, float("nan"), 4]]
+    annotations = [row(i, 0, 3, box) for i, box in enumerate(boxes)] + [
+        row(9, 0, 4, [1, 1, 2, 2]),
+        row(8, 20, 7, boxes[0]),
+    ]
+    write_instances(tmp_path, "train", images, annotations)
+    dataset = open_coco(Request(path=str(tmp_path)))
+    assert not dataset.masks
+    assert len(dataset.train) == 2  # the one without objects is not trained on
+    assert dataset.train.objects(0).boxes.tolist() == [[5, 5, 15, 15], [0, 0, 10, 10]]
+    text = "\n".join(dataset.remarks)
+    assert "2 boxes without an area are left out: annotation 1, annotation 4" in text
+    assert "1 boxes outside of the image are left out: annotation 2" in text
+    assert "1 boxes of an unknown class are left out: annotation 9" in text
+    assert "1 images without objects are not trained on: 1.png" in text
+    assert "1 images are missing" in text
+    assert "20.png" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "no annotation file of COCO"),
+        ('{"images": []}', "annotations, categories"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    with pytest.raises(ValueError, match=r"no file instances_train.json"):
+        open_coco(Request(path=str(tmp_path)))
+    write_coco(tmp_path)
+    (tmp_path / "instances_val.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_coco(Request(path=str(tmp_path)))
+
+
+def test_voc_counts_pixels_from_one_and_does_not_learn_what_is_difficult(tmp_path: Path) -> None:
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    box = "<bndbox><xmin>3</xmin><ymin>1</ymin><xmax>9</xmax><ymax>8</ymax></bndbox>"
+    objects = [
+        f"<object><name>{name}</name><difficult>{difficult}</difficult>{box}</object>"
+        for name, difficult in (("dog", 0), ("cat", 1))
+    ]
+    size = "<size><width>40</width><height>32</height></size>"
+    content = f"<annotation><filename>a.png</filename>{size}{''.join(objects)}</annotation>"
+    (tmp_path / "Annotations" / "a.xml").write_text(content)
+    Image.new("RGB", (40, 32)).save(tmp_path / "JPEGImages" / "a.png")
+    for part in ("train", "val"):
+        (tmp_path / "ImageSets" / "Main" / f"{part}.txt").write_text("a\n")
+    dataset = open_voc(Request(path=str(tmp_path)))
+    assert dataset.classes == ["cat", "dog"]
+    objects = dataset.train.objects(0)
+    assert objects.boxes.tolist() == [[2, 0, 9, 8]] * 2
+    assert objects.labels.tolist() == [1, 0]
+    assert objects.crowd.tolist() == [False, True]
+
+
+def test_yolo_boxes_are_shares_of_the_image(tmp_path: Path) -> None:
+    for part in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / kind / part).mkdir(parents=True)
+        Image.new("RGB", (40, 32)).save(tmp_path / "images" / part / "a.png")
+        (tmp_path / "labels" / part / "a.txt").write_text("1 0.5 0.5 0.25 0.5\n9 0.5 0.5 0.1 0.1\n")
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    dataset = open_yolo(Request(path=str(tmp_path)))
+    assert dataset.train.objects(0).boxes.tolist() == [[15, 8, 25, 24]]
+    assert "line 2 of a.txt" in dataset.remarks[0]
+    (tmp_path / "labels" / "val" / "a.txt").write_text("dog 0.5 0.5\n")
+    with pytest.raises(ValueError, match=r"a.txt, line 1: 'dog 0.5 0.5' is not"):
+        open_yolo(Request(path=str(tmp_path)))
+
+
+def test_digit_scenes_are_exact_and_always_the_same(tmp_path: Path) -> None:
+    scene = DigitScenes(train=True)[3]
+    for box, mask in zip(scene.boxes, scene.masks, strict=True):
+        rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+        assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    assert scene.masks.sum(0).max() == 1
+    assert (DigitScenes(train=True)[3].pixels == scene.pixels).all()
+    assert not (DigitScenes(train=False)[3].pixels == scene.pixels).all()
+    dataset = open_digit_scenes(Request())
+    assert (dataset.train.objects(3).decoded((128, 128)) == scene.masks).all()
+    # A path takes their place.
+    assert open_digit_scenes(Request(path=str(write_coco(tmp_path)))).classes == ["dog", "cat"]

@@ -1,0 +1,59 @@
+"""Detectors in the trainer: killed in the middle of an epoch, they go on bit for bit; processes share an evaluation."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.data.detection.samples import write_coco
+from tests.launched import Trial, first_difference, run_forked
+from tests.models.detection.test_detectors import OURS, TINY
+from tests.runs import read_metrics
+
+pytestmark = pytest.mark.xdist_group("serial")
+
+BACKBONE = {
+    **{"dim_stem": 8, "dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "stage_spec": ["N", "D", "D", "D"]},
+    **{"heads": [1, 2, 2, 2], "groups": [1, 1, 1, 1]},
+}
+
+
+def sections(name: str, data: Path, processes: int) -> dict[str, Any]:
+    return {
+        "TASK": "detection",
+        "DATA": {
+            **{"DATASET": "coco", "DATA_PATH": str(data), "IMG_SIZE": 64},
+            **{"BATCH_SIZE": 4 // processes, "NUM_WORKERS": 0},
+        },
+        "MODEL": {"NAME": "tiny", "DETECTOR": {"NAME": name, "ARGS": TINY[name]}, "DAT": BACKBONE},
+        "DETECTION": {"SHORT_SIDES": [48, 64], "LONG_SIDE": 80, "CROP_SIDES": [48], "CROP": [32, 48]}
+        | {"TEST_SHORT_SIDE": 48},
+        "TRAIN": {"EPOCHS": 2, "WARMUP_EPOCHS": 0, "EMA": {"ENABLED": name == "retinanet"}},
+        "AUG": {"HFLIP": 0.5},
+        "PRINT_FREQ": 1,
+        "SAVE_EVERY_UPDATES": 1,
+    }
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_killed_detector_ends_as_one_that_was_not(tmp_path: Path, name: str) -> None:
+    data, left, processes = write_coco(tmp_path / "data"), [], 2 if name == "mask_rcnn" else 1
+    for run in ("whole", "killed"):
+        trial = Trial(tmp_path / run, processes, 0, **sections(name, data, processes))
+        if run == "killed":
+            job = trial.start()
+            job.wait_until(lambda trial=trial: trial.rows() >= 1)
+            job.signal(signal.SIGKILL)
+            job.wait()
+        left.append(trial.finish())
+    assert "continuing from" in (tmp_path / "killed" / "console.txt").read_text()
+    assert first_difference(*left) is None
+    if name == "mask_rcnn":
+        found = read_metrics(trial.folder, "eval")[-1]
+        words = (*trial.words, "--eval", "--resume", trial.folder / "last.pth")
+        lines = {line for n in (1, 3) for line in run_forked(*words, processes=n).splitlines() if " * AP" in line}
+        assert len(lines) == 2  # of boxes and of masks, the same from one process and from three
+        assert any(f" * AP {found['AP']:.3f} AP50 {found['AP50']:.3f}" in line for line in lines)
