@@ -10,7 +10,7 @@ import pytest
 
 from tests.data.detection.samples import write_coco
 from tests.launched import Trial, first_difference, run_forked
-from tests.models.detection.test_detectors import OURS, TINY
+from tests.models.detection.test_detectors import TINY
 from tests.runs import read_metrics
 
 pytestmark = pytest.mark.xdist_group("serial")
@@ -38,7 +38,7 @@ def sections(name: str, data: Path, processes: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", pytest.param("cascade", marks=pytest.mark.slow)])
 def test_a_killed_detector_ends_as_one_that_was_not(tmp_path: Path, name: str) -> None:
     data, left, processes = write_coco(tmp_path / "data"), [], 2 if name == "mask_rcnn" else 1
     for run in ("whole", "killed"):
