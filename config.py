@@ -443,7 +443,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "TEST.FLIP": _switch(
         False,
-        "Evaluate each image and its mirror image, by the mean of their logits; of their probabilities in segmentation.",
+        "Evaluate each image and its mirror image, by the mean of their logits; of probabilities in segmentation.",
     ),
     # ---- the machine
     "DEVICE": RunOption(
