@@ -150,14 +150,14 @@ class _ConvMLP(torch.autograd.Function):
         x, weight1, kernel, bias, weight2, *kept = ctx.saved_tensors
         images, grad = len(kept[0]), grad.contiguous()
         dx = x.new_empty(x.shape)
-        totals = (torch.zeros_like(tensor, dtype=kernel.dtype) for tensor in (weight1, bias, kernel, bias, weight2))
-        dweight1, dbias1, dkernel, dbias, dweight2 = totals
+        dbias1, dkernel, dbias = (torch.zeros_like(tensor) for tensor in (bias, kernel, bias))
+        dweight1 = dweight2 = None
         parts = (tensor.split(images) for tensor in (x, dx, grad))
         for hidden, part, dpart, dout in zip(kept, *parts, strict=True):
             hidden = hidden.to(kernel.dtype)
             z = _convolve_last(hidden, kernel, bias)
             dout = dout.flatten(0, 2)
-            _add_product(dweight2, dout.t(), F.gelu(z).flatten(0, 2).to(x.dtype))
+            dweight2 = _add_product(dweight2, dout.t(), F.gelu(z).flatten(0, 2).to(x.dtype))
             dz = torch.ops.aten.gelu_backward(product(dout, weight2.t()).view(z.shape).to(z.dtype), z)
             dhidden, to_kernel, to_bias = _convolve_backward(dz, hidden, kernel)
             dkernel += to_kernel
@@ -165,17 +165,16 @@ class _ConvMLP(torch.autograd.Function):
             dhidden = dhidden.flatten(0, 2)
             dbias1 += dhidden.sum(0)
             dhidden = dhidden.to(x.dtype)
-            _add_product(dweight1, dhidden.t(), part.flatten(0, 2))
+            dweight1 = _add_product(dweight1, dhidden.t(), part.flatten(0, 2))
             dpart.copy_(product(dhidden, weight1.t()).view(dpart.shape))
         return dx, dweight1, dbias1, dkernel, dbias, dweight2, grad.sum((0, 1, 2)), None
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add ``a b`` to a sum that may have more precision."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b
+def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """Return ``total + a b`` in at least float32; the first product is the sum, which spares it a pass over zeros."""
+    if total is None:
+        return _widened(a @ b)
+    return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
 
 
 def _convolve_last(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
