@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
+from ..contract import TakenOver
 from ..dense import DenseModel
+from .mmdetection import from_mmdetection, is_mmdetection
 
 
 class Detector(DenseModel):
@@ -32,6 +34,10 @@ class Detector(DenseModel):
             over the box of each.
         """
         raise NotImplementedError
+
+    def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
+        """Take weights of mmdetection, of a detector like this, or of a classifier for the backbone alone."""
+        return super().take_over(from_mmdetection(weights) if is_mmdetection(weights) else weights)
 
 
 def pad_images(images: Sequence[Tensor], divisor: int) -> ImageList:

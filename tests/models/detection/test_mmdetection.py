@@ -1,0 +1,67 @@
+"""Weights of mmdetection: every entry of a file with its names and shapes finds its place."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.detection.mmdetection import from_mmdetection
+from models.weights import adapt
+from tests.models.detection.test_detectors import build
+
+WIDTH, HIDDEN, CLASSES = 16, 16, 3
+
+
+def published(name: str, backbone: dict[str, Tensor], channels: list[int]) -> dict[str, Tensor]:
+    """Return random weights under the names of mmdetection 2."""
+    shapes = {}
+    for i, number in enumerate(channels):
+        shapes[f"neck.lateral_convs.{i}.conv"] = (WIDTH, number, 1, 1)
+        shapes[f"neck.fpn_convs.{i}.conv"] = (WIDTH, WIDTH, 3, 3)
+    if name == "retinanet":
+        shapes |= {"neck.fpn_convs.3.conv": (WIDTH, channels[-1], 3, 3), "neck.fpn_convs.4.conv": (WIDTH, WIDTH, 3, 3)}
+        for i in range(4):
+            shapes |= {f"bbox_head.{kind}_convs.{i}.conv": (WIDTH, WIDTH, 3, 3) for kind in ("cls", "reg")}
+        shapes |= {"bbox_head.retina_cls": (9 * CLASSES, WIDTH, 3, 3), "bbox_head.retina_reg": (36, WIDTH, 3, 3)}
+    else:
+        shapes |= {"rpn_head.rpn_conv": (WIDTH, WIDTH, 3, 3), "rpn_head.rpn_cls": (3, WIDTH, 1, 1)}
+        shapes |= {"rpn_head.rpn_reg": (12, WIDTH, 1, 1)}
+        for stage in ("0.", "1.", "2.") if name == "cascade" else ("",):
+            box, mask = f"roi_head.bbox_head.{stage}", f"roi_head.mask_head.{stage}"
+            shapes |= {f"{box}shared_fcs.0": (HIDDEN, WIDTH * 49), f"{box}shared_fcs.1": (HIDDEN, HIDDEN)}
+            shapes |= {f"{box}fc_cls": (CLASSES + 1, HIDDEN)}
+            shapes |= {f"{box}fc_reg": (4 if name == "cascade" else 4 * CLASSES, HIDDEN)}
+            shapes |= {f"{mask}convs.{i}.conv": (WIDTH, WIDTH, 3, 3) for i in range(4)}
+            shapes |= {f"{mask}upsample": (WIDTH, WIDTH, 2, 2), f"{mask}conv_logits": (CLASSES, WIDTH, 1, 1)}
+    torch.manual_seed(3)
+    heads = {f"{module}.weight": torch.rand(shape) for module, shape in shapes.items()}
+    heads |= {f"{module}.bias": torch.rand(shape[0]) for module, shape in shapes.items()}
+    return {f"backbone.{key}": value for key, value in backbone.items()} | heads
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade"])
+def test_every_entry_finds_its_place(name: str) -> None:
+    detector = build(name)
+    weights = published(name, detector.backbone.state_dict(), detector.backbone.channels)
+    state, report = adapt(weights, detector)
+    assert not report.new
+    assert not report.left_out
+    assert set(report.loaded) == set(state) == set(from_mmdetection(weights))
+    detector.load_state_dict(state)
+    if name == "mask_rcnn":
+        logits, theirs = state["roi_heads.box_predictor.cls_score.weight"], weights["roi_head.bbox_head.fc_cls.weight"]
+        assert torch.equal(logits, torch.cat([theirs[-1:], theirs[:-1]]))
+        boxes = state["roi_heads.box_predictor.bbox_pred.weight"]
+        assert torch.equal(boxes[4:], weights["roi_head.bbox_head.fc_reg.weight"])
+        assert not boxes[:4].any()
+
+
+def test_an_entry_that_is_not_known_is_an_error() -> None:
+    detector = build("retinanet")
+    weights = published("retinanet", detector.backbone.state_dict(), detector.backbone.channels)
+    weights["bbox_head.more.weight"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=re.escape("bbox_head.more.weight is not of this model")):
+        adapt(weights, detector)
