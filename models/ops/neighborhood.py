@@ -77,7 +77,12 @@ def neighborhood_attention(
 
 
 def choose_form(q: Tensor, *, dropout: float = 0.0) -> str:
-    """Return the form that `neighborhood_attention` takes for ``auto``."""
+    """Return the form that `neighborhood_attention` takes for ``auto``.
+
+    Where an exported graph leaves the size of the map open the plain one: which tiles there are depends on the size.
+    """
+    if any(isinstance(length, torch.SymInt) for length in q.shape[1:3]):
+        return "reference"
     if dropout:
         return "tiles"
     if q.is_cuda and gpu.suits_heads(q):

@@ -1,0 +1,80 @@
+"""Serve an exported network: upload an image, get the most probable classes. ONNX Runtime, FastAPI, no PyTorch.
+
+    python tools/export.py --checkpoint output/demo/digits/default/best.pth
+    MODEL=output/export/digits.onnx uvicorn examples.serve:app
+    curl -F image=@photo.jpg 'localhost:8000/predict?top=3'
+
+Classes and preprocessing come from the metadata that tools/export.py writes into the file.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import onnxruntime
+from fastapi import FastAPI, HTTPException, Query, UploadFile
+from PIL import Image, ImageOps
+
+
+class Classifier:
+    """A network in an ONNX file, with the classes and the preprocessing that the file describes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        metadata = self.session.get_modelmeta().custom_metadata_map
+        self.about = {key: json.loads(value) for key, value in metadata.items()}
+        self.classes: list[str] = self.about["classes"]
+
+    def prepare(self, image: Image.Image) -> np.ndarray:
+        """Return an image as the network's input ``[1, 3, H, W]``, resized and normalised as in evaluation."""
+        about = self.about
+        height, width = about["size"]
+        rows, columns = (int(side / about["crop_ratio"]) for side in (height, width))
+        if about["resize"] == "shorter":
+            scale = max(rows / image.height, columns / image.width)
+            rows, columns = max(rows, round(image.height * scale)), max(columns, round(image.width * scale))
+        image = image.resize((columns, rows), Image.Resampling[about["interpolation"].upper()])
+        top, left = round((rows - height) / 2), round((columns - width) / 2)
+        pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
+        normalised = (pixels - np.float32(about["mean"])) / np.float32(about["std"])
+        return np.ascontiguousarray(normalised.transpose(2, 0, 1)[None])
+
+    def __call__(self, image: Image.Image, top: int) -> list[dict[str, str | float]]:
+        """Return the most probable classes of an RGB image with their probabilities."""
+        (logits,) = self.session.run(None, {"images": self.prepare(image)})[0]
+        shares = np.exp(logits - logits.max())
+        shares /= shares.sum()
+        return [
+            {"class": self.classes[label], "probability": float(shares[label])} for label in np.argsort(-shares)[:top]
+        ]
+
+
+def build_app(path: str | Path) -> FastAPI:
+    """Return the application that serves an ONNX file of tools/export.py."""
+    app, classify = FastAPI(title="Image classification"), Classifier(path)
+
+    @app.get("/health")
+    def health() -> dict[str, str | int]:
+        return {"status": "ok", "classes": len(classify.classes)}
+
+    @app.post("/predict")
+    def predict(image: UploadFile, top: Annotated[int, Query(ge=1)] = 5) -> list[dict[str, str | float]]:
+        try:
+            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(image.file.read()))).convert("RGB")
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise HTTPException(415, f"{image.filename} is no image that can be read: {error}") from None
+        return classify(picture, top)
+
+    return app
+
+
+def __getattr__(name: str) -> FastAPI:
+    """Build ``app`` when a server asks for it, from the file that the variable MODEL names."""
+    if name == "app":
+        return build_app(os.environ["MODEL"])
+    raise AttributeError(name)

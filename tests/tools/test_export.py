@@ -1,0 +1,135 @@
+"""Exported files give what the network gives, and a file that does not is an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import timm
+import torch
+from fastapi.testclient import TestClient
+
+from config import load_config
+from examples.serve import Classifier, build_app
+from models.vit import ATTENTIONS
+from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
+from tools import export
+from tools.export import Difference, compare
+from tools.exported import FORMATS, Source, run_onnx
+from training.trained_model import load_trained, untrained
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr("sys.argv", ["export.py", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        export.main()
+    return int(ended.value.code or 0)
+
+
+def test_files_of_a_checkpoint_equal_the_network_and_are_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    checkpoint = write_checkpoint(tmp_path)
+    formats = ("onnx", "onnx-fp16", "onnx-int8", "pt2", "safetensors")
+    assert run(monkeypatch, "--checkpoint", checkpoint, "--output", tmp_path, "--formats", *formats) == 0
+    assert capsys.readouterr().out.count("largest difference") == len(formats)
+    model, path = load_trained(checkpoint), tmp_path / "tiny.onnx"
+    assert not any(node.metadata_props for node in onnx.load(path).graph.node)  # no paths of this machine
+    assert (tmp_path / "tiny.fp16.onnx").stat().st_size < 0.8 * path.stat().st_size
+    assert timm.create_model(f"local-dir:{tmp_path / 'tiny'}", pretrained=True).num_classes == 10
+
+    photograph = write_photograph(tmp_path / "photo.png")
+    image = model.read(photograph)
+    expected = model.transform()(image)[None]
+    np.testing.assert_allclose(Classifier(path).prepare(image), expected.numpy(), atol=1e-5)
+    client = TestClient(build_app(path))
+    assert client.get("/health").json() == {"status": "ok", "classes": 10}
+    with torch.inference_mode():
+        best = model.network(expected).softmax(1)[0].max(0)
+    (answer,) = client.post("/predict?top=1", files={"image": photograph.read_bytes()}).json()
+    assert answer["class"] == CLASSES[best.indices]
+    assert answer["probability"] == pytest.approx(best.values.item(), abs=1e-5)
+    assert client.post("/predict", files={"image": b"no image"}).status_code == 415
+
+
+def test_a_file_that_differs_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    other = FORMATS["pt2"]._replace(
+        write=lambda _, path: path.touch(), load=lambda _: lambda images: images[:, 0, :10, 0]
+    )
+    monkeypatch.setitem(export.FORMATS, "pt2", other)
+    words = ("--checkpoint", write_checkpoint(tmp_path), "--output", tmp_path, "--formats", "pt2")
+    assert run(monkeypatch, *words) == 1
+    assert "MISMATCH" in capsys.readouterr().out
+    assert not Difference(float("nan"), 1.0).within(1e-4)
+
+
+def test_a_score_that_falls_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([90.0, 89.0])
+    monkeypatch.setattr(export, "_scorer", lambda *_: lambda _: next(scores))
+    near = FORMATS["pt2"]._replace(
+        write=lambda source, path: path.touch() or networks.append(source.model.network), load=lambda _: networks[0]
+    )
+    networks: list[torch.nn.Module] = []
+    monkeypatch.setitem(export.FORMATS, "pt2", near)
+    words = ("--checkpoint", write_checkpoint(tmp_path), "--output", tmp_path, "--formats", "pt2", "--validate")
+    assert run(monkeypatch, *words) == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--cfg", str(CONFIGS / "digits.yaml"), "--size", "1", "2", "3"]])
+def test_wrong_input_is_said(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert run(monkeypatch, *words) == 2
+    assert "give" in capsys.readouterr().err
+
+
+def test_a_size_that_cannot_be_free_is_refused() -> None:
+    model = untrained(load_config(CONFIGS / "compare" / "digits.yaml", ["MODEL.VIT.depth", "1"]))
+    with pytest.raises(ValueError, match="depends on the size of the images"):
+        _ = Source(model, (24, 24), dynamic=True).program
+
+
+def check_onnx(source: Source, path: Path) -> None:
+    FORMATS["onnx"].write(source, path)
+    assert compare(source.model.network, run_onnx(path), source.sizes()).largest < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_every_vision_transformer_becomes_onnx(attention: str, tmp_path: Path) -> None:
+    options = ["MODEL.VIT.attention", attention, "MODEL.VIT.depth", "2"]
+    check_onnx(Source(untrained(load_config(CONFIGS / "compare" / "digits.yaml", options)), (24, 24)), tmp_path / "x")
+
+
+@pytest.mark.slow
+def test_a_network_of_timm_becomes_onnx(tmp_path: Path) -> None:
+    options = ["MODEL.TYPE", "timm", "MODEL.TIMM.NAME", "test_vit"]
+    model = untrained(load_config(CONFIGS / "dat_tiny.yaml", options))
+    check_onnx(Source(model, (160, 160)), tmp_path / "x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [224, 288])
+def test_dat_tiny_in_onnx_runtime(size: int, tmp_path: Path) -> None:
+    check_onnx(Source(untrained(load_config(CONFIGS / "dat_tiny.yaml")), (size, size)), tmp_path / "x")
+
+
+@pytest.mark.slow
+def test_sizes_that_are_free(tmp_path: Path) -> None:
+    model = untrained(load_config(CONFIGS / "digits.yaml"))
+    check_onnx(Source(model, (64, 64), dynamic=True), tmp_path / "x.onnx")
+    described = json.loads(onnx.load(tmp_path / "x.onnx").metadata_props[0].value)
+    assert described == model.classes
+
+
+@pytest.mark.slow
+def test_a_compiled_package(tmp_path: Path) -> None:
+    model = load_trained(write_checkpoint(tmp_path))
+    source, kind = Source(model, (32, 32)), FORMATS["aoti"]
+    kind.write(source, tmp_path / "x.aoti.pt2")
+    assert compare(model.network, kind.load(tmp_path / "x.aoti.pt2"), source.sizes()).within(kind.tolerance)

@@ -1,0 +1,161 @@
+"""Write a trained network as ONNX, a program of torch.export, a compiled package or safetensors, and check the files.
+
+    python tools/export.py --checkpoint output/digits/default/best.pth --formats onnx onnx-int8 --validate
+    python tools/export.py --checkpoint dat_pp_tiny_in1k_224.pth --cfg configs/dat_tiny.yaml --size 288
+    python tools/export.py --cfg configs/dat_tiny.yaml --formats pt2      # random weights
+
+Each file is run on one and on four random images, on three sizes where sizes are free, and must give what the network
+gives. --validate also compares its score on the held-out images. The status is 1 where a file differs too much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import load_config
+from logger import RunLog
+from models.build import image_size, num_classes
+from tasks import build_task
+from tools.exported import FORMATS, Run, Source
+from training.trained_model import WEIGHTS, TrainedModel, load_trained, untrained
+from utils import World
+
+BATCHES = (1, 4)
+
+
+class Difference(NamedTuple):
+    """How far logits are from those of the network.
+
+    Attributes:
+        largest: difference.
+        reach: largest absolute value of the network's.
+    """
+
+    largest: float
+    reach: float
+
+    def within(self, tolerance: float) -> bool:
+        """Return whether they agree; the tolerance grows with logits beyond 1. False for NaN."""
+        return self.largest <= tolerance * max(1.0, self.reach)
+
+
+def main() -> None:
+    """Export what the command line names."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", metavar="FILE", help="of the trainer, or published together with --cfg")
+    parser.add_argument("--cfg", metavar="FILE", help="config; alone: its network with random weights")
+    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: what the checkpoint was chosen for")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
+    parser.add_argument("--output", type=Path, default=Path("output/export"), help="folder (default: output/export)")
+    parser.add_argument("--size", nargs="+", type=int, metavar="N", help="side, or height and width, in pixels")
+    parser.add_argument("--dynamic-size", action="store_true", help="leave the size of the images open, too")
+    parser.add_argument("--opset", type=int, help="of ONNX (default: PyTorch's)")
+    parser.add_argument("--validate", action="store_true", help="compare scores on the held-out images of the config")
+    parser.add_argument("--data-path", metavar="PATH", help="where those are")
+    parser.add_argument("--max-loss", type=float, default=0.5, help="of the score, in its unit (default: 0.5)")
+    args = parser.parse_args()
+    try:
+        sys.exit(run(args))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export, check, print the results, and return the exit status.
+
+    Raises:
+        ValueError: wrong input.
+    """
+    if not args.checkpoint and not args.cfg:
+        raise ValueError("nothing to export; give --checkpoint, --cfg, or both")
+    if args.checkpoint:
+        model = load_trained(args.checkpoint, cfg=args.cfg, weights=args.weights)
+    else:
+        model = untrained(load_config(args.cfg))
+    print(model.words())
+    source = Source(model, _size(args.size, model), dynamic=args.dynamic_size, opset=args.opset)
+    scored = _scorer(model, source.size, args.data_path) if args.validate else None
+    score = scored(model.network) if scored else 0.0
+    args.output.mkdir(parents=True, exist_ok=True)
+    failed = False
+    for name in args.formats:
+        kind = FORMATS[name]
+        path = args.output / f"{model.config.MODEL.NAME}{kind.ending}"
+        kind.write(source, path)
+        exported = kind.load(path)
+        difference = compare(model.network, exported, source.sizes())
+        words = f"largest difference {difference.largest:.1e} of logits up to {difference.reach:.1f}"
+        good = difference.within(kind.tolerance)
+        if scored:
+            loss = score - (of_file := scored(Exported(exported)))
+            words += f", score {of_file:.2f} (the network: {score:.2f})"
+            good &= loss <= args.max_loss
+        print(f"{path}  {_megabytes(path):.1f} MB  {words}{'' if good else '  MISMATCH'}")
+        failed |= not good
+    return int(failed)
+
+
+@torch.inference_mode()
+def compare(network: nn.Module, exported: Run, sizes: list[tuple[int, int]]) -> Difference:
+    """Return the largest difference of logits on random images of several sizes and numbers."""
+    generator = torch.Generator().manual_seed(0)
+    differences, reach = [], 0.0
+    for size in sizes:
+        for batch in BATCHES:
+            images = torch.randn(batch, 3, *size, generator=generator)
+            expected = network(images)
+            differences.append((exported(images) - expected).abs().max())
+            reach = max(reach, expected.abs().max().item())
+    return Difference(torch.stack(differences).max().item(), reach)  # torch's maximum keeps NaN
+
+
+class Exported(nn.Module):
+    """An exported file as a network, for a task to evaluate."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self._run = run
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images ``[B, 3, H, W]`` to logits ``[B, classes]``."""
+        return self._run(images.contiguous())
+
+
+def _scorer(model: TrainedModel, size: tuple[int, int], data_path: str | None) -> Callable[[nn.Module], float]:
+    """Return what evaluates a network on the held-out images of the config, by the score that chooses checkpoints."""
+    config = model.config.clone()
+    config.DATA.IMG_SIZE = list(size)
+    if data_path:
+        config.DATA.DATA_PATH = data_path
+    expected = num_classes(config)
+    task = build_task(config, World(0, 1, 0, torch.device("cpu")), training=False)
+    if num_classes(config) != expected:
+        raise ValueError(f"--validate: the images have {num_classes(config)} classes, the network {expected}")
+    log = RunLog(None, config, is_main=True)
+    return lambda network: task.score.of(task.evaluate(network, task.eval_loader(), log).metrics)
+
+
+def _megabytes(path: Path) -> float:
+    files = path.iterdir() if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files) / 1e6
+
+
+def _size(given: list[int] | None, model: TrainedModel) -> tuple[int, int]:
+    if given is None:
+        return image_size(model.config)
+    if len(given) > 2 or min(given) < 1:
+        raise ValueError(f"--size {' '.join(map(str, given))}: give one side, or height and width, in pixels")
+    return given[0], given[-1]
+
+
+if __name__ == "__main__":
+    main()

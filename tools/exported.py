@@ -1,0 +1,197 @@
+"""Networks in the formats of other programs: how each is written, and how it is run."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import onnx
+import onnxruntime
+import timm
+import torch
+from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import save_for_hf
+from torch import Tensor
+from torch._dynamo.exc import UserError
+from torch.export import Dim, ExportedProgram
+
+from models.attention import MSDeformAttn
+from training.trained_model import TrainedModel
+
+# From normalised images ``[B, 3, H, W]`` to logits ``[B, classes]``, float32 both.
+Run = Callable[[Tensor], Tensor]
+INPUT, OUTPUT = "images", "logits"
+
+
+class Source:
+    """A network to export; what several formats are made of is made once.
+
+    Args:
+        model: the network with its config and classes.
+        size: height and width of the images in pixels.
+        dynamic: whether the exported network takes other sizes, too; the number of images is always free.
+        opset: version of the operators of ONNX; PyTorch's choice where None.
+    """
+
+    def __init__(
+        self, model: TrainedModel, size: tuple[int, int], *, dynamic: bool = False, opset: int | None = None
+    ) -> None:
+        self.model, self.size, self.dynamic, self.opset = model, size, dynamic, opset
+
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """The graph of the network, made of PyTorch's own operators alone.
+
+        Raises:
+            ValueError: the size of the images is to be free, and the graph of this network depends on it.
+        """
+        network = copy.deepcopy(self.model.network)
+        for module in network.modules():
+            if isinstance(module, MSDeformAttn):
+                module.form = "reference"  # a file with an operator of ours could only be loaded beside this code
+        free = {0: Dim("batch"), **dict.fromkeys((2, 3) if self.dynamic else (), Dim.DYNAMIC)}
+        try:
+            with torch.no_grad():
+                program = torch.export.export(network, (torch.randn(2, 3, *self.size),), dynamic_shapes=(free,))
+                for size in self.sizes():  # which the guards of the graph may refuse
+                    program.module()(torch.randn(1, 3, *size))
+        except (RuntimeError, AssertionError, TypeError, ValueError, UserError) as error:
+            if not self.dynamic:
+                raise
+            raise ValueError(
+                f"--dynamic-size: the graph of {self.model.config.MODEL.NAME} depends on the size of the images "
+                f"({str(error).splitlines()[0]}); export one file a size, by --size"
+            ) from error
+        return program
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """Return heights and widths of images that the exported network must take."""
+        height, width = self.size
+        return [self.size, (height + 64, width + 32), (2 * height, 2 * width)] if self.dynamic else [self.size]
+
+    @cached_property
+    def onnx(self) -> onnx.ModelProto:
+        """The graph in the operators of ONNX, with what a program must know to use it among its metadata."""
+        names = {0: "batch", **({2: "height", 3: "width"} if self.dynamic else {})}
+        with torch.no_grad():
+            exported = torch.onnx.export(
+                self.program,
+                dynamo=True,
+                dynamic_shapes=(names,),
+                input_names=[INPUT],
+                output_names=[OUTPUT],
+                opset_version=self.opset,
+                verbose=False,
+            )
+        proto = exported.model_proto
+        for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+            part.ClearField("metadata_props")  # where in the code each operator comes from: as large as the weights
+        onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in self.metadata().items()})
+        return proto
+
+    def metadata(self) -> dict[str, object]:
+        """Return how images become the network's input, and the names of its classes."""
+        config = self.model.config
+        return {
+            "classes": self.model.classes,
+            "size": self.size,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
+            "interpolation": config.DATA.INTERPOLATION,
+            "crop_ratio": config.TEST.CROP_RATIO if config.TEST.CROP else 1.0,
+            "resize": config.TEST.RESIZE,
+        }
+
+
+class Format(NamedTuple):
+    """A kind of file.
+
+    Attributes:
+        ending: of the file's name.
+        write: writes a network to a path.
+        load: returns what runs the file.
+        tolerance: largest difference of logits from those of the network, where these reach up to 1.
+    """
+
+    ending: str
+    write: Callable[[Source, Path], object]
+    load: Callable[[Path], Run]
+    tolerance: float
+
+
+def _write_onnx(source: Source, path: Path) -> None:
+    onnx.save(source.onnx, path)
+
+
+def _write_half(source: Source, path: Path) -> None:
+    """Store weights and compute in float16; images and logits stay float32."""
+    onnx.save(convert_float_to_float16(source.onnx, keep_io_types=True), path)
+
+
+def _write_int8(source: Source, path: Path) -> None:
+    """Store the matrices of linear layers in 8 bits, a scale a column; their inputs are quantized as they come."""
+    with TemporaryDirectory() as folder:
+        plain, folded = Path(folder, "plain.onnx"), Path(folder, "folded.onnx")
+        onnx.save(source.onnx, plain)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(folded)  # where transposed weights are constants, too
+        onnxruntime.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
+        quantize_dynamic(
+            folded, path, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
+        )
+
+
+def run_onnx(path: Path) -> Run:
+    """Return what runs an ONNX file on the CPU."""
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
+
+
+def _write_aoti(source: Source, path: Path) -> None:
+    torch._inductor.aoti_compile_and_package(source.program, package_path=str(path))
+
+
+def _write_safetensors(source: Source, path: Path) -> None:
+    config = source.model.config
+    if config.MODEL.TYPE not in ("dat", "timm"):
+        raise ValueError(f"safetensors: timm has no name for MODEL.TYPE {config.MODEL.TYPE}; export dat or timm")
+    is_dat = config.MODEL.TYPE == "dat"
+    # Any name of ours will do: the options of the network are stored beside it.
+    name, options = ("dat_tiny", config.MODEL.DAT) if is_dat else (config.MODEL.TIMM.NAME, config.MODEL.TIMM.ARGS)
+    network = timm.create_model(name, **options)
+    network.load_state_dict(source.model.network.state_dict())
+    preprocessing = {
+        "input_size": (3, *source.size),
+        "interpolation": config.DATA.INTERPOLATION,
+        "crop_pct": config.TEST.CROP_RATIO if config.TEST.CROP else 1.0,
+        "crop_mode": "squash" if config.TEST.RESIZE == "squash" else "center",
+    }
+    labels = {"label_names": source.model.classes}
+    save_for_hf(network, path, model_config=labels, safe_serialization=True, data_config=preprocessing)
+
+
+def _run_safetensors(path: Path) -> Run:
+    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+
+
+FORMATS = {
+    "onnx": Format(".onnx", _write_onnx, run_onnx, 1e-4),
+    "onnx-fp16": Format(".fp16.onnx", _write_half, run_onnx, 2e-2),
+    "onnx-int8": Format(".int8.onnx", _write_int8, run_onnx, 2e-1),
+    "pt2": Format(
+        ".pt2",
+        lambda source, path: torch.export.save(source.program, path),
+        lambda path: torch.export.load(path).module(),
+        1e-4,
+    ),
+    "safetensors": Format("", _write_safetensors, _run_safetensors, 1e-4),
+    "aoti": Format(".aoti.pt2", _write_aoti, lambda path: torch._inductor.aoti_load_package(str(path)), 1e-4),
+}
