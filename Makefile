@@ -1,4 +1,4 @@
-# make setup | demo | test | test-long | bench-gpu | lint: each sets up .venv by itself, once.
+# make setup | demo | test | test-long | bench-gpu | docs | lint: each sets up .venv by itself, once.
 PYTHON ?= python3
 # Processes that run tests at once: as many as there are cores, or a number; and the tests they run.
 WORKERS ?= logical
@@ -6,7 +6,7 @@ TESTS ?= tests
 # Threads per process: one is fastest for networks this small, and more threads than free cores ruin every timing.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: help setup demo test test-long test-slurm bench-gpu lint
+.PHONY: help setup demo test test-long test-slurm bench-gpu docs lint
 
 help:
 	@echo "make setup      set up .venv (once: about 6 GB, one to five minutes)"
@@ -15,6 +15,7 @@ help:
 	@echo "make test-long  the tests that kill and resume runs at many moments (about ten minutes)"
 	@echo "make test-slurm train_slurm.sh on a SLURM of two nodes on this machine (Debian's slurm-wlm and munge, root)"
 	@echo "make bench-gpu  on a GPU: check the kernels on it, measure networks, write benchmarks/gpu.md"
+	@echo "make docs       build the documentation, build/docs/index.html"
 	@echo "make lint       ruff"
 
 setup:
@@ -40,6 +41,10 @@ bench-gpu: setup
 	@echo "bench-gpu: the kernels against the plain operations, then images a second of networks"
 	@.venv/bin/python -m pytest tests/models/ops/gpu
 	@.venv/bin/python -m benchmarks.gpu
+
+docs: setup
+	@.venv/bin/python -m sphinx -W --keep-going -q docs build/docs
+	@echo "docs: build/docs/index.html"
 
 lint: setup
 	@.venv/bin/python -m ruff check .

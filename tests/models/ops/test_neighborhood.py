@@ -175,3 +175,17 @@ def test_a_mixer_without_a_table_can_run_on_natten() -> None:
         plain = mixer(x)
         mixer.form = "natten"
         torch.testing.assert_close(mixer(x), plain, atol=1e-5, rtol=1e-4)
+
+
+def test_an_exported_graph_with_open_sizes_equals_eager() -> None:
+    """Tiles depend on the size, so that such a graph gathers every window."""
+
+    class Attend(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return neighborhood_attention(x, x, x, None, kernel_size=3, scale=0.5)
+
+    free = {1: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(Attend(), (torch.randn(2, 12, 10, 2, 4),), dynamic_shapes=(free,)).module()
+    for size in ((12, 10), (17, 23)):
+        x = torch.randn(2, *size, 2, 4)
+        torch.testing.assert_close(exported(x), Attend()(x), atol=1e-6, rtol=1e-5)

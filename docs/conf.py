@@ -1,0 +1,30 @@
+"""The documentation site: `make docs` builds it, and a warning is an error."""
+
+import re
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+project = "Deformable Attention Transformers"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = []
+html_theme = "pydata_sphinx_theme"
+html_theme_options = {"show_toc_level": 2}
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+default_role = "code"
+
+
+def _name_files_of_the_repository(app: Sphinx, name: str, source: list[str]) -> None:  # noqa: ARG001
+    """Replace links to files outside of docs/, which the site does not hold, by their paths."""
+    source[0] = re.sub(r"\[([^\]]*)\]\(\.\./([^)]*)\)", r"\1 (`\2`)", source[0])
+
+
+def setup(app: Sphinx) -> None:
+    """Connect what prepares the pages."""
+    app.connect("source-read", _name_files_of_the_repository)
