@@ -26,7 +26,8 @@ from logger import RunLog
 from models.build import image_size, num_classes
 from tasks import build_task
 from tools.exported import FORMATS, Run, Source
-from training.trained_model import WEIGHTS, TrainedModel, load_trained, untrained
+from training.trained_model import TrainedModel, load_trained, untrained
+from training.weight_sets import WEIGHTS
 from utils import World
 
 BATCHES = (1, 4)
