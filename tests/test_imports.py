@@ -30,6 +30,7 @@ ALLOWED = {
     "lr_scheduler": {"optimizer"},
     "logger": {"config", "utils"},
     "utils": set(),
+    "docs": set(),
     **dict.fromkeys(("tools", "examples", "benchmarks"), OURS - {"main", "tests"}),
 }
 
