@@ -210,8 +210,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "MODEL.CLASS_MAP": RunOption(
         "",
-        "Where PRETRAINED has other classes: a text file with the index of its class for each class here, one a line. "
-        "ImageNet-22K weights need none to become ImageNet-1K ones.",
+        "Where PRETRAINED or the file to evaluate has other classes: a text file with the index of its class for each "
+        "class here, one a line. ImageNet-22K weights need none to become ImageNet-1K ones.",
         may_change=True,
     ),
     "MODEL.RESUME": RunOption(
@@ -435,6 +435,12 @@ OPTIONS: dict[str, Option] = {
         may_change=True,
     ),
     "TEST.CROP": _switch(True, "Resize to IMG_SIZE / CROP_RATIO and crop the centre; otherwise resize to IMG_SIZE."),
+    "TEST.CLASSES": RunOption(
+        "all",
+        "Where weights are evaluated on some of their classes: all may be predicted, or only those present.",
+        one_of("all", "present"),
+        may_change=True,
+    ),
     "TEST.CROP_RATIO": RunOption(0.875, "Share of the resized image that is cut out, along each side.", _PART),
     "TEST.RESIZE": RunOption(
         "squash",

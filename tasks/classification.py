@@ -6,8 +6,10 @@ Images that may have several labels (DATA.MULTI_LABEL) are learned by binary cro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from data.transforms import normalize
 from logger import RunLog
 from models.build import num_classes, set_num_classes
 from tasks.base import Evaluation, Meter, Score, Task
+from tasks.classes import labels_of
 from tasks.distillation import Distillation
 from utils import StopSignal, World, sum_over_ranks
 
@@ -72,6 +75,7 @@ class Classification(Task):
             )
         self._erase = build_erasing(config)
         self._mixup = build_mixup(config, len(self.classes)) if training else None
+        self._present: list[int] | None = None
         self._distillation: Distillation | None = None
         if config.DATA.MULTI_LABEL:
             self.score = Score("f1", "F1", "%")
@@ -132,7 +136,7 @@ class Classification(Task):
         return super().evaluate(self.as_evaluated(model), loader, log, stop)
 
     def meter(self, samples: int, device: torch.device) -> Meter:
-        return F1(samples, device) if self.config.DATA.MULTI_LABEL else Accuracy(samples, device)
+        return F1(samples, device) if self.config.DATA.MULTI_LABEL else Accuracy(samples, device, self._present)
 
     def unreadable(self, batch: Batch) -> list[str]:
         return batch.unreadable
@@ -146,6 +150,25 @@ class Classification(Task):
 
     def changes(self, checkpoint: dict[str, Any]) -> list[str]:
         return class_changes(checkpoint, self.classes)
+
+    def take_classes(self, checkpoint: dict[str, Any], number: int) -> list[str]:
+        if self.config.DATA.MULTI_LABEL:
+            return []
+        labels, how = labels_of(self.classes, checkpoint.get("classes"), number, self.config.MODEL.CLASS_MAP)
+        restricted = self.config.TEST.CLASSES == "present" and labels
+        self._present = sorted(set(labels)) if restricted else None
+        if not labels or (labels == list(range(number)) and not self.config.MODEL.CLASS_MAP):
+            return []
+        first = ", ".join(f"{name} {label}" for name, label in zip(self.classes[:3], labels[:3], strict=True))
+        names = [f"class {label}" for label in range(number)]
+        for label, name in zip(labels, self.classes, strict=True):
+            names[label] = name
+        images = self._dataset.held_out.relabelled(np.array(labels, dtype=np.int32))
+        self._dataset, among = replace(self._dataset, classes=names, held_out=images), len(self.classes)
+        self.classes = names
+        set_num_classes(self.config, number)
+        space = f"the {among} present" if restricted else f"all {number}"
+        return [f"{among} classes are found {how} among {number} of the weights, {first}, ...; scored over {space}"]
 
     def summary(self) -> str:
         return f"{len(self.classes)} classes"
@@ -175,14 +198,24 @@ def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:
 class Accuracy(Meter):
     """Top-1 and top-5 accuracy in percent and mean cross-entropy; sums over all images divided by their number."""
 
-    def __init__(self, samples: int, device: torch.device) -> None:
+    def __init__(self, samples: int, device: torch.device, present: list[int] | None = None) -> None:
+        """Args:
+        samples: of all ranks.
+        device: of the network.
+        present: labels that count; None for all.
+        """
         self._samples = samples
+        self._present = present
         # [correct, correct among five, sum of losses, images, images left out]
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
         self._sums = torch.zeros(5, dtype=dtype, device=device)
 
     def add(self, model: nn.Module, batch: LabelledImages) -> None:
         logits, targets = model(batch.images).float(), batch.targets
+        if self._present is not None:
+            absent = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
+            absent[self._present] = False
+            logits = logits.masked_fill(absent, -torch.inf)
         read = targets >= 0
         losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices

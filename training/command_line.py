@@ -88,6 +88,8 @@ def _choose_evaluated(config: CfgNode, given: set[str]) -> None:
         raise ValueError(f"--eval needs a checkpoint: pass it as --resume FILE{hint}")
     config.MODEL.RESUME = next(filter(None, named), str(best))
     config.MODEL.PRETRAINED = ""
+    if "MODEL.CLASS_MAP" not in given:  # that of a config belongs to what its run started from
+        config.MODEL.CLASS_MAP = ""
     if "MODEL.WEIGHTS" not in given:
         asked = EMA if config.TRAIN.EMA.ENABLED else RAW
         config.MODEL.WEIGHTS = asked if "TRAIN.EMA.ENABLED" in given else ""

@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from logger import RunLog
 from models import build_model
 from models.build import image_size
-from models.contract import compile_parts, set_epoch
+from models.contract import classifier, compile_parts, set_epoch
 from tasks import Task, build_task
 from training.build import build_network, prepare_device
 from training.checkpoint import load_checkpoint, load_strictly
@@ -77,15 +77,18 @@ def build_evaluation(config: CfgNode, world: World, *, amp: str = "off") -> Chec
     """
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
     task = build_task(config, world, training=False)
-    loader = task.eval_loader()
     checkpoint = load_checkpoint(path)
     network = build_network(task, world)
     given = pick_weights(checkpoint, path, network, kind=config.MODEL.WEIGHTS)
+    rows = len(given.weights.get(f"{classifier(network)}.bias", ()))
+    if found := task.take_classes(checkpoint, rows):
+        network = build_network(task, world)
+    loader = task.eval_loader()
     load_strictly(network, given.weights, path)
     if isinstance(epoch := checkpoint.get("epoch"), int):  # the one that the weights were trained in last
         set_epoch(network, max(epoch if checkpoint.get("update") else epoch - 1, 0))
     warnings = [f"{path} was trained on other classes: {change}" for change in task.changes(checkpoint)] + task.doubts()
-    return CheckpointEvaluation(path, task, network, loader, given.choice, given.notes, warnings, amp)
+    return CheckpointEvaluation(path, task, network, loader, given.choice, [*found, *given.notes], warnings, amp)
 
 
 @dataclass(frozen=True)

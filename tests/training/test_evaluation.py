@@ -6,15 +6,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from config import load_config
 from main import main
 from models import build_model
+from models.build import set_num_classes
 from models.dat import DAT
+from tasks.classes import labels_of
+from tasks.classification import LabelledImages
+from tests.data.samples import write_folder
 from tests.runs import write_config
 from tests.tools.samples import tiny_config, write_checkpoint
-from training.evaluation import CheckpointEvaluation
+from training.evaluation import CheckpointEvaluation, build_evaluation
 from training.resume import start_from_pretrained
+from utils import World
+
+CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -106,3 +114,51 @@ def test_weights_of_a_backbone_are_fine_tuned_with_a_new_classifier(tmp_path: Pa
     assert "newly initialised (the weights have no classifier): cls_head.weight, cls_head.bias" in said
     assert torch.equal(network.cls_norm.norm.weight, state["cls_norm.norm.weight"])
     assert torch.equal(network.cls_head.weight, head)
+
+
+@pytest.mark.parametrize(
+    ("folders", "known", "labels"),
+    [
+        (["dog", "emu"], True, [3, 4]),  # by name
+        (["0", "3", "7"], False, [0, 3, 7]),  # numbers of labels
+        ([str(label) for label in range(10)], False, list(range(10))),
+    ],
+)
+@pytest.mark.parametrize("space", ["all", "present"])
+def test_weights_are_evaluated_on_some_of_their_classes(
+    tmp_path: Path, folders: list[str], known: bool, labels: list[int], space: str
+) -> None:
+    path = write_checkpoint(tmp_path, **({} if known else {"classes": None}))
+    images = write_folder(tmp_path / "images", {f"val/{name}": 1 for name in folders})
+    config = tiny_config(tmp_path)
+    config.DATA.DATASET, config.DATA.DATA_PATH, config.MODEL.RESUME = "imagenet", str(images), str(path)
+    config.TEST.CLASSES = space
+    evaluation = build_evaluation(config, CPU)
+    batch = next(iter(evaluation.loader))
+    assert batch.targets.tolist() == labels
+    meter = evaluation.task.meter(len(labels), CPU.device)
+    logits = torch.arange(10.0).expand(len(labels), 10)  # the last class is the most probable
+    meter.add(nn.Identity(), LabelledImages(logits, batch.targets))
+    right = space == "present" or 9 in labels
+    assert meter.result().metrics["top1"] == pytest.approx(100 * right / len(labels))
+
+
+def test_a_class_map_labels_the_images_to_evaluate(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", {"val/x": 1, "val/y": 1})
+    config = tiny_config(tmp_path)
+    config.DATA.DATASET, config.DATA.DATA_PATH = "imagenet", str(images)
+    config.MODEL.RESUME, config.MODEL.CLASS_MAP = str(write_checkpoint(tmp_path)), str(tmp_path / "map.txt")
+    Path(config.MODEL.CLASS_MAP).write_text("9\n2\n")
+    evaluation = build_evaluation(config, CPU)
+    assert next(iter(evaluation.loader)).targets.tolist() == [9, 2]
+    assert "2 classes are found by" in evaluation.notes[0]
+    set_num_classes(config, 10)
+    Path(config.MODEL.CLASS_MAP).write_text("9\n-1\n")
+    with pytest.raises(ValueError, match=r"map\.txt has no class of the weights for y; leave its images out"):
+        build_evaluation(config, CPU)
+
+
+def test_folders_of_wordnet_ids_are_classes_of_imagenet() -> None:
+    assert labels_of(["n01443537", "n01440764"], None, 1000, "") == ([1, 0], "by WordNet id")
+    assert labels_of(["cat"], None, 1000, "") == ([], "by WordNet id")
+    assert labels_of(["cat"], ["dog"], 1, "")[0] == []
