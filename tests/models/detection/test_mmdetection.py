@@ -11,6 +11,7 @@ from torch import Tensor
 from models.detection.mmdetection import from_mmdetection
 from models.weights import adapt
 from tests.models.detection.test_detectors import build
+from training.weight_sets import pick_weights
 
 WIDTH, HIDDEN, CLASSES = 16, 16, 3
 
@@ -46,7 +47,8 @@ def published(name: str, backbone: dict[str, Tensor], channels: list[int]) -> di
 def test_every_entry_finds_its_place(name: str) -> None:
     detector = build(name)
     weights = published(name, detector.backbone.state_dict(), detector.backbone.channels)
-    state, report = adapt(weights, detector)
+    file = {"meta": {"epoch": 12}, "state_dict": weights}
+    state, report = adapt(pick_weights(file, "file.pth", detector).weights, detector)
     assert not report.new
     assert not report.left_out
     assert set(report.loaded) == set(state) == set(from_mmdetection(weights))
