@@ -310,7 +310,8 @@ class DAT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return the logits of a map of `forward_features`, or with ``pre_logits`` what the classifier takes."""
-        x = self.global_pool(x)
+        # The mean as such: torch.func.vmap has no rule for adaptive pooling.
+        x = x.mean(dim=(2, 3)) if self.global_pool.pool_type == "avg" else self.global_pool(x)
         return x if pre_logits else self.cls_head(x)
 
     def forward_intermediates(
