@@ -89,7 +89,7 @@ def test_a_flag_is_taken_for_no_file(words: list[str]) -> None:
 def test_a_check_of_several_processes_is_made_once() -> None:
     done = run_command("bash", "train.sh", 3, "tiny.yaml", "--check", PYTHON="echo")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{ROOT}/main.py --cfg tiny.yaml --check --check\n"
+    assert done.stdout == f"{ROOT}/main.py --cfg tiny.yaml --check\n"
 
 
 @pytest.fixture
