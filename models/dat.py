@@ -397,13 +397,13 @@ def _check_stem(values: dict[str, Any]) -> None:
     if values["use_conv_patches"] and (patch_size % 2 or dim_stem % 2):
         raise ValueError(
             f"patch_size = {patch_size} and dim_stem = {dim_stem} must both be even with use_conv_patches, "
-            "whose stem has two halving steps"
+            "whose stem begins with a convolution of stride 2 to half its channels"
         )
 
 
 def _overlapping_stem(in_chans: int, dim: int, patch_size: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=patch_size // 2, padding=1),
+        nn.Conv2d(in_chans, dim // 2, kernel_size=3, stride=2, padding=1),
         LayerNorm(dim // 2),
         nn.GELU(),
         nn.Conv2d(dim // 2, dim, kernel_size=3, stride=patch_size // 2, padding=1),

@@ -15,7 +15,8 @@ OPTIONS = {**SMALL, "stage_spec": ["N", "N", "D", "D"]}
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 160)])
 def test_maps_have_the_strides_and_channels_that_are_said(size: tuple[int, int]) -> None:
-    for backbone in (DATBackbone(**OPTIONS), TimmBackbone("resnet18", out_indices=(1, 2, 3, 4))):
+    fine = DATBackbone(**{**OPTIONS, "patch_size": 2})
+    for backbone in (DATBackbone(**OPTIONS), fine, TimmBackbone("resnet18", out_indices=(1, 2, 3, 4))):
         maps = backbone.eval()(torch.rand(1, 3, *size))
         assert [m.shape[1] for m in maps] == backbone.channels
         assert [tuple(m.shape[-2:]) for m in maps] == [tuple(s // stride for s in size) for stride in backbone.strides]
