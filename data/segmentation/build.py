@@ -10,6 +10,7 @@ from yacs.config import CfgNode
 
 from data.build import build_loader, image_size, is_shared_memory_short, request, train_sampler
 from data.samplers import EvalSampler
+from data.segmentation.coco import open_coco
 from data.segmentation.datasets import ByValue, MaskedImages, collate, stack
 from data.segmentation.folders import open_ade20k, open_masks
 from data.segmentation.scenes import open_scenes
@@ -20,6 +21,7 @@ from data.sources import Request
 FORMATS: Mapping[str, Callable[[Request, Labels], MaskedDataset]] = {
     "ade20k": open_ade20k,
     "masks": open_masks,
+    "coco": open_coco,
     "digit_scenes": open_scenes,
 }
 

@@ -6,21 +6,19 @@ import numpy as np
 
 from data.formats.digit_scenes import DigitScenes
 from data.images import StoredImage
+from data.segmentation.coco import open_coco
 from data.segmentation.sources import Labels, MaskedDataset, MaskedSource
 from data.sources import Request
 
 
-def open_scenes(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG001 - the scenes hold classes
-    """Open the digit scenes.
+def open_scenes(request: Request, labels: Labels) -> MaskedDataset:
+    """Open the digit scenes, or the data set in the layout of COCO that a path names in their place.
 
     Raises:
-        ValueError: where a path was given, which they do not have.
+        ValueError: see `open_coco`.
     """
     if request.path:
-        raise ValueError(
-            "the digit scenes are a data set of their own, without --data-path; to use folders with this config, add "
-            "--opts DATA.DATASET masks"
-        )
+        return open_coco(request, labels)
     return MaskedDataset(
         classes=["background", *DigitScenes.classes],
         train=SceneSource(train=True) if "train" in request.needs else None,

@@ -178,9 +178,9 @@ def name_fewer_classes(root: Path) -> None:
         (
             None,
             ["DATA.DATASET", "mask"],
-            r"of segmentation must be one of ade20k, masks, digit_scenes, not 'mask'; ",
+            r"of segmentation must be one of ade20k, masks, coco, digit_scenes, not 'mask'; ",
         ),
-        (None, ["DATA.DATASET", "digit_scenes"], "the digit scenes are a data set of their own, without --data-path"),
+        (None, ["DATA.DATASET", "digit_scenes"], r"no file instances_\w+\.json in data path"),
         (None, ["DATA.LABEL_MAP.sky", "0"], r"DATA\.LABEL_MAP \{sky: 0\}: both must be numbers from 0 to 255"),
         (None, ["DATA.IGNORE_LABEL", "256"], "DATA.IGNORE_LABEL must be 0 to 255, not 256"),
         (None, ["MODEL.SEGMENTER.NAME", "upnet"], r"MODEL\.SEGMENTER\.NAME must be .*; did you mean upernet\?"),

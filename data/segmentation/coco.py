@@ -1,0 +1,54 @@
+"""Class maps from the objects of data sets in the layout of COCO: background, and the classes of the objects."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from data.detection.coco import open_coco as open_objects
+from data.detection.sources import DetectionSource
+from data.images import StoredImage
+from data.segmentation.sources import Labels, MaskedDataset, MaskedSource
+from data.sources import Request
+
+
+def open_coco(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG001 - the categories are the classes
+    """Open a data set in the layout of COCO; class 0 is the background, the others follow the ids of the categories.
+
+    Raises:
+        ValueError: as of detection, and where objects have boxes alone, or their classes are too many for a mask.
+    """
+    objects = open_objects(request)
+    if not objects.masks:
+        raise ValueError(
+            f"data path {request.path}: some objects have a box alone; TASK segmentation needs the outline of each "
+            f"(the key segmentation of its annotation)"
+        )
+    if len(objects.classes) > 254:
+        raise ValueError(f"data path {request.path} has {len(objects.classes)} classes; a mask holds 254 and background")
+    return MaskedDataset(
+        classes=["background", *objects.classes],
+        train=ObjectSource(objects.train) if objects.train else None,
+        held_out=ObjectSource(objects.held_out) if objects.held_out else None,
+        remarks=objects.remarks,
+    )
+
+
+class ObjectSource(MaskedSource):
+    """Images whose pixels have the class of the smallest object over them, crowds included; 0 where there is none."""
+
+    def __init__(self, objects: DetectionSource) -> None:
+        self._objects = objects
+
+    def __len__(self) -> int:
+        return len(self._objects)
+
+    def get(self, index: int) -> StoredImage:
+        return self._objects.get(index)
+
+    def mask(self, index: int) -> np.ndarray:
+        size, objects = self._objects.size(index), self._objects.objects(index)
+        found = np.zeros(size, dtype=np.uint8)
+        outlines = objects.decoded(size)
+        for number in np.argsort(-objects.areas, kind="stable"):  # small ones lie over large ones
+            found[outlines[number] > 0] = objects.labels[number] + 1
+        return found
