@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
+from .initial_weights import set_prior
 from .positives import Positives
-from .transformers_detectors import set_prior
 
 CANDIDATES = 9  # anchors of each level that are nearest to an object
 ANCHOR = 8  # side of an anchor in pixels of its map

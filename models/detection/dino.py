@@ -24,9 +24,9 @@ from ..backbone import DATBackbone, TimmBackbone
 from .backbone_adapter import AdapterConfig, adapt
 from .denoising import noised_queries
 from .detector import Detector, pad_images
+from .initial_weights import draw_weights, set_prior
 from .queries import Assignment, Queries, Targets, match, set_losses
 from .set_prediction import DIVISOR, best_boxes, image_mask, relative_targets
-from .transformers_detectors import set_prior
 
 
 class Memory(NamedTuple):
@@ -102,10 +102,8 @@ class DINO(Detector):
         width, heads = config.d_model, config.decoder_layers + 1  # the last ones judge the encoder's proposals
         self.transformer.decoder.class_embed = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(heads))
         self.transformer.decoder.bbox_embed = nn.ModuleList(_box_head(width, width, 4, 3) for _ in range(heads))
+        draw_weights(self.transformer)
         set_prior(self.transformer, num_classes)
-        for head in self.transformer.decoder.bbox_embed:
-            nn.init.zeros_(head.layers[-1].weight)
-            nn.init.zeros_(head.layers[-1].bias)
         self.contents = nn.Embedding(num_queries, width) if mixed_query_selection else None
         self.anchor_position = _box_head(2 * width, width, width, 2) if anchor_positions else None
         self.label_contents = nn.Embedding(num_classes, width) if denoising else None

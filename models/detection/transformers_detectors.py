@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -11,18 +10,15 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
 from ..backbone import DATBackbone, TimmBackbone
 from .backbone_adapter import AdapterConfig, adapt
 from .detector import Detector, pad_images
+from .initial_weights import draw_weights, set_prior
 from .set_prediction import DIVISOR, best_boxes, image_mask, padded_sizes, relative_targets
 from .transformers_kinds import KINDS
-
-# Weights that transformers applies outside its named losses, by the name of the loss.
-_WEIGHTS = {"loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"}
-_PRIOR = 0.01  # what a sigmoid says at first, so that the many queries without an object do not drown the others
 
 
 class TransformersDetector(Detector):
@@ -43,6 +39,8 @@ class TransformersDetector(Detector):
         self.kind = KINDS[kind]
         self.config = _configuration(kind, backbone, num_classes, arguments)
         self.detector = getattr(transformers, f"{self.kind.name}ForObjectDetection")(self.config)
+        self._weights = {} if self.kind.pyramid else _weights(self.config, self.kind.class_weight)
+        draw_weights(self.detector)
         adapt(self.detector, backbone)
         if not (self.kind.background or self.kind.pyramid):
             set_prior(self.detector, num_classes)
@@ -69,7 +67,7 @@ class TransformersDetector(Detector):
         for name, value in named.items():
             measure = re.match(r"loss_[a-z]+", name)
             if measure:
-                weight = getattr(self.config, _WEIGHTS.get(measure[0], ""), 1)
+                weight = self._weights.get(measure[0], 1.0)
                 short = measure[0].removeprefix("loss_")
                 sums[short] = sums.get(short, 0.0) + weight * value
         return sums
@@ -116,8 +114,10 @@ def _configuration(kind: str, backbone: DATBackbone | TimmBackbone, num_classes:
         raise ValueError(f"{kind}: {' '.join(str(error).split())}") from None
 
 
-def set_prior(detector: nn.Module, num_classes: int) -> None:
-    """Let the layers that give the logits of the classes begin at a small probability (focal loss, 1708.02002)."""
-    for name, module in detector.named_modules():
-        if "class" in name and num_classes in (getattr(module, "out_features", 0), getattr(module, "out_channels", 0)):
-            nn.init.constant_(module.bias, -math.log((1 - _PRIOR) / _PRIOR))
+def _weights(config: Any, classes: float) -> dict[str, float]:
+    """Return the weights of losses, by their names, which RT-DETR and D-FINE alone apply before they name them."""
+    return {
+        "loss_ce": classes,
+        "loss_bbox": config.bbox_loss_coefficient,
+        "loss_giou": config.giou_loss_coefficient,
+    }

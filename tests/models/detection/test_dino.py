@@ -42,7 +42,7 @@ def deformable_detr(dino: DINO) -> DeformableDetrForObjectDetection:
     adapt(theirs, dino.backbone)
     with torch.no_grad():
         for parameter in dino.transformer.parameters():
-            parameter += 0.1 * torch.randn_like(parameter)
+            parameter.copy_(parameter / 2 + 0.05 * torch.randn_like(parameter))
     missing, unexpected = theirs.model.load_state_dict(dino.transformer.state_dict(), strict=False)
     assert not unexpected
     assert all(name.startswith("pos_trans") for name in missing)

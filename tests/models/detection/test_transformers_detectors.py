@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from models.backbone import TimmBackbone
 from models.detection.detector import pad_images
@@ -41,7 +42,7 @@ def test_losses_reach_every_parameter_and_boxes_lie_in_their_images(kind: str) -
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "deformable_detr_two_stage"])
-def test_the_losses_sum_to_what_transformers_minimises(kind: str) -> None:
+def test_the_losses_sum_to_what_transformers_minimises_but_for_the_weight_of_classes(kind: str) -> None:
     detector = small_detector(kind)
     images, targets = two_images()
     torch.manual_seed(1)
@@ -50,7 +51,19 @@ def test_the_losses_sum_to_what_transformers_minimises(kind: str) -> None:
     mask = {"pixel_mask": image_mask(batch).long()} if KINDS[kind].masked else {}
     labels = relative_targets(targets, batch.image_sizes if KINDS[kind].masked else padded_sizes(batch))
     torch.manual_seed(1)
+    if KINDS[kind].class_weight != 1:
+        losses["ce"] = losses["ce"] / 2
     torch.testing.assert_close(sum(losses.values()), detector.detector(batch.tensors, **mask, labels=labels).loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_begin_at_a_scale_that_signals_pass(kind: str) -> None:
+    for name, module in small_detector(kind).detector.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert bool((module.weight == 1).all())
+        elif isinstance(module, nn.Linear) and module.weight.any():
+            outputs, inputs = module.weight.shape
+            assert module.weight.abs().max() > 0.8 * (6 / (inputs + outputs)) ** 0.5, name  # Xavier's bound
 
 
 def test_the_backbone_has_one_place_and_keeps_its_weights() -> None:
