@@ -101,6 +101,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "DATA.VAL": RunOption("", "The same of the held-out part; empty: val, validation, valid or test."),
     "DATA.DOWNLOAD": _switch(False, "Fetch the data set from where it is published, for formats that know where."),
+    "DATA.SCENES": RunOption(600, "Scenes to train on, of digit_scenes; 150 others are held out.", at_least(1)),
     "DATA.MULTI_LABEL": _switch(
         False, "An image may have several labels, or none; they are learnt by binary cross-entropy."
     ),

@@ -192,6 +192,7 @@ def request(config: CfgNode, needs: Sequence[str]) -> Request:
         image_column=data.IMAGE_COLUMN,
         label_column=data.LABEL_COLUMN,
         download=data.DOWNLOAD,
+        scenes=data.SCENES,
     )
 
 

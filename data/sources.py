@@ -76,6 +76,7 @@ class Request:
         image_column: of tables that name their columns; empty for the usual names.
         label_column: likewise.
         download: whether a format may fetch its data set from where it is published.
+        scenes: how many to draw for training, of data sets that are drawn.
     """
 
     path: str = ""
@@ -88,6 +89,7 @@ class Request:
     image_column: str = ""
     label_column: str = ""
     download: bool = False
+    scenes: int = 600
 
     def root(self, layout: str) -> Path:
         """Return the folder of the data set.

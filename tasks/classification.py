@@ -19,12 +19,14 @@ from yacs.config import CfgNode
 from data.build import build_erasing, build_eval_loader, build_mixup, build_train_loader, loader_doubts, open_dataset
 from data.datasets import Batch
 from data.images import StoredImage
+from data.sources import Dataset
 from data.transforms import normalize
 from logger import RunLog
-from models.build import num_classes, set_num_classes
-from tasks.base import Evaluation, Meter, Score, Task
+from models.build import set_num_classes
+from tasks.base import Evaluation, Meter, Score
 from tasks.classes import labels_of
 from tasks.distillation import Distillation
+from tasks.labelled import LabelledTask
 from utils import StopSignal, World, sum_over_ranks
 
 
@@ -54,25 +56,13 @@ class Mirrored(nn.Module):
         return (self.network(images) + self.network(images.flip(-1))) / 2
 
 
-class Classification(Task):
-    """One class for each image.
-
-    Attributes:
-        classes: names by label.
-    """
+class Classification(LabelledTask):
+    """One class for each image."""
 
     score = Score("top1", "accuracy", "%")
 
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         super().__init__(config, world, training=training)
-        self._dataset = open_dataset(config, ("train", "val") if training else ("val",))
-        self.classes = self._dataset.classes
-        meant_for = num_classes(config)
-        set_num_classes(config, len(self.classes))
-        if len(self.classes) != meant_for:
-            self.notes.append(
-                f"{len(self.classes)} classes as in the data set, instead of the {meant_for} of the config"
-            )
         self._erase = build_erasing(config)
         self._mixup = build_mixup(config, len(self.classes)) if training else None
         self._present: list[int] | None = None
@@ -80,6 +70,9 @@ class Classification(Task):
         if config.DATA.MULTI_LABEL:
             self.score = Score("f1", "F1", "%")
         self._criterion = self._build_criterion()
+
+    def open_dataset(self, needs: Sequence[str]) -> Dataset:
+        return open_dataset(self.config, needs)
 
     def _build_criterion(self) -> nn.Module:
         config = self.config
@@ -96,10 +89,10 @@ class Classification(Task):
         return nn.CrossEntropyLoss(weights, label_smoothing=smoothing)
 
     def train_loader(self) -> DataLoader:
-        return build_train_loader(self.config, self._dataset, rank=self.world.rank, world_size=self.world.size)
+        return build_train_loader(self.config, self._dataset, **self._share)
 
     def eval_loader(self) -> DataLoader:
-        return build_eval_loader(self.config, self._dataset, rank=self.world.rank, world_size=self.world.size)
+        return build_eval_loader(self.config, self._dataset, **self._share)
 
     def set_epoch(self, epoch: int) -> None:
         if self._mixup:
@@ -138,18 +131,9 @@ class Classification(Task):
     def meter(self, samples: int, device: torch.device) -> Meter:
         return F1(samples, device) if self.config.DATA.MULTI_LABEL else Accuracy(samples, device, self._present)
 
-    def unreadable(self, batch: Batch) -> list[str]:
-        return batch.unreadable
-
     def held_out(self, index: int) -> StoredImage:
         """Return a held-out image as it is stored; raises `UnreadableImage`."""
         return self._dataset.held_out.get(index)
-
-    def describe(self) -> dict[str, Any]:
-        return {"classes": list(self.classes)}
-
-    def changes(self, checkpoint: dict[str, Any]) -> list[str]:
-        return class_changes(checkpoint, self.classes)
 
     def take_classes(self, checkpoint: dict[str, Any], number: int) -> list[str]:
         if self.config.DATA.MULTI_LABEL:
@@ -185,14 +169,6 @@ def balancing_weights(counts: Sequence[int]) -> Tensor:
     sizes = torch.tensor(counts, dtype=torch.float64)
     present = sizes > 0
     return torch.where(present, sizes.sum() / (present.sum() * sizes.clamp(min=1)), 0.0).float()
-
-
-def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:
-    """Return the first class that has another name in `checkpoint`, which may not know them, as one message."""
-    known = checkpoint.get("classes")
-    known = known if isinstance(known, list) else classes
-    changed = [label for label, (before, now) in enumerate(zip(known, classes, strict=False)) if before != now]
-    return [f"class {label}: {known[label]!r} in the checkpoint, {classes[label]!r} now" for label in changed[:1]]
 
 
 class Accuracy(Meter):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,16 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.build import loader_doubts
 from data.detection.build import build_eval_loader, build_train_loader, open_dataset
 from data.detection.datasets import Batch, on_device
-from data.detection.sources import DetectionSource
+from data.detection.sources import DetectionDataset, DetectionSource
 from data.transforms import normalize
-from models.build import num_classes, set_num_classes
 from models.detection import DETECTORS
-from tasks.base import Evaluation, Meter, Score, Task
-from tasks.classification import class_changes
+from tasks.base import Evaluation, Meter, Score
 from tasks.coco import Detections, average_precision, paste_masks
+from tasks.labelled import LabelledTask
 from utils import World
 
 
@@ -35,39 +34,28 @@ class Images(NamedTuple):
     targets: list[dict[str, Tensor]]
 
 
-class Detection(Task):
-    """Boxes and classes of objects, and masks where the detector finds them.
-
-    Attributes:
-        classes: names by label.
-    """
+class Detection(LabelledTask):
+    """Boxes and classes of objects, and masks where the detector finds them."""
 
     score = Score("AP", "AP", digits=3)
 
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         super().__init__(config, world, training=training)
-        self._dataset = open_dataset(config, ("train", "val") if training else ("val",))
         self._masks = DETECTORS[config.MODEL.DETECTOR.NAME].masks
         if self._masks and not self._dataset.masks:
             raise ValueError(
                 f"MODEL.DETECTOR.NAME {config.MODEL.DETECTOR.NAME} learns masks, and the data set has boxes alone; "
                 "choose a detector of boxes, such as retinanet"
             )
-        self.classes = self._dataset.classes
-        meant_for = num_classes(config)
-        set_num_classes(config, len(self.classes))
-        if len(self.classes) != meant_for:
-            self.notes.append(
-                f"{len(self.classes)} classes as in the data set, instead of the {meant_for} of the config"
-            )
-        self.notes += self._dataset.notes
+
+    def open_dataset(self, needs: Sequence[str]) -> DetectionDataset:
+        return open_dataset(self.config, needs)
 
     def train_loader(self) -> DataLoader:
-        ranks = {"rank": self.world.rank, "world_size": self.world.size}
-        return build_train_loader(self.config, self._dataset, masks=self._masks, **ranks)
+        return build_train_loader(self.config, self._dataset, masks=self._masks, **self._share)
 
     def eval_loader(self) -> DataLoader:
-        return build_eval_loader(self.config, self._dataset, rank=self.world.rank, world_size=self.world.size)
+        return build_eval_loader(self.config, self._dataset, **self._share)
 
     def prepare(self, batch: Batch, device: torch.device) -> Images:
         moved = on_device(batch, lambda tensor: tensor.to(device, non_blocking=True))
@@ -83,20 +71,8 @@ class Detection(Task):
     def meter(self, samples: int, device: torch.device) -> Meter:  # noqa: ARG002 - the source knows its images
         return AveragePrecision(self._dataset.held_out, self.classes, self.world)
 
-    def unreadable(self, batch: Batch) -> list[str]:
-        return batch.unreadable
-
-    def describe(self) -> dict[str, Any]:
-        return {"classes": list(self.classes)}
-
-    def changes(self, checkpoint: dict[str, Any]) -> list[str]:
-        return class_changes(checkpoint, self.classes)
-
     def summary(self) -> str:
         return f"{self.config.MODEL.DETECTOR.NAME}, {len(self.classes)} classes"
-
-    def doubts(self) -> list[str]:
-        return [*self._dataset.remarks, *loader_doubts(self.config)]
 
 
 class AveragePrecision(Meter):

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from yacs.config import CfgNode
 
-from data.build import loader_doubts
 from data.segmentation.build import build_eval_loader, build_train_loader, open_dataset
 from data.segmentation.datasets import Batch
-from data.segmentation.sources import IGNORED
+from data.segmentation.sources import IGNORED, MaskedDataset
 from data.transforms import as_pixels, normalize
-from models.build import num_classes, set_num_classes
 from models.segmentation.parts import resize
-from tasks.base import Evaluation, Meter, Score, Task
-from tasks.classification import class_changes
+from tasks.base import Evaluation, Meter, Score
+from tasks.labelled import LabelledTask
 from tasks.pictures import paint, stack_rows
-from utils import World, sum_over_ranks
+from utils import sum_over_ranks
 
 SAMPLES = 4  # images in the picture of an evaluation
 
@@ -39,31 +36,19 @@ class LabelledPixels(NamedTuple):
     labels: Tensor | Sequence[Tensor]
 
 
-class Segmentation(Task):
-    """One class for each pixel.
-
-    Attributes:
-        classes: names by label.
-    """
+class Segmentation(LabelledTask):
+    """One class for each pixel."""
 
     score = Score("miou", "mIoU", digits=3)
 
-    def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
-        super().__init__(config, world, training=training)
-        self._dataset = open_dataset(config, ("train", "val") if training else ("val",))
-        self.classes = self._dataset.classes
-        meant_for = num_classes(config)
-        set_num_classes(config, len(self.classes))
-        if len(self.classes) != meant_for:
-            self.notes.append(
-                f"{len(self.classes)} classes as in the data set, instead of the {meant_for} of the config"
-            )
+    def open_dataset(self, needs: Sequence[str]) -> MaskedDataset:
+        return open_dataset(self.config, needs)
 
     def train_loader(self) -> DataLoader:
-        return build_train_loader(self.config, self._dataset, rank=self.world.rank, world_size=self.world.size)
+        return build_train_loader(self.config, self._dataset, **self._share)
 
     def eval_loader(self) -> DataLoader:
-        return build_eval_loader(self.config, self._dataset, rank=self.world.rank, world_size=self.world.size)
+        return build_eval_loader(self.config, self._dataset, **self._share)
 
     def prepare(self, batch: Batch, device: torch.device) -> LabelledPixels:
         images = batch.images.to(device, non_blocking=True)
@@ -81,20 +66,8 @@ class Segmentation(Task):
         scales, flip = self.config.SEGMENTATION.TEST_SCALES, self.config.TEST.FLIP
         return MeanIoU(self.classes, samples, device, scales=scales, flip=flip)
 
-    def unreadable(self, batch: Batch) -> list[str]:
-        return batch.unreadable
-
-    def describe(self) -> dict[str, Any]:
-        return {"classes": list(self.classes)}
-
-    def changes(self, checkpoint: dict[str, Any]) -> list[str]:
-        return class_changes(checkpoint, self.classes)
-
     def summary(self) -> str:
         return f"{self.config.MODEL.SEGMENTER.NAME}, {len(self.classes)} classes"
-
-    def doubts(self) -> list[str]:
-        return [*self._dataset.remarks, *loader_doubts(self.config)]
 
 
 class MeanIoU(Meter):

@@ -13,6 +13,7 @@ from torchvision import tv_tensors
 from data.datasets import OnUnreadable, SeededSamples
 from data.detection.sources import DetectionSource
 from data.detection.transforms import EvalTransform, TrainTransform, to_target
+from data.images import UnreadableImage
 
 Target = dict[str, Tensor]
 
@@ -41,7 +42,39 @@ class Batch(NamedTuple):
     unreadable: list[str]
 
 
-class TrainSamples(SeededSamples[Sample]):
+class _Samples(SeededSamples[Sample]):
+    """Images of a source.
+
+    Args:
+        source: where they come from.
+        seed: seed of the run.
+        on_unreadable: see `SeededSamples`; a marked image is one black pixel, and its size is 0 and 0.
+    """
+
+    def __init__(self, source: DetectionSource, *, seed: int, on_unreadable: OnUnreadable) -> None:
+        super().__init__(len(source), seed=seed, on_unreadable=on_unreadable)
+        self._source = source
+
+    def pixels(self, index: int) -> tv_tensors.Image:
+        """Return an image as it is stored.
+
+        Raises:
+            UnreadableImage: it cannot be read, or has another size than the data set says.
+        """
+        stored, size = self._source.get(index), self._source.size(index)
+        pixels = np.array(stored.decode())
+        if pixels.shape[:2] != size:
+            (height, width), (h, w) = pixels.shape[:2], size
+            raise UnreadableImage(
+                f"image {stored.name!r} is {width} x {height} pixels, its annotations say {w} x {h}", stored.name
+            )
+        return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+
+    def left_out(self, index: int, unreadable: list[str]) -> Sample:
+        return Sample(torch.zeros(3, 1, 1, dtype=torch.uint8), _place(index, (0, 0)), unreadable)
+
+
+class TrainSamples(_Samples):
     """Augmented images with their objects; crowds are not among them.
 
     Args:
@@ -55,25 +88,20 @@ class TrainSamples(SeededSamples[Sample]):
     def __init__(
         self, source: DetectionSource, transform: TrainTransform, *, masks: bool, seed: int, on_unreadable: OnUnreadable
     ) -> None:
-        super().__init__(len(source), seed=seed, on_unreadable=on_unreadable)
-        self._source = source
+        super().__init__(source, seed=seed, on_unreadable=on_unreadable)
         self._transform = transform
         self._masks = masks
 
     def sample(self, index: int, unreadable: list[str]) -> Sample:
-        image, size = _pixels(self._source, index)
-        objects = self._source.objects(index)
+        image, size, objects = self.pixels(index), self._source.size(index), self._source.objects(index)
         learned = torch.from_numpy(~objects.crowd)
         masks = torch.from_numpy(objects.decoded(size))[learned] if self._masks else None
         boxes, labels = (torch.from_numpy(x)[learned] for x in (objects.boxes, objects.labels))
         image, target = self._transform(image, to_target(boxes, labels, masks, size))
         return Sample(_plain(image), {name: _plain(value) for name, value in target.items()}, unreadable)
 
-    def left_out(self, index: int, unreadable: list[str]) -> Sample:
-        raise NotImplementedError("an image that cannot be read is substituted in training")
 
-
-class EvalSamples(SeededSamples[Sample]):
+class EvalSamples(_Samples):
     """Held-out images, resized.
 
     Args:
@@ -83,21 +111,12 @@ class EvalSamples(SeededSamples[Sample]):
     """
 
     def __init__(self, source: DetectionSource, transform: EvalTransform, *, on_unreadable: OnUnreadable) -> None:
-        super().__init__(len(source), seed=0, on_unreadable=on_unreadable)
-        self._source = source
+        super().__init__(source, seed=0, on_unreadable=on_unreadable)
         self._transform = transform
 
     def sample(self, index: int, unreadable: list[str]) -> Sample:
-        image, size = _pixels(self._source, index)
-        return Sample(_plain(self._transform(image)), _place(index, size), unreadable)
-
-    def left_out(self, index: int, unreadable: list[str]) -> Sample:
-        return Sample(torch.zeros(3, 1, 1, dtype=torch.uint8), _place(index, (0, 0)), unreadable)
-
-
-def _pixels(source: DetectionSource, index: int) -> tuple[tv_tensors.Image, tuple[int, int]]:
-    pixels = np.array(source.get(index).decode())
-    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1)), pixels.shape[:2]
+        target = _place(index, self._source.size(index))
+        return Sample(_plain(self._transform(self.pixels(index))), target, unreadable)
 
 
 def _place(index: int, size: tuple[int, int]) -> Target:

@@ -23,14 +23,14 @@ def open_digit_scenes(request: Request) -> DetectionDataset:
     return DetectionDataset(
         classes=DigitScenes.classes,
         masks=True,
-        train=_Scenes(train=True) if "train" in request.needs else None,
-        held_out=_Scenes(train=False) if "val" in request.needs else None,
+        train=_Scenes(train=True, scenes=request.scenes) if "train" in request.needs else None,
+        held_out=_Scenes(train=False, scenes=request.scenes) if "val" in request.needs else None,
     )
 
 
 class _Scenes(DetectionSource):
-    def __init__(self, *, train: bool) -> None:
-        self._scenes = DigitScenes(train=train)
+    def __init__(self, *, train: bool, scenes: int) -> None:
+        self._scenes = DigitScenes(train=train, scenes=scenes)
 
     def __len__(self) -> int:
         return len(self._scenes)

@@ -67,7 +67,6 @@ class DetectionDataset:
         masks: whether its objects have masks.
         train: images to train on; None where they were not asked for.
         held_out: images to evaluate on; None where they were not asked for.
-        notes: what the log says about it.
         remarks: what is suspicious about it.
     """
 
@@ -75,5 +74,4 @@ class DetectionDataset:
     masks: bool
     train: DetectionSource | None = None
     held_out: DetectionSource | None = None
-    notes: Sequence[str] = ()
     remarks: Sequence[str] = ()

@@ -15,7 +15,7 @@ from data.formats.digits import CLASSES, Digits
 
 SEED = 20
 SIDE = 128  # of the canvas, in pixels
-SCENES = {"train": 600, "val": 150}
+HELD_OUT = 150  # scenes
 _DIGITS = (2, 6)  # fewest and most in a scene
 _SIZES = (18, 56)  # side of a digit before its margin is cut away
 _CLUTTER = (4, 9)  # lines and ellipses
@@ -50,6 +50,7 @@ class DigitScenes:
 
     Args:
         train: whether these are the scenes to train on, or those to evaluate on.
+        scenes: how many there are to train on; each is the same whatever their number.
 
     Attributes:
         classes: names by label.
@@ -57,16 +58,17 @@ class DigitScenes:
 
     classes = CLASSES
 
-    def __init__(self, *, train: bool) -> None:
+    def __init__(self, *, train: bool, scenes: int) -> None:
         self._digits = Digits(train=train)
-        self._part = "train" if train else "val"
+        self._part = 0 if train else 1
+        self._length = scenes if train else HELD_OUT
 
     def __len__(self) -> int:
-        return SCENES[self._part]
+        return self._length
 
     def __getitem__(self, index: int) -> Scene:
         """Draw a scene."""
-        rng = np.random.default_rng((SEED, list(SCENES).index(self._part), index))
+        rng = np.random.default_rng((SEED, self._part, index))
         pixels = np.asarray(_background(rng), dtype=np.float32)
         taken = np.zeros((SIDE, SIDE), dtype=bool)
         found: list[tuple[list[int], int, np.ndarray]] = []

@@ -21,16 +21,16 @@ def open_scenes(request: Request, labels: Labels) -> MaskedDataset:
         return open_coco(request, labels)
     return MaskedDataset(
         classes=["background", *DigitScenes.classes],
-        train=SceneSource(train=True) if "train" in request.needs else None,
-        held_out=SceneSource(train=False) if "val" in request.needs else None,
+        train=SceneSource(train=True, scenes=request.scenes) if "train" in request.needs else None,
+        held_out=SceneSource(train=False, scenes=request.scenes) if "val" in request.needs else None,
     )
 
 
 class SceneSource(MaskedSource):
     """The scenes to train on, or those to evaluate on."""
 
-    def __init__(self, *, train: bool) -> None:
-        self._scenes = DigitScenes(train=train)
+    def __init__(self, *, train: bool, scenes: int) -> None:
+        self._scenes = DigitScenes(train=train, scenes=scenes)
 
     def __len__(self) -> int:
         return len(self._scenes)

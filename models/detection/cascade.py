@@ -14,8 +14,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
 from torchvision.ops import clip_boxes_to_image
 
-from ..backbone import DATBackbone, TimmBackbone
-from .mask_rcnn import TwoStageDetector, roi_settings
+from .mask_rcnn import TwoStageDetector
 from .pyramid import AlignedPool
 
 # Of each stage: IoU from which on a region shows an object, deviations of its boxes, and weight of its losses.
@@ -25,56 +24,38 @@ _WEIGHTS = (1.0, 0.5, 0.25)
 
 
 class CascadeMaskRCNN(TwoStageDetector):
-    """Cascade Mask R-CNN on a backbone of four maps; boxes are refined whatever their class.
+    """Cascade Mask R-CNN on a backbone of four maps; boxes are refined whatever their class."""
 
-    Args:
-        backbone: gives the maps of strides 4, 8, 16 and 32.
-        num_classes: classes of objects.
-        channels: of the pyramid and the heads.
-        hidden: of the two layers on each region, in every stage.
-        samples: regions of an image that a stage learns from.
-        detection: `score_thresh`, `nms_thresh` and `detections_per_img` of torchvision's `RoIHeads`.
-        **proposals: arguments of `TwoStageDetector`.
-    """
-
-    def __init__(
+    def build_heads(
         self,
-        backbone: DATBackbone | TimmBackbone,
-        *,
-        num_classes: int,
-        channels: int = 256,
-        hidden: int = 1024,
-        samples: int = 512,
-        detection: dict[str, float] | None = None,
-        **proposals: Any,
-    ) -> None:
-        super().__init__(backbone, channels=channels, **proposals)
-        self.roi_heads = CascadeHeads(
-            [_Stage(channels, hidden, num_classes) for _ in _IOUS],
-            AlignedPool(7, backbone.strides),
-            AlignedPool(14, backbone.strides),
-            **roi_settings(samples, detection or {}),
-        )
+        channels: int,
+        hidden: int,
+        classes: int,
+        box_pool: AlignedPool,
+        mask_pool: AlignedPool,
+        settings: dict[str, Any],
+    ) -> RoIHeads:
+        return CascadeHeads([_Stage(channels, hidden, classes) for _ in _IOUS], box_pool, mask_pool, **settings)
 
 
 class _Stage(nn.Module):
     """What a stage makes of pooled regions: logits of the classes, offsets of the box, and logits of the masks."""
 
-    def __init__(self, channels: int, hidden: int, num_classes: int) -> None:
+    def __init__(self, channels: int, hidden: int, classes: int) -> None:
         super().__init__()
         self.box_head = TwoMLPHead(channels * 7**2, hidden)
-        self.cls_score = nn.Linear(hidden, num_classes + 1)
+        self.cls_score = nn.Linear(hidden, classes)
         self.bbox_pred = nn.Linear(hidden, 4)
         self.mask_head = MaskRCNNHeads(channels, [channels] * 4, dilation=1)
-        self.mask_predictor = MaskRCNNPredictor(channels, channels, num_classes + 1)
+        self.mask_predictor = MaskRCNNPredictor(channels, channels, classes)
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits `[n, 1 + classes]`, the background first, and offsets `[n, 4]`."""
+        """Return logits `[n, classes]`, the background first, and offsets `[n, 4]`."""
         x = self.box_head(regions)
         return self.cls_score(x).float(), self.bbox_pred(x).float()
 
     def masks(self, regions: Tensor) -> Tensor:
-        """Return logits `[n, 1 + classes, 28, 28]`."""
+        """Return logits `[n, classes, 28, 28]`."""
         return self.mask_predictor(self.mask_head(regions)).float()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,21 +23,27 @@ class TwoStageDetector(Detector):
     Inside, class 0 is the background, as torchvision has it.
 
     Args:
-        backbone: gives four maps.
+        backbone: gives the maps of strides 4, 8, 16 and 32.
+        num_classes: classes of objects.
         channels: of the pyramid and the heads.
+        hidden: of the two layers on each region.
         anchor_scale: side of a square anchor, as a multiple of the stride.
         proposals: regions of an image.
+        samples: regions of an image that are learned from.
+        detection: `score_thresh`, `nms_thresh` and `detections_per_img` of torchvision's `RoIHeads`.
     """
-
-    roi_heads: RoIHeads
 
     def __init__(
         self,
         backbone: DATBackbone | TimmBackbone,
         *,
+        num_classes: int,
         channels: int = 256,
+        hidden: int = 1024,
         anchor_scale: float = 8.0,
         proposals: int = 1000,
+        samples: int = 512,
+        detection: dict[str, float] | None = None,
     ) -> None:
         super().__init__(backbone)
         self.neck = Pyramid(backbone.channels, backbone.strides, width=channels, convolved=False)
@@ -52,6 +59,34 @@ class TwoStageDetector(Detector):
             post_nms_top_n={"training": proposals, "testing": proposals},
             nms_thresh=0.7,
         )
+        settings = {
+            **{"fg_iou_thresh": 0.5, "bg_iou_thresh": 0.5, "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0)},
+            **{"batch_size_per_image": samples, "positive_fraction": 0.25},
+            **{"score_thresh": 0.05, "nms_thresh": 0.5, "detections_per_img": 100, **(detection or {})},
+        }
+        pools = AlignedPool(7, backbone.strides), AlignedPool(14, backbone.strides)
+        self.roi_heads = self.build_heads(channels, hidden, num_classes + 1, *pools, settings)
+
+    @abstractmethod
+    def build_heads(
+        self,
+        channels: int,
+        hidden: int,
+        classes: int,
+        box_pool: AlignedPool,
+        mask_pool: AlignedPool,
+        settings: dict[str, Any],
+    ) -> RoIHeads:
+        """Return what makes classes, boxes and masks of the regions.
+
+        Args:
+            channels: of the maps and of the convolutions for masks.
+            hidden: of the two layers on each region.
+            classes: among them the background.
+            box_pool: regions to `[n, channels, 7, 7]`.
+            mask_pool: regions to `[n, channels, 14, 14]`.
+            settings: further arguments of `RoIHeads`.
+        """
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
@@ -68,51 +103,23 @@ class TwoStageDetector(Detector):
 
 
 class MaskRCNN(TwoStageDetector):
-    """Mask R-CNN on a backbone of four maps.
+    """Mask R-CNN on a backbone of four maps."""
 
-    Args:
-        backbone: gives the maps of strides 4, 8, 16 and 32.
-        num_classes: classes of objects.
-        channels: of the pyramid and the heads.
-        hidden: of the two layers on each region.
-        samples: regions of an image that are learned from.
-        detection: `score_thresh`, `nms_thresh` and `detections_per_img` of torchvision's `RoIHeads`.
-        **proposals: arguments of `TwoStageDetector`.
-    """
-
-    def __init__(
+    def build_heads(
         self,
-        backbone: DATBackbone | TimmBackbone,
-        *,
-        num_classes: int,
-        channels: int = 256,
-        hidden: int = 1024,
-        samples: int = 512,
-        detection: dict[str, float] | None = None,
-        **proposals: Any,
-    ) -> None:
-        super().__init__(backbone, channels=channels, **proposals)
-        self.roi_heads = RoIHeads(
-            AlignedPool(7, backbone.strides),
+        channels: int,
+        hidden: int,
+        classes: int,
+        box_pool: AlignedPool,
+        mask_pool: AlignedPool,
+        settings: dict[str, Any],
+    ) -> RoIHeads:
+        return RoIHeads(
+            box_pool,
             TwoMLPHead(channels * 7**2, hidden),
-            FastRCNNPredictor(hidden, num_classes + 1),
-            mask_roi_pool=AlignedPool(14, backbone.strides),
+            FastRCNNPredictor(hidden, classes),
+            mask_roi_pool=mask_pool,
             mask_head=MaskRCNNHeads(channels, [channels] * 4, dilation=1),
-            mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1),
-            **roi_settings(samples, detection or {}),
+            mask_predictor=MaskRCNNPredictor(channels, channels, classes),
+            **settings,
         )
-
-
-def roi_settings(samples: int, detection: dict[str, float]) -> dict[str, Any]:
-    """Return the arguments of torchvision's `RoIHeads` that mmdetection's recipes share."""
-    return {
-        "fg_iou_thresh": 0.5,
-        "bg_iou_thresh": 0.5,
-        "batch_size_per_image": samples,
-        "positive_fraction": 0.25,
-        "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0),
-        "score_thresh": 0.05,
-        "nms_thresh": 0.5,
-        "detections_per_img": 100,
-        **detection,
-    }

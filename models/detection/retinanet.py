@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, sigmoid_focal_loss
@@ -26,6 +27,8 @@ class RetinaNet(Detector):
         num_classes: classes of objects.
         channels: of the pyramid and the heads.
         anchor_scale: side of the smallest anchor, as a multiple of the stride.
+        norm_groups: of a group norm after each convolution of the head, without which it learns slowly from random
+            weights; 0: no norm, as published.
         score_threshold: detections below are dropped.
         nms_threshold: IoU from which on the weaker of two boxes of a class is dropped.
         candidates: most detections of a map before that.
@@ -39,6 +42,7 @@ class RetinaNet(Detector):
         num_classes: int,
         channels: int = 256,
         anchor_scale: float = 4.0,
+        norm_groups: int = 0,
         score_threshold: float = 0.05,
         nms_threshold: float = 0.5,
         candidates: int = 1000,
@@ -47,7 +51,8 @@ class RetinaNet(Detector):
         super().__init__(backbone)
         self.neck = Pyramid(backbone.channels, backbone.strides, width=channels, convolved=True)
         self.anchors = Anchors(self.neck.strides, scales=[anchor_scale * scale for scale in _SCALES])
-        self.head = RetinaNetHead(channels, self.anchors.num_anchors_per_location()[0], num_classes)
+        norm = partial(nn.GroupNorm, norm_groups) if norm_groups else None
+        self.head = RetinaNetHead(channels, self.anchors.num_anchors_per_location()[0], num_classes, norm)
         self._matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
         self._coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
         self._score_threshold = score_threshold

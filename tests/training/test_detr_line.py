@@ -21,7 +21,7 @@ BACKBONE = {
 
 
 def few_scenes() -> None:
-    digit_scenes.SCENES.update(train=8, val=2)
+    digit_scenes.HELD_OUT = 2
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def few_scenes() -> None:
 def test_a_killed_detector_ends_as_one_that_was_not(tmp_path: Path, name: str) -> None:
     sections = {
         "TASK": "detection",
-        "DATA": {"DATASET": "digit_scenes", "IMG_SIZE": 128, "BATCH_SIZE": 4, "NUM_WORKERS": 0},
+        "DATA": {"DATASET": "digit_scenes", "SCENES": 8, "IMG_SIZE": 128, "BATCH_SIZE": 4, "NUM_WORKERS": 0},
         "DETECTION": {"SHORT_SIDES": [112, 128], "LONG_SIDE": 128, "CROP_SIDES": [], "TEST_SHORT_SIDE": 128},
         "MODEL": {"NAME": "tiny", "DETECTOR": {"NAME": name, "ARGS": small_arguments(name)}, "DAT": BACKBONE},
         "TRAIN": {"EPOCHS": 1, "WARMUP_EPOCHS": 0},

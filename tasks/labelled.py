@@ -1,0 +1,62 @@
+"""What tasks share whose data sets name classes: the network fits them, and so must a checkpoint."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from yacs.config import CfgNode
+
+from data.build import loader_doubts
+from models.build import num_classes, set_num_classes
+from tasks.base import Task
+from utils import World
+
+
+class LabelledTask(Task):
+    """A task on images of a data set whose classes have names.
+
+    Attributes:
+        classes: names by label.
+    """
+
+    def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
+        super().__init__(config, world, training=training)
+        self._dataset = self.open_dataset(("train", "val") if training else ("val",))
+        self._share = {"rank": world.rank, "world_size": world.size}  # of this rank, as loaders take it
+        self.classes: list[str] = self._dataset.classes
+        meant_for = num_classes(config)
+        set_num_classes(config, len(self.classes))
+        if len(self.classes) != meant_for:
+            self.notes.append(
+                f"{len(self.classes)} classes as in the data set, instead of the {meant_for} of the config"
+            )
+
+    @abstractmethod
+    def open_dataset(self, needs: Sequence[str]) -> Any:
+        """Open the parts of the data set that are needed, of "train" and "val".
+
+        Raises:
+            ValueError: it is missing or not laid out as it should be.
+        """
+
+    def unreadable(self, batch: Any) -> list[str]:
+        return batch.unreadable
+
+    def describe(self) -> dict[str, Any]:
+        return {"classes": list(self.classes)}
+
+    def changes(self, checkpoint: dict[str, Any]) -> list[str]:
+        return class_changes(checkpoint, self.classes)
+
+    def doubts(self) -> list[str]:
+        return [*self._dataset.remarks, *loader_doubts(self.config)]
+
+
+def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:
+    """Return the first class that has another name in `checkpoint`, which may not know them, as one message."""
+    known = checkpoint.get("classes")
+    known = known if isinstance(known, list) else classes
+    changed = [label for label, (before, now) in enumerate(zip(known, classes, strict=False)) if before != now]
+    return [f"class {label}: {known[label]!r} in the checkpoint, {classes[label]!r} now" for label in changed[:1]]

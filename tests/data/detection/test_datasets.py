@@ -1,0 +1,48 @@
+"""Samples of detection: what becomes of images that cannot be read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data.detection.coco import open_coco
+from data.detection.datasets import EvalSamples, TrainSamples
+from data.detection.transforms import EvalTransform, TrainTransform
+from data.images import UnreadableImage
+from data.samplers import Draw
+from data.sources import Request
+from tests.data.detection.samples import write_coco
+
+
+def damage(root: Path, part: str) -> list[str]:
+    """Make three images unreadable: one of no image, one of another size, one that is missing."""
+    paths = [root / part / f"{number}.png" for number in range(3)]
+    paths[0].write_bytes(b"no image")
+    Image.new("RGB", (40, 30)).save(paths[1])
+    paths[2].unlink()
+    return list(map(str, paths))
+
+
+def test_held_out_images_that_cannot_be_read_are_marked_or_raise(tmp_path: Path) -> None:
+    damaged = damage(write_coco(tmp_path), "val")
+    source, transform = open_coco(Request(path=str(tmp_path))).held_out, EvalTransform(short_side=32, long_side=64)
+    samples = EvalSamples(source, transform, on_unreadable="mark")
+    for index, path in enumerate(damaged):
+        marked = samples[Draw(index, 0)]
+        assert (marked.unreadable, marked.target["size"].tolist()) == ([path], [0, 0])
+    assert samples[Draw(3, 0)].target["size"].tolist() == [32, 40]
+    with pytest.raises(UnreadableImage, match=r"1\.png' is 40 x 30 pixels, its annotations say 40 x 32"):
+        EvalSamples(source, transform, on_unreadable="raise")[Draw(1, 0)]
+
+
+def test_training_images_that_cannot_be_read_are_substituted(tmp_path: Path) -> None:
+    damaged = damage(write_coco(tmp_path), "train")
+    transform = TrainTransform(short_sides=[32], long_side=64, crop_sides=[], crop=[32, 32], hflip=0.0)
+    source = open_coco(Request(path=str(tmp_path))).train
+    samples = TrainSamples(source, transform, masks=True, seed=0, on_unreadable="substitute")
+    for index, path in enumerate(damaged):
+        sample = samples[Draw(index, 0)]
+        assert sample.unreadable[0] == path
+        assert len(sample.target["labels"]) == len(sample.target["masks"]) == 2
