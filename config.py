@@ -86,8 +86,9 @@ OPTIONS: dict[str, Option] = {
         "imagenet",
         "How the data set is stored; docs/data.md describes each. imagenet: DATA_PATH/train/<class>/* and "
         "DATA_PATH/val/<class>/*, with any number of classes. csv, tar (archives and shards), parquet, huggingface "
-        "(saved on disk), cifar10, cifar100, mnist, fashion_mnist: the same from other files. digits: the 1,797 "
-        "handwritten digits inside scikit-learn, which needs no path. TASK detection: coco, voc, yolo, digit_scenes.",
+        "(saved on disk), cifar10, cifar100, mnist, fashion_mnist: the same from other files. webdataset: shards out "
+        "of pipes and object stores, in approximately random order. digits: the 1,797 handwritten digits inside "
+        "scikit-learn, which needs no path. TASK detection: coco, voc, yolo, digit_scenes.",
     ),
     "DATA.DATA_PATH": RunOption(
         "",
@@ -102,6 +103,15 @@ OPTIONS: dict[str, Option] = {
     "DATA.VAL": RunOption("", "The same of the held-out part; empty: val, validation, valid or test."),
     "DATA.DOWNLOAD": _switch(False, "Fetch the data set from where it is published, for formats that know where."),
     "DATA.SCENES": RunOption(600, "Scenes to train on, of digit_scenes; 150 others are held out.", at_least(1)),
+    "DATA.STREAM.IMAGES": RunOption(
+        0, "Of webdataset: training images of an epoch, which a stream does not tell.", not_negative()
+    ),
+    "DATA.STREAM.VAL_IMAGES": RunOption(
+        0, "And its held-out images, all of them; evaluation checks that as many came.", not_negative()
+    ),
+    "DATA.STREAM.SHUFFLE": RunOption(
+        1000, "Images that each worker holds back to shuffle them, on top of shuffled shards.", not_negative()
+    ),
     "DATA.MULTI_LABEL": _switch(
         False, "An image may have several labels, or none; they are learnt by binary cross-entropy."
     ),

@@ -19,8 +19,10 @@ from yacs.config import CfgNode
 from data.cache import CachedSource
 from data.datasets import SeededSamples, TransformedImages, collate, collate_for_a_pipe
 from data.formats import FORMATS
+from data.formats.stream import ImageStream, open_stream
 from data.samplers import EvalSampler, TrainSampler
 from data.sources import PARTS, Dataset, ImageSource, Request
+from data.streams import EvalBatches, Loader, StreamLoader, TrainBatches
 from data.transforms import Erase, EvalTransform, TrainTransform
 from data.workers import leave_signals_to_parent
 
@@ -45,13 +47,35 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Da
         near = difflib.get_close_matches(name, FORMATS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"DATA.DATASET must be one of {', '.join(FORMATS)}, not {name!r}{hint}")
+    if is_stream(name):
+        _check_stream(config)
     dataset = FORMATS[name](request(config, needs))
     if not config.DATA.ALLOW_LARGER_VAL:
         dataset.check_parts()
     return dataset.by_number() if config.DATA.CLASS_ORDER == "number" else dataset
 
 
-def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> DataLoader:
+def is_stream(name: str) -> bool:
+    """Return whether a DATA.DATASET gives its images one after the other, and runs commands to get them."""
+    return FORMATS.get(name) is open_stream
+
+
+def _check_stream(config: CfgNode) -> None:
+    """Check that nothing is asked for that takes images by number.
+
+    Raises:
+        ValueError: something is.
+    """
+    for key, value, off in (
+        ("DATA.BALANCE", config.DATA.BALANCE, "none"),
+        ("DATA.CACHE", config.DATA.CACHE, False),
+        ("AUG.REPEATS", config.AUG.REPEATS, 1),
+    ):
+        if value != off:
+            raise ValueError(f"{key} {value} takes images by their number, which a stream has not; leave it at {off}")
+
+
+def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> Loader:
     """Return the loader of this rank's batches of `dataset.train`; its `sampler` is a `TrainSampler`.
 
     Raises:
@@ -70,6 +94,12 @@ def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_si
         auto_augment=aug.AUTO_AUGMENT,
     )
     on_unreadable = "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
+    if isinstance(dataset.train, ImageStream):
+        sampler = train_sampler(config, len(dataset.train), rank=rank, world_size=world_size)
+        options = _stream_options(config, rank, world_size) | {"on_unreadable": on_unreadable}
+        buffer = config.DATA.STREAM.SHUFFLE
+        batches = TrainBatches(dataset.train, transform, sampler=sampler, buffer=buffer, **options)
+        return _stream_loader(config, batches, sampler, world_size)
     balanced = dataset.train.labels if config.DATA.BALANCE == "sampling" else None
     sampler = train_sampler(config, len(dataset.train), rank=rank, world_size=world_size, balanced=balanced)
     source = _source(config, dataset.train, "train", rank)
@@ -77,7 +107,7 @@ def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_si
     return build_loader(config, images, sampler, _collate(config))
 
 
-def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> DataLoader:
+def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> Loader:
     """Return the loader of this rank's share of `dataset.held_out`; its `sampler` is an `EvalSampler`."""
     transform = EvalTransform(
         image_size(config),
@@ -88,6 +118,9 @@ def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_siz
     )
     on_unreadable = "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
     sampler = EvalSampler(len(dataset.held_out), rank=rank, world_size=world_size)
+    if isinstance(dataset.held_out, ImageStream):
+        options = _stream_options(config, rank, world_size) | {"on_unreadable": on_unreadable}
+        return _stream_loader(config, EvalBatches(dataset.held_out, transform, **options), sampler, world_size)
     source = _source(config, dataset.held_out, "val", rank)
     images = TransformedImages(source, transform, seed=config.SEED, on_unreadable=on_unreadable)
     return build_loader(config, images, sampler, _collate(config))
@@ -193,6 +226,7 @@ def request(config: CfgNode, needs: Sequence[str]) -> Request:
         label_column=data.LABEL_COLUMN,
         download=data.DOWNLOAD,
         scenes=data.SCENES,
+        stream_images={"train": data.STREAM.IMAGES, "val": data.STREAM.VAL_IMAGES},
     )
 
 
@@ -249,14 +283,43 @@ def build_loader(
         samples,
         batch_size=config.DATA.BATCH_SIZE,
         sampler=sampler,
-        num_workers=workers,
-        prefetch_factor=PREFETCHED if workers else None,
         collate_fn=collate,
-        # Pinning opens a context on the GPU, where a run on another device has no business.
-        pin_memory=config.DATA.PIN_MEMORY and config.DEVICE in ("", "cuda") and torch.cuda.is_available(),
         drop_last=isinstance(sampler, TrainSampler),
-        worker_init_fn=leave_signals_to_parent,
         persistent_workers=workers > 0,
-        # Without its own, a loader takes a number from the global generator whenever it is iterated.
-        generator=torch.Generator(),
+        **_loading(config, workers),
     )
+
+
+def _loading(config: CfgNode, workers: int) -> dict[str, Any]:
+    """Return how a `DataLoader` with so many workers works."""
+    return {
+        "num_workers": workers,
+        "prefetch_factor": PREFETCHED if workers else None,
+        # Pinning opens a context on the GPU, where a run on another device has no business.
+        "pin_memory": config.DATA.PIN_MEMORY and config.DEVICE in ("", "cuda") and torch.cuda.is_available(),
+        "worker_init_fn": leave_signals_to_parent,
+        # Without its own, a loader takes a number from the global generator whenever it is iterated.
+        "generator": torch.Generator(),
+    }
+
+
+def _stream_options(config: CfgNode, rank: int, world_size: int) -> dict[str, Any]:
+    return {"batch_size": config.DATA.BATCH_SIZE, "rank": rank, "world_size": world_size, "seed": config.SEED}
+
+
+def _stream_loader(
+    config: CfgNode, batches: TrainBatches | EvalBatches, sampler: TrainSampler | EvalSampler, world_size: int
+) -> StreamLoader:
+    """Return the loader of a stream, with at most as many workers as there are shards for a process.
+
+    Raises:
+        ValueError: for fewer shards to train on than processes.
+    """
+    shards = len(batches.stream.urls) // world_size
+    if not shards and isinstance(batches, TrainBatches):
+        raise ValueError(
+            f"DATA.TRAIN has {len(batches.stream.urls)} shards for {world_size} processes, each of which needs one at "
+            f"least; make more and smaller shards"
+        )
+    workers = min(_workers(config), max(shards, 1))
+    return StreamLoader(batches, sampler, _collate(config), **_loading(config, workers))

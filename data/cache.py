@@ -55,6 +55,12 @@ class CachedSource(ImageSource):
                 for path in (content, table, opened):
                     path.unlink()
 
+        if left := len(source) - len(self._table):
+            self.remarks = [
+                f"DATA.CACHE: {left} of {len(source)} images did not fit into {folder}, which is full after "
+                f"{len(self._content) / 2**30:.1f} GiB, and are read from where they lie"
+            ]
+
     def cached(self) -> int:
         """Return how many images are in memory."""
         return int((self._table.numbers["size"] > 0).sum())

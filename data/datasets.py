@@ -115,12 +115,16 @@ class TransformedImages(SeededSamples[Sample]):
         transform: from a stored image to pixels.
         seed: seed of the run.
         on_unreadable: see `SeededSamples`; a marked image is black and its target -1.
+
+    Attributes:
+        remarks: of the source.
     """
 
     def __init__(self, source: ImageSource, transform: Transform, *, seed: int, on_unreadable: OnUnreadable) -> None:
         super().__init__(len(source), seed=seed, on_unreadable=on_unreadable)
         self._source = source
         self.transform = transform
+        self.remarks = source.remarks
 
     def sample(self, index: int, unreadable: list[str]) -> Sample:
         return Sample(self.transform(self._source.get(index)), self._source.label(index), unreadable)

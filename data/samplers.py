@@ -43,6 +43,8 @@ class TrainSampler(Sampler[Draw]):
 
     Attributes:
         updates_per_epoch: updates in a whole epoch.
+        epoch: which epoch it stands in.
+        start: images of the epoch, of all ranks, that were used already.
 
     Raises:
         ValueError: where the data set is smaller than one update.
@@ -69,8 +71,8 @@ class TrainSampler(Sampler[Draw]):
         self._seed = seed
         self._repeats = repeats
         self._balanced = balanced
-        self._epoch = 0
-        self._start = 0
+        self.epoch = 0
+        self.start = 0
         self.updates_per_epoch = length // self._update
         if not self.updates_per_epoch:
             raise ValueError(
@@ -89,14 +91,14 @@ class TrainSampler(Sampler[Draw]):
                 f"the run is to continue behind image {start} of an epoch, but there are {self._length} training "
                 f"images; continue with the data set that it began with"
             )
-        self._epoch = epoch
-        self._start = start
+        self.epoch = epoch
+        self.start = start
 
     def __iter__(self) -> Iterator[Draw]:
-        epoch, batch_size, repeats = self._epoch, self._batch_size, self._repeats
+        epoch, batch_size, repeats = self.epoch, self._batch_size, self._repeats
         order, drawn = self._order(np.random.default_rng((self._seed, epoch)))
-        stop = self._start + self._updates_left() * self._update
-        firsts = range(self._start + self._rank * batch_size, stop, self._micro_batch)
+        stop = self.start + self._updates_left() * self._update
+        firsts = range(self.start + self._rank * batch_size, stop, self._micro_batch)
         places = (place for first in firsts for place in range(first, first + batch_size))
         return (
             Draw(int(order[place // repeats]), epoch, int(drawn[place // repeats]) * repeats + place % repeats)
@@ -115,7 +117,7 @@ class TrainSampler(Sampler[Draw]):
         return order, times_before(order)
 
     def _updates_left(self) -> int:
-        return (self._length - self._start) // self._update
+        return (self._length - self.start) // self._update
 
 
 def balanced_order(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:

@@ -6,13 +6,17 @@ import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 
 from data.images import StoredImage
+
+if TYPE_CHECKING:
+    from data.formats.stream import ImageStream
 
 # What the parts of data sets are usually called, the first that is there counts.
 PARTS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
@@ -26,9 +30,11 @@ class ImageSource(ABC):
 
     Attributes:
         labels: class of every image, `[n]`, whole numbers; `[n, classes]` of 0 and 1 where an image may have several.
+        remarks: what the log should say of how they are read.
     """
 
     labels: np.ndarray
+    remarks: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -77,6 +83,7 @@ class Request:
         label_column: likewise.
         download: whether a format may fetch its data set from where it is published.
         scenes: how many to draw for training, of data sets that are drawn.
+        stream_images: how many images of "train" and "val" a stream gives; 0 where that is not said.
     """
 
     path: str = ""
@@ -90,6 +97,7 @@ class Request:
     label_column: str = ""
     download: bool = False
     scenes: int = 600
+    stream_images: Mapping[str, int] = field(default_factory=dict)
 
     def root(self, layout: str) -> Path:
         """Return the folder of the data set.
@@ -144,13 +152,13 @@ class Dataset:
     Attributes:
         classes: names by label.
         train: images to train on; None where they were not asked for.
-        held_out: images to evaluate on; None where they were not asked for.
+        held_out: images to evaluate on; None where they were not asked for. Of a stream no labels are known.
         remarks: what the format found suspicious.
     """
 
     classes: list[str]
-    train: ImageSource | None = None
-    held_out: ImageSource | None = None
+    train: ImageSource | ImageStream | None = None
+    held_out: ImageSource | ImageStream | None = None
     remarks: Sequence[str] = ()
 
     def counts(self, source: ImageSource) -> list[int]:
@@ -173,7 +181,7 @@ class Dataset:
                 f"the classes are numbers, but labels follow their order as text ({', '.join(self.classes[:3])}, ...), "
                 f"as in torchvision; DATA.CLASS_ORDER number sorts them as numbers"
             )
-        if self.held_out is not None:
+        if isinstance(self.held_out, ImageSource):
             absent = [name for name, count in zip(self.classes, self.counts(self.held_out), strict=True) if not count]
             if absent:
                 found.append(
@@ -182,7 +190,7 @@ class Dataset:
         return found
 
     def _has_several_labels(self) -> bool:
-        return any(part is not None and part.labels.ndim == 2 for part in (self.train, self.held_out))
+        return any(isinstance(part, ImageSource) and part.labels.ndim == 2 for part in (self.train, self.held_out))
 
     def is_numbered(self) -> bool:
         """Return whether every class is a whole number."""

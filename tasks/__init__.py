@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from config import OPTIONS
 from utils import World
 
 from .base import Evaluation, Meter, Score, Task
@@ -30,10 +31,19 @@ def build_task(config: Any, world: World, *, training: bool) -> Task:
         training: whether the training images are needed, or the held-out ones alone.
 
     Raises:
-        ValueError: the task is unknown, or its data set is missing or not laid out as it should be.
+        ValueError: the task is unknown, its data set is missing or not laid out as it should be, or an option is of
+            classification alone.
     """
     if config.TASK not in TASKS:
         near = difflib.get_close_matches(config.TASK, TASKS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"TASK must be one of {', '.join(TASKS)}, not {config.TASK!r}{hint}")
+    if not issubclass(TASKS[config.TASK], Classification):
+        _check_options(config)
     return TASKS[config.TASK](config, world, training=training)
+
+
+def _check_options(config: Any) -> None:
+    for name in ("BALANCE", "CACHE", "MULTI_LABEL"):
+        if config.DATA[name] != (default := OPTIONS[f"DATA.{name}"].default):
+            raise ValueError(f"DATA.{name} belongs to TASK classification; leave it at {default} for {config.TASK}")

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from data.streams import Loader
 from logger import RunLog
 from models import build_model
 from utils import LateReader, StopSignal, World, sum_over_ranks
@@ -113,11 +113,11 @@ class Task(ABC):
         self.notes: list[str] = []
 
     @abstractmethod
-    def train_loader(self) -> DataLoader:
+    def train_loader(self) -> Loader:
         """Return this rank's training batches; the loader's sampler is a `data.samplers.TrainSampler`."""
 
     @abstractmethod
-    def eval_loader(self) -> DataLoader:
+    def eval_loader(self) -> Loader:
         """Return this rank's held-out batches; the loader's sampler is a `data.samplers.EvalSampler`."""
 
     def build_model(self) -> nn.Module:
@@ -185,7 +185,7 @@ class Task(ABC):
 
     @torch.inference_mode()
     def evaluate(
-        self, model: nn.Module, loader: DataLoader, log: RunLog, stop: StopSignal | None = None
+        self, model: nn.Module, loader: Loader, log: RunLog, stop: StopSignal | None = None
     ) -> Evaluation | None:
         """Evaluate in float32.
 
@@ -201,23 +201,20 @@ class Task(ABC):
             What was found; None where it was stopped.
         """
         device, total = self.world.device, len(loader.dataset)
-        # A rank may have one batch fewer than another; all take part in every exchange.
-        rounds = math.ceil(math.ceil(total / self.world.size) / loader.batch_size)
         batches, reader, meter = iter(loader), LateReader(), self.meter(total, device)
-        was_training, stopped = model.training, False
+        was_training, stopped, going = model.training, False, True
         model.eval()
-        with log.bar(rounds, 0, "evaluating") as bar:
-            for _ in range(rounds):
+        with log.bar(math.ceil(total / self.world.size / loader.batch_size), 0, "evaluating") as bar:
+            while going and not stopped:  # a rank may have fewer batches than another; all take part in every exchange
                 batch = next(batches, None)
                 if batch is not None:
                     for path in self.unreadable(batch):
                         log.warning(f"{path} cannot be read; evaluated without it", alone=True)
                     meter.add(model, self.to_device(batch, device))
-                asked = torch.full((), float(stop is not None and stop.received is not None), device=device)
-                earlier = reader.exchange(None, sum_over_ranks(asked))
-                bar.update()
-                if earlier is not None and earlier[1]:
-                    stopped = True
-                    break
+                    bar.update()
+                asked = (stop is not None and stop.received is not None, batch is not None)
+                flags = torch.stack([torch.full((), float(flag), device=device) for flag in asked])
+                if earlier := reader.exchange(None, sum_over_ranks(flags)):
+                    stopped, going = (bool(flag) for flag in earlier[1])
         model.train(was_training)
-        return None if stopped else meter.result()
+        return None if stopped and going else meter.result()

@@ -5,7 +5,7 @@ Images that may have several labels (DATA.MULTI_LABEL) are learned by binary cro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -13,13 +13,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.build import build_erasing, build_eval_loader, build_mixup, build_train_loader, loader_doubts, open_dataset
 from data.datasets import Batch
 from data.images import StoredImage
 from data.sources import Dataset
+from data.streams import Loader
 from data.transforms import normalize
 from logger import RunLog
 from models.build import set_num_classes
@@ -65,6 +65,7 @@ class Classification(LabelledTask):
         super().__init__(config, world, training=training)
         self._erase = build_erasing(config)
         self._mixup = build_mixup(config, len(self.classes)) if training else None
+        self._remarks: list[str] = []
         self._present: list[int] | None = None
         self._distillation: Distillation | None = None
         if config.DATA.MULTI_LABEL:
@@ -88,11 +89,16 @@ class Classification(LabelledTask):
         smoothing = 0.0 if self._mixup else config.MODEL.LABEL_SMOOTHING
         return nn.CrossEntropyLoss(weights, label_smoothing=smoothing)
 
-    def train_loader(self) -> DataLoader:
-        return build_train_loader(self.config, self._dataset, **self._share)
+    def train_loader(self) -> Loader:
+        return self._noted(build_train_loader)
 
-    def eval_loader(self) -> DataLoader:
-        return build_eval_loader(self.config, self._dataset, **self._share)
+    def eval_loader(self) -> Loader:
+        return self._noted(build_eval_loader)
+
+    def _noted(self, build: Callable[..., Loader]) -> Loader:
+        loader = build(self.config, self._dataset, **self._share)
+        self._remarks += loader.dataset.remarks
+        return loader
 
     def set_epoch(self, epoch: int) -> None:
         if self._mixup:
@@ -124,7 +130,7 @@ class Classification(LabelledTask):
         return Mirrored(model) if self.config.TEST.FLIP else model
 
     def evaluate(
-        self, model: nn.Module, loader: DataLoader, log: RunLog, stop: StopSignal | None = None
+        self, model: nn.Module, loader: Loader, log: RunLog, stop: StopSignal | None = None
     ) -> Evaluation | None:
         return super().evaluate(self.as_evaluated(model), loader, log, stop)
 
@@ -158,7 +164,7 @@ class Classification(LabelledTask):
         return f"{len(self.classes)} classes"
 
     def doubts(self) -> list[str]:
-        return [*self._dataset.doubts(), *loader_doubts(self.config)]
+        return [*self._dataset.doubts(), *self._remarks, *loader_doubts(self.config)]
 
     def best_line(self, score: float) -> str:
         return f"Max {self.score.title}: {score:.2f}%"

@@ -355,6 +355,25 @@ ROWS = [
         lambda root: ((root / "train.tar").rename(root / "train-3.tar"), (root / "train-1.tar").touch()),
         "shards 2 are missing between wrong/train-1.tar and train-3.tar; copy them again",
     ),
+    *(
+        Wrong(
+            name=f"data: balanced {task}",
+            config={"TASK": task, "DATA": {"DATASET": "digit_scenes", "BALANCE": "sampling"}},
+            says=f"DATA.BALANCE belongs to TASK classification; leave it at none for {task}",
+        )
+        for task in ("detection", "segmentation")
+    ),
+    Wrong(
+        name="data: stream without a size",
+        config={"DATA": {"DATASET": "webdataset", "DATA_PATH": ".", "TRAIN": "pipe:cat train-{0..3}.tar"}},
+        files={"classes.txt": "cat\ndog\n"},
+        says="the images of a stream cannot be counted beforehand; say how many there are by DATA.STREAM.IMAGES",
+    ),
+    Wrong(
+        name="data: stream of balanced classes",
+        config={"DATA": {"DATASET": "webdataset", "BALANCE": "sampling"}},
+        says="DATA.BALANCE sampling takes images by their number, which a stream has not; leave it at none",
+    ),
     Wrong(
         name="data: parts swapped by name",
         flags=("--opts", "DATA.TRAIN", "val", "DATA.VAL", "train"),

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import load_config
+from data.build import is_stream
 from logger import RunLog
 from models.build import image_size, num_classes
 from tasks import build_task
@@ -134,6 +135,8 @@ class Exported(nn.Module):
 def _scorer(model: TrainedModel, size: tuple[int, int], data_path: str | None) -> Callable[[nn.Module], float]:
     """Return what evaluates a network on the held-out images of the config, by the score that chooses checkpoints."""
     config = model.config.clone()
+    if is_stream(config.DATA.DATASET):
+        raise ValueError("--validate: the run took its images from commands, and those of a file are not run")
     config.DATA.IMG_SIZE = list(size)
     if data_path:
         config.DATA.DATA_PATH = data_path

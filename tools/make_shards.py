@@ -31,7 +31,7 @@ from yacs.config import CfgNode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import default_config, set_option
-from data.build import open_dataset
+from data.build import is_stream, open_dataset
 from data.formats.tar import MANIFEST, build_index, index_name
 from data.images import StoredImage
 from data.sources import SEPARATOR, Dataset, ImageSource
@@ -132,8 +132,10 @@ def dataset_config(dataset: str, path: str, options: Sequence[str]) -> CfgNode:
     """Return a config that names a data set.
 
     Raises:
-        ValueError: for an option that there is not.
+        ValueError: for an option that there is not, and a stream.
     """
+    if is_stream(dataset):
+        raise ValueError(f"--dataset {dataset} cannot be read by number; read its shards as tar")
     config = default_config()
     config.DATA.DATASET, config.DATA.DATA_PATH = dataset, path
     if len(options) % 2:

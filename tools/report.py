@@ -26,6 +26,7 @@ from yacs.config import CfgNode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import default_config, differences, load_config
+from data.build import is_stream
 from data.images import StoredImage
 from tasks import TASKS, build_task
 from tasks.classification import Classification
@@ -82,8 +83,8 @@ def write_report(
     evaluations = [row for row in rows if row["kind"] in ("eval", "eval_ema")]
     kind = TASKS.get(config.TASK)
     classifies = kind is not None and issubclass(kind, Classification) and not config.DATA.MULTI_LABEL
-    mistakes = ""
-    if classifies and (folder / "best.pth").is_file():
+    mistakes = ""  # a stream has none to show by number, and its commands are those of whoever trained
+    if classifies and not is_stream(config.DATA.DATASET) and (folder / "best.pth").is_file():
         mistakes = _mistakes(folder / "best.pth", config, device, wanted)
     page = pages.fill(
         "report.html",

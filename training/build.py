@@ -12,9 +12,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from data.streams import Loader
 from logger import RunLog, check_recorders
 from lr_scheduler import build_scheduler, doubtful_drop
 from models.build import arguments
@@ -53,8 +53,8 @@ class Assembly:
     """
 
     task: Task
-    train_loader: DataLoader
-    eval_loader: DataLoader
+    train_loader: Loader
+    eval_loader: Loader
     state: TrainingState
     continued_from: Path | None
     notes: list[str]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from data.streams import Loader
 from logger import RunLog
 from models import build_model
 from models.build import image_size
@@ -40,7 +40,7 @@ class CheckpointEvaluation:
     path: str
     task: Task
     network: nn.Module
-    loader: DataLoader
+    loader: Loader
     choice: str
     notes: list[str]
     warnings: list[str]

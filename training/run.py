@@ -13,9 +13,9 @@ import torch
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
+from data.streams import Loader
 from logger import RunLog
 from lr_scheduler import Continued
 from optimizer import keeps_state, skips_on_device
@@ -175,8 +175,8 @@ class Run:
     config: CfgNode
     world: World
     task: Task
-    train_loader: DataLoader
-    eval_loader: DataLoader
+    train_loader: Loader
+    eval_loader: Loader
     state: TrainingState
     # The network as it is trained: wrapped where there are several processes.
     model: nn.Module

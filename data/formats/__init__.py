@@ -8,6 +8,7 @@ from data.formats.arrow import open_parquet, open_saved
 from data.formats.digits import open_digits
 from data.formats.folders import open_folders
 from data.formats.published import open_cifar10, open_cifar100, open_fashion_mnist, open_mnist_digits
+from data.formats.stream import open_stream
 from data.formats.table import open_table
 from data.formats.tar import open_tar
 from data.sources import Dataset, Request
@@ -16,6 +17,7 @@ FORMATS: Mapping[str, Callable[[Request], Dataset]] = {
     "imagenet": open_folders,
     "csv": open_table,
     "tar": open_tar,
+    "webdataset": open_stream,
     "parquet": open_parquet,
     "huggingface": open_saved,
     "cifar10": open_cifar10,

@@ -295,7 +295,7 @@ def _collect(shards: Sequence[Path], inside: Sequence[str]) -> tuple[list[_Membe
             if path.suffix.lower() in endings():
                 images.append(member)
             elif path.suffix in (".cls", ".json"):
-                label = _label(read_at(shard, member.offset, member.size), path.suffix)
+                label = label_of(read_at(shard, member.offset, member.size), path.suffix)
                 if label is not None:
                     labels[f"{number}/{_key(member.name)}"] = label
     return images, labels
@@ -334,7 +334,8 @@ def _key(name: str) -> str:
     return str(path.parent / path.name.partition(".")[0])
 
 
-def _label(content: bytes, ending: str) -> str | None:
+def label_of(content: bytes, ending: str) -> str | None:
+    """Return the label that a file `.cls` or `.json` beside an image gives; None where it gives none."""
     text = content.decode("utf-8", "replace").strip()
     if ending == ".cls":
         return text

@@ -24,7 +24,9 @@ def open_coco(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG00
             f"(the key segmentation of its annotation)"
         )
     if len(objects.classes) > 254:
-        raise ValueError(f"data path {request.path} has {len(objects.classes)} classes; a mask holds 254 and background")
+        raise ValueError(
+            f"data path {request.path} has {len(objects.classes)} classes; a mask holds 254 and background"
+        )
     return MaskedDataset(
         classes=["background", *objects.classes],
         train=ObjectSource(objects.train) if objects.train else None,
