@@ -36,6 +36,12 @@ class Detections:
     scores: np.ndarray
     masks: Sequence[dict[str, Any]] | None = None
 
+    def above(self, score: float) -> Detections:
+        """Return those with at least this score."""
+        chosen = np.flatnonzero(self.scores >= score)
+        masks = None if self.masks is None else [self.masks[i] for i in chosen]
+        return Detections(boxes=self.boxes[chosen], labels=self.labels[chosen], scores=self.scores[chosen], masks=masks)
+
 
 def average_precision(
     source: DetectionSource, found: Mapping[int, Detections], classes: Sequence[str]

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchvision.transforms.v2.functional import resize
 from yacs.config import CfgNode
 
 from data.detection.build import build_eval_loader, build_train_loader, open_dataset
 from data.detection.datasets import Batch, on_device
 from data.detection.sources import DetectionDataset, DetectionSource
-from data.transforms import normalize
+from data.transforms import as_pixels, normalize
 from models.detection import DETECTORS
 from tasks.base import Evaluation, Meter, Score
 from tasks.coco import Detections, average_precision, paste_masks
 from tasks.labelled import LabelledTask
+from tasks.pictures import SAMPLES, SHOWN, draw_objects, stack_rows
 from utils import World
 
 
@@ -78,6 +81,8 @@ class Detection(LabelledTask):
 class AveragePrecision(Meter):
     """COCO's average precision over all held-out images.
 
+    The picture of the first images has a row for each: the objects that are in it, and those that were found.
+
     Args:
         source: the held-out images, with what is in them.
         classes: names by label.
@@ -90,6 +95,7 @@ class AveragePrecision(Meter):
         self._world = world
         self._found: dict[int, Detections] = {}
         self._left_out: set[int] = set()
+        self._rows: list[list[np.ndarray]] = []
 
     def add(self, model: nn.Module, batch: Images) -> None:
         # One by one: a batch is padded to its largest image, and what an image gives must not depend on its neighbours.
@@ -98,15 +104,21 @@ class AveragePrecision(Meter):
             if not all(size):
                 self._left_out.add(index)
                 continue
-            (found,) = model([image])
-            scale = torch.tensor([size[1] / image.shape[-1], size[0] / image.shape[-2]] * 2, device=image.device)
-            boxes = found["boxes"].float() * scale
-            self._found[index] = Detections(
-                boxes=boxes.cpu().numpy(),
-                labels=found["labels"].cpu().numpy(),
-                scores=found["scores"].float().cpu().numpy(),
-                masks=paste_masks(found["masks"].float(), boxes, size) if "masks" in found else None,
-            )
+            self._found[index] = detect(model, image, size)
+            if len(self._rows) < SAMPLES:
+                self._rows.append(self._drawn(index, as_pixels(resize(image, size))))
+
+    def _drawn(self, index: int, pixels: np.ndarray) -> list[np.ndarray]:
+        """Return an image with the objects that are in it, and with those that were found."""
+        truth, found = self._source.objects(index), self._found[index].above(SHOWN)
+        names = [self._classes[label] for label in truth.labels]
+        guesses = [
+            f"{self._classes[label]} {score:.2f}" for label, score in zip(found.labels, found.scores, strict=True)
+        ]
+        return [
+            draw_objects(pixels, truth.boxes, truth.labels, names, truth.masks),
+            draw_objects(pixels, found.boxes, found.labels, guesses, found.masks),
+        ]
 
     def result(self) -> Evaluation:
         shares = [(self._found, self._left_out)]
@@ -126,4 +138,24 @@ class AveragePrecision(Meter):
             for kind, words in kinds.items()
         ]
         warnings = [f"{len(left_out)} images could not be read and are not counted"] if left_out else []
-        return Evaluation(metrics, lines, warnings)
+        pictures = {"samples": stack_rows(self._rows)} if self._rows else {}
+        return Evaluation(metrics, lines, warnings, pictures)
+
+
+def detect(model: nn.Module, image: Tensor, size: tuple[int, int]) -> Detections:
+    """Return the objects of an image.
+
+    Args:
+        model: a detector in evaluation mode.
+        image: `[3, h, w]`, normalised.
+        size: height and width before it was resized, in whose pixels boxes and masks are given.
+    """
+    (found,) = model([image])
+    scale = torch.tensor([size[1] / image.shape[-1], size[0] / image.shape[-2]] * 2, device=image.device)
+    boxes = found["boxes"].float() * scale
+    return Detections(
+        boxes=boxes.cpu().numpy(),
+        labels=found["labels"].cpu().numpy(),
+        scores=found["scores"].float().cpu().numpy(),
+        masks=paste_masks(found["masks"].float(), boxes, size) if "masks" in found else None,
+    )

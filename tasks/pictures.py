@@ -1,18 +1,25 @@
-"""Pictures of class maps: each class has its colour, over the image that it was found in."""
+"""Pictures of class maps and objects: each class has its colour, over the image that it was found in."""
 
 from __future__ import annotations
 
 import colorsys
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
+from faster_coco_eval.core import mask as rle
 from PIL import Image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from data.segmentation.sources import IGNORED
 
 _OPACITY = 0.65
 _GOLDEN = 0.618034  # turns of the hue from each class to the next, which keep neighbours apart
-_HEIGHT = 192  # pixels of a row
+SAMPLES = 4  # images in the picture of an evaluation
+SHOWN = 0.3  # score from which on an object is drawn
+_HEIGHT = 288  # pixels of a row
+_SIDE = 256  # pixels of the shorter side from which on names can be read
 
 
 def palette() -> np.ndarray:
@@ -36,6 +43,39 @@ def paint(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     below = np.asarray(Image.fromarray(pixels).resize(labels.shape[::-1]), dtype=np.float32)
     return (_OPACITY * palette()[labels] + (1 - _OPACITY) * below).round().astype(np.uint8)
+
+
+def draw_objects(
+    pixels: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    words: Sequence[str],
+    masks: Sequence[dict[str, Any]] | None = None,
+) -> np.ndarray:
+    """Return an image, enlarged where it is small, with objects.
+
+    Args:
+        pixels: `[h, w, 3]`, uint8.
+        boxes: `[n, 4]`: x1, y1, x2, y2 in pixels.
+        labels: `[n]`, which choose the colours.
+        words: what to write at each box.
+        masks: run-length encoded, where there are any.
+    """
+    scale = max(1, round(_SIDE / min(pixels.shape[:2])))
+    image = torch.from_numpy(_enlarged(pixels, scale)).permute(2, 0, 1)
+    if not len(boxes):
+        return image.permute(1, 2, 0).numpy()
+    colours = [tuple(colour) for colour in palette()[labels % 256].tolist()]
+    if masks is not None:
+        covered = torch.from_numpy(_enlarged(rle.decode(list(masks)), scale)).permute(2, 0, 1).bool()
+        image = draw_segmentation_masks(image, covered, alpha=1 - _OPACITY, colors=colours)
+    image = draw_bounding_boxes(image, torch.from_numpy(boxes) * scale, list(words), colours, width=2)
+    return image.permute(1, 2, 0).numpy()
+
+
+def _enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
+    """Return `[h, w, c]` with each pixel `scale` times in both directions."""
+    return np.ascontiguousarray(pixels.repeat(scale, 0).repeat(scale, 1))
 
 
 def stack_rows(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:

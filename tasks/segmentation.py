@@ -17,10 +17,8 @@ from data.transforms import as_pixels, normalize
 from models.segmentation.parts import resize
 from tasks.base import Evaluation, Meter, Score
 from tasks.labelled import LabelledTask
-from tasks.pictures import paint, stack_rows
+from tasks.pictures import SAMPLES, paint, stack_rows
 from utils import sum_over_ranks
-
-SAMPLES = 4  # images in the picture of an evaluation
 
 
 class LabelledPixels(NamedTuple):

@@ -1,9 +1,10 @@
-"""Say which classes a network sees in images. Of a segmenter, they come with their shares of the pixels.
+"""Say what a network sees in images: classes; of a segmenter with their shares of the pixels; of a detector, objects.
 
     python tools/predict.py --checkpoint output/digits/default/best.pth photo.jpg folder
     find photos -name '*.jpg' | python tools/predict.py --checkpoint best.pth --format csv - > predictions.csv
     python tools/predict.py --checkpoint dat_pp_tiny_in1k_224.pth --cfg configs/dat_tiny.yaml folder --html page.html
     python tools/predict.py --checkpoint output/digits_fpn/default/best.pth photo.jpg --draw maps
+    python tools/predict.py --checkpoint output/digits_mask_rcnn/default/best.pth photo.jpg --draw boxes --format jsonl
 
 Results go to the standard output; what was loaded, progress and files that cannot be read to the standard error. Such
 files are skipped, and the status is then 1.
@@ -16,46 +17,24 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.images import UnreadableImage
-from data.segmentation.transforms import EvalTransform
-from data.transforms import normalize
-from models.build import image_size
 from models.contract import compile_parts
-from tasks.pictures import paint
-from tasks.segmentation import predict as predict_pixels
+from tasks.pictures import SHOWN
 from tools import pages
+from tools.predictions import DTYPES, Prediction, Predictor
 from training.trained_model import TrainedModel, load_trained
 from training.weight_sets import WEIGHTS
 
-DTYPES = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DEVICES = ("cpu", "cuda", "mps")
 THUMBNAIL = 320  # pixels of the longer side on the page
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """The classes that an image probably shows.
-
-    Attributes:
-        path: the file.
-        top: names and probabilities, the most probable first; of a segmenter, names and shares of the pixels.
-    """
-
-    path: str
-    top: list[tuple[str, float]]
 
 
 def main() -> None:
@@ -66,9 +45,12 @@ def main() -> None:
     parser.add_argument("--cfg", metavar="FILE", help="config, where the checkpoint holds none")
     parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: what the checkpoint was chosen for")
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes an image (default: 5)")
+    parser.add_argument("--threshold", type=float, default=SHOWN, metavar="S", help=f"least score (default: {SHOWN})")
     parser.add_argument("--format", choices=WRITERS, default="text", help="default: text")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the pictures")
-    parser.add_argument("--draw", type=Path, metavar="FOLDER", help="of a segmenter: also draw its classes over images")
+    parser.add_argument(
+        "--draw", type=Path, metavar="FOLDER", help="also draw objects, or classes of pixels, over images"
+    )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
     parser.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=DTYPES, default="off", help="mixed precision (default: off)")
@@ -95,13 +77,20 @@ def run(args: argparse.Namespace) -> int:
     network = model.network.to(args.device, memory_format=torch.channels_last)
     if args.compile:
         compile_parts(network)
-    unreadable: list[str] = []
-    predictions = _predictions(model, files, args, unreadable.append)
+    task, unreadable = model.config.TASK, []
+    if args.draw and task not in ("detection", "segmentation"):
+        raise ValueError(f"--draw takes the checkpoint of a detector or segmenter; {args.checkpoint} is of {task}")
+    settings = {name: getattr(args, name) for name in ("top", "threshold", "batch_size", "amp")}
+    predictions = Predictor(model, on_unreadable=unreadable.append, **settings).predict(files)
     bar = tqdm(total=len(files), unit="image", disable=None, leave=False)
     done = []
-    write = WRITERS[args.format](sys.stdout, min(args.top, len(model.classes)))
+    columns = _OBJECTS if task == "detection" else _columns(min(args.top, len(model.classes)))
+    write = WRITERS[args.format](sys.stdout, columns)
     for prediction in predictions:
         write(prediction)
+        if args.draw:
+            args.draw.mkdir(parents=True, exist_ok=True)
+            prediction.drawn(model.read(prediction.path)).save(args.draw / f"{Path(prediction.path).name}.png")
         if args.html:
             done.append(prediction)
         bar.update()
@@ -112,18 +101,6 @@ def run(args: argparse.Namespace) -> int:
         args.html.write_text(page(model, done, unreadable), encoding="utf-8", newline="\n")
         print(args.html, file=sys.stderr)
     return 1 if unreadable else 0
-
-
-def _predictions(
-    model: TrainedModel, files: Sequence[str], args: argparse.Namespace, on_unreadable: Callable[[str], object]
-) -> Iterator[Prediction]:
-    """Return the predictions of the kind of network that the checkpoint holds."""
-    settings = {"top": args.top, "amp": args.amp, "on_unreadable": on_unreadable}
-    if model.config.TASK == "segmentation":
-        return segment(model, files, folder=args.draw, **settings)
-    if args.draw:
-        raise ValueError(f"--draw takes the checkpoint of a segmenter; {args.checkpoint} is of {model.config.TASK}")
-    return predict(model, files, batch_size=args.batch_size, **settings)
 
 
 def find_images(names: Sequence[str], listed: TextIO) -> Iterator[str]:
@@ -147,120 +124,62 @@ def find_images(names: Sequence[str], listed: TextIO) -> Iterator[str]:
             raise ValueError(f"{name} does not exist; give images, folders, or - for a list on the standard input")
 
 
-def predict(
-    model: TrainedModel,
-    files: Sequence[str],
-    *,
-    top: int,
-    batch_size: int,
-    amp: str = "off",
-    on_unreadable: Callable[[str], object],
-) -> Iterator[Prediction]:
-    """Yield the most probable classes of each file that can be read, in order.
-
-    Args:
-        model: the network and its classes.
-        files: paths of images.
-        top: classes an image, at most as many as there are.
-        batch_size: images at a time.
-        amp: ``off``, ``fp16`` or ``bf16``.
-        on_unreadable: told why a file cannot be read.
-    """
-    readable = _read(files, model, on_unreadable)
-    while batch := list(islice(readable, batch_size)):
-        probabilities = _probabilities(model.network, torch.stack([tensor for _, tensor in batch]), amp)
-        values, labels = probabilities.topk(min(top, probabilities.shape[1]), dim=1)
-        for (path, _), row, names in zip(batch, values.tolist(), labels.tolist(), strict=True):
-            yield Prediction(path, [(model.classes[label], value) for label, value in zip(names, row, strict=True)])
+_OBJECTS = ("class", "score", "x1", "y1", "x2", "y2")
 
 
-@torch.inference_mode()
-def segment(
-    model: TrainedModel,
-    files: Sequence[str],
-    *,
-    top: int,
-    folder: Path | None,
-    amp: str = "off",
-    on_unreadable: Callable[[str], object],
-) -> Iterator[Prediction]:
-    """Yield the classes with the largest shares of the pixels of each file that can be read, in order.
-
-    Args:
-        model: a segmenter and its classes.
-        files: paths of images.
-        top: classes an image, at most as many as there are.
-        folder: where to draw the classes over each image, as PNG under its name; None for nowhere.
-        amp: ``off``, ``fp16`` or ``bf16``.
-        on_unreadable: told why a file cannot be read.
-    """
-    device = next(model.network.parameters()).device
-    transform = EvalTransform(image_size(model.config))
-    for path in files:
-        try:
-            image = model.read(path)
-        except UnreadableImage as error:
-            on_unreadable(str(error))
-            continue
-        with torch.autocast(device.type, dtype=DTYPES[amp], enabled=amp != "off"):
-            pixels = normalize(transform.apply(image).to(device))
-            labels = predict_pixels(model.network, pixels, (image.height, image.width)).cpu()
-        shares = torch.bincount(labels.flatten(), minlength=len(model.classes)) / labels.numel()
-        values, classes = shares.topk(min(top, len(model.classes)))
-        if folder:
-            folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(paint(np.asarray(image), labels.numpy())).save(folder / f"{Path(path).name}.png")
-        names = [model.classes[label] for label in classes.tolist()]
-        yield Prediction(path, list(zip(names, values.tolist(), strict=True)))
+def _columns(top: int) -> list[str]:
+    return [f"{column}{place}" for place in range(1, top + 1) for column in ("class", "probability")]
 
 
-def _read(
-    files: Sequence[str], model: TrainedModel, on_unreadable: Callable[[str], object]
-) -> Iterator[tuple[str, Tensor]]:
-    transform = model.transform()
-    for path in files:
-        try:
-            yield path, transform(model.read(path))
-        except UnreadableImage as error:
-            on_unreadable(str(error))
-
-
-@torch.inference_mode()
-def _probabilities(network: nn.Module, images: Tensor, amp: str) -> Tensor:
-    """Return the probabilities ``[B, classes]`` of normalised images ``[B, 3, H, W]``, on the CPU."""
-    device = next(network.parameters()).device
-    with torch.autocast(device.type, dtype=DTYPES[amp], enabled=amp != "off"):
-        logits = network(images.to(device, memory_format=torch.channels_last))
-    return logits.float().softmax(dim=1).cpu()
-
-
-def _write_text(file: TextIO, top: int) -> Callable[[Prediction], None]:  # noqa: ARG001
+def _write_text(file: TextIO, columns: Sequence[str]) -> Callable[[Prediction], None]:  # noqa: ARG001
     def write(prediction: Prediction) -> None:
-        shown = ", ".join(f"{name} {100 * probability:.1f} %" for name, probability in prediction.top)
-        print(f"{_printable(prediction.path)}: {shown}", file=file)
+        shown = [f"{name} {100 * probability:.1f} %" for name, probability in prediction.top]
+        if prediction.objects:
+            places = [" ".join(f"{side:.0f}" for side in box) for box in prediction.objects.boxes]
+            shown = [f"{words} at {place}" for words, place in zip(shown, places, strict=True)]
+        print(f"{_printable(prediction.path)}: {', '.join(shown)}", file=file)
 
     return write
 
 
-def _write_jsonl(file: TextIO, top: int) -> Callable[[Prediction], None]:  # noqa: ARG001
+def _write_jsonl(file: TextIO, columns: Sequence[str]) -> Callable[[Prediction], None]:  # noqa: ARG001
     def write(prediction: Prediction) -> None:
-        classes = [{"class": name, "probability": probability} for name, probability in prediction.top]
-        print(json.dumps({"file": prediction.path, "top": classes}), file=file)
+        row: dict[str, Any] = {"file": prediction.path}
+        if prediction.objects:
+            row["objects"] = [
+                dict(zip(("class", "score", "box", "mask"), values, strict=False)) for values in _objects(prediction)
+            ]
+        else:
+            row["top"] = [{"class": name, "probability": probability} for name, probability in prediction.top]
+        print(json.dumps(row), file=file)
 
     return write
 
 
-def _write_csv(file: TextIO, top: int) -> Callable[[Prediction], None]:
+def _objects(prediction: Prediction) -> Iterator[list[Any]]:
+    """Yield class, score and box of each object, and its mask where it has one, run-length encoded as COCO does it."""
+    for i, (name, score) in enumerate(prediction.top):
+        values = [name, score, prediction.objects.boxes[i].tolist()]
+        if (masks := prediction.objects.masks) is not None:
+            values.append({"size": masks[i]["size"], "counts": masks[i]["counts"].decode()})
+        yield values
+
+
+def _write_csv(file: TextIO, columns: Sequence[str]) -> Callable[[Prediction], None]:
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(["file", *(f"{column}{place}" for place in range(1, top + 1) for column in ("class", "probability"))])
+    rows.writerow(["file", *columns])
 
     def write(prediction: Prediction) -> None:
-        rows.writerow([_printable(prediction.path), *(value for pair in prediction.top for value in pair)])
+        path = _printable(prediction.path)
+        if prediction.objects:
+            rows.writerows([path, name, score, *box] for name, score, box, *_ in _objects(prediction))
+        else:
+            rows.writerow([path, *(value for pair in prediction.top for value in pair)])
 
     return write
 
 
-# Each takes the file and the number of classes an image, and returns what writes one prediction.
+# Each takes the file and the columns of a table, and returns what writes one prediction.
 WRITERS = {"text": _write_text, "jsonl": _write_jsonl, "csv": _write_csv}
 
 
@@ -285,7 +204,7 @@ def page(model: TrainedModel, predictions: Sequence[Prediction], unreadable: Seq
 
 
 def _figure(image: Image.Image, prediction: Prediction) -> str:
-    source = pages.picture(image, side=THUMBNAIL)
+    source = pages.picture(prediction.drawn(image), side=THUMBNAIL)
     bars = "".join(pages.bar(name, share) for name, share in prediction.top)
     name = pages.text(prediction.path)
     return f'<figure class="card"><img src="{source}" alt="{name}"><figcaption>{name}</figcaption>{bars}</figure>'

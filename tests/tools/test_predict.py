@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torchvision import tv_tensors
 from yacs.config import CfgNode
 
+from data.detection.transforms import EvalTransform
 from data.images import read_image
+from data.transforms import normalize
 from models import build_model
 from tasks.pictures import palette
 from tests.browser import Browser, needs_browser
+from tests.models.detection.test_detectors import REGIONS
 from tests.tools.samples import CLASSES, tiny_config, write_checkpoint, write_photograph
 from tools.predict import main
 from training.trained_model import load_trained
@@ -166,10 +170,43 @@ def test_a_segmenter_says_shares_of_pixels_and_draws_them(
     assert np.abs(np.asarray(drawn) - expected).max() <= 1
 
 
-def test_only_segmenters_draw(
+def test_a_detector_says_objects_and_draws_them(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = tiny_config(tmp_path)
+    config.TASK, config.MODEL.DETECTOR.NAME, config.DETECTION.TEST_SHORT_SIDE = "detection", "mask_rcnn", 64
+    config.MODEL.DETECTOR.ARGS = CfgNode({**REGIONS, "detection": CfgNode({"score_thresh": 0.0})})
+    torch.manual_seed(0)
+    network, checkpoint = build_model(config).eval(), tmp_path / "detector.pth"
+    torch.save({"format": 1, "model": network.state_dict(), "classes": CLASSES, "config": config.dump()}, checkpoint)
+    image = read_image(photographs[0])  # 60 x 40 pixels
+    with torch.inference_mode():
+        resized = EvalTransform(short_side=64, long_side=1333)(tv_tensors.Image(np.array(image).transpose(2, 0, 1)))
+        (found,) = network([normalize(resized.as_subclass(torch.Tensor))])
+    threshold = found["scores"].median().item()
+    words = ("--checkpoint", checkpoint, "--threshold", threshold, "--draw", tmp_path / "boxes", photographs[0])
+    status, out, _ = predict(monkeypatch, capsys, *words, "--format", "jsonl")
+    objects, chosen = json.loads(out)["objects"], found["scores"] >= threshold
+    assert (status, len(objects)) == (0, int(chosen.sum()))
+    assert [one["class"] for one in objects] == [CLASSES[label] for label in found["labels"][chosen]]
+    boxes = torch.tensor([one["box"] for one in objects])
+    assert torch.allclose(boxes, found["boxes"][chosen] * torch.tensor([60 / 96, 40 / 64] * 2), atol=1e-3)
+    assert all(one["mask"]["size"] == [40, 60] for one in objects)
+    drawn = np.asarray(read_image(tmp_path / "boxes" / "a.png.png"))
+    assert drawn.shape == (240, 360, 3)  # enlarged six times
+    x, y = (6 * boxes[0, :2]).int().tolist()
+    assert (drawn[y : y + 2, x + 12 : x + 14] == palette()[found["labels"][0]]).all(-1).any()
+    _, out, _ = predict(monkeypatch, capsys, *words, "--format", "csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    assert [float(row["x1"]) for row in rows] == pytest.approx(boxes[:, 0].tolist())
+    _, out, _ = predict(monkeypatch, capsys, *words)
+    assert out.count(" at ") == len(objects)
+
+
+def test_classifiers_do_not_draw(
     tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     words = ("--checkpoint", write_checkpoint(tmp_path), photographs[0], "--draw", tmp_path / "maps")
     status, _, err = predict(monkeypatch, capsys, *words)
     assert status == 2
-    assert "--draw takes the checkpoint of a segmenter" in err
+    assert "--draw takes the checkpoint of a detector or segmenter" in err

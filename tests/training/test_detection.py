@@ -51,6 +51,7 @@ def test_a_killed_detector_ends_as_one_that_was_not(tmp_path: Path, name: str) -
         left.append(trial.finish())
     assert "continuing from" in (tmp_path / "killed" / "console.txt").read_text()
     assert first_difference(*left) is None
+    assert (trial.folder / "samples.png").is_file()
     if name == "mask_rcnn":
         found = read_metrics(trial.folder, "eval")[-1]
         words = (*trial.words, "--eval", "--resume", trial.folder / "last.pth")

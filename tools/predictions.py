@@ -1,0 +1,132 @@
+"""What a network sees in image files: classes, shares of the pixels, or objects, by the kind of network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
+
+from data.detection import transforms as detection
+from data.images import UnreadableImage
+from data.segmentation import transforms as segmentation
+from data.transforms import normalize
+from models.build import image_size
+from tasks.coco import Detections
+from tasks.detection import detect
+from tasks.pictures import draw_objects, paint
+from tasks.segmentation import predict as predict_pixels
+from training.trained_model import TrainedModel
+
+DTYPES = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What an image probably shows.
+
+    Attributes:
+        path: the file.
+        top: names and probabilities, the most probable first; of a segmenter, names and shares of the pixels.
+        objects: of a detector: those that `top` names, in the same order.
+        labels: of a segmenter: the class of each pixel, `[height, width]`, uint8.
+    """
+
+    path: str
+    top: list[tuple[str, float]]
+    objects: Detections | None = None
+    labels: np.ndarray | None = None
+
+    def drawn(self, image: Image.Image) -> Image.Image:
+        """Return the image, with the objects or the classes of its pixels over it where they are known."""
+        pixels = np.asarray(image)
+        if self.objects is not None:
+            words = [f"{name} {score:.2f}" for name, score in self.top]
+            found = self.objects
+            pixels = draw_objects(pixels, found.boxes, found.labels, words, found.masks)
+        if self.labels is not None:
+            pixels = paint(pixels, self.labels)
+        return Image.fromarray(pixels)
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A network and how it is run.
+
+    Attributes:
+        model: the network and its classes.
+        top: classes an image, at most as many as there are.
+        threshold: smallest score of an object.
+        batch_size: images at a time, of a classifier.
+        amp: `off`, `fp16` or `bf16`.
+        on_unreadable: told why a file cannot be read.
+    """
+
+    model: TrainedModel
+    top: int
+    threshold: float
+    batch_size: int
+    amp: str
+    on_unreadable: Callable[[str], object]
+
+    def predict(self, files: Sequence[str]) -> Iterator[Prediction]:
+        """Yield what each file that can be read shows, in order."""
+        kinds = {"detection": self._detect, "segmentation": self._segment}
+        return kinds.get(self.model.config.TASK, self._classify)(self._read(files))
+
+    def _read(self, files: Sequence[str]) -> Iterator[tuple[str, Image.Image]]:
+        for path in files:
+            try:
+                yield path, self.model.read(path)
+            except UnreadableImage as error:
+                self.on_unreadable(str(error))
+
+    def _classify(self, images: Iterator[tuple[str, Image.Image]]) -> Iterator[Prediction]:
+        transform = self.model.transform()
+        while batch := list(islice(images, self.batch_size)):
+            pixels = torch.stack([transform(image) for _, image in batch])
+            with self._running():
+                logits = self.model.network(pixels.to(self._device, memory_format=torch.channels_last))
+            for (path, _), row in zip(batch, logits.float().softmax(dim=1).cpu(), strict=True):
+                yield Prediction(path, self._largest(row))
+
+    def _segment(self, images: Iterator[tuple[str, Image.Image]]) -> Iterator[Prediction]:
+        transform = segmentation.EvalTransform(image_size(self.model.config))
+        for path, image in images:
+            with self._running():
+                pixels = normalize(transform.apply(image).to(self._device))
+                labels = predict_pixels(self.model.network, pixels, (image.height, image.width)).cpu()
+            shares = torch.bincount(labels.flatten(), minlength=len(self.model.classes)) / labels.numel()
+            yield Prediction(path, self._largest(shares), labels=labels.byte().numpy())
+
+    def _detect(self, images: Iterator[tuple[str, Image.Image]]) -> Iterator[Prediction]:
+        options = self.model.config.DETECTION
+        transform = detection.EvalTransform(short_side=options.TEST_SHORT_SIDE, long_side=options.LONG_SIDE)
+        for path, image in images:
+            with self._running():
+                pixels = transform(tv_tensors.Image(F.pil_to_tensor(image))).as_subclass(Tensor)
+                found = detect(self.model.network, normalize(pixels.to(self._device)), (image.height, image.width))
+            found = found.above(self.threshold)
+            names = [self.model.classes[label] for label in found.labels]
+            yield Prediction(path, list(zip(names, found.scores.tolist(), strict=True)), objects=found)
+
+    def _largest(self, values: Tensor) -> list[tuple[str, float]]:
+        best, labels = values.topk(min(self.top, len(values)))
+        return [(self.model.classes[label], value) for label, value in zip(labels, best.tolist(), strict=True)]
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.network.parameters()).device
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        precision = torch.autocast(self._device.type, dtype=DTYPES[self.amp], enabled=self.amp != "off")
+        with torch.inference_mode(), precision:
+            yield
