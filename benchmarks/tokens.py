@@ -64,7 +64,7 @@ def _parse_arguments() -> argparse.Namespace:
 
 
 def _performer(*args: object, window: Window | None = None, **options: object) -> nn.Module:
-    layer = PerformerAttention(*args, num_features=FEATURES, **options)
+    layer = PerformerAttention(*args, num_features=FEATURES, form="sums", **options)
     layer.window = window
     return layer
 

@@ -16,7 +16,6 @@ from ..ops.relative_positions import Buckets, Relation
 from .performer import PerformerAttention
 from .tokens import TokenAttention
 
-FORMS = ("auto", "reference", "boxes")
 DENSE_SHARE = 8  # how many times dearer a number of a sum over patches is than one of a matrix of tokens, on a CPU
 
 
@@ -87,16 +86,12 @@ class DisentangledPerformer(PerformerAttention):
 
     Args:
         span: largest displacement with a row of its own; R is at most ``(4 * span - 1)^2 + 3``.
-        form: ``boxes`` in linear time, ``reference`` with a matrix of tokens, or ``auto``, the cheaper.
         **options: see `PerformerAttention`.
     """
 
-    def __init__(self, dim: int, *, span: int = 2, form: str = "auto", **options: Any) -> None:
-        if form not in FORMS:
-            raise ValueError(f"form {form!r} of attention is unknown; choose one of {', '.join(FORMS)}")
+    def __init__(self, dim: int, *, span: int = 2, **options: Any) -> None:
         super().__init__(dim, **options)
         self.relative = RelativeKeys(dim, grid=self.grid, prefix=self.prefix, span=span)
-        self.form = form
 
     @property
     def scale(self) -> float:
@@ -115,7 +110,7 @@ class DisentangledPerformer(PerformerAttention):
             # Factors of a query, and one factor of all keys, are divided out.
             by_query = (by_query - by_query.detach().amax(-1, keepdim=True)).exp()
             by_key = (by_key - by_key.detach().amax((-2, -1), keepdim=True)).exp()
-            attend = self._boxes if self.choose_form(v.shape[2]) == "boxes" else self._reference
+            attend = self._sums if self.choose_form(v.shape[2]) == "sums" else self._reference
             return normalized(attend(q_features, k_features, F.pad(v, (0, 1), value=1.0), by_query, by_key))
 
     def choose_form(self, tokens: int) -> str:
@@ -123,7 +118,7 @@ class DisentangledPerformer(PerformerAttention):
         if self.form != "auto":
             return self.form
         dense = tokens <= DENSE_SHARE * self.relative.buckets.rows * min(self.random.dim, self.random.count)
-        return "reference" if dense else "boxes"
+        return "reference" if dense else "sums"
 
     def _reference(self, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
         index = self.relative.index.expand(*q.shape[:2], -1, -1)
@@ -131,7 +126,7 @@ class DisentangledPerformer(PerformerAttention):
         mask = self.mask(q)
         return (weights if mask is None else weights * mask) @ v
 
-    def _boxes(self, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
+    def _sums(self, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
         rows, prefix = self.relative.buckets.rows, self.prefix
         sums = torch.zeros_like(v[:, :, prefix:])
         patches = [x[:, :, prefix:] for x in (q, k, v, by_query, by_key)]

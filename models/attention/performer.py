@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.linear_attention import linear_attention
+from ..ops.linear_attention import FORMS, linear_attention
 from ..ops.random_features import features, orthogonal_directions
 from .tokens import TokenAttention
 
@@ -49,6 +49,8 @@ class PerformerAttention(TokenAttention):
         num_features: random features of a head; ``d ln d`` of its d channels where None.
         feature_kind: ``positive``, which approximates softmax attention, or ``relu``.
         redraw_epochs: epochs after which other features are drawn; never where 0, and never in evaluation.
+        form: of sums over windows and position terms: ``sums`` in linear time, ``reference`` with a matrix of tokens,
+            or ``auto``, the cheaper.
         **options: see `TokenAttention`.
     """
 
@@ -59,10 +61,14 @@ class PerformerAttention(TokenAttention):
         num_features: int | None = None,
         feature_kind: str = "positive",
         redraw_epochs: int = 1,
+        form: str = "auto",
         **options: Any,
     ) -> None:
+        if form not in FORMS:
+            raise ValueError(f"form {form!r} of attention is unknown; choose one of {', '.join(FORMS)}")
         super().__init__(dim, **options)
         width = dim // self.heads
+        self.form = form
         self.feature_kind = feature_kind
         self.redraw_epochs = redraw_epochs
         self.random = RandomDirections(num_features or max(1, round(width * math.log(width))), width)
@@ -75,7 +81,7 @@ class PerformerAttention(TokenAttention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
             q, k = self.features(q, "query"), self.features(k, "key")
-            return linear_attention(q, k, v, grid=self.grid, prefix=self.prefix, window=self.window)
+            return linear_attention(q, k, v, grid=self.grid, prefix=self.prefix, window=self.window, form=self.form)
 
     def features(self, x: Tensor, role: str) -> Tensor:
         """Return the features ``[B, heads, N, m]`` of queries or keys ``[B, heads, N, d]``, at least float32."""

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .locality import Window, window_sum
+from .locality import Window, window_mask, window_sum
 
+FORMS = ("auto", "sums", "reference")
 VANISHED = 1e-30  # sum of weights from which on their quotient has no meaning, and its gradient no finite value
 AT_ONCE = 1 << 22  # numbers of the sums around all patches that are held at a time: 16 MiB in float32
+SUM_OVER_WEIGHT = 8  # a matrix of tokens may have one number for so many of the sums around patches
 
 
 def linear_attention(
@@ -24,11 +26,12 @@ def linear_attention(
     grid: tuple[int, int] | None = None,
     prefix: int = 0,
     window: Window | None = None,
+    form: str = "auto",
 ) -> Tensor:
     """Return ``sum_j (q_i . k_j) v_j / sum_j (q_i . k_j)`` over the keys j that query i sees.
 
-    Without a window, the sums of ``k_j v_j^T`` over all keys are computed once. With a window, a sum is computed for
-    every patch, see `models.ops.locality`; never a matrix of tokens.
+    Without a window, the sums of ``k_j v_j^T`` over all keys are computed once. With a window, there is one for every
+    patch, see `models.ops.locality`.
 
     Args:
         q: features of the queries, ``[B, heads, N, m]``, not negative.
@@ -37,6 +40,8 @@ def linear_attention(
         grid: height and width of the grid of patches.
         prefix: number of tokens before the patches.
         window: which keys a patch sees; all where None.
+        form: how sums over windows are computed: ``sums`` in linear time, ``reference`` with a matrix of tokens, and
+            ``auto`` takes `choose_form`.
 
     Returns:
         ``[B, heads, N, d]`` in the dtype of the features.
@@ -44,7 +49,14 @@ def linear_attention(
     v = F.pad(v.to(k.dtype), (0, 1), value=1.0)  # the last channel adds up the weights
     if window is None:
         return normalized(q @ (k.mT @ v))
+    if (choose_form(*q.shape[2:], v.shape[3]) if form == "auto" else form) == "reference":
+        return normalized((q @ k.mT * window_mask(grid, prefix, window, device=q.device)) @ v)
     return normalized(in_parts(partial(_windowed, grid=grid, prefix=prefix, window=window), q, k, v))
+
+
+def choose_form(tokens: int, features: int, channels: int) -> str:
+    """Return the form for sums over windows: a matrix only where its rows are far shorter than the sums are large."""
+    return "reference" if SUM_OVER_WEIGHT * tokens <= features * channels else "sums"
 
 
 def in_parts(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Tensor:

@@ -12,17 +12,17 @@ from models.attention.disentangled import DisentangledAttention, DisentangledPer
 from models.attention.patch_deformable import PatchDeformableAttention
 from models.attention.performer import PerformerAttention
 from models.attention.tokens import SoftmaxAttention, TokenAttention
-from models.ops.linear_attention import linear_attention
+from models.ops.linear_attention import choose_form, linear_attention
 from models.ops.locality import Window, window_mask
 
 GRID, DIM = (4, 5), 12
 KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "softmax": (SoftmaxAttention, {}),
-    "performer": (PerformerAttention, {"num_features": 9}),
-    "relu performer": (PerformerAttention, {"num_features": 9, "feature_kind": "relu"}),
+    "performer": (PerformerAttention, {"num_features": 9, "form": "sums"}),
+    "relu performer": (PerformerAttention, {"num_features": 9, "feature_kind": "relu", "form": "sums"}),
     "disentangled": (DisentangledAttention, {"span": 2}),
     "disentangled performer": (DisentangledPerformer, {"span": 1, "form": "reference", "num_features": 5}),
-    "disentangled performer, boxes": (DisentangledPerformer, {"span": 1, "form": "boxes", "num_features": 5}),
+    "disentangled performer, sums": (DisentangledPerformer, {"span": 1, "form": "sums", "num_features": 5}),
     "deformable": (PatchDeformableAttention, {}),
     "deformable, scales": (PatchDeformableAttention, {"scales": 2}),
 }
@@ -79,6 +79,19 @@ def test_performer_with_a_window_equals_a_mask(kind: str, prefix: int, window: W
     torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-8)
 
 
+def test_few_tokens_have_a_matrix_and_many_have_none() -> None:
+    assert choose_form(1 + 64, 266, 65) == "reference"
+    assert choose_form(784, 64, 65) == choose_form(12544, 64, 65) == "sums"
+    results = []
+    for form in ("sums", "reference"):
+        module = build("performer")
+        module.form, module.window = form, Window("box", 1)
+        x = tokens()
+        out = module(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), module.parameters())])
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 def test_windows_in_single_precision(window: Window) -> None:
     torch.manual_seed(0)
@@ -91,7 +104,7 @@ def test_windows_in_single_precision(window: Window) -> None:
     assert (out - expected).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["performer", "disentangled performer, boxes"])
+@pytest.mark.parametrize("kind", ["performer", "disentangled performer, sums"])
 def test_a_few_heads_and_features_at_a_time(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     module = build(kind)
     module.window = Window("box", 1)
@@ -110,7 +123,7 @@ def test_a_few_heads_and_features_at_a_time(monkeypatch: pytest.MonkeyPatch, kin
 def test_position_terms_in_linear_time_are_exact(prefix: int, window: Window | None) -> None:
     x = tokens(prefix)
     results = []
-    for kind in ("disentangled performer", "disentangled performer, boxes"):
+    for kind in ("disentangled performer", "disentangled performer, sums"):
         module = build(kind, prefix)
         module.window = window
         out = module(x)
