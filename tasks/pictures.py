@@ -69,7 +69,7 @@ def draw_objects(
     if masks is not None:
         covered = torch.from_numpy(_enlarged(rle.decode(list(masks)), scale)).permute(2, 0, 1).bool()
         image = draw_segmentation_masks(image, covered, alpha=1 - _OPACITY, colors=colours)
-    image = draw_bounding_boxes(image, torch.from_numpy(boxes) * scale, list(words), colours, width=2)
+    image = draw_bounding_boxes(image, torch.from_numpy(boxes) * scale, list(words), colours, fill_labels=True, width=2)
     return image.permute(1, 2, 0).numpy()
 
 

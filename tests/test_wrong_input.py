@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from yacs.config import CfgNode
 
 import main
 from data.formats.tar import open_tar
 from data.sources import Request
+from tests.data.detection.samples import row, write_coco, write_instances
 from tests.data.formats.writers import write_tar
 from tests.data.samples import write_folder
+from tests.data.segmentation.samples import write_masks
 from tests.launched import run_forked
 from tests.runs import ROOT, run_command, write_config
 from utils import StopSignal
@@ -107,6 +110,28 @@ def archive(name: str, damage: Callable[[Path], Any], says: str) -> Wrong:
 
     config = {"DATA": {"DATASET": "tar", "DATA_PATH": "wrong"}}
     return Wrong(name=f"data: archive, {name}", says=says, config=config, prepare=write)
+
+
+def annotated(name: str, says: str, damage: Callable[[Path], Any] = lambda root: None, **model: Any) -> Wrong:
+    """Return a row of a detector on a data set in the layout of COCO that is good but for a `damage`."""
+    config = {"TASK": "detection", "DATA": {"DATASET": "coco", "DATA_PATH": "wrong"}, "MODEL": {"DETECTOR": model}}
+    return Wrong(
+        name=f"data: detection, {name}", says=says, config=config, prepare=lambda: damage(write_coco(Path("wrong")))
+    )
+
+
+def without_boxes(root: Path, category: int = 7, width: int = 0) -> None:
+    """Leave one annotation of the training part, without an area."""
+    images = [{"id": 1, "file_name": "0.png", "height": 32, "width": 40}]
+    write_instances(root, "train", images, [row(5, 1, category, [3, 3, width, 4])])
+
+
+def masked(name: str, says: str, damage: Callable[[Path], Any]) -> Wrong:
+    """Return a row of a segmenter on images with masks that are good but for a `damage`."""
+    config = {"TASK": "segmentation", "DATA": {"DATASET": "masks", "DATA_PATH": "wrong"}}
+    return Wrong(
+        name=f"data: segmentation, {name}", says=says, config=config, prepare=lambda: damage(write_masks(Path("wrong")))
+    )
 
 
 def weights(name: str, write: Callable[[], Any], says: str, *flags: str) -> Wrong:
@@ -568,6 +593,70 @@ ROWS = [
         lambda: Path("map.txt").write_text("0\n2\n"),
         "class map map.txt, line 2: '2' is no class of the weights; give 0 to 1, or -1",
         *("--pretrained", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
+    ),
+    # Detection and segmentation.
+    annotated(
+        "images in folders by class",
+        r"no file instances_train\.json in data path wrong; expected instances_train\.json, instances_val\.json, ",
+        lambda root: (root / "instances_train.json").unlink(),
+    ),
+    annotated(
+        "broken JSON",
+        "wrong/instances_val.json cannot be read as JSON: .*line 1",
+        lambda root: (root / "instances_val.json").write_text('{"images": ['),
+    ),
+    annotated(
+        "JSON of something else",
+        "wrong/instances_val.json is no annotation file of COCO: it has no list of images, annotations, categories",
+        lambda root: (root / "instances_val.json").write_text("[]"),
+    ),
+    annotated(
+        "annotation without a box",
+        r"instances_train.json: each of its annotations needs bbox, category_id, id, image_id, unlike \{.id.: 1\}",
+        lambda root: write_instances(root, "train", [], [{"id": 1}]),
+    ),
+    annotated(
+        "boxes without an area",
+        "names no image with an object; .* 1 boxes without an area are left out: annotation 5",
+        without_boxes,
+    ),
+    annotated(
+        "unknown category",
+        "names no image with an object; .* 1 boxes of an unknown class are left out: annotation 5",
+        lambda root: without_boxes(root, category=99, width=4),
+    ),
+    annotated(
+        "no images",
+        r"none of the 5 images of wrong/instances_val.json is there: .*; check the data path",
+        lambda root: (root / "val").rename(root / "value"),
+    ),
+    annotated("misspelt detector", r"MODEL.DETECTOR.NAME must be one of .*; did you mean retinanet\?", NAME="retina"),
+    annotated("argument of a detector", "MODEL.DETECTOR.ARGS: .*unexpected .*'chanels'", ARGS={"chanels": 8}),
+    annotated(
+        "masks of boxes",
+        "MODEL.DETECTOR.NAME mask_rcnn learns masks, and the data set has boxes alone; choose a detector of boxes",
+        lambda root: without_boxes(root, width=4),
+        NAME="mask_rcnn",
+    ),
+    Wrong(
+        name="data: detection, layout of classification",
+        config={"TASK": "detection"},
+        says="DATA.DATASET must be one of digit_scenes, coco, voc, yolo for TASK detection, not 'imagenet'",
+    ),
+    masked(
+        "values outside the classes",
+        "wrong/masks/train/0.png.* holds the value 9, which is none of the 3 classes",
+        lambda root: Image.new("L", (48, 40), 9).save(root / "masks/train/0.png"),
+    ),
+    masked(
+        "no masks",
+        "has no folder masks/train; the layout is DATA_PATH",
+        lambda root: (root / "masks").rename(root / "m"),
+    ),
+    masked(
+        "missing mask",
+        "1 of 8 images in wrong/images/train have no mask in wrong/masks/train: 0; add masks named",
+        lambda root: (root / "masks/train/0.png").unlink(),
     ),
     # The output folder. Permissions would not stop root, who may run this.
     Wrong(

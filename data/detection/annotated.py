@@ -154,6 +154,9 @@ def _encoded(outline: Any, size: tuple[int, int]) -> dict[str, Any]:
 def remarks_on(source: AnnotatedImages, where: object, faults: Faults, without: Sequence[str] = ()) -> list[str]:
     """Return what is suspicious about a part of a data set, in words.
 
+    Raises:
+        ValueError: it has no image to learn or to evaluate, or none of its files is there.
+
     Args:
         source: the part.
         where: the file or folder that describes it.
@@ -161,8 +164,15 @@ def remarks_on(source: AnnotatedImages, where: object, faults: Faults, without: 
         without: images that were left out because they show nothing to learn.
     """
     found = faults.remarks(where)
+    if not len(source):
+        raise ValueError("; ".join([f"{where} names no image with an object", *found]))
     if without:
         found.append(f"{where}: {len(without)} images without objects are not trained on: {shorten(without)}")
-    if missing := source.missing():
+    missing = source.missing()
+    if len(missing) == len(source):
+        raise ValueError(
+            f"none of the {len(source)} images of {where} is there: {shorten(missing)}; check the data path"
+        )
+    if missing:
         found.append(f"{where}: {len(missing)} images are missing, see DATA.BAD_IMAGES: {shorten(missing)}")
     return found

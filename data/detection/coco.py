@@ -18,6 +18,12 @@ _LAYOUT = (
     "expected instances_train.json, instances_val.json, train/ and val/, or annotations/instances_train2017.json, "
     "annotations/instances_val2017.json, train2017/ and val2017/"
 )
+# What its lists are called, and what each of their entries needs.
+_ENTRIES = {
+    "images": {"id", "file_name", "height", "width"},
+    "annotations": {"id", "image_id", "category_id", "bbox"},
+    "categories": {"id", "name"},
+}
 
 
 def open_coco(request: Request) -> DetectionDataset:
@@ -64,14 +70,15 @@ def _read(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
-    absent = [key for key in ("images", "annotations", "categories") if not isinstance(_get(content, key), list)]
-    if absent:
+    lists = content if isinstance(content, dict) else {}
+    if absent := [key for key in _ENTRIES if not isinstance(lists.get(key), list)]:
         raise ValueError(f"{path} is no annotation file of COCO: it has no list of {', '.join(absent)}")
+    for key, needed in _ENTRIES.items():
+        for entry in lists[key]:
+            if not isinstance(entry, dict) or not needed <= entry.keys():
+                names = ", ".join(sorted(needed))
+                raise ValueError(f"{path}: each of its {key} needs {names}, unlike {str(entry)[:80]}")
     return content
-
-
-def _get(content: Any, key: str) -> Any:
-    return content.get(key) if isinstance(content, dict) else None
 
 
 def _categories(content: dict[str, Any]) -> list[dict[str, Any]]:
@@ -91,8 +98,6 @@ def _part(
         size = image["height"], image["width"]
         if not source.add(folder / image["file_name"], size, objects, faults, empty=not learned):
             without.append(image["file_name"])
-    if not len(source):
-        raise ValueError(f"{path} names no images with objects to learn")
     return source, remarks_on(source, path, faults, without)
 
 
