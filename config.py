@@ -221,8 +221,9 @@ OPTIONS: dict[str, Option] = {
     ),
     "MODEL.CLASS_MAP": RunOption(
         "",
-        "Where PRETRAINED or the file to evaluate has other classes: a text file with the index of its class for each "
-        "class here, one a line. ImageNet-22K weights need none to become ImageNet-1K ones.",
+        "Where PRETRAINED or the file to evaluate has other classes: a text file with a line for each class here, its "
+        "index there, or its name and its index or WordNet id. ImageNet-22K weights need none to become ImageNet-1K "
+        "ones.",
         may_change=True,
     ),
     "MODEL.RESUME": RunOption(
@@ -450,6 +451,13 @@ OPTIONS: dict[str, Option] = {
         "all",
         "Where weights are evaluated on some of their classes: all may be predicted, or only those present.",
         one_of("all", "present"),
+        may_change=True,
+    ),
+    "TEST.LABELS": RunOption(
+        "",
+        "With --eval: JSON file with a list of labels for each held-out image, by the number in its name, of which any "
+        "counts as right, such as real.json of ReaL. Images of empty lists are not counted.",
+        metavar="FILE",
         may_change=True,
     ),
     "TEST.CROP_RATIO": RunOption(0.875, "Share of the resized image that is cut out, along each side.", _PART),

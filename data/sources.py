@@ -52,10 +52,18 @@ class ImageSource(ABC):
         """
         return self.get(index).decode()
 
+    def file_name(self, index: int) -> str:  # noqa: ARG002
+        """Return the name of the file of an image, without opening it; empty where it has none."""
+        return ""
+
     def relabelled(self, lookup: np.ndarray) -> ImageSource:
         """Return the same images with `lookup[label]` as the label of each."""
+        return self.with_labels(self.labels[:, np.argsort(lookup)] if self.labels.ndim == 2 else lookup[self.labels])
+
+    def with_labels(self, labels: np.ndarray) -> ImageSource:
+        """Return the same images with other labels."""
         other = copy(self)
-        other.labels = self.labels[:, np.argsort(lookup)] if self.labels.ndim == 2 else lookup[self.labels]
+        other.labels = labels
         return other
 
     @abstractmethod

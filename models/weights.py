@@ -6,7 +6,9 @@ Everything here works on state dicts, whose names and shapes are those of the pu
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -71,20 +73,26 @@ class Report:
 
 
 def adapt(
-    weights: dict[str, Tensor], model: nn.Module, *, class_map: Path | None = None
+    weights: dict[str, Tensor],
+    model: nn.Module,
+    *,
+    class_map: Path | None = None,
+    classes: Sequence[str] = (),
+    names: Sequence[str] = (),
 ) -> tuple[dict[str, Tensor], Report]:
     """Make weights of the same architecture fit `model`, whatever classes and sizes they were trained for.
 
     Position tables of other map sizes, windows or kernels are resized bicubically. Index and mask buffers follow from
     the sizes and are always the model's own. Weights for images of three channels are adapted to others as timm does:
     summed for one, repeated and scaled for more. Where the classes differ, rows of the head are picked by `class_map`,
-    or by synset from an ImageNet-22K head (also 21K and 12K) for the classes of ImageNet-1K; otherwise the head is new.
+    by name, by number where there are no names, or by synset from an ImageNet-22K head (also 21K and 12K) for
+    ImageNet-1K; otherwise the head is new.
 
     Args:
         weights: state dict of another network; unchanged.
         model: the network to fit; unchanged.
-        class_map: text file with a line for each class of `model`: the index of that class in `weights`, counted from
-            0, or -1 for a class that they do not have.
+        class_map: see `read_class_map`.
+        classes: names by label of `model`, where they are known; `names` are those of `weights`.
 
     Returns:
         A state dict that loads strictly into `model`, and the report of what it is made of.
@@ -98,10 +106,7 @@ def adapt(
     head = _head_entries(weights, expected, classifier(model))
     tables, inputs = position_tables(model), {f"{name}.weight" for name in input_convs(model)}
     state, report = dict(expected), Report(entries=len(expected), left_out=sorted(unused))
-    unknown = weights.keys() - expected.keys()
-    if not getattr(model, "num_classes", 1) and classifier(model):  # a network without a head
-        report.left_out += sorted(name for name in unknown if name.startswith(f"{classifier(model)}."))
-    misfits = [f"{name} is not of this model" for name in unknown - set(report.left_out)]
+    misfits = _misfits(weights, model, report)
     for name, own in expected.items():
         value = weights.get(name)
         if name in head:
@@ -124,11 +129,22 @@ def adapt(
         else:
             misfits.append(f"{name} is {tuple(value.shape)} instead of {tuple(own.shape)}")
     if misfits:
-        more = f"; and {len(misfits) - 4} more names" if len(misfits) > 4 else ""
-        raise ValueError(f"the weights are of another architecture: {'; '.join(sorted(misfits)[:4])}{more}")
-    if head:
-        state |= _adapt_head(weights, expected, head, class_map, report)
-    return state, report
+        raise ValueError(f"the weights are of another architecture: {_shown(misfits)}")
+    heads = _adapt_head(weights, expected, head, class_map, classes, names, report) if head else {}
+    return state | heads, report
+
+
+def _misfits(weights: dict[str, Tensor], model: nn.Module, report: Report) -> list[str]:
+    """Return which entries the network has not; those of a head that it does without are noted as left out."""
+    unknown = weights.keys() - model.state_dict().keys()
+    if not getattr(model, "num_classes", 1) and classifier(model):
+        report.left_out += sorted(name for name in unknown if name.startswith(f"{classifier(model)}."))
+    return [f"{name} is not of this model" for name in unknown - set(report.left_out)]
+
+
+def _shown(misfits: list[str]) -> str:
+    more = f"; and {len(misfits) - 4} more names" if len(misfits) > 4 else ""
+    return f"{'; '.join(sorted(misfits)[:4])}{more}"
 
 
 def _note_buffer(name: str, value: Tensor | None, own: Tensor, report: Report) -> None:
@@ -178,6 +194,8 @@ def _adapt_head(
     expected: dict[str, Tensor],
     names: list[str],
     class_map: Path | None,
+    classes: Sequence[str],
+    known: Sequence[str],
     report: Report,
 ) -> dict[str, Tensor]:
     """Return the entries of the head for the classes of the network, and add them to the report."""
@@ -187,7 +205,12 @@ def _adapt_head(
         return {}
     there, here = len(weights[names[0]]), len(expected[names[0]])
     if class_map is not None:
-        rows, origin = read_class_map(class_map, there=there, here=here), str(class_map)
+        rows = read_class_map(class_map, there=there, classes=classes or [""] * here, names=known)
+        origin = str(class_map)
+    elif known and list(known) != list(classes) and (rows := find_labels(classes, known)):
+        origin = "name"
+    elif not known and there == here and (numbers := as_numbers(classes, there)) != sorted(numbers):
+        rows, origin = numbers, "number"
     elif there != here == IMAGENET_1K and (subset := infer_imagenet_subset({"num_classes": there})):
         rows, origin = _imagenet_rows(subset), f"{subset} to imagenet-1k"
     elif there == here:
@@ -212,32 +235,82 @@ def _adapt_head(
     return head
 
 
+def find_labels(classes: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Return the place of each class among `names`; nothing where one is not there."""
+    places = {name: label for label, name in enumerate(names)}
+    return [places[name] for name in classes] if places.keys() >= set(classes) else []
+
+
+def as_numbers(classes: Sequence[str], there: int) -> list[int]:
+    """Return the labels of classes that are called by numbers below `there`; nothing where they are not."""
+    return [int(name) for name in classes] if all(name.isdecimal() and int(name) < there for name in classes) else []
+
+
+def synsets(there: int) -> list[str]:
+    """Return the WordNet ids by label of the ImageNet set that has so many classes; nothing where none has."""
+    subset = "imagenet-1k" if there == IMAGENET_1K else infer_imagenet_subset({"num_classes": there})
+    return ImageNetInfo(subset).label_names() if subset else []
+
+
 def _imagenet_rows(subset: str) -> list[int]:
     """Return for each class of ImageNet-1K its index in a larger set, `NEW_ROW` where that lacks its synset."""
     indices = {synset: index for index, synset in enumerate(ImageNetInfo(subset).label_names())}
-    return [indices.get(synset, NEW_ROW) for synset in ImageNetInfo("imagenet-1k").label_names()]
+    return [indices.get(synset, NEW_ROW) for synset in synsets(IMAGENET_1K)]
 
 
-def read_class_map(path: Path, *, there: int, here: int) -> list[int]:
-    """Read a class map.
+def read_class_map(path: Path, *, there: int, classes: Sequence[str], names: Sequence[str] = ()) -> list[int]:
+    """Read which class of some weights each class of a data set is.
 
     Args:
-        path: text file with the index of a class of the weights, or -1, on each line.
+        path: text file with a line for each class, in their order, or with a class and, behind a tab, a comma or a
+            space, its counterpart on each line, in any order; such a file may name further classes. A counterpart is
+            an index, counted from 0, a name, or -1 where there is none.
         there: number of classes of the weights.
-        here: number of classes of the network.
+        classes: names of the data set's.
+        names: those of the weights; WordNet ids where they have none and are as many as those of an ImageNet set.
 
     Raises:
-        ValueError: the file cannot be read, has another number of lines, or a line is no such index.
+        ValueError: the file cannot be read, or does not fit.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"class map {path} cannot be read: {error}") from None
-    if len(lines) != here:
-        raise ValueError(f"class map {path} has {len(lines)} lines for {here} classes; give one index for each class")
-    for number, line in enumerate(lines, start=1):
-        if not re.fullmatch(r"-1|[0-9]+", line) or int(line) >= there:
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
+    known = {name: label for label, name in enumerate(names or synsets(there))}
+    pairs = [(number, *_split(line)) for number, line in lines]
+    if all(name for _, name, _ in pairs) and not all(line in known for _, line in lines):
+        lines = _of_classes(pairs, classes, path)
+    elif len(lines) != len(classes):
+        raise ValueError(
+            f"class map {path} has {len(lines)} lines for {len(classes)} classes; give one index for each class"
+        )
+    labels = []
+    for number, label in lines:
+        if not (re.fullmatch(r"-1|[0-9]+", label) and int(label) < there) and label not in known:
             raise ValueError(
-                f"class map {path}, line {number}: {line!r} is no class of the weights; give 0 to {there - 1}, or -1"
+                f"class map {path}, line {number}: {label!r} is no class of the weights; give 0 to {there - 1}, or -1"
             )
-    return [int(line) for line in lines]
+        labels.append(known[label] if label in known and not label.isdecimal() else int(label))
+    return labels
+
+
+def _split(line: str) -> tuple[str, str]:
+    """Return a class and its counterpart; of a line of one word, no class."""
+    mark = next((mark for mark in "\t," if mark in line), None)
+    name, *label = (part.strip() for part in line.rsplit(mark, 1))
+    return (name, label[0]) if label else ("", name)
+
+
+def _of_classes(pairs: Sequence[tuple[int, str, str]], classes: Sequence[str], path: Path) -> list[tuple[int, str]]:
+    """Return the line and the counterpart of each class."""
+    lines: dict[str, tuple[int, str]] = {}
+    for number, name, label in pairs:
+        if lines.setdefault(name, (number, label))[1] != label:
+            raise ValueError(f"class map {path}, line {number}: {name} has another line already; give it one")
+    missing = [name for name in classes if name not in lines]
+    if missing:
+        raise ValueError(
+            f"class map {path} has no line for {missing[0]}; give each class one, with -1 where the weights have none"
+        )
+    return [lines[name] for name in classes]

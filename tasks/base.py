@@ -167,7 +167,7 @@ class Task(ABC):
         """Label the held-out samples as the weights of a checkpoint do, which have so many classes.
 
         Returns:
-            What the log says of it; nothing where the labels stay as they are.
+            What the log says of it.
         """
         return []
 

@@ -2,41 +2,93 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+import numpy as np
 
-from models.weights import IMAGENET_1K, NEW_ROW, read_class_map
+from data.sources import shorten
+from models.weights import NEW_ROW, as_numbers, find_labels, read_class_map, synsets
 
 
-def labels_of(classes: Sequence[str], known: Any, number: int, class_map: str) -> tuple[list[int], str]:
+def labels_of(classes: Sequence[str], known: Sequence[str], number: int, class_map: str) -> tuple[list[int], str]:
     """Return the label that weights have for each class, and how it was found; no labels where that is not known.
 
     Args:
         classes: names by label of the data set.
-        known: names by label of the weights; anything else where they do not tell.
+        known: names by label of the weights; empty where they do not tell.
         number: of classes of the weights.
-        class_map: file with the label of each class, a line each; empty where there is none.
+        class_map: see `models.weights.read_class_map`; empty where there is none.
 
     Raises:
-        ValueError: the class map does not fit.
+        ValueError: the class map does not fit, two classes have one label, or numbers are no labels.
     """
+    labels, how = _find(classes, known, number, class_map)
+    if class_map and NEW_ROW in labels:
+        name = classes[labels.index(NEW_ROW)]
+        raise ValueError(f"class map {class_map} has no class of the weights for {name}; leave its images out")
+    twice = (
+        next((label for label in labels if labels.count(label) > 1), None) if len(set(labels)) < len(labels) else None
+    )
+    if twice is not None:
+        names = [name for name, label in zip(classes, labels, strict=True) if label == twice]
+        raise ValueError(f"classes {shorten(names)} both have label {twice} of the weights {how}; merge their images")
+    return labels, how
+
+
+def _find(classes: Sequence[str], known: Sequence[str], number: int, class_map: str) -> tuple[list[int], str]:
     if class_map:
-        labels = read_class_map(Path(class_map), there=number, here=len(classes))
-        if NEW_ROW in labels:
-            name = classes[labels.index(NEW_ROW)]
-            raise ValueError(f"class map {class_map} has no class of the weights for {name}; leave its images out")
-        return labels, f"by {class_map}"
-    if isinstance(known, list) and len(known) == number:
-        return _find(classes, known), "by name"
-    if all(name.isdecimal() and int(name) < number for name in classes):
-        return [int(name) for name in classes], "as the numbers that they are"
-    subset = "imagenet-1k" if number == IMAGENET_1K else infer_imagenet_subset({"num_classes": number})
-    return (_find(classes, ImageNetInfo(subset).label_names()), "by WordNet id") if subset else ([], "")
+        return read_class_map(Path(class_map), there=number, classes=classes, names=known), f"by {class_map}"
+    if known:
+        return find_labels(classes, known), "by name"
+    if labels := as_numbers(classes, number):
+        return labels, "as the numbers that they are"
+    if all(name.isdecimal() for name in classes) and list(classes) != sorted(classes, key=int):
+        raise ValueError(
+            f"the classes are numbers up to {max(map(int, classes))}, and the weights have {number} classes without "
+            f"names: give DATA.CLASS_ORDER number if their order is that of the labels, otherwise a MODEL.CLASS_MAP"
+        )
+    return find_labels(classes, synsets(number)), "by WordNet id"
 
 
-def _find(classes: Sequence[str], names: Sequence[str]) -> list[int]:
-    places = {name: label for label, name in enumerate(names)}
-    return [places[name] for name in classes] if places.keys() >= set(classes) else []
+def in_words(classes: Sequence[str], labels: Sequence[int] | None = None) -> str:
+    """Return the first classes and the last one with their labels, which are their places where none are given."""
+    pairs = [f"{name} {label}" for label, name in zip(labels or range(len(classes)), classes, strict=False)]
+    return ", ".join(pairs if len(pairs) < 5 else [*pairs[:3], "...", pairs[-1]])
+
+
+def read_label_sets(path: Path, files: Sequence[str], number: int) -> np.ndarray:
+    """Read which labels count as right for each image, as ReaL has them (arXiv 2006.07159).
+
+    Args:
+        path: JSON file, a list with a list of labels for each image. An image finds its own by the number at the end of
+            its name, counted from 1: ILSVRC2012_val_00000003.JPEG has the third.
+        files: names of the images.
+        number: of classes of the weights.
+
+    Returns:
+        `[images, number]` of 0 and 1.
+
+    Raises:
+        ValueError: the file cannot be read, or does not fit.
+    """
+    try:
+        sets = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"labels {path} cannot be read: {error}") from None
+    if not isinstance(sets, list) or not all(isinstance(labels, list) for labels in sets):
+        raise ValueError(f"labels {path} must be a list with a list of labels for each image")
+    rows = np.zeros((len(files), number), dtype=np.uint8)
+    for row, name in zip(rows, files, strict=True):
+        place = re.search(r"(\d+)(\.\w+)?$", name)
+        if not place or not 1 <= int(place[1]) <= len(sets):
+            raise ValueError(f"labels {path} are of {len(sets)} images, named by number; {name!r} is none of them")
+        labels = sets[int(place[1]) - 1]
+        if not all(isinstance(label, int) and 0 <= label < number for label in labels):
+            raise ValueError(
+                f"labels {path}: {labels} of image {place[1]} are no labels of the weights, 0 to {number - 1}"
+            )
+        row[labels] = 1
+    return rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,13 +19,13 @@ from yacs.config import CfgNode
 from data.build import build_erasing, build_eval_loader, build_mixup, build_train_loader, loader_doubts, open_dataset
 from data.datasets import Batch
 from data.images import StoredImage
-from data.sources import Dataset
+from data.sources import Dataset, ImageSource
 from data.streams import Loader
 from data.transforms import normalize
 from logger import RunLog
 from models.build import set_num_classes
 from tasks.base import Evaluation, Meter, Score
-from tasks.classes import labels_of
+from tasks.classes import in_words, labels_of, read_label_sets
 from tasks.distillation import Distillation
 from tasks.labelled import LabelledTask
 from utils import StopSignal, World, sum_over_ranks
@@ -36,7 +37,8 @@ class LabelledImages(NamedTuple):
     Attributes:
         images: `[b, 3, H, W]`, normalised, channels last in memory.
         targets: classes `[b]`, -1 for an image that is left out; or shares of the classes `[b, classes]`; or 0 and 1,
-            `[b, classes]`, -1 for an image that is left out, where an image may have several labels.
+            `[b, classes]`, -1 for an image that is left out, where an image may have several labels, or several that
+            count as right.
     """
 
     images: Tensor
@@ -63,6 +65,10 @@ class Classification(LabelledTask):
 
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         super().__init__(config, world, training=training)
+        if training and config.TEST.LABELS:
+            raise ValueError("TEST.LABELS belongs to --eval; remove it from the options of a run")
+        if training:
+            self.notes.append(f"classes and their labels: {in_words(self.classes)}")
         self._erase = build_erasing(config)
         self._mixup = build_mixup(config, len(self.classes)) if training else None
         self._remarks: list[str] = []
@@ -144,21 +150,39 @@ class Classification(LabelledTask):
     def take_classes(self, checkpoint: dict[str, Any], number: int) -> list[str]:
         if self.config.DATA.MULTI_LABEL:
             return []
-        labels, how = labels_of(self.classes, checkpoint.get("classes"), number, self.config.MODEL.CLASS_MAP)
-        restricted = self.config.TEST.CLASSES == "present" and labels
-        self._present = sorted(set(labels)) if restricted else None
-        if not labels or (labels == list(range(number)) and not self.config.MODEL.CLASS_MAP):
-            return []
-        first = ", ".join(f"{name} {label}" for name, label in zip(self.classes[:3], labels[:3], strict=True))
-        names = [f"class {label}" for label in range(number)]
-        for label, name in zip(labels, self.classes, strict=True):
+        given = checkpoint.get("classes")
+        known = given if isinstance(given, list) and len(given) == number else []
+        if self.config.TEST.LABELS:
+            return self._take_label_sets(known, number)
+        labels, how = labels_of(self.classes, known, number, self.config.MODEL.CLASS_MAP)
+        self._present = sorted(labels) if labels and self.config.TEST.CLASSES == "present" else None
+        if not labels:
+            trust = "" if known else ", taken to be those of the weights in this order"
+            return [f"classes and their labels{trust}: {in_words(self.classes)}"]
+        found, among = f"classes and their labels, found {how}: {in_words(self.classes, labels)}", len(labels)
+        names = known or [f"class {label}" for label in range(number)]
+        for label, name in () if known else zip(labels, self.classes, strict=True):
             names[label] = name
-        images = self._dataset.held_out.relabelled(np.array(labels, dtype=np.int32))
-        self._dataset, among = replace(self._dataset, classes=names, held_out=images), len(self.classes)
+        self._relabel(names, self._dataset.held_out.relabelled(np.array(labels, dtype=np.int32)))
+        space = f"the {among} present" if self._present else f"all {number}"
+        return [f"{found}; scored over {space}" if among < number else found]
+
+    def _take_label_sets(self, known: list[str], number: int) -> list[str]:
+        images, path = self._dataset.held_out, self.config.TEST.LABELS
+        sets = read_label_sets(Path(path), [images.file_name(index) for index in range(len(images))], number)
+        present = np.flatnonzero(sets.any(0)).tolist()
+        self._present = present if self.config.TEST.CLASSES == "present" else None
+        self._relabel(known or [f"class {label}" for label in range(number)], images.with_labels(sets))
+        return [
+            f"{path} has labels for {sets.any(1).sum()} of the {len(images)} images, {sets.sum()} of "
+            f"{len(present)} classes; any label of an image counts as right"
+        ]
+
+    def _relabel(self, names: list[str], held_out: ImageSource) -> None:
+        """Make the classes those of the weights."""
+        self._dataset = replace(self._dataset, classes=names, held_out=held_out)
         self.classes = names
-        set_num_classes(self.config, number)
-        space = f"the {among} present" if restricted else f"all {number}"
-        return [f"{among} classes are found {how} among {number} of the weights, {first}, ...; scored over {space}"]
+        set_num_classes(self.config, len(names))
 
     def summary(self) -> str:
         return f"{len(self.classes)} classes"
@@ -188,9 +212,9 @@ class Accuracy(Meter):
         """
         self._samples = samples
         self._present = present
-        # [correct, correct among five, sum of losses, images, images left out]
+        # [correct, correct among five, sum of losses, images, images left out, images without labels]
         dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
-        self._sums = torch.zeros(5, dtype=dtype, device=device)
+        self._sums = torch.zeros(6, dtype=dtype, device=device)
 
     def add(self, model: nn.Module, batch: LabelledImages) -> None:
         logits, targets = model(batch.images).float(), batch.targets
@@ -198,16 +222,25 @@ class Accuracy(Meter):
             absent = torch.ones(logits.shape[1], dtype=torch.bool, device=logits.device)
             absent[self._present] = False
             logits = logits.masked_fill(absent, -torch.inf)
-        read = targets >= 0
-        losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        hits = (ranked == targets[:, None]) & read[:, None]
-        self._sums += torch.stack([x.to(self._sums.dtype).sum() for x in (hits[:, 0], hits, losses, read, ~read)])
+        if targets.ndim == 1:
+            read = counted = targets >= 0
+            losses = F.cross_entropy(logits, targets, ignore_index=-1, reduction="none")
+            hits = ranked == targets[:, None]
+        else:
+            read, right = targets[:, 0] >= 0, targets > 0
+            counted = right.any(1)
+            losses = logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)  # of any right one
+            losses = losses.where(counted, 0.0)
+            hits = right.gather(1, ranked)
+        hits = hits & counted[:, None]
+        sums = hits[:, 0], hits.any(1), losses, counted, ~read, read & ~counted
+        self._sums += torch.stack([x.to(self._sums.dtype).sum() for x in sums])
 
     def result(self) -> Evaluation:
-        correct1, correct5, loss, images, skipped = sum_over_ranks(self._sums).tolist()
-        if images + skipped != self._samples or not images:
-            raise RuntimeError(f"evaluated {images + skipped:.0f} images of a data set of {self._samples}")
+        correct1, correct5, loss, images, skipped, unlabelled = sum_over_ranks(self._sums).tolist()
+        if images + skipped + unlabelled != self._samples or not images:
+            raise RuntimeError(f"evaluated {images + skipped + unlabelled:.0f} images of a data set of {self._samples}")
         metrics = {"top1": 100 * correct1 / images, "top5": 100 * correct5 / images, "loss": loss / images}
         lines = [
             f" * Acc@1 {metrics['top1']:.3f} Acc@5 {metrics['top5']:.3f}",
@@ -215,6 +248,7 @@ class Accuracy(Meter):
             f"Accuracy of the network on the {images:.0f} test images: {metrics['top1']:.1f}%",
         ]
         warnings = [f"{skipped:.0f} images could not be read and are not counted"] if skipped else []
+        warnings += [f"{unlabelled:.0f} images have no label and are not counted"] if unlabelled else []
         return Evaluation(metrics, lines, warnings)
 
 

@@ -594,6 +594,51 @@ ROWS = [
         "class map map.txt, line 2: '2' is no class of the weights; give 0 to 1, or -1",
         *("--pretrained", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
     ),
+    weights(
+        "class map, to evaluate",
+        lambda: Path("map.txt").write_text("0\n-1\n"),
+        "class map map.txt has no class of the weights for dog; leave its images out",
+        *("--eval", "--resume", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
+    ),
+    weights(
+        "class map without a class",
+        lambda: Path("map.txt").write_text("cat 0\nbird 1\n"),
+        "class map map.txt has no line for dog; give each class one, with -1 where the weights have none",
+        *("--eval", "--resume", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
+    ),
+    weights(
+        "class map, one label twice",
+        lambda: Path("map.txt").write_text("cat 1\ndog 1\n"),
+        "classes cat, dog both have label 1 of the weights by map.txt; merge their images",
+        *("--eval", "--resume", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
+    ),
+    weights(
+        "numbers that are no labels",
+        lambda: (
+            write_folder(Path("wrong"), {"val/2": 1, "val/10": 1}),
+            save({name: value for name, value in trained().items() if name != "classes"}),
+        ),
+        "the classes are numbers up to 10, and the weights have 2 classes without names: give DATA.CLASS_ORDER number",
+        *("--data-path", "wrong", "--eval", "--resume", "wrong.pth"),
+    ),
+    weights(
+        "missing labels",
+        lambda: None,
+        "labels real.json cannot be read: .*No such file",
+        *("--eval", "--resume", "trained.pth", "--opts", "TEST.LABELS", "real.json"),
+    ),
+    weights(
+        "label out of range",
+        lambda: (
+            write_folder(Path("wrong/val"), {"cat": 2}),
+            (Path("wrong/val/cat/0.jpg").rename("wrong/val/cat/2.jpg")),
+            Path("real.json").write_text("[[0], [2]]"),
+        ),
+        r"labels real.json: \[2\] of image 2 are no labels of the weights, 0 to 1",
+        *("--data-path", "wrong", "--eval", "--resume", "trained.pth", "--opts", "TEST.LABELS", "real.json"),
+    ),
+    opts("classes to score", "TEST.CLASSES", "some", "TEST.CLASSES must be one of all, present, not 'some'"),
+    opts("labels of a run", "TEST.LABELS", "real.json", "TEST.LABELS belongs to --eval; remove it"),
     # Detection and segmentation.
     annotated(
         "images in folders by class",

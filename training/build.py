@@ -169,7 +169,7 @@ def assemble(config: CfgNode, world: World) -> Assembly:
     if resumed:
         load_strictly(network, pick_weights(resumed[1], resumed[0], network, kind=RAW).weights, resumed[0])
     elif config.MODEL.PRETRAINED:
-        notes += start_from_pretrained(config, network)
+        notes += start_from_pretrained(config, network, task.describe().get("classes", ()))
     elif config.MODEL.CLASS_MAP:
         raise ValueError("MODEL.CLASS_MAP belongs to the weights of --pretrained; give those too, or remove the map")
     elif config.MODEL.WEIGHTS:

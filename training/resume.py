@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -77,17 +78,20 @@ def _began_from(state: dict[str, Any]) -> str:
     return dict(flatten(written)).get("MODEL.RESUME", "") if written else ""
 
 
-def start_from_pretrained(config: CfgNode, network: nn.Module) -> list[str]:
+def start_from_pretrained(config: CfgNode, network: nn.Module, classes: Sequence[str] = ()) -> list[str]:
     """Load the weights to fine-tune into `network` and return what was done with them, for the log.
 
     Raises:
         ValueError: they cannot be read or do not fit.
     """
     path = config.MODEL.PRETRAINED
+    checkpoint = load_checkpoint(path)
     class_map = Path(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
-    given = pick_weights(load_checkpoint(path), path, network, kind=config.MODEL.WEIGHTS)
+    given = pick_weights(checkpoint, path, network, kind=config.MODEL.WEIGHTS)
+    known = checkpoint.get("classes")
+    known = known if isinstance(known, list) else []
     try:
-        weights, report = adapt(given.weights, network, class_map=class_map)
+        weights, report = adapt(given.weights, network, class_map=class_map, classes=classes, names=known)
     except ValueError as error:
         raise ValueError(f"--pretrained {path}: {error}") from None
     network.load_state_dict(weights)

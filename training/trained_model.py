@@ -19,6 +19,7 @@ from data.transforms import eval_transform
 from models.build import build_model, image_size, num_classes, set_num_classes
 from models.contract import classifier
 from models.weights import IMAGENET_1K
+from tasks.classes import in_words
 from training.checkpoint import load_checkpoint, load_strictly
 from training.resume import written_config
 from training.weight_sets import EMA, RAW, pick_weights
@@ -67,7 +68,8 @@ class TrainedModel:
         """Return what was loaded, in words."""
         kind = {RAW: "raw weights", EMA: "averaged weights", "": "random weights"}[self.weights]
         name = self.config.MODEL.NAME
-        return "\n".join([*self.notes, f"{self.path or name}: {name}, {len(self.classes)} classes, {kind}"])
+        loaded = f"{self.path or name}: {name}, {len(self.classes)} classes ({in_words(self.classes)}), {kind}"
+        return "\n".join([*self.notes, loaded])
 
 
 def load_trained(path: str | Path, *, cfg: str | Path | None = None, weights: str = "") -> TrainedModel:

@@ -85,6 +85,9 @@ class FileSource(ImageSource):
         path = os.fsdecode(os.path.join(self._folder, self._listing.name(index)))  # noqa: PTH118 - bytes, and faster
         return StoredImage(read_file(path), path, turn=self._turn)
 
+    def file_name(self, index: int) -> str:
+        return Path(os.fsdecode(self._listing.name(index))).name
+
 
 @functools.cache
 def endings() -> frozenset[str]:

@@ -109,6 +109,9 @@ class TarSource(ImageSource):
             raise UnreadableImage(f"cannot read image {name!r}: the archive is cut off", name)
         return StoredImage(data, name, turn=self._turn)
 
+    def file_name(self, index: int) -> str:
+        return PurePosixPath(os.fsdecode(self._listing.name(index))).name
+
 
 def read_at(path: Path, offset: int, size: int) -> bytes:
     """Return bytes of a file that stays open, in this process and those forked from it."""

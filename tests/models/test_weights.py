@@ -146,7 +146,7 @@ def test_a_class_map_overrides(tmp_path: Path) -> None:
         ("1\n2\n", "has 2 lines for 3 classes"),
         ("1\n2\n10\n", "line 3: '10' is no class of the weights; give 0 to 9, or -1"),
         ("1\nn01440764\n3\n", "line 2: 'n01440764' is no class"),
-        ("1\n\n3\n", "line 2: '' is no class"),
+        ("1\n\n3\n", "has 2 lines for 3 classes"),
         (None, "cannot be read"),
     ],
 )
@@ -226,3 +226,17 @@ def test_weights_of_a_model_of_timm_fit_other_classes_and_channels() -> None:
     target.load_state_dict(state)
     assert report.reinitialised == ["fc.weight", "fc.bias"]
     assert torch.equal(target.conv1[0].weight, source.conv1[0].weight.sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "rows"),
+    [
+        (["0", "10", "11", "1", *map(str, range(2, 10))], [], [0, 10, 11, 1, *range(2, 10)]),  # by number
+        (["cat", "ant"], ["ant", "bee", "cat", *"abcdefghi"], [2, 0]),  # by name
+        ([*"abcdefghijkl"], [], list(range(12))),  # nothing known: as they are
+    ],
+)
+def test_rows_of_the_head_follow_the_classes(classes: list[str], names: list[str], rows: list[int]) -> None:
+    source, target = build_small("N", num_classes=12), build_small("N", num_classes=len(classes))
+    state, _ = adapt(weights_of(source), target, classes=classes, names=names)
+    assert torch.equal(state["cls_head.weight"], source.cls_head.weight[rows])

@@ -13,16 +13,24 @@ from main import main
 from models import build_model
 from models.build import set_num_classes
 from models.dat import DAT
-from tasks.classes import labels_of
+from tasks.classes import labels_of, read_label_sets
 from tasks.classification import LabelledImages
 from tests.data.samples import write_folder
 from tests.runs import write_config
-from tests.tools.samples import tiny_config, write_checkpoint
+from tests.tools.samples import CLASSES, tiny_config, write_checkpoint
+from training.command_line import parse
 from training.evaluation import CheckpointEvaluation, build_evaluation
 from training.resume import start_from_pretrained
 from utils import World
 
 CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def own_config(folder: Path) -> Path:
+    """Write the config of what `write_checkpoint` writes."""
+    path = folder / "own.yaml"
+    path.write_text(tiny_config(folder).dump(), encoding="utf-8")
+    return path
 
 
 @pytest.mark.parametrize(
@@ -122,6 +130,7 @@ def test_weights_of_a_backbone_are_fine_tuned_with_a_new_classifier(tmp_path: Pa
         (["dog", "emu"], True, [3, 4]),  # by name
         (["0", "3", "7"], False, [0, 3, 7]),  # numbers of labels
         ([str(label) for label in range(10)], False, list(range(10))),
+        (["01", "9"], False, [1, 9]),
     ],
 )
 @pytest.mark.parametrize("space", ["all", "present"])
@@ -136,6 +145,9 @@ def test_weights_are_evaluated_on_some_of_their_classes(
     evaluation = build_evaluation(config, CPU)
     batch = next(iter(evaluation.loader))
     assert batch.targets.tolist() == labels
+    how = "by name" if known else "as the numbers that they are"
+    assert evaluation.notes[0].startswith(f"classes and their labels, found {how}: {folders[0]} {labels[0]}, ")
+    assert not any("in the checkpoint" in warning for warning in evaluation.warnings)
     meter = evaluation.task.meter(len(labels), CPU.device)
     logits = torch.arange(10.0).expand(len(labels), 10)  # the last class is the most probable
     meter.add(nn.Identity(), LabelledImages(logits, batch.targets))
@@ -151,7 +163,7 @@ def test_a_class_map_labels_the_images_to_evaluate(tmp_path: Path) -> None:
     Path(config.MODEL.CLASS_MAP).write_text("9\n2\n")
     evaluation = build_evaluation(config, CPU)
     assert next(iter(evaluation.loader)).targets.tolist() == [9, 2]
-    assert "2 classes are found by" in evaluation.notes[0]
+    assert evaluation.notes[0].endswith("map.txt: x 9, y 2; scored over all 10")
     set_num_classes(config, 10)
     Path(config.MODEL.CLASS_MAP).write_text("9\n-1\n")
     with pytest.raises(ValueError, match=r"map\.txt has no class of the weights for y; leave its images out"):
@@ -159,6 +171,111 @@ def test_a_class_map_labels_the_images_to_evaluate(tmp_path: Path) -> None:
 
 
 def test_folders_of_wordnet_ids_are_classes_of_imagenet() -> None:
-    assert labels_of(["n01443537", "n01440764"], None, 1000, "") == ([1, 0], "by WordNet id")
-    assert labels_of(["cat"], None, 1000, "") == ([], "by WordNet id")
+    assert labels_of(["n01443537", "n01440764"], [], 1000, "") == ([1, 0], "by WordNet id")
+    assert labels_of(["cat"], [], 1000, "") == ([], "by WordNet id")
     assert labels_of(["cat"], ["dog"], 1, "")[0] == []
+
+
+@pytest.mark.parametrize(
+    ("folders", "options", "labels"),
+    [
+        (["n01440764", "n01443537", "n02007558"], ["TEST.CLASSES", "present"], [0, 1, 130]),  # ImageNet-A and -R
+        (["0", "10", "2"], [], [0, 10, 2]),  # ImageNet-V2
+        (["a tench", "flamingo"], ["MODEL.CLASS_MAP", "{root}/classes.txt"], [0, 130]),
+    ],
+)
+def test_image_folders_beside_imagenet_as_documented(
+    tmp_path: Path, folders: list[str], options: list[str], labels: list[int]
+) -> None:
+    root = write_folder(tmp_path / "images", dict.fromkeys(folders, 1))
+    (root / "classes.txt").write_text("a tench n01440764\nflamingo n02007558\nan ant 310\n")
+    path = write_checkpoint(tmp_path, num_classes=1000, classes=None)
+    words = ["--cfg", own_config(tmp_path), "--eval", "--resume", path, "--data-path", root]
+    words += ["--opts", "DATA.DATASET", "imagenet", "DATA.VAL", ".", *(word.format(root=root) for word in options)]
+    evaluation = build_evaluation(parse([str(word) for word in words])[1], CPU)
+    assert next(iter(evaluation.loader)).targets.tolist() == labels
+    assert f"{folders[1]} {labels[1]}, " in f"{evaluation.notes[0]}, ".replace(";", ",")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1\n0\n",
+        "\ufeffn01443537\r\nn01440764\r\n\r\n",  # as editors of Windows write it
+        "tench 0\ngold fish 1\nshark 2\n",
+        "class\tid\ntench\tn01440764\ngold fish\tn01443537\n",
+        "tench,0\ngold fish, n01443537",
+    ],
+)
+def test_a_class_map_names_places_numbers_or_wordnet_ids(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "map.txt"
+    path.write_text(text, encoding="utf-8", newline="")
+    assert labels_of(["gold fish", "tench"], [], 1000, str(path)) == ([1, 0], f"by {path}")
+
+
+@pytest.mark.parametrize(
+    ("classes", "text", "says"),
+    [
+        (["cat", "dog"], "cat 0\n", "has no line for dog; give each class one, with -1 where"),
+        (["cat", "dog"], "cat 0\ncat 1\ndog 1\n", "line 2: cat has another line already; give it one"),
+        (["cat", "dog"], "cat 10\ndog 1\n", "line 1: '10' is no class of the weights; give 0 to 9, or -1"),
+        (["cat", "dog"], "cat ant\ndog -1\n", "no class of the weights for dog; leave its images out"),
+        (["cat", "dog"], "3\n3\n", "classes cat, dog both have label 3 of the weights by .*; merge their images"),
+        (["1", "01"], "", "classes 1, 01 both have label 1 of the weights as the numbers that they are; merge"),
+        (["1", "10", "2"], "", "numbers up to 10, and the weights have 10 classes without names: .* MODEL.CLASS_MAP"),
+    ],
+)
+def test_classes_that_no_weights_have_are_refused(tmp_path: Path, classes: list[str], text: str, says: str) -> None:
+    path = tmp_path / "map.txt"
+    path.write_text(text)
+    known = [] if classes[0] == "1" else CLASSES
+    with pytest.raises(ValueError, match=says):
+        labels_of(classes, known, 10, str(path) if text else "")
+
+
+def test_a_class_map_is_that_of_the_command_line_alone(tmp_path: Path) -> None:
+    config = write_config(tmp_path, MODEL={"CLASS_MAP": "of the start file.txt"})
+    flags = ["--cfg", str(config), "--eval", "--resume", "x.pth"]
+    assert parse(flags)[1].MODEL.CLASS_MAP == ""
+    assert parse([*flags, "--opts", "MODEL.CLASS_MAP", "given.txt"])[1].MODEL.CLASS_MAP == "given.txt"
+
+
+def test_any_label_of_an_image_counts_as_right(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", {"val/x": 2, "val/y": 1})
+    for number, name in enumerate(("x/1", "y/0", "x/0"), start=1):
+        (images / f"val/{name}.jpg").rename(images / f"val/{name[0]}/ILSVRC2012_val_0000000{number}.JPEG")
+    config = tiny_config(tmp_path)
+    config.DATA.DATASET, config.DATA.DATA_PATH = "imagenet", str(images)
+    config.MODEL.RESUME, config.TEST.LABELS = str(write_checkpoint(tmp_path)), str(tmp_path / "real.json")
+    (tmp_path / "real.json").write_text("[[3, 9], [], [4], [5]]")
+    evaluation = build_evaluation(config, CPU)
+    assert evaluation.notes[0].endswith(
+        "has labels for 2 of the 3 images, 3 of 3 classes; any label of an image counts as right"
+    )
+    batch = evaluation.task.to_device(next(iter(evaluation.loader)), CPU.device)
+    assert [row.nonzero().flatten().tolist() for row in batch.targets] == [[3, 9], [4], []]  # sorted by folder
+    meter = evaluation.task.meter(3, CPU.device)
+    logits = torch.arange(10.0).expand(3, 10)
+    meter.add(nn.Identity(), LabelledImages(logits, batch.targets))
+    result = meter.result()
+    share = logits[0].softmax(0)
+    loss = -(share[9] + share[3]).log() - share[4].log()
+    assert result.metrics == pytest.approx({"top1": 50.0, "top5": 50.0, "loss": loss.item() / 2})
+    assert result.lines[-1] == "Accuracy of the network on the 2 test images: 50.0%"
+    assert result.warnings == ["1 images have no label and are not counted"]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{}", "must be a list with a list of labels for each image"),
+        ("[3, 4]", "must be a list with a list of labels"),
+        ("[[10], [0]]", r"\[10\] of image 1 are no labels of the weights, 0 to 9"),
+        ("[[1]]", "are of 1 images, named by number; '2.jpg' is none of them"),
+        ("no JSON", "cannot be read: Expecting value"),
+    ],
+)
+def test_wrong_lists_of_labels_are_refused(tmp_path: Path, content: str, says: str) -> None:
+    (tmp_path / "real.json").write_text(content)
+    with pytest.raises(ValueError, match=says):
+        read_label_sets(tmp_path / "real.json", ["1.jpg", "2.jpg"], 10)

@@ -35,7 +35,7 @@ RECIPE = {
             "drop_path_rate": 0.1,
         }
     },
-    "TRAIN": {"EPOCHS": 5, "WEIGHT_DECAY": 8.0},
+    "TRAIN": {"EPOCHS": 5, "WEIGHT_DECAY": 8.0, "LR_SCHEDULER": {"WARMUP_PREFIX": False}},
     "AUG": {"HFLIP": 0.5, "SCALE": [0.5, 1.0]},
 }
 BOUNDS = {
