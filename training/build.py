@@ -114,6 +114,7 @@ def build_run(config: CfgNode, world: World) -> Run:
     with fail_together():
         parts = assemble(config, world)
     _check_agreement(parts.state, folder)
+    changed, config.TRAIN.ALLOW_CONFIG_CHANGE = config.TRAIN.ALLOW_CONFIG_CHANGE, False  # once: this is the run now
     begins = parts.continued_from is None or parts.continued_from.parent.resolve() != folder.resolve()
     notes = list(parts.notes)
     with fail_together():
@@ -138,7 +139,7 @@ def build_run(config: CfgNode, world: World) -> Run:
         hold=hold,
     )
     run.stop.listen()
-    if begins or config.TRAIN.ALLOW_CONFIG_CHANGE:  # which need not be given again: the checkpoint has the new options
+    if begins or changed:  # which need not be allowed again: the checkpoint has the new options
         run.save()  # before the first line of the log, so that a run killed earlier leaves nothing to set aside
     _introduce(run, in_words(config, parts, world), notes, parts.warnings)
     return run
@@ -169,7 +170,8 @@ def assemble(config: CfgNode, world: World) -> Assembly:
     if resumed:
         load_strictly(network, pick_weights(resumed[1], resumed[0], network, kind=RAW).weights, resumed[0])
     elif config.MODEL.PRETRAINED:
-        notes += start_from_pretrained(config, network, task.describe().get("classes", ()))
+        said, doubts = start_from_pretrained(config, network, task)
+        notes, warnings = notes + said, warnings + doubts
     elif config.MODEL.CLASS_MAP:
         raise ValueError("MODEL.CLASS_MAP belongs to the weights of --pretrained; give those too, or remove the map")
     elif config.MODEL.WEIGHTS:

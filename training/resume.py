@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -67,7 +66,8 @@ def find_resumed(
     if changes and not config.TRAIN.ALLOW_CONFIG_CHANGE:
         raise ValueError(
             f"{path} was written under other options: {'; '.join(changes)}. Give another --tag to train "
-            "another run (from its weights by --pretrained), or --allow-config-change to continue this one all the same"
+            "another run (from its weights by --pretrained), or --allow-config-change to continue this one all the "
+            "same; the config.yaml beside the checkpoint has its own options"
         )
     return path, state, warnings + [f"continuing under other options: {change}" for change in changes]
 
@@ -78,8 +78,8 @@ def _began_from(state: dict[str, Any]) -> str:
     return dict(flatten(written)).get("MODEL.RESUME", "") if written else ""
 
 
-def start_from_pretrained(config: CfgNode, network: nn.Module, classes: Sequence[str] = ()) -> list[str]:
-    """Load the weights to fine-tune into `network` and return what was done with them, for the log.
+def start_from_pretrained(config: CfgNode, network: nn.Module, task: Task) -> tuple[list[str], list[str]]:
+    """Load the weights to fine-tune into `network` and return what was done with them, and what to warn of.
 
     Raises:
         ValueError: they cannot be read or do not fit.
@@ -88,14 +88,21 @@ def start_from_pretrained(config: CfgNode, network: nn.Module, classes: Sequence
     checkpoint = load_checkpoint(path)
     class_map = Path(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
     given = pick_weights(checkpoint, path, network, kind=config.MODEL.WEIGHTS)
-    known = checkpoint.get("classes")
+    classes, known = (told.get("classes") or [] for told in (task.describe(), checkpoint))
     known = known if isinstance(known, list) else []
     try:
         weights, report = adapt(given.weights, network, class_map=class_map, classes=classes, names=known)
     except ValueError as error:
         raise ValueError(f"--pretrained {path}: {error}") from None
     network.load_state_dict(weights)
-    return [f"starting from {', '.join(filter(None, (path, given.choice)))}", *given.notes, *report.lines()]
+    said = [f"starting from {', '.join(filter(None, (path, given.choice)))}", *given.notes, *report.lines()]
+    trained = checkpoint.get("epoch")
+    if not known or classes != known or not isinstance(trained, int):
+        return said, []
+    return said, [
+        f"{path} has been trained on these classes for {trained} epochs: optimizer and schedule start afresh, so that "
+        "its accuracy may fall while the learning rate is high; docs/training.md has the ways to train it for longer"
+    ]
 
 
 def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:

@@ -13,6 +13,7 @@ from main import main
 from models import build_model
 from models.build import set_num_classes
 from models.dat import DAT
+from tasks import build_task
 from tasks.classes import labels_of, read_label_sets
 from tasks.classification import LabelledImages
 from tests.data.samples import write_folder
@@ -105,7 +106,7 @@ def test_fine_tuning_starts_from_the_weights_that_the_checkpoint_was_chosen_for(
     config = tiny_config(tmp_path)
     config.MODEL.PRETRAINED, config.MODEL.WEIGHTS = str(path), weights
     network = build_model(config)
-    said = start_from_pretrained(config, network)
+    said, _ = start_from_pretrained(config, network, build_task(config, CPU, training=False))
     assert torch.equal(network.cls_head.weight, torch.load(path)[entry]["cls_head.weight"])
     assert said[0] == f"starting from {path}, {'averaged' if entry == 'ema' else 'raw'} weights"
 
@@ -118,7 +119,7 @@ def test_weights_of_a_backbone_are_fine_tuned_with_a_new_classifier(tmp_path: Pa
     torch.save({"state_dict": backbone}, config.MODEL.PRETRAINED)
     network = build_model(config)
     head = network.cls_head.weight.clone()
-    said = "\n".join(start_from_pretrained(config, network))
+    said = "\n".join(start_from_pretrained(config, network, build_task(config, CPU, training=False))[0])
     assert "newly initialised (the weights have no classifier): cls_head.weight, cls_head.bias" in said
     assert torch.equal(network.cls_norm.norm.weight, state["cls_norm.norm.weight"])
     assert torch.equal(network.cls_head.weight, head)

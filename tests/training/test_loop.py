@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from config import load_config
 from data.build import build_eval_loader, open_dataset
 from logger import RunLog
 from main import main
@@ -200,11 +201,27 @@ def test_other_options_are_allowed_once_and_a_jump_of_the_learning_rate_is_said(
     assert "the learning rate goes from " in (run.folder / "log.txt").read_text()
     again = build(tmp_path, "--epochs", "4")
     again.hold.close()
+    own = load_config(run.folder / "config.yaml")  # in which the run remembers what it was told
+    assert (own.TRAIN.EPOCHS, own.TRAIN.ALLOW_CONFIG_CHANGE) == (4, False)
+    with pytest.raises(
+        ValueError, match=r"TRAIN.EPOCHS: 4 in the checkpoint, 2 now.*config.yaml beside the checkpoint"
+    ):
+        build(tmp_path)
     held = ("--epochs", "4", "--allow-config-change", "--opts", "TRAIN.LR_SCHEDULER.PLANNED_EPOCHS", "2")
     (run.folder / "log.txt").unlink()
     run.save()
     assert build(tmp_path, *held).state.position.epoch == 2
     assert "the learning rate goes" not in (run.folder / "log.txt").read_text()
+
+
+def test_weights_of_a_run_on_the_same_classes_begin_a_schedule_of_their_own(tmp_path: Path) -> None:
+    first = build(tmp_path)
+    again = build(tmp_path, "--pretrained", str(first.folder / "last.pth"), "--tag", "another")
+    said = (again.folder / "log.txt").read_text()
+    assert "has been trained on these classes for 0 epochs: optimizer and schedule start afresh" in said
+    torch.save({"model": first.state.network.state_dict()}, tmp_path / "weights.pth")
+    other = build(tmp_path, "--pretrained", str(tmp_path / "weights.pth"), "--tag", "third")
+    assert "start afresh" not in (other.folder / "log.txt").read_text()
 
 
 def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path) -> None:
