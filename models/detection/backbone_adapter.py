@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
@@ -68,7 +69,9 @@ class Sampling(nn.Module):
     ) -> Tensor:
         levels = value_spatial_shapes_list  # numbers, for which a GPU need not be waited for
         starts = [0, *accumulate(height * width for height, width in levels[:-1])]
-        return ms_deform_attn(value, levels, starts, sampling_locations, attention_weights, im2col_step)
+        # A file with an operator of ours could only be loaded beside this code.
+        form = "reference" if torch.compiler.is_exporting() else "auto"
+        return ms_deform_attn(value, levels, starts, sampling_locations, attention_weights, im2col_step, form=form)
 
 
 def adapt(model: nn.Module, backbone: nn.Module) -> None:

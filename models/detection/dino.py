@@ -186,7 +186,8 @@ class DINO(Detector):
         """Return logits `[B, Q, classes]` and boxes `[B, Q, 4]` (cx, cy, w, h) of queries after each layer."""
         decoder, content, reference = self.transformer.decoder, queries.contents, queries.boxes
         where, ratios = memory.where(), memory.ratios.repeat(1, 1, 2)[:, None]  # [B, 1, levels, 4]
-        mask, previous, found = queries.attention_mask(), reference, []
+        # In evaluation there are none but matched queries, which see each other.
+        mask, previous, found = queries.attention_mask() if self.training else None, reference, []
         static = None if self.anchor_position else self._from_positions(inverse_sigmoid(reference))[0]
         for layer, class_head, box_head in zip(decoder.layers, decoder.class_embed, decoder.bbox_embed, strict=False):
             position = static if static is not None else self.anchor_position(self._sine(inverse_sigmoid(reference)))

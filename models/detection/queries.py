@@ -43,10 +43,8 @@ class Queries(NamedTuple):
         """Return the queries of all parts in a row."""
         return cls(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
-    def attention_mask(self) -> Tensor | None:
+    def attention_mask(self) -> Tensor:
         """Return what self-attention adds to its logits, `[B, 1, Q, Q]`, so that no known object leaks."""
-        if bool((self.groups == MATCHED).all()):
-            return None
         seeing, seen = self.groups.unsqueeze(-1), self.groups.unsqueeze(-2)
         visible = (seeing == seen) | ((seen == MATCHED) & (seeing > MATCHED))
         mask = torch.zeros(visible.shape, dtype=self.contents.dtype, device=visible.device)
