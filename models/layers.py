@@ -74,7 +74,7 @@ def _widened(x: Tensor) -> Tensor:
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """Apply a linear layer to the last axis of ``[..., in]``."""
-    if runs_by_hand(x) and type(layer) is nn.Linear and may_fuse(layer):
+    if type(layer) is nn.Linear and x.is_cpu and may_fuse(layer):
         return multiply(x, layer.weight, layer.bias)
     return layer(x)
 

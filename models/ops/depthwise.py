@@ -9,7 +9,8 @@ from torch.autograd.function import once_differentiable
 
 from . import gpu
 from .cpu.onednn import depthwise_gelu, product
-from .forms import products_of, runs_by_hand
+from .forms import products_of, runs_by_hand, without_autocast
+from .kept import made_once
 
 FORMS = ("auto", "reference", "by_hand", "triton")
 CACHED = 1 << 20  # hidden values that are worked on at a time: 4 MiB, so that they stay in the cache
@@ -32,7 +33,7 @@ def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if x.is_cuda and gpu.suits(x):
         return _on_gpu(x.permute(0, 2, 3, 1), weight, bias, gelu=False).permute(0, 3, 1, 2)
     if runs_by_hand(x):
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast("cpu"):
             return _convolve(_widened(x), _with_skip(_widened(weight)), _widened(bias)).to(x.dtype)
     return x + _convolve(x, weight, bias)
 
@@ -113,7 +114,13 @@ def _widened(x: Tensor) -> Tensor:
 
 def _with_skip(weight: Tensor) -> Tensor:
     """Return the kernel of ``x + conv(x)``."""
-    return weight + F.pad(weight.new_ones(1, 1, 1, 1), (weight.shape[-1] // 2,) * 4)
+    return weight + _skip(weight.shape[-1], weight.dtype, weight.device)
+
+
+@made_once
+def _skip(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return the kernel ``[1, 1, size, size]`` that changes nothing."""
+    return F.pad(torch.ones(1, 1, 1, 1, dtype=dtype, device=device), (size // 2,) * 4)
 
 
 class _ConvMLP(torch.autograd.Function):
@@ -130,18 +137,17 @@ class _ConvMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, kernel, bias, weight2, bias2, keep):  # noqa: ANN001
         images = max(1, CACHED // (x.shape[1:3].numel() * len(weight1)))
-        kept = []
-        out = x.new_empty(x.shape)
-        for part, result in zip(x.split(images), out.split(images), strict=True):
+        kept, results = [], []
+        for part in x.split(images):
             hidden = product(part, weight1, bias1)
             if keep:
                 kept.append(hidden)
             hidden = hidden.to(kernel.dtype).permute(0, 3, 1, 2)
             activated = depthwise_gelu(hidden, kernel, bias).permute(0, 2, 3, 1).to(x.dtype)
-            result.copy_(product(activated, weight2, bias2))
+            results.append(product(activated, weight2, bias2))
         if keep:
             ctx.save_for_backward(x, weight1, kernel, bias, weight2, *kept)
-        return out
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     @staticmethod
     @once_differentiable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -53,8 +53,16 @@ def product_dtype(x: Tensor) -> torch.dtype:
 def products_of(*tensors: Tensor) -> Iterator[list[Tensor]]:
     """Give tensors in their `product_dtype`, for operations that decide their precision themselves."""
     cast = [tensor.to(product_dtype(tensor)) for tensor in tensors]
-    with torch.autocast(tensors[0].device.type, enabled=False):
+    with without_autocast(tensors[0].device.type):
         yield cast
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Return a context in which operations work in the types of their arguments.
+
+    Leaving the autocast costs as much as a small operation, so that it is left only where it is on.
+    """
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def is_checkpointed() -> bool:

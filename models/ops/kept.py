@@ -34,7 +34,7 @@ def made_once(make: Callable[..., T]) -> Callable[..., T]:
     def kept_or_made(*args, **kwargs) -> T:
         if torch.compiler.is_compiling():
             return make(*args, **kwargs)
-        mode = detect_fake_mode()
+        mode = detect_fake_mode() if torch._C._len_torch_dispatch_stack() else None
         if mode is None:
             return kept(*args, **kwargs)
         if mode not in pretended:

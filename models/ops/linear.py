@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu.onednn import product, suits
+from .cpu.onednn import multiply, product, suits
 from .forms import product_dtype, runs_by_hand
 
 FORMS = ("auto", "reference", "onednn")
@@ -37,9 +37,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
         )
     if (choose_form(x, weight, bias) if form == "auto" else form) == "reference":
         return F.linear(x, weight, bias)
-    x, weight, bias = (None if tensor is None else tensor.to(product_dtype(tensor)) for tensor in (x, weight, bias))
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = (None if tensor is None else tensor.to(product_dtype(tensor)) for tensor in (x, weight, bias))
     # What is made in inference mode is never differentiated.
-    return product(x, weight, bias) if torch.is_inference_mode_enabled() else _Linear.apply(x, weight, bias)
+    return multiply(x, weight, bias) if torch.is_inference_mode_enabled() else _Linear.apply(x, weight, bias)
 
 
 def choose_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -48,9 +49,10 @@ def choose_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 
 
 def _is_possible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if not suits(product_dtype(x), x, weight, bias) or x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
+    dtype = product_dtype(x)
+    if not suits(dtype, x, weight, bias) or x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
         return False
-    return all(tensor is None or product_dtype(tensor) == product_dtype(x) for tensor in (weight, bias))
+    return all(tensor is None or product_dtype(tensor) == dtype for tensor in (weight, bias))
 
 
 class _Linear(torch.autograd.Function):

@@ -43,7 +43,7 @@ def weighted_rows(matrix: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
         ``[..., columns]``.
     """
     count = taps.shape[-1]
-    rows = _WeightedRows.apply(matrix, taps.view(-1, count), weights.reshape(-1, count))
+    rows = _WeightedRows.apply(matrix, taps.reshape(-1, count), weights.reshape(-1, count))
     return rows.view(*taps.shape[:-1], matrix.shape[1])
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from ..forms import without_autocast
 from ..grids import query_grid
 from .table_rows import crop_bias, separable_bias, table_columns, table_crops
 
@@ -30,27 +31,27 @@ def attention(
     form: str,
 ) -> Tensor:
     """Return what `models.ops.deformable.deformable_attention` does, for ``form`` ``crops`` or ``separable``."""
-    grid = query_grid(map_size, coordinates=coordinates, dtype=positions.dtype, device=positions.device)
-    heads_per_group = len(table) // positions.shape[1]
     table = table.to(positions.dtype)
-    y, x = positions.repeat_interleave(heads_per_group, dim=1).unbind(-1)  # [B, heads, Ns]
     if form == "crops":
-        y, x = _table_axis(grid[0, 0, 0], y, table.shape[1]), _table_axis(grid[0, 0, 1], x, table.shape[2])
+        places = (positions,)
         to_matrix, bias = partial(table_crops, map_size=map_size), partial(crop_bias, map_size=map_size)
     else:
-        y = _table_axis(grid[:, 0, 0], y.unsqueeze(-1), table.shape[1])  # [B, heads, Ns, H]
-        x = _table_axis(grid[0, :, 1], x.unsqueeze(-1), table.shape[2])
+        grid = query_grid(map_size, coordinates=coordinates, dtype=positions.dtype, device=positions.device)
+        y, x = positions.repeat_interleave(len(table) // positions.shape[1], dim=1).unsqueeze(-1).unbind(-2)
+        y = _table_axis(grid[:, 0, 0], y, table.shape[1])  # [B, heads, Ns, H]
+        x = _table_axis(grid[0, :, 1], x, table.shape[2])
+        places = (y, x)
         to_matrix, bias = table_columns, separable_bias
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q.device.type):
         matrix = to_matrix(table)
 
-        def attend(matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
-            return _BiasedAttention.apply(q, k, v, bias(matrix, y, x), scale)
+        def attend(matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, *places: Tensor) -> Tensor:
+            return _BiasedAttention.apply(q, k, v, bias(matrix, *places), scale)
 
         # What the bias of the separable form is made of takes more memory than the weights.
         if form == "crops" and len(q) * _weights_of_an_image(q, k) <= KEPT:
-            return attend(matrix, q, k, v, y, x)
-        return _make_anew(attend, matrix, q, k, v, y, x)
+            return attend(matrix, q, k, v, *places)
+        return _make_anew(attend, matrix, q, k, v, *places)
 
 
 def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:

@@ -23,27 +23,31 @@ _BFLOAT16 = _BUILT_IN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 def suits(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     """Return whether oneDNN is taken for the input, the weights and the bias, if there is one, in a type."""
     supported = dtype == torch.float32 or (dtype == torch.bfloat16 and _BFLOAT16)
-    return _BUILT_IN and supported and torch.backends.mkldnn.enabled and all(x is None or _is_plain(x) for x in tensors)
+    if not (_BUILT_IN and supported and torch._C._get_mkldnn_enabled()):
+        return False
+    return all(x is None or _is_plain(x) for x in tensors)
 
 
 def _is_plain(x: Tensor) -> bool:
-    ordinary = type(x) in (Tensor, nn.Parameter) and x.layout == torch.strided and not x.is_nested
-    return ordinary and x.device.type == "cpu"
+    return type(x) in (Tensor, nn.Parameter) and x.is_cpu and x.layout == torch.strided and not x.is_nested
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Return ``x weight^T + bias`` for ``x [..., in]`` and ``weight [out, in]``."""
-    if suits(x.dtype, x, weight, bias):
-        bias = None if bias is None else bias.contiguous()  # the operator does not look at its stride
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    return multiply(x, weight, bias) if suits(x.dtype, x, weight, bias) else F.linear(x, weight, bias)
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return what `product` does, for tensors that oneDNN suits."""
+    bias = None if bias is None else bias.contiguous()  # the operator does not look at its stride
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
 def depthwise_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return ``gelu(conv(x))`` of a depthwise convolution that keeps the size, for ``x [B, C, H, W]``."""
     groups, padding = len(weight), [weight.shape[-1] // 2] * 2
     if suits(x.dtype, x, weight, bias):
-        return torch.ops.mkldnn._convolution_pointwise(
+        return torch.ops.mkldnn._convolution_pointwise.default(
             x, weight, bias.contiguous(), padding, [1, 1], [1, 1], groups, "gelu", [], "none"
         )
     return torch.ops.aten.gelu_(F.conv2d(x, weight, bias, padding=padding, groups=groups))

@@ -14,39 +14,61 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..rows import cell, neighbours, weighted_rows
+from ..kept import made_once
+from ..rows import neighbours, weighted_rows
 
 WHOLE_CROP = 256  # pixels of the largest map whose crops are stored whole; larger ones are stored by row
 
 
-def crop_bias(crops: Tensor, y: Tensor, x: Tensor, *, map_size: tuple[int, int]) -> Tensor:
-    """Return the bias of queries that are one cell of the table apart.
+def crop_bias(crops: Tensor, positions: Tensor, *, map_size: tuple[int, int]) -> Tensor:
+    """Return the bias of queries that are one cell of the table apart, the first at (-1, -1).
 
     Args:
         crops: of the table, from `table_crops`.
-        y: row of the table, ``[B, heads, Ns]``, that the first query row of every key falls on, between 0 and H - 1.
-        x: column of the table, ``[B, heads, Ns]``, that the first query column falls on, between 0 and W - 1.
+        positions: of the keys, ``[B, g, Ns, 2]``, (y, x) in [-1, 1]; the heads of a group share them.
         map_size: ``(H, W)`` of the queries and of the map that the table was made for.
 
     Returns:
         Bias ``[B, heads, Ns, H*W]``.
     """
     height, width = map_size
-    top, left = cell(y, height), cell(x, width)
-    down, right = y - top, x - left
-    up, back = 1 - down, 1 - right
-    weights = torch.stack((up * back, up * right, down * back, down * right), dim=-1)  # [B, heads, Ns, 4]
+    batch, groups, keys, _ = positions.shape
+    heads = len(crops) // (_crop_rows(map_size) * (width + 1))
+    spans, taps = _crop_taps(heads, groups, map_size, positions.dtype, positions.device)
+    cells = (1 - positions) * spans  # of the table, that the bias of the first query is read from
+    first = cells.detach().floor().nan_to_num(0.0)  # any cell for NaN, whose weights are NaN
+    y, x = torch.stack((1 - (cells - first), cells - first), dim=-1).unbind(-2)
+    weights = (y.unsqueeze(-1) * x.unsqueeze(-2)).view(batch, groups, 1, keys, *[1] * (taps.dim() - 4), 4)
+    top, left = first.long().unbind(-1)
+    taps = torch.add(left, top, alpha=width + 1).view(batch, groups, 1, keys, *[1] * (taps.dim() - 3)) + taps
+    return weighted_rows(crops, taps, weights.expand_as(taps)).view(batch, heads, keys, height * width)
 
-    head = torch.arange(y.shape[1], device=y.device)[:, None]
-    whole = height * width <= WHOLE_CROP
-    rows = height + 1 if whole else 2 * height
-    corner = ((head * rows + top.long()) * (width + 1) + left.long()).unsqueeze(-1)
-    step = torch.arange(2, device=y.device)
-    taps = corner + (step[:, None] * (width + 1) + step).flatten()
-    if not whole:
-        taps = taps.unsqueeze(-2) + torch.arange(height, device=y.device)[:, None] * (width + 1)  # [B, heads, Ns, H, 4]
-        weights = weights.unsqueeze(-2).expand_as(taps)
-    return weighted_rows(crops, taps, weights).flatten(3).view(*y.shape, height * width)
+
+@made_once
+def _crop_taps(
+    heads: int, groups: int, map_size: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the factor from 1 - position to cells of the table, ``[2]``, and the taps of the table's first cell.
+
+    The taps are the rows of `table_crops` for the four cells around, ``[g, heads/g, 1, 4]``; ``[g, heads/g, 1, H, 4]``
+    where a row is one of a crop.
+    """
+    height, width = map_size
+    pitch = width + 1
+    first = torch.arange(heads, device=device).view(groups, -1, 1, 1) * (_crop_rows(map_size) * pitch)
+    if not _is_stored_whole(map_size):
+        first = first.unsqueeze(-1) + torch.arange(height, device=device)[:, None] * pitch
+    spans = torch.tensor([(height - 1) / 2, (width - 1) / 2], dtype=dtype, device=device)
+    return spans, first + torch.tensor([0, 1, pitch, pitch + 1], device=device)
+
+
+def _is_stored_whole(map_size: tuple[int, int]) -> bool:
+    return map_size[0] * map_size[1] <= WHOLE_CROP
+
+
+def _crop_rows(map_size: tuple[int, int]) -> int:
+    """Return how many rows of the table begin something that `table_crops` stores."""
+    return map_size[0] + 1 if _is_stored_whole(map_size) else 2 * map_size[0]
 
 
 def table_crops(table: Tensor, map_size: tuple[int, int]) -> Tensor:
@@ -57,7 +79,7 @@ def table_crops(table: Tensor, map_size: tuple[int, int]) -> Tensor:
     """
     height, width = map_size
     crops = F.pad(table, (0, 1, 0, 1)).unfold(2, width, 1)  # [heads, 2*H, W+1, W]
-    if height * width <= WHOLE_CROP:
+    if _is_stored_whole(map_size):
         crops = crops.unfold(1, height, 1).transpose(-1, -2)  # [heads, H+1, W+1, H, W]
         return crops.reshape(-1, height * width)
     return crops.reshape(-1, width)
