@@ -21,6 +21,7 @@ from .options import Option, at_least, not_negative, one_of, share
 
 ATTENTIONS = ("softmax", "performer", "disentangled", "disentangled_performer", "deformable")
 LOCALITIES = ("none", *KINDS)
+INITS = {"timm": "", "jax": "jax"}  # as timm calls them
 OPTIONS = {
     "patch_size": Option(4, "Pixels per patch on each axis.", at_least(1)),
     "num_classes": Option(10, "Size of the logits; training takes the number of classes of the data.", at_least(1)),
@@ -32,6 +33,9 @@ OPTIONS = {
     "drop_rate": Option(0.1, "Dropout rate of tokens, projections and MLPs.", share()),
     "attn_drop_rate": Option(0.0, "Probability of dropping an attention weight; softmax and disentangled.", share()),
     "drop_path_rate": Option(0.0, "Stochastic-depth rate of the last block.", share()),
+    "weight_init": Option(
+        "timm", "Weights of the linear layers: of timm, or of the original code, for narrow networks.", one_of(*INITS)
+    ),
     "attention": Option("softmax", "What mixes the tokens.", one_of(*ATTENTIONS)),
     "num_features": Option(0, "Random features of a head of the Performers; 0: d ln d.", not_negative()),
     "feature_kind": Option("positive", "Features that approximate softmax, or of ReLU.", one_of(*FEATURES)),
@@ -61,6 +65,8 @@ class VisionTransformer(timm_vit.VisionTransformer):
         drop_rate: dropout rate of tokens, projections and MLPs.
         attn_drop_rate: probability of dropping an attention weight; ``softmax`` and ``disentangled`` alone.
         drop_path_rate: stochastic-depth rate of the last block; rises linearly from 0.
+        weight_init: first weights of linear layers. ``timm``: normal, of standard deviation 0.02. ``jax``: by the
+            number of channels (Xavier), as in the original code; narrow networks learn much faster from these.
         attention: one of `ATTENTIONS`.
         num_features: random features of a head of the Performers; 0 for ``d ln d`` of its d channels.
         feature_kind: ``positive``, which approximates softmax, or ``relu``.
@@ -92,6 +98,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         drop_rate: float = 0.1,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        weight_init: str = "timm",
         attention: str = "softmax",
         num_features: int = 0,
         feature_kind: str = "positive",
@@ -104,8 +111,9 @@ class VisionTransformer(timm_vit.VisionTransformer):
         locality_epochs: Sequence[int] = (5, 10, 15, 20),
         use_checkpoint: bool = False,
     ) -> None:
-        _check(embed_dim, num_heads, attention, attn_drop_rate, locality, locality_reach, locality_epochs)
+        _check(embed_dim, num_heads, weight_init, attention, attn_drop_rate, locality, locality_reach, locality_epochs)
         super().__init__(
+            weight_init=INITS[weight_init],
             img_size=img_size,
             patch_size=patch_size,
             num_classes=num_classes,
@@ -134,7 +142,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         for block in self.blocks:
             block.attn = makers[attention](embed_dim, heads=num_heads, grid=grid, prefix=prefix, proj_drop=drop_rate)
             if attention != "deformable":  # which starts from values of its own
-                block.attn.apply(self._init_weights)
+                block.attn.apply(timm_vit.get_init_weights_vit(INITS[weight_init], needs_reset=False))
 
     @staticmethod
     def options() -> dict[str, Option]:
@@ -186,12 +194,15 @@ class VisionTransformer(timm_vit.VisionTransformer):
 def _check(
     embed_dim: int,
     num_heads: int,
+    weight_init: str,
     attention: str,
     attn_drop_rate: float,
     locality: str,
     reach: Sequence[int],
     epochs: Sequence[int],
 ) -> None:
+    if weight_init not in INITS:
+        raise ValueError(f"weight_init = {weight_init!r} is unknown; choose one of {', '.join(INITS)}")
     if attention not in ATTENTIONS:
         raise ValueError(f"attention = {attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
     if embed_dim % num_heads:

@@ -41,6 +41,17 @@ def test_softmax_is_the_transformer_of_timm() -> None:
         torch.testing.assert_close(model(x), theirs(x))
 
 
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_first_weights(attention: str) -> None:
+    for weight_init in ("timm", "jax"):
+        block = build(attention, weight_init=weight_init).blocks[0]
+        assert float(block.mlp.fc1.weight.detach().std()) == pytest.approx(
+            0.02 if weight_init == "timm" else (2 / 120) ** 0.5, rel=0.1
+        )
+    weight = block.attn.value_proj.weight if attention == "deformable" else block.attn.qkv.weight
+    assert float(weight.detach().std()) == pytest.approx((2 / sum(weight.shape)) ** 0.5, rel=0.1)
+
+
 @pytest.mark.parametrize("locality", ["none", "sequence", "box"])
 @pytest.mark.parametrize("pooling", ["token", "avg"])
 @pytest.mark.parametrize("attention", ATTENTIONS)
@@ -162,6 +173,7 @@ def test_export_with_any_number_of_images(attention: str) -> None:
             {"attention": "performer", "attn_drop_rate": 0.1},
             "attn_drop_rate = 0.1 has no meaning for attention = 'perf",
         ),
+        ({"weight_init": "moco"}, "weight_init = 'moco' is unknown; choose one of timm, jax"),
         ({"locality": "circle"}, "locality = 'circle' is unknown; choose one of none, sequence, box"),
         ({"locality_reach": [1]}, "locality_reach has 1 windows and locality_epochs 4 ends"),
         ({"locality_reach": [1, 2], "locality_epochs": [4, 2]}, "give ends that rise from 1 on"),
