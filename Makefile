@@ -1,7 +1,8 @@
 # make setup | demo | test | test-long | bench-gpu | docs | lint: each sets up .venv by itself, once.
 PYTHON ?= python3
-# Processes that run tests at once: as many as there are cores, or a number; and the tests they run.
-WORKERS ?= logical
+# Processes that run tests at once: one more than there are cores, as many tests wait for runs they started; or a
+# number; and the tests they run.
+WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 TESTS ?= tests
 # Threads per process: one is fastest for networks this small, and more threads than free cores ruin every timing.
 export OMP_NUM_THREADS ?= 1

@@ -26,6 +26,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("photographs"), FOLDERS)
 
 
+@pytest.mark.slow
 def test_two_jobs_at_once_on_one_machine(photographs: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, DATA={"DATASET": "imagenet", "BATCH_SIZE": 3}, TRAIN={"EPOCHS": 1})
     output = tmp_path / "output"

@@ -138,7 +138,7 @@ def test_workers_end_after_their_parent_was_killed(start: Start, method: str) ->
 
 
 # The start methods of Linux up to Python 3.13, of macOS, and of Linux from 3.14.
-@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow), "forkserver"])
 def test_workers_end_if_their_parent_is_killed_while_they_start(start: Start, tmp_path: Path, method: str) -> None:
     process, workers = start(STARTING, method, str(tmp_path / "go"))
     kill(process)

@@ -47,7 +47,7 @@ def test_compile_blocks_changes_nothing_and_shares_code() -> None:
     assert counter.frame_count == 12
 
 
-@pytest.mark.parametrize("kind", ["D", "MLP"])
+@pytest.mark.parametrize("kind", [pytest.param("D", marks=pytest.mark.slow), "MLP"])
 def test_generated_code_equals_eager(kind: str) -> None:
     """The default compiler, which writes and compiles C++ here."""
     module = {

@@ -139,6 +139,7 @@ def test_the_launcher_continues_after_a_worker_died_and_stops_when_asked(
 
 
 @LINUX
+@pytest.mark.slow
 def test_processes_stop_when_their_launcher_is_killed(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
     launcher = start_launcher(trial.words, tmp_path / "launcher.txt")

@@ -61,10 +61,11 @@ def test_a_run_trains_resumes_and_is_evaluated_without_what_windows_lacks(tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     assert "memory unknown" in done.stdout
     best = tmp_path / "output" / "tiny" / "default" / "best.pth"
-    again = run_command(sys.executable, script, "--cfg", config, **here)
+    alone = ("--cfg", config, "--workers", "0")
+    again = run_command(sys.executable, script, *alone, **here)
     assert again.returncode == 0, again.stderr
     assert "continuing from" in again.stdout
-    evaluated = run_command(sys.executable, script, "--cfg", config, "--eval", "--resume", best, **here)
+    evaluated = run_command(sys.executable, script, *alone, "--eval", "--resume", best, **here)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "Accuracy of the network on the 360 test images" in evaluated.stdout
 

@@ -13,7 +13,10 @@ from tests.launched import Trial, Uninterrupted, first_difference
 pytestmark = pytest.mark.xdist_group("serial")
 
 
-@pytest.mark.parametrize("kind", ["csv", "tar", "shards", "parquet", "huggingface"])
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("csv", "tar", "huggingface")]
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet", *SLOW])
 def test_a_kill_in_mid_epoch_changes_nothing(kind: str, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
     expected, _ = uninterrupted.of(1)
     photos = Trial(tmp_path / "folders", 1, 0).images

@@ -87,6 +87,7 @@ def test_a_batch_without_images() -> None:
     assert not gradients[-1].any()
 
 
+@pytest.mark.slow
 def test_the_operator_is_well_formed() -> None:
     """Schema, pretended results and gradients agree with what the kernels do; torch's own check."""
     tensors = [*inputs((3, 4), (3, 4)), [3, 4], [1.0, -1.0, 2 / 3, -1.0], 0.3]

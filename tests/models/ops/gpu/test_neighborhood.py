@@ -57,7 +57,9 @@ def test_types(dtype: torch.dtype) -> None:
 
 # One window; several tiles, the last ragged; a map of one row and one of one pixel.
 @pytest.mark.parametrize(
-    ("size", "kernel_size"), [((5, 5), 5), ((9, 18), 3), ((1, 9), 1), ((1, 1), 1), ((10, 7), 7)], ids=str
+    ("size", "kernel_size"),
+    [((5, 5), 5), ((9, 18), 3), ((1, 9), 1), ((1, 1), 1), pytest.param((10, 7), 7, marks=pytest.mark.slow)],
+    ids=str,
 )
 def test_sizes(size: tuple[int, int], kernel_size: int) -> None:
     assert_same(inputs(size, kernel_size), kernel_size)
