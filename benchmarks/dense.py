@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import load_config
 from data.detection.coco import open_coco
 from data.detection.sources import DetectionDataset
 from data.sources import Request
@@ -73,18 +71,14 @@ def main() -> None:
 
 
 def write_samples(dataset: DetectionDataset, root: Path, size: tuple[int, int]) -> None:
-    """Write the first images at this height and width, for the formats `coco` and `masks`."""
-    (root / "classes.txt").write_text("\n".join(["background", *dataset.classes]), encoding="utf-8")
+    """Write the first images at this height and width, in the layout of COCO."""
     numbers = iter(range(len(dataset.train)))
     for part, count in PARTS.items():
         images, annotations = [], []
-        for folder in (root / part, root / "images" / part, root / "masks" / part):
-            folder.mkdir(parents=True)
+        (root / part).mkdir()
         for _, index in zip(range(count), numbers, strict=False):
             name, objects = f"{index}.png", _objects(dataset, index, size)
             dataset.train.get(index).decode().resize(size[::-1]).save(root / part / name)
-            (root / "images" / part / name).symlink_to(root / part / name)
-            Image.fromarray(class_map(objects, size)).save(root / "masks" / part / name)
             images.append({"id": index, "file_name": name, "height": size[0], "width": size[1]})
             annotations += [{**_annotation(*one), "image_id": index} for one in objects]
         content = {
@@ -104,14 +98,6 @@ def _objects(dataset: DetectionDataset, index: int, size: tuple[int, int]) -> li
     return sorted(found, key=lambda one: -int(one[0].sum()))
 
 
-def class_map(objects: Sequence[tuple[np.ndarray, int]], size: tuple[int, int]) -> np.ndarray:
-    """Return 1 + label of the smallest object at each pixel, 0 where there is none, `[height, width]`, uint8."""
-    labels = np.zeros(size, dtype=np.uint8)
-    for mask, label in objects:
-        labels[mask > 0] = label + 1
-    return labels
-
-
 def _annotation(mask: np.ndarray, label: int) -> dict[str, Any]:
     runs = rle.encode(np.asfortranarray(mask))
     box, area = rle.toBbox(runs).tolist(), float(mask.sum())
@@ -127,11 +113,17 @@ def measure(config: Path, data: Path, size: tuple[int, int]) -> Measured:
     """
     short, long = min(size), max(size)
     options = {
-        **{"DATA.BATCH_SIZE": 1, "DATA.NUM_WORKERS": 0, "DATA.IMG_SIZE": list(size), "TRAIN.EPOCHS": 1, "AMP": "off"},
+        **{
+            "DATA.DATASET": "coco",
+            "DATA.BATCH_SIZE": 1,
+            "DATA.NUM_WORKERS": 0,
+            "DATA.IMG_SIZE": list(size),
+            "TRAIN.EPOCHS": 1,
+            "AMP": "off",
+        },
         **{"DETECTION.SHORT_SIDES": [short], "DETECTION.LONG_SIDE": long, "DETECTION.CROP_SIDES": []},
         **{"DETECTION.TEST_SHORT_SIDE": short, "SEGMENTATION.SCALE": [1.0, 1.0]},
         **{"PRINT_FREQ": 1, "SAVE_FREQ": 0, "REPORT": False, "DEVICE": "cpu", "TAG": "measured"},
-        "DATA.DATASET": "masks" if load_config(config).TASK == "segmentation" else "coco",
     }
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, str(ROOT / "main.py"), "--cfg", str(config), "--data-path", str(data)]
