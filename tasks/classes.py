@@ -23,7 +23,7 @@ def labels_of(classes: Sequence[str], known: Sequence[str], number: int, class_m
         class_map: see `models.weights.read_class_map`; empty where there is none.
 
     Raises:
-        ValueError: the class map does not fit, two classes have one label, or numbers are no labels.
+        ValueError: the class map does not fit, a class is unknown, two have one label, or numbers are no labels.
     """
     labels, how = _find(classes, known, number, class_map)
     if class_map and NEW_ROW in labels:
@@ -42,7 +42,14 @@ def _find(classes: Sequence[str], known: Sequence[str], number: int, class_map: 
     if class_map:
         return read_class_map(Path(class_map), there=number, classes=classes, names=known), f"by {class_map}"
     if known:
-        return find_labels(classes, known), "by name"
+        labels = find_labels(classes, known)
+        if not labels and len(classes) != number:
+            unknown = [name for name in classes if name not in set(known)]
+            raise ValueError(
+                f"the weights have no class {shorten(unknown)}, but {in_words(known)}: give a MODEL.CLASS_MAP, leave "
+                f"the images out, or fine-tune with --pretrained"
+            )
+        return labels, "by name"
     if labels := as_numbers(classes, number):
         return labels, "as the numbers that they are"
     if all(name.isdecimal() for name in classes) and list(classes) != sorted(classes, key=int):

@@ -579,7 +579,7 @@ ROWS = [
     weights(
         "number of classes",
         lambda: write_folder(Path("wrong"), {"train/a": 4, "train/b": 4, "train/c": 4, "val/a": 2}),
-        "trained.pth was trained for 2 classes, the data set has 3; .*, or fine-tune it with --pretrained",
+        "the weights have no class a, b, c, but cat 0, dog 1: give a MODEL.CLASS_MAP, .* with --pretrained",
         *("--data-path", "wrong", "--eval", "--resume", "trained.pth"),
     ),
     weights(

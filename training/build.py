@@ -211,6 +211,11 @@ def suspicious_settings(config: CfgNode, state: TrainingState, images: int, worl
             f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {config.TRAIN.EPOCHS}: the "
             "learning rate never reaches TRAIN.BASE_LR"
         )
+    if config.TRAIN.BASE_LR < config.TRAIN.MIN_LR and config.TRAIN.LR_SCHEDULER.NAME in ("cosine", "poly"):
+        found.append(
+            f"TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} is below TRAIN.MIN_LR {config.TRAIN.MIN_LR:g}, to which the rate "
+            "therefore rises; lower that, too"
+        )
     drop = doubtful_drop(config, updates_per_epoch=state.updates_per_epoch, world_size=world_size)
     found += [drop] if drop else []
     dropped = images - state.updates_per_epoch * state.images_per_update
@@ -300,8 +305,11 @@ def _introduce(run: Run, introduction: str, notes: list[str], warnings: list[str
     """Write config.yaml and say what is about to run."""
     config, log, state = run.config, run.log, run.state
     if run.world.is_main:
-        write_whole(run.folder / "config.yaml", config.dump())
-        write_environment(run.folder, run.world)
+        try:
+            write_whole(run.folder / "config.yaml", config.dump())
+            write_environment(run.folder, run.world)
+        except OSError as error:  # a full disk ends no run
+            warnings = [*warnings, f"{error.filename or run.folder} could not be written ({error.strerror})"]
     log.rewind(epoch=state.position.epoch, update=state.updates_done)
     log.info(introduction)
     log.begin(notes, warnings)

@@ -294,4 +294,5 @@ def result_in_words(run: Run) -> str:
         best += ", which could not be saved" + (f": best.pth is of epoch {held}" if held else "")
     files = [run.folder / name for name in RESULTS]
     there = [file.name for file in files if file.is_file() and file.stat().st_size]
-    return f"{best}; {', '.join(there[:-1])} and {there[-1]} lie in {run.folder}"
+    *most, last = there or ["no files"]
+    return f"{best}; {' and '.join(filter(None, (', '.join(most), last)))} lie in {run.folder}"

@@ -159,7 +159,7 @@ def _rows(
     for label, name in enumerate(classes):
         count = 0
         for parent, below, files in os.walk(folder / name, followlinks=True, onerror=_refuse):
-            below[:] = sorted(name for name in below if name not in _NO_CLASSES)
+            below[:] = sorted(name for name in below if name not in _NO_CLASSES and not _leads_up(parent, name))
             folders.append([parent[prefix:], Path(parent).stat().st_mtime_ns])
             for file in sorted(files):
                 ending = Path(file).suffix.lower()
@@ -172,6 +172,12 @@ def _rows(
                     skipped[ending or "no ending"] += 1
         if not count:
             empty.append(f"{folder / name}")
+
+
+def _leads_up(parent: str, name: str) -> bool:
+    """Return whether a folder is a link to one of those that it lies in, which would list them over and over."""
+    path = Path(parent, name)
+    return path.is_symlink() and path.resolve() in (Path(parent).resolve(), *Path(parent).resolve().parents)
 
 
 def _by_number(numbers: Sequence[str], classes: Sequence[str], folder: Path) -> list[str]:

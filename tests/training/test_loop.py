@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import shutil
@@ -134,6 +135,12 @@ def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path: Path) -> 
     assert (output / "last.pth").exists()
 
 
+def test_a_rate_below_its_end_is_said(tmp_path: Path) -> None:
+    run = build(tmp_path, "--lr", "0")
+    said = (run.folder / "log.txt").read_text()
+    assert "TRAIN.BASE_LR 0 is below TRAIN.MIN_LR 0.0001, to which the rate therefore rises" in said
+
+
 def test_suspicious_settings_are_said(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", {"train/blue": 5, "train/red": 4, "val/blue": 1})
     flags = ["--data-path", str(images), "--batch-size", "6", "--opts", "DATA.DATASET", "imagenet"]
@@ -222,6 +229,18 @@ def test_weights_of_a_run_on_the_same_classes_begin_a_schedule_of_their_own(tmp_
     torch.save({"model": first.state.network.state_dict()}, tmp_path / "weights.pth")
     other = build(tmp_path, "--pretrained", str(tmp_path / "weights.pth"), "--tag", "third")
     assert "start afresh" not in (other.folder / "log.txt").read_text()
+
+
+def test_a_disk_that_is_full_at_the_start_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(build_module, "write_whole", refuse)
+    run = build(tmp_path)
+    assert "config.yaml could not be written (No space left on device)" in (run.folder / "log.txt").read_text()
+    for path in run.folder.iterdir():
+        path.unlink()
+    assert result_in_words(run).endswith(f"; no files lie in {run.folder}")
 
 
 def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from data.formats.folders import open_folders
+from data.formats.folders import list_images, open_folders
 from data.images import UnreadableImage
 from data.sources import Dataset, Request
 from tests.data.samples import photograph, write_folder
@@ -360,3 +360,10 @@ def test_orientation(tmp_path: Path, orientation: int) -> None:
     assert opened(tmp_path).train.read(0).size == (48, 36)
     turned = open_folders(Request(path=str(tmp_path), turn=True)).train.read(0)
     assert turned.size == ((36, 48) if orientation > 4 else (48, 36))
+
+
+def test_a_link_to_a_folder_above_it_is_not_followed(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, {"train/cat/near": 2, "elsewhere": 3})
+    (root / "train/cat/near/loop").symlink_to(root / "train/cat")
+    (root / "train/cat/linked").symlink_to(root / "elsewhere")
+    assert len(list_images(root / "train")) == 5
