@@ -21,6 +21,7 @@ from models.weights import adapt
 from tests.launched import CONTEXT, free_port
 from tests.models.small import SMALL, without_gradient
 from tests.runs import ROOT
+from training.weight_sets import pick_weights
 
 WB = ("weight", "bias")
 SMALL_QUERIES = {
@@ -75,6 +76,20 @@ def test_names_are_those_of_published_weights() -> None:
     parts = ("bottleneck", "fpn_bottleneck", "lateral_convs.2", "fpn_convs.2")
     assert {f"decode_head.{part}.conv.weight" for part in parts} <= names["upernet"].keys()
     assert {f"auxiliary_head.{part}.weight" for part in ("convs.0.conv", "conv_seg")} <= names["upernet"].keys()
+
+
+@pytest.mark.parametrize("name", ["fpn", "upernet"])
+def test_every_entry_of_a_file_of_mmsegmentation_finds_its_place(name: str) -> None:
+    theirs = {key: torch.rand_like(x) if x.is_floating_point() else x for key, x in small(name).state_dict().items()}
+    heads = {"fpn": {"neck", "decode_head"}, "upernet": {"decode_head", "auxiliary_head"}}[name]
+    assert {key.partition(".")[0] for key in theirs} == {"backbone"} | heads
+    file = {"meta": {"iter": 160000, "CLASSES": ["wall", "sky", "tree"]}, "state_dict": theirs}
+    segmenter = small(name)
+    state, report = adapt(pick_weights(file, "file.pth", segmenter).weights, segmenter)
+    assert not report.new
+    assert not report.left_out
+    assert set(report.loaded) == theirs.keys()
+    assert all(torch.equal(state[key], x) for key, x in theirs.items())
 
 
 def test_fine_tuning_for_other_classes_makes_the_logits_new() -> None:
