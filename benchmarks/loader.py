@@ -43,6 +43,8 @@ from data.samplers import TrainSampler
 
 # Images that eight GPUs take in a second, and seconds of a day.
 GPUS, RATE = 8, 2500
+# Dollars for an hour of a core: an assumption, about what clouds ask on demand.
+PRICE = 0.04
 
 
 def main() -> None:
@@ -71,8 +73,10 @@ def main() -> None:
 
 def print_rates(args: argparse.Namespace) -> None:
     """Print images a second of every loader and decoder."""
-    print("| pipeline | loader | images/s | slowest run | to timm's | first batch, s | cores for 8 GPUs |")
-    print("|---|---|---:|---:|---:|---:|---:|")
+    print(
+        "| pipeline | loader | images/s | slowest run | to timm's | first batch, s | cores for 8 GPUs | $ a GPU-day |"
+    )
+    print("|---|---|---:|---:|---:|---:|---:|---:|")
     for light in (False, True):
         loaders: dict[str, Iterable] = {
             "timm, folder": _timm_loader(args, light=light, prefetch=False),
@@ -92,7 +96,9 @@ def print_rates(args: argparse.Namespace) -> None:
             best = max(found)
             cells = f"{best:.1f} | {min(found) / best:.0%} | {best / base:.2f} | {first[name]:.2f}"
             kind = "light" if light else "recipe"
-            print(f"| {kind} | {name} | {cells} | {GPUS * RATE / best:.0f} |", flush=True)
+            print(
+                f"| {kind} | {name} | {cells} | {GPUS * RATE / best:.0f} | {24 * PRICE * RATE / best:.2f} |", flush=True
+            )
     _print_decoders(args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     print(f"\npeak memory of this process: {peak:.2f} GiB")
