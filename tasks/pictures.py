@@ -17,7 +17,7 @@ from data.segmentation.sources import IGNORED
 _OPACITY = 0.65
 _GOLDEN = 0.618034  # turns of the hue from each class to the next, which keep neighbours apart
 SAMPLES = 4  # images in the picture of an evaluation
-SHOWN = 0.3  # score from which on an object is drawn
+SHOWN = 0.5  # score from which on an object is drawn
 _HEIGHT = 288  # pixels of a row
 _SIDE = 256  # pixels of the shorter side from which on names can be read
 
@@ -52,7 +52,7 @@ def draw_objects(
     words: Sequence[str],
     masks: Sequence[dict[str, Any]] | None = None,
 ) -> np.ndarray:
-    """Return an image, enlarged where it is small, with objects.
+    """Return an image, enlarged where it is small, with objects, the first ones on top.
 
     Args:
         pixels: `[h, w, 3]`, uint8.
@@ -65,11 +65,12 @@ def draw_objects(
     image = torch.from_numpy(_enlarged(pixels, scale)).permute(2, 0, 1)
     if not len(boxes):
         return image.permute(1, 2, 0).numpy()
-    colours = [tuple(colour) for colour in palette()[labels % 256].tolist()]
+    boxes, words, masks = boxes[::-1].copy(), list(words)[::-1], None if masks is None else list(masks)[::-1]
+    colours = [tuple(colour) for colour in palette()[labels[::-1] % 256].tolist()]
     if masks is not None:
-        covered = torch.from_numpy(_enlarged(rle.decode(list(masks)), scale)).permute(2, 0, 1).bool()
+        covered = torch.from_numpy(_enlarged(rle.decode(masks), scale)).permute(2, 0, 1).bool()
         image = draw_segmentation_masks(image, covered, alpha=1 - _OPACITY, colors=colours)
-    image = draw_bounding_boxes(image, torch.from_numpy(boxes) * scale, list(words), colours, fill_labels=True, width=2)
+    image = draw_bounding_boxes(image, torch.from_numpy(boxes) * scale, words, colours, fill_labels=True, width=2)
     return image.permute(1, 2, 0).numpy()
 
 
