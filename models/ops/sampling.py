@@ -49,8 +49,8 @@ def choose_form(x: Tensor) -> str:
     """Return the form that `sample` takes for ``auto``."""
     if x.is_cuda and gpu.suits(x):
         return "triton"
-    # The channels of a single image come first by a view; `rows` has more operations to start.
-    if x.device.type != "cpu" or len(x) == 1 or needs_plain_operations():
+    # For a single image, moving the channels first is a view, and `rows` would launch more operations.
+    if x.device.type != "cpu" or needs_plain_operations() or len(x) == 1:  # a graph would fix the number of images
         return "reference"
     return "rows"
 
