@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         path = args.output / f"{model.config.MODEL.NAME}{kind.ending}"
         kind.write(source, path)
         exported = kind.load(path)
-        difference = compare(model.network, exported, source.sizes())
+        difference = compare(source.network, exported, source.sizes())
         words = f"largest difference {difference.largest:.1e} of logits up to {difference.reach:.1f}"
         good = difference.within(kind.tolerance)
         if scored:
@@ -135,6 +135,8 @@ class Exported(nn.Module):
 def _scorer(model: TrainedModel, size: tuple[int, int], data_path: str | None) -> Callable[[nn.Module], float]:
     """Return what evaluates a network on the held-out images of the config, by the score that chooses checkpoints."""
     config = model.config.clone()
+    if config.TASK == "detection":
+        raise ValueError("--validate: detectors take images of any size, the file takes one; leave it out")
     if is_stream(config.DATA.DATASET):
         raise ValueError("--validate: the run took its images from commands, and those of a file are not run")
     config.DATA.IMG_SIZE = list(size)

@@ -18,14 +18,16 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
 from models.attention import MSDeformAttn
+from models.detection.set_prediction import AllQueries
 from training.trained_model import TrainedModel
 
-# From normalised images ``[B, 3, H, W]`` to logits ``[B, classes]``, float32 both.
+# From normalised images ``[B, 3, H, W]`` to logits ``[B, classes]``, or of a detector to boxes and probabilities
+# ``[B, Q, 4 + classes]``; float32 both.
 Run = Callable[[Tensor], Tensor]
 INPUT, OUTPUT = "images", "logits"
 
@@ -46,13 +48,30 @@ class Source:
         self.model, self.size, self.dynamic, self.opset = model, size, dynamic, opset
 
     @cached_property
+    def network(self) -> nn.Module:
+        """What is exported: the network, or of a detector what all its queries find.
+
+        Raises:
+            ValueError: the detector suppresses boxes.
+        """
+        network = self.model.network
+        if self.model.config.TASK != "detection":
+            return network
+        if not hasattr(network, "predict"):
+            raise ValueError(
+                f"{self.model.config.MODEL.DETECTOR.NAME} chooses among its boxes by code that has no operators of "
+                "ONNX; detectors with queries can be exported, such as dino"
+            )
+        return AllQueries(network)
+
+    @cached_property
     def program(self) -> ExportedProgram:
         """The graph of the network, made of PyTorch's own operators alone.
 
         Raises:
             ValueError: the size of the images is to be free, and the graph of this network depends on it.
         """
-        network = copy.deepcopy(self.model.network)
+        network = copy.deepcopy(self.network)
         for module in network.modules():
             if isinstance(module, MSDeformAttn):
                 module.form = "reference"  # a file with an operator of ours could only be loaded beside this code
@@ -89,6 +108,8 @@ class Source:
                 output_names=[OUTPUT],
                 opset_version=self.opset,
                 verbose=False,
+                # onnxscript's fusion of clamps, as in an inverse sigmoid, leaves a name that nothing gives.
+                optimize=self.model.config.TASK != "detection",
             )
         proto = exported.model_proto
         for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):

@@ -23,10 +23,10 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
 from ..backbone import DATBackbone, TimmBackbone
 from .backbone_adapter import AdapterConfig, adapt
 from .denoising import noised_queries
-from .detector import Detector, pad_images
+from .detector import pad_images
 from .initial_weights import draw_weights, set_prior
 from .queries import Assignment, Queries, Targets, match, set_losses
-from .set_prediction import DIVISOR, best_boxes, image_mask, relative_targets
+from .set_prediction import DIVISOR, SetDetector, best_boxes, image_mask, relative_targets
 
 
 class Memory(NamedTuple):
@@ -56,7 +56,7 @@ class Memory(NamedTuple):
         return [level.unflatten(-1, shape) for level, shape in zip(levels, self.shapes, strict=True)]
 
 
-class DINO(Detector):
+class DINO(SetDetector):
     """DINO: it learns to find objects back from noise, and starts its queries at the encoder's best proposals.
 
     Args:
@@ -115,15 +115,20 @@ class DINO(Detector):
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         batch = pad_images(images, DIVISOR)
-        memory = self.encode(batch)
-        proposals, queries = self.select_queries(memory)
+        inside = image_mask(batch)
         if not self.training:
-            logits, boxes = self.decode(memory, queries)[-1]
-            return best_boxes(logits.sigmoid(), boxes, batch)
+            return best_boxes(*self.predict(batch.tensors, inside), batch)
+        memory = self.encode(batch.tensors, inside)
+        proposals, queries = self.select_queries(memory)
         truth = Targets(relative_targets(targets, batch.image_sizes))
         extra, assignments, losses = self.extra_queries(memory, truth, batch)
         layers = self.decode(memory, Queries.joined([*extra, queries]))
         return losses | self.losses(proposals, layers, truth, assignments)
+
+    def predict(self, images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        memory = self.encode(images, inside)
+        logits, boxes = self.decode(memory, self.select_queries(memory)[1])[-1]
+        return logits.sigmoid(), boxes
 
     def extra_queries(
         self,
@@ -139,15 +144,14 @@ class DINO(Detector):
         )
         return [noised], {"denoising": assignment}, {}
 
-    def encode(self, batch: ImageList) -> Memory:
-        """Return the maps of images after the encoder."""
-        parts, maps, sources, masks, positions = self.transformer, self.backbone(batch.tensors), [], [], []
-        inside = image_mask(batch)[None].float()
+    def encode(self, images: Tensor, inside: Tensor) -> Memory:
+        """Return the maps of images `[B, 3, H, W]` after the encoder; `inside` is as for `predict`."""
+        parts, maps, sources, masks, positions = self.transformer, self.backbone(images), [], [], []
         for level, project in enumerate(parts.input_proj):
             # Levels beyond the backbone's are made by strided convolutions, one after another.
             above = maps[min(level, len(maps) - 1)] if level <= len(maps) else sources[-1]
             source = project(above)
-            mask = F.interpolate(inside, size=source.shape[-2:])[0].bool()
+            mask = F.interpolate(inside[None].float(), size=source.shape[-2:])[0].bool()
             position = parts.position_embedding(source.shape, source.device, torch.float32, mask)
             sources.append(source)
             masks.append(mask)
@@ -179,7 +183,7 @@ class DINO(Detector):
         if self.contents is None:
             contents = self._from_positions(anchors)[1]
         else:
-            contents = self.contents.weight[: anchors.shape[1]].expand(len(anchors), -1, -1)
+            contents = self.contents.weight[: anchors.shape[1]].expand(anchors.shape[0], -1, -1)
         return (logits, boxes.sigmoid()), Queries.matched(contents, anchors.sigmoid())
 
     def decode(self, memory: Memory, queries: Queries) -> list[tuple[Tensor, Tensor]]:

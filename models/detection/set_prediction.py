@@ -5,12 +5,47 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import box_convert
 
+from .detector import Detector
+
 DIVISOR = 32  # of the sides of a batch
 DETECTIONS = 100  # per image, as COCO counts them
+
+
+class SetDetector(Detector):
+    """A detector whose queries give a box each, so that none need be suppressed."""
+
+    def predict(self, images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what all queries find.
+
+        Args:
+            images: `[B, 3, H, W]`, normalised; `DIVISOR` divides H and W.
+            inside: `[B, H, W]`, true within the image, false in its padding.
+
+        Returns:
+            Probabilities `[B, Q, classes]`, and boxes `[B, Q, 4]` (cx, cy, w, h), as shares of the sides.
+        """
+        raise NotImplementedError
+
+
+class AllQueries(nn.Module):
+    """A detector as one tensor function, for export; of images without padding.
+
+    Args:
+        detector: in evaluation mode.
+    """
+
+    def __init__(self, detector: SetDetector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images `[B, 3, H, W]` to boxes and probabilities `[B, Q, 4 + classes]`, see `SetDetector.predict`."""
+        scores, boxes = self.detector.predict(images, torch.ones_like(images[:, 0], dtype=torch.bool))
+        return torch.cat([boxes, scores], -1)
 
 
 def image_mask(batch: ImageList) -> Tensor:

@@ -15,13 +15,13 @@ from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatche
 
 from ..backbone import DATBackbone, TimmBackbone
 from .backbone_adapter import AdapterConfig, adapt
-from .detector import Detector, pad_images
+from .detector import pad_images
 from .initial_weights import draw_weights, set_prior
-from .set_prediction import DIVISOR, best_boxes, image_mask, padded_sizes, relative_targets
+from .set_prediction import DIVISOR, SetDetector, best_boxes, image_mask, padded_sizes, relative_targets
 from .transformers_kinds import KINDS
 
 
-class TransformersDetector(Detector):
+class TransformersDetector(SetDetector):
     """A detector of transformers, with its losses.
 
     Args:
@@ -49,17 +49,23 @@ class TransformersDetector(Detector):
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
         batch = pad_images(images, DIVISOR)
-        mask = {"pixel_mask": image_mask(batch).long()} if self.kind.masked else {}
+        inside = image_mask(batch)
         if not self.training:
-            out = self.detector(batch.tensors, **mask)
-            scores = out.logits.softmax(-1)[..., :-1] if self.kind.background else out.logits.sigmoid()
-            return best_boxes(scores, out.pred_boxes, batch, of_padded=not self.kind.masked)
+            return best_boxes(*self.predict(batch.tensors, inside), batch, of_padded=not self.kind.masked)
         labels = relative_targets(targets, batch.image_sizes if self.kind.masked else padded_sizes(batch))
-        out = self.detector(batch.tensors, **mask, labels=labels)
+        out = self.detector(batch.tensors, **self._mask(inside), labels=labels)
         losses = self._summed(out.loss_dict)
         if getattr(self.config, "two_stage", False):
             losses["encoder"] = self._proposal_loss(out, labels)
         return losses
+
+    def predict(self, images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.detector(images, **self._mask(inside))
+        scores = out.logits.softmax(-1)[..., :-1] if self.kind.background else out.logits.sigmoid()
+        return scores, out.pred_boxes
+
+    def _mask(self, inside: Tensor) -> dict[str, Tensor]:
+        return {"pixel_mask": inside.long()} if self.kind.masked else {}
 
     def _summed(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the losses of all layers, weighted and summed by what they measure."""

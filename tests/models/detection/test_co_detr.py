@@ -13,7 +13,7 @@ from models.detection.detector import pad_images
 from models.detection.dino import DINO
 from models.detection.positives import Positives, positive_queries
 from models.detection.queries import ALONE, PADDING, Queries, Targets
-from models.detection.set_prediction import relative_targets
+from models.detection.set_prediction import image_mask, relative_targets
 from tests.models.detection.small import CLASSES, DECODER, small_backbone, two_images
 from tests.models.small import without_gradient
 
@@ -56,7 +56,8 @@ def test_positive_queries_change_neither_matched_ones_nor_those_of_another_head(
     detector = small_co_detr(denoising=0)
     images, targets = two_images()
     batch = pad_images(images, 32)
-    memory, truth = detector.encode(batch), Targets(relative_targets(targets, batch.image_sizes))
+    memory = detector.encode(batch.tensors, image_mask(batch))
+    truth = Targets(relative_targets(targets, batch.image_sizes))
     (atss, faster_rcnn), assignments, _ = detector.extra_queries(memory, truth, batch)
     assert all((assignment[0] >= 0).any() and (assignment[1] == PADDING).all() for assignment in assignments.values())
     matched = detector.select_queries(memory)[1]

@@ -59,7 +59,7 @@ def test_without_its_additions_it_is_transformers_deformable_detr(added: dict[st
     theirs = deformable_detr(dino)
     batch = pad_images(two_images()[0], 32)
     expected = theirs(batch.tensors, image_mask(batch).long())
-    memory = dino.encode(batch)
+    memory = dino.encode(batch.tensors, image_mask(batch))
     (proposed_logits, proposed_boxes), queries = dino.select_queries(memory)
     layers = dino.decode(memory, queries)
     close = {"rtol": 0, "atol": 1e-5}
@@ -80,7 +80,7 @@ def test_each_addition_that_computes_something_else_shares_all_before_it(added: 
     theirs = deformable_detr(dino)
     batch = pad_images(two_images()[0], 32)
     expected = theirs(batch.tensors, image_mask(batch).long())
-    memory = dino.encode(batch)
+    memory = dino.encode(batch.tensors, image_mask(batch))
     proposals, queries = dino.select_queries(memory)
     torch.testing.assert_close(proposals[0], expected.enc_outputs_class, rtol=0, atol=1e-5)
     assert (dino.decode(memory, queries)[-1][0] - expected.logits).abs().max() > 1e-3
@@ -89,7 +89,8 @@ def test_each_addition_that_computes_something_else_shares_all_before_it(added: 
 def test_looking_forward_twice_trains_the_layer_before() -> None:
     for twice in (False, True):
         dino = small_dino(denoising=0, look_forward_twice=twice)
-        memory = dino.encode(pad_images(two_images()[0], 32))
+        batch = pad_images(two_images()[0], 32)
+        memory = dino.encode(batch.tensors, image_mask(batch))
         boxes = dino.decode(memory, dino.select_queries(memory)[1])[-1][1]
         head = dino.transformer.decoder.bbox_embed[0].layers[-1].bias
         (grad,) = torch.autograd.grad(boxes.sum(), head, allow_unused=True)
@@ -118,7 +119,9 @@ def test_images_without_objects_train_and_small_ones_have_fewer_queries() -> Non
 def test_matched_queries_do_not_see_noised_objects_nor_groups_each_other() -> None:
     dino = small_dino().train()
     images, targets = two_images()
-    memory, truth = dino.encode(pad_images(images, 32)), Targets(relative_targets(targets, [(64, 48), (60, 64)]))
+    batch = pad_images(images, 32)
+    memory = dino.encode(batch.tensors, image_mask(batch))
+    truth = Targets(relative_targets(targets, [(64, 48), (60, 64)]))
     queries = dino.select_queries(memory)[1]
     noised, _ = noised_queries(truth, dino.label_contents, 10, label_noise=0.5, box_noise=1.0)
     other = noised._replace(contents=noised.contents + 1, boxes=1 - noised.boxes)

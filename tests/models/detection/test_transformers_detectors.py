@@ -10,7 +10,7 @@ from torch import nn
 
 from models.backbone import TimmBackbone
 from models.detection.detector import pad_images
-from models.detection.set_prediction import image_mask, padded_sizes, relative_targets
+from models.detection.set_prediction import AllQueries, image_mask, padded_sizes, relative_targets
 from models.detection.transformers_detectors import TransformersDetector
 from models.detection.transformers_kinds import KINDS
 from tests.models.detection.small import CLASSES, small_arguments, small_backbone, two_images
@@ -98,3 +98,14 @@ def test_networks_of_timm_are_backbones() -> None:
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TransformersDetector("detr", small_backbone(3), num_classes=CLASSES, **arguments)
+
+
+@pytest.mark.parametrize("kind", ["detr", "deformable_detr_two_stage", "rt_detr"])
+@torch.no_grad()
+def test_what_all_queries_find_holds_the_best_boxes(kind: str) -> None:
+    detector = small_detector(kind).eval()
+    images = torch.rand(2, 3, 64, 96)
+    out, found = AllQueries(detector)(images), detector(list(images))
+    assert out.shape == (2, 20, 4 + CLASSES)
+    for one, rows in zip(found, out, strict=True):
+        torch.testing.assert_close(one["scores"][0], rows[:, 4:].max())
