@@ -134,3 +134,10 @@ def test_a_compiled_package(tmp_path: Path) -> None:
     source, kind = Source(model, (32, 32)), FORMATS["aoti"]
     kind.write(source, tmp_path / "x.aoti.pt2")
     assert compare(model.network, kind.load(tmp_path / "x.aoti.pt2"), source.sizes()).within(kind.tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["fpn", "upernet"])
+def test_segmenters_become_onnx(head: str, tmp_path: Path) -> None:
+    config = load_config(CONFIGS / "segmentation" / f"digits_{head}.yaml")
+    check_onnx(Source(untrained(config), (64, 64)), tmp_path / "x")
