@@ -58,6 +58,22 @@ def test_half_precision_autocast_is_finite(variant: tuple[str, dict[str, Any]]) 
     assert without_gradient(model) == []
 
 
+def test_the_backward_pass_may_run_under_autocast() -> None:
+    model = build_small("ND", use_dwc_mlps=True, use_lpus=True)
+    x = torch.randn(2, 3, 64, 64)  # native maps, for which all forms are fast ones
+    gradients = []
+    for inside in (True, False):
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(x).float().square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    torch.testing.assert_close(*gradients, rtol=0.05, atol=1e-3)
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 @torch.no_grad()
 def test_half_precision_weights_run(variant: tuple[str, dict[str, Any]]) -> None:

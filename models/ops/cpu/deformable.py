@@ -99,6 +99,7 @@ class _BiasedAttention(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):  # noqa: ANN001
         q, k, v, weights = ctx.saved_tensors
         dq, dk, dv, dbias = (torch.empty_like(tensor) for tensor in (q, k, v, weights))
