@@ -1,4 +1,4 @@
-"""Networks without their head, as detectors and segmenters use them: images in, one map a stride out."""
+"""Headless networks for detectors and segmenters: images in, one feature map per stride out."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from .dat import DAT
 from .layers import LayerNorm
 from .options import NUM_STAGES
 
-_TIMM_PREFIX = "body.model."  # where timm's getter of features keeps the model
+_TIMM_PREFIX = "body.model."  # prefix added by timm's feature extractor
 
 
 class DATBackbone(DAT):
-    """A `DAT` whose stages' outputs each pass a layer norm of their own, as published for dense prediction.
+    """A `DAT` with a layer norm on each stage output, as published for dense prediction.
 
-    Its parameters have the names of the published detection weights: those of `DAT` without the classifier, and
-    ``norms.<stage>.norm``. Classification weights lack the latter, which start at 1 and 0.
+    Parameter names follow the published detection weights: those of `DAT` without the classifier, plus
+    ``norms.<stage>.norm``. Classification weights lack these norms, which start at 1 and 0.
 
     Args:
         out_indices: the stages whose outputs are returned, in order.
-        **options: those of `DAT`.
+        **options: options of `DAT`.
 
     Attributes:
-        channels: of each returned map.
-        strides: pixels of the image per pixel of each returned map.
+        channels: number of channels of each returned map.
+        strides: stride of each returned map in image pixels.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class DATBackbone(DAT):
         )
 
     def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
-        """Take weights of a classifier, which have no norms of maps, or of a backbone."""
+        """Convert the weights of a classifier, which has no output norms, or of a backbone."""
         beyond = range(len(self.stages), NUM_STAGES)
         absent = [
             "cls_norm.",
@@ -62,39 +62,39 @@ class DATBackbone(DAT):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the normalised maps ``[B, channels[i], H / strides[i], W / strides[i]]`` of images ``[B, 3, H, W]``.
 
-        Images whose sides the last stride does not divide are cut short by the last pixels; pad them.
+        If a side is not divisible by the last stride, its last pixels are ignored; pad such images.
         """
         maps = self.forward_intermediates(x, self.out_indices, intermediates_only=True)
         return [self.norms[i](x) for i, x in zip(self.out_indices, maps, strict=True)]
 
 
 class TimmBackbone(nn.Module):
-    """A model of timm that gives its features, with the interface of `DATBackbone`.
+    """A timm model as feature extractor, with the interface of `DATBackbone`.
 
     Args:
-        name: any name that `timm.create_model` takes.
-        out_indices: which of its features are returned.
-        **arguments: of the model.
+        name: any model name that `timm.create_model` accepts.
+        out_indices: indices of the returned features.
+        **arguments: arguments of the model.
 
     Attributes:
-        channels: of each returned map.
-        strides: pixels of the image per pixel of each returned map.
+        channels: number of channels of each returned map.
+        strides: stride of each returned map in image pixels.
     """
 
     def __init__(self, name: str, *, out_indices: Sequence[int] = (0, 1, 2, 3), **arguments: Any) -> None:
         super().__init__()
-        # The getter's maps are channels first for every model.
+        # Extracted features are channels first for every model.
         getter = {"features_only": True, "feature_cls": "getter"}
         self.body = timm.create_model(name, out_indices=tuple(out_indices), **getter, **arguments)
         self.channels: list[int] = self.body.feature_info.channels()
         self.strides: list[int] = self.body.feature_info.reduction()
 
     def no_weight_decay(self) -> set[str]:
-        """Return what timm exempts from weight decay."""
+        """Return the parameters that timm exempts from weight decay."""
         return {f"{_TIMM_PREFIX}{name}" for name in undecayed(self.body.model)}
 
     def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
-        """Take weights of timm's whole model, or of a backbone."""
+        """Convert the weights of the full timm model, or of a backbone."""
         own = self.state_dict().keys()
         if own <= weights.keys():
             return TakenOver(weights)

@@ -1,4 +1,4 @@
-"""From a configuration to a model: the only place under `models` that knows the config."""
+"""Build models from a configuration; the only module under `models` that depends on the config."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def build_backbone(config: Any, *, out_indices: Sequence[int] = (0, 1, 2, 3)) ->
 
     Args:
         config: configuration, as for `build_model`; of type ``dat`` or ``timm``.
-        out_indices: which maps are returned: stages of a DAT, features of a model of timm.
+        out_indices: indices of the returned maps: stages of a DAT, features of a timm model.
 
     Raises:
         ValueError: the model cannot be a backbone, or one of its options is not allowed.
@@ -76,13 +76,13 @@ def build_detector(config: Any) -> Detector:
     settings = config.MODEL.DETECTOR
     kind = DETECTORS[settings.NAME]
     first = NUM_STAGES - kind.maps
-    # Models of timm may have a map of stride 2 before those of a DAT.
+    # timm models may have a stride-2 map before those of a DAT.
     backbone = build_backbone(
         config, out_indices=range(first, NUM_STAGES) if config.MODEL.TYPE == "dat" else range(-kind.maps, 0)
     )
     try:
         return kind.build(backbone, num_classes=num_classes(config), **settings.ARGS)
-    except TypeError as error:  # for an argument that it does not have
+    except TypeError as error:  # unknown argument
         raise ValueError(f"MODEL.DETECTOR.ARGS: {error}") from None
 
 
@@ -95,11 +95,11 @@ def build_segmenter(config: Any) -> Segmenter:
     settings = config.MODEL.SEGMENTER
     if settings.NAME not in SEGMENTERS:
         raise ValueError(f"MODEL.SEGMENTER.NAME must be one of {', '.join(SEGMENTERS)}, not {settings.NAME!r}")
-    # The last four maps: models of timm may have one of stride 2 before them.
+    # The last four maps: timm models may have a stride-2 map before them.
     backbone = build_backbone(config, out_indices=(0, 1, 2, 3) if config.MODEL.TYPE == "dat" else (-4, -3, -2, -1))
     try:
         return SEGMENTERS[settings.NAME](backbone, num_classes(config), **settings.ARGS)
-    except TypeError as error:  # for an argument that it does not have
+    except TypeError as error:  # unknown argument
         raise ValueError(f"MODEL.SEGMENTER.ARGS: {error}") from None
 
 
@@ -117,11 +117,11 @@ def _build_timm(config: Any) -> nn.Module:
     if arguments.get("pretrained"):
         raise ValueError("MODEL.TIMM.ARGS.pretrained would fetch weights; give a file with --pretrained")
     published = timm.get_pretrained_cfg(name)
-    if published is not None and published.fixed_input_size:  # these models take the size of their images
+    if published is not None and published.fixed_input_size:  # these models need the image size
         arguments = {"img_size": image_size(config), **arguments}
     try:
         model = timm.create_model(name, **arguments)
-    except TypeError as error:  # for an argument that the model does not have
+    except TypeError as error:  # unknown argument
         raise ValueError(f"MODEL.TIMM.ARGS: {error}") from None
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing()
@@ -129,21 +129,21 @@ def _build_timm(config: Any) -> nn.Module:
 
 
 def image_size(config: Any) -> tuple[int, int]:
-    """Return height and width in pixels of what the network is given."""
+    """Return the height and width of the network's input in pixels."""
     size = config.DATA.IMG_SIZE
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def arguments(config: Any) -> Any:
-    """Return the section of the config with the arguments of its model, among them ``num_classes``."""
+    """Return the config section with the model's arguments, including ``num_classes``."""
     return config.MODEL.TIMM.ARGS if config.MODEL.TYPE == "timm" else config.MODEL[config.MODEL.TYPE.upper()]
 
 
 def num_classes(config: Any) -> int:
-    """Return for how many classes the configured model is built."""
+    """Return the number of classes of the configured model."""
     return arguments(config).get("num_classes", 1000)
 
 
 def set_num_classes(config: Any, number: int) -> None:
-    """Let the configured model be built for ``number`` classes."""
+    """Set the number of classes of the configured model."""
     arguments(config)["num_classes"] = number

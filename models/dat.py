@@ -31,7 +31,7 @@ from .options import (
 from .tables import Resize
 
 NOWHERE = (False, False, False, False)
-# The options of the network; those of its mixers stand in their files. A StageOption has an entry per stage.
+# Options of the network; mixers declare theirs in their own files. A StageOption has one entry per stage.
 OPTIONS = {
     "img_size": Option(
         224,
@@ -73,11 +73,11 @@ OPTIONS = {
 class Stage(nn.Module):
     """Blocks of one width: each a mixer and an MLP with residual connections, or one ConvNeXt block.
 
-    The parts of block ``d`` lie at index ``d`` of parallel lists, as the published weights are named.
+    The parts of block ``d`` are at index ``d`` of parallel lists, following the names of the published weights.
 
     Args:
-        options: what the blocks are made of.
-        dim_in: channels of the incoming map.
+        options: options of the stage.
+        dim_in: number of input channels.
         drop_paths: stochastic-depth rate of each block.
         use_checkpoint: recompute the activations of each block in the backward pass instead of keeping them.
     """
@@ -102,7 +102,7 @@ class Stage(nn.Module):
         self.mlps = nn.ModuleList(mlp(dim, expansion=expansion, drop=drop) for _ in range(depth))
         self.attns = nn.ModuleList(mixer.build(options) for mixer in mixers)
         self.residuals = nn.ModuleList(Residual(rate) for rate in drop_paths)
-        # A ConvNeXt block has no layer scale; its entries exist, untrained, because published weights name them.
+        # ConvNeXt blocks do not use layer scale; the untrained entries exist because the published weights have them.
         self.layer_scales = nn.ModuleList(
             LayerScale(dim, init).requires_grad_(not lone) if init > 0 else nn.Identity()
             for lone in self.lone
@@ -136,19 +136,19 @@ class Stage(nn.Module):
 class DAT(nn.Module):
     """A Vision Transformer with deformable attention, from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
 
-    The network runs on any image whose last map has a pixel, whatever ``img_size`` it was built for. Its methods are
-    those of timm's models.
+    The network accepts any image whose last map has at least one pixel, whatever ``img_size`` it was built for. It has
+    the methods of timm's models.
 
     Args:
         **options: by keyword, under their published names; `options` declares them, and ``docs/model.md`` lists them.
-            Those that hold four values have one per stage.
+            Options with four values have one per stage.
         use_checkpoint: recompute the activations of each block in the backward pass instead of keeping them.
 
     Attributes:
         num_features: channels of the last map.
-        head_hidden_size: of what the classifier takes; the same.
-        feature_info: of the output of each stage, as timm describes features: channels, stride and name.
-        smallest_image: height and width in pixels.
+        head_hidden_size: channels of the classifier's input; equals ``num_features``.
+        feature_info: channels, stride and name of each stage output, in timm's format.
+        smallest_image: height and width of the smallest supported image in pixels.
 
     Raises:
         TypeError: an option is unknown.
@@ -198,11 +198,11 @@ class DAT(nn.Module):
 
     @staticmethod
     def options() -> dict[str, Option]:
-        """Return every option by name: those of the network, then those that the mixers declare."""
+        """Return all options by name: first those of the network, then those of the mixers."""
         return OPTIONS | declared_options()
 
     def get_classifier(self) -> nn.Module:
-        """Return the layer that gives the logits."""
+        """Return the layer that computes the logits."""
         return self.cls_head
 
     def no_weight_decay(self) -> set[str]:
@@ -210,22 +210,22 @@ class DAT(nn.Module):
         return {name for mixer in self._mixers("no_weight_decay") for name in mixer}
 
     def position_tables(self) -> dict[str, Resize]:
-        """Return how the position tables of the mixers are resized, by name."""
+        """Return the resize function of each position table, by name."""
         return {name: resize for mixer in self._mixers("position_tables") for name, resize in mixer.items()}
 
     def input_convs(self) -> set[str]:
-        """Return the convolutions that see the channels of the images."""
+        """Return the convolutions applied to the image channels."""
         return {"patch_proj.0"}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the layer that gives the logits.
+        """Replace the layer that computes the logits.
 
         Args:
-            num_classes: size of the logits; 0 leaves the network without such a layer.
-            global_pool: another value of that option; None leaves it as it is.
+            num_classes: number of logits; 0 removes the layer.
+            global_pool: new pooling; None keeps the current one.
 
         Raises:
-            ValueError: logits are asked for without pooling, or the pooling is unknown.
+            ValueError: logits are requested without pooling, or the pooling is unknown.
         """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
         complete({"global_pool": pool}, {"global_pool": OPTIONS["global_pool"]})
@@ -240,14 +240,14 @@ class DAT(nn.Module):
         self.cls_head = nn.Linear(self.num_features, num_classes).to(like) if num_classes else nn.Identity()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the activations of each block in the backward pass instead of keeping them, or no longer."""
+        """Enable or disable recomputing the activations of each block in the backward pass."""
         for stage in self.stages:
             stage.use_checkpoint = enable
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Make the position tables those of images of another size, resized bicubically.
+        """Resize the position tables bicubically to another image size.
 
-        The network runs on any size without it; tables of the right size are for fine-tuning at it.
+        The network accepts any size without this; use it before fine-tuning at another size.
 
         Args:
             img_size: height and width in pixels, or both as one number.
@@ -261,7 +261,7 @@ class DAT(nn.Module):
         update_model_input_size(self, size)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return which parameters form a layer, in timm's form: the stem, then every stage or every block.
+        """Group the parameters into layers, in timm's format: the stem, then every stage or every block.
 
         A downsampling belongs to the first block after it.
         """
@@ -278,7 +278,7 @@ class DAT(nn.Module):
         return {"stem": stem, "blocks": [*down, *blocks]}
 
     def _mixers(self, method: str) -> Iterator[dict[str, Any]]:
-        """Yield what the mixers with a method answer, names completed to those of the network."""
+        """Call a method on all mixers that have it and yield the results, with full parameter names."""
         for path, module in self.named_modules():
             if module is not self and hasattr(module, method):
                 answer = getattr(module, method)()
@@ -286,14 +286,14 @@ class DAT(nn.Module):
                 yield {f"{path}.{name}": value for name, value in values.items()}
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
-        """Compile every mixer and MLP by itself, for inputs of fixed size; parameters keep their names.
+        """Compile every mixer and MLP separately, for inputs of fixed size; parameters keep their names.
 
-        Blocks of one kind and width share their code, so that it takes a fraction of the time of the whole network.
+        Blocks of the same kind and width share code, so this takes a fraction of the time for the whole network.
         Raises the process's limit of recompilations, `torch._dynamo.config.recompile_limit`, to the number of shapes.
-        Compiled blocks keep for the backward pass what the plain operations keep; ``use_checkpoint`` saves memory.
+        Compiled blocks keep the same activations as the plain operations; use ``use_checkpoint`` to save memory.
 
         Args:
-            backend: compiler, as `torch.compile` takes it.
+            backend: backend of `torch.compile`.
         """
         # Modules of one class share the limit: 4 stages, training and evaluation, whole and partial batches.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
@@ -309,8 +309,8 @@ class DAT(nn.Module):
         return self.cls_norm(self._maps(x, len(self.stages))[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits of a map of `forward_features`, or with ``pre_logits`` what the classifier takes."""
-        # The mean as such: torch.func.vmap has no rule for adaptive pooling.
+        """Return the logits of a map of `forward_features`, or with ``pre_logits`` the classifier's input."""
+        # An explicit mean: torch.func.vmap does not support adaptive pooling.
         x = x.mean(dim=(2, 3)) if self.global_pool.pool_type == "avg" else self.global_pool(x)
         return x if pre_logits else self.cls_head(x)
 
@@ -327,15 +327,15 @@ class DAT(nn.Module):
 
         Args:
             x: images.
-            indices: of the stages, negative ones from the end; a number for that many last ones, None for all.
-            norm: give the last stage's output as the classifier's norm leaves it.
-            stop_early: leave out the stages after the last one that is asked for.
+            indices: stage indices, negative ones from the end; an int n for the last n stages, None for all.
+            norm: apply the classifier's norm to the output of the last stage.
+            stop_early: skip the stages after the last requested one.
             output_fmt: NCHW, the only layout.
-            intermediates_only: return the list alone.
+            intermediates_only: return only the list.
 
         Returns:
-            The result of `forward_features` and the outputs in the order of `indices`. With ``stop_early`` the former
-            is the last output that was computed.
+            The result of `forward_features` and the outputs in the order of `indices`. With ``stop_early``, the former
+            is the last computed output.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt = {output_fmt!r} must be NCHW; permute the maps for another layout")
@@ -349,12 +349,12 @@ class DAT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the outputs of some stages do not need.
+        """Remove the modules not needed for the outputs of the given stages.
 
         Args:
-            indices: of the stages, as for `forward_intermediates`.
-            prune_norm: remove the classifier's norm, too; it goes with the last stage in any case.
-            prune_head: remove pooling and classifier, too; they go with the last stage in any case.
+            indices: stage indices, as in `forward_intermediates`.
+            prune_norm: also remove the classifier's norm; it is always removed with the last stage.
+            prune_head: also remove pooling and classifier; they are always removed with the last stage.
 
         Returns:
             The indices, counted from the first stage.
@@ -370,7 +370,7 @@ class DAT(nn.Module):
         return take
 
     def _maps(self, x: Tensor, stages: int) -> list[Tensor]:
-        """Return the outputs of the first so many stages."""
+        """Return the outputs of the first ``stages`` stages."""
         height, width = self.smallest_image
         if x.shape[-2] < height or x.shape[-1] < width:
             raise ValueError(
@@ -391,7 +391,7 @@ def _check_image(img_size: int | Sequence[int], *, smallest: int) -> None:
 
 
 def _check_stem(values: dict[str, Any]) -> None:
-    """Check that the image leaves a map to the last stage, and that the stem can be built."""
+    """Check that the last map is not empty and that the stem can be built."""
     patch_size, dim_stem = values["patch_size"], values["dim_stem"]
     _check_image(values["img_size"], smallest=patch_size << (NUM_STAGES - 1))
     if values["use_conv_patches"] and (patch_size % 2 or dim_stem % 2):

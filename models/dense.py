@@ -1,4 +1,4 @@
-"""Networks of dense prediction: heads on a backbone, which answers what the trainer asks of a network."""
+"""Dense prediction networks: heads on a backbone, which implements the trainer's interface."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class DenseModel(nn.Module):
     """A detector or segmenter on ``backbone``, see `models.contract`.
 
     Args:
-        backbone: gives maps ``[B, channels[i], H / strides[i], W / strides[i]]``.
+        backbone: returns maps ``[B, channels[i], H / strides[i], W / strides[i]]``.
     """
 
     def __init__(self, backbone: DATBackbone | TimmBackbone) -> None:
@@ -23,27 +23,27 @@ class DenseModel(nn.Module):
         self.backbone = backbone
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters of the backbone that are exempt from weight decay."""
+        """Return the backbone parameters exempt from weight decay."""
         return {f"{_PREFIX}{name}" for name in undecayed(self.backbone)}
 
     def position_tables(self) -> dict[str, Resize]:
-        """Return how the position tables of the backbone are resized, by name."""
+        """Return the resize function of each position table of the backbone, by name."""
         return {f"{_PREFIX}{name}": resize for name, resize in position_tables(self.backbone).items()}
 
     def input_convs(self) -> set[str]:
-        """Return the convolutions that see the channels of the images."""
+        """Return the convolutions applied to the image channels."""
         return {f"{_PREFIX}{name}" for name in input_convs(self.backbone)}
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the backbone which epoch begins."""
+        """Notify the backbone that an epoch begins."""
         set_epoch(self.backbone, epoch)
 
     def compile_blocks(self) -> None:
-        """Compile the backbone; heads see maps of many sizes and stay as they are."""
+        """Compile the backbone; the heads run on maps of many sizes and are not compiled."""
         compile_parts(self.backbone)
 
     def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
-        """Take weights of a network like this, or of a classifier or another dense network for the backbone alone."""
+        """Convert the weights of the same network, or only those of the backbone from a classifier or dense network."""
         heads = {name for name in self.state_dict() if not name.startswith(_PREFIX)}
         if heads <= weights.keys():
             return TakenOver(weights)

@@ -1,8 +1,8 @@
-"""When a fused form may replace the calls of modules.
+"""Checks whether a fused form may replace module calls.
 
 Hooks, adapters, pruning, weight normalisation, quantization and counters of operations take effect when a module is
-called. A form that reads the parameters of modules instead of calling them is taken only where nobody could tell: the
-modules are torch's own layers as torch makes them, with ordinary parameters, and nothing is attached to them.
+called. A form that reads the parameters of modules instead of calling them is used only if the difference cannot be
+observed: the modules are unmodified torch layers with ordinary parameters and nothing attached.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _TENSORS = (nn.Parameter, Tensor, FakeTensor)  # quantized and distributed param
 
 
 def may_fuse(*layers: nn.Module) -> bool:
-    """Return whether nobody could tell if these layers were not called, but their parameters read."""
+    """Return whether reading the parameters of these layers is equivalent to calling them."""
     watched = (
         _torch_module._global_forward_pre_hooks
         or _torch_module._global_forward_hooks
@@ -37,7 +37,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def is_pointwise(conv: nn.Conv2d) -> bool:
-    """Return whether a layer is a convolution that maps the channels of every pixel by itself."""
+    """Return whether a layer is a plain 1x1 convolution: stride 1, no padding, no groups."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size == (1, 1)
@@ -49,7 +49,7 @@ def is_pointwise(conv: nn.Conv2d) -> bool:
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
-    """Return whether a layer is a convolution with a bias that works on each channel by itself and keeps the size."""
+    """Return whether a layer is a depthwise convolution with a bias that keeps the size."""
     return (
         type(conv) is nn.Conv2d
         and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)

@@ -1,6 +1,6 @@
-"""The backbones for Hugging Face's transformers, by `AutoConfig` and `AutoBackbone`, once this module is imported.
+"""Backbones for Hugging Face transformers; importing this module registers them with `AutoConfig` and `AutoBackbone`.
 
-Detectors and segmenters of transformers take the config as their ``backbone_config``.
+Pass the config to transformers' detectors and segmenters as their ``backbone_config``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from .registry import model_options
 
 
 class DATConfig(BackboneConfigMixin, PreTrainedConfig):
-    """What a `DATBackbone` is made of.
+    """Configuration of a `DATBackbone`.
 
     Args:
         architecture: a name of `models.registry`, such as ``dat_tiny``.
-        options: those of `models.dat.DAT` that differ from it. Complete once the config is made, and so in a file.
+        options: options of `models.dat.DAT` that override it. The config, also when saved, holds the complete options.
         out_features: names of the returned maps, some of ``stage1`` to ``stage4``; the last by default.
-        out_indices: the same as numbers, from 0 on.
+        out_indices: the same as indices, from 0.
     """
 
     model_type = "dat"
@@ -65,7 +65,7 @@ class DATBackbone(BackboneMixin, PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Give norms that a file lacks their start; everything else is initialised where it is made."""
+        """Initialise norms missing from a file; all other modules initialise themselves."""
         if isinstance(module, nn.LayerNorm):
             super()._init_weights(module)
 
@@ -75,7 +75,7 @@ class DATBackbone(BackboneMixin, PreTrainedModel):
 
         Args:
             pixel_values: images.
-            output_hidden_states: return the outputs of all stages up to the last map, without norms, too.
+            output_hidden_states: also return the outputs of all stages up to the last map, without norms.
         """
         stages = self.backbone.forward_intermediates(pixel_values, intermediates_only=True)
         maps = tuple(self.backbone.norms[i](stages[i]) for i in self.backbone.out_indices)

@@ -3,8 +3,8 @@
 Maps between modules are logical ``[B, C, H, W]`` tensors in channels-last memory, so that ``permute(0, 2, 3, 1)`` is a
 contiguous view whose last axis holds the channels. Norms and 1x1 convolutions work on that view.
 
-Linear layers and convolutions are torch's own. `linear`, `pointwise` and `residual_depthwise` call them or, where
-nobody could tell, take a faster form.
+Linear layers and convolutions are torch's own. `linear`, `pointwise` and `residual_depthwise` call them or, if
+the difference cannot be observed, use a faster form.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .ops.linear import linear as multiply
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, ...]:
-    """Return ``(height, width)`` of a size that is one number where both are the same."""
+    """Return a size as ``(height, width)``; a single number stands for both."""
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
@@ -50,7 +50,7 @@ class LayerScale(nn.Module):
 
 
 class WideLinear(nn.Linear):
-    """A linear layer on coordinates, computed in at least float32, whatever the autocast or the weights are."""
+    """A linear layer on coordinates, computed in at least float32, whatever the autocast or weight dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -59,7 +59,7 @@ class WideLinear(nn.Linear):
 
 
 class WideConv(nn.Conv2d):
-    """A convolution to coordinates, computed in at least float32, whatever the autocast or the weights are."""
+    """A convolution to coordinates, computed in at least float32, whatever the autocast or weight dtype."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -80,7 +80,7 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a 1x1 convolution to a map ``[B, C, H, W]``, where possible as a linear layer on the channels."""
+    """Apply a 1x1 convolution to a map ``[B, C, H, W]``, if possible as a linear layer on the channels."""
     if is_pointwise(conv) and may_fuse(conv):
         return multiply(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
     return conv(x)
@@ -94,10 +94,10 @@ def residual_depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class Residual(nn.Module):
-    """Adds a residual branch, which stochastic depth drops from a whole sample with a probability (arXiv 1603.09382).
+    """Adds a residual branch with stochastic depth per sample (arXiv 1603.09382).
 
     Args:
-        rate: the probability; what is not dropped counts ``1 / (1 - rate)`` times.
+        rate: drop probability; kept branches are scaled by ``1 / (1 - rate)``.
     """
 
     def __init__(self, rate: float) -> None:
@@ -105,7 +105,7 @@ class Residual(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        """Return ``x`` plus what is left of ``branch``, ``[B, C, H, W]`` all."""
+        """Return ``x`` plus ``branch`` after stochastic depth, all ``[B, C, H, W]``."""
         if not self.training or self.rate == 0.0:
             return x + branch
         keep = 1.0 - self.rate
@@ -144,7 +144,7 @@ class ConvMLP(nn.Module):
     """An MLP with a depthwise 3x3 convolution and its skip between the two layers (DAT++, section 4.2).
 
     Attributes:
-        form: form of the operation, see `models.ops.depthwise`; ``reference`` where something is attached to a layer.
+        form: form of the operation, see `models.ops.depthwise`; ``reference`` if something is attached to a layer.
     """
 
     def __init__(self, dim: int, *, expansion: int, drop: float) -> None:
