@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import AMP_DTYPES, environment, precision, spread, take_turns
 from config import load_config
 from models import build_model
+from models.build import image_size
 
 SIDE = 1024  # of the matrices that the floor is measured with
 
@@ -45,7 +46,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", nargs="+", default=[], help="config files")
     parser.add_argument("--timm", nargs="+", default=[], help="names of timm models")
-    parser.add_argument("--img-size", type=int, help="side of the images; that of the first config where left out")
+    parser.add_argument("--img-size", type=int, help="side of the images (default: size of the first config)")
     parser.add_argument("--batch-size", type=int, nargs="+", default=[8])
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="CPU threads")
     parser.add_argument("--device", default="cpu")
@@ -65,7 +66,7 @@ def _print_table(args: argparse.Namespace) -> None:
     networks, size = _build_networks(args, device)
     first, *others = networks
     macs = _macs(networks[first], size)
-    print(f"{environment(device, max(args.threads))}; {size}x{size}, best of {args.runs}\n")
+    print(f"{environment(device, max(args.threads))}; {size[0]}x{size[1]}, best of {args.runs}\n")
     columns = ["threads", "batch", "autocast", "task", "mode", "floor, ms", f"{first}, ms"]
     columns += [column for name in others for column in (f"{name}, ms", "ratio")]
     print(f"| {' | '.join(columns)} |\n|---:|---:|---|---|---|{'---:|' * (len(columns) - 5)}")
@@ -74,7 +75,7 @@ def _print_table(args: argparse.Namespace) -> None:
         running = _compiled(networks) if compiled else networks
         rates = {amp: _mac_rate(amp, device) for amp in args.amp}
         for batch, amp, task in product(args.batch_size, args.amp, [args.only] if args.only else TASKS):
-            images = torch.randn(batch, 3, size, size, device=device)
+            images = torch.randn(batch, 3, *size, device=device)
             rivals = {name: partial(TASKS[task], network, images, amp) for name, network in running.items()}
             seconds = take_turns(rivals, runs=args.runs, device=device)
             floor = batch * macs * (1 if task == "inference" else 3) / rates[amp]
@@ -86,12 +87,12 @@ def _print_table(args: argparse.Namespace) -> None:
             print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
-def _build_networks(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, nn.Module], int]:
-    """Return the networks by name, those of timm first, and the side of the images."""
+def _build_networks(args: argparse.Namespace, device: torch.device) -> tuple[dict[str, nn.Module], tuple[int, int]]:
+    """Return the networks by name, those of timm first, and height and width of the images."""
     configs = [load_config(path, args.opts) for path in args.cfg]
     if not configs and not args.img_size:
         raise ValueError("without --cfg, give the side of the images with --img-size")
-    size = args.img_size or configs[0].DATA.IMG_SIZE
+    size = (args.img_size, args.img_size) if args.img_size else image_size(configs[0])
     ours = {Path(path).stem: build_model(config) for path, config in zip(args.cfg, configs, strict=True)}
     try:
         theirs = {name: timm.create_model(name) for name in args.timm}
@@ -117,11 +118,11 @@ def _compiled(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return copies
 
 
-def _macs(network: nn.Module, size: int) -> int:
+def _macs(network: nn.Module, size: tuple[int, int]) -> int:
     """Return the multiply-accumulates of a network for one image."""
     like = next(network.parameters())
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network.eval()(torch.zeros(1, 3, size, size, device=like.device))
+        network.eval()(torch.zeros(1, 3, *size, device=like.device))
     return counter.get_total_flops() // 2
 
 

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import load_config
 from models import build_model
+from models.build import image_size
 from models.vit import ATTENTIONS
 from tools.complexity import count_macs, count_parameters
 
@@ -93,14 +94,14 @@ def accuracies(folder: Path) -> list[float]:
 def measure(config_path: str, options: Sequence[str], *, batch: int = 64, runs: int = 5) -> Cost:
     """Return the cost of a variant; images a second on this machine, the best of some runs."""
     config = load_config(config_path, options)
-    model, size = build_model(config).eval(), config.DATA.IMG_SIZE
-    images, seconds = torch.randn(batch, 3, size, size), []
+    model, size = build_model(config).eval(), image_size(config)
+    images, seconds = torch.randn(batch, 3, *size), []
     for _ in range(runs + 1):
         start = time.perf_counter()
         with torch.inference_mode():
             model(images)
         seconds.append(time.perf_counter() - start)
-    return Cost(count_parameters(model), count_macs(model, (size, size)), batch / min(seconds[1:]))
+    return Cost(count_parameters(model), count_macs(model, size), batch / min(seconds[1:]))
 
 
 def write(folder: Path, costs: dict[str, Cost], seeds: Sequence[int]) -> None:

@@ -1,0 +1,62 @@
+"""A configuration of rectangular images from training to every tool that reads its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+import onnxruntime
+import pytest
+
+from benchmarks import model
+from tests.launched import run_forked
+from tests.runs import ROOT, read_metrics, write_config
+from tests.tools.samples import write_photograph
+from tools import compare, complexity, export, predict, visualize
+
+HEIGHT, WIDTH = 32, 64
+
+
+def call(monkeypatch: pytest.MonkeyPatch, command: Callable[[], None], *words: object, ends: bool = False) -> None:
+    """Call the main function of a tool with these words on its command line; `ends`: it exits, with status 0."""
+    monkeypatch.setattr("sys.argv", ["tool", *map(str, words)])
+    with pytest.raises(SystemExit) if ends else nullcontext() as ended:
+        command()
+    assert not ended or not ended.value.code
+
+
+@pytest.mark.slow
+def test_a_rectangle_is_trained_evaluated_and_read_by_the_tools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = {"IMG_SIZE": [HEIGHT, WIDTH], "BATCH_SIZE": 512, "NUM_WORKERS": 0}  # two updates
+    config = write_config(tmp_path, DATA=data, TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
+    common = ("--cfg", config, "--output", tmp_path)
+    assert "2 updates of 512 images" in run_forked(*common, "--check")
+    run_forked(*common)
+    folder = tmp_path / "tiny" / "default"
+    score = read_metrics(folder, "eval")[-1]["top1"]
+    assert f"test images: {score:.1f}%" in run_forked(*common, "--eval", "--resume", folder / "best.pth")
+    assert f"at {HEIGHT}x{WIDTH}" in run_forked(*common, "--throughput")
+
+    photograph, checkpoint = write_photograph(tmp_path / "photo.png"), ("--checkpoint", folder / "best.pth")
+    call(monkeypatch, predict.main, photograph, *checkpoint, ends=True)
+    assert "photo.png: " in capsys.readouterr().out
+    call(monkeypatch, visualize.main, photograph, *checkpoint, "--output", tmp_path / "drawn")
+    assert (tmp_path / "drawn" / "index.html").is_file()
+    call(monkeypatch, export.main, *checkpoint, "--output", tmp_path, ends=True)
+    (images,) = onnxruntime.InferenceSession(tmp_path / "tiny.onnx").get_inputs()
+    assert images.shape[1:] == [3, HEIGHT, WIDTH]
+
+
+def test_costs_of_rectangles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = write_config(tmp_path, DATA={"IMG_SIZE": [HEIGHT, WIDTH]})
+    call(monkeypatch, complexity.main, config)
+    call(monkeypatch, model.main, "--cfg", config, "--runs", 1, "--batch-size", 1)
+    assert capsys.readouterr().out.count(f"{HEIGHT}x{WIDTH}") == 2
+    square = compare.measure(ROOT / "configs" / "digits.yaml", [], batch=1, runs=1)
+    wide = compare.measure(ROOT / "configs" / "digits.yaml", ["DATA.IMG_SIZE", "[32, 64]"], batch=1, runs=1)
+    assert wide.macs > 1.9 * square.macs
