@@ -28,7 +28,10 @@ WRONG = [
     ({"heads": [1, True, 4, 8]}, r"heads\[1\] = True must be a whole number"),
     ({"use_pes": [1, 1, 1, 1]}, r"use_pes\[0\] = 1 must be true or false"),
     ({"stage_spec": [["D"], ["D"], 5, ["D"]]}, r"stage_spec\[2\] = 5 must be letters, such as 'ND'"),
-    ({"stage_spec": ["D", "Z", "D", "D"]}, r"stage_spec\[1\] = 'Z' holds 'Z'; the letters are D, E, L, N, P, Q, S, X"),
+    (
+        {"stage_spec": ["D", "Z", "D", "D"]},
+        r"stage_spec\[1\] = 'Z' holds 'Z'; the letters are " + ", ".join(sorted(MIXERS)),
+    ),
     ({"depths": [1, 2, 1, 1]}, r"stage_spec\[1\] = 'D' does not name as many blocks as depths\[1\] = 2"),
     ({"depths": [1, 1, 0, 1]}, r"depths\[2\] = 0 must be at least 1"),
     ({"dims": [0, 16, 32, 64]}, r"dims\[0\] = 0 must be at least 1"),
