@@ -1,4 +1,4 @@
-# make setup | demo | test | test-long | bench-gpu | docs | lint: each sets up .venv by itself, once.
+# make setup | demo | test | test-long | bench-gpu | docs | lint: each sets up .venv automatically, once.
 PYTHON ?= python3
 # Processes that run tests at once: one more than there are cores, as many tests wait for runs they started; or a
 # number; and the tests they run.

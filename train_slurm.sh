@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Submit a training run to SLURM, one task a GPU. Preempted or out of time, it saves, is queued again and continues.
+# Submit a training run to SLURM, one task per GPU. Preempted or out of time, it saves, is requeued and continues.
 # From the environment, with defaults: PARTITION (the cluster's), GPUS_PER_NODE (8, or <gpus> if fewer), CPUS_PER_TASK (10),
 # TIME_LIMIT (2-00:00:00), GRACE (seconds before the time limit at which the run saves: 180), MAX_RESTARTS (of a run whose
 # process died: 3), MASTER_ADDR (the first node), DATA_PATH, SBATCH_FLAGS, CHECK_FIRST (1; 0 queues the job unchecked,
-# where this machine does not see the data).
+# for machines that do not see the data).
 set -euo pipefail
 usage="usage: bash train_slurm.sh <gpus> <config> <job-name> [main.py flags...]"
 
@@ -13,20 +13,20 @@ usage="usage: bash train_slurm.sh <gpus> <config> <job-name> [main.py flags...]"
 task='folder=$1; shift; trap : INT TERM USR1; "$@"; status=$?
 echo "$status" 2>/dev/null >"$folder/$DAT_RESTART_COUNT.$SLURM_PROCID"; exit "$status"'
 
-# Whether a process died, or ended because another one did. 130, 138 and 143 are those of a run that was asked to stop.
+# Whether a process died, or exited because another one did. 130, 138 and 143 mean that the run was asked to stop.
 died() { (($1 == 75 || ($1 > 128 && $1 != 130 && $1 != 138 && $1 != 143))); }
 
 if [[ ${1:-} == --inside-job ]]; then
     folder=$(mktemp -d "$2/$SLURM_JOB_ID.XXXXXX") # which all nodes see
     trap 'rm -rf "$folder"' EXIT
     shift 2
-    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # which srun does not take over from sbatch by itself
+    export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it from sbatch
     for ((restart = 0; ; restart++)); do
         highest=0
-        # Where one task ends, the others are left a minute to end by themselves: their exit status says why.
+        # After one task exits, the others have a minute to exit on their own: their exit status gives the reason.
         DAT_RESTART_COUNT=$restart DAT_RESTARTS_LEFT=$((${MAX_RESTARTS:-3} - restart)) \
             srun --kill-on-bad-exit=0 --wait=60 bash -c "$task" task "$folder" "$@" || highest=$?
-        # srun tells the highest status alone. A task that failed by itself decides, whatever the others ended with.
+        # srun reports only the highest status. A task that failed on its own decides, whatever the status of the others.
         decided=0
         for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
             read -r status 2>/dev/null <"$folder/$restart.$rank" || continue # killed before it could leave one
@@ -52,7 +52,7 @@ shift 3
 per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
 ((gpus % per_node == 0)) || usage "$gpus GPUs do not fill nodes of $per_node; set GPUS_PER_NODE"
 command -v sbatch >/dev/null || usage "train_slurm.sh: there is no sbatch here; run it where SLURM is, or use train.sh"
-# A wrong flag is told now, not when the job has waited in the queue. This machine need not have the job's GPUs and cores.
+# Report a wrong flag now, not after the job has waited in the queue. This machine need not have the job's GPUs and cores.
 if [[ ${CHECK_FIRST:-1} != 0 ]]; then
     LOCAL_WORLD_SIZE=$gpus "$python" "$root/main.py" --cfg "$config" --tag "$name" "$@" \
         --opts DATA.NUM_WORKERS 0 --device cpu --check

@@ -10,7 +10,7 @@ usage() {
     exit 2
 }
 
-# answer_help <usage> <arguments...>: where --help or -h is among the arguments, print the usage and the flags, and end.
+# answer_help <usage> <arguments...>: if --help or -h is among the arguments, print the usage and the flags, and exit.
 answer_help() {
     local usage=$1 word
     shift
@@ -28,13 +28,13 @@ launch() {
     if ((processes == 1)); then
         exec "$python" "$root/main.py" "$@"
     fi
-    if [[ " $* " == *" --check "* ]]; then # asked for nothing else
+    if [[ " $* " == *" --check "* ]]; then # check only
         LOCAL_WORLD_SIZE=$processes exec "$python" "$root/main.py" "$@"
     fi
-    LOCAL_WORLD_SIZE=$processes "$python" "$root/main.py" "$@" --check >/dev/null # what is to be said, the run says
+    LOCAL_WORLD_SIZE=$processes "$python" "$root/main.py" "$@" --check >/dev/null # the run itself prints the warnings
     # Share the cores, so that processes on CPU do not get into each other's way.
     local cores
-    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc knows which cores are ours
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc respects the CPU affinity
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
     exec "$python" "$root/tools/launch.py" "$processes" "$@"
 }

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A SLURM of two nodes on this machine, on loopback, with daemons, key and state of its own in one folder.
-#   cluster.sh check                say what is missing, with exit status 1, or nothing
+#   cluster.sh check                print what is missing and exit with status 1, or print nothing
 #   cluster.sh install              install SLURM on Debian or Ubuntu
 #   cluster.sh start|stop <folder>  SLURM_CONF=<folder>/slurm.conf is then what sbatch and the others need
 set -euo pipefail
@@ -77,10 +77,10 @@ stop() {
     local name state status=0
     export SLURM_CONF=$1/slurm.conf
     if [[ -f $1/slurmctld.pid ]]; then
-        for state in PENDING RUNNING SUSPENDED; do # of which scancel takes one at a time
+        for state in PENDING RUNNING SUSPENDED; do # scancel accepts one state at a time
             scancel --state "$state" || status=1
         done
-        for _ in {1..80}; do # a job that does not end by itself is killed after KillWait
+        for _ in {1..80}; do # a job that does not exit on its own is killed after KillWait
             [[ -n $(squeue --noheader) ]] || break
             sleep 0.5
         done
