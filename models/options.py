@@ -1,7 +1,7 @@
 """Options, each declared once: default, type, meaning and check.
 
-A declaration stands beside the code that uses the option. Constructor, config, messages and documentation follow from
-it.
+Each option is declared next to the code that uses it. Constructor, config, messages and documentation are derived
+from the declaration.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Check:
-    """What values are allowed.
+    """The allowed values of an option.
 
     Attributes:
         holds: whether a value, of the right type, is allowed.
         words: what is allowed, after "must be".
-        choices: the allowed values where they can be listed.
+        choices: the allowed values, if they can be listed.
     """
 
     holds: Callable[[Any], bool]
@@ -63,7 +63,7 @@ def odd() -> Check:
 
 
 def one_of(*choices: str) -> Check:
-    """Return the check that a value is one of a few."""
+    """Return the check that a value is one of the given choices."""
     return Check(lambda value: value in choices, f"one of {', '.join(c or repr(c) for c in choices)}", choices)
 
 
@@ -72,10 +72,10 @@ class Option:
     """An option.
 
     Attributes:
-        default: its value where none is given; also gives the type.
+        default: default value; also determines the type.
         meaning: one or two sentences for the documentation.
-        check: which values are allowed, None for all of the type.
-        also_list: takes a list of such values, too.
+        check: allowed values, or None for all values of the type.
+        also_list: also accept a list of values.
     """
 
     default: Any
@@ -89,7 +89,7 @@ class StageOption(Option):
     """An option with one entry per stage.
 
     Attributes:
-        each: which entries are allowed in a stage that uses the option.
+        each: allowed entries in stages that use the option.
     """
 
     each: Check | None = None
@@ -108,11 +108,11 @@ class DeclaredSignature:
 
 
 def complete(given: Mapping[str, Any], declared: Mapping[str, Option]) -> dict[str, Any]:
-    """Return the value of every declared option, and check those that do not depend on a stage.
+    """Return the values of all declared options, and check those that do not depend on a stage.
 
     Raises:
         TypeError: an option is unknown.
-        ValueError: a value is not allowed; the message names it and what is allowed.
+        ValueError: a value is not allowed; the message names the value and the allowed values.
     """
     for name in given.keys() - declared.keys():
         near = difflib.get_close_matches(name, declared, n=1)
@@ -141,14 +141,14 @@ def _check_type(shown: str, value: Any, default: Any) -> None:
 
 @dataclass(frozen=True)
 class StageOptions:
-    """The options of one stage: ``stage["dims"]`` is its entry of a list, ``stage["coordinates"]`` that of all stages.
+    """The options of one stage: ``stage["dims"]`` is its own entry, ``stage["coordinates"]`` is shared by all stages.
 
     Attributes:
         index: number of the stage.
         map_size: native height and width of its map.
         letters: letter of each block.
         values: value of every option by name.
-        lists: names of the options that have an entry per stage.
+        lists: names of the options with one entry per stage.
     """
 
     index: int
@@ -161,7 +161,7 @@ class StageOptions:
         return self.values[name]
 
     def show(self, name: str) -> str:
-        """Return an option as the person wrote it, for example ``heads[2] = 5``."""
+        """Return an option as the user wrote it, for example ``heads[2] = 5``."""
         return f"{name}[{self.index}] = {self[name]!r}" if name in self.lists else f"{name} = {self[name]!r}"
 
     def require(self, name: str, check: Check) -> None:
@@ -194,7 +194,7 @@ def split_stages(
         map_size: native size of the first stage's map; it halves from stage to stage.
 
     Raises:
-        ValueError: an entry has a wrong type, or a stage has another number of letters than blocks.
+        ValueError: an entry has the wrong type, or the number of letters of a stage differs from its number of blocks.
     """
     lists = {name: option for name, option in declared.items() if isinstance(option, StageOption)}
     stages = []

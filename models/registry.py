@@ -1,7 +1,7 @@
-"""The published models under names of timm: ``timm.create_model("dat_tiny.in1k")``.
+"""The published models, registered with timm: ``timm.create_model("dat_tiny.in1k")``.
 
-A name says architecture and, after the dot, data and image size of the published weights. What a name stands for is a
-YAML file of ``configs/``. Importing this module registers all names; `torch.hub` has them by ``hubconf.py``.
+A name consists of the architecture and, after the dot, the data and image size of the published weights. Each name is
+defined by a YAML file in ``configs/``. Importing this module registers all names; `torch.hub` uses ``hubconf.py``.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ PAPERS = {
     False: ("arXiv:2309.01430", "DAT++: Spatially Dynamic Vision Transformer with Deformable Attention"),
     True: ("arXiv:2201.00520", "Vision Transformer with Deformable Attention"),
 }
-EVALUATION = {"CROP": True, "CROP_RATIO": 0.875}  # as `config` has them where a file is silent
-# In an installed package the configs lie beside this file, in the repository beside its folder.
+EVALUATION = {"CROP": True, "CROP_RATIO": 0.875}  # the defaults of `config`
+# In an installed package the configs are next to this file, in the repository next to its folder.
 _HERE = Path(__file__).resolve().parent
 FOLDER = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 
-# The published files hold their config as a yacs `CfgNode`; read as a plain dict, it runs no code.
+# The published files contain a yacs `CfgNode`; reading it as a plain dict executes no code.
 torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 
@@ -63,7 +63,7 @@ def model_options(name: str) -> dict[str, Any]:
     """Return the options of `DAT` for a name; stochastic depth, part of the recipe, is left at 0.
 
     Args:
-        name: with its tag, or without it for that of the first one.
+        name: model name with its tag; without a tag, the first one is used.
 
     Raises:
         ValueError: there is no such name.
@@ -99,9 +99,9 @@ default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in CONFI
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Return weights as `model` takes them: a published file, a checkpoint of the trainer, or their ``model`` entry.
+    """Convert weights for `model`: a published file, a checkpoint of the trainer, or their ``model`` entry.
 
-    Position tables are resized to those of the model. timm itself sees to other classes and channels.
+    Position tables are resized to those of the model. timm itself handles other numbers of classes and channels.
     """
     return fit_tables(state_dict.get("model", state_dict), model)
 

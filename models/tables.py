@@ -1,7 +1,7 @@
-"""How position tables become those of another size of image or window.
+"""Resizing position tables to other image or window sizes.
 
-A mixer names, in `position_tables`, the function that resizes each of its tables. Such a function takes the table and
-the shape it should have, and returns a table of that shape, or of another one where that cannot be done.
+A mixer's `position_tables` returns the resize function of each of its tables. The function takes the table and the
+target shape, and returns a table of that shape, or of a different shape if this is not possible.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Resize = Callable[[Tensor, torch.Size], Tensor]
 def between_corners(table: Tensor, shape: torch.Size) -> Tensor:
     """Resize a table ``[heads, 2*H-1, 2*W-1]`` that is sampled from corner to corner, whatever the map.
 
-    Resized between the centres of its corners it stays the same function.
+    Interpolating between its corner centres preserves the function.
     """
     if table.shape[1] % 2 == 0 or table.shape[2] % 2 == 0:  # one value per query and key
         return table
@@ -51,9 +51,9 @@ def per_query_and_key(queries: tuple[int, int], keys: tuple[int, int]) -> Resize
 
 
 def _resize_axis(table: Tensor, axis: int, grid: tuple[int, int]) -> Tensor:
-    """Resize what is laid out along an axis to a grid, from a square or else a grid of the same aspect.
+    """Resize a grid flattened along an axis, from a square or else from a grid of the same aspect ratio.
 
-    An axis that is neither stays as it is.
+    An axis that is neither is left unchanged.
     """
     cells = table.shape[axis]
     height = isqrt(cells)

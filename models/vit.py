@@ -1,4 +1,4 @@
-"""A Vision Transformer with exchangeable attention and locality-aware initialisation."""
+"""A Vision Transformer with interchangeable attention and locality-aware initialisation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .options import Option, at_least, not_negative, one_of, share
 
 ATTENTIONS = ("softmax", "performer", "disentangled", "disentangled_performer", "deformable")
 LOCALITIES = ("none", *KINDS)
-INITS = {"timm": "", "jax": "jax"}  # as timm calls them
+INITS = {"timm": "", "jax": "jax"}  # timm's names
 OPTIONS = {
     "patch_size": Option(4, "Pixels per patch on each axis.", at_least(1)),
     "num_classes": Option(10, "Size of the logits; training takes the number of classes of the data.", at_least(1)),
@@ -51,7 +51,7 @@ OF_OUR_ATTENTIONS = re.compile(r"\.attn\.(random|relative|sampling_offsets|atten
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
-    """timm's Vision Transformer (arXiv 2010.11929) with another attention in its blocks.
+    """timm's Vision Transformer (arXiv 2010.11929) with configurable attention in its blocks.
 
     Args:
         img_size: height and width of the images, or their side.
@@ -60,24 +60,24 @@ class VisionTransformer(timm_vit.VisionTransformer):
         embed_dim: channels.
         depth: number of blocks.
         num_heads: attention heads.
-        mlp_ratio: width of the MLPs over ``embed_dim``.
-        global_pool: ``token`` classifies by a class token, ``avg`` by the mean of the patches, without such a token.
+        mlp_ratio: ratio of MLP width to ``embed_dim``.
+        global_pool: ``token`` classifies by a class token, ``avg`` by the mean of the patches, without a class token.
         drop_rate: dropout rate of tokens, projections and MLPs.
-        attn_drop_rate: probability of dropping an attention weight; ``softmax`` and ``disentangled`` alone.
+        attn_drop_rate: probability of dropping an attention weight; ``softmax`` and ``disentangled`` only.
         drop_path_rate: stochastic-depth rate of the last block; rises linearly from 0.
         weight_init: first weights of linear layers. ``timm``: normal, of standard deviation 0.02. ``jax``: by the
             number of channels (Xavier), as in the original code; narrow networks learn much faster from these.
         attention: one of `ATTENTIONS`.
-        num_features: random features of a head of the Performers; 0 for ``d ln d`` of its d channels.
+        num_features: random features per head of the Performers; 0 for ``d ln d``, with d channels per head.
         feature_kind: ``positive``, which approximates softmax, or ``relu``.
-        redraw_epochs: epochs after which the Performers draw other features; 0 for never.
-        span: largest displacement in patches with a relative position of its own, of the disentangled ones.
-        points: points of a head on every grid, of ``deformable``.
-        scales: grids of ``deformable``, each half as large as the one before.
+        redraw_epochs: interval in epochs at which the Performers redraw their features; 0 for never.
+        span: largest displacement in patches with its own relative position, for disentangled attention.
+        points: sampling points per head and grid of ``deformable``.
+        scales: number of grids of ``deformable``, each half as large as the previous one.
         locality: ``none``, or where the first epochs have a window around each patch (TransGAN, arXiv 2102.07074,
             section 3.4): ``sequence``, in the order of the tokens, or ``box``, in the plane.
-        locality_reach: patches that the windows reach to each side, one after the other.
-        locality_epochs: the epoch before which each window ends; after the last there is none.
+        locality_reach: reach of the successive windows to each side, in patches.
+        locality_epochs: the epoch before which each window ends; no window is used after the last.
         use_checkpoint: recompute the activations of each block in the backward pass instead of keeping them.
 
     Raises:
@@ -141,42 +141,42 @@ class VisionTransformer(timm_vit.VisionTransformer):
         }
         for block in self.blocks:
             block.attn = makers[attention](embed_dim, heads=num_heads, grid=grid, prefix=prefix, proj_drop=drop_rate)
-            if attention != "deformable":  # which starts from values of its own
+            if attention != "deformable":  # which has its own initialisation
                 block.attn.apply(timm_vit.get_init_weights_vit(INITS[weight_init], needs_reset=False))
 
     @staticmethod
     def options() -> dict[str, Option]:
-        """Return the options of a config by name; the size of the images and the use of checkpoints stand elsewhere."""
+        """Return the config options by name, without image size and checkpointing, which are set elsewhere."""
         return OPTIONS
 
     def window_at(self, epoch: int) -> Window | None:
-        """Return what a patch sees in an epoch, counted from 0; all where None."""
+        """Return the window of a patch in an epoch, counted from 0, or None for all patches."""
         if self.locality == "none":
             return None
         return next((Window(self.locality, reach) for end, reach in self.schedule if epoch < end), None)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, counted from 0: with its window and its random features.
+        """Set the window and random features of an epoch, counted from 0.
 
-        The same whenever it is called, so that a resumed run goes on as it would have.
+        The result depends only on the epoch, so a resumed run matches an uninterrupted one.
         """
         for block in self.blocks:
             block.attn.window = self.window_at(epoch)
             block.attn.set_epoch(epoch)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the embeddings and tables that weight decay leaves alone."""
+        """Return the names of the embeddings and tables exempt from weight decay."""
         tables = {name for name, _ in self.named_parameters() if name.endswith(".relative.table")}
         return super().no_weight_decay() | tables
 
     def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
-        """Return weights of one of timm's Vision Transformers, or of one like this, under the names of this one.
+        """Convert weights of a timm Vision Transformer, or of another `VisionTransformer`, to the names of this one.
 
-        Patches and position embeddings are resized to its grid. Values and output of ``deformable`` come from those of
-        softmax attention.
+        Patch and position embeddings are resized to its grid. Value and output projections of ``deformable`` are
+        initialised from softmax attention.
 
-        New are tables of relative positions, directions of random features, and where and how much ``deformable``
-        looks.
+        Tables of relative positions, directions of random features, and sampling offsets and weights of ``deformable``
+        are new.
         """
         weights = timm_vit.checkpoint_filter_fn(dict(weights), self)
         if isinstance(self.blocks[0].attn, PatchDeformableAttention):
@@ -187,7 +187,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         return TakenOver(weights, {name for name in missing if OF_OUR_ATTENTIONS.search(name)})
 
     def set_input_size(self, *_: Any, **__: Any) -> None:
-        """Refuse, as attentions are made for a grid; build another network and take over the weights."""
+        """Not supported, as attentions are built for a fixed grid; build another network and convert the weights."""
         raise ValueError("the grid of patches is fixed; build a network of the new img_size and take over the weights")
 
 

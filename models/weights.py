@@ -1,4 +1,4 @@
-"""Weights of one network made to fit another: other classes, map sizes and windows.
+"""Adapting weights to another network: different classes, map sizes and windows.
 
 Everything here works on state dicts, whose names and shapes are those of the published weights.
 """
@@ -22,23 +22,23 @@ from .tables import Resize
 
 IMAGENET_1K = 1000
 NEW_ROW = -1  # in a class map: a class that the weights do not have
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # of batch norms, which were learned
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # batch norm statistics, which are learned
 
 
 @dataclass(kw_only=True)
 class Report:
-    """What became of the entries of a state dict, by name.
+    """Report on how the entries of a state dict were adapted, by name.
 
     Attributes:
         entries: number of entries of the network.
-        loaded: entries taken as they are.
+        loaded: entries loaded unchanged.
         resized: shape before and after of each position table that was resized.
         channels: shape before and after of each layer that was adapted to other channels of the images.
-        remapped: entries of the head whose rows were picked class by class.
+        remapped: entries of the head whose rows were selected by class.
         reinitialised: entries of the head that keep the network's own initialisation.
-        new: entries that networks of the weights' kind do not have.
+        new: entries that the kind of network the weights come from does not have.
         left_out: entries of the weights that were not used.
-        head: what became of the classes, in words; empty where the head was taken as it is.
+        head: description of how the classes were mapped; empty if the head was loaded unchanged.
     """
 
     entries: int
@@ -52,7 +52,7 @@ class Report:
     head: str = ""
 
     def lines(self) -> list[str]:
-        """Return the report in words, a line for each kind of change."""
+        """Return the report as text, one line per kind of change."""
         lines = [f"loaded as they are: {len(self.loaded)} of {self.entries} entries"]
         tables = defaultdict(list)
         for name, shapes in self.resized.items():
@@ -80,22 +80,22 @@ def adapt(
     classes: Sequence[str] = (),
     names: Sequence[str] = (),
 ) -> tuple[dict[str, Tensor], Report]:
-    """Make weights of the same architecture fit `model`, whatever classes and sizes they were trained for.
+    """Adapt weights of the same architecture to `model`, whatever classes and sizes they were trained for.
 
     Position tables of other map sizes, windows or kernels are resized bicubically. Index and mask buffers follow from
-    the sizes and are always the model's own. Weights for images of three channels are adapted to others as timm does:
-    summed for one, repeated and scaled for more. Where the classes differ, rows of the head are picked by `class_map`,
-    by name, by number where there are no names, or by synset from an ImageNet-22K head (also 21K and 12K) for
+    the sizes and are always those of the model. Weights for three image channels are adapted to others as timm does:
+    summed for one, repeated and scaled for more. If the classes differ, rows of the head are selected by `class_map`,
+    by name, by number if there are no names, or by synset from an ImageNet-22K head (also 21K and 12K) for
     ImageNet-1K; otherwise the head is new.
 
     Args:
         weights: state dict of another network; unchanged.
         model: the network to fit; unchanged.
         class_map: see `read_class_map`.
-        classes: names by label of `model`, where they are known; `names` are those of `weights`.
+        classes: class names of `model` by label, if known; `names` are those of `weights`.
 
     Returns:
-        A state dict that loads strictly into `model`, and the report of what it is made of.
+        A state dict that loads strictly into `model`, and a report.
 
     Raises:
         ValueError: the weights are of another architecture, or the class map does not fit.
@@ -135,7 +135,7 @@ def adapt(
 
 
 def _misfits(weights: dict[str, Tensor], model: nn.Module, report: Report) -> list[str]:
-    """Return which entries the network has not; those of a head that it does without are noted as left out."""
+    """Return the entries that the network lacks; those of an unused head are reported as left out."""
     unknown = weights.keys() - model.state_dict().keys()
     if not getattr(model, "num_classes", 1) and classifier(model):
         report.left_out += sorted(name for name in unknown if name.startswith(f"{classifier(model)}."))
@@ -157,7 +157,7 @@ def _note_buffer(name: str, value: Tensor | None, own: Tensor, report: Report) -
 def fit_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """Return weights whose position tables have the sizes of `model`; index and mask buffers are its own.
 
-    A table that differs in more than its size stays as it is, for `load_state_dict` to name.
+    A table that differs in more than its size is left unchanged, so `load_state_dict` reports it.
     """
     fitted = dict(weights)
     for name, resize in position_tables(model).items():
@@ -168,7 +168,7 @@ def fit_tables(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor
 
 
 def _resized(table: Tensor, shape: torch.Size, resize: Resize) -> Tensor | None:
-    """Return a position table in another shape, or None where it differs in more than its size."""
+    """Return a position table in another shape, or None if it differs in more than its size."""
     if table.ndim != len(shape):
         return None
     table = resize(table, shape)
@@ -178,7 +178,7 @@ def _resized(table: Tensor, shape: torch.Size, resize: Resize) -> Tensor | None:
 def _head_entries(weights: dict[str, Tensor], expected: dict[str, Tensor], head: str) -> list[str]:
     """Return the entries of the classifier if the weights have them for the same features, whatever the classes.
 
-    They may also have none of them, as those of a backbone.
+    Backbone weights have none of them.
     """
     names = [name for name in expected if head and name.startswith(f"{head}.")]
     if not weights.keys() & set(names):
@@ -236,38 +236,38 @@ def _adapt_head(
 
 
 def find_labels(classes: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Return the place of each class among `names`; nothing where one is not there."""
+    """Return the index of each class in `names`, or [] if one is missing."""
     places = {name: label for label, name in enumerate(names)}
     return [places[name] for name in classes] if places.keys() >= set(classes) else []
 
 
 def as_numbers(classes: Sequence[str], there: int) -> list[int]:
-    """Return the labels of classes that are called by numbers below `there`; nothing where they are not."""
+    """Return the labels of classes named by numbers below `there`, or [] if any is not."""
     return [int(name) for name in classes] if all(name.isdecimal() and int(name) < there for name in classes) else []
 
 
 def synsets(there: int) -> list[str]:
-    """Return the WordNet ids by label of the ImageNet set that has so many classes; nothing where none has."""
+    """Return the WordNet ids by label of the ImageNet set with `there` classes, or [] if there is none."""
     subset = "imagenet-1k" if there == IMAGENET_1K else infer_imagenet_subset({"num_classes": there})
     return ImageNetInfo(subset).label_names() if subset else []
 
 
 def _imagenet_rows(subset: str) -> list[int]:
-    """Return for each class of ImageNet-1K its index in a larger set, `NEW_ROW` where that lacks its synset."""
+    """Return for each class of ImageNet-1K its index in a larger set, `NEW_ROW` if its synset is missing there."""
     indices = {synset: index for index, synset in enumerate(ImageNetInfo(subset).label_names())}
     return [indices.get(synset, NEW_ROW) for synset in synsets(IMAGENET_1K)]
 
 
 def read_class_map(path: Path, *, there: int, classes: Sequence[str], names: Sequence[str] = ()) -> list[int]:
-    """Read which class of some weights each class of a data set is.
+    """Read the mapping from the classes of a data set to those of the weights.
 
     Args:
         path: text file with a line for each class, in their order, or with a class and, behind a tab, a comma or a
             space, its counterpart on each line, in any order; such a file may name further classes. A counterpart is
-            an index, counted from 0, a name, or -1 where there is none.
+            an index, counted from 0, a name, or -1 if there is none.
         there: number of classes of the weights.
-        classes: names of the data set's.
-        names: those of the weights; WordNet ids where they have none and are as many as those of an ImageNet set.
+        classes: class names of the data set.
+        names: class names of the weights; WordNet ids if they have none and their number is that of an ImageNet set.
 
     Raises:
         ValueError: the file cannot be read, or does not fit.
@@ -296,7 +296,7 @@ def read_class_map(path: Path, *, there: int, classes: Sequence[str], names: Seq
 
 
 def _split(line: str) -> tuple[str, str]:
-    """Return a class and its counterpart; of a line of one word, no class."""
+    """Return a class and its counterpart; a line of one word has no class."""
     mark = next((mark for mark in "\t," if mark in line), None)
     name, *label = (part.strip() for part in line.rsplit(mark, 1))
     return (name, label[0]) if label else ("", name)

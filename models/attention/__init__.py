@@ -1,7 +1,7 @@
 """The mixers of a stage, by the letter that names them in ``stage_spec``.
 
-A mixer maps ``[B, C, H, W]`` to ``[B, C, H, W]``, nothing more. A new one is a file that registers its letter, see
-`letters`, and a line here that imports it.
+A mixer maps ``[B, C, H, W]`` to ``[B, C, H, W]``. To add one, write a file that registers its letter, see `letters`,
+and import it here.
 """
 
 from . import convnext  # noqa: F401

@@ -44,12 +44,12 @@ OPTIONS = {
     ),
 }
 
-# Values of the samples of a batch, 1 MiB in float32, from which it pays to make the keys anew in the backward pass.
+# Number of sampled values per batch, 1 MiB in float32, above which recomputing the keys in the backward pass pays off.
 WORTH_MAKING_ANEW = 1 << 18
 
 
 class Deformation(NamedTuple):
-    """What one deformable attention looked at; coordinates are (y, x), -1 and +1 the centres of the corner pixels.
+    """Sampling positions and weights of one deformable attention; in (y, x), -1 and +1 are the corner pixel centres.
 
     Attributes:
         key_size: height and width of the grid of keys, ``Hk * Wk = Ns``.
@@ -65,7 +65,7 @@ class Deformation(NamedTuple):
 
 
 class DeformableAttention(nn.Module):
-    """Every pixel attends to keys sampled from the map at positions that the map itself decides.
+    """Every pixel attends to keys sampled from the map at positions predicted from the map.
 
     Args:
         dim: channels C.
@@ -83,8 +83,8 @@ class DeformableAttention(nn.Module):
 
     Attributes:
         form: form of the attention with a table, see `models.ops.deformable`. ``reference`` also samples the map in the
-            plain form and keeps what the keys are made of; the others, for batches of some size, make the keys anew in
-            the backward pass, so that weights must not change between forward and backward.
+            plain form and keeps the inputs of the keys; the other forms recompute the keys of larger batches in the
+            backward pass, so weights must not change between forward and backward.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class DeformableAttention(nn.Module):
         size = x.shape[-2:]
         q = pointwise(self.proj_q, x)
         if self._makes_keys_anew(x):
-            # Keeps k, v and positions alone for the backward: what they are made of is cheap from x and q.
+            # Keeps only k, v and positions for the backward: their inputs are cheap to recompute from x and q.
             k, v, positions, key_size = checkpoint(self._keys, x, q, use_reentrant=False)
         else:
             k, v, positions, key_size = self._keys(x, q)
@@ -182,13 +182,13 @@ class DeformableAttention(nn.Module):
         return self.proj_drop(pointwise(self.proj_out, x))
 
     def position_tables(self) -> dict[str, Resize]:
-        """Return how each position table is resized, by name."""
+        """Return the resize function of each position table, by name."""
         if self.position_bias == "fixed":
             return {"rpe_table": per_query_and_key(self.native_size, self._key_size(self.native_size))}
         return {"rpe_table": between_corners} if self.position_bias == "table" else {}
 
     def set_map_size(self, size: Size) -> None:
-        """Make the position table that of maps of another height and width."""
+        """Resize the position table to maps of another height and width."""
         self.native_size = size
         for name, resize in self.position_tables().items():
             table = getattr(self, name)
@@ -196,7 +196,7 @@ class DeformableAttention(nn.Module):
             setattr(self, name, nn.Parameter(resized, requires_grad=table.requires_grad))
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that the published recipe does not decay: those of every kind of position bias."""
+        """Return the parameters exempt from weight decay in the published recipe: all position biases."""
         return {name for name, _ in self.named_parameters() if name.split(".")[0] == "rpe_table"}
 
     @torch.no_grad()
@@ -217,7 +217,7 @@ class DeformableAttention(nn.Module):
     def _makes_keys_anew(self, x: Tensor) -> bool:
         if needs_plain_operations() or self.form == "reference" or not torch.is_grad_enabled():
             return False
-        if is_checkpointed():  # in a block that is recomputed as a whole, a third time would gain nothing
+        if is_checkpointed():  # the block is recomputed anyway; another recomputation gains nothing
             return False
         batch, channels, height, width = x.shape
         return batch * math.prod(self._key_size((height, width))) * channels >= WORTH_MAKING_ANEW
@@ -232,7 +232,7 @@ class DeformableAttention(nn.Module):
         return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (self.heads, -1))  # [B, H*W, heads, d]
 
     def _sample_keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Size]:
-        """Return what the keys are made of, ``[B, C, Hk, Wk]``, positions ``[B, g, Ns, 2]`` and the grid's size."""
+        """Return the inputs of the keys, ``[B, C, Hk, Wk]``, positions ``[B, g, Ns, 2]`` and the grid's size."""
         if self.use_offsets:
             positions, key_size = self._positions(self._offsets(q))
             form = "reference" if self.form == "reference" else "auto"
@@ -249,14 +249,14 @@ class DeformableAttention(nn.Module):
     def _offsets(self, q: Tensor) -> Tensor:
         """Return the offset network's output ``[B, Hk, Wk, g, 2]``, at least float32, for queries ``[B, C, H, W]``.
 
-        The groups share the network. Its depthwise convolution runs on all of them as one; after that, a group is so
-        many more columns of the map.
+        The groups share the network. Its depthwise convolution runs on all of them at once; after that, the
+        groups are additional columns of the map.
         """
         conv, *rest = self.conv_offset
         height, width = q.shape[-2:]
         (kernel, _), (padding, _) = conv.kernel_size, conv.padding
         smallest = kernel - 2 * padding
-        if min(height, width) < smallest:  # padding by nothing would copy the map
+        if min(height, width) < smallest:  # zero padding would still copy the map
             q = F.pad(q, (0, max(smallest - width, 0), 0, max(smallest - height, 0)))
         if self.groups > 1 and not may_fuse(self.conv_offset, conv):
             offsets = self.conv_offset(rearrange(q, "b (g c) h w -> (b g) c h w", g=self.groups))

@@ -1,7 +1,7 @@
 """Deformable attention for sequences, images and volumes.
 
 The attention of DAT (arXiv 2201.00520, section 3) with the continuous position bias of Swin V2 (arXiv 2111.09883,
-section 3.3) in place of a table, so that it takes any size, and the names of the package ``deformable-attention``.
+section 3.3) instead of a table, so it supports any size, and the names of the package ``deformable-attention``.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class ContinuousPositionBias(nn.Module):
 
 
 class _DeformableAttentionND(nn.Module):
-    """Every place of a map attends to keys sampled from it at positions that the map itself decides.
+    """Every place of a map attends to keys sampled from it at positions predicted from the map.
 
     Args:
         dim: channels C.
@@ -67,13 +67,13 @@ class _DeformableAttentionND(nn.Module):
         heads: attention heads.
         dropout: probability of dropping an attention weight.
         downsample_factor: places per key, one number or one per axis.
-        offset_scale: bound of the offsets in key cells, one number or one per axis; ``downsample_factor`` where None.
+        offset_scale: bound of the offsets in key cells, one number or one per axis; ``downsample_factor`` if None.
         offset_groups: groups g of channels, each sampled at its own positions; divides ``heads`` and ``dim``. One per
-            head where None.
+            head if None.
         offset_kernel_size: kernel of the offset network, one number or one per axis; at least ``downsample_factor``.
         cpb_log_distance: whether the position bias spaces displacements logarithmically.
-        group_queries: whether a group makes its queries from its own channels alone.
-        group_key_values: the same of keys and values.
+        group_queries: whether a group computes its queries from its own channels only.
+        group_key_values: the same for keys and values.
         coordinates: ``pixel`` spreads the keys evenly, each in the middle of its share of the map, whatever its size.
             ``package`` repeats the numbers of the package ``deformable-attention`` 0.0.20, whose positions are those of
             corner pixels, sampled as those of edges; on rectangles it divides x by the height, and on volumes it
@@ -135,11 +135,11 @@ class _DeformableAttentionND(nn.Module):
 
         Args:
             x: sequence, image or volume.
-            return_vgrid: also return where the keys are, in key cells: ``[B*g, Nk]`` of a sequence; (x, y) of an image,
+            return_vgrid: also return the key positions, in key cells: ``[B*g, Nk]`` of a sequence; (x, y) of an image,
                 ``[B*g, 2, Hk, Wk]``; (frame, y, x) of a volume, ``[B*g, 3, Fk, Hk, Wk]``.
 
         Raises:
-            ValueError: the input has another number of axes or of channels.
+            ValueError: the input has the wrong number of axes or channels.
         """
         if x.dim() != self.axes + 2 or x.shape[1] != self.to_q.in_channels:
             raise ValueError(

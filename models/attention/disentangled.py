@@ -16,17 +16,17 @@ from ..ops.relative_positions import Buckets, Relation
 from .performer import PerformerAttention
 from .tokens import TokenAttention
 
-DENSE_SHARE = 8  # how many times dearer a number of a sum over patches is than one of a matrix of tokens, on a CPU
+DENSE_SHARE = 8  # CPU cost of a number in a sum over patches, relative to one in a matrix of tokens
 
 
 class RelativeKeys(nn.Module):
-    """The table of relative positions and what it adds to the logits.
+    """The table of relative positions and its contribution to the logits.
 
     Args:
-        dim: channels of a row.
+        dim: channels per row.
         grid: rows and columns of patches.
         prefix: tokens before the patches.
-        span: largest displacement with a row of its own, see `models.ops.relative_positions.Buckets`.
+        span: largest displacement with its own row, see `models.ops.relative_positions.Buckets`.
     """
 
     def __init__(self, dim: int, *, grid: tuple[int, int], prefix: int, span: int) -> None:
@@ -55,7 +55,7 @@ class DisentangledAttention(TokenAttention):
     Positions go through the projections of the content (``share_att_key``).
 
     Args:
-        span: largest displacement with a row of its own.
+        span: largest displacement with its own row.
         **options: see `TokenAttention`.
     """
 
@@ -82,10 +82,10 @@ class DisentangledPerformer(PerformerAttention):
     The first exponential depends on i and r alone, the second on j and r. All keys of one r lie in a rectangle of the
     grid, displaced from i, over which sums of ``f(k_j) exp(k_j . q(-r) / s) v_j^T`` are running sums, see
     `models.ops.locality`. One such sum for each of the R rows: time and memory are linear in tokens, with R, the number
-    of features and that of channels as factors. On small grids a matrix of tokens is cheaper and gives the same.
+    of features and that of channels as factors. On small grids a matrix of tokens is cheaper and gives the same result.
 
     Args:
-        span: largest displacement with a row of its own; R is at most ``(4 * span - 1)^2 + 3``.
+        span: largest displacement with its own row; R is at most ``(4 * span - 1)^2 + 3``.
         **options: see `PerformerAttention`.
     """
 
@@ -114,7 +114,7 @@ class DisentangledPerformer(PerformerAttention):
             return normalized(attend(q_features, k_features, F.pad(v, (0, 1), value=1.0), by_query, by_key))
 
     def choose_form(self, tokens: int) -> str:
-        """Return the form that is taken for so many tokens."""
+        """Return the form used for this number of tokens."""
         if self.form != "auto":
             return self.form
         dense = tokens <= DENSE_SHARE * self.relative.buckets.rows * min(self.random.dim, self.random.count)
@@ -146,7 +146,7 @@ class DisentangledPerformer(PerformerAttention):
         return q @ ((k * by_key[..., opposite, None]).mT @ v) * by_query[..., row, None]
 
     def _box(self, relation: Relation, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
-        """Return what the keys of one relation add to the sums of the patches."""
+        """Return the contribution of the keys of one relation to the sums of the patches."""
         k = k * by_key[..., relation.opposite, None]
         around = (k.unsqueeze(-1) * v.unsqueeze(-2)).unflatten(-3, self.grid)  # [..., H, W, m, d + 1]
         for axis in (0, 1):

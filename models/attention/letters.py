@@ -1,7 +1,7 @@
-"""What the letters of ``stage_spec`` stand for.
+"""The registry of the letters of ``stage_spec``.
 
-A mixer's file registers its letters with the options that it declares. Importing the file, in `models.attention`, is
-all that a new letter takes elsewhere.
+A mixer's file registers its letters with the options that it declares. To add a letter, import its file in
+`models.attention`; nothing else is needed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from ..options import Option, StageOption, StageOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Mixer:
-    """What one letter stands for.
+    """The definition of one letter.
 
     Attributes:
-        build: makes the mixer of a stage's options, a module from ``[B, C, H, W]`` to ``[B, C, H, W]``.
-        options: what it declares; an option of several letters is one object.
-        check: raises a ValueError if the stage's options contradict each other; None where they cannot.
+        build: builds the mixer from a stage's options, a module from ``[B, C, H, W]`` to ``[B, C, H, W]``.
+        options: declared options; an option shared by several letters is one object.
+        check: raises a ValueError if the stage's options contradict each other; None if they cannot.
         lone: whether mixer and MLP share one residual, as in ConvNeXt, instead of having one each.
     """
 
@@ -35,7 +35,7 @@ MIXERS: dict[str, Mixer] = {}
 
 
 def register(letter: str, mixer: Mixer) -> None:
-    """Make a letter known to ``stage_spec``, and the options of its mixer to `models.dat.DAT`."""
+    """Register a letter for ``stage_spec``, and the options of its mixer for `models.dat.DAT`."""
     assert len(letter) == 1, f"{letter!r} is more than a letter"
     assert letter not in MIXERS, f"the letter {letter!r} is taken"
     known = declared_options()

@@ -22,7 +22,7 @@ class MSDeformAttn(nn.Module):
 
     Attributes:
         form: form of the attention, see `models.ops.ms_deform_attn`.
-        im2col_step: images worked on at a time.
+        im2col_step: number of images processed at a time.
 
     Raises:
         ValueError: an argument is not allowed.
@@ -48,7 +48,7 @@ class MSDeformAttn(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start from points in one direction per head, the p-th p pixels away, all of the same weight."""
+        """Initialise with points in one direction per head, the p-th p pixels away, all with the same weight."""
         angles = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
         directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
         directions /= directions.abs().amax(dim=-1, keepdim=True)  # onto the border of the unit square
@@ -80,7 +80,7 @@ class MSDeformAttn(nn.Module):
             input_flatten: pixels of all maps in a row, ``[B, S, C]``.
             input_spatial_shapes: height and width of every map, ``[levels, 2]``; a list where it is known outside the
                 device.
-            input_level_start_index: where every map begins among the pixels, ``[levels]``.
+            input_level_start_index: index of the first pixel of every map, ``[levels]``.
             input_padding_mask: ``[B, S]``, true where a pixel is padding, whose value counts as zero.
 
         Returns:
@@ -111,7 +111,7 @@ class MSDeformAttn(nn.Module):
     def sampling_locations(
         self, query: Tensor, reference_points: Tensor, spatial_shapes: Tensor | Sequence[Sequence[int]]
     ) -> Tensor:
-        """Return where the queries look, ``[B, Q, heads, levels, points, 2]``, at least float32."""
+        """Return the sampling locations of the queries, ``[B, Q, heads, levels, points, 2]``, at least float32."""
         offsets = self.sampling_offsets(query)
         dtype = torch.promote_types(offsets.dtype, torch.float32)
         offsets = offsets.to(dtype).unflatten(-1, (self.n_heads, self.n_levels, self.n_points, 2))

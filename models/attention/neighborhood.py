@@ -26,7 +26,7 @@ class NeighborhoodAttention(nn.Module):
 
     A map smaller than the window is zero-padded on the right and bottom; the padding then takes part, as published.
 
-    Without a position bias, NATTEN does the work on a GPU where it is installed.
+    Without a position bias, NATTEN is used on a GPU if it is installed.
 
     Attributes:
         form: form of the operation, see `models.ops.neighborhood`; or ``natten``.
@@ -60,7 +60,7 @@ class NeighborhoodAttention(nn.Module):
         """Map ``[B, C, H, W]`` to the same shape."""
         height, width = x.shape[-2:]
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        if min(height, width) < self.kernel_size:  # padding by nothing would copy the map
+        if min(height, width) < self.kernel_size:  # zero padding would still copy the map
             bottom, right = max(self.kernel_size - height, 0), max(self.kernel_size - width, 0)
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # [B, H, W, heads, d]
@@ -75,7 +75,7 @@ class NeighborhoodAttention(nn.Module):
         return self.proj_drop(linear(self.proj, x)).permute(0, 3, 1, 2)
 
     def position_tables(self) -> dict[str, Resize]:
-        """Return how each position table is resized, by name."""
+        """Return the resize function of each position table, by name."""
         return {} if self.rpb is None else {"rpb": by_cells}
 
     def _takes_natten(self, q: Tensor, dropout: float) -> bool:
@@ -89,7 +89,7 @@ class NeighborhoodAttention(nn.Module):
 
 @functools.cache
 def natten_attention() -> Callable[..., Tensor] | None:
-    """Return NATTEN's operation on queries, keys and values ``[B, H, W, heads, d]``, None where it is not installed."""
+    """Return NATTEN's operation on queries, keys and values ``[B, H, W, heads, d]``, or None if not installed."""
     try:
         from natten import na2d
     except ImportError:

@@ -14,16 +14,16 @@ from .ms_deform_attn import MSDeformAttn
 
 
 class PatchDeformableAttention(MSDeformAttn):
-    """Every token looks at a few points of the grid of patches, and of smaller grids that are means of it.
+    """Every token attends to a few points of the grid of patches, and of smaller grids pooled from it by averaging.
 
-    A patch looks from its own place, a token before the patches from the middle; it is no place to look at.
+    The reference of a patch is its own position, that of a prefix token the centre; prefix tokens are not attended to.
 
     Args:
         dim: channels.
         heads: attention heads; divides ``dim``.
         grid: rows and columns of patches.
         prefix: tokens before the patches.
-        points: points of a head on every grid.
+        points: points per head and grid.
         scales: grids, each half as high and wide as the one before, rounded up.
         proj_drop: dropout rate of the output.
 
@@ -53,7 +53,7 @@ class PatchDeformableAttention(MSDeformAttn):
         self.register_buffer("places", _places(grid, prefix), persistent=False)
 
     def set_epoch(self, epoch: int) -> None:
-        """Do what an epoch begins with: nothing."""
+        """Begin an epoch; does nothing."""
 
     def forward(self, x: Tensor, **_: None) -> Tensor:
         """Map tokens ``[B, N, C]`` to the same shape; timm's blocks pass masks, which are None here."""
@@ -90,7 +90,7 @@ class PatchDeformableAttention(MSDeformAttn):
         return logits.masked_fill(patch & coarse, float("-inf"))
 
     def _reach(self, window: Window) -> tuple[int, int]:
-        """Return how many rows and columns away a patch looks."""
+        """Return the reach of a patch in rows and columns."""
         if window.kind == "box":
             return window.reach, window.reach
         rows = window.reach // self.grid[1]
@@ -98,7 +98,7 @@ class PatchDeformableAttention(MSDeformAttn):
 
 
 def _places(grid: tuple[int, int], prefix: int) -> Tensor:
-    """Return where every token looks from, ``[N, 2]``, (x, y)."""
+    """Return the reference point of every token, ``[N, 2]``, (x, y)."""
     y, x = ((torch.arange(length) + 0.5) / length for length in grid)
     patches = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1)
     return torch.cat((torch.full((prefix, 2), 0.5), patches))

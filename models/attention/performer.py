@@ -14,9 +14,9 @@ from .tokens import TokenAttention
 
 
 class RandomDirections(nn.Module):
-    """Orthogonal Gaussian directions that can be drawn anew.
+    """Orthogonal Gaussian directions that can be redrawn.
 
-    What is saved is what they are drawn from: an average of weights, for one, would make no sense of the directions.
+    The checkpoint stores the seed instead of the directions, because averaging weights, for one, would corrupt them.
 
     Args:
         count: number of directions.
@@ -46,9 +46,9 @@ class PerformerAttention(TokenAttention):
     """Attention with products of random features as weights.
 
     Args:
-        num_features: random features of a head; ``d ln d`` of its d channels where None.
+        num_features: random features per head; ``d ln d`` if None, with d channels per head.
         feature_kind: ``positive``, which approximates softmax attention, or ``relu``.
-        redraw_epochs: epochs after which other features are drawn; never where 0, and never in evaluation.
+        redraw_epochs: interval in epochs at which the features are redrawn; 0 for never; never in evaluation.
         form: of sums over windows and position terms: ``sums`` in linear time, ``reference`` with a matrix of tokens,
             or ``auto``, the cheaper.
         **options: see `TokenAttention`.

@@ -34,7 +34,7 @@ class PyramidAttention(nn.Module):
         """Map ``[B, C, H, W]`` to the same shape."""
         height, width = x.shape[-2:]
         reduced = x
-        if min(height, width) < self.sr_ratio:  # padding by nothing would copy the map
+        if min(height, width) < self.sr_ratio:  # zero padding would still copy the map
             reduced = F.pad(x, (0, max(self.sr_ratio - width, 0), 0, max(self.sr_ratio - height, 0)))
         q = rearrange(pointwise(self.q, x), "b (heads d) h w -> b heads (h w) d", heads=self.heads)
         kv = pointwise(self.kv, self.proj_ds(reduced))

@@ -18,7 +18,7 @@ OPTIONS = {
     "qna_activation": Option("exp", "Function of the scores of Q.", one_of("exp", "sigmoid", "linear")),
 }
 
-# Keeps the sums of a window from vanishing whose scores are all far below the map's largest.
+# Keeps the sums of a window from vanishing if all its scores are far below the map's largest.
 SCORE_FLOOR = -40.0
 
 
@@ -65,7 +65,7 @@ class QueryAndAttend(nn.Module):
         return self.proj_drop(pointwise(self.proj_out, self._attend(scores, v)))
 
     def position_tables(self) -> dict[str, Resize]:
-        """Return how each position table is resized, by name."""
+        """Return the resize function of each position table, by name."""
         return {"rpb_table": square_along(0), "attn_scale": square_along(2)}
 
     def _attend(self, scores: Tensor, v: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class QueryAndAttend(nn.Module):
             v: ``[B, heads, d, H, W]``.
 
         Returns:
-            ``[B, heads * d, H, W]``. Always at least float32: a quotient of small sums has no digits to spare.
+            ``[B, heads * d, H, W]``. Always at least float32: a quotient of small sums needs the precision.
         """
         dtype = torch.promote_types(v.dtype, torch.float32)
         scores = self._activate(scores.to(dtype), dims=(3, 4))

@@ -60,7 +60,7 @@ class SlideAttention(nn.Module):
         return self.proj_drop(linear(self.proj, x)).permute(0, 3, 1, 2)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that the published recipe does not decay."""
+        """Return the parameters exempt from weight decay in the published recipe."""
         return {"relative_position_bias_table"}
 
     def _shifted(self, x: Tensor) -> Tensor:

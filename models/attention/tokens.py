@@ -1,4 +1,4 @@
-"""What the attentions of a Vision Transformer share: projections, and a window while there is one."""
+"""Base class of the Vision Transformer's attentions: projections and an optional window."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..ops.locality import Window, window_mask
 class TokenAttention(nn.Module):
     """Self-attention of tokens: some prefix tokens, then the patches of a grid, row by row.
 
-    The names are those of timm's attention, so that weights of its Vision Transformers load.
+    Parameter names are those of timm's attention, so weights of its Vision Transformers load.
 
     Args:
         dim: channels.
@@ -22,7 +22,7 @@ class TokenAttention(nn.Module):
         proj_drop: dropout rate of the output.
 
     Attributes:
-        window: which patches a patch sees; all where None.
+        window: patches visible to a patch, or None for all.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TokenAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def set_epoch(self, epoch: int) -> None:
-        """Do what an epoch begins with."""
+        """Begin an epoch."""
 
     def forward(self, x: Tensor, **_: None) -> Tensor:
         """Map tokens ``[B, N, C]`` to the same shape; timm's blocks pass masks, which are None here."""
@@ -57,7 +57,7 @@ class TokenAttention(nn.Module):
         raise NotImplementedError
 
     def mask(self, like: Tensor) -> Tensor | None:
-        """Return which key each query sees, bool ``[N, N]``, or None where it sees all."""
+        """Return which key each query sees, bool ``[N, N]``, or None if it sees all."""
         if self.window is None:
             return None
         return window_mask(self.grid, self.prefix, self.window, device=like.device)

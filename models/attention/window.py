@@ -49,7 +49,7 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def set_map_size(self, size: tuple[int, int]) -> None:
-        """Make the mask of shifted windows that of maps of another height and width."""
+        """Recompute the mask of shifted windows for maps of another height and width."""
         self.native_size = self._padded(size)
         if self.shift:
             device = self.relative_position_index.device
@@ -60,7 +60,7 @@ class WindowAttention(nn.Module):
         batch, _, height, width = x.shape
         size = self._padded((height, width))
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        if size != (height, width):  # padding by nothing would copy the map
+        if size != (height, width):  # zero padding would still copy the map
             x = F.pad(x, (0, 0, 0, size[1] - width, 0, size[0] - height))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
@@ -76,11 +76,11 @@ class WindowAttention(nn.Module):
         return x[:, :height, :width].permute(0, 3, 1, 2)
 
     def position_tables(self) -> dict[str, Resize]:
-        """Return how each position table is resized, by name."""
+        """Return the resize function of each position table, by name."""
         return {"relative_position_bias_table": square_along(0)}
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that the published recipe does not decay."""
+        """Return the parameters exempt from weight decay in the published recipe."""
         return {"relative_position_bias_table"}
 
     def _padded(self, size: tuple[int, int]) -> tuple[int, int]:

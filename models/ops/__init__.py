@@ -1,4 +1,4 @@
-"""Pure functions on tensors: every operation has a plain reference form and, where it pays, faster forms behind it."""
+"""Pure functions on tensors: every operation has a plain reference form and, if worthwhile, faster forms."""
 
 from .multi_scale import ms_deform_attn
 

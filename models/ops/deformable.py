@@ -61,16 +61,16 @@ def deformable_attention(
         dropout: probability of dropping an attention weight.
         clamped: whether all positions are known to lie in [-1, 1], which ``crops`` needs.
         form: ``reference`` samples the table at every displacement and keeps all of them for the backward pass.
-            ``separable`` and, on maps of the size that the table was made for, ``crops`` never hold a displacement, see
-            `models.ops.cpu.table_rows`, and make the attention weights anew in the backward pass; of small batches
-            ``crops`` keeps them. ``triton`` is a kernel for GPUs that writes neither weights nor bias to the memory.
-            These three have no dropout. ``auto`` takes `choose_form`.
+            ``separable`` and, on maps of the size that the table was made for, ``crops`` never store displacements, see
+            `models.ops.cpu.table_rows`, and recompute the attention weights in the backward pass; for small batches
+            ``crops`` keeps them. ``triton`` is a GPU kernel that writes neither weights nor bias to memory.
+            These three have no dropout. ``auto`` uses `choose_form`.
 
     Returns:
         ``[B, H*W, heads, d]``.
 
     Raises:
-        ValueError: the form is unknown or cannot do what is asked for.
+        ValueError: the form is unknown or does not support the arguments.
     """
     native = clamped and coordinates == "dat++" and _is_native(map_size, table)
     if form not in FORMS:
@@ -94,15 +94,14 @@ def deformable_attention(
 
 
 def choose_form(q: Tensor, *, native: bool, dropout: float = 0.0) -> str:
-    """Return the form that `deformable_attention` takes for ``auto``.
+    """Return the form that `deformable_attention` uses for ``auto``.
 
-    On GPUs the one that keeps nothing. On CPUs the fastest that keeps no displacement; in a compiled graph the plain
-    one, which the compiler fuses: what that keeps is the compiler's choice. The transforms of `torch.func` need the
-    plain one.
+    On GPUs, the form that keeps nothing. On CPUs, the fastest that keeps no displacement; in a compiled graph the plain
+    form, which the compiler fuses, choosing itself what to keep. The transforms of `torch.func` need the plain form.
 
     Args:
         q: queries.
-        native: whether the map has the size that the table was made for, and no position lies outside.
+        native: whether the map has the table's native size and no position lies outside.
         dropout: probability of dropping an attention weight.
     """
     if dropout:

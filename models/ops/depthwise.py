@@ -13,14 +13,14 @@ from .forms import products_of, runs_by_hand, without_autocast
 from .kept import made_once
 
 FORMS = ("auto", "reference", "by_hand", "triton")
-CACHED = 1 << 20  # hidden values that are worked on at a time: 4 MiB, so that they stay in the cache
+CACHED = 1 << 20  # hidden values processed at a time: 4 MiB, so that they stay in the cache
 
 
 def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return ``x + conv(x)`` of a depthwise convolution that keeps the size of the map.
 
-    On a GPU it is one kernel. On a CPU it is one convolution, whose centre weight is larger by 1; it has at least
-    float32, as low precision would round that sum.
+    On a GPU this is one kernel. On a CPU it is one convolution with 1 added to the centre weight, in at least float32,
+    as low precision would round that sum.
 
     Args:
         x: map ``[B, C, H, W]``.
@@ -61,8 +61,8 @@ def conv_mlp(
         weight2: of the second linear layer, ``[C, hidden]``.
         bias2: ``[C]``.
         dropout: rate of dropping values of ``h``.
-        form: ``reference``; ``by_hand``, which works on a few images at a time, keeps ``h`` alone for the backward, and
-            has no dropout; or ``triton``, for GPUs, with one kernel between the two layers. ``auto`` takes
+        form: ``reference``; ``by_hand``, which processes a few images at a time, keeps only ``h`` for the backward, and
+            has no dropout; or ``triton``, for GPUs, with one kernel between the two layers. ``auto`` uses
             `choose_form`.
 
     Returns:
@@ -92,7 +92,7 @@ def conv_mlp(
 
 
 def choose_form(x: Tensor, *, dropout: float = 0.0) -> str:
-    """Return the form that `conv_mlp` takes for ``auto``."""
+    """Return the form that `conv_mlp` uses for ``auto``."""
     if x.is_cuda and gpu.suits(x):
         return "triton"
     return "by_hand" if not dropout and runs_by_hand(x) else "reference"
@@ -119,7 +119,7 @@ def _with_skip(weight: Tensor) -> Tensor:
 
 @made_once
 def _skip(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the kernel ``[1, 1, size, size]`` that changes nothing."""
+    """Return the identity kernel ``[1, 1, size, size]``."""
     return F.pad(torch.ones(1, 1, 1, 1, dtype=dtype, device=device), (size // 2,) * 4)
 
 
@@ -128,10 +128,10 @@ class _ConvMLP(torch.autograd.Function):
 
     With ``z = conv(h)``, whose kernel holds the skip connection, and ``y = linear2(gelu(z))``, the gradient of ``y``
     goes back through ``linear2`` to ``gelu(z)``, by the derivative of GELU to ``z``, through the transposed convolution
-    to ``h`` and through ``linear1`` to ``x``. ``h`` is kept; ``z`` and ``gelu(z)``, cheap from it, are computed anew.
+    to ``h`` and through ``linear1`` to ``x``. ``h`` is kept; ``z`` and ``gelu(z)``, cheap from it, are recomputed.
 
-    The kernel has at least float32, and so has what it is applied to, as oneDNN fuses GELU best there; the linear
-    layers may have less.
+    The kernel and its input are at least float32, as oneDNN fuses GELU best there; the linear layers may have lower
+    precision.
     """
 
     @staticmethod
@@ -177,7 +177,7 @@ class _ConvMLP(torch.autograd.Function):
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return ``total + a b`` in at least float32; the first product is the sum, which spares it a pass over zeros."""
+    """Return ``total + a b`` in at least float32; the first product is the sum, which saves a pass over zeros."""
     if total is None:
         return _widened(a @ b)
     return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)

@@ -48,6 +48,6 @@ def query_grid(size: tuple[int, int], *, coordinates: str, dtype: torch.dtype, d
 
 
 def query_steps(size: tuple[int, int], *, coordinates: str) -> list[float]:
-    """Return the step of `query_grid` and where it starts, on the y axis, then on the x axis."""
+    """Return the step and the start of `query_grid`, on the y axis, then on the x axis."""
     shift, inset = (0.0, 1) if coordinates == "dat++" else (0.5, 0)
     return [value for length in size for value in _steps(length, shift=shift, inset=inset)]

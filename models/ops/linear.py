@@ -19,14 +19,14 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
         x: ``[..., in]``.
         weight: ``[out, in]``.
         bias: ``[out]`` or None.
-        form: ``reference`` is PyTorch's own. ``onednn`` takes this product and that of the gradient of ``x`` to oneDNN;
-            it needs float32, or bfloat16 as tensors' type or autocast, on an x86 CPU. ``auto`` takes `choose_form`.
+        form: ``reference`` is PyTorch's own. ``onednn`` computes this product and the gradient of ``x`` with oneDNN;
+            it needs float32, or bfloat16 as tensor or autocast dtype, on an x86 CPU. ``auto`` uses `choose_form`.
 
     Returns:
         ``[..., out]``.
 
     Raises:
-        ValueError: the form is unknown or cannot do what is asked for.
+        ValueError: the form is unknown or does not support the arguments.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} of a linear layer is unknown; choose one of {', '.join(FORMS)}")
@@ -39,12 +39,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
         x, weight, bias = (None if tensor is None else tensor.to(product_dtype(tensor)) for tensor in (x, weight, bias))
-    # What is made in inference mode is never differentiated.
+    # Tensors created in inference mode are never differentiated.
     return multiply(x, weight, bias) if torch.is_inference_mode_enabled() else _Linear.apply(x, weight, bias)
 
 
 def choose_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """Return the form that `linear` takes for ``auto``."""
+    """Return the form that `linear` uses for ``auto``."""
     return "onednn" if runs_by_hand(x) and _is_possible(x, weight, bias) else "reference"
 
 

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from .locality import Window, window_mask, window_sum
 
 FORMS = ("auto", "sums", "reference")
-VANISHED = 1e-30  # sum of weights from which on their quotient has no meaning, and its gradient no finite value
-AT_ONCE = 1 << 22  # numbers of the sums around all patches that are held at a time: 16 MiB in float32
+VANISHED = 1e-30  # sum of weights below which the quotient is meaningless and its gradient not finite
+AT_ONCE = 1 << 22  # numbers of the sums around all patches held at a time: 16 MiB in float32
 SUM_OVER_WEIGHT = 8  # a matrix of tokens may have one number for so many of the sums around patches
 
 
@@ -39,9 +39,9 @@ def linear_attention(
         v: values ``[B, heads, N, d]``.
         grid: height and width of the grid of patches.
         prefix: number of tokens before the patches.
-        window: which keys a patch sees; all where None.
+        window: keys visible to a patch, or None for all.
         form: how sums over windows are computed: ``sums`` in linear time, ``reference`` with a matrix of tokens, and
-            ``auto`` takes `choose_form`.
+            ``auto`` uses `choose_form`.
 
     Returns:
         ``[B, heads, N, d]`` in the dtype of the features.
@@ -60,17 +60,17 @@ def choose_form(tokens: int, features: int, channels: int) -> str:
 
 
 def in_parts(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *others: Tensor) -> Tensor:
-    """Return ``attend(q, k, v, *others)``, some heads, images and features at a time where it takes much memory.
+    """Return ``attend(q, k, v, *others)``, some heads, images and features at a time if it needs much memory.
 
-    Each part is made anew in the backward pass.
+    Each part is recomputed in the backward pass.
 
     Args:
-        attend: gives weighted sums of the values, ``[..., N, d]``, as a sum over features; holds ``m * d`` numbers for
+        attend: returns weighted sums of the values, ``[..., N, d]``, as a sum over features; uses ``m * d`` numbers for
             each token.
         q: features of the queries, ``[B, heads, N, m]``.
         k: features of the keys, ``[B, heads, N, m]``.
         v: values ``[B, heads, N, d]``.
-        *others: what else belongs to each head, ``[B, heads, ...]``.
+        *others: further tensors, ``[B, heads, ...]``.
     """
     heads, per_feature = q.shape[:2].numel(), q.shape[2] * v.shape[3]
     at_once = max(1, min(k.shape[3], AT_ONCE // max(per_feature, 1)))

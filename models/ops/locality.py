@@ -16,7 +16,7 @@ KINDS = ("sequence", "box")
 
 
 class Window(NamedTuple):
-    """What a patch sees of the others.
+    """The patches visible to a patch.
 
     Attributes:
         kind: ``sequence`` counts distances in the order of the tokens, ``box`` in rows and columns of the grid.
@@ -28,7 +28,7 @@ class Window(NamedTuple):
 
 
 def window_mask(grid: tuple[int, int], prefix: int, window: Window, *, device: torch.device | None = None) -> Tensor:
-    """Return which key each query sees, bool ``[prefix + H*W, prefix + H*W]``."""
+    """Return a mask of the keys visible to each query, bool ``[prefix + H*W, prefix + H*W]``."""
     token = torch.arange(grid[0] * grid[1], device=device)
     places = torch.stack((token // grid[1], token % grid[1]) if window.kind == "box" else (token,))
     near = ((places[:, :, None] - places[:, None]).abs() <= window.reach).all(dim=0)

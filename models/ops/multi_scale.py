@@ -28,16 +28,16 @@ def ms_deform_attn(
 
     Args:
         value: values of all levels in a row, ``[B, S, heads, C]``.
-        spatial_shapes: height and width of every level, ``[levels, 2]``; a list saves a GPU the wait for a tensor.
-        level_start_index: where every level begins among the S values, ``[levels]``.
+        spatial_shapes: height and width of every level, ``[levels, 2]``; a list avoids a GPU synchronisation.
+        level_start_index: index of the first value of every level, ``[levels]``.
         sampling_locations: ``[B, Q, heads, levels, points, 2]``, (x, y), 0 and 1 the edges of the level, so that the
-            centre of pixel i of n lies at (i + 0.5) / n. Outside, values are zero. At least float32 is computed.
+            centre of pixel i of n lies at (i + 0.5) / n. Outside, values are zero. Computed in at least float32.
         attention_weights: ``[B, Q, heads, levels, points]``.
-        im2col_step: images worked on at a time, which bounds the memory; the result does not depend on it.
+        im2col_step: number of images processed at a time, which bounds the memory; the result does not depend on it.
         form: ``op`` is one operator, ``torch.ops.dat.ms_deform_attn``, for compiler, export and profiler: sums of rows
             on a CPU, Triton kernels on a GPU; its sums have a fixed order, and it has no second derivatives.
-            ``reference`` is made of plain operations that can be differentiated any number of times. ``auto`` takes
-            ``op``, but for ONNX, which has no such operator.
+            ``reference`` is made of plain operations that can be differentiated any number of times. ``auto`` uses
+            ``op``, except for ONNX, which lacks this operator.
 
     Returns:
         ``[B, Q, heads * C]`` in the dtype of ``value``.
@@ -91,13 +91,13 @@ def _check(
         )
     if im2col_step < 1:
         raise ValueError(f"im2col_step = {im2col_step} is not allowed; give at least 1")
-    if isinstance(spatial_shapes, Tensor):  # the numbers are read, and checked, where that costs no wait
+    if isinstance(spatial_shapes, Tensor):  # read and check the numbers only if this needs no synchronisation
         return
     check_levels(spatial_shapes, _numbers(level_start_index), value.shape[1])
 
 
 def check_levels(levels: Levels, starts: Sequence[int], pixels: int) -> None:
-    """Raise ValueError where a level does not lie among the values."""
+    """Raise ValueError if a level lies outside the values."""
     for (height, width), start in zip(levels, starts, strict=True):
         if height < 1 or width < 1 or start < 0 or start + height * width > pixels:
             raise ValueError(
@@ -160,7 +160,7 @@ def _op_backward(
 def _op_cuda(
     value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, im2col_step: int
 ) -> Tensor:
-    from . import multi_scale_triton  # needs Triton, which comes with builds of torch for GPUs alone
+    from . import multi_scale_triton  # needs Triton, which only GPU builds of torch include
 
     parts = zip(*(x.split(im2col_step) for x in (value, locations, weights)), strict=True)
     return _joined([multi_scale_triton.forward(shapes, starts, *part) for part in parts])

@@ -1,7 +1,7 @@
 """Multi-scale deformable attention as sums of rows, for the caches of a CPU.
 
 Every level is copied between borders of zeros, so that a sample is four rows anywhere: a location far outside is moved
-to where its four rows are zero. Queries are worked on a few at a time, and what a sample is made of is computed anew in
+to where its four rows are zero. Queries are processed a few at a time, and the terms of a sample are recomputed in
 the backward pass. There, samples sorted by the pixel at their upper left are the rows of the transposed sum, so that
 every sum has a fixed order.
 """
@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BORDER = 2  # zeros before each axis of a level, and after the last row; those before a row close the one above it
-AT_A_TIME = 1 << 15  # samples, so that what they are made of stays in the cache
+AT_A_TIME = 1 << 15  # samples, so that their terms stay in the cache
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 class _Samples(NamedTuple):
-    """What the samples of some queries are made of, ``[queries, heads, levels * points]`` each.
+    """The terms of the samples of some queries, ``[queries, heads, levels * points]`` each.
 
     Attributes:
         queries: which queries of the batch.
@@ -52,7 +52,7 @@ def _corner_weights(fx: Tensor, fy: Tensor, weight: Tensor) -> Iterator[Tensor]:
 
 
 class _Layout:
-    """Where the pixels of all levels and images lie between their borders."""
+    """The layout of the pixels of all levels and images between their borders."""
 
     def __init__(self, levels: Sequence[Sequence[int]], starts: Sequence[int], value: Tensor) -> None:
         self.levels, self.starts = levels, starts
@@ -62,7 +62,7 @@ class _Layout:
         self.planes = [sum(areas[:i]) for i in range(len(areas))]
         self.area = sum(areas)
         self.rows = self.batch * self.area * self.heads
-        self.tail = BORDER * self.heads  # what closes the last row
+        self.tail = BORDER * self.heads  # zeros after the last row
         self.index = torch.int32 if self.rows + self.tail < 2**31 else torch.int64
 
     def pad(self, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,7 +90,7 @@ class _Layout:
         return plane.narrow(1, BORDER - dy, height).narrow(2, BORDER - dx, width)
 
     def samples(self, locations: Tensor, weights: Tensor) -> Iterator[_Samples]:
-        """Return what the samples are made of, a few queries at a time."""
+        """Return the terms of the samples, a few queries at a time."""
         _, queries, heads, levels, points, _ = locations.shape
         each = heads * levels * points
         locations, weights = locations.reshape(-1, 2 * each), weights.reshape(-1, each)
@@ -133,7 +133,7 @@ class _Layout:
 def forward(
     levels: Sequence[Sequence[int]], starts: Sequence[int], value: Tensor, locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """Return the attention ``[B, Q, heads * C]``; arguments as of `ms_deform_attn`."""
+    """Return the attention ``[B, Q, heads * C]``; arguments as in `ms_deform_attn`."""
     batch, queries, heads = locations.shape[:3]
     layout = _Layout(levels, starts, value)
     out = value.new_zeros(batch, queries, heads * layout.channels)
@@ -159,7 +159,7 @@ def backward(
     locations: Tensor,
     weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of values, locations and weights for that of `forward`'s result."""
+    """Return the gradients of values, locations and weights given that of `forward`'s result."""
     layout = _Layout(levels, starts, value)
     to_value, to_locations, to_weights = (torch.zeros(x.shape, dtype=x.dtype) for x in (value, locations, weights))
     if not grad.numel() or not weights.numel():

@@ -1,9 +1,9 @@
 """Multi-scale deformable attention as Triton kernels.
 
-A program of `_forward` and `_backward_places` works on some rows, a query and a head each. The gradient of the values
-is a sum over all samples that touch a pixel. It is taken without atomic additions, so that its order is fixed: samples
+A program of `_forward` and `_backward_places` handles some rows, each one query and head. The gradient of the values
+is a sum over all samples that touch a pixel. It uses no atomic additions, so its order is fixed: samples
 are sorted by the cell between four pixels that they fall into (a stable sort), and a program of `_backward_values`,
-which has one pixel and head, goes through the four cells around its pixel.
+which handles one pixel and head, iterates over the four cells around its pixel.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 16  # rows of a program
-SAMPLES = 16  # samples of a cell that are loaded at a time
+ROWS = 16  # rows per program
+SAMPLES = 16  # samples of a cell loaded at a time
 
 
 def forward(shapes: Tensor, starts: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-    """Return the attention ``[B, Q, heads * C]``; arguments as of `ms_deform_attn`, tensors of one device."""
+    """Return the attention ``[B, Q, heads * C]``; arguments as in `ms_deform_attn`, tensors on one device."""
     value, locations, weights = value.contiguous(), locations.contiguous(), weights.contiguous()
     batch, queries, heads, levels, points = weights.shape
     channels, rows = value.shape[3], batch * queries * heads
@@ -47,7 +47,7 @@ def forward(shapes: Tensor, starts: Tensor, value: Tensor, locations: Tensor, we
 def backward(
     shapes: Tensor, starts: Tensor, grad: Tensor, value: Tensor, locations: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of values, locations and weights for that of `forward`'s result."""
+    """Return the gradients of values, locations and weights, given that of `forward`'s result."""
     grad, value, locations, weights = (x.contiguous() for x in (grad, value, locations, weights))
     batch, queries, heads, levels, points = weights.shape
     pixels, channels, rows = value.shape[1], value.shape[3], batch * queries * heads
@@ -101,7 +101,7 @@ def _by_cell(shapes: Tensor, locations: Tensor, pixels: int) -> tuple[Tensor, Te
     A level of H x W pixels has (H + 1) x (W + 1) cells, those at its border included, at most four for each pixel.
 
     Returns:
-        The samples in order; where those of every image, cell and head begin, ``[B * 4 * pixels * heads + 1]``; the
+        The sorted samples; the start of those of every image, cell and head, ``[B * 4 * pixels * heads + 1]``; the
         first cell of every level.
     """
     batch, heads = locations.shape[0], locations.shape[2]
@@ -123,7 +123,7 @@ def _by_cell(shapes: Tensor, locations: Tensor, pixels: int) -> tuple[Tensor, Te
 
 @triton.jit
 def _axis(place, length):  # noqa: ANN001, ANN202
-    """Return a place in pixels, moved close to the axis where it lies far off; NaN stays."""
+    """Return a position in pixels, moved close to the axis if it is far outside; NaN is kept."""
     place = place * length - 0.5
     place = tl.where(place < -2, -2, place)
     return tl.where(place > length + 1, length + 1, place)

@@ -39,9 +39,9 @@ def neighborhood_attention(
         scale: factor of the products.
         dropout: probability of dropping an attention weight.
         form: ``reference`` gathers every window. ``tiles`` is dense attention of small tiles of queries, with a mask.
-            ``tiles_by_hand`` is the same image by image, with a backward of its own that keeps the weights and no bias;
-            it has no dropout. Neither has ``triton``, a kernel for GPUs that writes no weights to the memory. ``auto``
-            takes `choose_form`.
+            ``tiles_by_hand`` is the same image by image, with a custom backward that keeps the weights and no bias;
+            it has no dropout. Neither has ``triton``, a GPU kernel that writes no weights to memory. ``auto``
+            uses `choose_form`.
 
     Returns:
         ``[B, H, W, heads, d]``.
@@ -72,14 +72,14 @@ def neighborhood_attention(
     cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)
     cuts = (x.unflatten(0, (-1, len(bias))) for x in cuts)  # [B, heads * tiles, ...]
     x = dot_product_attention(*cuts, bias[None], scale=scale, dropout=dropout)  # fused kernels want four axes
-    x = tiles.join(x.flatten(0, 1)).view(q.shape[0], heads, *q.shape[1:3], -1)  # len(q) would fix it in a graph
+    x = tiles.join(x.flatten(0, 1)).view(q.shape[0], heads, *q.shape[1:3], -1)  # len(q) would be fixed in a graph
     return x.permute(0, 2, 3, 1, 4)
 
 
 def choose_form(q: Tensor, *, dropout: float = 0.0) -> str:
-    """Return the form that `neighborhood_attention` takes for ``auto``.
+    """Return the form that `neighborhood_attention` uses for ``auto``.
 
-    Where an exported graph leaves the size of the map open the plain one: which tiles there are depends on the size.
+    The plain form if an exported graph has a dynamic map size, as the tiles depend on the size.
     """
     if any(isinstance(length, torch.SymInt) for length in q.shape[1:3]):
         return "reference"

@@ -1,4 +1,4 @@
-"""Position biases of deformable attention: what is added to the logits, shape ``[B or 1, heads, queries, keys]``."""
+"""Position biases of deformable attention: terms added to the logits, shape ``[B or 1, heads, queries, keys]``."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def table_bias(table: Tensor, grid: Tensor, positions: Tensor) -> Tensor:
 
 
 def log_continuous_bias(network: Callable[[Tensor], Tensor], grid: Tensor, positions: Tensor) -> Tensor:
-    """Return the bias that a small network reads off log-spaced displacements (Swin V2, arXiv 2111.09883, section 3.3).
+    """Return a small network's bias for log-spaced displacements (Swin V2, arXiv 2111.09883, section 3.3).
 
     Args:
         network: from the two coordinates of a displacement, on the last axis, to the ``heads / g`` biases of one group;
@@ -56,12 +56,12 @@ def fixed_bias(
     native: tuple[tuple[int, int], tuple[int, int]],
     size: tuple[tuple[int, int], tuple[int, int]],
 ) -> Tensor:
-    """Return one bias per query and key, resized bilinearly where the map is not of the native size.
+    """Return one bias per query and key, resized bilinearly if the map is not of the native size.
 
     Args:
         table: ``[heads, H0*W0, Hk0*Wk0]``.
         native: query and key grid that the table was made for, ``((H0, W0), (Hk0, Wk0))``.
-        size: query and key grid at hand.
+        size: current query and key grid.
 
     Returns:
         Bias ``[1, heads, h*w, hk*wk]``.

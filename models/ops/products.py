@@ -12,14 +12,14 @@ from .forms import is_transformed
 def dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Return ``softmax(scale q k^T + bias) v``, under every transform of `torch.func` too.
+    """Return ``softmax(scale q k^T + bias) v``, also under every transform of `torch.func`.
 
     Args:
         q: queries ``[..., Nq, d]``.
         k: keys ``[..., Nk, d]``.
         v: values ``[..., Nk, d]``.
         bias: added to the logits, broadcastable to ``[..., Nq, Nk]``, or None.
-        scale: factor of the products, ``d ** -0.5`` where None.
+        scale: factor of the products, ``d ** -0.5`` if None.
         dropout: probability of dropping an attention weight.
 
     Returns:

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 KINDS = ("positive", "relu")
-RELU_EPSILON = 1e-3  # keeps weights positive where no feature is
+RELU_EPSILON = 1e-3  # keeps weights positive if no feature is
 
 
 def orthogonal_directions(count: int, dim: int, seed: int) -> Tensor:
     """Return ``[count, dim]`` Gaussian vectors, orthogonal within every ``dim`` of them, float32 on the CPU.
 
-    Their norms are those of independent Gaussian vectors, so that each vector by itself is Gaussian (section 2.4).
+    Their norms are those of independent Gaussian vectors, so each single vector is Gaussian (section 2.4).
     """
     generator = torch.Generator().manual_seed(seed)
     blocks = []
@@ -29,7 +29,7 @@ def features(x: Tensor, directions: Tensor, *, kind: str, role: str) -> Tensor:
 
     ``positive``: ``exp(w.x - |x|^2 / 2 - c) / sqrt(m)``. The products of queries' and keys' features are unbiased
     estimates of ``exp(q.k)`` times factors that attention divides out: c is the largest exponent, of every query, and
-    of all the keys of one image and head. ``relu``: ``relu(w.x) + epsilon``, another kernel than softmax's.
+    of all the keys of one image and head. ``relu``: ``relu(w.x) + epsilon``, a kernel different from softmax's.
 
     Args:
         x: queries or keys, scaled by d^-1/4 for the usual scale of their products.

@@ -30,12 +30,12 @@ class Buckets:
     """Buckets of the displacements of a grid.
 
     Displacements up to ``span`` have a bucket each; those up to ``farthest`` share ``span - 1`` buckets on a
-    logarithmic scale, on both sides, and what lies beyond has the last. The table has a row for each pair of buckets,
+    logarithmic scale, on both sides, and larger ones have the last. The table has a row for each pair of buckets,
     and three for the tokens before the patches: those as queries of patches, patches as queries of those, and among
     themselves.
 
     Args:
-        span: largest displacement with a bucket of its own; at least 1.
+        span: largest displacement with its own bucket; at least 1.
         farthest: where the last bucket begins.
     """
 

@@ -20,11 +20,10 @@ def sample(x: Tensor, positions: Tensor, *, form: str = "auto") -> Tensor:
         x: map ``[B, H, W, C]``.
         positions: ``[B, g, Ns, 2]``, (y, x), -1 and +1 being the centres of the corner pixels; at least float32.
         form: ``reference`` is `grid_sample`, which needs and keeps a copy of the map with the channels first; ``rows``
-            adds up the four pixels around every position; ``triton`` is a kernel for GPUs. ``auto`` takes
-            `choose_form`.
+            sums the four pixels around every position; ``triton`` is a GPU kernel. ``auto`` uses `choose_form`.
 
     Returns:
-        Samples ``[B, Ns, C]`` in the dtype of ``x``; what lies outside the map counts as zero.
+        Samples ``[B, Ns, C]`` in the dtype of ``x``; zero outside the map.
     """
     if form not in FORMS:
         raise ValueError(f"form {form!r} of sampling is unknown; choose one of {', '.join(FORMS)}")
@@ -46,11 +45,11 @@ def sample(x: Tensor, positions: Tensor, *, form: str = "auto") -> Tensor:
 
 
 def choose_form(x: Tensor) -> str:
-    """Return the form that `sample` takes for ``auto``."""
+    """Return the form that `sample` uses for ``auto``."""
     if x.is_cuda and gpu.suits(x):
         return "triton"
     # For a single image, moving the channels first is a view, and `rows` would launch more operations.
-    if x.device.type != "cpu" or needs_plain_operations() or len(x) == 1:  # a graph would fix the number of images
+    if x.device.type != "cpu" or needs_plain_operations() or len(x) == 1:  # tracing would fix the number of images
         return "reference"
     return "rows"
 

@@ -1,4 +1,4 @@
-"""Windows of a map, and what their queries may attend to (Swin, arXiv 2103.14030, section 3.2)."""
+"""Window partitions of a map and their attention masks (Swin, arXiv 2103.14030, section 3.2)."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def relative_position_index(window: int) -> Tensor:
 
 
 def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device | None = None) -> Tensor:
-    """Return -100 where a rolled window joins pixels that were not neighbours, ``[windows, w*w, w*w]``.
+    """Return a mask of -100 for pixel pairs that only rolling put in one window, ``[windows, w*w, w*w]``.
 
     Args:
         size: height and width of the rolled map, multiples of the window.
         window: side of the window.
         shift: rows and columns that the map was rolled by.
-        device: where to make the mask.
+        device: device of the mask.
     """
 
     def bands(length: int) -> Tensor:
@@ -51,7 +51,7 @@ def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.dev
 def padding_mask(
     size: tuple[int, int], padded: tuple[int, int], window: int, shift: int, device: torch.device
 ) -> Tensor:
-    """Return minus infinity where a pixel of the map would attend to padding, ``[windows, w*w, w*w]``.
+    """Return a mask of minus infinity for pixels of the map attending to padding, ``[windows, w*w, w*w]``.
 
     Padding may attend to anything: its rows are cropped afterwards, and a row of minus infinities has no softmax.
 
@@ -60,7 +60,7 @@ def padding_mask(
         padded: its size after padding on the right and bottom, multiples of the window.
         window: side of the window.
         shift: rows and columns that the padded map is rolled by.
-        device: where to make the mask.
+        device: device of the mask.
     """
     real = torch.zeros(padded, dtype=torch.bool, device=device)
     real[: size[0], : size[1]] = True
