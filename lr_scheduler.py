@@ -18,7 +18,7 @@ _LARGEST_DROP = 0.8
 
 
 class Continued:
-    """A schedule that goes on after its last update: held there, or begun anew.
+    """A schedule that goes on after its last update: held there, or restarted.
 
     Args:
         first: the schedule.
@@ -47,7 +47,7 @@ def build_scheduler(
 ) -> Scheduler | Continued:
     """Return the configured schedule, counted in updates: call `step_update(n)` after update n, counted from 0.
 
-    The learning rate is a function of n alone, so a resumed run needs no state of it. With WARMUP_PREFIX the decay
+    The learning rate is a function of n alone, so a resumed run needs no scheduler state. With WARMUP_PREFIX the decay
     begins when the warm-up is over; without it, the others are then where they would be without a warm-up, as in the
     published training. Linear always begins after the warm-up.
     """
@@ -110,7 +110,7 @@ def planned_schedule(
 
 
 def doubtful_drop(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> str:
-    """Return a warning where the learning rate falls steeply when the warm-up ends, otherwise an empty text."""
+    """Return a warning if the learning rate falls steeply when the warm-up ends, otherwise an empty string."""
     warmup = _warmup_updates(config, updates_per_epoch)
     if not warmup or warmup >= schedule_epochs(config) * updates_per_epoch:
         return ""

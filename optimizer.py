@@ -84,7 +84,7 @@ def parameter_groups(
         weight_decay: of the decayed parameters.
         layer_decay: factor on the learning rate from each layer to the one before it (BEiT, arXiv 2106.08254,
             appendix); the layers are those of the network's `group_matcher`, as timm calls it.
-        head_scale: factor on the learning rate of the layer that gives the logits.
+        head_scale: factor on the learning rate of the layer that computes the logits.
 
     Returns:
         Two groups; with a factor other than 1 two for each layer and for the head, the last layer first. Their
@@ -200,7 +200,7 @@ def _check_name(name: str) -> None:
 
 
 def _prepared(sgd: torch.optim.SGD) -> torch.optim.SGD:
-    """Return `sgd` with its buffers set: made by the first step, they would hold anything where that is skipped."""
+    """Return `sgd` with its buffers initialised; a skipped first step would leave them undefined."""
     for group in sgd.param_groups:
         for parameter in group["params"] if group["momentum"] else ():
             sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -210,7 +210,7 @@ def _prepared(sgd: torch.optim.SGD) -> torch.optim.SGD:
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
     """Let `optimizer` take a step, or leave weights and optimizer as they are where `skip` is 1.
 
-    Fused optimizers decide on the device, and nobody waits for it; for the others the host reads `skip`.
+    Fused optimizers decide on the device without synchronisation; for all other optimizers the host reads `skip`.
 
     Args:
         skip: float32 scalar, 0 or 1, on the parameters' device.

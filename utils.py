@@ -44,7 +44,7 @@ def launched_as() -> tuple[int, int, int, int]:
     """Return `(rank, world size, local rank, processes on this machine)` as torchrun or SLURM started this process.
 
     Raises:
-        ValueError: where their variables hold no such numbers.
+        ValueError: their variables hold no valid numbers.
     """
     try:
         return _launched_as(os.environ)
@@ -63,10 +63,10 @@ def _launched_as(env: Mapping[str, str]) -> tuple[int, int, int, int]:
 
 
 def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
-    """Return this process's device; the best there is where `name` is empty.
+    """Return this process's device; the best available one if `name` is empty.
 
     Raises:
-        ValueError: where the machine has no such device, or fewer of them than processes.
+        ValueError: the machine has no such device, or fewer devices than processes.
     """
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -100,7 +100,7 @@ def init_world(device_name: str) -> World:
     if size > 1:
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _first_slurm_host()
-        if "MASTER_PORT" not in os.environ:  # the same on every node, and another one for another job
+        if "MASTER_PORT" not in os.environ:  # the same on every node, different for every job
             os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=collective_timeout())
@@ -111,7 +111,7 @@ def collective_timeout() -> timedelta:
     """Return how long one rank waits for another before the run ends with a message: DAT_TIMEOUT_MINUTES, or 30.
 
     Raises:
-        ValueError: where the variable holds no such time.
+        ValueError: the variable holds no valid time.
     """
     text = os.environ.get("DAT_TIMEOUT_MINUTES", "30")
     try:
@@ -308,4 +308,4 @@ class StopSignal:
 
 
 def _leave_to_thread(_number: int, _frame: FrameType | None) -> None:
-    """Handle a signal in Python, without which the thread would not be told of it."""
+    """Handle a signal in Python; required for the thread to be notified."""

@@ -1,1 +1,1 @@
-"""Forms for the caches and the libraries of CPUs; what of them is taken, the operations decide."""
+"""Forms for the caches and the libraries of CPUs; the operations choose among them."""

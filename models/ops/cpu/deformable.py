@@ -48,7 +48,7 @@ def attention(
         def attend(matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, *places: Tensor) -> Tensor:
             return _BiasedAttention.apply(q, k, v, bias(matrix, *places), scale)
 
-        # What the bias of the separable form is made of takes more memory than the weights.
+        # The intermediates of the separable bias take more memory than the weights.
         if form == "crops" and len(q) * _weights_of_an_image(q, k) <= KEPT:
             return attend(matrix, q, k, v, *places)
         return _make_anew(attend, matrix, q, k, v, *places)
@@ -64,7 +64,7 @@ def _weights_of_an_image(q: Tensor, k: Tensor) -> int:
 
 
 def _make_anew(attend: Callable[..., Tensor], matrix: Tensor, q: Tensor, k: Tensor, *tensors: Tensor) -> Tensor:
-    """Return ``attend(matrix, q, k, ...)``, a few images at a time, each part of which is made anew in the backward."""
+    """Return ``attend(matrix, q, k, ...)``, a few images at a time, recomputing each part in the backward."""
     images = max(1, CACHED // _weights_of_an_image(q, k))
     parts = zip(*(tensor.split(images) for tensor in (q, k, *tensors)), strict=True)
     anew = partial(checkpoint, attend, matrix, use_reentrant=False, preserve_rng_state=False)

@@ -1,6 +1,6 @@
 """Fused kernels for GPUs, written in Triton and registered as operators, so that a graph holds one node for each.
 
-The modules of this room import Triton, which comes with PyTorch on Linux; they are imported where a kernel is called.
+These modules import Triton, which comes with PyTorch on Linux; they are imported when a kernel is called.
 Every kernel adds in a fixed order, without atomics: the same input gives the same bits. None of them waits for the
 host, so that CUDA graphs may hold them.
 """
@@ -26,7 +26,7 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 def suits(x: Tensor) -> bool:
     """Return whether the kernels run where a tensor is: on a GPU, or on any device under Triton's interpreter.
 
-    They have a first derivative alone, which the transforms of `torch.func` do not take.
+    They have only a first derivative, which the transforms of `torch.func` do not support.
     """
     return _INSTALLED and x.dtype in TYPES and (x.is_cuda or INTERPRETED) and not is_transformed()
 

@@ -1,4 +1,4 @@
-"""What the kernels share."""
+"""Helpers shared by the kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 def head_blocks(q: Tensor) -> dict[str, int | str]:
     """Return how a kernel takes the heads of ``[..., heads, d]``: their values, padded, and the precision of products.
 
-    Products of float32 are exact unless PyTorch was told that its own need not be.
+    Products of float32 are exact unless PyTorch is set to lower precision.
     """
     width = max(16, triton.next_power_of_2(q.shape[-1]))  # the least that a product takes
     precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"

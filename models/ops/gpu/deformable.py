@@ -1,7 +1,7 @@
 """Deformable attention that looks the position bias up inside the kernel: no weight and no bias reaches the memory.
 
 The forward pass goes over the keys block by block with a running softmax (FlashAttention, arXiv 2205.14135) and keeps
-the logarithm of the softmax's sum for every query. The backward pass makes the weights anew three times: for the
+the logarithm of the softmax's sum for every query. The backward pass recomputes the weights three times: for the
 gradient of the queries, for those of keys, values and positions, and for that of the table. With weights ``P``, output
 ``O``, its gradient ``G`` and ``dS = P * (G V^T - sum(G * O))``, the gradient of a cell of the table is the sum of all
 ``dS``, weighted by how near the cell the displacement falls on each axis. Per key this is a product of three small

@@ -1,6 +1,6 @@
 """A depthwise convolution with its skip connection, and the GELU behind it, as one kernel over the map.
 
-The backward pass makes the convolution's output anew: one kernel writes the gradient at the GELU and adds up those of
+The backward pass recomputes the convolution's output: one kernel writes the gradient at the GELU and adds up those of
 weight and bias in parts, a second one is the convolution with the flipped weight.
 """
 

@@ -222,7 +222,7 @@ def _backward_table(
     part, head = part_head // heads, part_head % heads
     offset_y, offset_x = cell // (2 * KERNEL - 1) - KERNEL + 1, cell % (2 * KERNEL - 1) - KERNEL + 1
     bias = tl.load(table + head * cells + cell).to(tl.float32)
-    # Offsets beyond half a window occur at the border alone, where the windows have moved inwards.
+    # Offsets beyond half a window occur only at the border, where the windows have moved inwards.
     begin = tl.where(offset_y < -(KERNEL // 2), height - KERNEL // 2, 0) * width
     end = tl.where(offset_y > KERNEL // 2, KERNEL // 2, height) * width
     result = tl.zeros([PIXELS], tl.float32)
