@@ -1,4 +1,4 @@
-"""What a run says: console, `log.txt`, `metrics.jsonl`, `speed.jsonl`, and the recorders that LOG.TO names."""
+"""Output of a run: console, `log.txt`, `metrics.jsonl`, `speed.jsonl`, and the recorders that LOG.TO names."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _TIME = "%Y-%m-%d %H:%M:%S"
 
 
 class _Console(logging.Handler):
-    """Writes above the progress bar, in colour on a terminal. A console that takes no lines does not end the run."""
+    """Writes above the progress bar, in colour on a terminal. An unwritable console does not stop the run."""
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
@@ -50,7 +50,7 @@ class RunLog:
 
     def __init__(self, folder: Path | None, config: CfgNode, *, is_main: bool, updates_done: int = 0) -> None:
         """Args:
-        folder: where the files go; None writes none.
+        folder: folder of the files, or None for no files.
         config: the run's options.
         is_main: whether this is the main process.
         updates_done: how far the run has come.
@@ -237,7 +237,7 @@ class Recorder(Protocol):
 
 
 class TensorBoard:
-    """Event files below `tensorboard/`. What a lost process wrote beyond the updates done is dropped."""
+    """Event files below `tensorboard/`. Events that a lost process wrote beyond the completed updates are dropped."""
 
     def __init__(self, folder: Path, config: CfgNode, updates_done: int) -> None:  # noqa: ARG002
         from torch.utils.tensorboard import SummaryWriter

@@ -22,7 +22,7 @@ LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 @triton.jit
 def _places(positions, sample, samples, height, width):
-    """Return the places of samples in pixels; what lies far outside moves nearer, where the map is zero, too."""
+    """Return sample positions in pixels; those far outside are moved nearer, where the map is also zero."""
     there = sample < samples
     y = (tl.load(positions + sample * 2, mask=there, other=0.0) + 1) * ((height - 1) / 2)
     x = (tl.load(positions + sample * 2 + 1, mask=there, other=0.0) + 1) * ((width - 1) / 2)
