@@ -32,7 +32,7 @@ class RunOption(Option):
     A default of `{}` makes a section whose keys are free, for the arguments of another library.
 
     Attributes:
-        may_change: may be another one when a run is continued, because the result stays the same.
+        may_change: may differ when a run is continued, because the result stays the same.
         flag: the flag of the command line that sets it.
         metavar: what the flag's value is called in `--help`.
         bare: what the flag means without a value; such a flag needs none.
@@ -600,7 +600,7 @@ def set_option(config: CfgNode, key: str, value: Any) -> None:
 
 
 def differences(one: CfgNode, other: CfgNode) -> list[tuple[str, Any, Any]]:
-    """Return `(key, value in one, value in other)` of every option that differs; None where one does not have it."""
+    """Return `(key, value in one, value in other)` of every option that differs; None if a config lacks it."""
     left, right = dict(flatten(one)), dict(flatten(other))
     return [(key, left.get(key), right.get(key)) for key in left | right if left.get(key) != right.get(key)]
 

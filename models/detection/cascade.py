@@ -121,7 +121,7 @@ class CascadeHeads(RoIHeads):
                 f"mask_{number}": weight * of_masks,
             }
             refined = self._refined(coder, offsets.detach(), regions, sizes)
-            # Each stage is given the true boxes anew; they are no regions that the stage before found.
+            # Each stage is given the true boxes again; they are no regions that the stage before found.
             regions = [
                 box[~_is_one_of(region, target["boxes"])]
                 for box, region, target in zip(refined, regions, targets, strict=True)

@@ -66,6 +66,6 @@ def without_autocast(device: str) -> AbstractContextManager:
 
 
 def is_checkpointed() -> bool:
-    """Return whether an outer checkpoint makes anew what is computed here, so that making it anew here is in vain."""
+    """Return whether an outer checkpoint recomputes this code, so that recomputing here gains nothing."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and hooks[0].__module__ == checkpoint.__name__

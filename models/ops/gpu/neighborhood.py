@@ -1,7 +1,7 @@
 """Neighborhood attention with a table of position biases, tile by tile: no weight and no window reaches the memory.
 
 A program takes a tile of queries, and goes over the rectangle of keys that some of them see with a running softmax
-(FlashAttention, arXiv 2205.14135); what a query does not see is masked. The backward pass makes the weights anew three
+(FlashAttention, arXiv 2205.14135); what a query does not see is masked. The backward pass recomputes the weights three
 times: for the gradient of the queries, for that of the keys and values of a tile, over the queries that see some of
 them, and for that of the table, where a program adds up all pairs of query and key at one offset.
 """
