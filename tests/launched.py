@@ -147,8 +147,10 @@ class Trial:
 
     def rows(self) -> int:
         """Return how many lines `metrics.jsonl` has."""
-        path = self.folder / "metrics.jsonl"
-        return len(path.read_text(encoding="utf-8").splitlines()) if path.exists() else 0
+        try:
+            return len((self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+        except FileNotFoundError:  # not written yet, or just moved aside by a run that starts from scratch
+            return 0
 
 
 class Uninterrupted:

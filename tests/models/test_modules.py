@@ -76,6 +76,7 @@ def test_hooks_of_every_module_of_every_config_fire(file: str, kind: str) -> Non
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 def test_hooks_fire_with_every_letter_and_option_and_change_nothing(variant: tuple[str, dict[str, Any]]) -> None:
     letter, options = variant
+    torch.manual_seed(0)  # some weights make the quotients of linear activations ill-conditioned
     model = build_small(letter, **options).double()
     x = images().double().requires_grad_()
     plain = model(x)
