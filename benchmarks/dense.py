@@ -113,17 +113,22 @@ def measure(config: Path, data: Path, size: tuple[int, int]) -> Measured:
     """
     short, long = min(size), max(size)
     options = {
-        **{
-            "DATA.DATASET": "coco",
-            "DATA.BATCH_SIZE": 1,
-            "DATA.NUM_WORKERS": 0,
-            "DATA.IMG_SIZE": list(size),
-            "TRAIN.EPOCHS": 1,
-            "AMP": "off",
-        },
-        **{"DETECTION.SHORT_SIDES": [short], "DETECTION.LONG_SIDE": long, "DETECTION.CROP_SIDES": []},
-        **{"DETECTION.TEST_SHORT_SIDE": short, "SEGMENTATION.SCALE": [1.0, 1.0]},
-        **{"PRINT_FREQ": 1, "SAVE_FREQ": 0, "REPORT": False, "DEVICE": "cpu", "TAG": "measured"},
+        "DATA.DATASET": "coco",
+        "DATA.BATCH_SIZE": 1,
+        "DATA.NUM_WORKERS": 0,
+        "DATA.IMG_SIZE": list(size),
+        "DETECTION.SHORT_SIDES": [short],
+        "DETECTION.LONG_SIDE": long,
+        "DETECTION.CROP_SIDES": [],
+        "DETECTION.TEST_SHORT_SIDE": short,
+        "SEGMENTATION.SCALE": [1.0, 1.0],
+        "TRAIN.EPOCHS": 1,
+        "AMP": "off",
+        "PRINT_FREQ": 1,
+        "SAVE_FREQ": 0,
+        "REPORT": False,
+        "DEVICE": "cpu",
+        "TAG": "measured",
     }
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, str(ROOT / "main.py"), "--cfg", str(config), "--data-path", str(data)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,12 +30,10 @@ def labels_of(classes: Sequence[str], known: Sequence[str], number: int, class_m
     if class_map and NEW_ROW in labels:
         name = classes[labels.index(NEW_ROW)]
         raise ValueError(f"class map {class_map} has no class of the weights for {name}; leave its images out")
-    twice = (
-        next((label for label in labels if labels.count(label) > 1), None) if len(set(labels)) < len(labels) else None
-    )
-    if twice is not None:
+    if len(set(labels)) < len(labels):
+        ((twice, _),) = Counter(labels).most_common(1)
         names = [name for name, label in zip(classes, labels, strict=True) if label == twice]
-        raise ValueError(f"classes {shorten(names)} both have label {twice} of the weights {how}; merge their images")
+        raise ValueError(f"classes {shorten(names)} share label {twice} of the weights {how}; merge their images")
     return labels, how
 
 

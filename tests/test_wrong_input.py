@@ -609,7 +609,7 @@ ROWS = [
     weights(
         "class map, one label twice",
         lambda: Path("map.txt").write_text("cat 1\ndog 1\n"),
-        "classes cat, dog both have label 1 of the weights by map.txt; merge their images",
+        "classes cat, dog share label 1 of the weights by map.txt; merge their images",
         *("--eval", "--resume", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
     ),
     weights(

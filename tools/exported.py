@@ -23,7 +23,8 @@ from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 
 from models.attention import MSDeformAttn
-from models.detection.set_prediction import AllQueries
+from models.detection.backbone_adapter import Sampling
+from models.detection.set_prediction import AllQueries, SetDetector
 from training.trained_model import TrainedModel
 
 # From normalised images ``[B, 3, H, W]`` to logits ``[B, classes]``, or of a detector to boxes and probabilities
@@ -57,7 +58,7 @@ class Source:
         network = self.model.network
         if self.model.config.TASK != "detection":
             return network
-        if not hasattr(network, "predict"):
+        if not isinstance(network, SetDetector):
             raise ValueError(
                 f"{self.model.config.MODEL.DETECTOR.NAME} chooses among its boxes by code that has no operators of "
                 "ONNX; detectors with queries can be exported, such as dino"
@@ -73,8 +74,8 @@ class Source:
         """
         network = copy.deepcopy(self.network)
         for module in network.modules():
-            if isinstance(module, MSDeformAttn):
-                module.form = "reference"  # a file with an operator of ours could only be loaded beside this code
+            if isinstance(module, (MSDeformAttn, Sampling)):
+                module.form = "reference"  # a file that calls a custom operator would need this code to be loaded
         free = {0: Dim("batch"), **dict.fromkeys((2, 3) if self.dynamic else (), Dim.DYNAMIC)}
         try:
             with torch.no_grad():

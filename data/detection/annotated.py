@@ -154,14 +154,14 @@ def _encoded(outline: Any, size: tuple[int, int]) -> dict[str, Any]:
 def remarks_on(source: AnnotatedImages, where: object, faults: Faults, without: Sequence[str] = ()) -> list[str]:
     """Return what is suspicious about a part of a data set, in words.
 
-    Raises:
-        ValueError: it has no image to learn or to evaluate, or none of its files is there.
-
     Args:
         source: the part.
         where: the file or folder that describes it.
         faults: annotations that were left out.
         without: images that were left out because they show nothing to learn.
+
+    Raises:
+        ValueError: the part has no image to learn or to evaluate, or none of its files exists.
     """
     found = faults.remarks(where)
     if not len(source):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import AutoBackbone, AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
@@ -55,7 +54,15 @@ AutoBackbone.register(AdapterConfig, BackboneAdapter)
 
 
 class Sampling(nn.Module):
-    """The sampling of multi-scale deformable attention in our form, with the arguments of transformers'."""
+    """Multi-scale deformable sampling by `models.ops.ms_deform_attn`, with the arguments of transformers' module.
+
+    Attributes:
+        form: form of the operation, see `models.ops.ms_deform_attn`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.form = "auto"
 
     def forward(
         self,
@@ -69,9 +76,7 @@ class Sampling(nn.Module):
     ) -> Tensor:
         levels = value_spatial_shapes_list  # numbers, for which a GPU need not be waited for
         starts = [0, *accumulate(height * width for height, width in levels[:-1])]
-        # A file with an operator of ours could only be loaded beside this code.
-        form = "reference" if torch.compiler.is_exporting() else "auto"
-        return ms_deform_attn(value, levels, starts, sampling_locations, attention_weights, im2col_step, form=form)
+        return ms_deform_attn(value, levels, starts, sampling_locations, attention_weights, im2col_step, form=self.form)
 
 
 def adapt(model: nn.Module, backbone: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -60,14 +59,19 @@ class TwoStageDetector(Detector):
             nms_thresh=0.7,
         )
         settings = {
-            **{"fg_iou_thresh": 0.5, "bg_iou_thresh": 0.5, "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0)},
-            **{"batch_size_per_image": samples, "positive_fraction": 0.25},
-            **{"score_thresh": 0.05, "nms_thresh": 0.5, "detections_per_img": 100, **(detection or {})},
+            "fg_iou_thresh": 0.5,
+            "bg_iou_thresh": 0.5,
+            "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0),
+            "batch_size_per_image": samples,
+            "positive_fraction": 0.25,
+            "score_thresh": 0.05,
+            "nms_thresh": 0.5,
+            "detections_per_img": 100,
+            **(detection or {}),
         }
         pools = AlignedPool(7, backbone.strides), AlignedPool(14, backbone.strides)
         self.roi_heads = self.build_heads(channels, hidden, num_classes + 1, *pools, settings)
 
-    @abstractmethod
     def build_heads(
         self,
         channels: int,
@@ -87,6 +91,7 @@ class TwoStageDetector(Detector):
             mask_pool: regions to `[n, channels, 14, 14]`.
             settings: further arguments of `RoIHeads`.
         """
+        raise NotImplementedError
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None

@@ -107,7 +107,7 @@ def kill(process: subprocess.Popen[str]) -> None:
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS does not tell who sent a signal"),
-    pytest.mark.xdist_group("serial"),
+    pytest.mark.xdist_group("workers"),
 ]
 
 

@@ -13,7 +13,7 @@ from tests.launched import Trial, first_difference, run_forked
 from tests.models.detection.test_detectors import TINY
 from tests.runs import read_metrics
 
-pytestmark = pytest.mark.xdist_group("serial")
+pytestmark = pytest.mark.xdist_group("dense")
 
 BACKBONE = {
     **{"dim_stem": 8, "dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "stage_spec": ["N", "D", "D", "D"]},

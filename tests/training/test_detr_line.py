@@ -12,7 +12,7 @@ from models.detection.transformers_kinds import KINDS
 from tests.launched import Trial, first_difference, outcome
 from tests.models.detection.small import small_arguments
 
-pytestmark = pytest.mark.xdist_group("serial")
+pytestmark = pytest.mark.xdist_group("dense")
 
 BACKBONE = {
     **{"dim_stem": 8, "dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "stage_spec": ["N", "D", "D", "D"]},

@@ -221,8 +221,8 @@ def test_a_class_map_names_places_numbers_or_wordnet_ids(tmp_path: Path, text: s
         (["cat", "dog"], "cat 0\ncat 1\ndog 1\n", "line 2: cat has another line already; give it one"),
         (["cat", "dog"], "cat 10\ndog 1\n", "line 1: '10' is no class of the weights; give 0 to 9, or -1"),
         (["cat", "dog"], "cat ant\ndog -1\n", "no class of the weights for dog; leave its images out"),
-        (["cat", "dog"], "3\n3\n", "classes cat, dog both have label 3 of the weights by .*; merge their images"),
-        (["1", "01"], "", "classes 1, 01 both have label 1 of the weights as the numbers that they are; merge"),
+        (["cat", "dog"], "3\n3\n", "classes cat, dog share label 3 of the weights by .*; merge their images"),
+        (["1", "01"], "", "classes 1, 01 share label 1 of the weights as the numbers that they are; merge"),
         (["1", "10", "2"], "", "numbers up to 10, and the weights have 10 classes without names: .* MODEL.CLASS_MAP"),
     ],
 )

@@ -13,7 +13,7 @@ from tests.launched import Trial, first_difference, outcome
 from tests.models.test_segmentation import ARGS
 from tests.runs import read_metrics
 
-pytestmark = pytest.mark.xdist_group("serial")
+pytestmark = pytest.mark.xdist_group("dense")
 
 
 def sections(head: str, data: Path, processes: int) -> dict[str, Any]:
