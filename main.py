@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if world.is_main or config.TRAIN.ANOMALY_REPORT:  # all stop for one reason, but each reports its own modules
             logging.getLogger("dat").error(str(error))
         return FAILED
-    except (RuntimeError, OSError, MemoryError) as error:
+    except (RuntimeError, OSError, EOFError, MemoryError) as error:
         return report_failure(error)
 
 

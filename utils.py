@@ -128,9 +128,12 @@ def is_lost_peer(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
-def is_lost_worker(error: RuntimeError) -> bool:
-    """Return whether `error` says that a worker of a loader was killed; PyTorch's has no class of its own."""
-    return "DataLoader worker" in str(error)
+def is_lost_worker(error: Exception) -> bool:
+    """Return whether `error` says that a worker of a loader was killed.
+
+    PyTorch's own error has no class. A batch whose worker dies before it is received breaks the socket instead.
+    """
+    return isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -35,7 +35,7 @@ def refuse(error: Exception | str, *, alone: bool = False) -> int:
     return WRONG_INPUT
 
 
-def report_failure(error: RuntimeError | OSError | MemoryError) -> int:
+def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> int:
     """Say that memory, a file system or another process failed, if that is what `error` means; return the exit status.
 
     Raises:
@@ -43,8 +43,10 @@ def report_failure(error: RuntimeError | OSError | MemoryError) -> int:
     """
     log = logging.getLogger("dat")
     if isinstance(error, OSError) or is_lost_worker(error):
-        reason = on_one_line(str(error).strip().splitlines()[-1])
-        hint = "" if isinstance(error, OSError) else " (fewer DATA.NUM_WORKERS take less memory)"
+        reason = on_one_line((str(error).strip() or type(error).__name__).splitlines()[-1])
+        if isinstance(error, (ConnectionError, EOFError)):
+            reason = f"DataLoader worker died while it handed a batch over: {reason}"
+        hint = " (fewer DATA.NUM_WORKERS take less memory)" if is_lost_worker(error) else ""
         log.error(f"rank {launched_as()[0]}: {reason}{hint}; {_continuation()}")
         return LOST_PEER
     if is_out_of_memory(error):

@@ -45,6 +45,34 @@ def test_a_lost_process_is_told_as_it_was(
     assert said[0].endswith(f"; {how}")
 
 
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "DataLoader worker (pid 7) is killed by signal: Killed.",
+        ),
+        (
+            ConnectionResetError(104, "Connection reset by peer"),
+            "DataLoader worker died while it handed a batch over: [Errno 104] Connection reset by peer",
+        ),
+        (
+            ConnectionRefusedError(111, "Connection refused"),
+            "DataLoader worker died while it handed a batch over: [Errno 111] Connection refused",
+        ),
+        (EOFError(), "DataLoader worker died while it handed a batch over: EOFError"),
+    ],
+)
+def test_a_killed_worker_is_told_whatever_it_was_doing(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError | OSError | EOFError, reason: str
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", said.append)
+    monkeypatch.delenv("DAT_RESTARTS_LEFT", raising=False)
+    assert report_failure(error) == LOST_PEER
+    assert said == [f"rank 0: {reason} (fewer DATA.NUM_WORKERS take less memory); {BY_HAND}"]
+
+
 def test_a_killed_process_is_not_called_slow(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
     job = trial.start(DAT_RESTARTS_LEFT="2")
