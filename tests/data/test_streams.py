@@ -157,7 +157,7 @@ def test_labels_by_name_and_in_numbers(shards: Path, tmp_path: Path) -> None:
     assert np.unique(np.concatenate([batch.targets for batch in training(config)])).tolist() == [0, 1]
 
 
-@pytest.mark.xdist_group("serial")
+@pytest.mark.xdist_group("resume")
 def test_a_run_on_streams_says_that_it_is_approximate(shards: Path, tmp_path: Path) -> None:
     data = {**stream_options(shards), "STREAM": {"IMAGES": 12, "VAL_IMAGES": 7}, "BATCH_SIZE": 2, "NUM_WORKERS": 1}
     config = write_config(tmp_path, OUTPUT=str(tmp_path), DATA=data, TRAIN={"EPOCHS": 1})

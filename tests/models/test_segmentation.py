@@ -99,7 +99,11 @@ def test_fine_tuning_for_other_classes_makes_the_logits_new() -> None:
     assert len(report.loaded) + len(new) == len(state)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "segmentation").glob("*.yaml")), ids=lambda path: path.stem)
+# The configs of 80,000 updates have the networks of those of 40,000.
+CONFIGS = [path for path in sorted((ROOT / "configs" / "segmentation").glob("*.yaml")) if "_80k" not in path.stem]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_trains_every_parameter(path: Path) -> None:
     config = load_config(path)
     config.MODEL.DAT.dims = [4 * heads for heads in config.MODEL.DAT.heads]

@@ -5,7 +5,11 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.runs import run_command, write_config
+
+pytestmark = pytest.mark.xdist_group("portability")  # groups start first, single tests as long as these last
 
 # Windows as far as our code can tell: no fcntl, resource, SIGUSR1 and SIGHUP; no descriptors of folders; locks by
 # msvcrt, here on top of those of this system; processes that are spawned.

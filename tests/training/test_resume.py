@@ -14,7 +14,7 @@ import pytest
 
 from tests.launched import Job, Trial, Uninterrupted, first_difference
 
-pytestmark = pytest.mark.xdist_group("serial")
+pytestmark = pytest.mark.xdist_group("resume")
 
 SETTINGS = [(1, 0), (1, 2), (2, 0), (2, 2)]  # processes, workers of each
 

@@ -10,7 +10,7 @@ import pytest
 from tests.data.formats.writers import WRITERS
 from tests.launched import Trial, Uninterrupted, first_difference
 
-pytestmark = pytest.mark.xdist_group("serial")
+pytestmark = pytest.mark.xdist_group("resume")
 
 
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("csv", "tar", "huggingface")]
