@@ -65,7 +65,7 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
     print(f"{environment(device, args.threads)}; batch {args.batch_size}, best of {args.runs}\n")
-    columns = ["plain kept, MiB", "kept, MiB", "ratio"]
+    columns = ["plain saved, MiB", "saved, MiB", "ratio"]
     if not args.memory:
         columns = ["plain, ms", "ms", "ratio", "plain f+b, ms", "f+b, ms", "ratio"]
     print(f"| model | size | stage | operation | form | {' | '.join(columns)} |")

@@ -74,7 +74,8 @@ def main() -> None:
 def print_rates(args: argparse.Namespace) -> None:
     """Print images a second of every loader and decoder."""
     print(
-        "| pipeline | loader | images/s | slowest run | to timm's | first batch, s | cores for 8 GPUs | $ a GPU-day |"
+        "| pipeline | loader | images/s | slowest run | relative to timm | first batch, s "
+        "| cores for 8 GPUs | $ per GPU-day |"
     )
     print("|---|---|---:|---:|---:|---:|---:|---:|")
     for light in (False, True):

@@ -33,7 +33,7 @@ def main() -> None:
     network = build_model(load_config(args.cfg)).to(device)
     images = {size: torch.randn(args.batch_size, 3, size, size, device=device) for size in args.sizes}
     title = f"{Path(args.cfg).stem}, {environment(device, args.threads)}; batch {args.batch_size}, best of {args.runs}"
-    print(f"{title}\n\n| task | side | ms | per pixel, over the first |\n|---|---:|---:|---:|")
+    print(f"{title}\n\n| task | side | ms | time per pixel, relative to the first |\n|---|---:|---:|---:|")
     best = {}
     for task, step in (("inference", infer), ("forward and backward", train)):
         rivals = {size: partial(step, network, batch, "none") for size, batch in images.items()}
