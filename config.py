@@ -537,9 +537,19 @@ OPTIONS: dict[str, Option] = {
 _FREE_SECTIONS = [key for key, option in OPTIONS.items() if option.default == {}]
 
 
-def default_config() -> CfgNode:
+class Config(CfgNode):
+    """The options of a run, by section."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the network's input in pixels."""
+        size = self.DATA.IMG_SIZE
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def default_config() -> Config:
     """Return the defaults."""
-    config = CfgNode()
+    config = Config()
     for key, option in OPTIONS.items():
         *parents, name = key.split(".")
         node = config
@@ -555,7 +565,7 @@ def options(**marks: Any) -> dict[str, RunOption]:
     return {key: o for key, o in found.items() if all(getattr(o, name) == value for name, value in marks.items())}
 
 
-def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> CfgNode:
+def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> Config:
     """Read a config file over the defaults.
 
     Args:
@@ -605,7 +615,7 @@ def differences(one: CfgNode, other: CfgNode) -> list[tuple[str, Any, Any]]:
     return [(key, left.get(key), right.get(key)) for key in left | right if left.get(key) != right.get(key)]
 
 
-def complete(written: CfgNode) -> CfgNode:
+def complete(written: CfgNode) -> Config:
     """Return a config with the options that it lacks, which its run did not know yet, at their defaults."""
     config = default_config()
     _lay_over(config, written)

@@ -31,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import load_config
 from models import build_model
-from models.build import image_size
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "as_strided_"}
 
@@ -95,7 +94,7 @@ def _print_tables(args: argparse.Namespace) -> None:
         raise ValueError("nothing to count; give networks with --cfg and --timm")
     if not (configs or args.img_size):
         raise ValueError("without --cfg, give the size of the images with --img-size")
-    size = args.img_size or image_size(configs[0])
+    size = args.img_size or configs[0].image_size
     size = size * 2 if len(size) == 1 else size
     makers = {name: lambda name=name: timm.create_model(name) for name in args.timm}
     for path, config in zip(args.cfg, configs, strict=True):

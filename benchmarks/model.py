@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import AMP_DTYPES, environment, precision, spread, take_turns
 from config import load_config
 from models import build_model
-from models.build import image_size
 
 SIDE = 1024  # of the matrices that the floor is measured with
 
@@ -92,7 +91,7 @@ def _build_networks(args: argparse.Namespace, device: torch.device) -> tuple[dic
     configs = [load_config(path, args.opts) for path in args.cfg]
     if not configs and not args.img_size:
         raise ValueError("without --cfg, give the side of the images with --img-size")
-    size = (args.img_size, args.img_size) if args.img_size else image_size(configs[0])
+    size = (args.img_size, args.img_size) if args.img_size else configs[0].image_size
     ours = {Path(path).stem: build_model(config) for path, config in zip(args.cfg, configs, strict=True)}
     try:
         theirs = {name: timm.create_model(name) for name in args.timm}

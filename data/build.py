@@ -83,7 +83,7 @@ def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_si
     """
     aug = config.AUG
     transform = TrainTransform(
-        image_size(config),
+        config.image_size,
         interpolation=config.DATA.INTERPOLATION,
         crop=aug.CROP,
         padding=aug.CROP_PADDING,
@@ -110,7 +110,7 @@ def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_si
 def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> Loader:
     """Return the loader of this rank's share of `dataset.held_out`; its `sampler` is an `EvalSampler`."""
     transform = EvalTransform(
-        image_size(config),
+        config.image_size,
         interpolation=config.DATA.INTERPOLATION,
         crop=config.TEST.CROP,
         crop_ratio=config.TEST.CROP_RATIO,
@@ -166,12 +166,6 @@ def build_erasing(config: CfgNode) -> Erase | None:
     """Return random erasing of normalised batches, or None where it is off."""
     aug = config.AUG
     return Erase(aug.REPROB, mode=aug.REMODE, count=aug.RECOUNT) if aug.REPROB and aug.RECOUNT else None
-
-
-def image_size(config: CfgNode) -> tuple[int, int]:
-    """Return height and width of what the network is given."""
-    size = config.DATA.IMG_SIZE
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
@@ -254,7 +248,7 @@ def _shared_memory(config: CfgNode) -> tuple[float, float]:
     """Return how many bytes the batches under way take in all processes of this machine, and how many are free."""
     if not SHARED_MEMORY.is_dir():
         return 0, math.inf  # other systems do not limit it so
-    height, width = image_size(config)
+    height, width = config.image_size
     batch = config.DATA.BATCH_SIZE * height * width * 3
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = _workers(config)

@@ -36,13 +36,13 @@ def build_model(config: Any) -> nn.Module:
     if config.MODEL.TYPE == "timm":
         return _build_timm(config)
     if config.MODEL.TYPE == "vit":
-        size, use_checkpoint = image_size(config), config.TRAIN.USE_CHECKPOINT
+        size, use_checkpoint = config.image_size, config.TRAIN.USE_CHECKPOINT
         return VisionTransformer(**config.MODEL.VIT, img_size=size, use_checkpoint=use_checkpoint)
     if config.MODEL.TYPE != "dat":
         raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of dat, vit, timm")
     model = DAT(**config.MODEL.DAT, use_checkpoint=config.TRAIN.USE_CHECKPOINT)
     smallest = max(model.smallest_image)
-    if min(image_size(config)) < smallest:
+    if min(config.image_size) < smallest:
         raise ValueError(
             f"DATA.IMG_SIZE = {config.DATA.IMG_SIZE} leaves no pixel for the last stage; give at least {smallest}"
         )
@@ -118,7 +118,7 @@ def _build_timm(config: Any) -> nn.Module:
         raise ValueError("MODEL.TIMM.ARGS.pretrained would fetch weights; give a file with --pretrained")
     published = timm.get_pretrained_cfg(name)
     if published is not None and published.fixed_input_size:  # these models need the image size
-        arguments = {"img_size": image_size(config), **arguments}
+        arguments = {"img_size": config.image_size, **arguments}
     try:
         model = timm.create_model(name, **arguments)
     except TypeError as error:  # unknown argument
@@ -126,12 +126,6 @@ def _build_timm(config: Any) -> nn.Module:
     if config.TRAIN.USE_CHECKPOINT:
         model.set_grad_checkpointing()
     return model
-
-
-def image_size(config: Any) -> tuple[int, int]:
-    """Return the height and width of the network's input in pixels."""
-    size = config.DATA.IMG_SIZE
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def arguments(config: Any) -> Any:

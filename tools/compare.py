@@ -26,7 +26,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import load_config
 from models import build_model
-from models.build import image_size
 from models.vit import ATTENTIONS
 from tools.complexity import count_macs, count_parameters
 
@@ -94,7 +93,7 @@ def accuracies(folder: Path) -> list[float]:
 def measure(config_path: str, options: Sequence[str], *, batch: int = 64, runs: int = 5) -> Cost:
     """Return the cost of a variant; images a second on this machine, the best of some runs."""
     config = load_config(config_path, options)
-    model, size = build_model(config).eval(), image_size(config)
+    model, size = build_model(config).eval(), config.image_size
     images, seconds = torch.randn(batch, 3, *size), []
     for _ in range(runs + 1):
         start = time.perf_counter()

@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import load_config
 from models import build_model
-from models.build import image_size
 
 
 class Published(NamedTuple):
@@ -81,7 +80,7 @@ def table_row(config_path: str, size: Sequence[int] | None, overrides: Sequence[
     """Return the table's line for one config; published figures stand where the image size is theirs."""
     config = load_config(config_path, overrides)
     model = build_model(config)
-    height, width = _height_and_width(size or image_size(config))
+    height, width = _height_and_width(size or config.image_size)
     published = PUBLISHED.get(config.MODEL.NAME)
     macs = count_macs(model, (height, width))
     columns = [config.MODEL.NAME, f"{height}x{width}", f"{count_parameters(model) / 1e6:.2f} M", f"{macs / 1e9:.3f} G"]

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from config import load_config
 from data.build import is_stream
 from logger import RunLog
-from models.build import image_size, num_classes
+from models.build import num_classes
 from tasks import build_task
 from tools.exported import FORMATS, Run, Source
 from training.trained_model import TrainedModel, load_trained, untrained
@@ -157,7 +157,7 @@ def _megabytes(path: Path) -> float:
 
 def _size(given: list[int] | None, model: TrainedModel) -> tuple[int, int]:
     if given is None:
-        return image_size(model.config)
+        return model.config.image_size
     if len(given) > 2 or min(given) < 1:
         raise ValueError(f"--size {' '.join(map(str, given))}: give one side, or height and width, in pixels")
     return given[0], given[-1]

@@ -18,7 +18,6 @@ from data.detection import transforms as detection
 from data.images import UnreadableImage
 from data.segmentation import transforms as segmentation
 from data.transforms import normalize
-from models.build import image_size
 from tasks.coco import Detections
 from tasks.detection import detect
 from tasks.pictures import draw_objects, paint
@@ -98,7 +97,7 @@ class Predictor:
                 yield Prediction(path, self._largest(row))
 
     def _segment(self, images: Iterator[tuple[str, Image.Image]]) -> Iterator[Prediction]:
-        transform = segmentation.EvalTransform(image_size(self.model.config))
+        transform = segmentation.EvalTransform(self.model.config.image_size)
         for path, image in images:
             with self._running():
                 pixels = normalize(transform.apply(image).to(self._device))

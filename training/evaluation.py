@@ -12,7 +12,6 @@ from yacs.config import CfgNode
 from data.streams import Loader
 from logger import RunLog
 from models import build_model
-from models.build import image_size
 from models.contract import classifier, compile_parts, set_epoch
 from tasks import Task, build_task
 from training.build import build_network, prepare_device
@@ -112,7 +111,7 @@ class ThroughputTest:
 
     def size(self) -> str:
         """Return the size of the images in words."""
-        return "x".join(map(str, image_size(self.config)))
+        return "x".join(map(str, self.config.image_size))
 
 
 def build_throughput(config: CfgNode, world: World) -> ThroughputTest:
@@ -130,7 +129,7 @@ def build_throughput(config: CfgNode, world: World) -> ThroughputTest:
 def measure_throughput(network: nn.Module, config: CfgNode, device: torch.device, *, runs: int = 30) -> float:
     """Return how many random images a second the network takes, in batches of DATA.BATCH_SIZE."""
     network.eval()
-    images = torch.randn(config.DATA.BATCH_SIZE, 3, *image_size(config), device=device)
+    images = torch.randn(config.DATA.BATCH_SIZE, 3, *config.image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)
     with torch.autocast(device.type, dtype=AUTOCAST[config.AMP], enabled=config.AMP != "off"):
         for _ in range(max(runs // 10, 1)):

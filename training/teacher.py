@@ -7,7 +7,6 @@ from timm.data import resolve_data_config
 from torch import nn
 from yacs.config import CfgNode
 
-from models.build import image_size
 from tasks import Task
 from tasks.distillation import Teacher
 from training.trained_model import load_trained
@@ -27,7 +26,7 @@ def load_teacher(config: CfgNode, task: Task) -> tuple[nn.Module, str] | None:
     ours = task.describe().get("classes", [])
     if settings.TEACHER:
         trained = load_trained(settings.TEACHER, cfg=settings.CONFIG or None)
-        teacher, classes, words = Teacher(trained.network, image_size(trained.config)), trained.classes, trained.words()
+        teacher, classes, words = Teacher(trained.network, trained.config.image_size), trained.classes, trained.words()
     else:
         teacher, classes = _of_timm(settings.TIMM)
         words = settings.TIMM

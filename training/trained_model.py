@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from config import complete, load_config
 from data.images import read_image
 from data.transforms import eval_transform
-from models.build import build_model, image_size, num_classes, set_num_classes
+from models.build import build_model, num_classes, set_num_classes
 from models.contract import classifier
 from models.weights import IMAGENET_1K
 from tasks.classes import in_words
@@ -53,7 +53,7 @@ class TrainedModel:
         """
         config = self.config
         return eval_transform(
-            size or image_size(config),
+            size or config.image_size,
             interpolation=config.DATA.INTERPOLATION,
             crop=config.TEST.CROP and size is None,
             crop_ratio=config.TEST.CROP_RATIO,

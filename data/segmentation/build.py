@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.build import build_loader, image_size, is_shared_memory_short, request, train_sampler
+from data.build import build_loader, is_shared_memory_short, request, train_sampler
 from data.samplers import EvalSampler
 from data.segmentation.coco import open_coco
 from data.segmentation.datasets import ByValue, MaskedImages, collate, stack
@@ -55,7 +55,7 @@ def build_train_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, wo
     """
     options = config.SEGMENTATION
     transform = TrainTransform(
-        image_size(config),
+        config.image_size,
         scale=options.SCALE,
         largest_share=options.LARGEST_SHARE,
         hflip=config.AUG.HFLIP,
@@ -70,7 +70,7 @@ def build_train_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, wo
 def build_eval_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, world_size: int) -> DataLoader:
     """Return the loader of this rank's share of `dataset.held_out`; its `sampler` is an `EvalSampler`."""
     on_unreadable = "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
-    transform = EvalTransform(image_size(config))
+    transform = EvalTransform(config.image_size)
     images = MaskedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=on_unreadable)
     sampler = EvalSampler(len(images), rank=rank, world_size=world_size)
     return build_loader(config, images, sampler, ByValue(collate) if is_shared_memory_short(config) else collate)

@@ -10,7 +10,7 @@ from yacs.config import CfgNode
 
 from config import default_config, load_config
 from models import build_model
-from models.build import image_size, num_classes, set_num_classes
+from models.build import num_classes, set_num_classes
 from tests.models.small import without_gradient
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -34,7 +34,7 @@ def test_every_config_trains_every_parameter(file: str) -> None:
     config = narrow(load_config(CONFIGS / file))
     torch.manual_seed(0)
     model = build_model(config)
-    size = (64, 64) if config.MODEL.TYPE == "dat" else image_size(config)
+    size = (64, 64) if config.MODEL.TYPE == "dat" else config.image_size
     logits = model(torch.randn(1, 3, *size))
     logits.square().sum().backward()
     assert logits.shape == (1, num_classes(config))
@@ -79,7 +79,7 @@ def test_what_timm_does_not_have_is_said(options: list[str], says: str) -> None:
 
 def test_a_pair_of_sides_is_an_image_size() -> None:
     config = load_config(CONFIGS / "digits.yaml", ["DATA.IMG_SIZE", "[32, 64]"])
-    assert image_size(config) == (32, 64)
+    assert config.image_size == (32, 64)
     build_model(config)
     with pytest.raises(ValueError, match=r"DATA\.IMG_SIZE = \[32, 1\] leaves no pixel"):
         build_model(load_config(CONFIGS / "dat_p.yaml", ["DATA.IMG_SIZE", "[32, 1]"]))

@@ -17,7 +17,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
 from models import build_model
-from models.build import image_size
 from models.fusing import may_fuse
 from tests.models.small import VARIANTS, build_small, variant_id, without_gradient
 from tests.models.test_build import CONFIGS, FILES, narrow
@@ -51,7 +50,7 @@ def images() -> Tensor:
 def test_hooks_of_every_module_of_every_config_fire(file: str, kind: str) -> None:
     config = narrow(load_config(CONFIGS / file))
     model = build_model(config).eval()
-    x = images() if config.MODEL.TYPE == "dat" else torch.randn(2, 3, *image_size(config))
+    x = images() if config.MODEL.TYPE == "dat" else torch.randn(2, 3, *config.image_size)
     expected = model(x)
     names = {module: name for name, module in bearers(model).items()}
     called = set()
