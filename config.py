@@ -19,10 +19,10 @@ from typing import Any
 import yaml
 from yacs.config import CfgNode
 
-from models.dat import DAT
+from models.build import FAMILIES
 from models.detection import DETECTORS
 from models.options import Check, Option, at_least, not_negative, one_of, share
-from models.vit import VisionTransformer
+from models.segmentation import SEGMENTERS
 
 
 @dataclass(frozen=True)
@@ -199,8 +199,8 @@ OPTIONS: dict[str, Option] = {
     # ---- the network
     "MODEL.TYPE": RunOption(
         "dat",
-        "Which options build the network: those of MODEL.DAT, MODEL.VIT or MODEL.TIMM.",
-        one_of("dat", "vit", "timm"),
+        "Family of the network, which has its own section of options: MODEL.DAT, MODEL.VIT or MODEL.TIMM.",
+        one_of(*FAMILIES),
     ),
     "MODEL.NAME": RunOption("dat", "Names the output folder.", _PLAIN_NAME),
     "MODEL.PRETRAINED": RunOption(
@@ -248,15 +248,18 @@ OPTIONS: dict[str, Option] = {
     "MODEL.SEGMENTER.NAME": RunOption(
         "fpn",
         "What makes a segmenter of the backbone (TASK segmentation): fpn (Semantic FPN), upernet, mask2former.",
-        one_of("fpn", "upernet", "mask2former"),
+        one_of(*SEGMENTERS),
     ),
     "MODEL.SEGMENTER.ARGS": RunOption(
         {},
         "Its arguments, see models/segmentation/, such as channels: 128; of mask2former, those of Mask2FormerConfig.",
     ),
-    # The arguments of models.dat.DAT under their published names; lists of four have one entry per stage.
-    **{f"MODEL.DAT.{name}": option for name, option in DAT.options().items()},
-    **{f"MODEL.VIT.{name}": option for name, option in VisionTransformer.options().items()},
+    # Those of a family of networks; lists of four in MODEL.DAT have one entry per stage.
+    **{
+        f"MODEL.{family.upper()}.{name}": option
+        for family, networks in FAMILIES.items()
+        for name, option in networks.options.items()
+    },
     # ---- the recipe
     "TRAIN.EPOCHS": RunOption(300, "Passes over the training images.", at_least(1), flag="--epochs", metavar="N"),
     "TRAIN.WARMUP_EPOCHS": RunOption(

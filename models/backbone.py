@@ -23,7 +23,7 @@ class DATBackbone(DAT):
     ``norms.<stage>.norm``. Classification weights lack these norms, which start at 1 and 0.
 
     Args:
-        out_indices: the stages whose outputs are returned, in order.
+        out_indices: the stages whose outputs are returned, in order; negative ones from the end.
         **options: options of `DAT`.
 
     Attributes:
@@ -35,9 +35,9 @@ class DATBackbone(DAT):
         self, *, out_indices: Sequence[int] = (0, 1, 2, 3), use_checkpoint: bool = False, **options: Any
     ) -> None:
         super().__init__(use_checkpoint=use_checkpoint, **{**options, "num_classes": 0})
-        if not set(out_indices) <= set(range(NUM_STAGES)) or not out_indices:
+        if not set(out_indices) <= set(range(-NUM_STAGES, NUM_STAGES)) or not out_indices:
             raise ValueError(f"out_indices = {list(out_indices)} must name some of the stages 0 to {NUM_STAGES - 1}")
-        self.out_indices = tuple(sorted(out_indices))
+        self.out_indices = tuple(sorted(i % NUM_STAGES for i in out_indices))
         self.prune_intermediate_layers(self.out_indices, prune_norm=True)
         self.channels = [self.feature_info[i]["num_chs"] for i in self.out_indices]
         self.strides = [self.feature_info[i]["reduction"] for i in self.out_indices]
@@ -88,6 +88,10 @@ class TimmBackbone(nn.Module):
         self.body = timm.create_model(name, out_indices=tuple(out_indices), **getter, **arguments)
         self.channels: list[int] = self.body.feature_info.channels()
         self.strides: list[int] = self.body.feature_info.reduction()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Enable or disable recomputing activations in the backward pass."""
+        self.body.model.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that timm exempts from weight decay."""

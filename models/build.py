@@ -3,28 +3,45 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
 from torch import nn
 
 from .backbone import DATBackbone, TimmBackbone
+from .contract import recompute_activations, smallest_image
 from .dat import DAT
 from .detection import DETECTORS, Detector
-from .options import NUM_STAGES
+from .options import Option
 from .segmentation import SEGMENTERS, Segmenter
 from .vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models of one ``MODEL.TYPE``.
+
+    Attributes:
+        build: the classifier of a config.
+        backbone: the same without head, from a config and the keyword ``out_indices``; None if there is none.
+        options: what the section of the family in the config holds, ``MODEL.DAT`` for ``dat``.
+    """
+
+    build: Callable[[Any], nn.Module]
+    backbone: Callable[..., DATBackbone | TimmBackbone] | None = None
+    options: Mapping[str, Option] = field(default_factory=dict)
 
 
 def build_model(config: Any) -> nn.Module:
     """Build the model that ``config.MODEL`` describes, on the CPU and in training mode.
 
     Args:
-        config: configuration with ``MODEL.TYPE``: ``dat`` and ``vit`` are built from ``MODEL.DAT`` and
-            ``MODEL.VIT``, the arguments of `DAT` and `VisionTransformer` by name, ``timm`` from ``MODEL.TIMM``; all
-            with ``TRAIN.USE_CHECKPOINT``. With ``TASK`` ``detection`` or ``segmentation`` it is the backbone
-            of a detector or segmenter.
+        config: configuration with ``MODEL.TYPE``, one of `FAMILIES`: ``dat`` and ``vit`` are built from ``MODEL.DAT``
+            and ``MODEL.VIT``, the arguments of `DAT` and `VisionTransformer` by name, ``timm`` from ``MODEL.TIMM``; all
+            with ``TRAIN.USE_CHECKPOINT``. With ``TASK`` ``detection`` or ``segmentation`` it is the backbone of a
+            detector or segmenter.
 
     Raises:
         ValueError: the model is unknown, one of its options is not allowed, or images are too small for it.
@@ -33,53 +50,53 @@ def build_model(config: Any) -> nn.Module:
         return build_detector(config)
     if config.TASK == "segmentation":
         return build_segmenter(config)
-    if config.MODEL.TYPE == "timm":
-        return _build_timm(config)
-    if config.MODEL.TYPE == "vit":
-        size, use_checkpoint = config.image_size, config.TRAIN.USE_CHECKPOINT
-        return VisionTransformer(**config.MODEL.VIT, img_size=size, use_checkpoint=use_checkpoint)
-    if config.MODEL.TYPE != "dat":
-        raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of dat, vit, timm")
-    model = DAT(**config.MODEL.DAT, use_checkpoint=config.TRAIN.USE_CHECKPOINT)
-    smallest = max(model.smallest_image)
+    model = _family(config).build(config)
+    smallest = max(smallest_image(model))
     if min(config.image_size) < smallest:
         raise ValueError(
             f"DATA.IMG_SIZE = {config.DATA.IMG_SIZE} leaves no pixel for the last stage; give at least {smallest}"
         )
+    if config.TRAIN.USE_CHECKPOINT:
+        recompute_activations(model)
     return model
 
 
-def build_backbone(config: Any, *, out_indices: Sequence[int] = (0, 1, 2, 3)) -> DATBackbone | TimmBackbone:
+def _family(config: Any) -> Family:
+    if config.MODEL.TYPE not in FAMILIES:
+        raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of {', '.join(FAMILIES)}")
+    return FAMILIES[config.MODEL.TYPE]
+
+
+def build_backbone(config: Any, *, out_indices: Sequence[int]) -> DATBackbone | TimmBackbone:
     """Build the model that ``config.MODEL`` describes without its head, for a detector or segmenter.
 
     Args:
-        config: configuration, as for `build_model`; of type ``dat`` or ``timm``.
-        out_indices: indices of the returned maps: stages of a DAT, features of a timm model.
+        config: configuration, as for `build_model`.
+        out_indices: indices of the returned maps: stages of a DAT, features of a timm model; negative ones from the
+            end.
 
     Raises:
         ValueError: the model cannot be a backbone, or one of its options is not allowed.
     """
-    if config.MODEL.TYPE == "dat":
-        return DATBackbone(**config.MODEL.DAT, out_indices=out_indices, use_checkpoint=config.TRAIN.USE_CHECKPOINT)
-    if config.MODEL.TYPE != "timm":
-        raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} cannot be a backbone; choose dat or timm")
-    arguments = {name: value for name, value in config.MODEL.TIMM.ARGS.items() if name != "num_classes"}
-    return TimmBackbone(_timm_name(config), out_indices=out_indices, **arguments)
+    build = _family(config).backbone
+    if build is None:
+        able = " or ".join(name for name, family in FAMILIES.items() if family.backbone)
+        raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} cannot be a backbone; choose {able}")
+    model = build(config, out_indices=out_indices)
+    if config.TRAIN.USE_CHECKPOINT:
+        recompute_activations(model)
+    return model
 
 
 def build_detector(config: Any) -> Detector:
     """Build the detector ``MODEL.DETECTOR`` on the backbone that the rest of ``config.MODEL`` describes.
 
     Raises:
-        ValueError: there is no such detector, or it has no such option.
+        ValueError: the model cannot be a backbone, or the detector has no such option.
     """
     settings = config.MODEL.DETECTOR
     kind = DETECTORS[settings.NAME]
-    first = NUM_STAGES - kind.maps
-    # timm models may have a stride-2 map before those of a DAT.
-    backbone = build_backbone(
-        config, out_indices=range(first, NUM_STAGES) if config.MODEL.TYPE == "dat" else range(-kind.maps, 0)
-    )
+    backbone = build_backbone(config, out_indices=range(-kind.maps, 0))
     try:
         return kind.build(backbone, num_classes=num_classes(config), **settings.ARGS)
     except TypeError as error:  # unknown argument
@@ -90,17 +107,34 @@ def build_segmenter(config: Any) -> Segmenter:
     """Build the segmenter ``MODEL.SEGMENTER`` on the backbone that the rest of ``config.MODEL`` describes.
 
     Raises:
-        ValueError: there is no such segmenter, it has no such option, or the backbone has no maps of four strides.
+        ValueError: the model cannot be a backbone, the segmenter has no such option, or the backbone has no maps of
+            four strides.
     """
     settings = config.MODEL.SEGMENTER
-    if settings.NAME not in SEGMENTERS:
-        raise ValueError(f"MODEL.SEGMENTER.NAME must be one of {', '.join(SEGMENTERS)}, not {settings.NAME!r}")
     # The last four maps: timm models may have a stride-2 map before them.
-    backbone = build_backbone(config, out_indices=(0, 1, 2, 3) if config.MODEL.TYPE == "dat" else (-4, -3, -2, -1))
+    backbone = build_backbone(config, out_indices=range(-4, 0))
     try:
         return SEGMENTERS[settings.NAME](backbone, num_classes(config), **settings.ARGS)
     except TypeError as error:  # unknown argument
         raise ValueError(f"MODEL.SEGMENTER.ARGS: {error}") from None
+
+
+def _build_timm(config: Any) -> nn.Module:
+    name, arguments = _timm_name(config), config.MODEL.TIMM.ARGS
+    if arguments.get("pretrained"):
+        raise ValueError("MODEL.TIMM.ARGS.pretrained would fetch weights; give a file with --pretrained")
+    published = timm.get_pretrained_cfg(name)
+    if published is not None and published.fixed_input_size:  # these models need the image size
+        arguments = {"img_size": config.image_size, **arguments}
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:  # unknown argument
+        raise ValueError(f"MODEL.TIMM.ARGS: {error}") from None
+
+
+def _build_timm_backbone(config: Any, *, out_indices: Sequence[int]) -> TimmBackbone:
+    arguments = {name: value for name, value in config.MODEL.TIMM.ARGS.items() if name != "num_classes"}
+    return TimmBackbone(_timm_name(config), out_indices=out_indices, **arguments)
 
 
 def _timm_name(config: Any) -> str:
@@ -112,20 +146,18 @@ def _timm_name(config: Any) -> str:
     return name
 
 
-def _build_timm(config: Any) -> nn.Module:
-    name, arguments = _timm_name(config), config.MODEL.TIMM.ARGS
-    if arguments.get("pretrained"):
-        raise ValueError("MODEL.TIMM.ARGS.pretrained would fetch weights; give a file with --pretrained")
-    published = timm.get_pretrained_cfg(name)
-    if published is not None and published.fixed_input_size:  # these models need the image size
-        arguments = {"img_size": config.image_size, **arguments}
-    try:
-        model = timm.create_model(name, **arguments)
-    except TypeError as error:  # unknown argument
-        raise ValueError(f"MODEL.TIMM.ARGS: {error}") from None
-    if config.TRAIN.USE_CHECKPOINT:
-        model.set_grad_checkpointing()
-    return model
+FAMILIES: Mapping[str, Family] = {
+    "dat": Family(
+        lambda config: DAT(**config.MODEL.DAT),
+        lambda config, **maps: DATBackbone(**config.MODEL.DAT, **maps),
+        options=DAT.options(),
+    ),
+    "vit": Family(
+        lambda config: VisionTransformer(**config.MODEL.VIT, img_size=config.image_size),
+        options=VisionTransformer.options(),
+    ),
+    "timm": Family(_build_timm, _build_timm_backbone),  # with timm's own options
+}
 
 
 def arguments(config: Any) -> Any:

@@ -46,6 +46,20 @@ def compile_parts(model: nn.Module) -> None:
     model.compile_blocks() if hasattr(model, "compile_blocks") else model.compile()
 
 
+def recompute_activations(model: nn.Module) -> None:
+    """Let a network recompute activations in the backward pass instead of keeping them.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        model.set_grad_checkpointing()
+    except (AttributeError, AssertionError):  # timm's way to refuse is the latter
+        raise ValueError(
+            f"--use-checkpoint: {type(model).__name__} cannot recompute activations; leave the flag out"
+        ) from None
+
+
 def smallest_image(model: nn.Module) -> tuple[int, int]:
     """Return the height and width in pixels of the smallest supported image."""
     return model.smallest_image if hasattr(model, "smallest_image") else (1, 1)

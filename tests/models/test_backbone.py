@@ -40,6 +40,7 @@ def test_every_parameter_gets_a_gradient_and_fewer_maps_can_be_asked_for() -> No
 def test_stages_that_do_not_exist_are_refused() -> None:
     with pytest.raises(ValueError, match=r"out_indices = \[4\] must name"):
         DATBackbone(**OPTIONS, out_indices=(4,))
+    assert DATBackbone(**OPTIONS, out_indices=(-1, -3)).out_indices == (1, 3)
 
 
 def test_stages_after_the_last_map_are_not_built_and_their_weights_are_left_out() -> None:

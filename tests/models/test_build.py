@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from yacs.config import CfgNode
 
 from config import default_config, load_config
 from models import build_model
-from models.build import num_classes, set_num_classes
+from models.build import FAMILIES, Family, build_backbone, num_classes, set_num_classes
+from models.options import Option, at_least
 from tests.models.small import without_gradient
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -50,8 +52,44 @@ def test_checkpointing_comes_from_the_training_section() -> None:
 def test_unknown_type_is_refused() -> None:
     config = default_config()
     config.MODEL.TYPE = "dit"
-    with pytest.raises(ValueError, match=r"MODEL\.TYPE = 'dit' is unknown; choose one of dat, vit, timm"):
+    with pytest.raises(ValueError, match=f"MODEL.TYPE = 'dit' is unknown; choose one of {', '.join(FAMILIES)}"):
         build_model(config)
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "inception_v3"])
+def test_models_that_cannot_recompute_activations_say_so(name: str) -> None:
+    options = ["MODEL.TYPE", "timm", "MODEL.TIMM.NAME", name, "TRAIN.USE_CHECKPOINT", "True"]
+    config = load_config(CONFIGS / "digits.yaml", options)
+    if name == "resnet10t":
+        assert build_model(config).grad_checkpointing
+        assert build_backbone(config, out_indices=(-1,)).body.model.grad_checkpointing
+    else:
+        with pytest.raises(ValueError, match="--use-checkpoint: InceptionV3 cannot recompute activations"):
+            build_model(config)
+
+
+class Toy(torch.nn.Module):
+    """A network of another family."""
+
+    def __init__(self, width: int, num_classes: int) -> None:
+        super().__init__()
+        self.stem, self.head = torch.nn.Conv2d(3, width, 4, 4), torch.nn.Linear(width, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.stem(x).mean((2, 3)))
+
+
+def test_a_new_family_brings_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"width": Option(8, "Channels.", at_least(1)), "num_classes": Option(10, "Size of the logits.")}
+    monkeypatch.setitem(FAMILIES, "toy", Family(lambda config: Toy(**config.MODEL.TOY), options=options))
+    load = runpy.run_path(str(CONFIGS.parent / "config.py"))["load_config"]  # which asks the families when it is loaded
+    config = load(CONFIGS / "digits.yaml", ["MODEL.TYPE", "toy", "MODEL.TOY.width", "4"])
+    set_num_classes(config, 7)
+    assert build_model(config)(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    with pytest.raises(ValueError, match=r"MODEL\.TOY\.width must be at least 1"):
+        load(CONFIGS / "digits.yaml", ["MODEL.TOY.width", "0"])
+    with pytest.raises(ValueError, match=r"did you mean MODEL\.TOY\.width\?"):
+        load(CONFIGS / "digits.yaml", ["MODEL.TOY.widht", "4"])
 
 
 def test_a_model_of_timm_is_built_for_the_classes_of_the_data() -> None:
