@@ -19,6 +19,7 @@ _TYPES = {
     int: (int, "a whole number"),
     float: ((int, float), "a number"),
     str: (str, "text"),
+    tuple: ((tuple, list), "a list"),
 }
 
 

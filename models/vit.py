@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,36 +17,63 @@ from .attention.tokens import SoftmaxAttention
 from .contract import TakenOver
 from .ops.locality import KINDS, Window
 from .ops.random_features import KINDS as FEATURES
-from .options import Option, at_least, not_negative, one_of, share
+from .options import DeclaredSignature, Option, at_least, complete, not_negative, one_of, share
 
 ATTENTIONS = ("softmax", "performer", "disentangled", "disentangled_performer", "deformable")
 LOCALITIES = ("none", *KINDS)
 INITS = {"timm": "", "jax": "jax"}  # timm's names
 OPTIONS = {
     "patch_size": Option(4, "Pixels per patch on each axis.", at_least(1)),
-    "num_classes": Option(10, "Size of the logits; training takes the number of classes of the data.", at_least(1)),
+    "num_classes": Option(10, "Size of the logits; 0 for a network without a head.", at_least(0)),
     "embed_dim": Option(384, "Channels.", at_least(1)),
     "depth": Option(4, "Number of blocks.", at_least(1)),
     "num_heads": Option(6, "Attention heads.", at_least(1)),
-    "mlp_ratio": Option(4.0, "Width of the MLPs over embed_dim."),
-    "global_pool": Option("token", "Classify by a class token, or by the mean of the patches.", one_of("token", "avg")),
+    "mlp_ratio": Option(4.0, "Width of the MLPs over `embed_dim`."),
+    "global_pool": Option(
+        "token",
+        "Classify by a class token, or by the mean of the patches, without a class token.",
+        one_of("token", "avg"),
+    ),
     "drop_rate": Option(0.1, "Dropout rate of tokens, projections and MLPs.", share()),
-    "attn_drop_rate": Option(0.0, "Probability of dropping an attention weight; softmax and disentangled.", share()),
-    "drop_path_rate": Option(0.0, "Stochastic-depth rate of the last block.", share()),
+    "attn_drop_rate": Option(
+        0.0, "Probability of dropping an attention weight; `softmax` and `disentangled` only.", share()
+    ),
+    "drop_path_rate": Option(0.0, "Stochastic-depth rate of the last block; rises linearly from 0.", share()),
     "weight_init": Option(
-        "timm", "Weights of the linear layers: of timm, or of the original code, for narrow networks.", one_of(*INITS)
+        "timm",
+        "First weights of linear layers. `timm`: normal, of standard deviation 0.02. `jax`: by the number of channels "
+        "(Xavier), as in the original code; narrow networks learn much faster from these.",
+        one_of(*INITS),
     ),
     "attention": Option("softmax", "What mixes the tokens.", one_of(*ATTENTIONS)),
-    "num_features": Option(0, "Random features of a head of the Performers; 0: d ln d.", not_negative()),
-    "feature_kind": Option("positive", "Features that approximate softmax, or of ReLU.", one_of(*FEATURES)),
-    "redraw_epochs": Option(1, "Epochs after which Performers draw other features; 0: never.", not_negative()),
-    "span": Option(4, "Largest displacement in patches with a relative position of its own.", at_least(1)),
-    "points": Option(4, "Points of a head on every grid of deformable attention.", at_least(1)),
-    "scales": Option(1, "Grids of deformable attention, each half as large as the one before.", at_least(1)),
-    "locality": Option("none", "Kind of window around each patch in the first epochs.", one_of(*LOCALITIES)),
-    "locality_reach": Option([8, 12, 18, 20], "Patches that the windows reach to each side, one after the other."),
-    "locality_epochs": Option([5, 10, 15, 20], "The epoch before which each window ends."),
+    "num_features": Option(
+        0,
+        "Random features per head of the Performers; 0 for d ln d, with d channels per head.",
+        not_negative(),
+    ),
+    "feature_kind": Option("positive", "`positive` approximates softmax, `relu` does not.", one_of(*FEATURES)),
+    "redraw_epochs": Option(
+        1, "Interval in epochs at which the Performers redraw their features; 0 for never.", not_negative()
+    ),
+    "span": Option(
+        4,
+        "Largest displacement in patches with its own relative position, for disentangled attention.",
+        at_least(1),
+    ),
+    "points": Option(4, "Sampling points per head and grid of `deformable`.", at_least(1)),
+    "scales": Option(1, "Grids of `deformable`, each half as large as the previous one.", at_least(1)),
+    "locality": Option(
+        "none",
+        "Window around each patch in the first epochs: in the order of the tokens, or in the plane.",
+        one_of(*LOCALITIES),
+    ),
+    "locality_reach": Option((8, 12, 18, 20), "Reach of the successive windows to each side, in patches."),
+    "locality_epochs": Option(
+        (5, 10, 15, 20), "The epoch before which each window ends; no window is used after the last."
+    ),
 }
+# Options that timm's network takes under the same names.
+OF_TIMM = ("patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool", "drop_path_rate")
 OF_OUR_ATTENTIONS = re.compile(r"\.attn\.(random|relative|sampling_offsets|attention_weights)\.")
 
 
@@ -55,94 +82,46 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
     Args:
         img_size: height and width of the images, or their side.
-        patch_size: pixels per patch on each axis.
-        num_classes: size of the logits.
-        embed_dim: channels.
-        depth: number of blocks.
-        num_heads: attention heads.
-        mlp_ratio: ratio of MLP width to ``embed_dim``.
-        global_pool: ``token`` classifies by a class token, ``avg`` by the mean of the patches, without a class token.
-        drop_rate: dropout rate of tokens, projections and MLPs.
-        attn_drop_rate: probability of dropping an attention weight; ``softmax`` and ``disentangled`` only.
-        drop_path_rate: stochastic-depth rate of the last block; rises linearly from 0.
-        weight_init: first weights of linear layers. ``timm``: normal, of standard deviation 0.02. ``jax``: by the
-            number of channels (Xavier), as in the original code; narrow networks learn much faster from these.
-        attention: one of `ATTENTIONS`.
-        num_features: random features per head of the Performers; 0 for ``d ln d``, with d channels per head.
-        feature_kind: ``positive``, which approximates softmax, or ``relu``.
-        redraw_epochs: interval in epochs at which the Performers redraw their features; 0 for never.
-        span: largest displacement in patches with its own relative position, for disentangled attention.
-        points: sampling points per head and grid of ``deformable``.
-        scales: number of grids of ``deformable``, each half as large as the previous one.
-        locality: ``none``, or where the first epochs have a window around each patch (TransGAN, arXiv 2102.07074,
-            section 3.4): ``sequence``, in the order of the tokens, or ``box``, in the plane.
-        locality_reach: reach of the successive windows to each side, in patches.
-        locality_epochs: the epoch before which each window ends; no window is used after the last.
         use_checkpoint: recompute the activations of each block in the backward pass instead of keeping them.
+        **options: by keyword; `options` declares them, and ``docs/family.md`` lists them.
 
     Raises:
+        TypeError: an option is unknown.
         ValueError: an option is not allowed or contradicts another.
     """
 
-    def __init__(
-        self,
-        *,
-        img_size: int | tuple[int, int] = 32,
-        patch_size: int = 4,
-        num_classes: int = 10,
-        embed_dim: int = 384,
-        depth: int = 4,
-        num_heads: int = 6,
-        mlp_ratio: float = 4.0,
-        global_pool: str = "token",
-        drop_rate: float = 0.1,
-        attn_drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        weight_init: str = "timm",
-        attention: str = "softmax",
-        num_features: int = 0,
-        feature_kind: str = "positive",
-        redraw_epochs: int = 1,
-        span: int = 4,
-        points: int = 4,
-        scales: int = 1,
-        locality: str = "none",
-        locality_reach: Sequence[int] = (8, 12, 18, 20),
-        locality_epochs: Sequence[int] = (5, 10, 15, 20),
-        use_checkpoint: bool = False,
-    ) -> None:
-        _check(embed_dim, num_heads, weight_init, attention, attn_drop_rate, locality, locality_reach, locality_epochs)
+    __signature__ = DeclaredSignature()
+
+    def __init__(self, *, img_size: int | tuple[int, int] = 32, use_checkpoint: bool = False, **options: Any) -> None:
+        values = complete(options, OPTIONS)
+        _check(values)
+        embed_dim, num_heads, drop_rate = values["embed_dim"], values["num_heads"], values["drop_rate"]
+        weight_init, attention = INITS[values["weight_init"]], values["attention"]
         super().__init__(
-            weight_init=INITS[weight_init],
+            weight_init=weight_init,
             img_size=img_size,
-            patch_size=patch_size,
-            num_classes=num_classes,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            global_pool=global_pool,
-            class_token=global_pool == "token",
+            class_token=values["global_pool"] == "token",
             pos_drop_rate=drop_rate,
             proj_drop_rate=drop_rate,
-            drop_path_rate=drop_path_rate,
+            **{name: values[name] for name in OF_TIMM},
         )
-        self.locality = locality
-        self.schedule = list(zip(locality_epochs, locality_reach, strict=True))
+        self.locality = values["locality"]
+        self.schedule = list(zip(values["locality_epochs"], values["locality_reach"], strict=True))
         self.set_grad_checkpointing(use_checkpoint)
         grid, prefix = self.patch_embed.grid_size, self.num_prefix_tokens
-        random = {"num_features": num_features, "feature_kind": feature_kind, "redraw_epochs": redraw_epochs}
+        random = {name: values[name] for name in ("num_features", "feature_kind", "redraw_epochs")}
+        span, attn_drop = values["span"], values["attn_drop_rate"]
         makers: dict[str, Callable[..., nn.Module]] = {
-            "softmax": partial(SoftmaxAttention, attn_drop=attn_drop_rate),
+            "softmax": partial(SoftmaxAttention, attn_drop=attn_drop),
             "performer": partial(PerformerAttention, **random),
-            "disentangled": partial(DisentangledAttention, span=span, attn_drop=attn_drop_rate),
+            "disentangled": partial(DisentangledAttention, span=span, attn_drop=attn_drop),
             "disentangled_performer": partial(DisentangledPerformer, span=span, **random),
-            "deformable": partial(PatchDeformableAttention, points=points, scales=scales),
+            "deformable": partial(PatchDeformableAttention, points=values["points"], scales=values["scales"]),
         }
         for block in self.blocks:
             block.attn = makers[attention](embed_dim, heads=num_heads, grid=grid, prefix=prefix, proj_drop=drop_rate)
             if attention != "deformable":  # which has its own initialisation
-                block.attn.apply(timm_vit.get_init_weights_vit(INITS[weight_init], needs_reset=False))
+                block.attn.apply(timm_vit.get_init_weights_vit(weight_init, needs_reset=False))
 
     @staticmethod
     def options() -> dict[str, Option]:
@@ -191,26 +170,15 @@ class VisionTransformer(timm_vit.VisionTransformer):
         raise ValueError("the grid of patches is fixed; build a network of the new img_size and take over the weights")
 
 
-def _check(
-    embed_dim: int,
-    num_heads: int,
-    weight_init: str,
-    attention: str,
-    attn_drop_rate: float,
-    locality: str,
-    reach: Sequence[int],
-    epochs: Sequence[int],
-) -> None:
-    if weight_init not in INITS:
-        raise ValueError(f"weight_init = {weight_init!r} is unknown; choose one of {', '.join(INITS)}")
-    if attention not in ATTENTIONS:
-        raise ValueError(f"attention = {attention!r} is unknown; choose one of {', '.join(ATTENTIONS)}")
+def _check(values: dict[str, Any]) -> None:
+    """Check the options that depend on each other."""
+    embed_dim, num_heads, attention = (values[name] for name in ("embed_dim", "num_heads", "attention"))
     if embed_dim % num_heads:
         raise ValueError(f"embed_dim = {embed_dim} is not divisible by num_heads = {num_heads}; change one of them")
-    if attn_drop_rate and attention not in ("softmax", "disentangled"):
-        raise ValueError(f"attn_drop_rate = {attn_drop_rate} has no meaning for attention = {attention!r}; set it to 0")
-    if locality not in LOCALITIES:
-        raise ValueError(f"locality = {locality!r} is unknown; choose one of {', '.join(LOCALITIES)}")
+    rate = values["attn_drop_rate"]
+    if rate and attention not in ("softmax", "disentangled"):
+        raise ValueError(f"attn_drop_rate = {rate} has no meaning for attention = {attention!r}; set it to 0")
+    reach, epochs = values["locality_reach"], values["locality_epochs"]
     if len(reach) != len(epochs):
         raise ValueError(
             f"locality_reach has {len(reach)} windows and locality_epochs {len(epochs)} ends; give one for each"

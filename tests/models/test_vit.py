@@ -167,14 +167,16 @@ def test_export_with_any_number_of_images(attention: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "linear"}, "attention = 'linear' is unknown; choose one of softmax, performer"),
+        ({"attention": "linear"}, "attention = 'linear' must be one of softmax, performer"),
         ({"embed_dim": 25}, "embed_dim = 25 is not divisible by num_heads = 2"),
         (
             {"attention": "performer", "attn_drop_rate": 0.1},
             "attn_drop_rate = 0.1 has no meaning for attention = 'perf",
         ),
-        ({"weight_init": "moco"}, "weight_init = 'moco' is unknown; choose one of timm, jax"),
-        ({"locality": "circle"}, "locality = 'circle' is unknown; choose one of none, sequence, box"),
+        ({"weight_init": "moco"}, "weight_init = 'moco' must be one of timm, jax"),
+        ({"locality": "circle"}, "locality = 'circle' must be one of none, sequence, box"),
+        ({"depth": 0}, "depth = 0 must be at least 1"),
+        ({"locality_epochs": 5}, "locality_epochs = 5 must be a list"),
         ({"locality_reach": [1]}, "locality_reach has 1 windows and locality_epochs 4 ends"),
         ({"locality_reach": [1, 2], "locality_epochs": [4, 2]}, "give ends that rise from 1 on"),
     ],

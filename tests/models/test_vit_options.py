@@ -1,10 +1,12 @@
-"""The config knows the options of the Vision Transformer as the network declares them."""
+"""The config and the documentation know the options of the Vision Transformer as the network declares them."""
 
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 
 from config import default_config
+from models.options import as_table
 from models.vit import VisionTransformer
 
 
@@ -16,3 +18,9 @@ def test_the_config_has_the_arguments_and_their_defaults() -> None:
         if name not in ("img_size", "use_checkpoint")  # of DATA and TRAIN
     }
     assert dict(default_config().MODEL.VIT) == declared
+
+
+def test_the_documentation_lists_the_declared_options() -> None:
+    page = (Path(__file__).parents[2] / "docs/family.md").read_text(encoding="utf-8")
+    table = as_table(VisionTransformer.options())
+    assert table in page, f"docs/family.md should hold\n{table}"
