@@ -37,6 +37,11 @@ class CascadeMaskRCNN(TwoStageDetector):
     ) -> RoIHeads:
         return CascadeHeads([_Stage(channels, hidden, classes) for _ in _IOUS], box_pool, mask_pool, **settings)
 
+    def run_heads(self, for_boxes: Tensor, for_masks: Tensor) -> None:
+        for stage in self.roi_heads.stages:
+            stage(for_boxes)
+            stage.masks(for_masks)
+
 
 class _Stage(nn.Module):
     """What a stage makes of pooled regions: logits of the classes, offsets of the box, and logits of the masks."""

@@ -35,6 +35,13 @@ class Detector(DenseModel):
         """
         raise NotImplementedError
 
+    def run_layers(self, images: Tensor) -> None:
+        """Run all layers on images `[B, 3, H, W]` and on as many regions of each as are kept, without choosing them.
+
+        `tools.complexity` counts what this costs: unlike `forward`, it does not depend on what is found.
+        """
+        raise NotImplementedError
+
     def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
         """Take weights of mmdetection, of a detector like this, or of a classifier for the backbone alone."""
         return super().take_over(from_mmdetection(weights) if is_mmdetection(weights) else weights)

@@ -106,6 +106,18 @@ class TwoStageDetector(Detector):
             return {name.removeprefix("loss_"): loss for name, loss in (losses | losses_of_regions).items()}
         return [{**one, "labels": one["labels"] - 1, "masks": one["masks"][:, 0]} for one in found]
 
+    def run_layers(self, images: Tensor) -> None:
+        maps = list(self.neck(self.backbone(images)).values())
+        self.rpn.head(maps)
+        channels = maps[0].shape[1]
+        for_boxes = images.new_empty(len(images) * self.rpn.post_nms_top_n(), channels, 7, 7)
+        for_masks = images.new_empty(len(images) * self.roi_heads.detections_per_img, channels, 14, 14)
+        self.run_heads(for_boxes, for_masks)
+
+    def run_heads(self, for_boxes: Tensor, for_masks: Tensor) -> None:
+        """Run all layers on pooled regions `[n, channels, 7, 7]` and `[m, channels, 14, 14]`."""
+        raise NotImplementedError
+
 
 class MaskRCNN(TwoStageDetector):
     """Mask R-CNN on a backbone of four maps."""
@@ -128,3 +140,8 @@ class MaskRCNN(TwoStageDetector):
             mask_predictor=MaskRCNNPredictor(channels, channels, classes),
             **settings,
         )
+
+    def run_heads(self, for_boxes: Tensor, for_masks: Tensor) -> None:
+        heads = self.roi_heads
+        heads.box_predictor(heads.box_head(for_boxes))
+        heads.mask_predictor(heads.mask_head(for_masks))

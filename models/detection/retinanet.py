@@ -76,6 +76,9 @@ class RetinaNet(Detector):
         found = [self._candidates_of(*level) for level in levels]
         return [self._detect([level[i] for level in found], size) for i, size in enumerate(batch.image_sizes)]
 
+    def run_layers(self, images: Tensor) -> None:
+        self.head(list(self.neck(self.backbone(images)).values()))
+
     def losses(
         self, logits: Tensor, deltas: Tensor, anchors: list[Tensor], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:

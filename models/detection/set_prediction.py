@@ -30,6 +30,9 @@ class SetDetector(Detector):
         """
         raise NotImplementedError
 
+    def run_layers(self, images: Tensor) -> None:
+        self.predict(images, _without_padding(images))
+
 
 class AllQueries(nn.Module):
     """A detector as one tensor function, for export; of images without padding.
@@ -44,8 +47,12 @@ class AllQueries(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[B, 3, H, W]` to boxes and probabilities `[B, Q, 4 + classes]`, see `SetDetector.predict`."""
-        scores, boxes = self.detector.predict(images, torch.ones_like(images[:, 0], dtype=torch.bool))
+        scores, boxes = self.detector.predict(images, _without_padding(images))
         return torch.cat([boxes, scores], -1)
+
+
+def _without_padding(images: Tensor) -> Tensor:
+    return torch.ones_like(images[:, 0], dtype=torch.bool)
 
 
 def image_mask(batch: ImageList) -> Tensor:

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
 from models import build_model
 from models.attention import NeighborhoodAttention, PyramidAttention, WindowAttention
+from models.detection import DETECTORS, Detector
+from tests.models.detection.small import small_arguments, small_backbone
+from tests.models.detection.test_detectors import REGIONS, TINY
 from tools.complexity import PUBLISHED, count_macs, count_parameters, main
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -54,6 +60,33 @@ def test_attention_products_count_whatever_form_runs() -> None:
     window = WindowAttention(3, heads=1, window_size=4, map_size=8, shifted=True)
     assert count_macs(window, (8, 8)) == 64 * (projections + 16 * 6)
     assert count_macs(PyramidAttention(3, heads=1, sr_ratio=1), (5, 5)) == 25 * (projections + 25 * 6)
+
+
+def build_detector(name: str, **arguments: Any) -> Detector:
+    kind = DETECTORS[name]
+    return kind.build(small_backbone(*range(4 - kind.maps, 4)), num_classes=3, **arguments)
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade"])
+def test_heads_count_for_as_many_regions_as_are_kept(name: str) -> None:
+    """Each region costs two layers, the logits of 3 classes and the background, and boxes: one, or one a class."""
+    few, more = (build_detector(name, **{**REGIONS, "proposals": proposals}) for proposals in (20, 50))
+    boxes, stages = (4, 3) if name == "cascade" else (16, 1)
+    a_region = 16 * 7**2 * 16 + 16 * 16 + 16 * (4 + boxes)
+    assert count_macs(more, (64, 96)) - count_macs(few, (64, 96)) == stages * 30 * a_region
+
+
+@pytest.mark.parametrize("name", ["retinanet", "dino", "d_fine"])
+def test_a_detector_counts_what_it_computes(name: str) -> None:
+    detector = build_detector(name, **(TINY[name] if name == "retinanet" else small_arguments(name)))
+    detector.eval().requires_grad_(False)
+    for module in detector.modules():
+        if hasattr(module, "form"):
+            module.form = "reference"
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), counter:
+        detector(torch.rand(1, 3, 64, 96))
+    assert count_macs(detector, (64, 96)) == counter.get_total_flops() // 2 > 1e6
 
 
 def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
