@@ -206,7 +206,7 @@ def assemble(config: CfgNode, world: World) -> Assembly:
 def suspicious_settings(config: CfgNode, state: TrainingState, images: int, world_size: int) -> list[str]:
     """Return which settings of a run on so many training images are probably not what its user means."""
     found = []
-    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS:
+    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS and not config.TRAIN.WARMUP_UPDATES:
         found.append(
             f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {config.TRAIN.EPOCHS}: the "
             "learning rate never reaches TRAIN.BASE_LR"
