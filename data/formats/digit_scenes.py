@@ -1,7 +1,7 @@
 """Scenes of handwritten digits with exact boxes, masks and class maps: dense prediction without a download.
 
 Several of the digits inside scikit-learn stand on a canvas, each at its own size and colour, among lines and ellipses.
-A scene is drawn when it is asked for, from its part and index alone.
+A scene is drawn when it is asked for, from its part and index alone, and kept until another one is.
 """
 
 from __future__ import annotations
@@ -62,12 +62,17 @@ class DigitScenes:
         self._digits = Digits(train=train)
         self._part = 0 if train else 1
         self._length = scenes if train else HELD_OUT
+        self._kept: dict[int, Scene] = {}
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Scene:
-        """Draw a scene."""
+        if index not in self._kept:  # pixels and objects of a sample are asked for one after the other
+            self._kept = {index: self._draw(index)}
+        return self._kept[index]
+
+    def _draw(self, index: int) -> Scene:
         rng = np.random.default_rng((SEED, self._part, index))
         pixels = np.asarray(_background(rng), dtype=np.float32)
         taken = np.zeros((SIDE, SIDE), dtype=bool)

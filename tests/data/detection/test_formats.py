@@ -108,12 +108,15 @@ def test_yolo_boxes_are_shares_of_the_image(tmp_path: Path) -> None:
 
 
 def test_digit_scenes_are_exact_and_always_the_same(tmp_path: Path) -> None:
-    scene = DigitScenes(train=True, scenes=4)[3]
+    scenes = DigitScenes(train=True, scenes=4)
+    scene = scenes[3]
+    assert scenes[3] is scene
+    assert not (scenes[2].pixels == scene.pixels).all()
     for box, mask in zip(scene.boxes, scene.masks, strict=True):
         rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
         assert box.tolist() == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
     assert scene.masks.sum(0).max() == 1
-    assert (DigitScenes(train=True, scenes=4)[3].pixels == scene.pixels).all()
+    assert (scenes[3].pixels == scene.pixels).all()
     assert not (DigitScenes(train=False, scenes=4)[3].pixels == scene.pixels).all()
     dataset = open_digit_scenes(Request())
     assert (dataset.train.objects(3).decoded((128, 128)) == scene.masks).all()
