@@ -48,36 +48,39 @@ class ATSSHead(nn.Module):
             targets: of each image, `boxes` (x1, y1, x2, y2) in pixels and `labels`.
         """
         towers = [self.tower(x) for x in maps]
-        logits, changes, centerness, features = (
-            torch.cat([x.flatten(2).transpose(1, 2) for x in parts], 1)
-            for parts in (
-                *([head(x) for x in towers] for head in (self.class_logits, self.changes, self.centerness)),
-                maps,
-            )
-        )  # [B, S, ...]
+        logits = _in_a_row([self.class_logits(x) for x in towers])
+        changes = _in_a_row([self.changes(x) for x in towers])
+        centerness = _in_a_row([self.centerness(x) for x in towers]).squeeze(-1)
+        features = _in_a_row(maps)
         anchors = square_anchors(maps, strides)
         counts = [x.shape[-2] * x.shape[-1] for x in maps]
         assigned = torch.stack([assign(anchors, counts, target["boxes"]) for target in targets])  # [B, S]
         positive = assigned != _NOTHING
         found = [Positives(anchors[p], a[p], f[p]) for p, a, f in zip(positive, assigned, features, strict=True)]
+        labels, wanted = (
+            torch.cat([target[name][one.objects] for target, one in zip(targets, found, strict=True)])
+            for name in ("labels", "boxes")
+        )
         classes = torch.zeros_like(logits, dtype=torch.float32)
-        classes[positive] = F.one_hot(
-            torch.cat([target["labels"][one.objects] for target, one in zip(targets, found, strict=True)]),
-            logits.shape[-1],
-        ).float()
-        wanted = torch.cat([target["boxes"][one.objects] for target, one in zip(targets, found, strict=True)])
+        classes[positive] = F.one_hot(labels, logits.shape[-1]).float()
         at = torch.cat([one.boxes for one in found])
         boxes = self.coder.decode_single(changes[positive].float(), at)
         central = _centerness(at, wanted)
         number = positive.sum().clamp(min=1)
+        focal = sigmoid_focal_loss(logits.float(), classes, alpha=0.25, gamma=2.0, reduction="sum")
         overlap = generalized_box_iou_loss(boxes, wanted) * central
-        return {
-            "class": sigmoid_focal_loss(logits.float(), classes, alpha=0.25, gamma=2.0, reduction="sum") / number,
+        off_centre = F.binary_cross_entropy_with_logits(centerness[positive].float(), central, reduction="sum")
+        losses = {
+            "class": focal / number,
             "box": BOX_WEIGHT * overlap.sum() / central.sum().clamp(min=1e-6),
-            "centerness": F.binary_cross_entropy_with_logits(
-                centerness[positive].squeeze(-1).float(), central, reduction="sum"
-            ) / number,
-        }, found  # fmt: skip
+            "centerness": off_centre / number,
+        }
+        return losses, found
+
+
+def _in_a_row(maps: list[Tensor]) -> Tensor:
+    """Return the pixels of maps `[B, C, h, w]`, level after level, `[B, S, C]`."""
+    return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
 
 
 def square_anchors(maps: list[Tensor], strides: list[float]) -> Tensor:
