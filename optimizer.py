@@ -7,7 +7,6 @@ import difflib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
@@ -143,16 +142,34 @@ def learning_rate(optimizer: torch.optim.Optimizer) -> float:
     return group["lr"] / group.get("lr_scale", 1.0)
 
 
+def _adamw(groups: list[dict], settings: CfgNode, **arguments: Any) -> torch.optim.Optimizer:
+    """Return PyTorch's AdamW, fused: one kernel for all parameters, which can also skip an update on the device."""
+    return torch.optim.AdamW(
+        groups, **{"betas": tuple(settings.BETAS), "eps": settings.EPS, "fused": True, **arguments}
+    )
+
+
+def _sgd(groups: list[dict], settings: CfgNode, **arguments: Any) -> torch.optim.Optimizer:
+    """Return PyTorch's SGD, fused, with its buffers initialised; a skipped first step would leave them undefined."""
+    momentum = settings.MOMENTUM
+    sgd = torch.optim.SGD(groups, **{"momentum": momentum, "nesterov": momentum > 0, "fused": True, **arguments})
+    for group in sgd.param_groups:
+        for parameter in group["params"] if group["momentum"] else ():
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return sgd
+
+
+# Optimizers made here, each from parameter groups, TRAIN.OPTIMIZER and further arguments. All others are timm's.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": _adamw, "sgd": _sgd}
+
+
 def optimizer_names() -> list[str]:
     """Return the names of the optimizers that can be configured."""
-    return [name for name in list_optimizers() if not name.startswith(tuple(_UNUSABLE))]
+    return sorted({*OPTIMIZERS, *(name for name in list_optimizers() if not name.startswith(tuple(_UNUSABLE)))})
 
 
 def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch.optim.Optimizer:
     """Return the configured optimizer over `model`'s trained parameters, with the base learning rate.
-
-    `adamw` and `sgd` are PyTorch's, fused: one kernel for all parameters, which can also skip an update on the device.
-    All others are timm's, with its defaults.
 
     Raises:
         ValueError: there is no such optimizer, it cannot be used here, or it does not know an argument.
@@ -162,14 +179,13 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
         model, weight_decay=train.WEIGHT_DECAY, layer_decay=train.LAYER_DECAY, head_scale=train.HEAD_LR_SCALE
     )
     arguments = {"lr": train.BASE_LR * learning_rate_scale(config, world_size), **_own_arguments(settings.ARGS)}
-    if settings.NAME == "adamw":
-        arguments = {"betas": tuple(settings.BETAS), "eps": settings.EPS, "fused": True} | arguments
-        return _construct(torch.optim.AdamW, groups, arguments)
-    if settings.NAME == "sgd":
-        arguments = {"momentum": settings.MOMENTUM, "nesterov": settings.MOMENTUM > 0, "fused": True} | arguments
-        return _prepared(_construct(torch.optim.SGD, groups, arguments))
     _check_name(settings.NAME)
-    return _construct(partial(create_optimizer_v2, opt=settings.NAME), groups, arguments)
+    try:
+        if settings.NAME in OPTIMIZERS:
+            return OPTIMIZERS[settings.NAME](groups, settings, **arguments)
+        return create_optimizer_v2(groups, opt=settings.NAME, **arguments)
+    except (TypeError, ValueError) as error:  # an argument that it does not have, or a value outside its range
+        raise ValueError(f"TRAIN.OPTIMIZER: {error}") from None
 
 
 def _own_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,31 +196,15 @@ def _own_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 
-def _construct(
-    kind: Callable[..., torch.optim.Optimizer], groups: list[dict], arguments: dict[str, Any]
-) -> torch.optim.Optimizer:
-    try:
-        return kind(groups, **arguments)
-    except (TypeError, ValueError) as error:  # an argument that it does not have, or a value outside its range
-        raise ValueError(f"TRAIN.OPTIMIZER: {error}") from None
-
-
 def _check_name(name: str) -> None:
-    if name not in list_optimizers():
-        near = difflib.get_close_matches(name, optimizer_names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "timm.optim.list_optimizers() names them"
-        raise ValueError(f"TRAIN.OPTIMIZER.NAME: there is no optimizer {name!r}; {hint}")
+    if name in optimizer_names():
+        return
     for beginning, reason in _UNUSABLE.items():
-        if name.startswith(beginning):
+        if name.startswith(beginning) and name in list_optimizers():
             raise ValueError(f"TRAIN.OPTIMIZER.NAME: {name} cannot be used here: it {reason}; adamw can")
-
-
-def _prepared(sgd: torch.optim.SGD) -> torch.optim.SGD:
-    """Return `sgd` with its buffers initialised; a skipped first step would leave them undefined."""
-    for group in sgd.param_groups:
-        for parameter in group["params"] if group["momentum"] else ():
-            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return sgd
+    near = difflib.get_close_matches(name, optimizer_names(), n=1)
+    hint = f"did you mean {near[0]}?" if near else "timm.optim.list_optimizers() names them"
+    raise ValueError(f"TRAIN.OPTIMIZER.NAME: there is no optimizer {name!r}; {hint}")
 
 
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:

@@ -18,6 +18,7 @@ from lr_scheduler import build_scheduler, learning_rates
 from models import build_model
 from models.contract import undecayed
 from optimizer import (
+    OPTIMIZERS,
     build_optimizer,
     decays,
     freeze,
@@ -135,6 +136,38 @@ OFFERED = [pytest.param(n, marks=pytest.mark.slow) if n.startswith("kron") else 
 
 @pytest.mark.parametrize("name", OFFERED)
 def test_every_optimizer_skips_what_is_not_finite_and_resumes_exactly(name: str) -> None:
+    check_that_it_skips_and_resumes(name)
+
+
+class Signs(torch.optim.Optimizer):
+    """Steps by the sign of an average of the gradients."""
+
+    def __init__(self, groups: list[dict], lr: float, beta: float = 0.9) -> None:
+        super().__init__(groups, {"lr": lr, "beta": beta})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                average = state.setdefault("average", torch.zeros_like(parameter))
+                average.lerp_(parameter.grad, 1 - group["beta"])
+                parameter.sub_(average.sign(), alpha=group["lr"])
+
+
+def test_an_optimizer_of_ones_own_needs_its_line_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "signs", lambda groups, settings, **arguments: Signs(groups, **arguments))
+    check_that_it_skips_and_resumes("signs")
+    optimizer = build_optimizer(named("signs", "TRAIN.OPTIMIZER.ARGS.beta", "0.5"), torch.nn.Linear(2, 2), 1)
+    assert optimizer.param_groups[0]["beta"] == 0.5
+    with pytest.raises(ValueError, match=r"TRAIN\.OPTIMIZER: .*'betta'"):
+        build_optimizer(named("signs", "TRAIN.OPTIMIZER.ARGS.betta", "0.5"), torch.nn.Linear(2, 2), 1)
+    with pytest.raises(ValueError, match="no optimizer 'sings'; did you mean signs"):
+        build_optimizer(named("sings"), torch.nn.Linear(2, 2), 1)
+
+
+def check_that_it_skips_and_resumes(name: str) -> None:
+    """Train in one go and with a checkpoint in between, with an update to skip, to the same weights."""
     whole, broken = small_network(), small_network()
     optimizer, first = (build_optimizer(named(name), network, 1) for network in (whole, broken))
     take_updates(whole, optimizer, 0, 5)
