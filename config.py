@@ -549,6 +549,15 @@ class Config(CfgNode):
         size = self.DATA.IMG_SIZE
         return (size, size) if isinstance(size, int) else tuple(size)
 
+    @property
+    def run_folder(self) -> Path:
+        """Where the results go."""
+        return Path(self.OUTPUT) / self.MODEL.NAME / self.TAG
+
+    def images_per_update(self, processes: int) -> int:
+        """Return how many images the processes of a run see together in an update."""
+        return self.DATA.BATCH_SIZE * processes * self.TRAIN.ACCUMULATION_STEPS
+
 
 def default_config() -> Config:
     """Return the defaults."""

@@ -24,7 +24,7 @@ from yacs.config import CfgNode
 
 from data.images import UnreadableImage
 from logger import RunLog
-from training.build import assemble, build_run, run_folder, settle
+from training.build import assemble, build_run, settle
 from training.command_line import parse
 from training.evaluation import build_evaluation, build_throughput
 from training.exit_status import FAILED, WRONG_INPUT, refuse, report_failure
@@ -95,7 +95,7 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
         summary = f"{len(evaluation.loader.dataset)} held-out images, {evaluation.task.summary()}"
     else:
         parts = assemble(config, world)
-        try_folder(run_folder(config))
+        try_folder(config.run_folder)
         lines, warnings = preview(parts, config, world)
         summary = parts.task.summary()
     log = RunLog(None, config, is_main=rank == 0)

@@ -133,7 +133,7 @@ def _head(model: nn.Module) -> str:
 
 def learning_rate_scale(config: CfgNode, world_size: int) -> float:
     """Return what the configured learning rates, meant for 512 images an update, are multiplied by."""
-    return config.DATA.BATCH_SIZE * world_size * config.TRAIN.ACCUMULATION_STEPS / 512
+    return config.images_per_update(world_size) / 512
 
 
 def learning_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -24,9 +24,9 @@ from tasks import Task, build_task
 from training.checkpoint import CheckpointFolder, load_strictly
 from training.environment import write_environment
 from training.output_folder import hold_folder, open_folder, set_aside
-from training.resume import find_resumed, start_from_pretrained
+from training.resume import Resumed, find_resumed, start_from_pretrained
 from training.run import BadImages, Run, TrainingState
-from training.teacher import load_teacher
+from training.teacher import give_teacher
 from training.weight_sets import RAW, pick_weights
 from utils import (
     StopSignal,
@@ -96,18 +96,13 @@ def build_network(task: Task, world: World) -> nn.Module:
     return task.build_model().to(world.device, memory_format=torch.channels_last)
 
 
-def run_folder(config: CfgNode) -> Path:
-    """Return where the results of a run go."""
-    return Path(config.OUTPUT) / config.MODEL.NAME / config.TAG
-
-
 def build_run(config: CfgNode, world: World) -> Run:
     """Build a training run and open its output folder.
 
     Raises:
         ValueError: wrong input; nothing has been written then but the lock of a folder that there was.
     """
-    folder, hold = run_folder(config), None
+    folder, hold = config.run_folder, None
     with fail_together():
         if world.is_main and folder.is_dir():  # before reading checkpoints that another run may be about to replace
             hold = hold_folder(open_folder(folder), patience=min(120, collective_timeout().total_seconds() / 2))
@@ -135,7 +130,6 @@ def build_run(config: CfgNode, world: World) -> Run:
         stop=StopSignal(),
         bad_images=BadImages(folder / "bad_images.txt"),
         checkpoints=CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS),
-        continued_from=parts.continued_from,
         hold=hold,
     )
     run.stop.listen()
@@ -156,29 +150,16 @@ def assemble(config: CfgNode, world: World) -> Assembly:
     task = build_task(config, world, training=True)
     train_loader, eval_loader = task.train_loader(), task.eval_loader()
     check_recorders(config)
-    taught = load_teacher(config, task)
+    notes, warnings = [*task.notes, *give_teacher(config, task)], []
     network = build_network(task, world)
-    images_per_update = config.DATA.BATCH_SIZE * world.size * config.TRAIN.ACCUMULATION_STEPS
-    resumed = find_resumed(
-        config,
-        run_folder(config),
-        task=task,
-        images_per_update=images_per_update,
-        training_images=len(train_loader.dataset),
-    )
-    notes, warnings = list(task.notes), resumed[2] if resumed else []
+    resumed = find_resumed(config, task, training_images=len(train_loader.dataset))
     if resumed:
-        load_strictly(network, pick_weights(resumed[1], resumed[0], network, kind=RAW).weights, resumed[0])
-    elif config.MODEL.PRETRAINED:
+        weights = pick_weights(resumed.checkpoint, resumed.path, network, kind=RAW).weights
+        load_strictly(network, weights, resumed.path)
+        warnings += resumed.warnings
+    else:
         said, doubts = start_from_pretrained(config, network, task)
         notes, warnings = notes + said, warnings + doubts
-    elif config.MODEL.CLASS_MAP:
-        raise ValueError("MODEL.CLASS_MAP belongs to the weights of --pretrained; give those too, or remove the map")
-    elif config.MODEL.WEIGHTS:
-        raise ValueError("--weights belongs to the file of --pretrained, or to --eval; give one of these, or remove it")
-    if taught:
-        task.learn_from(taught[0])
-        notes.append(f"learning from {taught[1]}")
     if config.TRAIN.FREEZE:
         frozen = freeze(network, config.TRAIN.FREEZE)
         notes.append(f"{frozen / 1e6:.2f} M parameters are frozen: {', '.join(config.TRAIN.FREEZE)}")
@@ -193,14 +174,14 @@ def assemble(config: CfgNode, world: World) -> Assembly:
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer, updates_per_epoch=updates, world_size=world.size),
         scaler=torch.amp.GradScaler(world.device.type, enabled=config.AMP == "fp16"),
-        images_per_update=images_per_update,
+        images_per_update=config.images_per_update(world.size),
         updates_per_epoch=updates,
     )
     if resumed:
-        notes += _restore(state, config, *resumed[:2])
-        warnings += rate_jump(config, state, resumed[1])
+        notes += _restore(state, config, resumed)
+        warnings += rate_jump(config, state, resumed.checkpoint)
     warnings += suspicious_settings(config, state, len(train_loader.dataset), world.size) + task.doubts()
-    return Assembly(task, train_loader, eval_loader, state, resumed[0] if resumed else None, notes, warnings)
+    return Assembly(task, train_loader, eval_loader, state, resumed and resumed.path, notes, warnings)
 
 
 def suspicious_settings(config: CfgNode, state: TrainingState, images: int, world_size: int) -> list[str]:
@@ -238,11 +219,12 @@ def rate_jump(config: CfgNode, state: TrainingState, saved: dict[str, Any]) -> l
     ]
 
 
-def _restore(state: TrainingState, config: CfgNode, path: Path, saved: dict[str, Any]) -> list[str]:
+def _restore(state: TrainingState, config: CfgNode, resumed: Resumed) -> list[str]:
     """Continue from a checkpoint and return what to note in the log."""
-    state.restore(saved, path)
+    path = resumed.path
+    state.restore(resumed.checkpoint, path)
     position = state.position
-    if position.epoch >= config.TRAIN.EPOCHS and path.parent.resolve() != run_folder(config).resolve():
+    if position.epoch >= config.TRAIN.EPOCHS and path.parent.resolve() != config.run_folder.resolve():
         raise ValueError(
             f"{path} is the end of a run of {position.epoch} epochs, which leaves nothing to train; "
             "evaluate it with --eval, or start from its weights by --pretrained"
@@ -297,7 +279,7 @@ def in_words(config: CfgNode, parts: Assembly, world: World) -> str:
         f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(parts.train_loader.dataset)} training and "
         f"{len(parts.eval_loader.dataset)} held-out images, {config.TRAIN.EPOCHS} epochs of "
         f"{parts.state.updates_per_epoch} updates of {parts.state.images_per_update} images on {world.size} x "
-        f"{world.device.type}; results in {run_folder(config)}"
+        f"{world.device.type}; results in {config.run_folder}"
     )
 
 

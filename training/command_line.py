@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
 from yacs.config import CfgNode
@@ -80,7 +79,7 @@ def _choose_evaluated(config: CfgNode, given: set[str]) -> None:
     Raises:
         ValueError: there is neither.
     """
-    best = Path(config.OUTPUT) / config.MODEL.NAME / config.TAG / "best.pth"
+    best = config.run_folder / "best.pth"
     named = [config.MODEL[name] for name in ("RESUME", "PRETRAINED") if f"MODEL.{name}" in given]
     if not any(named) and not best.is_file():
         start = config.MODEL.RESUME or config.MODEL.PRETRAINED

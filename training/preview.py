@@ -11,7 +11,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from lr_scheduler import planned_schedule
-from training.build import Assembly, in_words, run_folder
+from training.build import Assembly, in_words
 from training.run import TrainingState
 from utils import World
 
@@ -26,7 +26,7 @@ def preview(parts: Assembly, config: CfgNode, world: World) -> tuple[list[str], 
     """
     rates = planned_schedule(config, updates_per_epoch=parts.state.updates_per_epoch, world_size=world.size)
     size, files = checkpoint_bytes(parts.state), checkpoint_files(config)
-    folder = run_folder(config)
+    folder = config.run_folder
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     taken = f"a checkpoint takes {_megabytes(size)}, the {files} of the run at most {_megabytes(size * files)}"
     lines = [in_words(config, parts, world), *parts.notes, draw_schedule(rates), taken]

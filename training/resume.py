@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from torch import nn
@@ -29,20 +29,21 @@ _TRAINING_STATE: dict[str, Any] = {
 }
 
 
-def find_resumed(
-    config: CfgNode, folder: Path, *, task: Task, images_per_update: int, training_images: int
-) -> tuple[Path, dict[str, Any], list[str]] | None:
-    """Return the checkpoint to continue from: the newest of the output folder, or --resume.
+class Resumed(NamedTuple):
+    """A checkpoint that a run continues from, and what to warn of."""
+
+    path: Path
+    checkpoint: dict[str, Any]
+    warnings: list[str]
+
+
+def find_resumed(config: CfgNode, task: Task, *, training_images: int) -> Resumed | None:
+    """Return the checkpoint to continue from: the newest of the output folder, or --resume; None for a new run.
 
     Args:
         config: options of this run.
-        folder: its output folder.
         task: its task.
-        images_per_update: over all ranks and micro-batches.
         training_images: size of its training set.
-
-    Returns:
-        Path and content of the checkpoint, and what to warn of; None where the run begins afresh.
 
     Raises:
         ValueError: it cannot be continued under this config.
@@ -50,7 +51,7 @@ def find_resumed(
     found, warnings = None, []
     if config.TRAIN.AUTO_RESUME or was_restarted():
         try:
-            found = CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS).newest(warnings.append)
+            found = CheckpointFolder(config.run_folder, keep=config.KEEP_CHECKPOINTS).newest(warnings.append)
         except ValueError as error:
             if not config.MODEL.RESUME:
                 raise
@@ -61,6 +62,7 @@ def find_resumed(
         return None
     path, state = found
     check_training_state(state, path)
+    images_per_update = config.images_per_update(task.world.size)
     changes = config_changes(state, config, images_per_update=images_per_update, training_images=training_images)
     changes += task.changes(state)
     if changes and not config.TRAIN.ALLOW_CONFIG_CHANGE:
@@ -69,7 +71,7 @@ def find_resumed(
             "another run (from its weights by --pretrained), or --allow-config-change to continue this one all the "
             "same; the config.yaml beside the checkpoint has its own options"
         )
-    return path, state, warnings + [f"continuing under other options: {change}" for change in changes]
+    return Resumed(path, state, warnings + [f"continuing under other options: {change}" for change in changes])
 
 
 def _began_from(state: dict[str, Any]) -> str:
@@ -79,12 +81,18 @@ def _began_from(state: dict[str, Any]) -> str:
 
 
 def start_from_pretrained(config: CfgNode, network: nn.Module, task: Task) -> tuple[list[str], list[str]]:
-    """Load the weights to fine-tune into `network` and return what was done with them, and what to warn of.
+    """Load the weights of --pretrained, if any, into `network`; return what the log says of it, and what to warn of.
 
     Raises:
-        ValueError: they cannot be read or do not fit.
+        ValueError: they cannot be read or do not fit, or there are options for weights and no weights.
     """
     path = config.MODEL.PRETRAINED
+    if not path:
+        if config.MODEL.CLASS_MAP:
+            raise ValueError("MODEL.CLASS_MAP belongs to the weights of --pretrained; give those too, or remove it")
+        if config.MODEL.WEIGHTS:
+            raise ValueError("--weights belongs to the file of --pretrained or to --eval; give one, or remove it")
+        return [], []
     checkpoint = load_checkpoint(path)
     class_map = Path(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
     given = pick_weights(checkpoint, path, network, kind=config.MODEL.WEIGHTS)

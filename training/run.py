@@ -185,8 +185,6 @@ class Run:
     stop: StopSignal
     bad_images: BadImages
     checkpoints: CheckpointFolder
-    # The checkpoint that the run goes on from.
-    continued_from: Path | None
     # Of the main process: keeps other runs out of the folder.
     hold: TextIO | None
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import timm
 from timm.data import resolve_data_config
-from torch import nn
 from yacs.config import CfgNode
 
 from tasks import Task
@@ -12,8 +11,8 @@ from tasks.distillation import Teacher
 from training.trained_model import load_trained
 
 
-def load_teacher(config: CfgNode, task: Task) -> tuple[nn.Module, str] | None:
-    """Return the network to learn from, on the device of `task`, and what it is in words; None where there is none.
+def give_teacher(config: CfgNode, task: Task) -> list[str]:
+    """Let a task learn from the network that the config names, if any; return what the log says of it.
 
     Raises:
         ValueError: it cannot be loaded, or has other classes than the task.
@@ -22,7 +21,7 @@ def load_teacher(config: CfgNode, task: Task) -> tuple[nn.Module, str] | None:
     if settings.TEACHER and settings.TIMM:
         raise ValueError("DISTILL.TEACHER and DISTILL.TIMM name a teacher each; remove one of them")
     if not settings.TEACHER and not settings.TIMM:
-        return None
+        return []
     ours = task.describe().get("classes", [])
     if settings.TEACHER:
         trained = load_trained(settings.TEACHER, cfg=settings.CONFIG or None)
@@ -37,7 +36,8 @@ def load_teacher(config: CfgNode, task: Task) -> tuple[nn.Module, str] | None:
             label = next(label for label, name in enumerate(ours) if classes[label] != name)
             differs = f"class {label} as {classes[label]!r} and the data set as {ours[label]!r}"
         raise ValueError(f"the teacher {settings.TEACHER or settings.TIMM} has {differs}; train it on the same classes")
-    return teacher.to(task.world.device), words
+    task.learn_from(teacher.to(task.world.device))
+    return [f"learning from {words}"]
 
 
 def _of_timm(name: str) -> tuple[Teacher, list[str]]:

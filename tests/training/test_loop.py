@@ -252,7 +252,7 @@ def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path)
     shutil.copy(first.folder / "last.pth", elsewhere)
     (first.folder / "bad_images.txt").write_text("broken.jpg\n")
     run = build(tmp_path, "--resume", str(elsewhere))
-    assert run.continued_from == elsewhere
+    assert f"continuing from {elsewhere}: epoch 1" in (run.folder / "log.txt").read_text()
     assert (run.folder / "last.pth").exists()  # already, so that a restart finds it
     assert {"last.pth", "bad_images.txt"} <= {path.name for path in (run.folder / "earlier_1").iterdir()}
     warnings = []
