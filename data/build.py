@@ -6,9 +6,9 @@ import difflib
 import math
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.cache import CachedSource
-from data.datasets import SeededSamples, TransformedImages, collate, collate_for_a_pipe
+from data.datasets import OnUnreadable, SeededSamples, TransformedImages, collate, collate_for_a_pipe
 from data.formats import FORMATS
 from data.formats.stream import ImageStream, open_stream
 from data.samplers import EvalSampler, TrainSampler
@@ -25,6 +25,8 @@ from data.sources import PARTS, Dataset, ImageSource, Request
 from data.streams import EvalBatches, Loader, StreamLoader, TrainBatches
 from data.transforms import Erase, EvalTransform, TrainTransform
 from data.workers import leave_signals_to_parent
+
+F = TypeVar("F")
 
 # Where Linux keeps what processes share; containers have 64 MiB of it by default.
 SHARED_MEMORY = Path("/dev/shm")
@@ -42,17 +44,35 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Da
     Raises:
         ValueError: for an unknown DATA.DATASET, and a data path that is missing or not laid out as it should be.
     """
-    name = config.DATA.DATASET
-    if name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"DATA.DATASET must be one of {', '.join(FORMATS)}, not {name!r}{hint}")
-    if is_stream(name):
+    open_parts = choose_format(config, FORMATS)
+    if open_parts is open_stream:
         _check_stream(config)
-    dataset = FORMATS[name](request(config, needs))
+    dataset = open_parts(request(config, needs))
     if not config.DATA.ALLOW_LARGER_VAL:
         dataset.check_parts()
     return dataset.by_number() if config.DATA.CLASS_ORDER == "number" else dataset
+
+
+def choose_format(config: CfgNode, formats: Mapping[str, F]) -> F:
+    """Return what opens the data set that the config names.
+
+    Raises:
+        ValueError: the task has no such format.
+    """
+    name = config.DATA.DATASET
+    if name not in formats:
+        near = difflib.get_close_matches(name, formats, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        known = ", ".join(formats)
+        raise ValueError(f"DATA.DATASET must be one of {known} for TASK {config.TASK}, not {name!r}{hint}")
+    return formats[name]
+
+
+def on_unreadable(config: CfgNode, *, training: bool) -> OnUnreadable:
+    """Return what becomes of an image that cannot be read."""
+    if training:
+        return "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
+    return "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
 
 
 def is_stream(name: str) -> bool:
@@ -93,17 +113,17 @@ def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_si
         color_jitter=aug.COLOR_JITTER,
         auto_augment=aug.AUTO_AUGMENT,
     )
-    on_unreadable = "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
+    unreadable = {"seed": config.SEED, "on_unreadable": on_unreadable(config, training=True)}
     if isinstance(dataset.train, ImageStream):
         sampler = train_sampler(config, len(dataset.train), rank=rank, world_size=world_size)
-        options = _stream_options(config, rank, world_size) | {"on_unreadable": on_unreadable}
+        options = _stream_options(config, rank, world_size) | unreadable
         buffer = config.DATA.STREAM.SHUFFLE
         batches = TrainBatches(dataset.train, transform, sampler=sampler, buffer=buffer, **options)
         return _stream_loader(config, batches, sampler, world_size)
     balanced = dataset.train.labels if config.DATA.BALANCE == "sampling" else None
     sampler = train_sampler(config, len(dataset.train), rank=rank, world_size=world_size, balanced=balanced)
     source = _source(config, dataset.train, "train", rank)
-    images = TransformedImages(source, transform, seed=config.SEED, on_unreadable=on_unreadable)
+    images = TransformedImages(source, transform, **unreadable)
     return build_loader(config, images, sampler, _collate(config))
 
 
@@ -116,13 +136,13 @@ def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_siz
         crop_ratio=config.TEST.CROP_RATIO,
         resize=config.TEST.RESIZE,
     )
-    on_unreadable = "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
+    unreadable = {"seed": config.SEED, "on_unreadable": on_unreadable(config, training=False)}
     sampler = EvalSampler(len(dataset.held_out), rank=rank, world_size=world_size)
     if isinstance(dataset.held_out, ImageStream):
-        options = _stream_options(config, rank, world_size) | {"on_unreadable": on_unreadable}
+        options = _stream_options(config, rank, world_size) | unreadable
         return _stream_loader(config, EvalBatches(dataset.held_out, transform, **options), sampler, world_size)
     source = _source(config, dataset.held_out, "val", rank)
-    images = TransformedImages(source, transform, seed=config.SEED, on_unreadable=on_unreadable)
+    images = TransformedImages(source, transform, **unreadable)
     return build_loader(config, images, sampler, _collate(config))
 
 
@@ -298,7 +318,7 @@ def _loading(config: CfgNode, workers: int) -> dict[str, Any]:
 
 
 def _stream_options(config: CfgNode, rank: int, world_size: int) -> dict[str, Any]:
-    return {"batch_size": config.DATA.BATCH_SIZE, "rank": rank, "world_size": world_size, "seed": config.SEED}
+    return {"batch_size": config.DATA.BATCH_SIZE, "rank": rank, "world_size": world_size}
 
 
 def _stream_loader(

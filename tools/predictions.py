@@ -76,9 +76,16 @@ class Predictor:
     on_unreadable: Callable[[str], object]
 
     def predict(self, files: Sequence[str]) -> Iterator[Prediction]:
-        """Yield what each file that can be read shows, in order."""
-        kinds = {"detection": self._detect, "segmentation": self._segment}
-        return kinds.get(self.model.config.TASK, self._classify)(self._read(files))
+        """Return what each file that can be read shows, in order.
+
+        Raises:
+            ValueError: the network is of a task without predictions.
+        """
+        kinds = {"classification": self._classify, "detection": self._detect, "segmentation": self._segment}
+        task = self.model.config.TASK
+        if task not in kinds:
+            raise ValueError(f"predictions of TASK {task} cannot be shown, only those of {', '.join(kinds)}")
+        return kinds[task](self._read(files))
 
     def _read(self, files: Sequence[str]) -> Iterator[tuple[str, Image.Image]]:
         for path in files:

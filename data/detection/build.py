@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.build import build_loader, request, train_sampler
+from data.build import build_loader, choose_format, on_unreadable, request, train_sampler
 from data.detection.coco import open_coco
 from data.detection.datasets import EvalSamples, TrainSamples, collate
 from data.detection.digit_scenes import open_digit_scenes
@@ -36,10 +36,7 @@ def open_dataset(config: CfgNode, needs: Sequence[str]) -> DetectionDataset:
     Raises:
         ValueError: for an unknown DATA.DATASET, and a data path that is missing or not laid out as it should be.
     """
-    name = config.DATA.DATASET
-    if name not in FORMATS:
-        raise ValueError(f"DATA.DATASET must be one of {', '.join(FORMATS)} for TASK detection, not {name!r}")
-    return FORMATS[name](request(config, needs))
+    return choose_format(config, FORMATS)(request(config, needs))
 
 
 def build_train_loader(
@@ -58,14 +55,13 @@ def build_train_loader(
         crop=options.CROP,
         hflip=config.AUG.HFLIP,
     )
-    on_unreadable = "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
-    samples = TrainSamples(dataset.train, transform, masks=masks, seed=config.SEED, on_unreadable=on_unreadable)
+    unreadable = on_unreadable(config, training=True)
+    samples = TrainSamples(dataset.train, transform, masks=masks, seed=config.SEED, on_unreadable=unreadable)
     return build_loader(config, samples, train_sampler(config, len(samples), rank=rank, world_size=world_size), collate)
 
 
 def build_eval_loader(config: CfgNode, dataset: DetectionDataset, *, rank: int, world_size: int) -> DataLoader:
     """Return the loader of this rank's share of the held-out images; its `sampler` is an `EvalSampler`."""
     transform = EvalTransform(short_side=config.DETECTION.TEST_SHORT_SIDE, long_side=config.DETECTION.LONG_SIDE)
-    on_unreadable = "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
-    samples = EvalSamples(dataset.held_out, transform, on_unreadable=on_unreadable)
+    samples = EvalSamples(dataset.held_out, transform, on_unreadable=on_unreadable(config, training=False))
     return build_loader(config, samples, EvalSampler(len(samples), rank=rank, world_size=world_size), collate)

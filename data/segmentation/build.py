@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.build import build_loader, is_shared_memory_short, request, train_sampler
+from data.build import (
+    build_loader,
+    choose_format,
+    is_shared_memory_short,
+    on_unreadable,
+    request,
+    train_sampler,
+)
 from data.samplers import EvalSampler
 from data.segmentation.coco import open_coco
 from data.segmentation.datasets import ByValue, MaskedImages, collate, stack
@@ -37,12 +43,7 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Ma
         ValueError: for an unknown DATA.DATASET, a data path that is not laid out as it should be, and masks that do not
             fit their images or hold other labels.
     """
-    name = config.DATA.DATASET
-    if name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise ValueError(f"DATA.DATASET of segmentation must be one of {', '.join(FORMATS)}, not {name!r}{hint}")
-    dataset = FORMATS[name](request(config, needs), _labels(config))
+    dataset = choose_format(config, FORMATS)(request(config, needs), _labels(config))
     check_some(dataset)
     return dataset
 
@@ -61,17 +62,17 @@ def build_train_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, wo
         hflip=config.AUG.HFLIP,
         photometric=options.PHOTOMETRIC,
     )
-    on_unreadable = "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
-    images = MaskedImages(dataset.train, transform, seed=config.SEED, on_unreadable=on_unreadable)
+    unreadable = on_unreadable(config, training=True)
+    images = MaskedImages(dataset.train, transform, seed=config.SEED, on_unreadable=unreadable)
     sampler = train_sampler(config, len(images), rank=rank, world_size=world_size)
     return build_loader(config, images, sampler, ByValue(stack) if is_shared_memory_short(config) else stack)
 
 
 def build_eval_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, world_size: int) -> DataLoader:
     """Return the loader of this rank's share of `dataset.held_out`; its `sampler` is an `EvalSampler`."""
-    on_unreadable = "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
+    unreadable = on_unreadable(config, training=False)
     transform = EvalTransform(config.image_size)
-    images = MaskedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=on_unreadable)
+    images = MaskedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=unreadable)
     sampler = EvalSampler(len(images), rank=rank, world_size=world_size)
     return build_loader(config, images, sampler, ByValue(collate) if is_shared_memory_short(config) else collate)
 

@@ -29,8 +29,8 @@ WRONG = [
     ({"use_pes": [1, 1, 1, 1]}, r"use_pes\[0\] = 1 must be true or false"),
     ({"stage_spec": [["D"], ["D"], 5, ["D"]]}, r"stage_spec\[2\] = 5 must be letters, such as 'ND'"),
     (
-        {"stage_spec": ["D", "Z", "D", "D"]},
-        r"stage_spec\[1\] = 'Z' holds 'Z'; the letters are " + ", ".join(sorted(MIXERS)),
+        {"stage_spec": ["D", "?", "D", "D"]},
+        r"stage_spec\[1\] = '\?' holds '\?'; the letters are " + ", ".join(sorted(MIXERS)),
     ),
     ({"depths": [1, 2, 1, 1]}, r"stage_spec\[1\] = 'D' does not name as many blocks as depths\[1\] = 2"),
     ({"depths": [1, 1, 0, 1]}, r"depths\[2\] = 0 must be at least 1"),

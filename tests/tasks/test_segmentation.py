@@ -178,7 +178,7 @@ def name_fewer_classes(root: Path) -> None:
         (
             None,
             ["DATA.DATASET", "mask"],
-            r"of segmentation must be one of ade20k, masks, coco, digit_scenes, not 'mask'; ",
+            r"must be one of ade20k, masks, coco, digit_scenes for TASK segmentation, not 'mask'; ",
         ),
         (None, ["DATA.DATASET", "digit_scenes"], r"no file instances_\w+\.json in data path"),
         (None, ["DATA.LABEL_MAP.sky", "0"], r"DATA\.LABEL_MAP \{sky: 0\}: both must be numbers from 0 to 255"),
