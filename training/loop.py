@@ -67,7 +67,7 @@ def train_epochs(run: Run) -> int:
     """Train and evaluate epoch by epoch; return the exit status."""
     config, position, log = run.config, run.state.position, run.log
     saved = not position.nonfinite_in_row
-    while position.epoch < config.TRAIN.EPOCHS and not position.lacks_progress(config.TRAIN.PATIENCE):
+    while position.epoch < config.TRAIN.EPOCHS and not early_end(run):
         finished = train_one_epoch(run)
         run.save()  # the evaluation may be interrupted, too
         results = evaluate_weights(run) if finished else None
@@ -84,6 +84,14 @@ def train_epochs(run: Run) -> int:
         keep = config.SAVE_FREQ > 0 and position.epoch % config.SAVE_FREQ == 0
         saved = run.save(best=position.best_epoch == position.epoch, epoch=position.epoch if keep else None)
     return conclude(run, saved)
+
+
+def early_end(run: Run) -> str:
+    """Return why a run ends before its last epoch; empty where it goes on."""
+    patience = run.config.TRAIN.PATIENCE
+    if run.state.position.lacks_progress(patience):
+        return f"no better {run.task.score.title} for {patience} epochs (TRAIN.PATIENCE)"
+    return ""
 
 
 def train_one_epoch(run: Run) -> bool:
@@ -140,7 +148,7 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
         with run.gradient_sync(enabled=step == steps - 1):
             with run.autocast():
                 losses = task.loss(run.model, batch)
-            loss = losses if isinstance(losses, Tensor) else sum(losses.values())
+            loss = total_of(losses)
             state.scaler.scale(loss / steps).backward()
         total += loss.detach() / steps
         for name, part in losses.items() if isinstance(losses, dict) else ():
@@ -159,6 +167,11 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
     state.scheduler.step_update(state.updates_done)
     position.update += 1
     return Update(total, torch.where(broken > 0, math.nan, norm), parts, unreadable, kept)
+
+
+def total_of(losses: Tensor | dict[str, Tensor]) -> Tensor:
+    """Return the loss that is minimised, of what a task gives."""
+    return losses if isinstance(losses, Tensor) else sum(losses.values())
 
 
 def share(run: Run, update: Update, *, save_due: bool) -> Tensor:
@@ -218,7 +231,7 @@ def anomaly_report(run: Run, update: int, batches: list[Any]) -> str:
             seed_everything(run.config.SEED, run.state.position.epoch, update - 1, step, run.world.rank)
             with run.autocast():
                 losses = run.task.loss(network, batch)
-            total = total + (losses if isinstance(losses, Tensor) else sum(losses.values()))
+            total = total + total_of(losses)
         return total
 
     return f"Rank {run.world.rank}: {first_nonfinite(network, forward)}"
@@ -273,10 +286,7 @@ def conclude(run: Run, saved: bool) -> int:
             curves.unlink(missing_ok=True)  # what there is of it
         report(run)
         if position.epoch < run.config.TRAIN.EPOCHS:
-            run.log.info(
-                f"no better {run.task.score.title} for {run.config.TRAIN.PATIENCE} epochs (TRAIN.PATIENCE): the run "
-                f"ends after epoch {position.epoch} of {run.config.TRAIN.EPOCHS}"
-            )
+            run.log.info(f"{early_end(run)}: the run ends after epoch {position.epoch} of {run.config.TRAIN.EPOCHS}")
         run.log.info(f"finished: {result_in_words(run)}")
         if not saved:
             run.log.error("last.pth is not from the end of the run; the lines above say why")
