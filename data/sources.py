@@ -75,6 +75,25 @@ class ImageSource(ABC):
         """
 
 
+class ArraySource(ImageSource):
+    """Images in memory.
+
+    Args:
+        images: pixels, `[n, height, width]` or `[n, height, width, 3]`, uint8.
+        labels: classes, `[n]`.
+        name: what to call an image in messages, before its place.
+    """
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, name: str) -> None:
+        self._images = images
+        self._name = name
+        self.labels = labels
+
+    def get(self, index: int) -> StoredImage:
+        """Return the pixels of an image."""
+        return StoredImage(self._images[index], f"{self._name} {index}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """What is asked of a format: the data options of a run.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data.formats.digits import CLASSES, Digits
+from data.formats.digits import CLASSES, digits_of
 
 SEED = 20
 SIDE = 128  # of the canvas, in pixels
@@ -59,7 +59,7 @@ class DigitScenes:
     classes = CLASSES
 
     def __init__(self, *, train: bool, scenes: int) -> None:
-        self._digits = Digits(train=train)
+        self._digits = digits_of(train=train)
         self._part = 0 if train else 1
         self._length = scenes if train else HELD_OUT
         self._kept: dict[int, Scene] = {}

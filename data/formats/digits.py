@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.images import StoredImage
-from data.sources import Dataset, ImageSource, Request
+from data.sources import ArraySource, Dataset, Request
 
 CLASSES = [str(digit) for digit in range(10)]
 
@@ -27,25 +26,19 @@ def open_digits(request: Request) -> Dataset:
         )
     return Dataset(
         classes=CLASSES,
-        train=Digits(train=True) if "train" in request.needs else None,
-        held_out=Digits(train=False) if "val" in request.needs else None,
+        train=digits_of(train=True) if "train" in request.needs else None,
+        held_out=digits_of(train=False) if "val" in request.needs else None,
     )
 
 
-class Digits(ImageSource):
-    """The digits to train on (1,437) or to evaluate on (360): every fifth of each class, always the same."""
+def digits_of(*, train: bool) -> ArraySource:
+    """Return those to train on (1,437) or to evaluate on (360): every fifth of each class, always the same."""
+    # Imported here because scikit-learn costs a second and starts threads of its own; other data sets do without.
+    from sklearn.datasets import load_digits
 
-    def __init__(self, *, train: bool) -> None:
-        # Imported here because scikit-learn costs a second and starts threads of its own; other data sets do without.
-        from sklearn.datasets import load_digits
-
-        digits = load_digits()
-        held_out = np.zeros(len(digits.target), dtype=bool)
-        held_out[np.argsort(digits.target, kind="stable")[::5]] = True
-        chosen = held_out != train
-        self._images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
-        self.labels = digits.target[chosen]
-
-    def get(self, index: int) -> StoredImage:
-        """Return an image of 8 x 8 pixels."""
-        return StoredImage(self._images[index], f"digit {index}")
+    digits = load_digits()
+    held_out = np.zeros(len(digits.target), dtype=bool)
+    held_out[np.argsort(digits.target, kind="stable")[::5]] = True
+    chosen = held_out != train
+    images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
+    return ArraySource(images, digits.target[chosen], "digit")

@@ -11,27 +11,7 @@ import numpy as np
 from torchvision import datasets
 
 from data.formats.folders import open_folders
-from data.images import StoredImage
-from data.sources import Dataset, ImageSource, Request
-
-
-class ArraySource(ImageSource):
-    """Images in memory.
-
-    Args:
-        images: pixels, `[n, height, width]` or `[n, height, width, 3]`, uint8.
-        labels: classes, `[n]`.
-        name: what to call an image in messages, before its place.
-    """
-
-    def __init__(self, images: np.ndarray, labels: np.ndarray, name: str) -> None:
-        self._images = images
-        self._name = name
-        self.labels = labels
-
-    def get(self, index: int) -> StoredImage:
-        """Return the pixels of an image."""
-        return StoredImage(self._images[index], f"{self._name} {index}")
+from data.sources import ArraySource, Dataset, Request
 
 
 def open_cifar(dataset: type[datasets.CIFAR10], folder: str) -> Callable[[Request], Dataset]:

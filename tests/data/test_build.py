@@ -17,9 +17,11 @@ from yacs.config import CfgNode
 from config import set_option
 from data.build import build_erasing, build_mixup, loader_doubts, open_dataset
 from data.datasets import Batch
+from data.formats import FORMATS
 from data.generators import seed_generators
 from data.images import UnreadableImage
 from data.samplers import EvalSampler, TrainSampler
+from data.sources import ArraySource, Dataset, Request
 from tests.data.samples import build_eval_loader, build_train_loader, small_config, write_folder
 
 LAYOUT = {"train/cat": 9, "train/dog": 8, "train/emu": 6, "val/cat": 3, "val/emu": 2}
@@ -337,6 +339,22 @@ def test_classes_that_are_not_all_numbers(root: Path) -> None:
 def test_unknown_format() -> None:
     with pytest.raises(ValueError, match=r"^DATA\.DATASET must be one of imagenet, .* did you mean digits"):
         open_dataset(small_config(DATASET="digit"))
+
+
+def test_a_format_of_ones_own_needs_its_line_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def open_squares(request: Request) -> Dataset:
+        assert request.root("DATA_PATH holds squares") == tmp_path
+        pixels = np.full((6, 5, 5, 3), 40, np.uint8) * np.arange(6, dtype=np.uint8)[:, None, None, None]
+        parts = {part: ArraySource(pixels, np.arange(6) % 2, part) for part in request.needs}
+        return Dataset(classes=["even", "odd"], train=parts.get("train"), held_out=parts.get("val"))
+
+    monkeypatch.setitem(FORMATS, "squares", open_squares)
+    config = small_config(tmp_path, DATASET="squares", BATCH_SIZE=6)
+    (batch,) = build_eval_loader(config, rank=0, world_size=1)
+    assert batch.targets.tolist() == [0, 1] * 3
+    assert batch.images.float().mean((1, 2, 3)).tolist() == [40 * i for i in range(6)]
+    (batch,) = build_train_loader(config, rank=0, world_size=1)
+    assert sorted(batch.targets.tolist()) == [0] * 3 + [1] * 3
 
 
 def test_no_data_path(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
