@@ -62,8 +62,11 @@ def build_model(config: Any) -> nn.Module:
 
 
 def _family(config: Any) -> Family:
+    """Return the family of the configured model, whose channels are checked."""
     if config.MODEL.TYPE not in FAMILIES:
         raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of {', '.join(FAMILIES)}")
+    if (channels := arguments(config).get("in_chans", 3)) != 3:
+        raise ValueError(f"in_chans = {channels}: images are read as RGB here; other channels need code of your own")
     return FAMILIES[config.MODEL.TYPE]
 
 

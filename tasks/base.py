@@ -84,8 +84,24 @@ class Meter(ABC):
         Sums are added by `utils.sum_over_ranks`; what is no sum is gathered.
 
         Raises:
-            RuntimeError: where not every sample of the data set was counted once.
+            RuntimeError: where not every sample of the data set was counted once, see `check_counts`.
         """
+
+
+def check_counts(counted: float, left_out: float, samples: int) -> list[str]:
+    """Check that every sample was counted once, and return a warning of those that were left out.
+
+    Raises:
+        RuntimeError: it was not, or all were left out.
+    """
+    if counted + left_out != samples or not counted:
+        raise RuntimeError(f"evaluated {counted + left_out:.0f} images of a data set of {samples}")
+    return [f"{left_out:.0f} images could not be read and are not counted"] if left_out else []
+
+
+def zeros(number: int, device: torch.device) -> Tensor:
+    """Return so many sums to add to, in the highest precision that the device has."""
+    return torch.zeros(number, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
 class Task(ABC):

@@ -24,7 +24,7 @@ from data.streams import Loader
 from data.transforms import normalize
 from logger import RunLog
 from models.build import set_num_classes
-from tasks.base import Evaluation, Meter, Score
+from tasks.base import Evaluation, Meter, Score, check_counts, zeros
 from tasks.classes import in_words, labels_of, read_label_sets
 from tasks.distillation import Distillation
 from tasks.labelled import LabelledTask
@@ -213,8 +213,7 @@ class Accuracy(Meter):
         self._samples = samples
         self._present = present
         # [correct, correct among five, sum of losses, images, images left out, images without labels]
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # which MPS does not have
-        self._sums = torch.zeros(6, dtype=dtype, device=device)
+        self._sums = zeros(6, device)
 
     def add(self, model: nn.Module, batch: LabelledImages) -> None:
         logits, targets = model(batch.images).float(), batch.targets
@@ -239,15 +238,13 @@ class Accuracy(Meter):
 
     def result(self) -> Evaluation:
         correct1, correct5, loss, images, skipped, unlabelled = sum_over_ranks(self._sums).tolist()
-        if images + skipped + unlabelled != self._samples or not images:
-            raise RuntimeError(f"evaluated {images + skipped + unlabelled:.0f} images of a data set of {self._samples}")
+        warnings = check_counts(images, skipped, self._samples - int(unlabelled))
         metrics = {"top1": 100 * correct1 / images, "top5": 100 * correct5 / images, "loss": loss / images}
         lines = [
             f" * Acc@1 {metrics['top1']:.3f} Acc@5 {metrics['top5']:.3f}",
             f" * Loss {metrics['loss']:.4f}",
             f"Accuracy of the network on the {images:.0f} test images: {metrics['top1']:.1f}%",
         ]
-        warnings = [f"{skipped:.0f} images could not be read and are not counted"] if skipped else []
         warnings += [f"{unlabelled:.0f} images have no label and are not counted"] if unlabelled else []
         return Evaluation(metrics, lines, warnings)
 
@@ -258,8 +255,7 @@ class F1(Meter):
     def __init__(self, samples: int, device: torch.device) -> None:
         self._samples = samples
         # [right labels, labels said, labels true, sum of losses, images, images left out]
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._sums = torch.zeros(6, dtype=dtype, device=device)
+        self._sums = zeros(6, device)
 
     def add(self, model: nn.Module, batch: LabelledImages) -> None:
         logits, targets = model(batch.images).float(), batch.targets
@@ -271,13 +267,11 @@ class F1(Meter):
 
     def result(self) -> Evaluation:
         right, said, true, loss, images, skipped = sum_over_ranks(self._sums).tolist()
-        if images + skipped != self._samples or not images:
-            raise RuntimeError(f"evaluated {images + skipped:.0f} images of a data set of {self._samples}")
+        warnings = check_counts(images, skipped, self._samples)
         shares = right / max(said, 1), right / max(true, 1)
         metrics = {"f1": 100 * 2 * right / max(said + true, 1), "loss": loss / images}
         lines = [
             f" * F1 {metrics['f1']:.3f} precision {100 * shares[0]:.3f} recall {100 * shares[1]:.3f}",
             f" * Loss {metrics['loss']:.4f}",
         ]
-        warnings = [f"{skipped:.0f} images could not be read and are not counted"] if skipped else []
         return Evaluation(metrics, lines, warnings)

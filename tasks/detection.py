@@ -18,7 +18,7 @@ from data.detection.datasets import Batch, on_device
 from data.detection.sources import DetectionDataset, DetectionSource
 from data.transforms import as_pixels, normalize
 from models.detection import DETECTORS
-from tasks.base import Evaluation, Meter, Score
+from tasks.base import Evaluation, Meter, Score, check_counts
 from tasks.coco import Detections, average_precision, paste_masks
 from tasks.labelled import LabelledTask
 from tasks.pictures import SAMPLES, SHOWN, draw_objects, stack_rows
@@ -125,11 +125,10 @@ class AveragePrecision(Meter):
         if self._world.size > 1:
             shares *= self._world.size
             dist.all_gather_object(shares, shares[0])
-        counted = sum(len(found) + len(left_out) for found, left_out in shares)
+        met = [index for found, left_out in shares for index in (*found, *left_out)]
+        assert len(set(met)) == len(met), "an image was evaluated twice"
         found = {index: detections for one, _ in shares for index, detections in one.items()}
-        left_out = {index for _, indices in shares for index in indices}
-        if counted != len(self._source) or len(found | dict.fromkeys(left_out)) != counted or not found:
-            raise RuntimeError(f"evaluated {counted} images of a data set of {len(self._source)}")
+        warnings = check_counts(len(found), len(met) - len(found), len(self._source))
         metrics = average_precision(self._source, found, self._classes)
         kinds = {"": "", "mask_": " of masks"} if "mask_AP" in metrics else {"": ""}
         lines = [
@@ -137,7 +136,6 @@ class AveragePrecision(Meter):
             f"{words}"
             for kind, words in kinds.items()
         ]
-        warnings = [f"{len(left_out)} images could not be read and are not counted"] if left_out else []
         pictures = {"samples": stack_rows(self._rows)} if self._rows else {}
         return Evaluation(metrics, lines, warnings, pictures)
 

@@ -15,7 +15,7 @@ from data.segmentation.datasets import Batch
 from data.segmentation.sources import IGNORED, MaskedDataset
 from data.transforms import as_pixels, normalize
 from models.segmentation.parts import resize
-from tasks.base import Evaluation, Meter, Score
+from tasks.base import Evaluation, Meter, Score, check_counts
 from tasks.labelled import LabelledTask
 from tasks.pictures import SAMPLES, paint, stack_rows
 from utils import sum_over_ranks
@@ -106,8 +106,7 @@ class MeanIoU(Meter):
     def result(self) -> Evaluation:
         counts = sum_over_ranks(self._counts).cpu()
         images, skipped = counts[-2:].tolist()
-        if images + skipped != self._samples or not images:
-            raise RuntimeError(f"evaluated {images + skipped} images of a data set of {self._samples}")
+        warnings = check_counts(images, skipped, self._samples)
         matrix = counts[:-2].view(len(self._classes), -1).double()
         hits, labelled, found = matrix.diag(), matrix.sum(1), matrix.sum(0)
         iou, recall = hits / (labelled + found - hits), hits / labelled  # NaN for a class that is nowhere
@@ -124,7 +123,6 @@ class MeanIoU(Meter):
             f" * mIoU {metrics['miou']:.3f} accuracy {metrics['accuracy']:.3f} "
             f"class accuracy {metrics['class_accuracy']:.3f}",
         ]
-        warnings = [f"{skipped} images could not be read and are not counted"] if skipped else []
         pictures = {"samples": stack_rows(self._rows)} if self._rows else {}
         return Evaluation(metrics, lines, warnings, pictures)
 

@@ -43,6 +43,12 @@ def test_every_config_trains_every_parameter(file: str) -> None:
     assert without_gradient(model) == []
 
 
+@pytest.mark.parametrize("options", [["MODEL.DAT.in_chans", 1], ["MODEL.TYPE", "timm", "MODEL.TIMM.ARGS.in_chans", 4]])
+def test_images_of_a_run_are_rgb(options: list[object]) -> None:
+    with pytest.raises(ValueError, match=r"in_chans = \d: images are read as RGB"):
+        build_model(load_config(CONFIGS / "digits.yaml", options))
+
+
 def test_checkpointing_comes_from_the_training_section() -> None:
     for use_checkpoint in (False, True):
         config = load_config(CONFIGS / "digits.yaml", ["TRAIN.USE_CHECKPOINT", str(use_checkpoint)])
