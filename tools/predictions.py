@@ -99,8 +99,10 @@ class Predictor:
         while batch := list(islice(images, self.batch_size)):
             pixels = torch.stack([transform(image) for _, image in batch])
             with self._running():
-                logits = self.model.network(pixels.to(self._device, memory_format=torch.channels_last))
-            for (path, _), row in zip(batch, logits.float().softmax(dim=1).cpu(), strict=True):
+                logits = self.model.network(pixels.to(self._device, memory_format=torch.channels_last)).float()
+            several = self.model.config.DATA.MULTI_LABEL  # each label then has a probability of its own
+            rows = (logits.sigmoid() if several else logits.softmax(dim=1)).cpu()
+            for (path, _), row in zip(batch, rows, strict=True):
                 yield Prediction(path, self._largest(row))
 
     def _segment(self, images: Iterator[tuple[str, Image.Image]]) -> Iterator[Prediction]:

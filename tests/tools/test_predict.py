@@ -149,6 +149,30 @@ def test_the_page_shows_each_picture(
         assert browser.problems == []
 
 
+def test_several_labels_have_their_own_probabilities(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = tiny_config(tmp_path)
+    config.DATA.MULTI_LABEL = True
+    network, checkpoint = build_model(config), tmp_path / "several.pth"
+    torch.nn.init.constant_(network.cls_head.bias, 100)
+    torch.save({"format": 1, "model": network.state_dict(), "classes": CLASSES, "config": config.dump()}, checkpoint)
+    words = ("--checkpoint", checkpoint, photographs[0], "--format", "jsonl")
+    _, out, _ = predict(monkeypatch, capsys, *words)
+    assert [one["probability"] for one in json.loads(out)["top"]] == [1.0] * 5
+
+
+def test_tasks_without_predictions_are_refused(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config = tiny_config(tmp_path)
+    config.TASK = "regression"
+    checkpoint = write_checkpoint(tmp_path, config=config.dump())
+    status, _, err = predict(monkeypatch, capsys, "--checkpoint", checkpoint, photographs[0])
+    assert status == 2
+    assert "predictions of TASK regression cannot be shown, only those of classification" in err
+
+
 def test_a_segmenter_says_shares_of_pixels_and_draws_them(
     tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
