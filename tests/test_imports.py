@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"config", "optimizer", "lr_scheduler", "logger", "utils"}
 PACKAGES = {"training", "tasks", "models", "data", "tools", "examples", "benchmarks", "tests"}
 OURS = SMALL | PACKAGES | {"main"}
-FILES = [
-    path for path in ROOT.rglob("*.py") if not {".venv", "build", "output", "tests"} & set(path.relative_to(ROOT).parts)
-]
+WRITTEN = [path for path in ROOT.rglob("*.py") if not {".venv", "build", "output"} & set(path.relative_to(ROOT).parts)]
+FILES = [path for path in WRITTEN if path.relative_to(ROOT).parts[0] != "tests"]
 
 # What the files of a place may import of ours; `config` takes the options of the models from where they are declared.
 ALLOWED = {
@@ -86,11 +85,13 @@ def test_tools_and_matplotlib_are_loaded_where_a_run_ends_and_not_before() -> No
 
 def test_the_root_holds_the_given_files() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} - {"hubconf", "setup"} == {"main", *SMALL}
+    assert {path.stem for path in ROOT.glob("*.sh")} == {"train", "evaluate", "train_slurm"}
+    assert {path.relative_to(ROOT).parts[0] for path in WRITTEN if path.parent != ROOT} == PACKAGES | {"docs"}
     assert len((ROOT / "main.py").read_text(encoding="utf-8").splitlines()) <= 150
 
 
 def test_functions_fit_a_screen() -> None:
-    for path in FILES:
+    for path in WRITTEN:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
                 lines = node.end_lineno - node.lineno + 1
