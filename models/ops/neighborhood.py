@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import gpu
+from .cpu.neighborhood import TiledAttention
 from .forms import products_of, runs_by_hand
 from .products import dot_product_attention
 from .tiles import tiles_of
@@ -66,7 +64,7 @@ def neighborhood_attention(
     if form == "tiles_by_hand":
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rpb))
         with products_of(q, k, v) as (q, k, v):
-            return _TiledAttention.apply(q, k, v, rpb, tiles, scale, keep)
+            return TiledAttention.apply(q, k, v, rpb, tiles, scale, keep)
     bias = tiles.of_every_tile(tiles.bias(rpb)).to(q.dtype)
     q_maps, k_maps, v_maps = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2) for x in (q, k, v))
     cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)
@@ -115,55 +113,3 @@ def _reference(
         logits = logits + bias.flatten(3).permute(1, 2, 0, 3).unsqueeze(-2)
     weights = F.dropout(logits.softmax(dim=-1), dropout)
     return (weights.to(v.dtype) @ windows(v)).squeeze(-2)
-
-
-class _TiledAttention(torch.autograd.Function):
-    """Attention of tiles, an image at a time to stay in the cache, that keeps its arguments and weights for a backward.
-
-    With weights ``P = softmax(S)``, ``S = scale Q K^T + bias`` and output ``O = P V`` of every tile, the gradient ``G``
-    of ``O`` gives
-
-        dV = P^T G      dP = G V^T      dS = P * (dP - sum over keys of P * dP)
-        dQ = scale dS K                 dK = scale dS^T Q               dbias = sum over images of dS
-
-    ``dK`` and ``dV`` of overlapping windows add up. Sums over images have the precision of the table.
-    """
-
-    @staticmethod
-    def forward(ctx, q, k, v, rpb, tiles, scale, keep):  # noqa: ANN001
-        bias = tiles.bias(rpb).to(q.dtype)
-        out = q.new_empty(q.shape)
-        weights = q.new_empty(len(q) if keep else 1, len(bias) * tiles.count, *bias.shape[2:])
-        for image, (queries, keys, values, result) in enumerate(_by_image(q, k, v, out)):
-            logits = tiles.of_every_tile(bias, out=weights[image if keep else 0])
-            logits.baddbmm_(tiles.cut(queries), tiles.windows(keys).mT, alpha=scale)
-            torch.softmax(logits, dim=-1, out=logits)
-            result.copy_(tiles.join(torch.bmm(logits, tiles.windows(values))))
-        if keep:
-            ctx.save_for_backward(q, k, v, weights)
-            ctx.tiles, ctx.scale, ctx.table_dtype = tiles, scale, rpb.dtype
-        return out
-
-    @staticmethod
-    @once_differentiable
-    @torch.autocast("cpu", enabled=False)
-    def backward(ctx, grad):  # noqa: ANN001
-        q, k, v, kept = ctx.saved_tensors
-        tiles, scale = ctx.tiles, ctx.scale
-        dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
-        dbias = kept.new_zeros(kept.shape[1:], dtype=ctx.table_dtype)
-        images = _by_image(q, k, v, grad, dq, dk, dv)
-        for weights, (queries, keys, values, grads, dqueries, dkeys, dvalues) in zip(kept, images, strict=True):
-            grads = tiles.cut(grads, zeros_beyond=True)
-            dvalues.copy_(tiles.add_windows(torch.bmm(weights.mT, grads)))
-            dweights = torch.bmm(grads, tiles.windows(values).mT)
-            dlogits = torch._softmax_backward_data(dweights, weights, 2, weights.dtype)
-            dqueries.copy_(tiles.join(torch.bmm(dlogits, tiles.windows(keys))))
-            dkeys.copy_(tiles.add_windows(torch.bmm(dlogits.mT, tiles.cut(queries))))
-            dbias += dlogits
-        return dq.mul_(scale), dk.mul_(scale), dv, tiles.add_bias(dbias, q.shape[3]), None, None, None
-
-
-def _by_image(*maps: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Return views of the images of maps ``[B, H, W, heads, d]``, ``[heads, H*W, d]`` each."""
-    return zip(*(x.flatten(1, 2).transpose(1, 2).unbind(0) for x in maps), strict=True)

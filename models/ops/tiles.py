@@ -28,54 +28,37 @@ class Tiles:
         queries_per_tile: queries of a tile; tiles of the last row and column may reach beyond the map.
         keys_per_tile: keys of a tile.
         count: number of tiles.
+        queries: pixels that are the queries of every tile, ``[count * queries_per_tile]``; those beyond the map are the
+            last of their row or column.
+        places: place of every pixel among them, ``[H*W]``.
+        beyond: places beyond the map.
+        keys: pixels that are the keys of every tile, ``[count * keys_per_tile]``.
     """
 
     def __init__(self, size: tuple[int, int], kernel_size: int, device: torch.device) -> None:
+        self.size = size
         self.axes = y, x = [_Axis(length, kernel_size) for length in size]
         self.queries_per_tile = y.tile * x.tile
         self.keys_per_tile = y.span * x.span
         self.count = y.count * x.count
         self._side = 2 * kernel_size - 1
-        self._queries, self._places, self._beyond, *indices = _indices(size, kernel_size, device)
-        self._keys, self._by_pixel, self._pixels, self._kinds, self._cells = indices
-        self._bags: dict[int, tuple[Tensor, Tensor]] = {}
+        self.queries, self.places, self.beyond, self.keys, *indices = _indices(size, kernel_size, device)
+        self._kinds, self._cells = indices
 
-    def cut(self, x: Tensor, *, zeros_beyond: bool = False) -> Tensor:
+    def cut(self, x: Tensor) -> Tensor:
         """Return the queries of every tile, ``[N, H*W, d] -> [N * tiles, queries_per_tile, d]``.
 
-        Queries beyond the map are zero if asked for, or like its last row and column. `join` drops them.
+        Queries beyond the map are like its last row and column. `join` drops them.
         """
-        queries = x.index_select(1, self._queries)
-        if zeros_beyond and len(self._beyond):
-            queries.index_fill_(1, self._beyond, 0.0)
-        return queries.view(-1, self.queries_per_tile, x.shape[-1])
+        return x.index_select(1, self.queries).view(-1, self.queries_per_tile, x.shape[-1])
 
     def join(self, x: Tensor) -> Tensor:
         """Undo `cut`."""
-        return x.reshape(-1, len(self._queries), x.shape[-1]).index_select(1, self._places)
+        return x.reshape(-1, len(self.queries), x.shape[-1]).index_select(1, self.places)
 
     def windows(self, x: Tensor) -> Tensor:
         """Return the keys of every tile, ``[N, H*W, d] -> [N * tiles, keys_per_tile, d]``."""
-        return x.index_select(1, self._keys).view(-1, self.keys_per_tile, x.shape[-1])
-
-    def add_windows(self, x: Tensor) -> Tensor:
-        """Return the sum of all windows at their places on the map, the transpose of `windows`.
-
-        A pixel is a bag of the rows of ``x`` that were taken from it.
-        """
-        dim = x.shape[-1]
-        x = x.view(-1, dim)
-        maps = len(x) // len(self._keys)
-        rows, bags = self._bags_of(maps)
-        return F.embedding_bag(rows, x, bags, mode="sum").view(maps, -1, dim)
-
-    def _bags_of(self, maps: int) -> tuple[Tensor, Tensor]:
-        """Return the rows of all bags and where every bag begins; made once for a number of maps, that of the heads."""
-        if maps not in self._bags:
-            with torch.inference_mode(False):
-                first = torch.arange(maps, device=self._keys.device)[:, None] * len(self._keys)
-                self._bags[maps] = (first + self._by_pixel).flatten(), (first + self._pixels).flatten()
-        return self._bags[maps]
+        return x.index_select(1, self.keys).view(-1, self.keys_per_tile, x.shape[-1])
 
     def bias(self, rpb: Tensor) -> Tensor:
         """Return what is added to the logits of every kind of tile, minus infinity outside the window of a query.
@@ -121,9 +104,8 @@ def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> l
     Returns:
         The pixels that are the queries of every tile, ``[tiles, queries_per_tile]``, those beyond the map the last of
         its row or column; the place of every pixel among them; the places beyond the map; the pixels that are the keys
-        of every tile, ``[tiles, keys_per_tile]``; the order that sorts these keys by pixel; where every pixel begins in
-        that order; the kind of every tile; the cell of the table for every kind, ``[kinds, queries_per_tile,
-        keys_per_tile]``, the one after the last for keys outside the window of a query.
+        of every tile, ``[tiles, keys_per_tile]``; the kind of every tile; the cell of the table for every kind,
+        ``[kinds, queries_per_tile, keys_per_tile]``, the one after the last for keys outside the window of a query.
     """
     with _disable_current_modes():  # the number of pixels inside would be unknown to tensors without values
         axes = y, x = [_Axis(length, kernel_size) for length in size]
@@ -135,13 +117,11 @@ def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> l
         beyond = inside.logical_not().nonzero()
         rows, columns = (torch.tensor(axis.starts)[:, None] + torch.arange(axis.span) for axis in axes)
         keys = (rows[:, None, :, None] * x.length + columns[:, None, :]).flatten()  # [ny, nx, span, span]
-        by_pixel = keys.argsort(stable=True)
-        pixels = torch.searchsorted(keys[by_pixel], torch.arange(y.length * x.length))
         kinds = torch.tensor(y.kinds)[:, None] * len(x.examples) + torch.tensor(x.kinds)  # [ny, nx]
         side = 2 * kernel_size - 1
         dy, dx = y.offsets()[:, None, :, None, :, None], x.offsets()[:, None, :, None, :]
         cells = torch.where((dy == _OUTSIDE) | (dx == _OUTSIDE), side**2, dy * side + dx)
-    return [index.flatten().to(device) for index in (queries, places, beyond, keys, by_pixel, pixels, kinds, cells)]
+    return [index.flatten().to(device) for index in (queries, places, beyond, keys, kinds, cells)]
 
 
 _OUTSIDE = -1

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.attention import NeighborhoodAttention
+from models.ops.cpu.neighborhood import TileRows
 from models.ops.neighborhood import FORMS, choose_form, neighborhood_attention
 from models.ops.tiles import Tiles, tiles_of
 
@@ -99,20 +100,54 @@ def test_join_takes_tiles_whose_heads_come_last_in_memory() -> None:
     torch.testing.assert_close(tiles.join(cut.transpose(0, 1).contiguous().transpose(0, 1)), tiles.join(cut))
 
 
+def rows_and_image(*, parts: int) -> tuple[TileRows, Tensor]:
+    """Return the rows of tiles and an image that is one of `parts` of a tensor."""
+    x = torch.randn(1, 19 * 10, parts, 6, 4, dtype=torch.float64)[:, :, parts - 1]
+    return TileRows.of(Tiles((19, 10), 5, torch.device("cpu")), x), x[0]
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_rows_are_cut_and_joined_as_tiles_are(parts: int) -> None:
+    rows, x = rows_and_image(parts=parts)
+    tiles, by_head = Tiles((19, 10), 5, torch.device("cpu")), x.transpose(0, 1)
+    torch.testing.assert_close(rows.cut(x), tiles.cut(by_head), rtol=0, atol=0)
+    torch.testing.assert_close(rows.windows(x), tiles.windows(by_head), rtol=0, atol=0)
+    joined = torch.empty_like(x, memory_format=torch.contiguous_format)
+    rows.join(rows.cut(x), out=joined)
+    torch.testing.assert_close(joined, x, rtol=0, atol=0)
+
+
 def test_cut_with_zeros_is_the_transpose_of_join() -> None:
-    tiles = Tiles((19, 10), 5, torch.device("cpu"))
-    x = torch.randn(6, 19 * 10, 4, dtype=torch.float64)
-    cut = tiles.cut(x, zeros_beyond=True)
+    rows, x = rows_and_image(parts=1)
+    cut, joined = rows.cut(x, zeros_beyond=True), torch.empty_like(x)
     y = torch.randn_like(cut)
-    torch.testing.assert_close((cut * y).sum(), (x * tiles.join(y)).sum())
+    rows.join(y, out=joined)
+    torch.testing.assert_close((cut * y).sum(), (x * joined).sum())
 
 
 def test_add_windows_is_the_transpose_of_windows() -> None:
-    tiles = Tiles((19, 10), 5, torch.device("cpu"))
-    x = torch.randn(6, 19 * 10, 4, dtype=torch.float64)
-    windows = tiles.windows(x)
+    rows, x = rows_and_image(parts=1)
+    windows = rows.windows(x)
     y = torch.randn_like(windows)
-    torch.testing.assert_close((windows * y).sum(), (x * tiles.add_windows(y)).sum())
+    torch.testing.assert_close((windows * y).sum(), (x * rows.add_windows(y)).sum())
+
+
+@pytest.mark.parametrize("size", [(5, 1), (1, 5), (9, 1)])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_maps_in_any_memory_give_the_same(size: tuple[int, int], heads: int) -> None:
+    """Strides of axes of length 1 say nothing, and a map may repeat one value or lie transposed in memory."""
+    make = torch.Generator().manual_seed(0)
+    plain = torch.randn(2, *size, heads, 4, generator=make)
+    odd = [99 if length == 1 else stride for length, stride in zip(plain.shape, plain.stride(), strict=True)]
+    turned = plain.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    layouts = plain, turned, plain[:1, :1, :1].expand_as(plain), plain.as_strided(plain.shape, odd)
+    table = torch.randn(heads, 1, 1, generator=make)
+    for x in layouts:
+        got, expected = (
+            neighborhood_attention(x, x, x, table, kernel_size=1, scale=1.0, form=form)
+            for form in ("tiles_by_hand", "reference")
+        )
+        torch.testing.assert_close(got, expected)
 
 
 def test_tiles_made_in_inference_mode_serve_training() -> None:
