@@ -42,6 +42,15 @@ class Segmentation(LabelledTask):
     def open_dataset(self, needs: Sequence[str]) -> MaskedDataset:
         return open_dataset(self.config, needs)
 
+    def build_model(self) -> nn.Module:
+        model, images = super().build_model(), self.config.DATA.BATCH_SIZE * self.world.size
+        if self.training and images < model.smallest_batch:
+            raise ValueError(
+                f"DATA.BATCH_SIZE {self.config.DATA.BATCH_SIZE} on {self.world.size} process is too small for "
+                f"{self.config.MODEL.SEGMENTER.NAME}, whose batch norms need {model.smallest_batch} images"
+            )
+        return model
+
     def train_loader(self) -> DataLoader:
         return build_train_loader(self.config, self._dataset, **self._share)
 

@@ -22,9 +22,14 @@ class Segmenter(DenseModel):
     Args:
         backbone: gives four maps, each half as large as the one before.
 
+    Attributes:
+        smallest_batch: fewest images of a micro-batch of all processes in training.
+
     Raises:
-        ValueError: it gives others.
+        ValueError: the backbone gives other maps.
     """
+
+    smallest_batch = 1
 
     def __init__(self, backbone: DATBackbone | TimmBackbone) -> None:
         super().__init__(backbone)

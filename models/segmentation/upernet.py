@@ -40,6 +40,8 @@ class UperNet(Segmenter):
     ) -> None:
         super().__init__(backbone)
         self.auxiliary_weight = auxiliary_weight
+        # The mean of an image is a single pixel, and the batch norm that follows needs several values.
+        self.smallest_batch = 2 if 1 in pools else 1
         self.decode_head = UPerHead(backbone.channels, channels, pools, num_classes, dropout)
         self.auxiliary_head = FCNHead(backbone.channels[2], auxiliary_channels, num_classes, dropout)
 

@@ -185,6 +185,11 @@ def name_fewer_classes(root: Path) -> None:
         (None, ["DATA.IGNORE_LABEL", "256"], "DATA.IGNORE_LABEL must be 0 to 255, not 256"),
         (None, ["MODEL.SEGMENTER.NAME", "upnet"], r"MODEL\.SEGMENTER\.NAME must be .*; did you mean upernet\?"),
         (None, ["MODEL.SEGMENTER.ARGS.chanels", "8"], r"MODEL\.SEGMENTER\.ARGS: .*chanels"),
+        (
+            None,
+            ["MODEL.SEGMENTER.NAME", "upernet", "DATA.BATCH_SIZE", "1"],
+            r"DATA\.BATCH_SIZE 1 on 1 process is too small for upernet, whose batch norms need 2 images",
+        ),
         (None, ["MODEL.TYPE", "vit"], r"MODEL\.TYPE = 'vit' cannot be a backbone; choose dat or timm"),
         (None, ["SEGMENTATION.TEST_SCALES", "[]"], "SEGMENTATION.TEST_SCALES must be a list of numbers above 0"),
     ],
