@@ -1,7 +1,7 @@
-"""Every option of a run: its default, its meaning, and what values it takes.
+"""Every option of a run: default, meaning and allowed values.
 
-A run is one YAML file merged over these defaults, then `--opts KEY VALUE ...`, then the flags. Keys that are not
-declared here are errors, in the file and on the command line alike.
+A config is one YAML file merged over these defaults, then `--opts KEY VALUE ...`, then the flags. Keys that are not
+declared here are errors, both in the file and on the command line.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from models.segmentation import SEGMENTERS
 
 @dataclass(frozen=True)
 class RunOption(Option):
-    """An option of a run, on top of what every option has.
+    """An option of a run.
 
-    A default of `{}` makes a section whose keys are free, for the arguments of another library.
+    A default of `{}` declares a section with arbitrary keys, for the arguments of another library.
 
     Attributes:
-        may_change: may differ when a run is continued, because the result stays the same.
-        flag: the flag of the command line that sets it.
-        metavar: what the flag's value is called in `--help`.
-        bare: what the flag means without a value; such a flag needs none.
+        may_change: may differ when a run is resumed, because it does not affect the result.
+        flag: the command-line flag that sets it.
+        metavar: name of the flag's value in `--help`.
+        bare: value of the flag when it is given without one; None if a value is required.
     """
 
     may_change: bool = False
@@ -58,37 +58,37 @@ _WRITERS = Check(
     lambda names: all(name in ("tensorboard", "wandb", "mlflow") for name in names),
     "a list of tensorboard, wandb and mlflow",
 )
-_BETAS = Check(lambda pair: len(pair) == 2 and all(0 <= beta < 1 for beta in pair), "two numbers from 0 to below 1")
+_BETAS = Check(lambda pair: len(pair) == 2 and all(0 <= beta < 1 for beta in pair), "two numbers of at least 0 and below 1")
 _SIZE = Check(
     lambda size: min(size) >= 1 and len(size) == 2 if isinstance(size, list) else size >= 1,
-    "a number of pixels from 1 on, or [height, width]",
+    "a number of pixels, at least 1, or [height, width]",
 )
 _COUNTS = Check(
-    lambda sides: all(isinstance(side, int) and side >= 1 for side in sides), "a list of whole numbers from 1 on"
+    lambda sides: all(isinstance(side, int) and side >= 1 for side in sides), "a list of positive whole numbers"
 )
 _PART = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _POSITIVE = Check(lambda value: value > 0, "above 0")
 _MILESTONES = Check(
     lambda epochs: epochs == sorted(epochs) and all(isinstance(epoch, int) and epoch >= 1 for epoch in epochs),
-    "a rising list of epochs from 1 on",
+    "an increasing list of positive epochs",
 )
 _PLAIN_NAME = Check(
     lambda name: bool(name.strip()) and Path(name).name == name and not name.startswith("."),
-    "the plain name of a folder",
+    "a folder name without a path",
 )
 _FOLDER = Check(lambda path: bool(path.strip()), "a folder for the results, such as output")
 
 OPTIONS: dict[str, Option] = {
-    "BASE": RunOption([], "YAML files, relative to the file that names them, whose values come first."),
-    "TASK": RunOption("classification", "What is trained, see tasks/."),
-    # ---- the data set, and how it is read
+    "BASE": RunOption([], "YAML files to inherit from, relative to the file that names them."),
+    "TASK": RunOption("classification", "classification, detection or segmentation, see tasks/."),
+    # ---- data
     "DATA.DATASET": RunOption(
         "imagenet",
-        "How the data set is stored; docs/data.md describes each. imagenet: DATA_PATH/train/<class>/* and "
-        "DATA_PATH/val/<class>/*, with any number of classes. csv, tar (archives and shards), parquet, huggingface "
-        "(saved on disk), cifar10, cifar100, mnist, fashion_mnist: the same from other files. webdataset: shards out "
-        "of pipes and object stores, in approximately random order. digits: the 1,797 handwritten digits inside "
-        "scikit-learn, which needs no path. TASK detection: coco, voc, yolo, digit_scenes.",
+        "Format of the data set, see docs/data.md. imagenet: DATA_PATH/train/<class>/* and DATA_PATH/val/<class>/*, "
+        "with any number of classes. csv, tar (archives and shards), parquet, huggingface (saved on disk), cifar10, "
+        "cifar100, mnist, fashion_mnist: other formats of classification data. webdataset: shards from pipes and "
+        "object stores, in approximately random order. digits: the 1,797 handwritten digits of scikit-learn, which "
+        "need no path. TASK detection: coco, voc, yolo, digit_scenes.",
     ),
     "DATA.DATA_PATH": RunOption(
         "",
@@ -98,23 +98,21 @@ OPTIONS: dict[str, Option] = {
         may_change=True,
     ),
     "DATA.TRAIN": RunOption(
-        "", "What the training part is called, below DATA_PATH or in full; empty: train.", metavar="NAME"
+        "", "Name or path of the training split, relative to DATA_PATH or absolute; empty: train.", metavar="NAME"
     ),
-    "DATA.VAL": RunOption("", "The same of the held-out part; empty: val, validation, valid or test."),
-    "DATA.DOWNLOAD": _switch(False, "Fetch the data set from where it is published, for formats that know where."),
-    "DATA.SCENES": RunOption(600, "Scenes to train on, of digit_scenes; 150 others are held out.", at_least(1)),
+    "DATA.VAL": RunOption("", "Likewise for the held-out split; empty: val, validation, valid or test."),
+    "DATA.DOWNLOAD": _switch(False, "Download the data set from its published location, for formats that have one."),
+    "DATA.SCENES": RunOption(600, "Training scenes of digit_scenes; 150 others are held out.", at_least(1)),
     "DATA.STREAM.IMAGES": RunOption(
-        0, "Of webdataset: training images of an epoch, which a stream does not tell.", not_negative()
+        0, "webdataset: training images per epoch, as a stream has no length.", not_negative()
     ),
     "DATA.STREAM.VAL_IMAGES": RunOption(
-        0, "And its held-out images, all of them; evaluation checks that as many came.", not_negative()
+        0, "webdataset: total number of held-out images, which evaluation checks.", not_negative()
     ),
     "DATA.STREAM.SHUFFLE": RunOption(
-        1000, "Images that each worker holds back to shuffle them, on top of shuffled shards.", not_negative()
+        1000, "Size of each worker's shuffle buffer in images, in addition to shuffled shards.", not_negative()
     ),
-    "DATA.MULTI_LABEL": _switch(
-        False, "An image may have several labels, or none; they are learnt by binary cross-entropy."
-    ),
+    "DATA.MULTI_LABEL": _switch(False, "An image may have several labels, or none; the loss is binary cross-entropy."),
     "DATA.IMAGE_COLUMN": RunOption("", "Column of the images in parquet and huggingface; empty: the usual names."),
     "DATA.LABEL_COLUMN": RunOption("", "Column of the labels, likewise."),
     "DATA.CLASS_ORDER": RunOption(
@@ -124,22 +122,22 @@ OPTIONS: dict[str, Option] = {
     ),
     "DATA.EXIF": RunOption(
         "ignore",
-        "Orientation that cameras note in EXIF: ignore, as published numbers do, or apply.",
+        "EXIF orientation: ignore, as for the published numbers, or apply.",
         one_of("ignore", "apply"),
     ),
     "DATA.ALLOW_LARGER_VAL": _switch(
-        False, "More held-out images than training images are taken for swapped parts; this allows them."
+        False, "Accept more held-out images than training images; by default the splits are assumed to be swapped."
     ),
     "DATA.BALANCE": RunOption(
         "none",
-        "What is done about classes of uneven size. loss: an image counts in the loss by the inverse of the size of "
-        "its class. sampling: an epoch, as long as ever, takes as many images of each class; those of small classes "
-        "come several times, each time augmented otherwise, and large classes give a part.",
+        "How imbalanced classes are handled. loss: the loss of an image is weighted by the inverse size of its class. "
+        "sampling: an epoch keeps its length and draws equally many images of each class; those of small classes are "
+        "repeated, with different augmentation each time, and only some of large classes are used.",
         one_of("none", "loss", "sampling"),
     ),
     "DATA.BATCH_SIZE": RunOption(
         128,
-        "Images per process and micro-batch; an update sees BATCH_SIZE x processes x TRAIN.ACCUMULATION_STEPS images.",
+        "Images per process and micro-batch; an update uses BATCH_SIZE x processes x TRAIN.ACCUMULATION_STEPS images.",
         at_least(1),
         flag="--batch-size",
         metavar="N",
@@ -147,17 +145,16 @@ OPTIONS: dict[str, Option] = {
     ),
     "DATA.IMG_SIZE": RunOption(
         224,
-        "Size in pixels of what the network is given: a side, or [height, width].",
+        "Size of the network's input in pixels: one side, or [height, width].",
         _SIZE,
         also_list=True,
         flag="--img-size",
         metavar="N",
     ),
-    "DATA.INTERPOLATION": RunOption("bicubic", "How images are resized.", one_of("bicubic", "bilinear")),
+    "DATA.INTERPOLATION": RunOption("bicubic", "Interpolation for resizing images.", one_of("bicubic", "bilinear")),
     "DATA.NUM_WORKERS": RunOption(
         8,
-        "Worker processes that decode images, per training process, at most one for each core; 0: the training "
-        "process itself.",
+        "Data loader workers per training process, at most one per core; 0: images are loaded in the training process.",
         not_negative(),
         flag="--workers",
         metavar="N",
@@ -165,55 +162,53 @@ OPTIONS: dict[str, Option] = {
     ),
     "DATA.CACHE": _switch(
         False,
-        "Read the files of all images into memory at the start, once for all processes of a machine (/dev/shm, Linux), "
-        "for data sets that fit and lie on slow disks; what does not fit is read as without it.",
+        "Read all image files into memory at the start, once for all processes of a machine (/dev/shm, Linux), for "
+        "data sets that fit into memory and are on slow disks; images that do not fit are read from the disk.",
         may_change=True,
     ),
     "DATA.PIN_MEMORY": _switch(
         True,
-        "Page-locked host memory, so that copies to a GPU overlap with computing. Ignored on other devices.",
+        "Page-locked host memory, so that copies to a GPU overlap with computation. Ignored on other devices.",
         may_change=True,
     ),
     "DATA.BAD_IMAGES": RunOption(
         "auto",
-        "What an unreadable image does. raise stops the run and names the file. skip goes on: training draws a "
-        "substitute, evaluation leaves the image out and says so. auto skips in training and raises in evaluation.",
+        "Handling of unreadable images. raise: stop the run and name the file. skip: training draws a substitute, "
+        "evaluation leaves the image out with a warning. auto: skip in training, raise in evaluation.",
         one_of("auto", "raise", "skip"),
         may_change=True,
     ),
     "DATA.MAX_BAD_SHARE": RunOption(
         0.01,
-        "Skipping stops with an error once more than this share of the training images was unreadable.",
+        "The run stops with an error if more than this share of the training images are unreadable.",
         share(),
         may_change=True,
     ),
     "DATA.REDUCE_ZERO_LABEL": _switch(
-        False, "Of masks: 0 is ignored and every other class one less. ADE20K is read so in any case."
+        False, "Masks: ignore label 0 and subtract one from all others. Always done for ADE20K."
     ),
     "DATA.IGNORE_LABEL": RunOption(
-        255, "Of masks: value of pixels that count nowhere.", Check(lambda value: 0 <= value <= 255, "0 to 255")
+        255, "Masks: value of pixels to ignore.", Check(lambda value: 0 <= value <= 255, "0 to 255")
     ),
-    "DATA.LABEL_MAP": RunOption(
-        {}, "Of masks: class by value, such as {7: 0, 8: 1}; values that it does not name are ignored."
-    ),
-    # ---- the network
+    "DATA.LABEL_MAP": RunOption({}, "Masks: class by value, such as {7: 0, 8: 1}; all other values are ignored."),
+    # ---- network
     "MODEL.TYPE": RunOption(
         "dat",
-        "Family of the network, which has its own section of options: MODEL.DAT, MODEL.VIT or MODEL.TIMM.",
+        "Model family; each has a section of options: MODEL.DAT, MODEL.VIT or MODEL.TIMM.",
         one_of(*FAMILIES),
     ),
-    "MODEL.NAME": RunOption("dat", "Names the output folder.", _PLAIN_NAME),
+    "MODEL.NAME": RunOption("dat", "Name of the output folder.", _PLAIN_NAME),
     "MODEL.PRETRAINED": RunOption(
         "",
-        "Weights to start from (fine-tuning); the optimizer starts afresh.",
+        "Weights to start from (fine-tuning), with a new optimizer state.",
         flag="--pretrained",
         metavar="FILE",
         may_change=True,
     ),
     "MODEL.WEIGHTS": RunOption(
         "",
-        "Which weights of a file to evaluate or to start from: raw, or ema, the averaged ones. Empty: those that the "
-        "file was chosen for; where it does not say, the averaged ones if there are any.",
+        "Which weights of a file to evaluate or to start from: raw, or ema, the averaged ones. Empty: those the "
+        "checkpoint was selected by; if it does not record this, the averaged ones if there are any.",
         one_of("", "raw", "ema"),
         flag="--weights",
         metavar="raw|ema",
@@ -221,40 +216,40 @@ OPTIONS: dict[str, Option] = {
     ),
     "MODEL.CLASS_MAP": RunOption(
         "",
-        "Where PRETRAINED or the file to evaluate has other classes: a text file with a line for each class here, its "
-        "index there, or its name and its index or WordNet id. ImageNet-22K weights need none to become ImageNet-1K "
-        "ones.",
+        "If PRETRAINED or the file to evaluate has other classes: a text file with one line per class of the data set, "
+        "its index in the weights, or its name and its index or WordNet id. Not needed to adapt ImageNet-22K weights "
+        "to ImageNet-1K.",
         may_change=True,
     ),
     "MODEL.RESUME": RunOption(
-        "", "Checkpoint to continue, or to evaluate.", flag="--resume", metavar="FILE", may_change=True
+        "", "Checkpoint to resume or to evaluate.", flag="--resume", metavar="FILE", may_change=True
     ),
-    "MODEL.LABEL_SMOOTHING": RunOption(0.1, "Share of the target that all classes divide among them.", share()),
+    "MODEL.LABEL_SMOOTHING": RunOption(0.1, "Label smoothing.", share()),
     "MODEL.TIMM.NAME": RunOption(
-        "", "A model of timm, such as resnet50; the flag also sets MODEL.TYPE.", flag="--model", metavar="NAME"
+        "", "A timm model, such as resnet50; the flag also sets MODEL.TYPE.", flag="--model", metavar="NAME"
     ),
     "MODEL.TIMM.ARGS": RunOption({}, "Arguments of timm.create_model, such as drop_path_rate: 0.1."),
     "MODEL.DETECTOR.NAME": RunOption(
         "retinanet",
-        "What makes a detector of the backbone (TASK detection): retinanet, mask_rcnn, cascade (Cascade Mask R-CNN); "
+        "Detector on top of the backbone (TASK detection): retinanet, mask_rcnn, cascade (Cascade Mask R-CNN); "
         "detr, conditional_detr, dab_detr, deformable_detr, deformable_detr_refined (boxes refined by each layer), "
         "deformable_detr_two_stage, rt_detr and d_fine of transformers; dino, co_detr.",
         one_of(*DETECTORS),
     ),
     "MODEL.DETECTOR.ARGS": RunOption(
         {},
-        "Its arguments, see models/detection/, such as channels: 256; those of its config for one of transformers.",
+        "Its arguments, see models/detection/, such as channels: 256; for one of transformers, those of its config.",
     ),
     "MODEL.SEGMENTER.NAME": RunOption(
         "fpn",
-        "What makes a segmenter of the backbone (TASK segmentation): fpn (Semantic FPN), upernet, mask2former.",
+        "Segmenter on top of the backbone (TASK segmentation): fpn (Semantic FPN), upernet, mask2former.",
         one_of(*SEGMENTERS),
     ),
     "MODEL.SEGMENTER.ARGS": RunOption(
         {},
-        "Its arguments, see models/segmentation/, such as channels: 128; of mask2former, those of Mask2FormerConfig.",
+        "Its arguments, see models/segmentation/, such as channels: 128; for mask2former, those of Mask2FormerConfig.",
     ),
-    # Those of a family of networks; lists of four in MODEL.DAT have one entry per stage.
+    # Options of the model families; lists of four in MODEL.DAT have one entry per stage.
     **{
         f"MODEL.{family.upper()}.{name}": option
         for family, networks in FAMILIES.items()
@@ -264,31 +259,33 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.EPOCHS": RunOption(300, "Passes over the training images.", at_least(1), flag="--epochs", metavar="N"),
     "TRAIN.WARMUP_EPOCHS": RunOption(
         20,
-        "Epochs in which the learning rate rises from WARMUP_LR to BASE_LR.",
+        "Epochs over which the learning rate rises from WARMUP_LR to BASE_LR.",
         not_negative(),
         flag="--warmup-epochs",
         metavar="N",
     ),
-    "TRAIN.WARMUP_UPDATES": RunOption(0, "The same in updates; 0: WARMUP_EPOCHS counts.", not_negative()),
+    "TRAIN.WARMUP_UPDATES": RunOption(0, "The same in updates; 0: use WARMUP_EPOCHS.", not_negative()),
     "TRAIN.WEIGHT_DECAY": RunOption(
-        0.05, "Of matrices; biases and norms have none.", not_negative(), flag="--weight-decay", metavar="X"
+        0.05,
+        "Weight decay of matrices; biases and norms have none.",
+        not_negative(),
+        flag="--weight-decay",
+        metavar="X",
     ),
     "TRAIN.BASE_LR": RunOption(
         5e-4,
-        "Largest learning rate for an update of 512 images; it and the next two are multiplied by images per update / "
-        "512.",
+        "Peak learning rate for 512 images per update; it and the next two are multiplied by images per update / 512.",
         not_negative(),
         flag="--lr",
         metavar="X",
     ),
     "TRAIN.WARMUP_LR": RunOption(5e-7, "Learning rate at the start of the warm-up.", not_negative()),
     "TRAIN.MIN_LR": RunOption(5e-6, "Learning rate at the end of cosine and poly.", not_negative()),
-    "TRAIN.CLIP_GRAD": RunOption(5.0, "Largest gradient norm; 0 switches clipping off.", not_negative()),
-    "TRAIN.AUTO_RESUME": _switch(True, "Continue from the newest checkpoint of the output folder.", may_change=True),
+    "TRAIN.CLIP_GRAD": RunOption(5.0, "Maximum gradient norm; 0 disables clipping.", not_negative()),
+    "TRAIN.AUTO_RESUME": _switch(True, "Resume from the newest checkpoint in the output folder.", may_change=True),
     "TRAIN.ALLOW_CONFIG_CHANGE": _switch(
         False,
-        "Continue although the checkpoint was written under other options; without it the differences are listed and "
-        "refused.",
+        "Resume although the checkpoint was written with other options; otherwise the differences are an error.",
         flag="--allow-config-change",
         may_change=True,
     ),
@@ -297,107 +294,104 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.USE_CHECKPOINT": _switch(
         False,
-        "Recompute every block in the backward pass instead of keeping its activations: less memory, about a third "
-        "more time.",
+        "Activation checkpointing: recompute every block in the backward pass; less memory, about a third more time.",
         flag="--use-checkpoint",
         may_change=True,
     ),
     "TRAIN.MAX_NONFINITE": RunOption(
         20,
-        "An update whose loss or gradient is not finite is skipped; so many in a row end the run.",
+        "Updates with a non-finite loss or gradient are skipped; this many in a row end the run.",
         at_least(1),
         may_change=True,
     ),
     "TRAIN.ANOMALY_REPORT": _switch(
         False,
-        "Then run the last batch once more and name the first module whose output is not finite. Keeps a batch more in "
-        "memory.",
+        "In that case run the last batch once more and name the first module whose output is not finite. Keeps one "
+        "more batch in memory.",
         may_change=True,
     ),
     "TRAIN.FREEZE": RunOption(
         [],
-        "Parts that are not trained: names of modules or parameters, in which * stands for any text, such as "
-        "[patch_proj, stages.0]. Their norms and dropout stay in evaluation mode.",
+        "Parts that are not trained: names of modules or parameters, with * as a wildcard, such as [patch_proj, "
+        "stages.0]. Their norms and dropout stay in evaluation mode.",
         _NAMES,
     ),
     "TRAIN.LAYER_DECAY": RunOption(
-        1.0, "Factor on the learning rate from each layer to the one before it; 1: none.", _POSITIVE
+        1.0, "Factor on the learning rate from each layer to the preceding one; 1: none.", _POSITIVE
     ),
     "TRAIN.HEAD_LR_SCALE": RunOption(
-        1.0, "Factor on the learning rate of the layer that gives the logits, such as 10 for a new one.", _POSITIVE
+        1.0, "Factor on the learning rate of the layer that computes the logits, such as 10 for a new one.", _POSITIVE
     ),
     "TRAIN.PATIENCE": RunOption(
-        0, "End the run after so many epochs in a row without a better score; 0: never before EPOCHS.", not_negative()
+        0, "Stop after this many consecutive epochs without a better score; 0: no early stopping.", not_negative()
     ),
     "TRAIN.EMA.ENABLED": _switch(
         False,
-        "Keep an exponential moving average of the weights, evaluated beside them; with --eval, evaluate those.",
+        "Keep an exponential moving average of the weights and evaluate both; with --eval, evaluate the average.",
         flag="--ema",
     ),
-    "TRAIN.EMA.DECAY": RunOption(0.9999, "Share of the average that an update keeps.", share()),
+    "TRAIN.EMA.DECAY": RunOption(0.9999, "Decay of the average per update.", share()),
     "TRAIN.LR_SCHEDULER.NAME": RunOption(
-        "cosine", "How the learning rate decays.", one_of("cosine", "linear", "poly", "step", "milestones")
+        "cosine", "Learning rate schedule.", one_of("cosine", "linear", "poly", "step", "milestones")
     ),
     "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": _switch(
         False,
-        "Begin the decay when the warm-up is over, instead of letting it run through the warm-up as in the published "
-        "training. Linear always begins afterwards.",
+        "Start the decay after the warm-up, instead of at the first update as in the published training. Linear always "
+        "starts after the warm-up.",
     ),
     "TRAIN.LR_SCHEDULER.PLANNED_EPOCHS": RunOption(
-        0, "Epochs that the schedule is made for, to train a finished run for longer; 0: TRAIN.EPOCHS.", not_negative()
+        0, "Length of the schedule in epochs, to train a finished run for longer; 0: TRAIN.EPOCHS.", not_negative()
     ),
     "TRAIN.LR_SCHEDULER.AFTER": RunOption(
         "hold",
-        "What follows these epochs, up to TRAIN.EPOCHS. hold: their last learning rate. rewarm: warm-up and decay once "
-        "more.",
+        "Schedule after these epochs, up to TRAIN.EPOCHS. hold: the last learning rate. rewarm: another warm-up and "
+        "decay.",
         one_of("hold", "rewarm"),
     ),
-    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": RunOption(30, "Of the step schedule: epochs between decays.", at_least(1)),
+    "TRAIN.LR_SCHEDULER.DECAY_EPOCHS": RunOption(30, "step: epochs between decays.", at_least(1)),
     "TRAIN.LR_SCHEDULER.MILESTONES": RunOption(
-        [8, 11], "Of the milestones schedule: epochs before which the learning rate decays.", _MILESTONES
+        [8, 11], "milestones: epochs after which the learning rate decays.", _MILESTONES
     ),
-    "TRAIN.LR_SCHEDULER.DECAY_RATE": RunOption(0.1, "Of step and milestones: factor of a decay.", share()),
+    "TRAIN.LR_SCHEDULER.DECAY_RATE": RunOption(0.1, "step and milestones: factor of each decay.", share()),
     "TRAIN.LR_SCHEDULER.POWER": RunOption(
-        0.9, "Of the poly schedule, which ends at MIN_LR: power of the share of updates that are left.", _POSITIVE
+        0.9, "poly, which ends at MIN_LR: exponent of the fraction of updates left.", _POSITIVE
     ),
     "TRAIN.OPTIMIZER.NAME": RunOption("adamw", "adamw, sgd, or another optimizer of timm, such as lion or lamb."),
-    "TRAIN.OPTIMIZER.EPS": RunOption(1e-8, "Of adamw.", not_negative()),
-    "TRAIN.OPTIMIZER.BETAS": RunOption([0.9, 0.999], "Of adamw.", _BETAS),
-    "TRAIN.OPTIMIZER.MOMENTUM": RunOption(0.9, "Of sgd, with Nesterov momentum.", share()),
+    "TRAIN.OPTIMIZER.EPS": RunOption(1e-8, "Epsilon of adamw.", not_negative()),
+    "TRAIN.OPTIMIZER.BETAS": RunOption([0.9, 0.999], "Betas of adamw.", _BETAS),
+    "TRAIN.OPTIMIZER.MOMENTUM": RunOption(0.9, "Nesterov momentum of sgd.", share()),
     "TRAIN.OPTIMIZER.ARGS": RunOption({}, "Further arguments of the optimizer, such as betas: [0.95, 0.98] for lion."),
     # ---- knowledge distillation, see tasks/distillation.py
     "DISTILL.TEACHER": RunOption(
         "",
-        "Checkpoint of a network to learn from, with the same classes. One of this trainer holds its config.",
+        "Checkpoint of the teacher, with the same classes. Checkpoints of this trainer contain their config.",
         flag="--teacher",
         metavar="FILE",
     ),
-    "DISTILL.CONFIG": RunOption("", "Config file of the teacher, where its file holds none, such as a published one."),
-    "DISTILL.TIMM": RunOption("", "In place of TEACHER: a pretrained model that timm fetches, such as regnety_160."),
+    "DISTILL.CONFIG": RunOption("", "Config file of the teacher, if its file contains none, such as a published one."),
+    "DISTILL.TIMM": RunOption("", "Instead of TEACHER: a pretrained model downloaded by timm, such as regnety_160."),
     "DISTILL.KIND": RunOption(
         "soft",
-        "What is learned of the teacher. soft: its probabilities, by the Kullback-Leibler divergence. hard: the class "
-        "that it finds most probable.",
+        "Target of the teacher. soft: its probabilities, with the Kullback-Leibler divergence. hard: its most probable "
+        "class.",
         one_of("soft", "hard"),
     ),
-    "DISTILL.SHARE": RunOption(0.5, "Share of the teacher in the loss; the labels have the rest.", share()),
-    "DISTILL.TEMPERATURE": RunOption(
-        1.0, "Of soft: what the logits of both are divided by; more shows more of the improbable classes.", _POSITIVE
-    ),
+    "DISTILL.SHARE": RunOption(0.5, "Weight of the teacher's loss; the loss on the labels has the rest.", share()),
+    "DISTILL.TEMPERATURE": RunOption(1.0, "soft: temperature that the logits of both are divided by.", _POSITIVE),
     # ---- augmentation
     "AUG.CROP": RunOption(
         "resized",
-        "resized: a random part of the image, resized. padded: the image in a frame of black pixels, of which a random "
-        "part is taken, for small images such as CIFAR's.",
+        "resized: a random crop, resized. padded: a random crop of the image padded with black pixels, for small "
+        "images such as CIFAR's.",
         one_of("resized", "padded"),
     ),
-    "AUG.CROP_PADDING": RunOption(4, "Width of the frame of a padded crop, in pixels.", not_negative()),
-    "AUG.SCALE": RunOption([0.08, 1.0], "Area of a resized crop, as a share of the image.", _AREAS),
+    "AUG.CROP_PADDING": RunOption(4, "Padding of a padded crop, in pixels.", not_negative()),
+    "AUG.SCALE": RunOption([0.08, 1.0], "Area of a resized crop, as a fraction of the image.", _AREAS),
     "AUG.RATIO": RunOption([0.75, 1.3333333333333333], "Aspect ratio of a resized crop.", _RATIOS),
     "AUG.REPEATS": RunOption(
         1,
-        "How often an image stands in an epoch, each time augmented otherwise; the epoch stays as long and holds fewer "
-        "images.",
+        "Repeated augmentation: copies of an image in an epoch, each augmented differently; the epoch keeps its length "
+        "and contains fewer images.",
         at_least(1),
     ),
     "AUG.HFLIP": RunOption(0.5, "Probability of a horizontal flip.", share()),
@@ -408,62 +402,64 @@ OPTIONS: dict[str, Option] = {
         '"augmix-m3-w3", or "" for none.',
     ),
     "AUG.REPROB": RunOption(0.25, "Probability of random erasing.", share()),
-    "AUG.REMODE": RunOption("pixel", "What erased areas are filled with.", one_of("pixel", "rand", "const")),
-    "AUG.RECOUNT": RunOption(1, "How many areas are erased.", not_negative()),
+    "AUG.REMODE": RunOption("pixel", "Fill of erased areas.", one_of("pixel", "rand", "const")),
+    "AUG.RECOUNT": RunOption(1, "Number of erased areas.", not_negative()),
     "AUG.MIXUP": RunOption(0.8, "Alpha of mixup; 0: none.", not_negative()),
     "AUG.CUTMIX": RunOption(1.0, "Alpha of cutmix; 0: none.", not_negative()),
     "AUG.MIXUP_PROB": RunOption(1.0, "Probability of mixup or cutmix.", share()),
-    "AUG.MIXUP_SWITCH_PROB": RunOption(0.5, "Probability of cutmix where both are on.", share()),
-    "AUG.MIXUP_MODE": RunOption("batch", "What mixup and cutmix are drawn for.", one_of("batch", "pair", "elem")),
-    "AUG.MIXUP_OFF_EPOCHS": RunOption(0, "Last epochs of the run, without mixup and cutmix.", not_negative()),
+    "AUG.MIXUP_SWITCH_PROB": RunOption(0.5, "Probability of cutmix if both are on.", share()),
+    "AUG.MIXUP_MODE": RunOption(
+        "batch", "Whether mixup is drawn per batch, pair or element.", one_of("batch", "pair", "elem")
+    ),
+    "AUG.MIXUP_OFF_EPOCHS": RunOption(0, "Number of last epochs without mixup and cutmix.", not_negative()),
     # ---- detection
     "DETECTION.SHORT_SIDES": RunOption(
         list(range(480, 801, 32)),
-        "Training images are resized until their short side is one of these, in pixels.",
+        "Training images are resized to one of these short sides, in pixels.",
         _COUNTS,
     ),
-    "DETECTION.LONG_SIDE": RunOption(1333, "What their long side has at most, in evaluation too.", at_least(1)),
+    "DETECTION.LONG_SIDE": RunOption(1333, "Maximum of the long side, also in evaluation.", at_least(1)),
     "DETECTION.CROP_SIDES": RunOption(
         [400, 500, 600],
-        "Every other training image first gets one of these short sides and is cropped; empty: none.",
+        "Half of the training images are first resized to one of these short sides and cropped; empty: none.",
         _COUNTS,
     ),
-    "DETECTION.CROP": RunOption([384, 600], "Smallest and largest side of that crop, in pixels.", _COUNTS),
+    "DETECTION.CROP": RunOption([384, 600], "Minimum and maximum side of that crop, in pixels.", _COUNTS),
     "DETECTION.TEST_SHORT_SIDE": RunOption(800, "Short side of held-out images, in pixels.", at_least(1)),
     # ---- segmentation
     "SEGMENTATION.SCALE": RunOption(
         [0.5, 2.0],
-        "Smallest and largest factor on a training image, whose short side is otherwise that of DATA.IMG_SIZE, before "
-        "DATA.IMG_SIZE is cut out.",
+        "Range of the random scale of a training image, relative to a short side of DATA.IMG_SIZE, before it is "
+        "cropped to DATA.IMG_SIZE.",
         _RATIOS,
     ),
     "SEGMENTATION.LARGEST_SHARE": RunOption(
-        0.75, "Largest share of one class in a training crop, where another can be drawn.", _PART
+        0.75, "Maximum share of one class in a training crop; larger ones are redrawn, up to ten times.", _PART
     ),
     "SEGMENTATION.PHOTOMETRIC": RunOption(
         0.5, "Probability of each photometric distortion: brightness, contrast, saturation, hue, channels.", share()
     ),
     "SEGMENTATION.TEST_SCALES": RunOption(
         [1.0],
-        "Factors on held-out images, whose short side is that of DATA.IMG_SIZE; several are averaged.",
+        "Scales of held-out images, relative to a short side of DATA.IMG_SIZE; several are averaged.",
         Check(lambda scales: scales and min(scales) > 0, "a list of numbers above 0"),
         may_change=True,
     ),
     "TEST.CROP": _switch(True, "Resize to IMG_SIZE / CROP_RATIO and crop the centre; otherwise resize to IMG_SIZE."),
     "TEST.CLASSES": RunOption(
         "all",
-        "Where weights are evaluated on some of their classes: all may be predicted, or only those present.",
+        "For weights with more classes than the data set: all can be predicted, or only those present.",
         one_of("all", "present"),
         may_change=True,
     ),
     "TEST.LABELS": RunOption(
         "",
-        "With --eval: JSON file with a list of labels for each held-out image, by the number in its name, of which any "
-        "counts as right, such as real.json of ReaL. Images of empty lists are not counted.",
+        "With --eval: JSON file with a list of labels for each held-out image, by the number in its name, any of which "
+        "counts as correct, such as real.json of ReaL. Images with empty lists are not counted.",
         metavar="FILE",
         may_change=True,
     ),
-    "TEST.CROP_RATIO": RunOption(0.875, "Share of the resized image that is cut out, along each side.", _PART),
+    "TEST.CROP_RATIO": RunOption(0.875, "Side of the centre crop relative to the resized image.", _PART),
     "TEST.RESIZE": RunOption(
         "squash",
         "squash: resize both sides, as published. shorter: resize the shorter side and keep the aspect ratio.",
@@ -471,12 +467,12 @@ OPTIONS: dict[str, Option] = {
     ),
     "TEST.FLIP": _switch(
         False,
-        "Evaluate each image and its mirror image, by the mean of their logits; of probabilities in segmentation.",
+        "Average the logits of each image and its mirror image; the probabilities in segmentation.",
     ),
-    # ---- the machine
+    # ---- machine
     "DEVICE": RunOption(
         "",
-        "cuda, mps or cpu; empty: the best there is.",
+        "cuda, mps or cpu; empty: the best available.",
         one_of("", "cuda", "mps", "cpu"),
         flag="--device",
         metavar="cuda|mps|cpu",
@@ -484,57 +480,64 @@ OPTIONS: dict[str, Option] = {
     ),
     "AMP": RunOption(
         "off",
-        "Mixed precision of training: off, fp16, bf16, or auto: bf16 where the device has it, else fp16. Evaluation is "
-        "float32, unless --amp is given with --eval.",
+        "Mixed precision of training: off, fp16, bf16, or auto: bf16 if the device supports it, else fp16. Evaluation "
+        "is float32, unless --amp is given with --eval.",
         one_of("off", "fp16", "bf16", "auto"),
         flag="--amp",
         metavar="off|fp16|bf16",
         bare="auto",
     ),
     "COMPILE": _switch(False, "torch.compile, block by block.", flag="--compile", may_change=True),
-    "SEED": RunOption(0, "Of all random numbers.", not_negative(), flag="--seed", metavar="N"),
+    "SEED": RunOption(0, "Seed of all random numbers.", not_negative(), flag="--seed", metavar="N"),
     "DETERMINISTIC": _switch(
         False,
-        "Choose deterministic kernels only. On CPU runs are reproducible without it.",
+        "Use only deterministic kernels. On CPU runs are reproducible without it.",
         flag="--deterministic",
         may_change=True,
     ),
-    # ---- what is written
+    # ---- output
     "OUTPUT": RunOption(
-        "output", "Results lie in OUTPUT/MODEL.NAME/TAG.", _FOLDER, flag="--output", metavar="FOLDER", may_change=True
+        "output",
+        "Results are written to OUTPUT/MODEL.NAME/TAG.",
+        _FOLDER,
+        flag="--output",
+        metavar="FOLDER",
+        may_change=True,
     ),
     "TAG": RunOption("default", "Name of this run.", _PLAIN_NAME, flag="--tag", metavar="NAME", may_change=True),
     "PRINT_FREQ": RunOption(
-        10, "Updates between lines of the log.", at_least(1), flag="--print-freq", metavar="N", may_change=True
+        10, "Updates between log lines.", at_least(1), flag="--print-freq", metavar="N", may_change=True
     ),
     "SAVE_FREQ": RunOption(
         10,
-        "`last.pth` is written after every epoch; a copy epoch_N.pth is kept every so many epochs (0: never).",
+        "Epochs between copies epoch_N.pth (0: none); `last.pth` is written after every epoch.",
         not_negative(),
         may_change=True,
     ),
     "KEEP_CHECKPOINTS": RunOption(
-        3, "How many epoch_N.pth are kept, the newest ones (0: all).", not_negative(), may_change=True
+        3, "Number of epoch_N.pth to keep, the newest ones (0: all).", not_negative(), may_change=True
     ),
     "SAVE_EVERY_UPDATES": RunOption(
-        0, "Within an epoch `last.pth` is also written every so many updates (0: not).", not_negative(), may_change=True
+        0, "Also write `last.pth` after this many updates within an epoch (0: off).", not_negative(), may_change=True
     ),
-    "SAVE_EVERY_MINUTES": RunOption(0.0, "And every so many minutes (0: not).", not_negative(), may_change=True),
+    "SAVE_EVERY_MINUTES": RunOption(
+        0.0, "Also write `last.pth` after this many minutes (0: off).", not_negative(), may_change=True
+    ),
     "REPORT": _switch(
         True,
-        "Write report.html at the end; the first process runs the held-out images once more for it.",
+        "Write report.html at the end, for which rank 0 evaluates the held-out images once more.",
         may_change=True,
     ),
     "LOG.TO": RunOption(
         [],
-        "Also log to these: tensorboard, wandb, mlflow, each with its package.",
+        "Further loggers: tensorboard, wandb, mlflow; each needs its package.",
         _WRITERS,
         may_change=True,
     ),
     "LOG.PROJECT": RunOption("dat", "Project of Weights & Biases, experiment of MLflow.", may_change=True),
     "LOG.NAME": RunOption("", "Name of the run there; empty: MODEL.NAME-TAG.", may_change=True),
-    "TENSORBOARD": _switch(False, "The same as tensorboard in LOG.TO.", may_change=True),
-    "WANDB": _switch(False, "The same as wandb in LOG.TO.", may_change=True),
+    "TENSORBOARD": _switch(False, "Same as tensorboard in LOG.TO.", may_change=True),
+    "WANDB": _switch(False, "Same as wandb in LOG.TO.", may_change=True),
 }
 
 _FREE_SECTIONS = [key for key, option in OPTIONS.items() if option.default == {}]
@@ -572,7 +575,7 @@ def default_config() -> Config:
 
 
 def options(**marks: Any) -> dict[str, RunOption]:
-    """Return the options of a run whose attributes are as in `marks`, by key; `options(may_change=True)`, say."""
+    """Return the options of a run with the given attributes, by key; for example `options(may_change=True)`."""
     found = {key: option for key, option in OPTIONS.items() if isinstance(option, RunOption)}
     return {key: o for key, o in found.items() if all(getattr(o, name) == value for name, value in marks.items())}
 
@@ -581,11 +584,11 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> Config:
     """Read a config file over the defaults.
 
     Args:
-        path: YAML file; its `BASE` files, relative to it, come first.
-        overrides: alternating keys and values, `["TRAIN.EPOCHS", "10"]`; values given as text are read like YAML.
+        path: YAML file; its `BASE` files, relative to it, are merged first.
+        overrides: alternating keys and values, `["TRAIN.EPOCHS", "10"]`; values given as text are parsed as YAML.
 
     Raises:
-        ValueError: for a file that cannot be read, an unknown key, or a value of a wrong type or outside its range.
+        ValueError: the file cannot be read, a key is unknown, or a value has the wrong type or is out of range.
     """
     config = default_config()
     _merge_file(config, Path(path))
@@ -599,13 +602,13 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> Config:
 
 
 def set_option(config: CfgNode, key: str, value: Any) -> None:
-    """Set the option `key`, dotted as in `TRAIN.EPOCHS`; text is read like YAML where the option is not text itself.
+    """Set the option `key`, such as `TRAIN.EPOCHS`; text is parsed as YAML unless the option is text itself.
 
     Raises:
-        ValueError: there is no such option, or the value is of a wrong type.
+        ValueError: there is no such option, or the value has the wrong type.
     """
     if key == "BASE":
-        raise ValueError("BASE belongs into a config file; on the command line give the options themselves")
+        raise ValueError("BASE is only allowed in a config file; on the command line set the options themselves")
     section = next((name for name in _FREE_SECTIONS if key.startswith(f"{name}.")), None)
     if section is None and key not in OPTIONS:
         raise ValueError(_no_option(key))
@@ -613,7 +616,7 @@ def set_option(config: CfgNode, key: str, value: Any) -> None:
         try:
             value = _read_yaml(value)
         except ValueError:
-            raise ValueError(f"{key}: {value!r} is no value; write it as in a YAML file, lists as [1,2,3,4]") from None
+            raise ValueError(f"{key}: {value!r} is not valid YAML; write lists as [1,2,3,4]") from None
     *parents, name = key.split(".")
     node = config
     for parent in parents:
@@ -654,7 +657,7 @@ def flatten(config: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _merge_file(config: CfgNode, path: Path, children: tuple[Path, ...] = ()) -> None:
     path = path.resolve()
     if path in children:
-        raise ValueError(f"BASE of {children[-1]} leads back to itself; remove the circle")
+        raise ValueError(f"BASE of {children[-1]} leads back to itself; remove the cycle")
     if path.is_dir():
         raise ValueError(f"config file {path} is a folder; name a file in it, such as configs/digits.yaml")
     if not path.exists():
@@ -666,7 +669,7 @@ def _merge_file(config: CfgNode, path: Path, children: tuple[Path, ...] = ()) ->
     except (ValueError, OSError) as error:
         raise ValueError(f"config file {path} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(loaded, dict):
-        raise ValueError(f"config file {path} holds no options; write them as KEY: value, as in configs/dat_tiny.yaml")
+        raise ValueError(f"config file {path} has no options; write them as KEY: value, as in configs/dat_tiny.yaml")
     bases = loaded.pop("BASE", None) or []
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
@@ -695,46 +698,46 @@ def _merge_dict(config: CfgNode, loaded: dict, prefix: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML would silently drop the first."""
+    """Rejects duplicate keys, of which YAML would silently drop the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise ValueError(f"{twice} stands twice in the section that begins in line {node.start_mark.line + 1}")
+            raise ValueError(f"{twice} is set twice in the section that starts in line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep=deep)
 
 
 def _read_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Loader)
-    except Exception as error:  # the constructors of YAML let whatever a broken value provokes through
+    except Exception as error:  # PyYAML's constructors can raise any exception on a malformed value
         raise ValueError(str(error) or type(error).__name__) from None
 
 
 def _no_option(key: str) -> str:
-    """Return what is wrong with `key`, which is no option, and the option that is probably meant."""
+    """Return an error message for the unknown `key`, with the option that is probably meant."""
     below = next((name for name in OPTIONS if name.startswith(f"{key}.")), None)
     if below:
         return f"{key} is a section; set one of its options, such as {below}"
     known = {name.upper(): name for name in OPTIONS}
     near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.85)
-    if not near:  # of those who write EPOCHS or DATA.EPOCHS for TRAIN.EPOCHS
+    if not near:  # EPOCHS or DATA.EPOCHS instead of TRAIN.EPOCHS
         last = {name.rpartition(".")[2]: name for name in known}
         near = [last[name] for name in difflib.get_close_matches(key.upper().rpartition(".")[2], last, n=1, cutoff=0.8)]
-    hint = f"did you mean {known[near[0]]}?" if near else "every option stands in config.py"
+    hint = f"did you mean {known[near[0]]}?" if near else "config.py lists all options"
     return f"unknown option {key}; {hint}"
 
 
 def _coerce(key: str, value: Any) -> Any:
-    """Return `value` as the type of the option `key`, or say what the type should be."""
+    """Convert `value` to the type of the option `key`, or raise an error that names the type."""
     option, default = OPTIONS[key], _as_config(OPTIONS[key].default)
     if key in _FREE_SECTIONS:
         if not isinstance(value, dict):
             raise ValueError(f"{key} must be a section, such as {{name: value}}, not {value!r}")
         return _free_value(key, value)
     if key == "AMP" and isinstance(value, bool):
-        value = "on" if value else "off"  # YAML reads these bare words as booleans
+        value = "on" if value else "off"  # YAML parses these words as booleans
     if option.also_list and isinstance(value, list):
         return [_coerce_one(f"{key}[{i}]", entry, default) for i, entry in enumerate(value)]
     value = _coerce_one(key, value, default)
@@ -744,10 +747,10 @@ def _coerce(key: str, value: Any) -> Any:
 
 
 def _coerce_one(key: str, value: Any, default: Any) -> Any:
-    """Return `value` as the type of `default`; the entries of a list stay as they are."""
+    """Convert `value` to the type of `default`; the entries of a list are not converted."""
     if isinstance(default, float) and isinstance(value, (int, str)) and not isinstance(value, bool):
         with suppress(ValueError, OverflowError):
-            value = float(value)  # YAML takes 1 for an integer and 5e-4 for text
+            value = float(value)  # YAML parses 1 as an integer and 5e-4 as text
     if type(value) is not type(default):
         words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
         hint = "; put it in quotes" if isinstance(default, str) and isinstance(value, (int, float)) else ""
@@ -758,25 +761,25 @@ def _coerce_one(key: str, value: Any, default: Any) -> Any:
     if isinstance(value, int) and abs(value) >= 2**31:
         raise ValueError(f"{key} must be below 2^31, not {value}")
     if isinstance(value, str) and not value.isprintable():
-        raise ValueError(f"{key} must be text of one line without control characters, not {value!r}")
+        raise ValueError(f"{key} must be one line of text without control characters, not {value!r}")
     return value
 
 
 def _free_value(key: str, value: Any) -> Any:
-    """Return a value of a section whose keys are free, as a config holds it."""
+    """Convert a value of a section with arbitrary keys to its form in a config."""
     if isinstance(value, dict):
         return CfgNode({str(name): _free_value(f"{key}.{name}", entry) for name, entry in value.items()})
     if isinstance(value, list):
         return [_free_value(key, entry) for entry in value]
     if isinstance(value, str) and re.fullmatch(r"[-+]?[0-9.]+e[-+]?[0-9]+", value, re.IGNORECASE):
-        return float(value)  # which is text to YAML
+        return float(value)  # YAML parses it as text
     if not isinstance(value, (str, int, float, NoneType)):
         raise ValueError(f"{key} must be a number, text, true, false, a list or a section, not {value!r}")
     return value
 
 
 def _as_config(value: Any) -> Any:
-    """Return a default as a config holds it: sections are nodes, sequences are lists of its own."""
+    """Convert a default to its form in a config: dicts to nodes, sequences to new lists."""
     if isinstance(value, dict):
         return CfgNode(value)
     return [_as_config(entry) for entry in value] if isinstance(value, (list, tuple)) else value
@@ -795,5 +798,5 @@ def _validate(config: CfgNode) -> None:
         key = f"TRAIN.OPTIMIZER.{name}"
         if values[key] != OPTIONS[key].default:
             raise ValueError(
-                f"{key} belongs to adamw and sgd; write it as TRAIN.OPTIMIZER.ARGS.{name.lower()} for {settings.NAME}"
+                f"{key} is only for adamw and sgd; use TRAIN.OPTIMIZER.ARGS.{name.lower()} for {settings.NAME}"
             )
