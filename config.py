@@ -58,7 +58,7 @@ _WRITERS = Check(
     lambda names: all(name in ("tensorboard", "wandb", "mlflow") for name in names),
     "a list of tensorboard, wandb and mlflow",
 )
-_BETAS = Check(lambda pair: len(pair) == 2 and all(0 <= beta < 1 for beta in pair), "two numbers of at least 0 and below 1")
+_BETAS = Check(lambda pair: len(pair) == 2 and all(0 <= beta < 1 for beta in pair), "two numbers from 0 to below 1")
 _SIZE = Check(
     lambda size: min(size) >= 1 and len(size) == 2 if isinstance(size, list) else size >= 1,
     "a number of pixels, at least 1, or [height, width]",
@@ -255,8 +255,8 @@ OPTIONS: dict[str, Option] = {
         for family, networks in FAMILIES.items()
         for name, option in networks.options.items()
     },
-    # ---- the recipe
-    "TRAIN.EPOCHS": RunOption(300, "Passes over the training images.", at_least(1), flag="--epochs", metavar="N"),
+    # ---- training
+    "TRAIN.EPOCHS": RunOption(300, "Number of epochs.", at_least(1), flag="--epochs", metavar="N"),
     "TRAIN.WARMUP_EPOCHS": RunOption(
         20,
         "Epochs over which the learning rate rises from WARMUP_LR to BASE_LR.",

@@ -237,7 +237,7 @@ ROWS = [
     opts("length of a pair", "AUG.RATIO", "[1]", r"AUG.RATIO must be two numbers \[smallest, largest\], above 0, not"),
     opts("order of a pair", "AUG.SCALE", "[1, 0.5]", r"two numbers \[smallest, largest\], above 0 and at most 1, not"),
     opts("entry of a pair", "AUG.SCALE", "[a, b]", r"AUG.SCALE\[0\] must be a number, such as 0.08, not 'a'"),
-    opts("betas", "TRAIN.OPTIMIZER.BETAS", "[0.9, 1]", "BETAS must be two numbers of at least 0 and below 1, not"),
+    opts("betas", "TRAIN.OPTIMIZER.BETAS", "[0.9, 1]", "BETAS must be two numbers from 0 to below 1, not"),
     opts("augmentation", "AUG.AUTO_AUGMENT", "rand-x9", "'rand-x9' is no policy of timm; write one such as rand-m9-"),
     opts("control character", "OUTPUT", "a\nb", r"OUTPUT must be one line of text .*, not 'a\\nb'"),
     opts("no name", "TAG", "..", r"TAG must be a folder name without a path, not '\.\.'"),
