@@ -1,10 +1,15 @@
-"""Train a Vision Transformer with each attention, and a DAT of the same cost, and draw their accuracy in one figure.
+"""Train networks under one recipe, one after the other, and draw their accuracy in one figure.
 
     python tools/compare.py configs/compare/digits.yaml --seeds 0 1 2
     python tools/compare.py configs/compare/cifar10.yaml --variants softmax performer --opts DATA.DATA_PATH cifar10
+    python tools/compare.py configs/cifar10/*.yaml --seeds 0 1 --opts DATA.DATA_PATH cifar10
 
-Runs follow one another. The same command continues where it was interrupted: finished runs are not repeated, and the
-one that was cut off resumes. `comparison.png` and `comparison.md` lie beside the runs, and are written anew after each.
+A single config with a Vision Transformer is trained with each attention, and beside them its DAT of the same cost.
+Several configs are trained as they are.
+
+The same command continues where it was interrupted: finished runs are not repeated, and the one that was cut off
+resumes. `comparison.png` and `comparison.md` are written anew after each run, beside the runs of one config or into the
+output folder of several.
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from models.vit import ATTENTIONS
 from tools.complexity import count_macs, count_parameters
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
-VARIANTS = {
+ATTENTION_OPTIONS = {
     **{
         f"{attention}{suffix}": ["MODEL.VIT.attention", attention, "MODEL.VIT.locality", locality]
         for attention in ATTENTIONS
@@ -48,36 +53,82 @@ class Cost(NamedTuple):
     rate: float
 
 
+class Variant(NamedTuple):
+    """One of the networks that are compared.
+
+    Attributes:
+        config: path of its YAML file.
+        options: over that file.
+        folder: of its runs.
+    """
+
+    config: str
+    options: list[str]
+    folder: Path
+
+
 def main() -> int:
     """Train what is left to train and return the exit status."""
     args = _parse_arguments()
-    config = load_config(args.config, args.opts)
-    folder = Path(config.OUTPUT) / config.MODEL.NAME
+    variants, folder = choose(args.configs, args.variants, args.opts)
     costs: dict[str, Cost] = {}
     for seed in args.seeds:
-        for name in args.variants:
+        for name, variant in variants.items():
             tag = f"{name}_seed{seed}"
-            options = [*VARIANTS[name], *args.opts]
-            if len(accuracies(folder / tag)) < config.TRAIN.EPOCHS:
-                command = [sys.executable, str(MAIN), "--cfg", args.config, "--tag", tag]
-                done = subprocess.run([*command, "--opts", "SEED", str(seed), *options])
+            epochs = load_config(variant.config, variant.options).TRAIN.EPOCHS
+            if len(accuracies(variant.folder / tag)) < epochs:
+                command = [sys.executable, str(MAIN), "--cfg", variant.config, "--tag", tag]
+                done = subprocess.run([*command, "--opts", "SEED", str(seed), *variant.options])
                 if done.returncode:
                     print(f"compare.py: {tag} ended with status {done.returncode}; the same command continues")
                     return done.returncode
             if name not in costs:
-                costs[name] = measure(args.config, options)
-            write(folder, costs, args.seeds)
+                costs[name] = measure(variant)
+            write(
+                folder, costs, {name: [variants[name].folder / f"{name}_seed{n}" for n in args.seeds] for name in costs}
+            )
     print(f"{folder / 'comparison.md'}\n{folder / 'comparison.png'}")
     return 0
 
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="YAML file with MODEL.VIT and MODEL.DAT")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="VARIANT")
+    parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files; or one with MODEL.VIT and MODEL.DAT")
+    parser.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these: attentions, or names of files")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="options over the config")
-    return parser.parse_args()
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="options over the configs")
+    args = parser.parse_args()
+    try:
+        choose(args.configs, args.variants, args.opts)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def choose(configs: Sequence[str], names: Sequence[str] | None, opts: Sequence[str]) -> tuple[dict[str, Variant], Path]:
+    """Return what is compared, by name, and the folder of the results.
+
+    Raises:
+        ValueError: a config is wrong, two have one name, or a chosen name is unknown.
+    """
+    loaded = {path: load_config(path, opts) for path in configs}
+    first = loaded[configs[0]]
+    if len(loaded) == 1 and first.MODEL.TYPE == "vit":
+        folder = Path(first.OUTPUT) / first.MODEL.NAME
+        options = ATTENTION_OPTIONS.items()
+        variants = {name: Variant(configs[0], [*chosen, *opts], folder) for name, chosen in options}
+    else:
+        folder = Path(first.OUTPUT)
+        variants = {
+            Path(path).stem: Variant(path, [*opts], Path(config.OUTPUT) / config.MODEL.NAME)
+            for path, config in loaded.items()
+        }
+        if len(variants) < len(loaded):
+            raise ValueError("two configs have one file name, by which networks are told apart")
+    for name in names or ():
+        if name not in variants:
+            raise ValueError(f"variant {name!r} is unknown; choose from {', '.join(variants)}")
+    return {name: variants[name] for name in names or variants}, folder
 
 
 def accuracies(folder: Path) -> list[float]:
@@ -90,9 +141,9 @@ def accuracies(folder: Path) -> list[float]:
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
-def measure(config_path: str, options: Sequence[str], *, batch: int = 64, runs: int = 5) -> Cost:
+def measure(variant: Variant, *, batch: int = 64, runs: int = 5) -> Cost:
     """Return the cost of a variant; images a second on this machine, the best of some runs."""
-    config = load_config(config_path, options)
+    config = load_config(variant.config, variant.options)
     model, size = build_model(config).eval(), config.image_size
     images, seconds = torch.randn(batch, 3, *size), []
     for _ in range(runs + 1):
@@ -103,10 +154,9 @@ def measure(config_path: str, options: Sequence[str], *, batch: int = 64, runs: 
     return Cost(count_parameters(model), count_macs(model, size), batch / min(seconds[1:]))
 
 
-def write(folder: Path, costs: dict[str, Cost], seeds: Sequence[int]) -> None:
-    """Write the table and the figure of what has been trained so far."""
-    curves = {name: [accuracies(folder / f"{name}_seed{seed}") for seed in seeds] for name in costs}
-    curves = {name: [run for run in runs if run] for name, runs in curves.items()}
+def write(folder: Path, costs: dict[str, Cost], runs: dict[str, list[Path]]) -> None:
+    """Write the table and the figure of what has been trained so far, given the folders of the runs by variant."""
+    curves = {name: [accuracy for path in paths if (accuracy := accuracies(path))] for name, paths in runs.items()}
     (folder / "comparison.md").write_text(table(costs, curves), encoding="utf-8")
     draw(folder / "comparison.png", curves)
 

@@ -23,7 +23,7 @@ def test_configs_build_and_are_of_about_the_same_cost(name: str) -> None:
     path = str(ROOT / f"configs/compare/{name}.yaml")
     macs = {}
     for variant in ("softmax", "deformable_local", "dat"):
-        config = load_config(path, compare.VARIANTS[variant])
+        config = load_config(path, compare.ATTENTION_OPTIONS[variant])
         macs[variant] = count_macs(build_model(config), (config.DATA.IMG_SIZE,) * 2)
     assert macs["dat"] == pytest.approx(macs["softmax"], rel=0.25)
 
@@ -31,10 +31,10 @@ def test_configs_build_and_are_of_about_the_same_cost(name: str) -> None:
 def test_variants_are_all_attentions_with_and_without_windows() -> None:
     path = str(ROOT / "configs/compare/digits.yaml")
     seen = set()
-    for options in compare.VARIANTS.values():
+    for options in compare.ATTENTION_OPTIONS.values():
         config = load_config(path, options)
         seen.add((config.MODEL.TYPE, config.MODEL.VIT.attention, config.MODEL.VIT.locality))
-    assert len(seen) == len(compare.VARIANTS) == 11
+    assert len(seen) == len(compare.ATTENTION_OPTIONS) == 11
 
 
 def write_run(folder: Path, top1: list[float]) -> None:
@@ -50,7 +50,8 @@ def test_table_and_figure(tmp_path: Path) -> None:
     write_run(tmp_path / "softmax_seed0", [50.0, 90.0])
     write_run(tmp_path / "softmax_seed1", [40.0, 80.0])
     write_run(tmp_path / "softmax_local_seed0", [60.0])
-    compare.write(tmp_path, costs, [0, 1])
+    runs = {name: [tmp_path / f"{name}_seed{seed}" for seed in (0, 1)] for name in costs}
+    compare.write(tmp_path, costs, runs)
     lines = (tmp_path / "comparison.md").read_text().splitlines()
     assert lines[2] == "| softmax | 1.50 M | 25.0 M | 123 | 85.00 | 80.00 to 90.00 | 2 |"
     assert lines[3].endswith("| 60.00 | 60.00 to 60.00 | 1 |")
@@ -79,3 +80,36 @@ def test_finished_runs_are_not_repeated(
     assert started == ["softmax_seed7", "dat_seed7"]
     assert "dat_seed7 ended with status 75; the same command continues" in capsys.readouterr().out
     assert len((tmp_path / "compare_digits" / "comparison.md").read_text().splitlines()) == 4
+
+
+def test_several_configs_are_trained_as_they_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started = []
+
+    def train(command: list[str]) -> object:
+        config = load_config(command[command.index("--cfg") + 1])
+        tag = command[command.index("--tag") + 1]
+        started.append((config.MODEL.NAME, tag))
+        write_run(tmp_path / config.MODEL.NAME / tag, [1.0, 2.0])
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(compare.subprocess, "run", train)
+    monkeypatch.setattr(compare, "measure", lambda _: compare.Cost(1, 2, 3.0))
+    paths = [str(ROOT / f"configs/cifar10/{name}.yaml") for name in ("dat_small", "ablations/one_group", "resnet")]
+    arguments = [*paths, "--variants", "dat_small", "one_group", "--opts", "OUTPUT", str(tmp_path), "TRAIN.EPOCHS", "2"]
+    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+    assert compare.main() == 0
+    assert started == [
+        ("cifar10_dat_small", "dat_small_seed0"),
+        ("cifar10_ablations_one_group", "one_group_seed0"),
+    ]
+    rows = (tmp_path / "comparison.md").read_text().splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| dat_small", "| one_group"]
+
+
+def test_wrong_variants_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    one, other = (str(ROOT / f"configs/{folder}/resnet.yaml") for folder in ("cifar10", "cifar100"))
+    for arguments, said in (([one, other], "one file name"), ([one, "--variants", "vit"], "choose from resnet")):
+        monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
+        with pytest.raises(SystemExit):
+            compare.main()
+        assert said in capsys.readouterr().err
