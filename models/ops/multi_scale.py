@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import multi_scale_rows
+from .cpu import multi_scale as cpu
 from .rows import neighbours
 
 FORMS = ("auto", "reference", "op")
@@ -137,7 +137,7 @@ def _op(
     levels, starts = spatial_shapes.tolist(), level_start_index.tolist()
     check_levels(levels, starts, value.shape[1])
     parts = zip(*(x.split(im2col_step) for x in (value, sampling_locations, attention_weights)), strict=True)
-    return _joined([multi_scale_rows.forward(levels, starts, *part) for part in parts])
+    return _joined([cpu.forward(levels, starts, *part) for part in parts])
 
 
 @torch.library.custom_op("dat::ms_deform_attn_backward", mutates_args=(), device_types="cpu")
@@ -152,7 +152,7 @@ def _op_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     levels, starts = spatial_shapes.tolist(), level_start_index.tolist()
     parts = zip(*(x.split(im2col_step) for x in (grad, value, sampling_locations, attention_weights)), strict=True)
-    grads = [multi_scale_rows.backward(levels, starts, *part) for part in parts]
+    grads = [cpu.backward(levels, starts, *part) for part in parts]
     return tuple(_joined(column) for column in zip(*grads, strict=True))
 
 
@@ -160,20 +160,20 @@ def _op_backward(
 def _op_cuda(
     value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, im2col_step: int
 ) -> Tensor:
-    from . import multi_scale_triton  # needs Triton, which only GPU builds of torch include
+    from .gpu import multi_scale as gpu  # needs Triton, which only GPU builds of torch include
 
     parts = zip(*(x.split(im2col_step) for x in (value, locations, weights)), strict=True)
-    return _joined([multi_scale_triton.forward(shapes, starts, *part) for part in parts])
+    return _joined([gpu.forward(shapes, starts, *part) for part in parts])
 
 
 @_op_backward.register_kernel("cuda")
 def _op_backward_cuda(
     grad: Tensor, value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, im2col_step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from . import multi_scale_triton
+    from .gpu import multi_scale as gpu
 
     parts = zip(*(x.split(im2col_step) for x in (grad, value, locations, weights)), strict=True)
-    grads = [multi_scale_triton.backward(shapes, starts, *part) for part in parts]
+    grads = [gpu.backward(shapes, starts, *part) for part in parts]
     return tuple(_joined(column) for column in zip(*grads, strict=True))
 
 

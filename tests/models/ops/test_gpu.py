@@ -98,6 +98,22 @@ def test_every_kernel_compiles_for_gpus(name: str, dtype: torch.dtype, monkeypat
         assert "cubin" in compiled.asm
 
 
+@pytest.mark.parametrize("value", ["fp32", "bf16"])
+def test_every_kernel_of_multi_scale_attention_compiles(value: str) -> None:
+    from models.ops.gpu import multi_scale as kernels
+
+    integers = ("rows", "pixels", "queries", "heads")
+    types = dict.fromkeys(("value", "out", "grad", "to_value"), f"*{value}")
+    types |= dict.fromkeys(("locations", "weights", "to_locations", "to_weights"), "*fp32")
+    types |= dict.fromkeys(("shapes", "starts", "origins", "order", "first"), "*i64") | dict.fromkeys(integers, "i32")
+    constants = {"CHANNELS": 24, "LEVELS": 3, "POINTS": 4, "ROWS": 16, "SAMPLES": 16, "BLOCK": 32}
+    for kernel in (kernels._forward, kernels._backward_places, kernels._backward_values):
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        constexprs = {name: constants[name] for name in kernel.arg_names if name in constants}
+        source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+        assert "cubin" in triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", 90, 32)).asm
+
+
 def compile_for(kernel, args: tuple, options: dict, *, capability: int):  # noqa: ANN001, ANN201
     """Compile a kernel for the arguments of a call."""
     types = {Tensor: lambda x: "*" + {torch.float32: "fp32", torch.bfloat16: "bf16"}[x.dtype]}

@@ -47,7 +47,7 @@ def test_the_operator_equals_the_plain_form(seed: int, reach: float) -> None:
 def test_many_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = random_arguments(3)
     expected = with_gradients(arguments)
-    monkeypatch.setattr("models.ops.multi_scale_rows.AT_A_TIME", 20)
+    monkeypatch.setattr("models.ops.cpu.multi_scale.AT_A_TIME", 20)
     torch.testing.assert_close(with_gradients(arguments), expected, rtol=0, atol=0)
 
 

@@ -122,7 +122,7 @@ def _by_cell(shapes: Tensor, locations: Tensor, pixels: int) -> tuple[Tensor, Te
 
 
 @triton.jit
-def _axis(place, length):  # noqa: ANN001, ANN202
+def _axis(place, length):
     """Return a position in pixels, moved close to the axis if it is far outside; NaN is kept."""
     place = place * length - 0.5
     place = tl.where(place < -2, -2, place)
@@ -130,17 +130,17 @@ def _axis(place, length):  # noqa: ANN001, ANN202
 
 
 @triton.jit
-def _forward(  # noqa: ANN202
-    value,  # noqa: ANN001
-    shapes,  # noqa: ANN001
-    starts,  # noqa: ANN001
-    locations,  # noqa: ANN001
-    weights,  # noqa: ANN001
-    out,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    pixels,  # noqa: ANN001
-    queries,  # noqa: ANN001
-    heads,  # noqa: ANN001
+def _forward(
+    value,
+    shapes,
+    starts,
+    locations,
+    weights,
+    out,
+    rows,
+    pixels,
+    queries,
+    heads,
     CHANNELS: tl.constexpr,
     LEVELS: tl.constexpr,
     POINTS: tl.constexpr,
@@ -175,19 +175,19 @@ def _forward(  # noqa: ANN202
 
 
 @triton.jit
-def _backward_places(  # noqa: ANN202
-    value,  # noqa: ANN001
-    shapes,  # noqa: ANN001
-    starts,  # noqa: ANN001
-    locations,  # noqa: ANN001
-    weights,  # noqa: ANN001
-    grad,  # noqa: ANN001
-    to_locations,  # noqa: ANN001
-    to_weights,  # noqa: ANN001
-    rows,  # noqa: ANN001
-    pixels,  # noqa: ANN001
-    queries,  # noqa: ANN001
-    heads,  # noqa: ANN001
+def _backward_places(
+    value,
+    shapes,
+    starts,
+    locations,
+    weights,
+    grad,
+    to_locations,
+    to_weights,
+    rows,
+    pixels,
+    queries,
+    heads,
     CHANNELS: tl.constexpr,
     LEVELS: tl.constexpr,
     POINTS: tl.constexpr,
@@ -229,18 +229,18 @@ def _backward_places(  # noqa: ANN202
 
 
 @triton.jit
-def _backward_values(  # noqa: ANN202
-    shapes,  # noqa: ANN001
-    starts,  # noqa: ANN001
-    origins,  # noqa: ANN001
-    order,  # noqa: ANN001
-    first,  # noqa: ANN001
-    locations,  # noqa: ANN001
-    weights,  # noqa: ANN001
-    grad,  # noqa: ANN001
-    to_value,  # noqa: ANN001
-    pixels,  # noqa: ANN001
-    heads,  # noqa: ANN001
+def _backward_values(
+    shapes,
+    starts,
+    origins,
+    order,
+    first,
+    locations,
+    weights,
+    grad,
+    to_value,
+    pixels,
+    heads,
     CHANNELS: tl.constexpr,
     LEVELS: tl.constexpr,
     POINTS: tl.constexpr,

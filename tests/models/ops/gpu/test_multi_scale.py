@@ -1,4 +1,4 @@
-"""The kernels of multi-scale deformable attention, run by Triton's interpreter; see `test_multi_scale_triton`."""
+"""The kernels of multi-scale deformable attention are the plain operation, forward and backward."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.ops import multi_scale_triton as kernels
+from models.ops.gpu import multi_scale as kernels
 from tests.models.ops.test_multi_scale import random_arguments, with_gradients
 
 
