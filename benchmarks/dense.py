@@ -1,4 +1,4 @@
-"""Peak memory of detectors and segmenters: two updates of one image each and an evaluation, in a process of their own.
+"""Peak memory of detectors and segmenters: two updates and an evaluation of one image, in a process of their own.
 
     python -m benchmarks.dense coco --cfg configs/detection/*_dat_tiny_1x.yaml configs/segmentation/*_dat_tiny_40k.yaml
 
@@ -27,9 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.detection.coco import open_coco
 from data.detection.sources import DetectionDataset
 from data.sources import Request
+from training.startup import stop_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"train": 2, "val": 1}  # images of each
+UPDATES = 2
 SIZES = ["480x640", "800x1333"]
 
 
@@ -56,24 +57,26 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="data set in the layout of COCO")
     parser.add_argument("--cfg", nargs="+", type=Path, required=True, help="configs of detectors and segmenters")
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="HxW", help=f"default: {' '.join(SIZES)}")
+    batch = "images of an update (1; UperNet needs 2)"
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help=batch)
     args = parser.parse_args()
     dataset = open_coco(Request(path=str(args.data), needs=("train",)))
     print("| config | size | losses | AP or mIoU | peak, GiB | CPU seconds |\n|---|---|---|---:|---:|---:|")
     for text in args.sizes:
         height, width = map(int, text.split("x"))
         with tempfile.TemporaryDirectory() as folder:
-            write_samples(dataset, Path(folder), (height, width))
+            write_samples(dataset, Path(folder), (height, width), train=UPDATES * args.batch_size)
             for config in args.cfg:
-                found = measure(config, Path(folder), (height, width))
+                found = measure(config, Path(folder), (height, width), batch_size=args.batch_size)
                 losses = ", ".join(f"{loss:.3f}" for loss in found.losses)
                 cells = [config.stem, text, losses, f"{found.score:.3f}", f"{found.peak:.2f}", f"{found.seconds:.0f}"]
                 print(f"| {' | '.join(cells)} |", flush=True)
 
 
-def write_samples(dataset: DetectionDataset, root: Path, size: tuple[int, int]) -> None:
-    """Write the first images at this height and width, in the layout of COCO."""
+def write_samples(dataset: DetectionDataset, root: Path, size: tuple[int, int], *, train: int) -> None:
+    """Write the first images at this height and width, in the layout of COCO: so many to train on, and one held out."""
     numbers = iter(range(len(dataset.train)))
-    for part, count in PARTS.items():
+    for part, count in (("train", train), ("val", 1)):
         images, annotations = [], []
         (root / part).mkdir()
         for _, index in zip(range(count), numbers, strict=False):
@@ -105,8 +108,8 @@ def _annotation(mask: np.ndarray, label: int) -> dict[str, Any]:
     return {"category_id": label, "bbox": box, "area": area, "iscrowd": 0, "segmentation": outline}
 
 
-def measure(config: Path, data: Path, size: tuple[int, int]) -> Measured:
-    """Train on two images and evaluate on one, as the trainer does it.
+def measure(config: Path, data: Path, size: tuple[int, int], *, batch_size: int) -> Measured:
+    """Train for an epoch and evaluate, as the trainer does it.
 
     Raises:
         RuntimeError: the run failed.
@@ -114,7 +117,7 @@ def measure(config: Path, data: Path, size: tuple[int, int]) -> Measured:
     short, long = min(size), max(size)
     options = {
         "DATA.DATASET": "coco",
-        "DATA.BATCH_SIZE": 1,
+        "DATA.BATCH_SIZE": batch_size,
         "DATA.NUM_WORKERS": 0,
         "DATA.IMG_SIZE": list(size),
         "DETECTION.SHORT_SIDES": [short],
@@ -133,7 +136,9 @@ def measure(config: Path, data: Path, size: tuple[int, int]) -> Measured:
     with tempfile.TemporaryDirectory() as output:
         command = [sys.executable, str(ROOT / "main.py"), "--cfg", str(config), "--data-path", str(data)]
         command += ["--output", output, "--opts", *(str(word) for option in options.items() for word in option)]
-        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        run = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=stop_with_parent
+        )
         said = run.stdout.read()
         _, status, usage = os.wait4(run.pid, 0)
         if status:

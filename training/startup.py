@@ -33,5 +33,11 @@ def end_quietly() -> None:
     """
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in the background
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()
+
+
+def stop_with_parent() -> None:
+    """Ask this process to stop (SIGTERM) when the one that started it dies; Linux alone can do it."""
+    if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from data.sources import Request
 from tests.data.detection.samples import write_coco
 from tests.runs import ROOT
 from tests.training.test_detection import BACKBONE
+from tests.training.test_interruption import LINUX, wait_until
 
 
 def test_samples_have_the_size_and_the_objects(tmp_path: Path) -> None:
     dataset = open_coco(Request(path=str(write_coco(tmp_path / "data")), needs=("train",)))
-    dense.write_samples(dataset, tmp_path, (64, 80))
+    dense.write_samples(dataset, tmp_path, (64, 80), train=2)
     written = open_coco(Request(path=str(tmp_path)))
     assert (len(written.train), len(written.held_out), written.classes) == (2, 1, ["dog", "cat"])
     before, after = dataset.train.objects(0), written.train.objects(0)
@@ -29,16 +31,33 @@ def test_samples_have_the_size_and_the_objects(tmp_path: Path) -> None:
     assert written.train.get(0).decode().size == (80, 64)
 
 
-@pytest.mark.slow
-def test_a_run_gives_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    config = tmp_path / "tiny.yaml"
+def arguments(folder: Path) -> list[str]:
+    """Write a data set and a config into a folder, and return the command line that measures it."""
+    config = folder / "tiny.yaml"
     model = {"DAT": BACKBONE, "DETECTOR": {"ARGS": {"channels": 16}}}
     config.write_text(yaml.safe_dump({"BASE": str(ROOT / "configs/detection/digits_retinanet.yaml"), "MODEL": model}))
-    data = write_coco(tmp_path / "data")
-    monkeypatch.setattr(sys, "argv", ["dense", str(data), "--cfg", str(config), "--sizes", "64x96"])
+    return [str(write_coco(folder / "data")), "--cfg", str(config), "--sizes", "64x96"]
+
+
+@pytest.mark.slow
+def test_a_run_gives_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(sys, "argv", ["dense", *arguments(tmp_path)])
     dense.main()
     cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
     assert cells[1:3] == ["tiny", "64x96"]
     assert len(cells[3].split(", ")) == 2
     assert 0 <= float(cells[4]) <= 1
     assert 0.1 < float(cells[5]) < 4
+
+
+@LINUX
+@pytest.mark.slow
+def test_a_run_ends_with_the_benchmark_that_is_killed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.dense", *arguments(tmp_path)]
+    benchmark = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    children = Path(f"/proc/{benchmark.pid}/task/{benchmark.pid}/children")
+    wait_until(lambda: children.read_text() != "")
+    run = Path("/proc", children.read_text().strip(), "stat")
+    benchmark.kill()
+    benchmark.wait()
+    wait_until(lambda: not run.exists() or run.read_text().split()[2] == "Z", 20)
