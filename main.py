@@ -82,9 +82,9 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     Raises:
         ValueError: wrong input.
     """
-    rank, started, _, local = launched_as()
-    size = max(started, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a launcher that has started none yet
-    settle(config, pick_device(config.DEVICE, 0, max(local, size) if started == 1 else local))
+    launch = launched_as()
+    size = max(launch.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a launcher that has started none yet
+    settle(config, pick_device(config.DEVICE, 0, size if launch.size == 1 else launch.local_size))
     world, lines, warnings = World(0, size, 0, torch.device("cpu")), [], []
     config.DATA.CACHE = False  # which would read all images
     if args.throughput:
@@ -98,7 +98,7 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
         try_folder(config.run_folder)
         lines, warnings = preview(parts, config, world)
         summary = parts.task.summary()
-    log = RunLog(None, config, is_main=rank == 0)
+    log = RunLog(None, config, is_main=launch.rank == 0)
     log.begin(lines, warnings)
     log.info(f"checked: {config.MODEL.NAME}, {summary}")
     return 0

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +41,17 @@ class World:
         return self.rank == 0
 
 
-def launched_as() -> tuple[int, int, int, int]:
-    """Return `(rank, world size, local rank, processes on this machine)` as torchrun or SLURM started this process.
+class Launch(NamedTuple):
+    """How this process was started: its number and how many there are, in all and on this machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def launched_as() -> Launch:
+    """Return how torchrun or SLURM started this process.
 
     Raises:
         ValueError: their variables hold no valid numbers.
@@ -52,14 +62,15 @@ def launched_as() -> tuple[int, int, int, int]:
         raise ValueError(f"the variables of the launcher, RANK and the like, must be whole numbers ({error})") from None
 
 
-def _launched_as(env: Mapping[str, str]) -> tuple[int, int, int, int]:
+def _launched_as(env: Mapping[str, str]) -> Launch:
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
-        return rank, size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size))
+        return Launch(rank, size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size)))
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this srun; the batch script itself has only the job's number
         tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0]
-        return int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]), int(tasks)
-    return 0, 1, 0, 1
+        size = int(env["SLURM_STEP_NUM_TASKS"])
+        return Launch(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), int(tasks))
+    return Launch()
 
 
 def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
@@ -304,7 +315,7 @@ class StopSignal:
                 if now - first_interrupt >= self._SAME_CTRL_C:
                     os._exit(128 + signal.SIGINT)
                 first_interrupt = min(first_interrupt, now)
-            if self.received is None and launched_as()[0] == 0:
+            if self.received is None and launched_as().rank == 0:
                 again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
                 print(f"{signal.Signals(number).name}: stopping after this update{again}", file=sys.stderr)
             self.received = number

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from utils import collective_timeout, is_lost_peer, is_lost_worker, is_out_of_memory, launched_as, restarts_left
+from utils import Launch, collective_timeout, is_lost_peer, is_lost_worker, is_out_of_memory, launched_as, restarts_left
 
 FAILED = 1
 WRONG_INPUT = 2
@@ -27,10 +27,10 @@ def refuse(error: Exception | str, *, alone: bool = False) -> int:
     speaks. What a single rank knows `alone`, it says itself.
     """
     try:
-        rank, _, local_rank, _ = launched_as()
+        launch = launched_as()
     except ValueError:  # the launcher's variables are what is wrong
-        rank = local_rank = 0
-    if alone or (rank if torch.distributed.is_initialized() else local_rank) == 0:
+        launch = Launch()
+    if alone or (launch.rank if torch.distributed.is_initialized() else launch.local_rank) == 0:
         print(f"main.py: {on_one_line(str(error))}", file=sys.stderr, flush=True)
     return WRONG_INPUT
 
@@ -47,7 +47,7 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
         if isinstance(error, (ConnectionError, EOFError)):
             reason = f"DataLoader worker died while it handed a batch over: {reason}"
         hint = " (fewer DATA.NUM_WORKERS take less memory)" if is_lost_worker(error) else ""
-        log.error(f"rank {launched_as()[0]}: {reason}{hint}; {_continuation()}")
+        log.error(f"rank {launched_as().rank}: {reason}{hint}; {_continuation()}")
         return LOST_PEER
     if is_out_of_memory(error):
         log.error(
@@ -61,7 +61,7 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
     reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's source line and advice
     timed_out = re.search(r"time[d ]*out", reason, flags=re.IGNORECASE)
     what = f"did not answer for {minutes:g} minutes (DAT_TIMEOUT_MINUTES)" if timed_out else "died"
-    log.error(f"rank {launched_as()[0]}: another process {what}: {reason}; {_continuation()}")
+    log.error(f"rank {launched_as().rank}: another process {what}: {reason}; {_continuation()}")
     return LOST_PEER
 
 
