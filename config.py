@@ -21,6 +21,7 @@ from yacs.config import CfgNode
 
 from models.build import FAMILIES
 from models.detection import DETECTORS
+from models.layers import as_pair
 from models.options import Check, Option, at_least, not_negative, one_of, share
 from models.segmentation import SEGMENTERS
 
@@ -549,8 +550,7 @@ class Config(CfgNode):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the network's input in pixels."""
-        size = self.DATA.IMG_SIZE
-        return (size, size) if isinstance(size, int) else tuple(size)
+        return as_pair(self.DATA.IMG_SIZE)
 
     @property
     def run_folder(self) -> Path:

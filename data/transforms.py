@@ -126,12 +126,9 @@ class EvalTransform:
         return transforms.functional.center_crop(image.resize((width, height), self._filter), list(self._size))
 
 
-def eval_transform(
-    size: int | Size, *, interpolation: str, crop: bool, **options: object
-) -> Callable[[Image.Image], Tensor]:
+def eval_transform(size: Size, *, interpolation: str, crop: bool, **options: object) -> Callable[[Image.Image], Tensor]:
     """Return `EvalTransform` of an image and normalisation, to one tensor `[3, height, width]`."""
-    pair = (size, size) if isinstance(size, int) else tuple(size)
-    resized = EvalTransform(pair, interpolation=interpolation, crop=crop, **options)
+    resized = EvalTransform(size, interpolation=interpolation, crop=crop, **options)
     return transforms.Compose([resized.apply, transforms.PILToTensor(), normalize])
 
 

@@ -22,7 +22,7 @@ from .ops.forms import runs_by_hand
 from .ops.linear import linear as multiply
 
 
-def as_pair(size: int | Sequence[int]) -> tuple[int, ...]:
+def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Return a size as ``(height, width)``; a single number stands for both."""
     return (size, size) if isinstance(size, int) else tuple(size)
 

@@ -67,7 +67,7 @@ def test_evaluation_crops_the_centre(img_size: int, resized: int, interpolation:
     expected = image.resize((resized, resized), filters[interpolation]).crop(
         (edge, edge, edge + img_size, edge + img_size)
     )
-    tensor = eval_transform(img_size, interpolation=interpolation, crop=True)(image)
+    tensor = eval_transform((img_size, img_size), interpolation=interpolation, crop=True)(image)
     assert tensor.dtype == torch.float32
     assert tensor.shape == (3, img_size, img_size)
     np.testing.assert_allclose(tensor.numpy(), normalised(expected), atol=1e-5)
@@ -75,7 +75,7 @@ def test_evaluation_crops_the_centre(img_size: int, resized: int, interpolation:
 
 def test_evaluation_without_cropping() -> None:
     image = photograph(width=300, height=170)
-    tensor = eval_transform(96, interpolation="bicubic", crop=False)(image)
+    tensor = eval_transform((96, 96), interpolation="bicubic", crop=False)(image)
     expected = image.resize((96, 96), Image.Resampling.BICUBIC)
     np.testing.assert_allclose(tensor.numpy(), normalised(expected), atol=1e-5)
 

@@ -53,7 +53,7 @@ def test_images_are_prepared_as_in_the_trainers_evaluation() -> None:
     for name in ("dat_tiny.in1k", "dat_base.in1k_384"):
         config = load_config(ROOT / "configs" / CONFIGS[name])
         crop = {"crop": config.TEST.CROP, "crop_ratio": config.TEST.CROP_RATIO, "resize": config.TEST.RESIZE}
-        ours = eval_transform(config.DATA.IMG_SIZE, interpolation=config.DATA.INTERPOLATION, **crop)(image)
+        ours = eval_transform(config.image_size, interpolation=config.DATA.INTERPOLATION, **crop)(image)
         cfg = timm.get_pretrained_cfg(name).to_dict()
         theirs = create_transform(**resolve_data_config(pretrained_cfg=cfg), is_training=False)(image)
         assert theirs.shape == ours.shape
