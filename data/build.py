@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -226,7 +227,7 @@ def request(config: CfgNode, needs: Sequence[str]) -> Request:
     data = config.DATA
     swapped = {"train": set(PARTS["val"]), "val": set(PARTS["train"])}
     for part, name in (("train", data.TRAIN), ("val", data.VAL)):
-        if Path(name).name.partition(".")[0] in swapped[part]:
+        if re.split(r"\.|-[\d*?{[]", Path(name).name)[0] in swapped[part]:
             raise ValueError(f"DATA.{part.upper()} {name}: the parts seem swapped; exchange DATA.TRAIN and DATA.VAL")
     return Request(
         path=data.DATA_PATH,

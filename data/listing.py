@@ -107,22 +107,23 @@ class Listing:
             ValueError: for a file that is none, or is cut off.
         """
         damaged = ValueError(f"index {path} is damaged or of another program; delete it, and it is built again")
-        with path.open("rb") as file:
-            if file.read(len(_MAGIC)) != _MAGIC:
-                raise damaged
-            try:
+        try:
+            with path.open("rb") as file:
+                if file.read(len(_MAGIC)) != _MAGIC:
+                    raise damaged
                 header = json.loads(file.readline())
-            except ValueError:
-                raise damaged from None
-            position, arrays, size = file.tell(), {}, path.stat().st_size
+                columns, about = header["columns"].items(), header["about"]
+                position, arrays, size = file.tell(), {}, path.stat().st_size
+        except (ValueError, KeyError, TypeError, IsADirectoryError):
+            raise damaged from None
         content = np.memmap(path, np.uint8, "r")
-        for key, (dtype, length) in header["columns"].items():
+        for key, (dtype, length) in columns:
             position += -position % _ALIGNMENT
             end = position + length * np.dtype(dtype).itemsize
             if end > size:
                 raise damaged
             arrays[key], position = content[position:end].view(dtype), end
-        return cls(arrays.pop("text"), arrays.pop("ends"), arrays, header["about"], path)
+        return cls(arrays.pop("text"), arrays.pop("ends"), arrays, about, path)
 
 
 @contextmanager

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -208,11 +209,12 @@ class Dataset:
                 f"the classes are numbers, but labels follow their order as text ({', '.join(self.classes[:3])}, ...), "
                 f"as in torchvision; DATA.CLASS_ORDER number sorts them as numbers"
             )
-        if isinstance(self.held_out, ImageSource):
-            absent = [name for name, count in zip(self.classes, self.counts(self.held_out), strict=True) if not count]
+        for part, kind in ((self.train, "training"), (self.held_out, "held-out")):
+            counts = self.counts(part) if isinstance(part, ImageSource) else []
+            absent = [name for name, count in zip(self.classes, counts, strict=False) if not count]
             if absent:
                 found.append(
-                    f"{len(absent)} of {len(self.classes)} classes have no held-out images: {shorten(absent, 3)}"
+                    f"{len(absent)} of {len(self.classes)} classes have no {kind} images: {shorten(absent, 3)}"
                 )
         return found
 
@@ -254,6 +256,32 @@ class Dataset:
                 f"{len(self.held_out)} images are held out and {len(self.train)} are there to train on: the parts seem "
                 f"swapped; exchange them, or set DATA.ALLOW_LARGER_VAL True if this is meant"
             )
+
+
+def classes_of(labels: Iterable[str], most: int, bearer: Callable[[str], str]) -> list[str]:
+    """Return the classes that labels stand for: their names in order, or the whole numbers from 0 to the largest.
+
+    Args:
+        labels: as they are written.
+        most: how many classes there may be.
+        bearer: says where a label stands, for messages.
+
+    Raises:
+        ValueError: for an empty label, and a number that is negative or too large.
+    """
+    names = set(labels)
+    if "" in names:
+        raise ValueError(f"{bearer('')}: the label is empty; give the image a class, or leave it out")
+    if not names or not all(re.fullmatch("-?(0|[1-9][0-9]*)", name) for name in names):
+        return sorted(names)
+    numbers = sorted(map(int, names))
+    wrong = numbers[0] if numbers[0] < 0 else numbers[-1]
+    if not 0 <= wrong < most:
+        raise ValueError(
+            f"{bearer(str(wrong))}: label {wrong} is out of range; labels count from 0, or are names, or stand in "
+            f"classes.txt"
+        )
+    return [str(number) for number in range(numbers[-1] + 1)]
 
 
 def join_classes(

@@ -7,7 +7,9 @@ import os
 import pickle
 import re
 import sys
+import tarfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import main
 from data.formats.tar import open_tar
 from data.sources import Request
 from tests.data.detection.samples import row, write_coco, write_instances
-from tests.data.formats.writers import write_tar
+from tests.data.formats.writers import add_bytes, write_shards, write_tar
 from tests.data.samples import write_folder
 from tests.data.segmentation.samples import write_masks
 from tests.launched import run_forked
@@ -101,15 +103,43 @@ def table(name: str, content: str, says: str) -> Wrong:
     return Wrong(name=f"data: table, {name}", says=says, config=config, prepare=write)
 
 
-def archive(name: str, damage: Callable[[Path], Any], says: str) -> Wrong:
+def archive(
+    name: str, damage: Callable[[Path], Any], says: str, pack: Callable[[Path, Path], Path] = write_tar
+) -> Wrong:
     """Return a row of archives that are good but for a `damage`."""
 
     def write() -> None:
-        write_tar(Path("photos"), Path("wrong"))
-        damage(Path("wrong"))
+        damage(pack(Path("photos"), Path("wrong")))
 
     config = {"DATA": {"DATASET": "tar", "DATA_PATH": "wrong"}}
     return Wrong(name=f"data: archive, {name}", says=says, config=config, prepare=write)
+
+
+def change(path: Path, edit: Callable[[bytes], bytes]) -> None:
+    """Rewrite a file."""
+    path.write_bytes(edit(path.read_bytes()))
+
+
+def repack(path: Path, edit: Callable[[str, bytes], tuple[str, bytes]]) -> None:
+    """Write an archive anew with other names or contents of its members."""
+    with tarfile.open(path) as archive:
+        members = [edit(member.name, archive.extractfile(member).read()) for member in archive]
+    with tarfile.open(path, "w") as archive:
+        for member in members:
+            add_bytes(archive, *member)
+
+
+def index(root: Path) -> None:
+    """Leave the indexes of archives beside them, as an earlier run does."""
+    with suppress(ValueError):
+        open_tar(Request(path=str(root)))
+
+
+def swap(root: Path) -> None:
+    """Exchange the names of two archives."""
+    (root / "val.tar").rename(root / "other")
+    (root / "train.tar").rename(root / "val.tar")
+    (root / "other").rename(root / "train.tar")
 
 
 def annotated(name: str, says: str, damage: Callable[[Path], Any] = lambda root: None, **model: Any) -> Wrong:
@@ -364,6 +394,20 @@ ROWS = [
         r"wrong/train.csv, line 2: there is no file wrong/",
     ),
     table("label out of range", "photos/train/cat/0.jpg,-1\n", "wrong/train.csv, line 1: label -1 is out of range; "),
+    table(
+        "folder for a file", "photos/train/cat,cat\n", r"wrong/train.csv, line 1: there is no file .*/train/cat; paths"
+    ),
+    table(
+        "no file of all", "a.jpg,cat\nb.jpg,dog\n", r"line 1: there is no file wrong/a\.jpg, nor those of 1 more line"
+    ),
+    table("empty label", "photos/train/cat/0.jpg,cat\nphotos/train/dog/0.jpg,\n", "line 2: the label is empty; give"),
+    table("huge label", "photos/train/cat/0.jpg,7000\n", "line 1: label 7000 is out of range; labels count from 0, or"),
+    table(
+        "classes in other letters",
+        "photos/train/cat/0.jpg,Cat\n",
+        r"has classes that .* has not: cat \(train has Cat\)",
+    ),
+    table("text in UTF-16", "a\0,\0b\0\n", "table wrong/train.csv is no text in UTF-8; save it as such"),
     table("other classes", "photos/train/cat/0.jpg,emu\n", "wrong/val.csv has classes that .*train.csv has not: cat"),
     archive(
         "cut off",
@@ -372,13 +416,87 @@ ROWS = [
     ),
     archive(
         "stale index",
-        lambda root: (open_tar(Request(path="wrong")), (root / "train.tar").open("ab").write(bytes(512))),
+        lambda root: (index(root), (root / "train.tar").open("ab").write(bytes(512))),
         r"index wrong/train\.index is not of these archives: train\.tar had \d+ bytes and has \d+; ",
     ),
     archive(
         "shard missing",
         lambda root: ((root / "train.tar").rename(root / "train-3.tar"), (root / "train-1.tar").touch()),
-        "shards 2 are missing between wrong/train-1.tar and train-3.tar; copy them again",
+        "shards 2 are missing beside wrong/train-1.tar and train-3.tar; copy them again",
+    ),
+    archive(
+        "without its end",
+        lambda root: change(root / "train.tar", lambda content: content.rstrip(b"\0") + bytes(200)),
+        r"archive wrong/train\.tar is cut off or damaged .*; copy it again",
+    ),
+    archive(
+        "space of what was not copied",
+        lambda root: change(root / "train.tar", lambda content: content + bytes(2**21)),
+        r"archive wrong/train\.tar is cut off or damaged \(it ends after \d+ of \d+ bytes\); copy it again",
+    ),
+    archive(
+        "several in a row",
+        lambda root: change(root / "train.tar", lambda content: content + content),
+        r"archive wrong/train\.tar goes on after its end: it is several archives in a row, or damaged; keep",
+    ),
+    archive(
+        "index of another program",
+        lambda root: (root / "train.index").write_text("dat listing 1\n{}\n"),
+        r"index wrong/train\.index is damaged or of another program; delete it, and it is built again",
+    ),
+    archive(
+        "index of members of other names",
+        lambda root: (
+            repack(root / "train.tar", lambda *member: member),
+            index(root),
+            repack(root / "train.tar", lambda name, content: (name.replace("cat", "cow"), content)),
+        ),
+        r"index wrong/train\.index is not of these archives: train\.tar holds no cat/\d\.jpg where the index says; ",
+    ),
+    archive(
+        "last shard missing beside an index",
+        lambda root: (index(root), (root / "train-000002.tar").unlink()),
+        r"index wrong/train\.index is not of these archives: it lists train-000002\.tar, not there; ",
+        write_shards,
+    ),
+    archive(
+        "last shard of a number missing",
+        lambda root: (root / "val-000000.tar").rename(root / "val-00000-of-00002.tar"),
+        "shards 1 are missing beside wrong/val-00000-of-00002.tar; copy them again",
+        lambda photos, root: write_shards(photos, root, size=8),
+    ),
+    archive(
+        "label below 0",
+        lambda root: repack(
+            root / "train-000000.tar", lambda name, content: (name, b"-1" if name == "00000000.cls" else content)
+        ),
+        r"wrong/train-000000\.tar, 00000000\.jpg: label -1 is out of range; labels count from 0",
+        write_shards,
+    ),
+    archive(
+        "other classes",
+        lambda root: (
+            repack(root / "val.tar", lambda name, content: (name.replace("cat", "cow"), content)),
+            index(root),
+        ),
+        r"wrong/val\.tar has classes that wrong/train\.tar has not: cow; ",
+    ),
+    archive(
+        "parts swapped by size",
+        lambda root: (swap(root), index(root)),
+        "8 images are held out and 4 are there to train on: the parts seem swapped; ",
+    ),
+    *(
+        Wrong(
+            name=f"data: parts swapped by name of {kind}",
+            config={"DATA": {"TRAIN": train, "VAL": val}},
+            says=rf"DATA.TRAIN {re.escape(train)}: the parts seem swapped; exchange DATA.TRAIN and DATA.VAL",
+        )
+        for kind, train, val in (
+            ("shards", "val-*.tar", "train-*.tar"),
+            ("folders", "/photos/validation", "/photos/train"),
+            ("tables", "test.csv", "train.csv"),
+        )
     ),
     *(
         Wrong(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from data.formats.series import check_series
 from data.images import StoredImage, read_file
 from data.listing import cache_folder
 from data.sources import PARTS, Dataset, ImageSource, Request, join_classes, relabel, shorten, to_matrix
@@ -39,16 +40,16 @@ def open_saved(request: Request) -> Dataset:
         raise ValueError(f"data path {root} cannot be opened: {' '.join(str(error).split())}; {SAVED_LAYOUT}") from None
     if not isinstance(saved, datasets.DatasetDict):
         raise ValueError(f"data path {root} is one data set without parts; {SAVED_LAYOUT}")
-    tables = {}
+    tables, where = {}, {}
     for part in ("train", "val"):
         name = request.train if part == "train" else request.val
         found = next((n for n in ((name,) if name else PARTS[part]) if n in saved), None)
         if found:
-            tables[part] = saved[found]
+            tables[part], where[part] = saved[found], root / found
         elif part in request.needs:
             wanted = name or part
             raise ValueError(f"no part {wanted!r} in data path {root}: it holds {shorten(list(saved))}; {SAVED_LAYOUT}")
-    return _join(tables, request, dict.fromkeys(tables, root), SAVED_LAYOUT)
+    return _join(tables, request, where, SAVED_LAYOUT)
 
 
 def open_parquet(request: Request) -> Dataset:
@@ -69,6 +70,7 @@ def open_parquet(request: Request) -> Dataset:
                 f"{PARQUET_LAYOUT}"
             )
         if files:
+            check_series(files)
             where[part] = files[0]
             try:
                 tables[part] = datasets.Dataset.from_parquet(
@@ -138,7 +140,7 @@ def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layo
             known = to_matrix([lookups[part][row] for row in known], len(classes))
         else:
             known = relabel(known, lookups[part])
-        name = f"{where[part]} ({part})"
+        name = str(where[part])
         sources[part] = ArrowSource(_undecoded(tables[part], column), column, name, known, turn=request.turn)
     return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
 
@@ -175,8 +177,9 @@ def _labels(table: Any, request: Request, where: Path) -> tuple[Any, list[str]]:
     named = getattr(feature, "feature", feature)
     flat = [value for row in values for value in row] if several else values
     classes = list(named.names) if getattr(named, "names", None) else None
-    if None in flat or (classes and not all(0 <= value < len(classes) for value in flat)):
-        row = next(i for i, row in enumerate(values) if any(v is None or v < 0 for v in (row if several else [row])))
+    wrong = {value for value in set(flat) if value is None or (classes and not 0 <= value < len(classes))}
+    if wrong:
+        row = next(i for i, row in enumerate(values) if wrong.intersection(row if several else [row]))
         raise ValueError(f"{where}, row {row}: label {values[row]} is out of range; images for training need labels")
     if classes is None and all(isinstance(value, int) for value in flat):
         if min(flat) < 0 or max(flat) >= max(1000, len(values)):

@@ -12,7 +12,17 @@ import numpy as np
 
 from data.formats.folders import FileSource
 from data.listing import Listing
-from data.sources import PARTS, Dataset, Request, join_classes, read_class_list, shorten, split_labels, to_matrix
+from data.sources import (
+    PARTS,
+    Dataset,
+    Request,
+    classes_of,
+    join_classes,
+    read_class_list,
+    shorten,
+    split_labels,
+    to_matrix,
+)
 
 LAYOUT = (
     "the layout is DATA_PATH/train.csv and DATA_PATH/val.csv (or .tsv) with the path of an image and its label on each "
@@ -114,6 +124,8 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             for line, cells in enumerate(csv.reader(file, delimiter=delimiter), 1):
+                if any("\0" in cell for cell in cells):
+                    raise ValueError(f"table {path} is no text in UTF-8; save it as such")
                 if cells:
                     yield line, cells
     except (OSError, csv.Error) as error:
@@ -130,19 +142,12 @@ def _columns(titles: Sequence[str]) -> tuple[int, int, int | None] | None:
 
 
 def _names(path: Path, rows: Sequence[Row]) -> list[str]:
-    """Return the classes of a table without a list of them: its names sorted, or whole numbers from 0 on."""
-    names = {name for row in rows for name in row.labels}
-    if not all(name.lstrip("-").isdecimal() for name in names):
-        return sorted(names)
-    numbers = {int(name) for name in names}
-    wrong = min(numbers) if min(numbers) < 0 else max(numbers)
-    if wrong < 0 or wrong >= max(1000, len(rows)):
-        line = next(row.line for row in rows if str(wrong) in row.labels)
-        raise ValueError(
-            f"{path}, line {line}: label {wrong} is out of range; labels count from 0, or are names, or stand in "
-            f"classes.txt"
-        )
-    return [str(number) for number in range(max(numbers) + 1)]
+    """Return the classes of a table without a list of them."""
+
+    def bearer(label: str) -> str:
+        return f"{path}, line {next(row.line for row in rows if label in row.labels)}"
+
+    return classes_of((name for row in rows for name in row.labels), max(1000, len(rows)), bearer)
 
 
 def _listed_label(path: Path, row: Row, places: Mapping[str, int]) -> tuple[int, ...]:
@@ -169,7 +174,8 @@ def _check_files(path: Path, rows: Sequence[Row]) -> None:
         folder, name = os.path.split(row.path)
         if folder not in known:
             try:
-                known[folder] = {entry.name for entry in os.scandir(path.parent / folder)}
+                entries = os.scandir(path.parent / folder)
+                known[folder] = {entry.name for entry in entries if not entry.is_dir(follow_symlinks=False)}
             except OSError:
                 known[folder] = set()
         if name not in known[folder]:

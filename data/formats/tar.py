@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from data.formats.folders import endings
+from data.formats.series import check_series, first_may_be_missing
 from data.images import StoredImage, UnreadableImage
 from data.listing import Listing, cache_folder, one_at_a_time
 from data.sources import (
@@ -27,6 +28,7 @@ from data.sources import (
     Dataset,
     ImageSource,
     Request,
+    classes_of,
     join_classes,
     read_class_list,
     relabel,
@@ -44,6 +46,12 @@ MANIFEST = "shards.json"
 _BLOCK = tarfile.BLOCKSIZE
 # Members whose headers are compared with the index whenever it is opened.
 _PROBES = 32
+# Names up to this length stand in the header of a member as they are; longer ones may stand before it.
+_SHORT_NAME = 90
+# A label as large is a mistake: the list of classes would not fit into memory.
+_MOST_CLASSES = 1_000_000
+# What programs append to an archive so that it ends with a whole record.
+_PADDING = 2**20
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int32}
 
 
@@ -55,6 +63,7 @@ def open_tar(request: Request) -> Dataset:
             differ between the parts.
     """
     root = request.root(LAYOUT)
+    _open.cache_clear()  # archives may have been replaced
     shards = {part: find_shards(request, part, root) for part in request.needs}
     several = request.multi_label
     listings = {part: _index(root, part, paths, several=several) for part, paths in shards.items()}
@@ -66,13 +75,18 @@ def open_tar(request: Request) -> Dataset:
         names["train"] = listed
     elif "train" not in names and (train := find_shards(request, "train", root, optional=True)):
         names["train"] = _index(root, "train", train, several=several).about["classes"]
-    where = {part: paths[0].parent for part, paths in shards.items()}
+    where = {part: f"{root} ({part})" if root.is_file() else _called(paths) for part, paths in shards.items()}
     classes, lookups = join_classes(names, {"train": root, **where}, LAYOUT)
     sources = {
         part: TarSource(shards[part], listing, _labels_of(listing, lookups[part], len(classes)), turn=request.turn)
         for part, listing in listings.items()
     }
-    return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
+    remarks = list(filter(None, map(first_may_be_missing, shards.values())))
+    return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"), remarks=remarks)
+
+
+def _called(shards: Sequence[Path]) -> str:
+    return f"{shards[0]} to {shards[-1].name}" if len(shards) > 1 else str(shards[0])
 
 
 def _labels_of(listing: Listing, lookup: np.ndarray, classes: int) -> np.ndarray:
@@ -140,7 +154,7 @@ def find_shards(request: Request, part: str, root: Path, *, optional: bool = Fal
         folder = root
     for pattern in patterns:
         if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
-            _check_series(found)
+            _check_shards(found)
             return found
     if optional:
         return []
@@ -158,27 +172,20 @@ def _patterns(name: str) -> tuple[str, ...]:
     return f"{name}.tar", f"{name}-*.tar", f"{name}/*.tar"
 
 
-def _check_series(paths: Sequence[Path]) -> None:
+def _check_shards(paths: Sequence[Path]) -> None:
     """Check that no shard of a numbered series, or of the manifest beside it, is missing."""
     manifest = paths[0].with_name(MANIFEST)
+    if not manifest.is_file():
+        check_series(paths)
+        return
+    try:
+        listed = sorted(json.loads(manifest.read_text(encoding="utf-8"))["shards"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{manifest} is damaged or of another program; copy it again, or remove it") from None
     names = {path.name for path in paths}
-    if manifest.is_file():
-        listed = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
-        missing = sorted(name for name in listed if _series(name) == _series(paths[0].name) and name not in names)
-        if missing:
-            raise ValueError(f"{paths[0].parent} lacks {shorten(missing)}, which {manifest} lists; copy them again")
-        return
-    numbers = [int(match[1]) for path in paths if (match := re.search(r"-(\d+)(?:-of-\d+)?\.tar$", path.name))]
-    if len(numbers) < len(paths) or len(paths) == 1:
-        return
-    total = re.search(r"-of-(\d+)\.tar$", paths[0].name)
-    wanted = range(int(total[1])) if total else range(min(numbers[0], 1), max(numbers) + 1)
-    missing_numbers = sorted(set(wanted) - set(numbers))
-    if missing_numbers:
-        raise ValueError(
-            f"shards {shorten([str(number) for number in missing_numbers])} are missing between {paths[0]} and "
-            f"{paths[-1].name}; copy them again, or number the others without gaps"
-        )
+    missing = [name for name in listed if _series(name) == _series(paths[0].name) and name not in names]
+    if missing:
+        raise ValueError(f"{paths[0].parent} lacks {shorten(missing)}, which {manifest} lists; copy them again")
 
 
 def _series(name: str) -> str:
@@ -219,22 +226,26 @@ def _check_index(listing: Listing, path: Path, shards: Sequence[Path]) -> None:
     stale = f"index {path} is not of these archives: {{}}; if they are right, delete the index, and it is built again"
     recorded, there = listing.about["shards"], [[shard.name, shard.stat().st_size] for shard in shards]
     if recorded != there:
-        names = [name for name, _ in recorded], [name for name, _ in there]
-        if names[0] != names[1]:
-            raise ValueError(stale.format(f"it knows {len(names[0])} archives, {len(names[1])} are there"))
+        known, found = ({name for name, _ in archives} for archives in (recorded, there))
+        if known != found:
+            gone, new = sorted(known - found), sorted(found - known)
+            what = f"it lists {shorten(gone)}, not there" if gone else f"it does not list {shorten(new)}"
+            raise ValueError(stale.format(what))
         name, size, now = next((a, b, d) for (a, b), (_, d) in zip(recorded, there, strict=True) if b != d)
         raise ValueError(stale.format(f"{name} had {size} bytes and has {now}"))
     for row in np.linspace(0, len(listing) - 1, min(_PROBES, len(listing))).astype(int).tolist():
         shard, offset, size = (int(listing.numbers[key][row]) for key in ("shard", "offset", "size"))
+        name = os.fsdecode(listing.name(row))
         try:
             header = tarfile.TarInfo.frombuf(
                 read_at(shards[shard], offset - _BLOCK, _BLOCK), "utf-8", "surrogateescape"
             )
             same = header.size == size and header.isreg()
+            if name.isascii() and len(name) <= _SHORT_NAME:
+                same = same and header.name.removeprefix("./") == name
         except tarfile.HeaderError:
             same = False
         if not same:
-            name = os.fsdecode(listing.name(row))
             raise ValueError(stale.format(f"{shards[shard].name} holds no {name} where the index says"))
 
 
@@ -273,8 +284,12 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
     if labels and not several and (joined := next((text for text in sets if SEPARATOR in text), None)):
         raise ValueError(f"{shards[0]} has several labels for an image, {joined!r}; set DATA.MULTI_LABEL True")
     names = {name for one in sets.values() for name in one}
-    numbered = bool(labels) and all(name.isdecimal() for name in names)
-    classes = [str(number) for number in range(max(map(int, names), default=-1) + 1)] if numbered else sorted(names)
+
+    def bearer(label: str) -> str:
+        image = next(image for image, text in zip(images, written, strict=True) if label in sets[text])
+        return f"{shards[image.shard]}, {image.name}"
+
+    classes = classes_of(names, _MOST_CLASSES, bearer) if labels else sorted(names)
     place = {name: label for label, name in enumerate(classes)}
     number = {text: number if several else place[text] for number, text in enumerate(sets)}
     rows = (
@@ -329,6 +344,13 @@ def _members(path: Path, shard: int) -> Iterator[_Member]:
         raise ValueError(f"archive {path} cannot be read: {error.strerror}; {LAYOUT}") from None
     if read_at(path, end, _BLOCK) != bytes(_BLOCK):
         raise ValueError(cut_off.format(" (it has no end)"))
+    if path.stat().st_size - end > _PADDING:
+        raise ValueError(cut_off.format(f" (it ends after {end} of {path.stat().st_size} bytes)"))
+    if read_at(path, end, _PADDING).strip(b"\0"):
+        raise ValueError(
+            f"archive {path} goes on after its end: it is several archives in a row, or damaged; keep them apart as "
+            f"shards (train-000000.tar, ...), or copy it again"
+        )
 
 
 def _key(name: str) -> str:

@@ -77,6 +77,21 @@ def test_wrong_labels(tmp_path: Path, train: list, val: list, label: object, say
         open_saved(Request(path=str(root)))
 
 
+def test_number_beyond_the_names(tmp_path: Path) -> None:
+    """The library refuses to write one, but not to read it."""
+    labels = table(tmp_path, [0, 1], ClassLabel(names=["a", "b"]))
+    labels.info.features["label"] = ClassLabel(names=["a"])
+    labels.to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"train\.parquet, row 1: label 1 is out of range"):
+        open_parquet(Request(path=str(tmp_path), needs=("train",)))
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    table(tmp_path, [0, 1], Value("int64")).to_parquet(tmp_path / "train-00000-of-00002.parquet")
+    with pytest.raises(ValueError, match=r"shards 1 are missing beside .*train-00000-of-00002\.parquet; copy"):
+        open_parquet(Request(path=str(tmp_path), needs=("train",)))
+
+
 def test_missing_and_damaged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data path .*nowhere cannot be opened: .*; DATA_PATH is a folder"):
         open_saved(Request(path=str(tmp_path / "nowhere")))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import hashlib
 import pickle
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from torchvision import datasets
 
 from data.formats.published import open_cifar10, open_cifar100, open_fashion_mnist, open_mnist_digits
 from data.sources import Request
+from tests.data.formats.writers import idx
 
 
 def dump(path: Path, content: dict) -> str:
@@ -55,10 +55,6 @@ def test_cifar10_that_is_missing_or_damaged(cifar10: Path, tmp_path: Path) -> No
         open_cifar10(Request(path=str(cifar10)))
     with pytest.raises(ValueError, match=r"no CIFAR100 in .*; DATA_PATH holds cifar-100-python as https.* unpacks"):
         open_cifar100(Request(path=str(tmp_path)))
-
-
-def idx(values: np.ndarray) -> bytes:
-    return struct.pack(f">{values.ndim + 1}I", 0x800 + values.ndim, *values.shape) + values.tobytes()
 
 
 @pytest.fixture

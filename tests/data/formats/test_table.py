@@ -40,6 +40,11 @@ def test_a_list_of_classes(root: Path) -> None:
     assert (dataset.classes, labels(dataset)) == (["emu", "cat", "dog"], [2, 0])
 
 
+def test_numbers_with_zeros_before_them_are_names(root: Path) -> None:
+    dataset = opened(root, "images/0.jpg,01\nimages/1.jpg,00\n", "images/5.jpg,01\n")
+    assert (dataset.classes, dataset.train.labels.tolist()) == (["00", "01"], [1, 0])
+
+
 def test_several_labels(root: Path) -> None:
     dataset = opened(root, "path,labels\nimages/0.jpg,dog; cat\nimages/1.jpg,\nimages/2.jpg,emu\n", multi_label=True)
     assert dataset.classes == ["cat", "dog", "emu"]
@@ -84,6 +89,14 @@ def test_several_labels(root: Path) -> None:
             "",
             "ROOT/train.csv, line 1: label 5000 is out of range; labels",
         ),
+        (
+            "images/0.jpg,cat\nimages/1.jpg,\n",
+            "images/5.jpg,cat\n",
+            "",
+            "ROOT/train.csv, line 2: the label is empty; give",
+        ),
+        ("images,cat\n", "images/5.jpg,cat\n", "", "ROOT/train.csv, line 1: there is no file ROOT/images; paths are"),
+        ("i\0m\0a\0,\0c\0", "images/5.jpg,cat\n", "", "table ROOT/train.csv is no text in UTF-8; save it as such"),
         ("images/0.jpg,cat\n", "images/5.jpg,cow\n", "", "ROOT/val.csv has classes that ROOT/train.csv has not: cow; "),
         ("images/0.jpg,0\n", "images/5.jpg,1\n", "", "ROOT/val.csv has classes that ROOT/train.csv has not: 1; "),
         ("images/0.jpg,0\n", "images/5.jpg,0\n", "a\na\n", "ROOT/classes.txt names a twice; give each class once"),

@@ -109,10 +109,40 @@ def test_index_of_another_archive_of_the_same_size(root: Path) -> None:
     assert is_stale(refusal(root), "train.tar holds no cat/0.jpg where the index says")
 
 
+def test_index_of_members_of_other_names(tmp_path: Path) -> None:
+    for names in (("cat", "dog"), ("dog", "cat")):
+        with tarfile.open(tmp_path / "new", "w") as archive:
+            for name in names:
+                add_bytes(archive, f"{name}/0.jpg", b"as many bytes as the other")
+        (tmp_path / "new").replace(tmp_path / "train.tar")
+        if names[0] == "cat":
+            opened(tmp_path, "train")
+    assert is_stale(refusal(tmp_path, "train"), "train.tar holds no cat/0.jpg where the index says")
+
+
+def test_archive_in_space_that_was_set_aside(root: Path) -> None:
+    """Programs that copy in pieces give a file its size first; zeros behind the last piece look like an end."""
+    with tarfile.open(root / "train.tar") as archive:
+        end = archive.getmembers()[4].offset
+    content = (root / "train.tar").read_bytes()
+    (root / "train.tar").write_bytes(content[:end] + bytes(2**21))
+    assert refusal(root) == (
+        f"archive ROOT/train.tar is cut off or damaged (it ends after {end} of {end + 2**21} bytes); copy it again"
+    )
+
+
+def test_archives_in_a_row(root: Path) -> None:
+    (root / "train.tar").write_bytes((root / "train.tar").read_bytes() * 2)
+    assert refusal(root) == (
+        "archive ROOT/train.tar goes on after its end: it is several archives in a row, or damaged; keep them apart as "
+        "shards (train-000000.tar, ...), or copy it again"
+    )
+
+
 def test_damaged_index(root: Path) -> None:
     opened(root)
     whole = (root / "train.index").read_bytes()
-    for content in (whole[:-300], b"something else", b""):
+    for content in (whole[:-300], b"something else", b"", b"dat listing 1\n{}\n", b"dat listing 1\n[]\n"):
         (root / "train.index").write_bytes(content)
         assert (
             refusal(root) == "index ROOT/train.index is damaged or of another program; delete it, and it is built again"
@@ -123,7 +153,7 @@ def test_missing_shard(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards", size=2)
     (root / "train-000002.tar").unlink()
     assert refusal(root) == (
-        "shards 2 are missing between ROOT/train-000000.tar and train-000004.tar; copy them again, or number the "
+        "shards 2 are missing beside ROOT/train-000000.tar and train-000004.tar; copy them again, or number the "
         "others without gaps"
     )
 
@@ -132,14 +162,14 @@ def test_shard_that_is_missing_after_it_was_indexed(photos: Path, tmp_path: Path
     root = write_shards(photos, tmp_path / "shards", size=2)
     opened(root)
     (root / "train-000004.tar").unlink()
-    assert "index ROOT/train.index is not of these archives: it knows 5 archives, 4 are there" in refusal(root)
+    assert "index ROOT/train.index is not of these archives: it lists train-000004.tar, not there" in refusal(root)
 
 
 def test_shards_that_say_how_many_they_are(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards", size=5)
     for number in (0, 1):
         (root / f"train-{number:06}.tar").rename(root / f"train-{number:05}-of-00003.tar")
-    assert refusal(root).startswith("shards 2 are missing between")
+    assert refusal(root).startswith("shards 2 are missing beside")
 
 
 def test_compressed_archive(root: Path) -> None:
@@ -165,7 +195,7 @@ def test_classes_that_differ(root: Path, photos: Path) -> None:
     with tarfile.open(root / "val.tar", "w") as archive:
         archive.add(photos / "val/cat", "Cat")
         archive.add(photos / "val/dog", "cow")
-    assert "ROOT has classes that ROOT has not: Cat (train has cat); the layout is" in refusal(root)
+    assert "ROOT/val.tar has classes that ROOT/train.tar has not: Cat (train has cat); the layout is" in refusal(root)
 
 
 def test_label_beyond_the_list_of_classes(photos: Path, tmp_path: Path) -> None:
@@ -213,3 +243,42 @@ def test_archives_may_move(root: Path, tmp_path: Path) -> None:
     opened(root)
     shutil.copytree(root, tmp_path / "elsewhere")
     assert len(opened(tmp_path / "elsewhere").train) == 9
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["0", ""], "train.tar, 1.jpg: the label is empty; give the image a class, or leave it out"),
+        (["0", "-1"], "train.tar, 1.jpg: label -1 is out of range; labels count from 0"),
+        (["0", "99999999999"], "train.tar, 1.jpg: label 99999999999 is out of range"),
+    ],
+)
+def test_labels_out_of_range(tmp_path: Path, labels: list[str], says: str) -> None:
+    write_labels(tmp_path / "train.tar", labels)
+    assert says in refusal(tmp_path, "train")
+
+
+def test_numbers_with_zeros_before_them_are_names(tmp_path: Path) -> None:
+    write_labels(tmp_path / "train.tar", ["00", "07"])
+    assert opened(tmp_path, "train").classes == ["00", "07"]
+
+
+def write_labels(path: Path, labels: list[str]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for number, label in enumerate(labels):
+            add_bytes(archive, f"{number}.jpg", jpeg(number, path.with_name("a.jpg")))
+            add_bytes(archive, f"{number}.cls", label.encode())
+
+
+def test_shards_that_count_from_1(photos: Path, tmp_path: Path) -> None:
+    root = write_shards(photos, tmp_path / "shards", size=2)
+    (root / "train-000000.tar").unlink()
+    first = root / "train-000001.tar"
+    assert opened(root).doubts() == [f"the shards begin with {first}: if they count from 0, the first one is missing"]
+
+
+@pytest.mark.parametrize("content", ['{"shards": 5}', '{"shards": {', "{}", "[]"])
+def test_damaged_list_of_shards(photos: Path, tmp_path: Path, content: str) -> None:
+    root = write_shards(photos, tmp_path / "shards")
+    (root / "shards.json").write_text(content)
+    assert refusal(root) == "ROOT/shards.json is damaged or of another program; copy it again, or remove it"

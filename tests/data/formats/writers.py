@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 SPLITS = ("train", "val")
 
@@ -87,6 +90,11 @@ def add_bytes(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
+
+
+def idx(values: np.ndarray) -> bytes:
+    """Return an array of bytes as an IDX file."""
+    return struct.pack(f">{values.ndim + 1}I", 0x800 + values.ndim, *values.shape) + values.tobytes()
 
 
 def write_parquet(photos: Path, root: Path) -> Path:
