@@ -1,4 +1,4 @@
-"""Output of a run: console, `log.txt`, `metrics.jsonl`, `speed.jsonl`, and the recorders that LOG.TO names."""
+"""Output of a run: console, `log.txt`, `metrics.jsonl`, `speed.jsonl`, and the recorders of LOG.TO."""
 
 from __future__ import annotations
 
@@ -39,21 +39,19 @@ class _Console(logging.Handler):
         try:
             tqdm.write(line.encode(encoding, "backslashreplace").decode(encoding), file=sys.stdout)
             sys.stdout.flush()
-        except (
-            OSError
-        ):  # a full disk, or nobody reads any more: forget the line, whose flush would fail again at the end
+        except OSError:  # a full disk or a closed pipe: drop the line, or its flush would fail again at exit
             sys.stdout = open(sys.stdout.fileno(), "w", encoding=encoding, closefd=False)  # noqa: SIM115
 
 
 class RunLog:
-    """The voice of a run: of its main process, and of the others where they alone know something."""
+    """The log of a run, written by rank 0; other ranks log only what rank 0 cannot know."""
 
     def __init__(self, folder: Path | None, config: CfgNode, *, is_main: bool, updates_done: int = 0) -> None:
         """Args:
         folder: folder of the files, or None for no files.
         config: the run's options.
         is_main: whether this is the main process.
-        updates_done: how far the run has come.
+        updates_done: number of updates done so far.
         """
         self._logger = logging.getLogger("dat")
         self._logger.propagate = False
@@ -64,7 +62,7 @@ class RunLog:
         console = _Console(logging.INFO if is_main else logging.WARNING)
         console.setFormatter(logging.Formatter("%(message)s"))
         self._logger.addHandler(console)
-        logging.raiseExceptions = False  # lines that a full disk does not take wait in the file's buffer
+        logging.raiseExceptions = False  # if the disk is full, lines stay in the file's buffer
         self._files: dict[str, _Lines] = {}
         self._recorders: dict[str, Recorder] = {}
         self._folder = folder if is_main else None
@@ -77,49 +75,49 @@ class RunLog:
         for name in recorder_names(config):
             try:
                 self._recorders[name] = RECORDERS[name](folder, config, updates_done)
-            except Exception as error:  # of a service that is down, or asks for an account
+            except Exception as error:  # the service is down, or requires an account
                 self.warning(f"{name} does not record this run: {' '.join(str(error).split())}")
 
     def info(self, message: str) -> None:
-        """Say `message` on the console and in the file."""
+        """Log to the console and the file."""
         self._logger.info(message)
 
     def warning(self, message: str, *, alone: bool = False) -> None:
-        """Say `message` so that it stands out: the main process where all know it, each where it knows it `alone`."""
+        """Log a warning: from rank 0 only, or from any rank if only that rank knows it (`alone`)."""
         if self._is_main or alone:
             self._logger.warning(message)
 
     def error(self, message: str) -> None:
-        """Say why the run ends, from any rank."""
+        """Log why the run ends, from any rank."""
         self._logger.error(message)
 
     def begin(self, notes: Sequence[str], warnings: Sequence[str]) -> None:
-        """Say at the start what to know, and what is doubtful."""
+        """Log warnings and notes at the start."""
         for warning in warnings:
             self.warning(warning)
         for note in notes:
             self.info(note)
 
     def result(self, lines: Sequence[str], warnings: Sequence[str], prefix: str = "") -> None:
-        """Say what an evaluation found, each line after `prefix`."""
+        """Log the results of an evaluation, each line after `prefix`."""
         for line in lines:
             self.info(f"{prefix}{line}")
         for warning in warnings:
             self.warning(warning)
 
     def step(self, message: str) -> None:
-        """Say a line of the training loop: to the file, and to the console where no progress bar shows the same."""
+        """Log a line of the training loop to the file, and to the console unless a progress bar is shown."""
         self._logger.log(logging.DEBUG if self._bars else logging.INFO, message)
 
     def bar(self, total: int, initial: int, title: str) -> tqdm:
-        """Return a progress bar, which draws on a terminal only."""
+        """Return a progress bar, which is shown only on a terminal."""
         return tqdm(total=total, initial=initial, desc=title, disable=not self._bars, leave=False, dynamic_ncols=True)
 
     def metrics(self, kind: str, *, epoch: int, update: int, **values: float) -> None:
         """Append one line to `metrics.jsonl`. `update` counts updates from the start of the run.
 
-        The file holds no clock readings, so that equal runs write equal files. A value that is not finite is null. A
-        line that a full disk does not take is written before the next one.
+        The file contains no times, so equal runs write equal files. Non-finite values are written as null. A line that
+        could not be written because the disk is full is written before the next one.
         """
         if not self._files:
             return
@@ -127,14 +125,14 @@ class RunLog:
         self._record({f"{kind}/{name}": value for name, value in values.items()}, update)
 
     def speed(self, *, epoch: int, update: int, **values: float) -> None:
-        """Append one line to `speed.jsonl`, which holds what depends on the machine: rates, memory, the time of day."""
+        """Append one line to `speed.jsonl`, which holds machine-dependent values: rates, memory, time of day."""
         if not self._files:
             return
         self._files["speed"].add({"epoch": epoch, "update": update, **values, "time": round(time.time(), 3)})
         self._record({f"speed/{name}": value for name, value in values.items()}, update)
 
     def pictures(self, kind: str, pictures: dict[str, np.ndarray], *, update: int) -> None:
-        """Write `<name>.png`, in place of that of an earlier evaluation; `<name>_ema.png` for `eval_ema`.
+        """Write `<name>.png`, replacing that of an earlier evaluation; `<name>_ema.png` for `eval_ema`.
 
         Args:
             kind: `eval` or `eval_ema`.
@@ -156,12 +154,12 @@ class RunLog:
         for name, recorder in list(self._recorders.items()):
             try:
                 say(recorder)
-            except Exception as error:  # the run goes on without it
+            except Exception as error:  # the run continues without it
                 del self._recorders[name]
-                self.warning(f"{name} records no more of this run: {' '.join(str(error).split())}")
+                self.warning(f"{name} stopped recording this run: {' '.join(str(error).split())}")
 
     def rewind(self, *, epoch: int, update: int) -> None:
-        """Drop what a lost process wrote to `metrics.jsonl` past its last checkpoint.
+        """Drop the lines of `metrics.jsonl` written after the checkpoint that the run resumes from.
 
         Args:
             epoch: epochs that were evaluated.
@@ -177,14 +175,14 @@ class RunLog:
 
 
 def _is_before(row: dict[str, Any], epoch: int, update: int) -> bool:
-    """Return whether a line was written in a finished epoch, or in the next one by an update that was done."""
+    """Return whether a line belongs to a finished epoch, or to an update already done in the next one."""
     if row["kind"] == "train":
         return row["epoch"] <= epoch or (row["epoch"] == epoch + 1 and row["update"] <= update)
     return row["epoch"] <= epoch
 
 
 class _Lines:
-    """A file of JSON lines, which a full disk does not end."""
+    """A file of JSON lines; a full disk only delays writing."""
 
     def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
         self._path = path
@@ -192,7 +190,7 @@ class _Lines:
         self._unwritten = ""
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append `row`; a number that is not finite becomes null."""
+        """Append `row`; non-finite numbers become null."""
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in row.items()
@@ -205,12 +203,12 @@ class _Lines:
         except OSError as error:
             if self._path.exists():
                 os.truncate(self._path, size)
-            self._warn(f"{self._path} could not be written ({error.strerror}); its next lines wait until there is room")
+            self._warn(f"{self._path} could not be written ({error.strerror}); its lines are kept until there is space")
         else:
             self._unwritten = ""
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
-        """Drop the rows that are not `wanted`, and a line that a kill cut off."""
+        """Drop the rows that are not `wanted`, and a truncated last line."""
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines()
             write_whole(self._path, "".join(f"{line}\n" for line in lines if _holds(wanted, line)))
@@ -224,20 +222,20 @@ def _holds(wanted: Callable[[dict[str, Any]], bool], line: str) -> bool:
 
 
 class Recorder(Protocol):
-    """Another program that records a run. It is made with the run's folder, its options and the updates done."""
+    """An experiment tracker. Constructed with the run's folder, its options and the number of updates done."""
 
     def record(self, values: dict[str, float], update: int) -> None:
-        """Take in named numbers."""
+        """Record named numbers."""
 
     def picture(self, name: str, pixels: np.ndarray, update: int) -> None:
-        """Take in a picture, `[H, W, 3]`, uint8."""
+        """Record a picture, `[H, W, 3]`, uint8."""
 
     def close(self) -> None:
-        """Finish the record."""
+        """Finish the recording."""
 
 
 class TensorBoard:
-    """Event files below `tensorboard/`. Events that a lost process wrote beyond the completed updates are dropped."""
+    """Event files in `tensorboard/`. Events after the last completed update are dropped on resume."""
 
     def __init__(self, folder: Path, config: CfgNode, updates_done: int) -> None:  # noqa: ARG002
         from torch.utils.tensorboard import SummaryWriter
@@ -283,7 +281,7 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow, on the server or in the folder that MLFLOW_TRACKING_URI names."""
+    """A run of MLflow, on the server or in the folder given by MLFLOW_TRACKING_URI."""
 
     def __init__(self, folder: Path, config: CfgNode, updates_done: int) -> None:  # noqa: ARG002
         from mlflow import MlflowClient
@@ -319,24 +317,24 @@ def _name(config: CfgNode) -> str:
 
 
 def _remembered(file: Path, make: Callable[[], str]) -> str:
-    """Return the text in `file`, made and written at first, so that a continued run stays one run."""
+    """Return the text in `file`, which is created on the first call, so a resumed run keeps its id."""
     if not file.exists():
         write_whole(file, make())
     return file.read_text(encoding="utf-8").strip()
 
 
 def recorder_names(config: CfgNode) -> list[str]:
-    """Return which recorders a run has, by LOG.TO and by the older TENSORBOARD and WANDB."""
+    """Return the recorders of a run, from LOG.TO and the older options TENSORBOARD and WANDB."""
     older = [name for name in ("tensorboard", "wandb") if config[name.upper()]]
     return list(dict.fromkeys([*config.LOG.TO, *older]))
 
 
 def check_recorders(config: CfgNode) -> None:
-    """Check that the packages of the recorders are there.
+    """Check that the packages of the recorders are installed.
 
     Raises:
-        ValueError: one is not.
+        ValueError: one is missing.
     """
     for name in recorder_names(config):
         if importlib.util.find_spec(name) is None:
-            raise ValueError(f"recording with {name} needs its package: pip install {name}, or take it out of LOG.TO")
+            raise ValueError(f"recording with {name} needs its package: pip install {name}, or remove it from LOG.TO")

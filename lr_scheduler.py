@@ -10,20 +10,20 @@ from yacs.config import CfgNode
 
 from optimizer import learning_rate_scale
 
-# The published linear schedule ends at this share of the base learning rate, whatever MIN_LR says.
+# The published linear schedule ends at this fraction of the base learning rate, whatever MIN_LR is.
 _LINEAR_END = 0.01
 
-# A learning rate that falls below this share of its peak when the warm-up ends is probably not meant.
+# A learning rate that falls below this fraction of its peak when the warm-up ends is probably unintended.
 _LARGEST_DROP = 0.8
 
 
 class Continued:
-    """A schedule that goes on after its last update: held there, or restarted.
+    """A schedule extended beyond its last update: the learning rate is held, or the schedule restarted.
 
     Args:
         first: the schedule.
-        updates: how many it is made for.
-        again: what follows; None holds the last learning rate.
+        updates: its length.
+        again: the schedule that follows; None holds the last learning rate.
     """
 
     def __init__(self, first: Scheduler, updates: int, again: Scheduler | None) -> None:
@@ -38,7 +38,7 @@ class Continued:
 
 
 def schedule_epochs(config: CfgNode) -> int:
-    """Return the epochs that the schedule is made for; those that follow hold its end or repeat it."""
+    """Return the length of the schedule in epochs; later epochs hold its last value or repeat it."""
     return min(config.TRAIN.LR_SCHEDULER.PLANNED_EPOCHS or config.TRAIN.EPOCHS, config.TRAIN.EPOCHS)
 
 
@@ -47,9 +47,9 @@ def build_scheduler(
 ) -> Scheduler | Continued:
     """Return the configured schedule, counted in updates: call `step_update(n)` after update n, counted from 0.
 
-    The learning rate is a function of n alone, so a resumed run needs no scheduler state. With WARMUP_PREFIX the decay
-    begins when the warm-up is over; without it, the others are then where they would be without a warm-up, as in the
-    published training. Linear always begins after the warm-up.
+    The learning rate depends only on n, so a resumed run needs no scheduler state. With WARMUP_PREFIX the decay starts
+    after the warm-up; without it, it starts at the first update, as in the published training, and the warm-up replaces
+    its beginning. Linear always starts after the warm-up.
     """
     epochs, shape = schedule_epochs(config), {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
     beyond = config.TRAIN.EPOCHS - epochs
@@ -62,7 +62,7 @@ def build_scheduler(
 def _cycle(
     config: CfgNode, optimizer: torch.optim.Optimizer, epochs: int, *, updates_per_epoch: int, world_size: int
 ) -> Scheduler:
-    """Return a warm-up and the decay that follows it."""
+    """Return a schedule of warm-up and decay."""
     train, scale = config.TRAIN, learning_rate_scale(config, world_size)
     kind, warmup_updates = train.LR_SCHEDULER.NAME, _warmup_updates(config, updates_per_epoch)
     after_warmup = train.LR_SCHEDULER.WARMUP_PREFIX or kind == "linear"
@@ -97,9 +97,9 @@ def _warmup_updates(config: CfgNode, updates_per_epoch: int) -> int:
 def planned_schedule(
     config: CfgNode, *, updates_per_epoch: int, world_size: int, points: int = 500
 ) -> list[tuple[float, float]]:
-    """Return the learning rates that a run is going to have: `(epochs done, learning rate)` at about `points` updates.
+    """Return the planned learning rates of a run: `(epochs done, learning rate)` at about `points` updates.
 
-    The first and last update and those around the end of the warm-up are always among them.
+    They include the first and last update and those around the end of the warm-up.
     """
     shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
     total, warmup = config.TRAIN.EPOCHS * updates_per_epoch, _warmup_updates(config, updates_per_epoch)
@@ -120,14 +120,14 @@ def doubtful_drop(config: CfgNode, *, updates_per_epoch: int, world_size: int) -
         return ""
     return (
         f"the learning rate falls from {before:.2e} to {after:.2e} when the warm-up ends: the decay of a run of "
-        f"{schedule_epochs(config)} epochs is {warmup / updates_per_epoch:g} epochs old then, as in the published "
-        "training. TRAIN.LR_SCHEDULER.WARMUP_PREFIX True begins it after the warm-up; a shorter TRAIN.WARMUP_EPOCHS "
+        f"{schedule_epochs(config)} epochs has then run for {warmup / updates_per_epoch:g} epochs, as in the published "
+        "training. TRAIN.LR_SCHEDULER.WARMUP_PREFIX True starts it after the warm-up; a shorter TRAIN.WARMUP_EPOCHS "
         "helps, too"
     )
 
 
 def learning_rates(config: CfgNode, updates: list[int], *, updates_per_epoch: int, world_size: int) -> dict[int, float]:
-    """Return the learning rate of each of `updates`, which are counted from 0 and rise."""
+    """Return the learning rate of each of `updates`, which count from 0 and are sorted."""
     base = config.TRAIN.BASE_LR * learning_rate_scale(config, world_size)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=base)
     schedule = build_scheduler(config, optimizer, updates_per_epoch=updates_per_epoch, world_size=world_size)

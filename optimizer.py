@@ -1,4 +1,4 @@
-"""Parameter groups and optimizer: what is trained, at which share of the learning rate, and with which weight decay."""
+"""Parameter groups and optimizer: trained parameters, learning rate factors and weight decay."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from yacs.config import CfgNode
 
 from models.contract import classifier, undecayed
 
-# Optimizers of timm that the training loop cannot use, by the beginning of their names.
+# Optimizers of timm that the training loop cannot use, by name prefix.
 _UNUSABLE = {
-    "adahessian": "needs second derivatives, for which the loop keeps no graph",
+    "adahessian": "needs second derivatives, which the training loop does not provide",
     "bnb": "needs the package bitsandbytes, with which exact resuming is not tested",
     "fused": "needs the package apex, with which exact resuming is not tested",
 }
 
 
 def decays(name: str, parameter: Tensor, exceptions: Collection[str]) -> bool:
-    """Return whether weight decay acts on the parameter `name`: on all but biases, norms and the named `exceptions`."""
+    """Return whether weight decay applies to a parameter: to all but biases, norms and the named `exceptions`."""
     one_dimensional = parameter.ndim <= 1 or name.endswith(".bias")
     return not one_dimensional and not any(fnmatchcase(name, pattern) for pattern in exceptions)
 
 
 def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
-    """Exclude from training what `patterns` name, and return how many numbers that are.
+    """Freeze the parameters that match `patterns` and return their total number of elements.
 
     Args:
         model: the network.
-        patterns: names of modules or parameters, in which `*` stands for any text: `stages.0`, `*.norm?.weight`.
+        patterns: names of modules or parameters, with wildcards: `stages.0`, `*.norm?.weight`.
 
     Raises:
         ValueError: a pattern matches nothing, or nothing is left to train.
@@ -59,7 +59,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
 
 
 def keep_frozen_in_eval(model: nn.Module) -> None:
-    """Put every module whose parameters are all frozen into evaluation mode: its norms and dropout stay as they are."""
+    """Put every module whose parameters are all frozen into evaluation mode, including its norms and dropout."""
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
@@ -67,7 +67,7 @@ def keep_frozen_in_eval(model: nn.Module) -> None:
 
 
 def _with_parents(name: str) -> Iterator[str]:
-    """Yield the dotted `name` and the names of the modules that hold it, the innermost first."""
+    """Yield the dotted `name` and the names of its parent modules, innermost first."""
     while name:
         yield name
         name = name.rpartition(".")[0]
@@ -76,21 +76,21 @@ def _with_parents(name: str) -> Iterator[str]:
 def parameter_groups(
     model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0, head_scale: float = 1.0
 ) -> list[dict]:
-    """Return the trained parameters in groups, the decayed ones before the undecayed ones.
+    """Return the trained parameters in groups, those with weight decay first.
 
     Args:
         model: the network.
-        weight_decay: of the decayed parameters.
-        layer_decay: factor on the learning rate from each layer to the one before it (BEiT, arXiv 2106.08254,
-            appendix); the layers are those of the network's `group_matcher`, as timm calls it.
+        weight_decay: of the parameters with weight decay.
+        layer_decay: factor on the learning rate from each layer to the preceding one (BEiT, arXiv 2106.08254,
+            appendix); the layers are those of the network's `group_matcher`, as in timm.
         head_scale: factor on the learning rate of the layer that computes the logits.
 
     Returns:
-        Two groups; with a factor other than 1 two for each layer and for the head, the last layer first. Their
-        `lr_scale` is the factor that timm's schedules apply.
+        Two groups; with a factor other than 1 two for each layer and for the head, the last layer first. timm's
+        schedules apply their `lr_scale`.
 
     Raises:
-        ValueError: the network does not tell its layers or its classifier, which a factor needs.
+        ValueError: a factor is given, but the network does not define its layers or its classifier.
     """
     exceptions = undecayed(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -117,22 +117,22 @@ def parameter_groups(
 
 
 def _depths(model: nn.Module) -> dict[str, int]:
-    """Return by name of a parameter how many layers lie between its own and the last one."""
+    """Return for each parameter name the distance of its layer from the last one."""
     if not hasattr(model, "group_matcher"):
-        raise ValueError(f"TRAIN.LAYER_DECAY: {type(model).__name__} does not tell its layers; leave it at 1.0")
+        raise ValueError(f"TRAIN.LAYER_DECAY: {type(model).__name__} does not define its layers; leave it at 1.0")
     layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     return {name: max(layers.values()) - layer for name, layer in layers.items()}
 
 
 def _head(model: nn.Module) -> str:
-    """Return the name of the layer that gives the logits."""
+    """Return the name of the layer that computes the logits."""
     if not classifier(model):
         raise ValueError(f"TRAIN.HEAD_LR_SCALE: {type(model).__name__} has no classifier; leave it at 1.0")
     return classifier(model)
 
 
 def learning_rate_scale(config: CfgNode, world_size: int) -> float:
-    """Return what the configured learning rates, meant for 512 images an update, are multiplied by."""
+    """Return the factor on the configured learning rates, which are for 512 images per update."""
     return config.images_per_update(world_size) / 512
 
 
@@ -184,12 +184,12 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
         if settings.NAME in OPTIMIZERS:
             return OPTIMIZERS[settings.NAME](groups, settings, **arguments)
         return create_optimizer_v2(groups, opt=settings.NAME, **arguments)
-    except (TypeError, ValueError) as error:  # an argument that it does not have, or a value outside its range
+    except (TypeError, ValueError) as error:  # an unknown argument, or a value out of range
         raise ValueError(f"TRAIN.OPTIMIZER: {error}") from None
 
 
 def _own_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return TRAIN.OPTIMIZER.ARGS as the constructors take them."""
+    """Return TRAIN.OPTIMIZER.ARGS in the form the constructors expect."""
     elsewhere = {"lr": "TRAIN.BASE_LR", "weight_decay": "TRAIN.WEIGHT_DECAY"}
     for name in elsewhere.keys() & given.keys():
         raise ValueError(f"TRAIN.OPTIMIZER.ARGS.{name} is set by {elsewhere[name]}; remove it")
@@ -201,23 +201,23 @@ def _check_name(name: str) -> None:
         return
     for beginning, reason in _UNUSABLE.items():
         if name.startswith(beginning) and name in list_optimizers():
-            raise ValueError(f"TRAIN.OPTIMIZER.NAME: {name} cannot be used here: it {reason}; adamw can")
+            raise ValueError(f"TRAIN.OPTIMIZER.NAME: {name} cannot be used here: it {reason}; use adamw, for example")
     near = difflib.get_close_matches(name, optimizer_names(), n=1)
     hint = f"did you mean {near[0]}?" if near else "timm.optim.list_optimizers() names them"
     raise ValueError(f"TRAIN.OPTIMIZER.NAME: there is no optimizer {name!r}; {hint}")
 
 
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Let `optimizer` take a step, or leave weights and optimizer as they are where `skip` is 1.
+    """Take an optimizer step, or leave weights and optimizer state unchanged if `skip` is 1.
 
-    Fused optimizers decide on the device without synchronisation; for all other optimizers the host reads `skip`.
+    Fused optimizers decide on the device without synchronisation; for all others the host reads `skip`.
 
     Args:
         skip: float32 scalar, 0 or 1, on the parameters' device.
         optimizer: with its gradients in place.
     """
     if skips_on_device(optimizer):
-        # The attributes through which torch.amp.GradScaler speaks to fused optimizers.
+        # The attributes that torch.amp.GradScaler sets on fused optimizers.
         optimizer.grad_scale, optimizer.found_inf = None, skip
         optimizer.step()
     elif not skip:
@@ -225,12 +225,12 @@ def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the kernels of `optimizer` themselves look whether an update is to be skipped."""
+    """Return whether the kernels of `optimizer` can skip an update on the device."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 def keeps_state(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether `optimizer` remembers anything between steps, which a step of a copy on one weight shows."""
+    """Return whether `optimizer` has state between steps, determined by a step of a copy on a single weight."""
     probe = copy.copy(optimizer)
     weight = nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.zeros(2, 2)

@@ -1,4 +1,4 @@
-"""The process group, random numbers, signals, and numbers read back from the device without waiting for it."""
+"""Process group, random seeds, signals, and asynchronous reads of numbers from the device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STAGED = ".tmp"  # suffix of files that are still being written
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and what this one computes on."""
+    """The processes of a run, and the device of this one."""
 
     rank: int
     size: int
@@ -54,12 +54,12 @@ def launched_as() -> Launch:
     """Return how torchrun or SLURM started this process.
 
     Raises:
-        ValueError: their variables hold no valid numbers.
+        ValueError: their environment variables are not valid numbers.
     """
     try:
         return _launched_as(os.environ)
     except ValueError as error:
-        raise ValueError(f"the variables of the launcher, RANK and the like, must be whole numbers ({error})") from None
+        raise ValueError(f"launcher variables such as RANK must be whole numbers ({error})") from None
 
 
 def _launched_as(env: Mapping[str, str]) -> Launch:
@@ -119,10 +119,10 @@ def init_world(device_name: str) -> World:
 
 
 def collective_timeout() -> timedelta:
-    """Return how long one rank waits for another before the run ends with a message: DAT_TIMEOUT_MINUTES, or 30.
+    """Return the timeout of collective operations, after which the run ends: DAT_TIMEOUT_MINUTES, 30 by default.
 
     Raises:
-        ValueError: the variable holds no valid time.
+        ValueError: the variable is not a valid time.
     """
     text = os.environ.get("DAT_TIMEOUT_MINUTES", "30")
     try:
@@ -135,25 +135,25 @@ def collective_timeout() -> timedelta:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Return whether `error` says that another process did not answer; gloo's have no class of their own."""
+    """Return whether `error` means that another process did not respond; errors of gloo have no class of their own."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def is_lost_worker(error: Exception) -> bool:
-    """Return whether `error` says that a worker of a loader was killed.
+    """Return whether `error` means that a data loader worker was killed.
 
-    PyTorch's own error has no class. A batch whose worker dies before it is received breaks the socket instead.
+    PyTorch raises a plain RuntimeError. If the worker dies before its batch is received, the socket fails instead.
     """
     return isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether `error` says that there is no memory left; PyTorch's of the CPU has no class of its own."""
+    """Return whether `error` means out of memory; on the CPU PyTorch raises a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def restarts_left() -> int:
-    """Return how often the launcher is going to start this run again if a process dies."""
+    """Return how many restarts after a dead process the launcher has left."""
     if "DAT_RESTARTS_LEFT" in os.environ:  # of tools/launch.py and train_slurm.sh
         return int(os.environ["DAT_RESTARTS_LEFT"])
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - int(
@@ -181,7 +181,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def agree_on(number: int) -> bool:
-    """Return whether `number` is the same in all processes; all call it and learn the same."""
+    """Return whether `number` is the same in all processes; a collective call."""
     extremes = torch.tensor([number, -number])
     if dist.is_initialized():
         dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
@@ -216,7 +216,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def wait_for_all() -> None:
-    """Return once every process has come here."""
+    """Wait until every process has called this."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -228,10 +228,10 @@ def close_world() -> None:
 
 
 def seed_everything(*key: int) -> None:
-    """Seed Python, NumPy and torch by `key`, a few whole numbers; trailing zeros do not count.
+    """Seed Python, NumPy and torch with `key`, a few integers; trailing zeros are ignored.
 
-    Every micro-batch is seeded by (seed, epoch, position, rank). Random numbers are therefore a function of where a run
-    stands, and a checkpoint need not hold the states of any generator.
+    Every micro-batch is seeded with (seed, epoch, position, rank). Random numbers therefore depend only on the position
+    in the run, and checkpoints need no generator states.
     """
     words = np.random.SeedSequence(key).generate_state(2)
     random.seed(int(words[0]))
@@ -240,17 +240,17 @@ def seed_everything(*key: int) -> None:
 
 
 class LateReader:
-    """Reads small tensors back from the device one step late.
+    """Reads small tensors from the device one step late.
 
-    The copy of a step's numbers is asked for right after the step was queued, and read after the next one was: the host
-    never waits for the newest work, so the device never runs dry.
+    The copy of a step's numbers is queued right after the step and read after the next step was queued. The host thus
+    never waits for the latest work, and the device is never idle.
     """
 
     def __init__(self) -> None:
         self._pending: tuple[object, torch.Tensor, torch.cuda.Event | None] | None = None
 
     def exchange(self, tag: object, values: torch.Tensor) -> tuple[object, list[float]] | None:
-        """Hand in this step's `values` and return the step before's as `(tag, numbers)`; None at the first."""
+        """Queue this step's `values` and return those of the previous step as `(tag, numbers)`; None at the first."""
         previous = self.flush()
         copy = values.to("cpu", non_blocking=values.is_cuda)
         event = None
@@ -261,7 +261,7 @@ class LateReader:
         return previous
 
     def flush(self) -> tuple[object, list[float]] | None:
-        """Return what was handed in last, waiting for it."""
+        """Wait for the last queued values and return them."""
         if self._pending is None:
             return None
         tag, copy, event = self._pending
@@ -272,21 +272,21 @@ class LateReader:
 
 
 class StopSignal:
-    """Remembers that the process was asked to stop: SIGTERM, SIGINT, SIGUSR1 or SIGHUP. A second Ctrl-C stops at once.
+    """Records a request to stop: SIGTERM, SIGINT, SIGUSR1 or SIGHUP. A second Ctrl-C ends the process at once.
 
     A thread reads the signals, so that a second Ctrl-C also ends a process whose main thread waits for a hung rank.
     """
 
     # Windows has the first two.
     _NUMBERS = tuple(getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP") if hasattr(signal, n))
-    # torchrun passes a Ctrl-C of the terminal on to processes that have received it already.
+    # torchrun forwards a Ctrl-C of the terminal to processes that have already received it.
     _SAME_CTRL_C = 1.0
 
     def __init__(self) -> None:
         self.received: int | None = None
 
     def listen(self) -> None:
-        """Take the signals over from now on; in a thread leave them to the program that it belongs to."""
+        """Install the signal handlers; not in a thread other than the main one."""
         if threading.current_thread() is not threading.main_thread():
             return
         numbers, written = socket.socketpair()
@@ -298,7 +298,7 @@ class StopSignal:
         threading.Thread(target=self._listen, args=(numbers,), daemon=True).start()
 
     def exit_status(self) -> int:
-        """Return what a shell calls a process ended by the signal; all ranks call it and return the same."""
+        """Return 128 + the signal number, as a shell does; a collective call with the same result on all ranks."""
         received = torch.tensor(self.received or 0)
         if dist.is_initialized():
             dist.all_reduce(received, op=dist.ReduceOp.MAX)
@@ -308,7 +308,7 @@ class StopSignal:
         first_interrupt = math.inf
         while True:
             number = numbers.recv(1)[0]
-            if number not in self._NUMBERS:  # such as SIGCHLD, which loaders handle
+            if number not in self._NUMBERS:  # such as SIGCHLD, which data loaders handle
                 continue
             now = time.monotonic()
             if number == signal.SIGINT:

@@ -75,7 +75,7 @@ def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_recorders(options())
     with pytest.raises(
-        ValueError, match=f"recording with {name} needs its package: pip install {name}, or take it out"
+        ValueError, match=f"recording with {name} needs its package: pip install {name}, or remove it"
     ):
         check_recorders(options(name))
 
@@ -143,7 +143,7 @@ def test_a_service_that_fails_does_not_end_the_run(
     log.metrics("train", epoch=1, update=1, loss=1.0)
     log.metrics("train", epoch=1, update=2, loss=1.0)
     log.close()
-    assert capsys.readouterr().out.count("wandb records no more of this run: no route to host") == 1
+    assert capsys.readouterr().out.count("wandb stopped recording this run: no route to host") == 1
     assert len(rows(tmp_path / "metrics.jsonl")) == 2
     monkeypatch.setitem(RECORDERS, "wandb", lambda *_: Broken().record())
     RunLog(tmp_path, options("wandb"), is_main=True).close()

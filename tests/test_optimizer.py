@@ -278,7 +278,7 @@ def test_what_cannot_be_frozen_is_said(patterns: list[str], says: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("option", "needs"), [("LAYER_DECAY", "does not tell its layers"), ("HEAD_LR_SCALE", "no clas")]
+    ("option", "needs"), [("LAYER_DECAY", "does not define its layers"), ("HEAD_LR_SCALE", "no clas")]
 )
 def test_a_factor_that_a_network_has_no_part_for_is_refused(option: str, needs: str) -> None:
     config = load_config("configs/dat_tiny.yaml", [f"TRAIN.{option}", "0.5"])
