@@ -169,7 +169,7 @@ def optimizer_names() -> list[str]:
 
 
 def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch.optim.Optimizer:
-    """Return the configured optimizer over `model`'s trained parameters, with the base learning rate.
+    """Return the configured optimizer of `model`'s trained parameters, with the base learning rate.
 
     Raises:
         ValueError: there is no such optimizer, it cannot be used here, or it does not know an argument.
@@ -203,7 +203,7 @@ def _check_name(name: str) -> None:
         if name.startswith(beginning) and name in list_optimizers():
             raise ValueError(f"TRAIN.OPTIMIZER.NAME: {name} cannot be used here: it {reason}; use adamw, for example")
     near = difflib.get_close_matches(name, optimizer_names(), n=1)
-    hint = f"did you mean {near[0]}?" if near else "timm.optim.list_optimizers() names them"
+    hint = f"did you mean {near[0]}?" if near else "timm.optim.list_optimizers() lists them"
     raise ValueError(f"TRAIN.OPTIMIZER.NAME: there is no optimizer {name!r}; {hint}")
 
 

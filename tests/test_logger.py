@@ -74,9 +74,7 @@ def test_older_options_and_the_section_name_the_same_recorders() -> None:
 def test_a_missing_package_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_recorders(options())
-    with pytest.raises(
-        ValueError, match=f"recording with {name} needs its package: pip install {name}, or remove it"
-    ):
+    with pytest.raises(ValueError, match=f"recording with {name} needs its package: pip install {name}, or remove it"):
         check_recorders(options(name))
 
 

@@ -152,5 +152,5 @@ def test_the_check_before_a_launch_settles_the_precision_of_the_gpu(monkeypatch:
 def test_what_has_no_deterministic_kernel_is_refused(option: tuple[str, object]) -> None:
     config = load_config(ROOT / "configs" / "digits.yaml", ["DETERMINISTIC", True, *option])
     settle(config, torch.device("cpu"))
-    with pytest.raises(ValueError, match="--deterministic goes neither with --compile nor with attn_drop_rate on CUDA"):
+    with pytest.raises(ValueError, match="--deterministic cannot be combined with --compile or attn_drop_rate on CUDA"):
         settle(config, torch.device("cuda"))

@@ -540,39 +540,39 @@ ROWS = [
         *("--eval", "--resume", "traind.pth"),
     ),
     weights("folder", lambda: None, "checkpoint photos is a folder; name a file in it", "--resume", "photos"),
-    weights("http", lambda: None, "fetched by https alone", "--resume", "http://localhost/a.pth"),
+    weights("http", lambda: None, "only downloaded by https", "--resume", "http://localhost/a.pth"),
     weights("address without hash", lambda: None, "needs the file's hash", "--resume", "https://localhost/a.pth"),
     weights(
         "truncated",
         lambda: Path("wrong.pth").write_bytes(Path("trained.pth").read_bytes()[:20_000]),
-        "wrong.pth is damaged, cut off or no checkpoint of PyTorch",
+        "wrong.pth is damaged, truncated or not a PyTorch checkpoint",
         *("--resume", "wrong.pth"),
     ),
     weights(
         "empty",
         lambda: Path("wrong.pth").touch(),
-        "wrong.pth is empty; the download went wrong, fetch the file again",
+        "wrong.pth is empty; the download failed, download the file again",
         *("--pretrained", "wrong.pth"),
     ),
     weights(
         "web page",
         lambda: Path("wrong.pth").write_text("<!DOCTYPE html><html>not found</html>"),
-        "wrong.pth is a text page, not a checkpoint; the download went wrong, fetch the file again",
+        "wrong.pth is a text page, not a checkpoint; the download failed, download the file again",
         *("--eval", "--resume", "wrong.pth"),
     ),
     weights(
         "hostile",
         lambda: save(trained(config=Hostile())),
-        "wrong.pth holds a pickled posix.system, which could run code when loaded; it is refused",
+        "wrong.pth contains a pickled posix.system, which could execute code when loaded; it is rejected",
         *("--pretrained", "wrong.pth"),
     ),
     weights(
         "hostile pickle of a newer protocol",
         lambda: Path("wrong.pth").write_bytes(pickle.dumps(Hostile(), protocol=4)),
-        "wrong.pth is damaged or no checkpoint of PyTorch",
+        "wrong.pth is damaged or not a PyTorch checkpoint",
         *("--resume", "wrong.pth"),
     ),
-    weights("no dict", lambda: save([1, 2]), "wrong.pth holds a list, not a dict", "--resume", "wrong.pth"),
+    weights("no dict", lambda: save([1, 2]), "wrong.pth contains a list, not a dict", "--resume", "wrong.pth"),
     weights("no weights", lambda: save({"model": 3}), "neither a `model` entry nor a", "--pretrained", "wrong.pth"),
     weights("numbered weights", lambda: save({1: torch.ones(1)}), "holds no weights", "--pretrained", "wrong.pth"),
     weights(
@@ -661,7 +661,7 @@ ROWS = [
     weights(
         "end of another run",
         lambda: save(trained(epoch=2, update=0)),
-        "wrong.pth is the end of a run of 2 epochs, which leaves nothing to train; evaluate it with --eval, or",
+        "wrong.pth is the end of a run of 2 epochs, so nothing is left to train; evaluate it with --eval, or",
         *("--resume", "wrong.pth"),
     ),
     weights(
@@ -685,7 +685,7 @@ ROWS = [
     weights(
         "architecture, to evaluate",
         lambda: None,
-        "trained.pth is of another architecture than --cfg: cls_head.weight is .* and [0-9]+ more",
+        "trained.pth has a different architecture than --cfg: cls_head.weight is .* and [0-9]+ more",
         *("--eval", "--resume", "trained.pth", "--opts", "MODEL.DAT.dims", "[8, 16, 16, 32]"),
     ),
     weights(

@@ -1,4 +1,4 @@
-"""Where numbers stop being finite: the first module whose output is not."""
+"""Find the first module with a non-finite output."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import nn
 
 @torch.no_grad()
 def first_nonfinite(network: nn.Module, forward: Callable[[], torch.Tensor]) -> str:
-    """Run `forward` once and say where its numbers stop being finite.
+    """Run `forward` once and report where non-finite numbers appear first.
 
     Args:
         network: the modules to watch.
-        forward: runs `network` on a batch and returns the loss. Compiled blocks run uncompiled in it.
+        forward: runs `network` on a batch and returns the loss. Compiled blocks run in eager mode.
 
     Returns:
-        Words that name the module, the innermost that is to blame, and its class; or what else is not finite.
+        A sentence naming the innermost module with a non-finite output and its class; or what else is not finite.
     """
     found: list[str] = []
 

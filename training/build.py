@@ -1,4 +1,4 @@
-"""From a config to a run: settle what depends on the device, build the parts, open the output folder."""
+"""Build a run from a config: resolve device-dependent options, build the parts, open the output folder."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ from utils import (
     write_whole,
 )
 
-# A continued run whose learning rate changes by more than this factor is probably not meant.
+# A learning rate that changes by more than this factor on resume is probably unintended.
 _LARGEST_JUMP = 1.5
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """The parts of a run before anything is written and before other processes are asked.
+    """The parts of a run before anything is written and before any communication with other processes.
 
     Attributes:
-        continued_from: the checkpoint that the run goes on from.
-        notes: what the log says at the start.
-        warnings: what the log warns of.
+        continued_from: the checkpoint that the run resumes from.
+        notes: lines for the log at the start.
+        warnings: warnings for the log.
     """
 
     task: Task
@@ -62,10 +62,10 @@ class Assembly:
 
 
 def settle(config: CfgNode, device: torch.device) -> None:
-    """Settle the options that depend on the device: for AMP "auto" bf16 where it has such units, else fp16.
+    """Resolve the options that depend on the device: AMP "auto" is bf16 if supported in hardware, else fp16.
 
     Raises:
-        ValueError: the device cannot do what is asked for.
+        ValueError: the device does not support the options.
     """
     if config.AMP == "auto":
         emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
@@ -76,18 +76,18 @@ def settle(config: CfgNode, device: torch.device) -> None:
         and (config.COMPILE or arguments(config).get("attn_drop_rate", 0))
     ):
         raise ValueError(
-            "--deterministic goes neither with --compile nor with attn_drop_rate on CUDA: both sample position tables "
-            "by an operation whose backward has no deterministic kernel there"
+            "--deterministic cannot be combined with --compile or attn_drop_rate on CUDA: both sample position tables "
+            "with an operation that has no deterministic backward kernel there"
         )
 
 
 def prepare_device(config: CfgNode) -> None:
-    """Seed the generators and choose the kind of kernels."""
+    """Seed the generators and configure deterministic kernels."""
     seed_everything(config.SEED)
     torch.backends.cudnn.benchmark = not config.DETERMINISTIC
     torch.use_deterministic_algorithms(config.DETERMINISTIC)
     if config.DETERMINISTIC:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuBLAS refuses
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
 
 
 def build_network(task: Task, world: World) -> nn.Module:
@@ -100,7 +100,7 @@ def build_run(config: CfgNode, world: World) -> Run:
     """Build a training run and open its output folder.
 
     Raises:
-        ValueError: wrong input; nothing has been written then but the lock of a folder that there was.
+        ValueError: wrong input; nothing has been written except the lock of an existing folder.
     """
     folder, hold = config.run_folder, None
     with fail_together():
@@ -109,14 +109,14 @@ def build_run(config: CfgNode, world: World) -> Run:
     with fail_together():
         parts = assemble(config, world)
     _check_agreement(parts.state, folder)
-    changed, config.TRAIN.ALLOW_CONFIG_CHANGE = config.TRAIN.ALLOW_CONFIG_CHANGE, False  # once: this is the run now
+    changed, config.TRAIN.ALLOW_CONFIG_CHANGE = config.TRAIN.ALLOW_CONFIG_CHANGE, False  # applies only once
     begins = parts.continued_from is None or parts.continued_from.parent.resolve() != folder.resolve()
     notes = list(parts.notes)
     with fail_together():
         if world.is_main:
             hold = hold or _hold_new_folder(folder)
             if begins and (earlier := set_aside(folder)):
-                notes.append(f"the files of an earlier run in this folder lie in {earlier} now")
+                notes.append(f"the files of an earlier run in this folder were moved to {earlier}")
     run = Run(
         config=config,
         world=world,
@@ -133,16 +133,16 @@ def build_run(config: CfgNode, world: World) -> Run:
         hold=hold,
     )
     run.stop.listen()
-    if begins or changed:  # which need not be allowed again: the checkpoint has the new options
-        run.save()  # before the first line of the log, so that a run killed earlier leaves nothing to set aside
+    if begins or changed:  # the checkpoint then contains the new options, which need not be allowed again
+        run.save()  # before the first log line, so that a run killed before it leaves nothing to move away
     _introduce(run, in_words(config, parts, world), notes, parts.warnings)
     return run
 
 
 def assemble(config: CfgNode, world: World) -> Assembly:
-    """Build the parts of a run, continued from its newest checkpoint or started from pretrained weights, if any.
+    """Build the parts of a run, resumed from its newest checkpoint or started from pretrained weights, if any.
 
-    Nothing is written, and nothing asked of other processes.
+    Writes nothing and does not communicate with other processes.
 
     Raises:
         ValueError: wrong input.
@@ -185,7 +185,7 @@ def assemble(config: CfgNode, world: World) -> Assembly:
 
 
 def suspicious_settings(config: CfgNode, state: TrainingState, images: int, world_size: int) -> list[str]:
-    """Return which settings of a run on so many training images are probably not what its user means."""
+    """Return warnings about settings that are probably unintended, for a run on `images` training images."""
     found = []
     if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS and not config.TRAIN.WARMUP_UPDATES:
         found.append(
@@ -194,28 +194,28 @@ def suspicious_settings(config: CfgNode, state: TrainingState, images: int, worl
         )
     if config.TRAIN.BASE_LR < config.TRAIN.MIN_LR and config.TRAIN.LR_SCHEDULER.NAME in ("cosine", "poly"):
         found.append(
-            f"TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} is below TRAIN.MIN_LR {config.TRAIN.MIN_LR:g}, to which the rate "
-            "therefore rises; lower that, too"
+            f"TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} is below TRAIN.MIN_LR {config.TRAIN.MIN_LR:g}, so the learning "
+            "rate rises; lower TRAIN.MIN_LR, too"
         )
     drop = doubtful_drop(config, updates_per_epoch=state.updates_per_epoch, world_size=world_size)
     found += [drop] if drop else []
     dropped = images - state.updates_per_epoch * state.images_per_update
     if dropped > images / 10:
         found.append(
-            f"updates take {state.images_per_update} images, and the incomplete last one of an epoch is dropped: "
-            f"{dropped} of {images} images, others in each epoch; smaller batches drop fewer"
+            f"an update has {state.images_per_update} images, and the incomplete last one of an epoch is dropped: "
+            f"{dropped} of {images} images, different ones in each epoch; smaller batches drop fewer"
         )
     return found
 
 
 def rate_jump(config: CfgNode, state: TrainingState, saved: dict[str, Any]) -> list[str]:
-    """Return a warning where the learning rate of a continued run is another one than its checkpoint stopped at."""
+    """Return a warning if the learning rate of a resumed run differs from that of its checkpoint."""
     before, now = (groups[0]["lr"] for groups in (saved["optimizer"]["param_groups"], state.optimizer.param_groups))
     if state.position.epoch >= config.TRAIN.EPOCHS or before / _LARGEST_JUMP <= now <= before * _LARGEST_JUMP:
         return []
     return [
-        f"the learning rate goes from {before:.2e} to {now:.2e} where the run continues, so that its accuracy may fall "
-        "at first. To hold the rate of a finished run, set TRAIN.LR_SCHEDULER.PLANNED_EPOCHS to the epochs that it had"
+        f"the learning rate goes from {before:.2e} to {now:.2e} where the run continues, so its accuracy may drop at "
+        "first. To hold the rate of a finished run, set TRAIN.LR_SCHEDULER.PLANNED_EPOCHS to its number of epochs"
     ]
 
 
@@ -226,8 +226,8 @@ def _restore(state: TrainingState, config: CfgNode, resumed: Resumed) -> list[st
     position = state.position
     if position.epoch >= config.TRAIN.EPOCHS and path.parent.resolve() != config.run_folder.resolve():
         raise ValueError(
-            f"{path} is the end of a run of {position.epoch} epochs, which leaves nothing to train; "
-            "evaluate it with --eval, or start from its weights by --pretrained"
+            f"{path} is the end of a run of {position.epoch} epochs, so nothing is left to train; "
+            "evaluate it with --eval, or start from its weights with --pretrained"
         )
     notes = [f"continuing from {path}: epoch {position.epoch + 1}, update {position.update}"]
     if config.MODEL.PRETRAINED:
@@ -236,7 +236,7 @@ def _restore(state: TrainingState, config: CfgNode, resumed: Resumed) -> list[st
 
 
 def _check_agreement(state: TrainingState, folder: Path) -> None:
-    """Check that all processes begin at the same update.
+    """Check that all processes start at the same update.
 
     Raises:
         ValueError: they do not.
@@ -246,16 +246,16 @@ def _check_agreement(state: TrainingState, folder: Path) -> None:
 
 
 def _hold_new_folder(folder: Path) -> TextIO:
-    """Make a folder that there was not yet, and hold it.
+    """Create and lock a new folder.
 
     Raises:
-        ValueError: another run has made it in between.
+        ValueError: another run has created it in the meantime.
     """
     hold = hold_folder(open_folder(folder), patience=0)
     if (folder / "last.pth").exists():
         hold.close()
         raise ValueError(
-            f"another run has begun in {folder} meanwhile; start again to continue it, or give another --tag"
+            f"another run has started in {folder} in the meantime; start again to continue it, or give another --tag"
         )
     return hold
 
@@ -265,7 +265,7 @@ def _distribute(network: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return network
     devices = [world.device] if world.device.type == "cuda" else None
-    # Harmless: it warns of 1x1 weights, whose layouts are all the same in memory.
+    # Harmless for 1x1 weights, whose memory layouts are identical.
     python_warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return DistributedDataParallel(
         network, device_ids=devices, gradient_as_bucket_view=True, forward_sync_buffers=False
@@ -273,7 +273,7 @@ def _distribute(network: nn.Module, world: World) -> nn.Module:
 
 
 def in_words(config: CfgNode, parts: Assembly, world: World) -> str:
-    """Return the sizes of a run in a line."""
+    """Return one line with the sizes of a run."""
     parameters = sum(p.numel() for p in parts.state.network.parameters())
     return (
         f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(parts.train_loader.dataset)} training and "
@@ -284,13 +284,13 @@ def in_words(config: CfgNode, parts: Assembly, world: World) -> str:
 
 
 def _introduce(run: Run, introduction: str, notes: list[str], warnings: list[str]) -> None:
-    """Write config.yaml and say what is about to run."""
+    """Write config.yaml and log what is about to run."""
     config, log, state = run.config, run.log, run.state
     if run.world.is_main:
         try:
             write_whole(run.folder / "config.yaml", config.dump())
             write_environment(run.folder, run.world)
-        except OSError as error:  # a full disk ends no run
+        except OSError as error:  # a full disk must not end the run
             warnings = [*warnings, f"{error.filename or run.folder} could not be written ({error.strerror})"]
     log.rewind(epoch=state.position.epoch, update=state.updates_done)
     log.info(introduction)

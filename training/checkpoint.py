@@ -1,11 +1,11 @@
-"""Checkpoints that are whole or not there: safe loading, atomic saving, and the files of a run.
+"""Checkpoints: safe loading, atomic saving, and the checkpoint files of a run.
 
-A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that reading one runs no code: `format`,
-`model`, `ema` (or None), `chosen` (which of these two decides which epoch is the best, `raw` or `ema`), `optimizer`,
-`scaler`, `images_per_update`, `training_images`, `classes` (the names by label), `config` (YAML text) and the fields of
-`training.run.Position`, such as `epoch` and `update` (what comes next). The oldest files lack `chosen`,
-`training_images` and `classes`. The published files, with a pickled `CfgNode` under `config`, load too, and so do files
-of other trainers, in which `training.weight_sets` finds the weights.
+A checkpoint is a dict of tensors, numbers, strings, lists and dicts, so that loading it executes no code: `format`,
+`model`, `ema` (or None), `chosen` (which of these two decides the best epoch, `raw` or `ema`), `optimizer`, `scaler`,
+`images_per_update`, `training_images`, `classes` (names by label), `config` (YAML text) and the fields of
+`training.run.Position`, such as `epoch` and `update` (the next ones). The oldest files lack `chosen`, `training_images`
+and `classes`. The published files, with a pickled `CfgNode` under `config`, load too, and so do files of other
+trainers, in which `training.weight_sets` finds the weights.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ from utils import STAGED
 
 FORMAT = 1
 
-# PyTorch's safe unpickler fills exact dicts and OrderedDicts only, so that is what a pickled CfgNode is read as.
+# PyTorch's safe unpickler supports only dicts and OrderedDicts, so a pickled CfgNode is read as an OrderedDict.
 _CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, unpickling nothing but tensors and plain containers.
+    """Load a checkpoint onto the CPU, unpickling only tensors and plain containers.
 
     The yacs `CfgNode` of a published file becomes an `OrderedDict`.
 
     Args:
-        path: a file, or an address as `fetch` takes it.
+        path: a file, or a URL as accepted by `fetch`.
 
     Raises:
-        ValueError: for a file that is missing, damaged, no checkpoint, or that holds any other pickled class.
+        ValueError: the file is missing, damaged, not a checkpoint, or contains any other pickled class.
     """
     path = fetch(str(path)) if "://" in str(path) else Path(path)
     if path.is_dir():
@@ -63,25 +63,25 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     if not begin or begin.startswith((b"<", b"version https://git-lfs")):
         kind = "a text page, not a checkpoint" if begin else "empty"
-        raise ValueError(f"{path} is {kind}; the download went wrong, fetch the file again")
+        raise ValueError(f"{path} is {kind}; the download failed, download the file again")
     if path.suffix == ".safetensors":
         return _load_safetensors(path)
     try:
         with torch.serialization.safe_globals([_CFG_NODE]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what is wrong with a file is said below, in one line
+            warnings.simplefilter("ignore")  # problems are reported below, in one line
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
         if "Unsupported global" in reason or "GLOBAL" in reason:
             name = reason.split("GLOBAL ", 1)[-1].split()[0].rstrip(".")
             raise ValueError(
-                f"{path} holds a pickled {name}, which could run code when loaded; it is refused"
+                f"{path} contains a pickled {name}, which could execute code when loaded; it is rejected"
             ) from None
-        raise ValueError(f"{path} is damaged or no checkpoint of PyTorch") from None
-    except Exception as error:  # torch.load lets whatever a broken file provokes through
-        raise ValueError(f"{path} is damaged, cut off or no checkpoint of PyTorch ({type(error).__name__})") from None
+        raise ValueError(f"{path} is damaged or not a PyTorch checkpoint") from None
+    except Exception as error:  # torch.load can raise any exception on a damaged file
+        raise ValueError(f"{path} is damaged, truncated or not a PyTorch checkpoint ({type(error).__name__})") from None
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a dict with `model`")
+        raise ValueError(f"{path} contains a {type(loaded).__name__}, not a dict with `model`")
     return loaded
 
 
@@ -89,18 +89,18 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path} is damaged, cut off or no file of safetensors ({error})") from None
+        raise ValueError(f"{path} is damaged, truncated or not a safetensors file ({error})") from None
 
 
 def fetch(address: str) -> Path:
     """Return the local copy of `https://...#sha256=<hash of the file>`, which is downloaded once and checked each time.
 
     Raises:
-        ValueError: for another protocol, without the hash, and where the file cannot be fetched or is another one.
+        ValueError: the protocol is not https, the hash is missing or does not match, or the download fails.
     """
     url, _, digest = address.partition("#sha256=")
     if not url.startswith("https://"):
-        raise ValueError(f"{address}: checkpoints are fetched by https alone; download the file and name it instead")
+        raise ValueError(f"{address}: checkpoints are only downloaded by https; download the file and name it instead")
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise ValueError(f"{url} needs the file's hash: write {url}#sha256=<64 digits that sha256sum prints>")
     copy = Path(torch.hub.get_dir()) / "checkpoints" / f"{digest}.pth"
@@ -110,15 +110,15 @@ def fetch(address: str) -> Path:
         copy.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(copy), hash_prefix=digest, progress=False)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{url} could not be fetched: {error}") from None
+        raise ValueError(f"{url} could not be downloaded: {error}") from None
     return copy
 
 
 def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Load `weights` into `model`, name for name and shape for shape.
+    """Load `weights` into `model`; all names and shapes must match.
 
     Raises:
-        ValueError: listing what does not fit.
+        ValueError: lists the mismatches.
     """
     expected = model.state_dict()
     head = f"{classifier(model)}.weight"
@@ -130,7 +130,7 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
                 "evaluate it on the data it was trained on, or fine-tune it with --pretrained"
             )
     problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]
-    problems += [f"{name} is not of this model" for name in weights.keys() - expected.keys()]
+    problems += [f"{name} is not in this model" for name in weights.keys() - expected.keys()]
     problems += [
         f"{name} is {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in expected.keys() & weights.keys()
@@ -138,7 +138,7 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
     ]
     if problems:
         shown = "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(f"{path} is of another architecture than --cfg: {shown}")
+        raise ValueError(f"{path} has a different architecture than --cfg: {shown}")
     model.load_state_dict(weights)
 
 
@@ -148,21 +148,21 @@ class CheckpointFolder:
     def __init__(self, folder: Path, *, keep: int) -> None:
         """Args:
         folder: an existing folder.
-        keep: how many `epoch_N.pth` stay; 0 keeps all.
+        keep: number of `epoch_N.pth` to keep; 0 keeps all.
         """
         self.folder = folder
         self._keep = keep
 
     def save(self, state: dict[str, Any], *, best: bool = False, epoch: int | None = None) -> None:
-        """Write `state` as `last.pth`, also as `best.pth` where it is the `best`, and as `epoch_N.pth` for `epoch` N.
+        """Write `state` as `last.pth`, also as `best.pth` if `best`, and as `epoch_N.pth` for `epoch` N.
 
         Raises:
-            OSError: where the disk is full, say; `last.pth` is then what it was before, and every file whole.
+            OSError: for example, the disk is full; `last.pth` is then unchanged and every file complete.
         """
         last = self.folder / "last.pth"
         staged = _stage(state, last)
         try:
-            # `last.pth` comes at the end: a run killed before that repeats its steps and writes the others again.
+            # `last.pth` is written last: a run killed before that resumes earlier and writes the others again.
             if best:
                 _put_beside(staged, self.folder / "best.pth")
             if epoch is not None:
@@ -176,10 +176,10 @@ class CheckpointFolder:
         _sync(self.folder)
 
     def newest(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """Return the newest checkpoint that can be read, with its path; None where there is no checkpoint.
+        """Return path and content of the newest readable checkpoint, or None if there is no checkpoint.
 
         Raises:
-            ValueError: where there are checkpoints, but none can be read.
+            ValueError: there are checkpoints, but none can be read.
         """
         candidates = [self.folder / "last.pth", self.folder / "previous.pth", *reversed(self._epochs())]
         broken = []
@@ -199,7 +199,7 @@ class CheckpointFolder:
         return None
 
     def best_epoch(self) -> int:
-        """Return which epoch `best.pth` is of; 0 where there is none that can be read."""
+        """Return the epoch of `best.pth`; 0 if it does not exist or cannot be read."""
         try:
             return load_checkpoint(self.folder / "best.pth").get("best_epoch", 0)
         except ValueError:
@@ -216,11 +216,11 @@ class CheckpointFolder:
 
 
 def _stage(state: dict[str, Any], target: Path) -> Path:
-    """Write `state` beside `target`, flushed to the disk, and return where."""
-    buffer = io.BytesIO()  # a full disk then fails in one plain write
+    """Write `state` to a temporary file next to `target`, flush it to the disk, and return its path."""
+    buffer = io.BytesIO()  # a full disk then fails in a single write
     torch.save(state, buffer)
     staged = target.with_suffix(STAGED)
-    staged.unlink(missing_ok=True)  # a killed write may have left it as another name of `best.pth`
+    staged.unlink(missing_ok=True)  # after a killed write it may be a hard link to `best.pth`
     try:
         with staged.open("wb") as file:
             file.write(buffer.getbuffer())
@@ -233,8 +233,8 @@ def _stage(state: dict[str, Any], target: Path) -> Path:
 
 
 def _put_beside(source: Path, target: Path) -> None:
-    """Let `target` be the file that `source` is now: a second name for it, or a copy where there are no such names."""
-    # One name for all targets, so that a killed write leaves one file at most.
+    """Make `target` a hard link to `source`, or a copy if the file system does not support links."""
+    # One temporary name for all targets, so that a killed write leaves at most one file.
     staged = target.with_name(f"beside{STAGED}")
     staged.unlink(missing_ok=True)
     try:
@@ -245,17 +245,17 @@ def _put_beside(source: Path, target: Path) -> None:
             _sync(staged)
         staged.replace(target)
     finally:
-        staged.unlink(missing_ok=True)  # still there where the disk is full, or both were names of the same file
+        staged.unlink(missing_ok=True)  # still there if the disk is full, or both are links to the same file
 
 
 def _sync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
+    """Flush a file or a directory to the disk."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
-    except PermissionError:  # Windows opens no folders; it keeps their names without being asked
+    except PermissionError:  # Windows cannot open folders, and does not need to
         return
     try:
-        with suppress(OSError):  # some network file systems cannot, and need not
+        with suppress(OSError):  # not supported by some network file systems
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""The command line of `main.py`: which flags set which options, and what is said of wrong ones."""
+"""The command line of `main.py`: the options set by each flag, and errors for wrong flags."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.weight_sets import EMA, RAW
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, with the nearest flag that exists."""
+    """Reports errors in one line, with the closest existing flag."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; see python main.py --help")
@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
-    """Return the command line, and the config with the command line merged into it."""
+    """Return the parsed arguments, and the config with the command line merged into it."""
     parser = _Parser(prog="main.py", description="Train, evaluate or time a model.", allow_abbrev=False)
     parser.add_argument("--cfg", metavar="FILE", help="config, such as configs/digits.yaml")
     mode = parser.add_mutually_exclusive_group()
@@ -62,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
 
 
 def _reading(option: RunOption) -> dict[str, Any]:
-    """Return how argparse reads the flag of an option."""
+    """Return the argparse settings for the flag of an option."""
     meaning = {"help": option.meaning.replace("%", "%%")}
     if isinstance(option.default, bool):
         return {"action": "store_const", "const": option.bare, **meaning}
@@ -71,10 +71,10 @@ def _reading(option: RunOption) -> dict[str, Any]:
 
 
 def _choose_evaluated(config: CfgNode, given: set[str]) -> None:
-    """Set MODEL.RESUME to the checkpoint to evaluate: the one on the command line, or the best of the run itself.
+    """Set MODEL.RESUME to the checkpoint to evaluate: the one on the command line, or `best.pth` of the run.
 
-    Files that a config names are what its run started from; they are not evaluated by accident. Which weights of the
-    checkpoint are meant is likewise said by the command line alone, by --weights or --ema.
+    Files named in a config are what its run started from, so they are not evaluated. Likewise, only --weights or --ema
+    on the command line select the weights of the checkpoint.
 
     Raises:
         ValueError: there is neither.
@@ -87,7 +87,7 @@ def _choose_evaluated(config: CfgNode, given: set[str]) -> None:
         raise ValueError(f"--eval needs a checkpoint: pass it as --resume FILE{hint}")
     config.MODEL.RESUME = next(filter(None, named), str(best))
     config.MODEL.PRETRAINED = ""
-    if "MODEL.CLASS_MAP" not in given:  # that of a config belongs to what its run started from
+    if "MODEL.CLASS_MAP" not in given:  # that of a config is for the weights its run started from
         config.MODEL.CLASS_MAP = ""
     if "MODEL.WEIGHTS" not in given:
         asked = EMA if config.TRAIN.EMA.ENABLED else RAW

@@ -1,4 +1,4 @@
-"""On what a run computes: device, system and versions, written with the run."""
+"""The environment of a run: device, system and versions, saved with the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "triton")
 
 
 def write_environment(folder: Path, world: World) -> None:
-    """Write the environment of a run into its folder; that of the start before is replaced."""
+    """Write the environment of a run into its folder, replacing that of an earlier start."""
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else world.device.type
     found = {
         "processes": world.size,
@@ -33,7 +33,7 @@ def write_environment(folder: Path, world: World) -> None:
 
 
 def read_environment(folder: Path) -> dict[str, object]:
-    """Return what `write_environment` wrote; empty for a run that wrote none."""
+    """Return the environment written by `write_environment`; empty if there is none."""
     path = folder / FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 

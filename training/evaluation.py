@@ -1,4 +1,4 @@
-"""Evaluate a checkpoint, or time a network: what `--eval` and `--throughput` do."""
+"""Evaluate a checkpoint (`--eval`) or measure throughput (`--throughput`)."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class CheckpointEvaluation:
         task: data and metrics.
         network: with the weights of the file.
         loader: the held-out images.
-        choice: which of several sets of weights of the file these are, in words.
-        notes: what the log says at the start.
-        warnings: what the log warns of.
+        choice: description of the selected set of weights, if the file has several.
+        notes: lines for the log at the start.
+        warnings: warnings for the log.
         amp: precision, as in `AMP`.
     """
 
@@ -46,7 +46,7 @@ class CheckpointEvaluation:
     amp: str
 
     def run(self) -> int:
-        """Evaluate, print the published lines, and return the exit status."""
+        """Evaluate, log the results in the published format, and return the exit status."""
         config, world = self.task.config, self.task.world
         log = RunLog(None, config, is_main=world.is_main)
         log.begin(self.notes, self.warnings)
@@ -69,7 +69,7 @@ def build_evaluation(config: CfgNode, world: World, *, amp: str = "off") -> Chec
     Args:
         config: options of the run.
         world: its processes.
-        amp: precision, as in `AMP`. That of the config is the precision of training.
+        amp: precision, as in `AMP`. The config's AMP only applies to training.
 
     Raises:
         ValueError: wrong input.
@@ -84,7 +84,7 @@ def build_evaluation(config: CfgNode, world: World, *, amp: str = "off") -> Chec
         network = build_network(task, world)
     loader = task.eval_loader()
     load_strictly(network, given.weights, path)
-    if isinstance(epoch := checkpoint.get("epoch"), int):  # the one that the weights were trained in last
+    if isinstance(epoch := checkpoint.get("epoch"), int):  # the last epoch that the weights were trained in
         set_epoch(network, max(epoch if checkpoint.get("update") else epoch - 1, 0))
     warnings = [f"{path} was trained on other classes: {change}" for change in task.changes(checkpoint)] + task.doubts()
     return CheckpointEvaluation(path, task, network, loader, given.choice, [*found, *given.notes], warnings, amp)
@@ -127,7 +127,7 @@ def build_throughput(config: CfgNode, world: World) -> ThroughputTest:
 
 @torch.inference_mode()
 def measure_throughput(network: nn.Module, config: CfgNode, device: torch.device, *, runs: int = 30) -> float:
-    """Return how many random images a second the network takes, in batches of DATA.BATCH_SIZE."""
+    """Return images per second of inference on random images in batches of DATA.BATCH_SIZE."""
     network.eval()
     images = torch.randn(config.DATA.BATCH_SIZE, 3, *config.image_size, device=device)
     images = images.contiguous(memory_format=torch.channels_last)

@@ -1,7 +1,7 @@
-"""What a process exits with, and the one line that says why.
+"""Exit statuses, and the one-line error messages that go with them.
 
-0 finished; 1 failed, retrying will not help; 2 wrong input; 75 another process or the machine failed, the launchers try
-again; 128 + n stopped by signal n.
+0: finished; 1: failed, retrying will not help; 2: wrong input; 75: another process or the machine failed, the launchers
+restart the run; 128 + n: stopped by signal n.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from utils import Launch, collective_timeout, is_lost_peer, is_lost_worker, is_o
 
 FAILED = 1
 WRONG_INPUT = 2
-# "Temporary failure" in sysexits.h: worth another try.
+# EX_TEMPFAIL in sysexits.h: retrying may help.
 LOST_PEER = 75
 
 
 def refuse(error: Exception | str, *, alone: bool = False) -> int:
-    """Say in one line what is wrong with the input and return the exit status.
+    """Print in one line what is wrong with the input and return the exit status.
 
-    Ranks that have joined fail together, and the first speaks for all. Before they join, one rank of each machine
-    speaks. What a single rank knows `alone`, it says itself.
+    Once the process group exists, ranks fail together and rank 0 prints. Before that, one rank per machine prints. An
+    error that only this rank knows (`alone`) is printed by it.
     """
     try:
         launch = launched_as()
@@ -36,10 +36,10 @@ def refuse(error: Exception | str, *, alone: bool = False) -> int:
 
 
 def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> int:
-    """Say that memory, a file system or another process failed, if that is what `error` means; return the exit status.
+    """Log a failure of memory, a file system or another process and return the exit status.
 
     Raises:
-        RuntimeError: any other `error`.
+        RuntimeError: `error` is something else.
     """
     log = logging.getLogger("dat")
     if isinstance(error, OSError) or is_lost_worker(error):
@@ -51,8 +51,8 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
         return LOST_PEER
     if is_out_of_memory(error):
         log.error(
-            "out of memory; reduce --batch-size and raise --accumulation-steps instead, pass --use-checkpoint, or "
-            "choose a smaller network"
+            "out of memory; reduce --batch-size and raise --accumulation-steps, pass --use-checkpoint, or use a "
+            "smaller network"
         )
         return FAILED
     if not is_lost_peer(error):
@@ -66,12 +66,12 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
 
 
 def _continuation() -> str:
-    """Say who continues the run."""
+    """Describe how the run continues."""
     if restarts_left() > 0:
-        return "the launcher starts all processes again, from the last checkpoint"
+        return "the launcher restarts all processes from the last checkpoint"
     return "the same command continues from the last checkpoint"
 
 
 def on_one_line(message: str) -> str:
-    """Return `message` with line breaks and control characters, which file names may hold, as escapes."""
+    """Return `message` with line breaks and control characters, which file names may contain, escaped."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in message)

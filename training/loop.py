@@ -1,4 +1,4 @@
-"""The training loop: epochs, updates, and what an update leads to."""
+"""The training loop: epochs and updates, with logging, saving and stopping."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from training.progress import Progress
 from training.run import Run
 from utils import LateReader, seed_everything, sum_over_ranks, wait_for_all
 
-# Files that a run leaves.
+# Result files of a run.
 RESULTS = ("best.pth", "last.pth", "report.html", "curves.png", "metrics.jsonl", "log.txt", "config.yaml")
 
 
 class Ask(IntEnum):
-    """What the ranks ask for after an update."""
+    """What to do after an update, agreed on by all ranks."""
 
     NOTHING = 0
     SAVE = 1
@@ -34,18 +34,18 @@ class Ask(IntEnum):
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot go on: too many updates in a row were not finite, or too many files unreadable."""
+    """The run cannot continue: too many consecutive updates were not finite, or too many files are unreadable."""
 
 
 class Update(NamedTuple):
-    """What one update gave on this rank, on the device.
+    """Results of one update on this rank, on the device.
 
     Attributes:
         loss: mean over the micro-batches.
-        norm: of the gradients before clipping, unscaled; NaN where the update was skipped.
-        parts: the named losses that `loss` is the sum of; empty where the task has a single one.
-        unreadable: files of these micro-batches that could not be read.
-        batches: the micro-batches as the network saw them, where TRAIN.ANOMALY_REPORT needs them.
+        norm: gradient norm before clipping, unscaled; NaN if the update was skipped.
+        parts: the named losses whose sum is `loss`; empty if the task has a single loss.
+        unreadable: number of files in these micro-batches that could not be read.
+        batches: the micro-batches as passed to the network, if TRAIN.ANOMALY_REPORT is set.
     """
 
     loss: Tensor
@@ -77,7 +77,7 @@ def train_epochs(run: Run) -> int:
             return run.stop.exit_status()
         scores = [run.task.score.of(result.metrics) for result in results]
         sound = all(math.isfinite(score) for score in scores)
-        if sound:  # so are the weights, whatever the last updates were
+        if sound:  # then the weights are finite, even if the last updates were skipped
             position.nonfinite_in_row = 0
         position.finish_epoch(scores[-1] if sound else -math.inf)
         log.info(run.task.best_line(position.best_accuracy))
@@ -95,12 +95,12 @@ def early_end(run: Run) -> str:
 
 
 def train_one_epoch(run: Run) -> bool:
-    """Train from where the run stands to the end of its epoch.
+    """Train from the current position to the end of the epoch.
 
-    Saves in between as SAVE_EVERY_UPDATES and SAVE_EVERY_MINUTES ask for.
+    Saves checkpoints in between according to SAVE_EVERY_UPDATES and SAVE_EVERY_MINUTES.
 
     Returns:
-        False where the run was asked to stop before the epoch was over.
+        False if the run was asked to stop before the end of the epoch.
 
     Raises:
         TrainingStopped: see there.
@@ -132,7 +132,7 @@ def train_one_epoch(run: Run) -> bool:
 def take_update(run: Run, batches: Iterator[Any]) -> Update:
     """Take one update: forward and backward over its micro-batches, then one step of the optimizer.
 
-    A loss or gradient that is not finite on any rank leaves weights and optimizer as they are, on every rank.
+    If the loss or a gradient is not finite on any rank, weights and optimizer stay unchanged on every rank.
     """
     config, state, task, device = run.config, run.state, run.task, run.world.device
     position, optimizer, steps = state.position, state.optimizer, config.TRAIN.ACCUMULATION_STEPS
@@ -177,7 +177,7 @@ def total_of(losses: Tensor | dict[str, Tensor]) -> Tensor:
 def share(run: Run, update: Update, *, save_due: bool) -> Tensor:
     """Return `[loss, norm, unreadable files, requests to save, to stop, named losses...]` over all ranks.
 
-    Losses and norm are means, the others sums. The numbers stay on the device.
+    Losses and norm are averaged, the others summed. The numbers stay on the device.
     """
     asked = (update.unreadable, save_due and run.world.is_main, run.stop.received is not None)
     flags = [torch.full((), float(value), device=update.loss.device) for value in asked]  # filled there, not copied
@@ -186,7 +186,7 @@ def share(run: Run, update: Update, *, save_due: bool) -> Tensor:
 
 
 def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress) -> Ask:
-    """Take in what an update gave, log it when it is time, and return what the ranks ask for; all learn the same.
+    """Process the numbers of an update, log them if due, and return what to do next, which is the same on all ranks.
 
     Raises:
         TrainingStopped: see there.
@@ -222,7 +222,7 @@ def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress)
 
 
 def anomaly_report(run: Run, update: int, batches: list[Any]) -> str:
-    """Return where the numbers of this rank's micro-batches of `update`, run once more, stop being finite."""
+    """Run this rank's micro-batches of `update` once more and report the first module with a non-finite output."""
     network = run.state.network
 
     def forward() -> Tensor:
@@ -238,7 +238,7 @@ def anomaly_report(run: Run, update: int, batches: list[Any]) -> str:
 
 
 def evaluate_weights(run: Run) -> list[Evaluation] | None:
-    """Evaluate the weights and, where there are any, the averaged weights; None where the run was asked to stop."""
+    """Evaluate the weights and the EMA weights, if any; return None if the run was asked to stop."""
     state = run.state
     kinds = {"eval": ("", state.network)} | (
         {"eval_ema": ("averaged weights: ", state.ema.module)} if state.ema else {}
@@ -256,7 +256,7 @@ def evaluate_weights(run: Run) -> list[Evaluation] | None:
 
 
 def report(run: Run) -> None:
-    """Write report.html from what the run left in its folder; whatever goes wrong there is a warning."""
+    """Write report.html from the files of the run; errors are logged as warnings."""
     if not run.config.REPORT:
         return
     from tools.confusion import Stopped
@@ -267,13 +267,13 @@ def report(run: Run) -> None:
         write_report(run.folder, run.world.device, wanted=lambda: run.stop.received is None)
     except Stopped:
         run.log.info(f"no report.html, as the run was asked to stop; {again}")
-    except Exception as error:  # the run is over, and its results are there
+    except Exception as error:  # the run has finished and its results are saved
         run.log.warning(f"no report.html ({' '.join(str(error).split())}); {again}")
 
 
 def conclude(run: Run, saved: bool) -> int:
-    """Draw the curves and say how the run ended; return the exit status."""
-    from tools.plot import plot_curves  # matplotlib takes a second that a run needs at its end alone
+    """Draw the curves and log how the run ended; return the exit status."""
+    from tools.plot import plot_curves  # importing matplotlib takes a second and is only needed here
 
     position = run.state.position
     wait_for_all()
@@ -283,7 +283,7 @@ def conclude(run: Run, saved: bool) -> int:
             plot_curves({run.config.TAG: run.folder / "metrics.jsonl"}, curves)
         except OSError as error:
             run.log.warning(f"{curves} could not be written ({error.strerror})")
-            curves.unlink(missing_ok=True)  # what there is of it
+            curves.unlink(missing_ok=True)  # a partial file
         report(run)
         if position.epoch < run.config.TRAIN.EPOCHS:
             run.log.info(f"{early_end(run)}: the run ends after epoch {position.epoch} of {run.config.TRAIN.EPOCHS}")
@@ -294,7 +294,7 @@ def conclude(run: Run, saved: bool) -> int:
 
 
 def result_in_words(run: Run) -> str:
-    """Return the best score and the files of the run that lie on the disk, which may have been full."""
+    """Return the best score and the result files that exist; some are missing if the disk was full."""
     position, score = run.state.position, run.task.score
     best = "no evaluation gave finite numbers"
     if position.best_epoch:

@@ -161,9 +161,9 @@ def test_a_class_map_that_does_not_fit_is_refused(tmp_path: Path, text: str | No
 @pytest.mark.parametrize(
     ("letters", "options", "message"),
     [
-        ("D", {}, "stages.0.attns.0.conv_offset.0.bias is not of this model"),
-        ("NN", {}, "stages.0.attns.1.proj.bias is not of this model"),
-        ("N", {"use_lpus": True}, "stages.0.local_perception_units.0.bias is not of this model"),
+        ("D", {}, "stages.0.attns.0.conv_offset.0.bias is not in this model"),
+        ("NN", {}, "stages.0.attns.1.proj.bias is not in this model"),
+        ("N", {"use_lpus": True}, "stages.0.local_perception_units.0.bias is not in this model"),
         ("N", {"nat_rpb": False}, "stages.0.attns.0.rpb is missing"),
         ("N", {"heads": 4}, "stages.0.attns.0.rpb is (4, 13, 13) instead of (1, 13, 13)"),
     ],

@@ -95,7 +95,7 @@ def test_a_hostile_pickle_is_refused_before_it_runs(
     victim.touch()
     config = Hostile(function, command.format(victim))
     torch.save(published() | {"config": config}, path, _use_new_zipfile_serialization=zipped)
-    assert f"holds a pickled {name}, which could run code when loaded; it is refused" in refusal(path)
+    assert f"contains a pickled {name}, which could execute code when loaded; it is rejected" in refusal(path)
     assert victim.exists()
     torch.load(path, weights_only=False)  # what would have happened
     assert not victim.exists()
@@ -114,7 +114,7 @@ def test_any_other_class_is_refused_by_name(tmp_path: Path, value: Any, name: st
     path = tmp_path / "weights.pth"
     torch.save({"model": {"weight": torch.ones(2)}, "extra": value}, path)
     message = refusal(path)
-    assert "holds a pickled" in message
+    assert "contains a pickled" in message
     assert name in message
 
 
@@ -131,12 +131,12 @@ def test_a_truncated_file_is_called_damaged(tmp_path: Path, share: float, zipped
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty; the download went wrong, fetch the file again"),
+        (b"", "is empty; the download failed, download the file again"),
         (b"<!DOCTYPE html><html><title>Quota exceeded</title></html>", "a text page"),
         (b"\n  <html>", "a text page"),
         (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "a text page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 97\n", "a text page"),
-        (b"Not found", "damaged or no checkpoint"),
+        (b"Not found", "damaged or not a PyTorch checkpoint"),
         (b"PK\x03\x04" + bytes(100), "damaged"),
         (bytes(1000), "damaged"),
     ],
@@ -204,9 +204,9 @@ def test_strict_loading_lists_what_is_of_another_architecture() -> None:
     weights = Classifier(8, 5).state_dict()
     weights["body.bias"] = torch.ones(16)
     weights["extra"] = weights.pop("cls_head.bias")
-    with pytest.raises(ValueError, match=r"x\.pth is of another architecture than --cfg") as error:
+    with pytest.raises(ValueError, match=r"x\.pth has a different architecture than --cfg") as error:
         load_strictly(model, weights, "x.pth")
-    problems = ["body.bias is (16,) instead of (8,)", "cls_head.bias is missing", "extra is not of this model"]
+    problems = ["body.bias is (16,) instead of (8,)", "cls_head.bias is missing", "extra is not in this model"]
     assert str(error.value).endswith(": " + "; ".join(problems))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -408,9 +408,9 @@ def test_the_newest_epoch_is_the_last_resort(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "message"),
     [
-        ("http://example.org/a.pth#sha256=" + 64 * "0", "by https alone"),
-        ("ftp://example.org/a.pth#sha256=" + 64 * "0", "by https alone"),
-        ("file:///etc/a.pth#sha256=" + 64 * "0", "by https alone"),
+        ("http://example.org/a.pth#sha256=" + 64 * "0", "only downloaded by https"),
+        ("ftp://example.org/a.pth#sha256=" + 64 * "0", "only downloaded by https"),
+        ("file:///etc/a.pth#sha256=" + 64 * "0", "only downloaded by https"),
         ("https://example.org/a.pth", "needs the file's hash"),
         ("https://example.org/a.pth#sha256=abc", "needs the file's hash"),
         ("https://example.org/a.pth#sha256=" + 64 * "x", "needs the file's hash"),
@@ -452,6 +452,6 @@ def test_a_fetched_file_is_checked_each_time(tmp_path: Path, monkeypatch: pytest
     assert internet.requests == 2
     copies[0].unlink()
     internet.content = content + b"x"
-    with pytest.raises(ValueError, match=r"https://example\.org/a\.pth could not be fetched: invalid hash"):
+    with pytest.raises(ValueError, match=r"https://example\.org/a\.pth could not be downloaded: invalid hash"):
         load_checkpoint(address)
     assert list(tmp_path.rglob("checkpoints/*")) == []

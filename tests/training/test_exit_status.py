@@ -16,7 +16,7 @@ from training.exit_status import LOST_PEER, report_failure
 CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1"
 LATE = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 6000ms for recv"
 BY_HAND = "the same command continues from the last checkpoint"
-BY_ITSELF = "the launcher starts all processes again, from the last checkpoint"
+BY_ITSELF = "the launcher restarts all processes from the last checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -54,13 +54,13 @@ def test_a_lost_process_is_told_as_it_was(
         ),
         (
             ConnectionResetError(104, "Connection reset by peer"),
-            "DataLoader worker died while it handed a batch over: [Errno 104] Connection reset by peer",
+            "DataLoader worker died while sending a batch: [Errno 104] Connection reset by peer",
         ),
         (
             ConnectionRefusedError(111, "Connection refused"),
-            "DataLoader worker died while it handed a batch over: [Errno 111] Connection refused",
+            "DataLoader worker died while sending a batch: [Errno 111] Connection refused",
         ),
-        (EOFError(), "DataLoader worker died while it handed a batch over: EOFError"),
+        (EOFError(), "DataLoader worker died while sending a batch: EOFError"),
     ],
 )
 def test_a_killed_worker_is_told_whatever_it_was_doing(
@@ -70,7 +70,7 @@ def test_a_killed_worker_is_told_whatever_it_was_doing(
     monkeypatch.setattr(logging.getLogger("dat"), "error", said.append)
     monkeypatch.delenv("DAT_RESTARTS_LEFT", raising=False)
     assert report_failure(error) == LOST_PEER
-    assert said == [f"rank 0: {reason} (fewer DATA.NUM_WORKERS take less memory); {BY_HAND}"]
+    assert said == [f"rank 0: {reason} (fewer DATA.NUM_WORKERS need less memory); {BY_HAND}"]
 
 
 def test_a_killed_process_is_not_called_slow(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path: Path) -> 
 def test_a_rate_below_its_end_is_said(tmp_path: Path) -> None:
     run = build(tmp_path, "--lr", "0")
     said = (run.folder / "log.txt").read_text()
-    assert "TRAIN.BASE_LR 0 is below TRAIN.MIN_LR 0.0001, to which the rate therefore rises" in said
+    assert "TRAIN.BASE_LR 0 is below TRAIN.MIN_LR 0.0001, so the learning rate rises" in said
 
 
 def test_suspicious_settings_are_said(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_suspicious_settings_are_said(tmp_path: Path) -> None:
     run = build(tmp_path, *flags, "TRAIN.WARMUP_EPOCHS", "2")
     said = (run.folder / "log.txt").read_text()
     assert "TRAIN.WARMUP_EPOCHS 2 is not below TRAIN.EPOCHS 2" in said
-    assert "dropped: 3 of 9 images, others in each epoch" in said
+    assert "dropped: 3 of 9 images, different ones in each epoch" in said
     assert "1 of 2 classes have no held-out images: red" in said
     run = build(tmp_path, "--tag", "updates", *flags, "TRAIN.WARMUP_EPOCHS", "2", "TRAIN.WARMUP_UPDATES", "1")
     assert "is not below TRAIN.EPOCHS" not in (run.folder / "log.txt").read_text()

@@ -137,5 +137,5 @@ def test_files_of_safetensors_are_read(tmp_path: Path) -> None:
     save_file(state(prefix="model."), path)
     assert value_of(load_checkpoint(path)) == (1.0, "raw")
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged, cut off or no file of safetensors"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged, truncated or not a safetensors file"):
         load_checkpoint(path)

@@ -65,5 +65,5 @@ def test_an_entry_that_is_not_known_is_an_error() -> None:
     detector = build("retinanet")
     weights = published("retinanet", detector.backbone.state_dict(), detector.backbone.channels)
     weights["bbox_head.more.weight"] = torch.zeros(1)
-    with pytest.raises(ValueError, match=re.escape("bbox_head.more.weight is not of this model")):
+    with pytest.raises(ValueError, match=re.escape("bbox_head.more.weight is not in this model")):
         adapt(weights, detector)
