@@ -35,7 +35,7 @@ pytestmark = pytest.mark.xdist_group("wrong input")  # which share one run
 PHOTOS = {"train/cat": 4, "train/dog": 4, "val/cat": 2, "val/dog": 2}
 DATA = {"DATASET": "imagenet", "DATA_PATH": "photos", "BATCH_SIZE": 2, "NUM_WORKERS": 0}
 LAYOUT = r"the layout is DATA_PATH/train/<class>/\*\.jpg and DATA_PATH/val/<class>/\*\.jpg"
-WITHOUT_STATE = "holds no training state that can be continued; to start from its weights use --pretrained"
+WITHOUT_STATE = "has no training state that can be resumed; to start from its weights use --pretrained"
 
 
 @dataclass(kw_only=True)
@@ -221,9 +221,7 @@ ROWS = [
         flags=("--weights", "best"),
         says="MODEL.WEIGHTS must be one of '', raw, ema, not 'best'",
     ),
-    Wrong(
-        name="flag: --weights without a file", flags=("--weights", "ema"), says="--weights belongs to .* --pretrained"
-    ),
+    Wrong(name="flag: --weights without a file", flags=("--weights", "ema"), says="--weights needs .*--pretrained"),
     Wrong(
         name="flag: no checkpoint to evaluate", flags=("--eval",), says="--eval needs a checkpoint: pass .* --resume"
     ),
@@ -271,7 +269,7 @@ ROWS = [
     opts("augmentation", "AUG.AUTO_AUGMENT", "rand-x9", "'rand-x9' is no policy of timm; write one such as rand-m9-"),
     opts("control character", "OUTPUT", "a\nb", r"OUTPUT must be one line of text .*, not 'a\\nb'"),
     opts("no name", "TAG", "..", r"TAG must be a folder name without a path, not '\.\.'"),
-    opts("class map without weights", "MODEL.CLASS_MAP", "map.txt", "MODEL.CLASS_MAP belongs to .* --pretrained"),
+    opts("class map without weights", "MODEL.CLASS_MAP", "map.txt", "MODEL.CLASS_MAP needs .*--pretrained"),
     # The network.
     dat("three dims", r"dims = \[8, 16, 16\] must be a list of 4 entries, one per stage", dims=[8, 16, 16]),
     dat("no list", r"MODEL.DAT.dims must be a list, such as \[96, 192, 384, 768\], not 8", dims=8),
@@ -600,31 +598,31 @@ ROWS = [
     weights(
         "another version of the code",
         lambda: save(trained(format=2)),
-        "wrong.pth is of another version of this code: its format is 2, this one's 1; continue it with that version; ",
+        "wrong.pth is from another version of this code: its format is 2, the current one is 1; resume it",
         *("--resume", "wrong.pth"),
     ),
     weights(
         "empty optimizer",
         lambda: save(trained(optimizer={})),
-        "wrong.pth holds the state of another optimizer; start from its weights by --pretrained",
+        "wrong.pth has the state of another optimizer; start from its weights with --pretrained",
         *("--resume", "wrong.pth"),
     ),
     weights(
         "optimizer of other shapes",
         lambda: save(trained(optimizer=optimizer_of(torch.zeros(3)))),
-        "wrong.pth holds the state of another optimizer; start from its weights by --pretrained",
+        "wrong.pth has the state of another optimizer; start from its weights with --pretrained",
         *("--resume", "wrong.pth"),
     ),
     weights(
         "optimizer of no tensors",
         lambda: save(trained(optimizer=optimizer_of("much"))),
-        "wrong.pth holds the state of another optimizer; start from its weights by --pretrained",
+        "wrong.pth has the state of another optimizer; start from its weights with --pretrained",
         *("--resume", "wrong.pth"),
     ),
     weights(
         "optimizer of no state",
         lambda: save(trained(optimizer={**trained()["optimizer"], "state": 5})),
-        "wrong.pth holds the state of another optimizer; start from its weights by --pretrained",
+        "wrong.pth has the state of another optimizer; start from its weights with --pretrained",
         *("--resume", "wrong.pth"),
     ),
     weights(
@@ -637,25 +635,25 @@ ROWS = [
     weights(
         "renamed classes",
         lambda: write_folder(Path("wrong"), {"train/ape": 4, "train/dog": 4, "val/ape": 2, "val/dog": 2}),
-        "written under other options: class 0: 'cat' in the checkpoint, 'ape' now. Give another --tag",
+        "written with other options: class 0: 'cat' in the checkpoint, 'ape' now. Give another --tag",
         *("--data-path", "wrong", "--resume", "trained.pth"),
     ),
     weights(
         "another data set",
         lambda: write_folder(Path("wrong"), {**PHOTOS, "train/cat": 5}),
-        "written under other options: training images: 8 in the checkpoint, 9 now. Give another --tag",
+        "written with other options: training images: 8 in the checkpoint, 9 now. Give another --tag",
         *("--data-path", "wrong", "--resume", "trained.pth"),
     ),
     weights(
         "another config",
         lambda: None,
-        "written under other options: TRAIN.BASE_LR: 0.02 in the checkpoint, 0.5 now. .*--tag .*--allow-config-change",
+        "written with other options: TRAIN.BASE_LR: 0.02 in the checkpoint, 0.5 now. .*--tag .*--allow-config-change",
         *("--resume", "trained.pth", "--opts", "TRAIN.BASE_LR", "0.5"),
     ),
     weights(
         "another optimizer",
         lambda: None,
-        "trained.pth holds the state of another optimizer; start from its weights by --pretrained",
+        "trained.pth has the state of another optimizer; start from its weights with --pretrained",
         *("--resume", "trained.pth", "--allow-config-change", "--opts", "TRAIN.OPTIMIZER.NAME", "sgd"),
     ),
     weights(
@@ -667,7 +665,7 @@ ROWS = [
     weights(
         "larger data set",
         lambda: save(trained(epoch=0, update=5)),
-        "after 5 updates of an epoch, which has 4 now; continue with the data set that the run began with",
+        "after 5 updates of an epoch, which has 4 now; continue with the data set that the run started with",
         *("--resume", "wrong.pth"),
     ),
     weights(

@@ -1,4 +1,4 @@
-"""The output folder of a run: made, tried, cleared, and held against other runs."""
+"""The output folder of a run: create, check, clear, and lock it."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ except ModuleNotFoundError:  # Windows
     import msvcrt
 
 LOCK = ".lock"
-WRITERS = ("tensorboard", "wandb")  # folders that a run may leave
-_WINDOWS_LOCK = 2**20  # the byte locked there: nobody can read a locked one, and the text before it is for everybody
+WRITERS = ("tensorboard", "wandb")  # folders that a run may create
+_WINDOWS_LOCK = 2**20  # the byte locked on Windows, beyond the text, as a locked byte cannot be read
 
 
 def open_folder(folder: Path) -> Path:
-    """Make the output folder and return it.
+    """Create the output folder and return it.
 
     Raises:
-        ValueError: where it cannot be made or written; nothing is left behind then.
+        ValueError: it cannot be created or written; nothing is left behind.
     """
     try_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -37,13 +37,13 @@ def open_folder(folder: Path) -> Path:
 
 
 def try_folder(folder: Path) -> None:
-    """Check that the output folder can be made and written, and leave nothing behind.
+    """Check that the output folder can be created and written, and leave nothing behind.
 
-    What is missing is made in a folder of its own, beside where it belongs: to make it there and take it away again
-    could take it from another run that starts at the same moment.
+    Missing folders are created inside a temporary folder instead of in place: removing them in place could remove them
+    under another run that starts at the same time.
 
     Raises:
-        ValueError: where it cannot.
+        ValueError: it cannot.
     """
     try:
         existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
@@ -56,28 +56,28 @@ def try_folder(folder: Path) -> None:
 
 
 def hold_folder(folder: Path, *, patience: float = 120) -> TextIO:
-    """Keep other runs from writing into a folder until the returned file is closed or this process has ended.
+    """Lock a folder against other runs until the returned file is closed or this process ends.
 
     Args:
-        folder: an existing folder that can be written.
-        patience: seconds to wait for another run to let go. One that was told to stop has to save first, and where a
-            machine has died, a network file system takes up to two minutes to notice.
+        folder: an existing, writable folder.
+        patience: seconds to wait for another run to release it. A stopping run has to save first, and a network file
+            system takes up to two minutes to notice a dead machine.
 
     Raises:
-        ValueError: where another run still holds the folder then.
+        ValueError: another run still holds the lock.
     """
     file = (folder / LOCK).open("a+", encoding="utf-8")
     if not _lock(file):
         file.seek(0)
         holder = file.read()
         if patience:
-            print(f"another run writes into {folder} ({holder}); waiting for its end", file=sys.stderr, flush=True)
+            print(f"another run is using {folder} ({holder}); waiting for it to end", file=sys.stderr, flush=True)
         end = time.monotonic() + patience
         while not _lock(file):
             if time.monotonic() > end:
                 file.close()
                 raise ValueError(
-                    f"another run writes into {folder} ({holder}); stop it, or give another --tag; if its machine is "
+                    f"another run is using {folder} ({holder}); stop it, or give another --tag; if its machine is "
                     f"dead, remove {folder / LOCK}"
                 )
             time.sleep(0.2)
@@ -88,22 +88,22 @@ def hold_folder(folder: Path, *, patience: float = 120) -> TextIO:
 
 
 def _lock(file: TextIO) -> bool:
-    """Lock `file` unless another process has, and return whether it may be used."""
+    """Lock `file` unless another process has locked it, and return whether it may be used."""
     try:
         if fcntl:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which the workers of loaders would inherit
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which data loader workers would inherit
         else:
             os.lseek(file.fileno(), _WINDOWS_LOCK, os.SEEK_SET)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
     except OSError as error:
-        return error.errno not in (errno.EACCES, errno.EAGAIN)  # others: a file system without locks
+        return error.errno not in (errno.EACCES, errno.EAGAIN)  # other errors: the file system has no locks
     return True
 
 
 def set_aside(folder: Path) -> Path | None:
-    """Move what an earlier run left in `folder` to a folder inside it; return that, or None if there was nothing.
+    """Move the files of an earlier run in `folder` to a subfolder and return it, or None if there are no files.
 
-    What a killed write left half written is nothing.
+    Temporary files of a killed write are ignored.
     """
     files = [
         path

@@ -1,4 +1,4 @@
-"""What `--check` says of a run before it starts: its sizes, its schedule, and what its checkpoints take."""
+"""Summary of a run for `--check`: sizes, learning rate schedule, and disk space of the checkpoints."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _COLUMNS = 60
 
 
 def preview(parts: Assembly, config: CfgNode, world: World) -> tuple[list[str], list[str]]:
-    """Return what is said of a run, and what it is warned of: that of the run itself, and too little room on the disk.
+    """Return the lines and warnings about a run, including a warning if the disk is too small.
 
-    The optimizer takes a step, so the run must not be trained.
+    Takes an optimizer step, so the run must not be trained afterwards.
     """
     rates = planned_schedule(config, updates_per_epoch=parts.state.updates_per_epoch, world_size=world.size)
     size, files = checkpoint_bytes(parts.state), checkpoint_files(config)
@@ -35,7 +35,7 @@ def preview(parts: Assembly, config: CfgNode, world: World) -> tuple[list[str], 
 
 
 def draw_schedule(rates: list[tuple[float, float]]) -> str:
-    """Return a line with the learning rates of a run, given as pairs of the epochs done and the rate."""
+    """Return one line that draws the learning rate schedule, given as pairs of epochs done and rate."""
     peak_at, peak = max(rates, key=lambda pair: pair[1])
     epochs = rates[-1][0] or 1
     columns = min(_COLUMNS, len(rates))
@@ -48,7 +48,7 @@ def draw_schedule(rates: list[tuple[float, float]]) -> str:
 
 
 def checkpoint_bytes(state: TrainingState) -> int:
-    """Return how much the tensors of a checkpoint take, after a step of the optimizer on gradients of zero."""
+    """Return the size of the tensors of a checkpoint, after an optimizer step with zero gradients."""
     for group in state.optimizer.param_groups:
         for weight in group["params"]:
             weight.grad = torch.zeros_like(weight)
@@ -57,7 +57,7 @@ def checkpoint_bytes(state: TrainingState) -> int:
 
 
 def checkpoint_files(config: CfgNode) -> int:
-    """Return how many checkpoints a run has on the disk at most, the one that is being written among them."""
+    """Return the maximum number of checkpoints of a run on the disk, including the one being written."""
     copies = config.TRAIN.EPOCHS // config.SAVE_FREQ if config.SAVE_FREQ else 0
     return len(("best", "last", "previous", "written")) + min(copies, config.KEEP_CHECKPOINTS or copies)
 

@@ -1,4 +1,4 @@
-"""Progress within an epoch: the bar, the lines of the log, and when to save."""
+"""Progress within an epoch: progress bar, log lines, and when to save."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ModuleNotFoundError:  # Windows
 
 
 class Progress:
-    """Follows the updates of one epoch; a context that takes its bar away at the end."""
+    """Tracks the updates of one epoch; a context manager that closes the progress bar."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -34,14 +34,14 @@ class Progress:
         self._bar.close()
 
     def advance(self, update: int, loss: float, lr: float, names: list[str], taken: float) -> None:
-        """Move on to an update, whose loss is known now.
+        """Record an update whose loss is now known.
 
         Args:
             update: its number within the epoch, from 1.
-            loss: over all ranks.
+            loss: averaged over all ranks.
             lr: its learning rate.
-            names: of its named losses.
-            taken: when it was taken, by `time.perf_counter`; its loss is known one update later.
+            names: names of the partial losses.
+            taken: `time.perf_counter()` when it was taken; its loss is known one update later.
         """
         self._bar.update()
         self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -49,17 +49,17 @@ class Progress:
             self._log(update, lr, names, taken)
 
     def is_count_due(self) -> bool:
-        """Return whether SAVE_EVERY_UPDATES asks for a checkpoint; the same on every rank."""
+        """Return whether a checkpoint is due by SAVE_EVERY_UPDATES; the same on every rank."""
         every, update = self._run.config.SAVE_EVERY_UPDATES, self._run.state.position.update
         return every > 0 and update % every == 0 and update < self._run.state.updates_per_epoch
 
     def is_clock_due(self) -> bool:
-        """Return whether SAVE_EVERY_MINUTES asks for a checkpoint, by this rank's clock."""
+        """Return whether a checkpoint is due by SAVE_EVERY_MINUTES, by this rank's clock."""
         every = self._run.config.SAVE_EVERY_MINUTES
         return every > 0 and time.monotonic() - self._last_save >= 60 * every
 
     def saved(self) -> None:
-        """Note that a checkpoint was written now."""
+        """Restart the timer of SAVE_EVERY_MINUTES."""
         self._last_save = time.monotonic()
 
     def _log(self, update: int, lr: float, names: list[str], taken: float) -> None:
@@ -88,7 +88,7 @@ class Progress:
 
 
 def _memory(device: torch.device) -> float:
-    """Return the most memory used so far, of a GPU or of the process, in GiB; NaN where the system does not tell."""
+    """Return the peak memory of the GPU or of the process in GiB; NaN if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if resource is None:

@@ -1,4 +1,4 @@
-"""What a run begins from: its newest checkpoint, --resume, or pretrained weights; and what may have changed since."""
+"""The starting point of a run: its newest checkpoint, --resume, or pretrained weights; and checks for changes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from training.checkpoint import FORMAT, CheckpointFolder, load_checkpoint
 from training.weight_sets import pick_weights
 from utils import was_restarted
 
-# What the continuation of a run needs, besides its format, and of which type.
+# Entries needed to resume a run, besides its format, with their types.
 _TRAINING_STATE: dict[str, Any] = {
     **dict.fromkeys(("model", "optimizer", "scaler"), dict),
     "ema": (dict, NoneType),
@@ -30,7 +30,7 @@ _TRAINING_STATE: dict[str, Any] = {
 
 
 class Resumed(NamedTuple):
-    """A checkpoint that a run continues from, and what to warn of."""
+    """A checkpoint to resume from, with warnings."""
 
     path: Path
     checkpoint: dict[str, Any]
@@ -38,7 +38,7 @@ class Resumed(NamedTuple):
 
 
 def find_resumed(config: CfgNode, task: Task, *, training_images: int) -> Resumed | None:
-    """Return the checkpoint to continue from: the newest of the output folder, or --resume; None for a new run.
+    """Return the checkpoint to resume from: the newest in the output folder, or --resume; None for a new run.
 
     Args:
         config: options of this run.
@@ -46,7 +46,7 @@ def find_resumed(config: CfgNode, task: Task, *, training_images: int) -> Resume
         training_images: size of its training set.
 
     Raises:
-        ValueError: it cannot be continued under this config.
+        ValueError: it cannot be resumed with this config.
     """
     found, warnings = None, []
     if config.TRAIN.AUTO_RESUME or was_restarted():
@@ -67,31 +67,31 @@ def find_resumed(config: CfgNode, task: Task, *, training_images: int) -> Resume
     changes += task.changes(state)
     if changes and not config.TRAIN.ALLOW_CONFIG_CHANGE:
         raise ValueError(
-            f"{path} was written under other options: {'; '.join(changes)}. Give another --tag to train "
-            "another run (from its weights by --pretrained), or --allow-config-change to continue this one all the "
-            "same; the config.yaml beside the checkpoint has its own options"
+            f"{path} was written with other options: {'; '.join(changes)}. Give another --tag to train "
+            "another run (from its weights with --pretrained), or --allow-config-change to continue this one anyway; "
+            "the config.yaml next to the checkpoint has its options"
         )
-    return Resumed(path, state, warnings + [f"continuing under other options: {change}" for change in changes])
+    return Resumed(path, state, warnings + [f"continuing with other options: {change}" for change in changes])
 
 
 def _began_from(state: dict[str, Any]) -> str:
-    """Return the --resume of the run that wrote `state`: the same command has continued from that file already."""
+    """Return the --resume of the run that wrote `state`: the same command has already resumed from that file."""
     written = written_config(state) if state.get("format") == FORMAT else None
     return dict(flatten(written)).get("MODEL.RESUME", "") if written else ""
 
 
 def start_from_pretrained(config: CfgNode, network: nn.Module, task: Task) -> tuple[list[str], list[str]]:
-    """Load the weights of --pretrained, if any, into `network`; return what the log says of it, and what to warn of.
+    """Load the weights of --pretrained, if any, into `network`; return notes and warnings for the log.
 
     Raises:
-        ValueError: they cannot be read or do not fit, or there are options for weights and no weights.
+        ValueError: they cannot be read or do not match, or options for weights are set without weights.
     """
     path = config.MODEL.PRETRAINED
     if not path:
         if config.MODEL.CLASS_MAP:
-            raise ValueError("MODEL.CLASS_MAP belongs to the weights of --pretrained; give those too, or remove it")
+            raise ValueError("MODEL.CLASS_MAP needs the weights of --pretrained; give those too, or remove it")
         if config.MODEL.WEIGHTS:
-            raise ValueError("--weights belongs to the file of --pretrained or to --eval; give one, or remove it")
+            raise ValueError("--weights needs --pretrained or --eval; give one, or remove it")
         return [], []
     checkpoint = load_checkpoint(path)
     class_map = Path(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
@@ -108,27 +108,27 @@ def start_from_pretrained(config: CfgNode, network: nn.Module, task: Task) -> tu
     if not known or classes != known or not isinstance(trained, int):
         return said, []
     return said, [
-        f"{path} has been trained on these classes for {trained} epochs: optimizer and schedule start afresh, so that "
-        "its accuracy may fall while the learning rate is high; docs/training.md has the ways to train it for longer"
+        f"{path} has been trained on these classes for {trained} epochs: optimizer and schedule start from scratch, so "
+        "accuracy may drop while the learning rate is high; docs/training.md describes how to train it for longer"
     ]
 
 
 def check_training_state(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Check that a run can be continued from a checkpoint.
+    """Check that a run can be resumed from a checkpoint.
 
     Raises:
-        ValueError: it holds weights alone, say, or is of another version of this code.
+        ValueError: for example, it contains only weights, or is from another version of this code.
     """
     hint = "to start from its weights use --pretrained"
     if isinstance(checkpoint.get("format"), int) and checkpoint["format"] != FORMAT:
         raise ValueError(
-            f"{path} is of another version of this code: its format is {checkpoint['format']}, this one's {FORMAT}; "
-            f"continue it with that version; {hint}"
+            f"{path} is from another version of this code: its format is {checkpoint['format']}, the current one is "
+            f"{FORMAT}; resume it with that version; {hint}"
         )
     whole = all(_is_entry(checkpoint.get(name, ...), kind) for name, kind in _TRAINING_STATE.items())
     whole = whole and all(isinstance(row, list) and len(row) >= 2 for row in checkpoint["unlogged"])
     if checkpoint.get("format") != FORMAT or not whole or written_config(checkpoint) is None:
-        raise ValueError(f"{path} holds no training state that can be continued; {hint}")
+        raise ValueError(f"{path} has no training state that can be resumed; {hint}")
 
 
 def _is_entry(value: Any, kind: Any) -> bool:
@@ -136,19 +136,19 @@ def _is_entry(value: Any, kind: Any) -> bool:
 
 
 def written_config(checkpoint: dict[str, Any]) -> CfgNode | None:
-    """Return the config of the run that wrote a checkpoint; None where there is none."""
+    """Return the config of the run that wrote a checkpoint, or None."""
     try:
         options = yaml.safe_load(checkpoint.get("config"))
         return CfgNode(options) if isinstance(options, dict) else None
-    except (yaml.YAMLError, AttributeError, AssertionError):  # no YAML, no text, or values that no option has
+    except (yaml.YAMLError, AttributeError, AssertionError):  # not YAML, not text, or invalid values
         return None
 
 
 def config_changes(
     checkpoint: dict[str, Any], config: CfgNode, *, images_per_update: int, training_images: int
 ) -> list[str]:
-    """Return the options of the run that wrote `checkpoint` that differ from this one's and change the result."""
-    free = options(may_change=True)  # BATCH_SIZE and ACCUMULATION_STEPS too: what counts is the size of an update
+    """Return the differences from the options of the run that wrote `checkpoint` that affect the result."""
+    free = options(may_change=True)  # including BATCH_SIZE and ACCUMULATION_STEPS: only their product matters
     changes = [
         f"{key}: {before!r} in the checkpoint, {now!r} now"
         for key, before, now in differences(complete(written_config(checkpoint)), config)

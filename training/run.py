@@ -1,4 +1,4 @@
-"""What a training run consists of, how far it has come, and what its checkpoints hold."""
+"""The parts of a training run, its position, and the state saved in checkpoints."""
 
 from __future__ import annotations
 
@@ -29,24 +29,24 @@ AUTOCAST = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass
 class Position:
-    """How far a run has come. Every field stands in the checkpoints under its name."""
+    """Position of a run. Checkpoints contain every field under its name."""
 
     epoch: int = 0
     # Updates done within the epoch.
     update: int = 0
-    # Loss, gradient norm and named losses of the updates since the last line of the log.
+    # Loss, gradient norm and named losses of the updates since the last log line.
     unlogged: list[list[float]] = field(default_factory=list)
-    # Updates skipped in a row because they were not finite, and in all.
+    # Non-finite updates skipped in a row, and in total.
     nonfinite_in_row: int = 0
     nonfinite: int = 0
-    # Unreadable files met in this epoch, over all ranks.
+    # Unreadable files found in this epoch, over all ranks.
     unreadable: int = 0
-    # The task's score, of which larger is better; named after that of classification.
+    # The task's score, larger is better; named after that of classification.
     best_accuracy: float = -1.0
     best_epoch: int = 0
 
     def lacks_progress(self, patience: int) -> bool:
-        """Return whether the score did not improve for so many epochs; 0 epochs are never enough."""
+        """Return whether the score has not improved for `patience` epochs; always false for 0."""
         return 0 < patience <= self.epoch - self.best_epoch
 
     def finish_epoch(self, score: float) -> None:
@@ -58,39 +58,39 @@ class Position:
 
 
 class BadImages:
-    """The file that lists every image that could not be read; each process adds those that it meets."""
+    """The file that lists unreadable images; each process appends those it finds."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        # File names need not be UTF-8; Python hands such bytes through as surrogates.
+        # File names need not be UTF-8; Python represents such bytes as surrogates.
         self._file = {"encoding": "utf-8", "errors": "surrogateescape"}
         self._known: set[str] = set()
 
     def add(self, paths: list[str], warn: Callable[[str], None]) -> None:
-        """Add those of `paths` that are not in the file yet."""
+        """Append those of `paths` that are not in the file yet."""
         if paths and self._path.exists():
             self._known.update(self._path.read_text(**self._file).splitlines())
         for path in paths:
             if path not in self._known:
                 self._known.add(path)
-                warn(f"{path} cannot be read; another image takes its place (listed in {self._path})")
+                warn(f"{path} cannot be read; it is replaced by another image (listed in {self._path})")
                 with suppress(OSError), self._path.open("a", **self._file) as file:  # the warning matters more
                     file.write(f"{path}\n")
 
 
 @dataclass
 class TrainingState:
-    """What learns, and where it stands: all that a checkpoint restores.
+    """Everything that is saved in a checkpoint and restored from it.
 
     Attributes:
         network: the model, without the wrapper of distributed training.
         ema: averaged weights.
-        optimizer: over the trained parameters of `network`.
-        scheduler: learning rate by update.
-        scaler: of the loss, for fp16.
+        optimizer: of the trained parameters of `network`.
+        scheduler: learning rate schedule, stepped per update.
+        scaler: loss scaler for fp16.
         images_per_update: over all ranks and micro-batches.
-        updates_per_epoch: of a whole epoch.
-        position: how far training has come.
+        updates_per_epoch: number of updates in a full epoch.
+        position: position of the run.
     """
 
     network: nn.Module
@@ -108,7 +108,7 @@ class TrainingState:
         return self.position.epoch * self.updates_per_epoch + self.position.update
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the state as a checkpoint holds it."""
+        """Return the state in the layout of a checkpoint."""
         return {
             "format": FORMAT,
             "model": self.network.state_dict(),
@@ -121,10 +121,10 @@ class TrainingState:
         }
 
     def restore(self, state: dict[str, Any], path: Path) -> None:
-        """Continue where `state`, read from `path`, was saved; the weights are in the network already.
+        """Restore everything but the weights, which are already loaded, from `state`, which was read from `path`.
 
         Raises:
-            ValueError: averaged weights are wanted and it has none, or the optimizer's state does not fit.
+            ValueError: averaged weights are needed but missing, or the optimizer state does not match.
         """
         if self.ema:
             averaged = pick_weights(state, path, self.ema.module, kind=EMA)
@@ -139,24 +139,24 @@ class TrainingState:
         except (ValueError, KeyError, TypeError, AttributeError):
             fits = False
         if not fits:
-            raise ValueError(f"{path} holds the state of another optimizer; start from its weights by --pretrained")
+            raise ValueError(f"{path} has the state of another optimizer; start from its weights with --pretrained")
         for group, settings in zip(self.optimizer.param_groups, configured, strict=True):
-            group.update(settings)  # where the run continues under other options, these hold
+            group.update(settings)  # the current options take precedence over those of the checkpoint
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.position = Position(**{name: state[name] for name in vars(self.position)})
-        # Another size of updates continues at the same image.
+        # With a different number of images per update, resume at the same image.
         self.position.update = self.position.update * state["images_per_update"] // self.images_per_update
         if self.position.update > self.updates_per_epoch:
             raise ValueError(
                 f"{path} was saved after {self.position.update} updates of an epoch, which has "
-                f"{self.updates_per_epoch} now; continue with the data set that the run began with"
+                f"{self.updates_per_epoch} now; continue with the data set that the run started with"
             )
         if self.updates_done:
             self.scheduler.step_update(self.updates_done - 1)
 
     def _has_optimizer_state(self, *, started: bool) -> bool:
-        """Return whether the optimizer remembers what it should; fused kernels would not ask for the shapes."""
+        """Return whether the restored optimizer state is complete; fused kernels do not check shapes themselves."""
         held = self.optimizer.state
         fit = (
             isinstance(value, torch.Tensor) and value.shape in ((), weight.shape)
@@ -170,7 +170,7 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Run:
-    """A training run, complete: built once by `training.build`. What changes is in `state`."""
+    """A complete training run, built by `training.build`. Only `state` changes."""
 
     config: CfgNode
     world: World
@@ -178,7 +178,7 @@ class Run:
     train_loader: Loader
     eval_loader: Loader
     state: TrainingState
-    # The network as it is trained: wrapped where there are several processes.
+    # The network, wrapped for distributed training if there are several processes.
     model: nn.Module
     folder: Path
     log: RunLog
@@ -189,25 +189,25 @@ class Run:
     hold: TextIO | None
 
     def autocast(self) -> AbstractContextManager:
-        """Return the precision of the forward pass."""
+        """Return the autocast context of the forward pass."""
         amp = self.config.AMP
         return torch.autocast(self.world.device.type, dtype=AUTOCAST[amp], enabled=amp != "off")
 
     def gradient_sync(self, *, enabled: bool) -> AbstractContextManager:
-        """Return the context of a micro-batch: gradients are averaged over the ranks in the last one of an update."""
+        """Return the context of a micro-batch: gradients are averaged over ranks only in the last one of an update."""
         return nullcontext() if enabled or self.world.size == 1 else self.model.no_sync()
 
     def save(self, *, best: bool = False, epoch: int | None = None) -> bool:
-        """Write a checkpoint and return whether there is one now; otherwise the one before stays in use.
+        """Write a checkpoint and return whether it succeeded; otherwise the previous one stays in use.
 
         Nothing is written while updates are not finite.
 
         Args:
-            best: also as `best.pth`.
-            epoch: also as `epoch_N.pth` of this epoch.
+            best: also write `best.pth`.
+            epoch: also write `epoch_N.pth` of this epoch.
         """
         position = self.state.position
-        if position.nonfinite_in_row:  # these weights may be what is broken
+        if position.nonfinite_in_row:  # the weights may be the cause
             self.log.info("not saved: the last update was not finite")
             return False
         if not self.world.is_main:
@@ -218,7 +218,7 @@ class Run:
         except OSError as error:
             self.log.warning(
                 f"{self.folder / f'last{STAGED}'}, the checkpoint of epoch {position.epoch + 1}, update "
-                f"{position.update}, could not be written ({error.strerror}); the one before it, "
+                f"{position.update}, could not be written ({error.strerror}); the previous one, "
                 f"{self.folder / 'last.pth'}, stays in use"
             )
             return False

@@ -1,4 +1,4 @@
-"""The teacher of knowledge distillation, as DISTILL.* names it."""
+"""Load the teacher for knowledge distillation from the options DISTILL.*."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from training.trained_model import load_trained
 
 
 def give_teacher(config: CfgNode, task: Task) -> list[str]:
-    """Let a task learn from the network that the config names, if any; return what the log says of it.
+    """Set the teacher of a task from the config, if any; return notes for the log.
 
     Raises:
-        ValueError: it cannot be loaded, or has other classes than the task.
+        ValueError: it cannot be loaded, or its classes differ from those of the task.
     """
     settings = config.DISTILL
     if settings.TEACHER and settings.TIMM:
-        raise ValueError("DISTILL.TEACHER and DISTILL.TIMM name a teacher each; remove one of them")
+        raise ValueError("DISTILL.TEACHER and DISTILL.TIMM both name a teacher; remove one of them")
     if not settings.TEACHER and not settings.TIMM:
         return []
     ours = task.describe().get("classes", [])
@@ -29,7 +29,7 @@ def give_teacher(config: CfgNode, task: Task) -> list[str]:
     else:
         teacher, classes = _of_timm(settings.TIMM)
         words = settings.TIMM
-    are_named = settings.TEACHER and not settings.CONFIG  # only a checkpoint of ours tells them as the data set does
+    are_named = settings.TEACHER and not settings.CONFIG  # only checkpoints of this trainer have comparable names
     if len(classes) != len(ours) or (are_named and classes != ours):
         differs = f"{len(classes)} classes and the data set {len(ours)}"
         if len(classes) == len(ours):
@@ -41,10 +41,10 @@ def give_teacher(config: CfgNode, task: Task) -> list[str]:
 
 
 def _of_timm(name: str) -> tuple[Teacher, list[str]]:
-    """Return a pretrained model of timm and its classes, without names."""
+    """Return a pretrained timm model and its classes, without names."""
     try:
         network = timm.create_model(name, pretrained=True)
-    except (RuntimeError, OSError, ValueError) as error:  # of an unknown name, or of no network
-        raise ValueError(f"DISTILL.TIMM: timm gives no pretrained {name!r}: {error}") from None
+    except (RuntimeError, OSError, ValueError) as error:  # an unknown name, or no network connection
+        raise ValueError(f"DISTILL.TIMM: timm cannot load a pretrained {name!r}: {error}") from None
     data = resolve_data_config(model=network)
     return Teacher(network, data["input_size"][1:], data["mean"], data["std"]), [""] * network.num_classes

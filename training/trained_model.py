@@ -1,4 +1,4 @@
-"""A network as a checkpoint holds it: with its config, the names of its classes, and the weights it was chosen for."""
+"""Load a trained network with its config and class names from a checkpoint."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from training.weight_sets import EMA, RAW, pick_weights
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A network that is ready to be used.
+    """A network ready for use.
 
     Attributes:
         network: in evaluation mode, on the CPU.
         config: of the run that trained it.
         classes: names by label.
-        weights: ``raw`` or ``ema``; empty for a network that was not trained.
+        weights: ``raw`` or ``ema``; empty for an untrained network.
         path: the checkpoint.
-        notes: how its weights were recognised, where they do not stand as in those of the trainer.
+        notes: how its weights were recognised, if it was not written by this trainer.
     """
 
     network: nn.Module
@@ -46,10 +46,10 @@ class TrainedModel:
     notes: Sequence[str] = ()
 
     def transform(self, size: tuple[int, int] | None = None) -> Callable[[Image.Image], Tensor]:
-        """Return what makes an RGB image the network's input ``[3, H, W]``, as evaluation does.
+        """Return the evaluation transform from an RGB image to the network's input ``[3, H, W]``.
 
         Args:
-            size: height and width in pixels; that of the config, with its crop, where None.
+            size: height and width in pixels; None for that of the config, with its crop.
         """
         config = self.config
         return eval_transform(
@@ -61,11 +61,11 @@ class TrainedModel:
         )
 
     def read(self, path: str | Path) -> Image.Image:
-        """Return an image file as RGB, turned as DATA.EXIF says; see `data.images.read_image`."""
+        """Read an image file as RGB, rotated according to DATA.EXIF; see `data.images.read_image`."""
         return read_image(path, turn=self.config.DATA.EXIF == "apply")
 
     def words(self) -> str:
-        """Return what was loaded, in words."""
+        """Return a description of what was loaded."""
         kind = {RAW: "raw weights", EMA: "averaged weights", "": "random weights"}[self.weights]
         name = self.config.MODEL.NAME
         loaded = f"{self.path or name}: {name}, {len(self.classes)} classes ({in_words(self.classes)}), {kind}"
@@ -73,15 +73,15 @@ class TrainedModel:
 
 
 def load_trained(path: str | Path, *, cfg: str | Path | None = None, weights: str = "") -> TrainedModel:
-    """Load a network from a checkpoint alone.
+    """Load a network from a checkpoint.
 
     Args:
-        path: a checkpoint of the trainer, or another file of weights together with `cfg`.
-        cfg: config file; the checkpoint's own where None.
-        weights: ``raw`` or ``ema``; those that the checkpoint was chosen for where empty.
+        path: a checkpoint of this trainer, or another file of weights together with `cfg`.
+        cfg: config file; None for the config in the checkpoint.
+        weights: ``raw`` or ``ema``; empty for those that the checkpoint was selected by.
 
     Raises:
-        ValueError: the file holds no such weights, or no config while `cfg` is None.
+        ValueError: the file has no such weights, or no config and `cfg` is None.
     """
     checkpoint = load_checkpoint(path)
     config = load_config(cfg) if cfg else _own_config(checkpoint, path)
@@ -94,14 +94,14 @@ def load_trained(path: str | Path, *, cfg: str | Path | None = None, weights: st
 
 
 def untrained(config: CfgNode, classes: list[str] | None = None) -> TrainedModel:
-    """Return the network of a config as a run with its seed begins, with random weights."""
+    """Return the network of a config with the initial weights of a run with its seed."""
     torch.manual_seed(config.SEED)
     network = build_model(config).eval()
     return TrainedModel(network, config, _class_names(classes, num_classes(config)), "", "")
 
 
 def _fit_classes(network: nn.Module, config: CfgNode, weights: dict[str, Tensor]) -> nn.Module:
-    """Return the network of a config with as many classes as the weights have, which the config then says."""
+    """Return the network with the number of classes of the weights, which is also set in the config."""
     classes = len(weights.get(f"{classifier(network)}.bias", ()))
     if not classes or classes == num_classes(config):
         return network
@@ -112,7 +112,7 @@ def _fit_classes(network: nn.Module, config: CfgNode, weights: dict[str, Tensor]
 def _own_config(checkpoint: dict[str, Any], path: str | Path) -> CfgNode:
     written = written_config(checkpoint)
     if written is None:
-        raise ValueError(f"{path} holds no config; name the one of its architecture, as in --cfg configs/dat_tiny.yaml")
+        raise ValueError(f"{path} has no config; give the one of its architecture, such as --cfg configs/dat_tiny.yaml")
     return complete(written)
 
 

@@ -1,7 +1,7 @@
-"""The weights in a file, whoever wrote it: under which entry and prefix they stand, and whether they are averaged.
+"""Find the weights in a checkpoint file of any trainer, and whether they are averaged.
 
-A file is understood by what it holds: the weights are where most names of the network are found. So any nesting of
-entries (`model`, `state_dict`, `teacher`, ...) and prefixes (`module.`, `_orig_mod.`, `backbone.`, ...) is recognised.
+The weights are where most parameter names of the network are found. Any nesting of entries (`model`, `state_dict`,
+`teacher`, ...) and prefixes (`module.`, `_orig_mod.`, `backbone.`, ...) is therefore recognised.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from torch import Tensor, nn
 
 from models.contract import takes_over
 
-# Sets of weights that a file may hold: as they were trained, and their moving average.
+# Sets of weights in a file: raw, and their exponential moving average.
 RAW, EMA = "raw", "ema"
 WEIGHTS = (RAW, EMA)
 _IN_WORDS = {RAW: "raw weights", EMA: "averaged weights"}
 
-# Wrappers of torch.compile, activation checkpointing and FSDP, which stand in front of any part of a name.
+# Wrappers of torch.compile, activation checkpointing and FSDP, which can appear before any part of a name.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
-# Entries and prefixes of moving averages; the teachers of self-distillation are those of their students.
+# Entries and prefixes of moving averages; the teacher of self-distillation is the average of its student.
 _AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?|shadow|teacher|momentum)(?:[._]|$)")
-# Weights of which this share of the network's names is found are the network's. Other architectures share a few names.
+# Fraction of the network's names that must be found. Other architectures share a few names.
 _RECOGNISED = 0.1
-# Sets that hold almost as many names as the best one are alternatives to it.
+# Sets with at least this fraction of the names of the best one are alternatives to it.
 _ALTERNATIVE = 0.9
 _DEPTH = 3
 
@@ -41,8 +41,8 @@ class WeightSet:
     Attributes:
         weights: tensors by name.
         kind: ``raw`` or ``ema``.
-        choice: which of several sets these are, in words; empty where there is one.
-        notes: what was recognised, for the log; empty for files as the trainer writes them.
+        choice: description of the selected set; empty if there is only one.
+        notes: what was recognised, for the log; empty for files written by this trainer.
     """
 
     weights: dict[str, Tensor]
@@ -53,7 +53,7 @@ class WeightSet:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """Tensors below one entry of a file whose names begin with one prefix."""
+    """Tensors of one entry of a file whose names start with one prefix."""
 
     entry: str
     prefix: str
@@ -68,7 +68,7 @@ class _Candidate:
         return EMA if averaged else RAW
 
     def place(self) -> str:
-        """Return entry and prefix in words."""
+        """Return a description of entry and prefix."""
         prefix = self.prefix and f"names with prefix {self.prefix}"
         wrapped = f"names with {', '.join(self.wrappers)}" if self.wrappers else ""
         return ", ".join(filter(None, (self.entry or "a state dict", prefix, wrapped)))
@@ -80,12 +80,12 @@ def pick_weights(checkpoint: dict[str, Any], path: str | Path, network: nn.Modul
     Args:
         checkpoint: content of the file.
         path: its name, for messages.
-        network: what the weights are for; its names tell where they are.
-        kind: ``raw`` or ``ema``. Where empty, the set that the file was chosen for: the one that it names, otherwise
-            the average if there is one.
+        network: the weights are found by its parameter names.
+        kind: ``raw`` or ``ema``. If empty, the set that the checkpoint was selected by: the one it names, otherwise the
+            average if there is one.
 
     Raises:
-        ValueError: there are no weights, none of this kind, or none with names of the network.
+        ValueError: there are no weights, none of this kind, or none with the names of the network.
     """
     names = network.state_dict().keys()
     candidates = [one for entry, held in _tensors(checkpoint) for one in _candidates(entry, held, names)]
@@ -119,7 +119,7 @@ def pick_weights(checkpoint: dict[str, Any], path: str | Path, network: nn.Modul
 
 
 def layout(checkpoint: dict[str, Any]) -> str:
-    """Return what a file holds, in words: its entries, how many tensors each has, and their first names."""
+    """Describe the contents of a file: its entries, the number of tensors in each, and their first names."""
     words = [f"{entry or 'at its top'}: {_first(list(held), 'tensors')}" for entry, held in _tensors(checkpoint)]
     tops = {entry.partition(".")[0] for entry, held in _tensors(checkpoint)}
     others = [str(name) for name, value in checkpoint.items() if name not in tops and not isinstance(value, Tensor)]
@@ -131,7 +131,7 @@ def _first(names: list[str], what: str, most: int = 3) -> str:
 
 
 def _tensors(held: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Yield the dicts of a file that hold tensors by name, each with where it stands."""
+    """Yield the dicts of named tensors in a file with their location."""
     if not isinstance(held, dict) or depth > _DEPTH:
         return
     named = {name: value for name, value in held.items() if isinstance(name, str)}
@@ -139,13 +139,13 @@ def _tensors(held: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, 
     if tensors:
         yield entry, tensors
     for name, value in named.items():
-        if name.startswith("optim"):  # whose moments may stand under the names of the weights
+        if name.startswith("optim"):  # optimizer state may use the names of the weights
             continue
         yield from _tensors(value, f"{entry}.{name}" if entry else name, depth + 1)
 
 
 def _candidates(entry: str, held: dict[str, Tensor], names: Collection[str]) -> Iterator[_Candidate]:
-    """Yield the tensors of one dict under each prefix below which the names of the network are found."""
+    """Yield the tensors of one dict for each prefix under which names of the network are found."""
     bare = {_WRAPPERS.sub("", name): value for name, value in held.items()}
     wrappers = sorted({wrapper for name in held for wrapper in _WRAPPERS.findall(name)})
     found: Counter[str] = Counter({_wrapper(bare): 0})
@@ -161,7 +161,7 @@ def _candidates(entry: str, held: dict[str, Tensor], names: Collection[str]) -> 
 
 
 def _wrapper(names: Collection[str]) -> str:
-    """Return the prefix of distributed training where all names have it, which is not the network's."""
+    """Return the prefix of distributed training if all names have it."""
     return "module." if all(name.startswith("module.") for name in names) else ""
 
 

@@ -136,8 +136,8 @@ def test_frozen_norms_and_dropout_stay_in_evaluation_mode() -> None:
     [
         (["DISTILL.TEACHER", "best.pth"], "the teacher best.pth has 10 classes and the data set 3; train it on"),
         (["DISTILL.TEACHER", "three.pth"], "has class 1 as 'cow' and the data set as 'dog'"),
-        (["DISTILL.TIMM", "resnet10"], "DISTILL.TIMM: timm gives no pretrained 'resnet10': "),
-        (["DISTILL.TIMM", "resnet10t", "DISTILL.TEACHER", "best.pth"], "name a teacher each; remove one of them"),
+        (["DISTILL.TIMM", "resnet10"], "DISTILL.TIMM: timm cannot load a pretrained 'resnet10': "),
+        (["DISTILL.TIMM", "resnet10t", "DISTILL.TEACHER", "best.pth"], "both name a teacher; remove one of them"),
     ],
 )
 def test_wrong_teachers(

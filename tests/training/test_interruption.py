@@ -216,7 +216,7 @@ def test_a_held_folder_is_refused_by_all_processes_in_one_line(tmp_path: Path) -
     other = start_and_wait_for_rows(trial, 1)
     job = trial.start(DAT_TIMEOUT_MINUTES="0.1")
     assert job.wait() == [2, 2], job.console()
-    assert len([line for line in job.console().splitlines() if "another run writes into" in line]) == 2
+    assert len([line for line in job.console().splitlines() if "another run is using" in line]) == 2
     assert "another process died" not in job.console()
     other.signal(signal.SIGKILL)
     other.wait()
@@ -261,7 +261,7 @@ def test_a_run_whose_checkpoints_cannot_be_written_goes_on(uninterrupted: Uninte
     assert all(
         (trial.folder / name).is_file() for name in re.findall(r"[a-z]+\.[a-z]+", files.partition(" lie in ")[0])
     )
-    told = [line for line in job.console().splitlines() if line.endswith(f"the one before it, {last}, stays in use")]
+    told = [line for line in job.console().splitlines() if line.endswith(f"the previous one, {last}, stays in use")]
     assert len(told) >= 8
     assert all("last.tmp, the checkpoint of epoch" in line and "(File too large)" in line for line in told)
     assert {path.name: path.read_bytes() for path in trial.folder.glob("*.pth")} == before

@@ -213,7 +213,7 @@ def test_other_options_are_allowed_once_and_a_jump_of_the_learning_rate_is_said(
     own = load_config(run.folder / "config.yaml")  # in which the run remembers what it was told
     assert (own.TRAIN.EPOCHS, own.TRAIN.ALLOW_CONFIG_CHANGE) == (4, False)
     with pytest.raises(
-        ValueError, match=r"TRAIN.EPOCHS: 4 in the checkpoint, 2 now.*config.yaml beside the checkpoint"
+        ValueError, match=r"TRAIN.EPOCHS: 4 in the checkpoint, 2 now.*config.yaml next to the checkpoint"
     ):
         build(tmp_path)
     held = ("--epochs", "4", "--allow-config-change", "--opts", "TRAIN.LR_SCHEDULER.PLANNED_EPOCHS", "2")
@@ -227,10 +227,10 @@ def test_weights_of_a_run_on_the_same_classes_begin_a_schedule_of_their_own(tmp_
     first = build(tmp_path)
     again = build(tmp_path, "--pretrained", str(first.folder / "last.pth"), "--tag", "another")
     said = (again.folder / "log.txt").read_text()
-    assert "has been trained on these classes for 0 epochs: optimizer and schedule start afresh" in said
+    assert "has been trained on these classes for 0 epochs: optimizer and schedule start from scratch" in said
     torch.save({"model": first.state.network.state_dict()}, tmp_path / "weights.pth")
     other = build(tmp_path, "--pretrained", str(tmp_path / "weights.pth"), "--tag", "third")
-    assert "start afresh" not in (other.folder / "log.txt").read_text()
+    assert "start from scratch, so" not in (other.folder / "log.txt").read_text()
 
 
 def test_a_disk_that_is_full_at_the_start_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,7 +46,7 @@ def test_trying_a_folder_makes_none(tmp_path: Path) -> None:
 def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with other_run(tmp_path) as first:
         try:
-            holder = rf"another run writes into {tmp_path} \(process {first.pid} on .+\)"
+            holder = rf"another run is using {tmp_path} \(process {first.pid} on .+\)"
             with pytest.raises(
                 ValueError, match=rf"{holder}; stop it, or give another --tag; .*, remove {tmp_path}/.lock"
             ):
@@ -54,7 +54,7 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path, capsys:
             assert capsys.readouterr().err == ""
             with pytest.raises(ValueError, match=holder):
                 hold_folder(tmp_path, patience=0.3)
-            assert re.fullmatch(rf"{holder}; waiting for its end\n", capsys.readouterr().err)
+            assert re.fullmatch(rf"{holder}; waiting for it to end\n", capsys.readouterr().err)
         finally:
             first.kill()
     with hold_folder(tmp_path, patience=0) as file:

@@ -86,7 +86,7 @@ def test_a_lock_of_windows_keeps_a_second_run_out_and_can_be_read(tmp_path: Path
     path = {"PYTHONPATH": f"{Path.cwd()}:{tmp_path}"}
     done = run_command(sys.executable, "-c", holder, tmp_path, "first", holder, **path)
     assert done.stdout == "first\n"
-    assert "another run writes into" in done.stderr
+    assert "another run is using" in done.stderr
     assert "(process " in done.stderr
 
 

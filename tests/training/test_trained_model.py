@@ -47,7 +47,7 @@ def test_weights_alone_need_a_config_and_their_head_counts_the_classes(tmp_path:
     bare = tmp_path / "bare.pth"
     head = {"cls_head.weight": torch.zeros(7, 16), "cls_head.bias": torch.zeros(7)}
     torch.save(whole["model"] | head, bare)
-    with pytest.raises(ValueError, match=r"bare.pth holds no config; .* --cfg"):
+    with pytest.raises(ValueError, match=r"bare.pth has no config; .* --cfg"):
         load_trained(bare)
     config = tmp_path / "own.yaml"
     config.write_text(whole["config"], encoding="utf-8")
