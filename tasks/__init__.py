@@ -1,4 +1,4 @@
-"""What a run trains: each task gives the trainer its data, its loss and its metrics behind one small interface."""
+"""Tasks: each provides data, loss and metrics to the trainer through one small interface."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ TASKS: dict[str, type[Task]] = {
 
 
 def build_task(config: Any, world: World, *, training: bool) -> Task:
-    """Return the task that ``config.TASK`` names, with its data set opened.
+    """Return the task ``config.TASK`` with its data set opened.
 
     Args:
         config: options of the run.
         world: the processes of the run.
-        training: whether the training images are needed, or the held-out ones alone.
+        training: whether the training images are needed, or only the held-out ones.
 
     Raises:
-        ValueError: the task is unknown, its data set is missing or not laid out as it should be, or an option is of
-            classification alone.
+        ValueError: the task is unknown, its data set is missing or has a wrong layout, or an option is only supported
+            for classification.
     """
     if config.TASK not in TASKS:
         near = difflib.get_close_matches(config.TASK, TASKS, n=1)
@@ -46,4 +46,4 @@ def build_task(config: Any, world: World, *, training: bool) -> Task:
 def _check_options(config: Any) -> None:
     for name in ("BALANCE", "CACHE", "MULTI_LABEL"):
         if config.DATA[name] != (default := OPTIONS[f"DATA.{name}"].default):
-            raise ValueError(f"DATA.{name} belongs to TASK classification; leave it at {default} for {config.TASK}")
+            raise ValueError(f"DATA.{name} is only for TASK classification; leave it at {default} for {config.TASK}")

@@ -1,7 +1,7 @@
 """The interface between the trainer and a task.
 
-The trainer knows batches, losses and metrics only through it: what a batch holds, what a network returns and how
-results are counted is the task's own affair.
+The trainer accesses batches, losses and metrics only through it: the contents of a batch, the outputs of a network and
+the computation of metrics are internal to the task.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Score:
     """The metric that decides which epoch is the best.
 
     Attributes:
-        key: its name among the metrics of an evaluation.
-        title: what people call it.
-        unit: of its values, as in "%".
+        key: its name in the metrics of an evaluation.
+        title: its name in the log.
+        unit: unit of its values, such as "%".
         higher_is_better: False for errors.
-        digits: shown behind the point.
+        digits: decimal places shown.
     """
 
     key: str
@@ -42,26 +42,26 @@ class Score:
     digits: int = 2
 
     def of(self, metrics: dict[str, float]) -> float:
-        """Return the score of `metrics`, of which larger is better; minus infinity where a metric is not finite."""
+        """Return the score of `metrics`, larger is better; minus infinity if a metric is not finite."""
         if not all(math.isfinite(value) for value in metrics.values()):
             return -math.inf
         return metrics[self.key] if self.higher_is_better else -metrics[self.key]
 
     def show(self, score: float) -> str:
-        """Return a score in words."""
+        """Return a score as text."""
         value = score if self.higher_is_better else -score
         return f"{value:.{self.digits}f} {self.unit}".rstrip()
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found over all ranks.
+    """Results of an evaluation over all ranks.
 
     Attributes:
-        metrics: named numbers, for `metrics.jsonl` and to choose the best epoch.
-        lines: the result in words, for the log.
-        warnings: what the reader of these lines should know.
-        pictures: samples with what was found and what is true, `[H, W, 3]`, uint8, by name; of the main process.
+        metrics: named numbers, for `metrics.jsonl` and to select the best epoch.
+        lines: the results as lines for the log.
+        warnings: warnings for the log.
+        pictures: samples with predictions and ground truth, `[H, W, 3]`, uint8, by name; on rank 0.
     """
 
     metrics: dict[str, float]
@@ -75,24 +75,24 @@ class Meter(ABC):
 
     @abstractmethod
     def add(self, model: nn.Module, batch: Any) -> None:
-        """Run the network on a batch, which is on its device, and take in the result."""
+        """Run the network on a batch, which is on its device, and add the result."""
 
     @abstractmethod
     def result(self) -> Evaluation:
-        """Return what was found over all ranks, which all call this.
+        """Return the results over all ranks; a collective call.
 
-        Sums are added by `utils.sum_over_ranks`; what is no sum is gathered.
+        Sums use `utils.sum_over_ranks`; other results are gathered.
 
         Raises:
-            RuntimeError: where not every sample of the data set was counted once, see `check_counts`.
+            RuntimeError: not every sample of the data set was counted once, see `check_counts`.
         """
 
 
 def check_counts(counted: float, left_out: float, samples: int) -> list[str]:
-    """Check that every sample was counted once, and return a warning of those that were left out.
+    """Check that every sample was counted once, and return a warning about those left out.
 
     Raises:
-        RuntimeError: it was not, or all were left out.
+        RuntimeError: the counts differ, or all samples were left out.
     """
     if counted + left_out != samples or not counted:
         raise RuntimeError(f"evaluated {counted + left_out:.0f} images of a data set of {samples}")
@@ -100,7 +100,7 @@ def check_counts(counted: float, left_out: float, samples: int) -> list[str]:
 
 
 def zeros(number: int, device: torch.device) -> Tensor:
-    """Return so many sums to add to, in the highest precision that the device has."""
+    """Return `number` zeros to accumulate sums in, in the highest precision of the device."""
     return torch.zeros(number, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
 
@@ -110,11 +110,11 @@ class Task(ABC):
     Args:
         config: options of the run.
         world: the processes of the run.
-        training: whether the training samples are needed, or the held-out ones alone.
+        training: whether the training samples are needed, or only the held-out ones.
 
     Attributes:
-        score: the metric that decides.
-        notes: what the log says about the data at the start.
+        score: the metric that decides which epoch is the best.
+        notes: lines about the data for the log at the start.
 
     Raises:
         ValueError: wrong input.
@@ -141,15 +141,15 @@ class Task(ABC):
         return build_model(self.config)
 
     def set_epoch(self, epoch: int) -> None:  # noqa: B027
-        """Take note that an epoch of training, counted from 0, begins or goes on."""
+        """Called when a training epoch, counted from 0, starts or resumes."""
 
     def learn_from(self, teacher: nn.Module) -> None:  # noqa: ARG002
-        """Learn from another network, too, see `tasks.distillation`.
+        """Add distillation from another network, see `tasks.distillation`.
 
         Raises:
-            ValueError: the task cannot.
+            ValueError: the task does not support it.
         """
-        raise ValueError(f"the task {self.config.TASK} learns from no teacher; remove DISTILL.* from the options")
+        raise ValueError(f"the task {self.config.TASK} does not support a teacher; remove DISTILL.* from the options")
 
     @abstractmethod
     def prepare(self, batch: Any, device: torch.device) -> Any:
@@ -165,38 +165,38 @@ class Task(ABC):
 
     @abstractmethod
     def meter(self, samples: int, device: torch.device) -> Meter:
-        """Return what collects the results of an evaluation on so many samples of all ranks."""
+        """Return the meter for an evaluation on `samples` samples over all ranks."""
 
     def unreadable(self, batch: Any) -> Sequence[str]:  # noqa: ARG002
-        """Return the files of a batch, as it comes out of the loader, that could not be read."""
+        """Return the files of a batch from the loader that could not be read."""
         return ()
 
     def describe(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the training data: plain values that `changes` compares."""
+        """Return the properties of the training data saved in checkpoints: plain values, compared by `changes`."""
         return {}
 
     def changes(self, checkpoint: dict[str, Any]) -> list[str]:  # noqa: ARG002
-        """Return how the data of the run that wrote `checkpoint` differ from these."""
+        """Return the differences from the data of the run that wrote `checkpoint`."""
         return []
 
     def take_classes(self, checkpoint: dict[str, Any], number: int) -> list[str]:  # noqa: ARG002
-        """Label the held-out samples as the weights of a checkpoint do, which have so many classes.
+        """Relabel the held-out samples to match the weights of a checkpoint, which have `number` classes.
 
         Returns:
-            What the log says of it.
+            Lines for the log.
         """
         return []
 
     def summary(self) -> str:
-        """Return the data in a few words."""
+        """Return a short description of the data."""
         return self.config.TASK
 
     def doubts(self) -> list[str]:
-        """Return what is suspicious about the data."""
+        """Return warnings about the data."""
         return []
 
     def best_line(self, score: float) -> str:
-        """Return the line of the log that follows an evaluation and names the best score so far."""
+        """Return the log line with the best score so far, logged after an evaluation."""
         return f"Best {self.score.title}: {self.score.show(score)}"
 
     @torch.inference_mode()
@@ -205,23 +205,23 @@ class Task(ABC):
     ) -> Evaluation | None:
         """Evaluate in float32.
 
-        The result does not depend on how many processes share the samples.
+        The result does not depend on the number of processes.
 
         Args:
             model: the network.
             loader: this rank's held-out batches.
-            log: shows progress and names the files that cannot be read.
-            stop: ends the evaluation early when any rank was asked to stop.
+            log: shows progress and unreadable files.
+            stop: ends the evaluation early if any rank was asked to stop.
 
         Returns:
-            What was found; None where it was stopped.
+            The results; None if it was stopped.
         """
         device, total = self.world.device, len(loader.dataset)
         batches, reader, meter = iter(loader), LateReader(), self.meter(total, device)
         was_training, stopped, going = model.training, False, True
         model.eval()
         with log.bar(math.ceil(total / self.world.size / loader.batch_size), 0, "evaluating") as bar:
-            while going and not stopped:  # a rank may have fewer batches than another; all take part in every exchange
+            while going and not stopped:  # ranks may have different numbers of batches; all join every exchange
                 batch = next(batches, None)
                 if batch is not None:
                     for path in self.unreadable(batch):

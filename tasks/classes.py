@@ -1,4 +1,4 @@
-"""The classes of a data set among those of some weights."""
+"""Match the classes of a data set with those of weights."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from models.weights import NEW_ROW, as_numbers, find_labels, read_class_map, syn
 
 
 def labels_of(classes: Sequence[str], known: Sequence[str], number: int, class_map: str) -> tuple[list[int], str]:
-    """Return the label that weights have for each class, and how it was found; no labels where that is not known.
+    """Return the label of each class in the weights, and how it was found; no labels if unknown.
 
     Args:
         classes: names by label of the data set.
-        known: names by label of the weights; empty where they do not tell.
-        number: of classes of the weights.
-        class_map: see `models.weights.read_class_map`; empty where there is none.
+        known: names by label of the weights; empty if unknown.
+        number: number of classes of the weights.
+        class_map: see `models.weights.read_class_map`; empty if there is none.
 
     Raises:
-        ValueError: the class map does not fit, a class is unknown, two have one label, or numbers are no labels.
+        ValueError: the class map does not match, a class is unknown, two classes share a label, or numeric class names
+            are not valid labels.
     """
     labels, how = _find(classes, known, number, class_map)
     if class_map and NEW_ROW in labels:
@@ -60,7 +61,7 @@ def _find(classes: Sequence[str], known: Sequence[str], number: int, class_map: 
 
 
 def in_words(classes: Sequence[str], labels: Sequence[int] | None = None) -> str:
-    """Return the first classes and the last one with their labels, which are their places where none are given."""
+    """Return the first classes and the last one with their labels, by default their positions."""
     pairs = [f"{name} {label}" for label, name in zip(labels or range(len(classes)), classes, strict=False)]
     return ", ".join(pairs if len(pairs) < 5 else [*pairs[:3], "...", pairs[-1]])
 

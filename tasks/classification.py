@@ -66,7 +66,7 @@ class Classification(LabelledTask):
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         super().__init__(config, world, training=training)
         if training and config.TEST.LABELS:
-            raise ValueError("TEST.LABELS belongs to --eval; remove it from the options of a run")
+            raise ValueError("TEST.LABELS is only for --eval; remove it from the options of a run")
         if training:
             self.notes.append(f"classes and their labels: {in_words(self.classes)}")
         self._erase = build_erasing(config)
@@ -112,7 +112,7 @@ class Classification(LabelledTask):
 
     def learn_from(self, teacher: nn.Module) -> None:
         if self.config.DATA.MULTI_LABEL:
-            raise ValueError("a teacher tells single labels; remove DISTILL.* from the options for DATA.MULTI_LABEL")
+            raise ValueError("a teacher needs single labels; remove DISTILL.* from the options for DATA.MULTI_LABEL")
         how = self.config.DISTILL
         self._distillation = Distillation(teacher=teacher, kind=how.KIND, share=how.SHARE, temperature=how.TEMPERATURE)
 
@@ -122,7 +122,7 @@ class Classification(LabelledTask):
         return LabelledImages(*self._mixup(images, targets)) if self._mixup else LabelledImages(images, targets)
 
     def to_device(self, batch: Batch, device: torch.device) -> LabelledImages:
-        # Bytes travel, a quarter of what floats would be, and without waiting for the copy.
+        # Images are copied as bytes, a quarter of the size of floats, and asynchronously.
         images = batch.images.to(device, non_blocking=True, memory_format=torch.channels_last)
         return LabelledImages(normalize(images), batch.targets.to(device, non_blocking=True))
 
@@ -132,7 +132,7 @@ class Classification(LabelledTask):
         return self._distillation.losses(loss, logits, batch.images) if self._distillation else loss
 
     def as_evaluated(self, model: nn.Module) -> nn.Module:
-        """Return what gives the logits that count in evaluation."""
+        """Return the module whose logits are evaluated."""
         return Mirrored(model) if self.config.TEST.FLIP else model
 
     def evaluate(
@@ -144,7 +144,7 @@ class Classification(LabelledTask):
         return F1(samples, device) if self.config.DATA.MULTI_LABEL else Accuracy(samples, device, self._present)
 
     def held_out(self, index: int) -> StoredImage:
-        """Return a held-out image as it is stored; raises `UnreadableImage`."""
+        """Return a stored held-out image; raises `UnreadableImage`."""
         return self._dataset.held_out.get(index)
 
     def take_classes(self, checkpoint: dict[str, Any], number: int) -> list[str]:
@@ -157,7 +157,7 @@ class Classification(LabelledTask):
         labels, how = labels_of(self.classes, known, number, self.config.MODEL.CLASS_MAP)
         self._present = sorted(labels) if labels and self.config.TEST.CLASSES == "present" else None
         if not labels:
-            trust = "" if known else ", taken to be those of the weights in this order"
+            trust = "" if known else ", assumed to be those of the weights in this order"
             return [f"classes and their labels{trust}: {in_words(self.classes)}"]
         found, among = f"classes and their labels, found {how}: {in_words(self.classes, labels)}", len(labels)
         names = known or [f"class {label}" for label in range(number)]
@@ -175,11 +175,11 @@ class Classification(LabelledTask):
         self._relabel(known or [f"class {label}" for label in range(number)], images.with_labels(sets))
         return [
             f"{path} has labels for {sets.any(1).sum()} of the {len(images)} images, {sets.sum()} of "
-            f"{len(present)} classes; any label of an image counts as right"
+            f"{len(present)} classes; any label of an image counts as correct"
         ]
 
     def _relabel(self, names: list[str], held_out: ImageSource) -> None:
-        """Make the classes those of the weights."""
+        """Replace the classes by those of the weights."""
         self._dataset = replace(self._dataset, classes=names, held_out=held_out)
         self.classes = names
         set_num_classes(self.config, len(names))
@@ -195,7 +195,7 @@ class Classification(LabelledTask):
 
 
 def balancing_weights(counts: Sequence[int]) -> Tensor:
-    """Return a weight for each class, inverse to the number of its images, with a mean of 1 over all images."""
+    """Return class weights inversely proportional to the number of images, with a mean of 1 over all images."""
     sizes = torch.tensor(counts, dtype=torch.float64)
     present = sizes > 0
     return torch.where(present, sizes.sum() / (present.sum() * sizes.clamp(min=1)), 0.0).float()
@@ -206,9 +206,9 @@ class Accuracy(Meter):
 
     def __init__(self, samples: int, device: torch.device, present: list[int] | None = None) -> None:
         """Args:
-        samples: of all ranks.
+        samples: number of samples over all ranks.
         device: of the network.
-        present: labels that count; None for all.
+        present: labels that can be predicted; None for all.
         """
         self._samples = samples
         self._present = present
@@ -229,7 +229,7 @@ class Accuracy(Meter):
         else:
             read, right = targets[:, 0] >= 0, targets > 0
             counted = right.any(1)
-            losses = logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)  # of any right one
+            losses = logits.logsumexp(1) - logits.masked_fill(~right, -torch.inf).logsumexp(1)  # any correct label
             losses = losses.where(counted, 0.0)
             hits = right.gather(1, ranked)
         hits = hits & counted[:, None]
@@ -250,11 +250,11 @@ class Accuracy(Meter):
 
 
 class F1(Meter):
-    """F1 of the labels that are more likely than not, over all images and classes, and mean binary cross-entropy."""
+    """F1 of labels with a probability above 0.5, over all images and classes, and mean binary cross-entropy."""
 
     def __init__(self, samples: int, device: torch.device) -> None:
         self._samples = samples
-        # [right labels, labels said, labels true, sum of losses, images, images left out]
+        # [correct labels, predicted labels, true labels, sum of losses, images, images left out]
         self._sums = zeros(6, device)
 
     def add(self, model: nn.Module, batch: LabelledImages) -> None:

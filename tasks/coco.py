@@ -1,4 +1,4 @@
-"""COCO's average precision, by faster-coco-eval, and masks as it takes them."""
+"""COCO's average precision, computed by faster-coco-eval, and masks in its format."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from data.detection.sources import DetectionSource
 
-# What COCO's twelve numbers begin with, and their names here.
+# Names of the first of COCO's twelve numbers.
 METRICS = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-_PASTED = 16  # masks at a time
+_PASTED = 16  # masks pasted at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Detections:
-    """What was found in an image.
+    """Objects detected in an image.
 
     Attributes:
-        boxes: `[n, 4]`: x1, y1, x2, y2 in pixels of the image as it is stored.
+        boxes: `[n, 4]`: x1, y1, x2, y2 in pixels of the stored image.
         labels: `[n]`.
         scores: `[n]`.
-        masks: of each object, run-length encoded; None where the detector finds none.
+        masks: run-length encoded, one per object; None if the detector predicts no masks.
     """
 
     boxes: np.ndarray
@@ -46,17 +46,17 @@ class Detections:
 def average_precision(
     source: DetectionSource, found: Mapping[int, Detections], classes: Sequence[str]
 ) -> dict[str, float]:
-    """Return COCO's average precision, `AP` and others of `METRICS`, those of masks as `mask_AP`.
+    """Return COCO's average precisions, see `METRICS`; those of masks have the prefix `mask_`.
 
     Args:
-        source: images with what is in them.
-        found: what was found in the images that count, by index.
+        source: images with their annotations.
+        found: detections of the evaluated images, by index.
         classes: names by label.
 
     Returns:
-        Numbers from 0 to 1, and -1 where there is no object that would count.
+        Numbers from 0 to 1, or -1 if there is no object to evaluate.
     """
-    indices = sorted(found)  # in whatever order the images were evaluated
+    indices = sorted(found)  # independent of the order of evaluation
     truth = COCO(ground_truth(source, indices, classes))
     guesses = [row for index in indices for row in _rows(index, found[index])]
     kinds = {"bbox": ""} | ({"segm": "mask_"} if all(found[index].masks is not None for index in indices) else {})
@@ -68,7 +68,7 @@ def average_precision(
 
 
 def _evaluate(truth: COCO, guesses: list[dict[str, Any]], kind: str) -> list[float]:
-    if not guesses:  # which faster-coco-eval does not take
+    if not guesses:  # not supported by faster-coco-eval
         return [0.0] * len(METRICS)
     evaluator = COCOeval_faster(truth, truth.loadRes(guesses), kind, print_function=lambda *_: None)
     evaluator.evaluate()
@@ -78,7 +78,7 @@ def _evaluate(truth: COCO, guesses: list[dict[str, Any]], kind: str) -> list[flo
 
 
 def ground_truth(source: DetectionSource, indices: Sequence[int], classes: Sequence[str]) -> dict[str, Any]:
-    """Return images, objects and classes as an annotation file of COCO holds them; ids of classes begin at 1."""
+    """Return images, objects and classes in the format of a COCO annotation file; class ids start at 1."""
     images, annotations = [], []
     for index in indices:
         height, width = source.size(index)
@@ -99,7 +99,7 @@ def ground_truth(source: DetectionSource, indices: Sequence[int], classes: Seque
 
 
 def _rows(index: int, found: Detections) -> list[dict[str, Any]]:
-    """Return the detections of an image as a result file of COCO holds them."""
+    """Return the detections of an image in the format of a COCO result file."""
     rows = []
     for i, (x1, y1, x2, y2) in enumerate(found.boxes.astype(np.float64).tolist()):
         row = {
@@ -113,7 +113,7 @@ def _rows(index: int, found: Detections) -> list[dict[str, Any]]:
 
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[dict[str, Any]]:
-    """Return masks at the places of their boxes in an image, run-length encoded.
+    """Paste masks into their boxes in an image and return them run-length encoded.
 
     Args:
         masks: `[n, m, m]`, probabilities on a grid over each box.
@@ -125,7 +125,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, size: tuple[int, int]) -> list[dic
     rows, columns = torch.arange(height, device=boxes.device) + 0.5, torch.arange(width, device=boxes.device) + 0.5
     for some, at in zip(masks.split(_PASTED), boxes.split(_PASTED), strict=True):
         left, top, right, bottom = (side[:, None] for side in at.unbind(1))
-        # Centres of pixels in shares of the box, from -1 to 1.
+        # Pixel centres relative to the box, from -1 to 1.
         x = 2 * (columns - left) / (right - left).clamp(min=1e-6) - 1
         y = 2 * (rows - top) / (bottom - top).clamp(min=1e-6) - 1
         grid = torch.stack([x[:, None, :].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)], dim=-1)

@@ -1,4 +1,4 @@
-"""Object detection: the losses of a detector, and COCO's average precision of boxes and masks."""
+"""Object detection: detector losses, and COCO's average precision of boxes and masks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Images(NamedTuple):
 
 
 class Detection(LabelledTask):
-    """Boxes and classes of objects, and masks where the detector finds them."""
+    """Boxes and classes of objects, and masks if the detector predicts them."""
 
     score = Score("AP", "AP", digits=3)
 
@@ -47,8 +47,8 @@ class Detection(LabelledTask):
         self._masks = DETECTORS[config.MODEL.DETECTOR.NAME].masks
         if self._masks and not self._dataset.masks:
             raise ValueError(
-                f"MODEL.DETECTOR.NAME {config.MODEL.DETECTOR.NAME} learns masks, and the data set has boxes alone; "
-                "choose a detector of boxes, such as retinanet"
+                f"MODEL.DETECTOR.NAME {config.MODEL.DETECTOR.NAME} needs masks, but the data set has only boxes; "
+                "use a box detector, such as retinanet"
             )
 
     def open_dataset(self, needs: Sequence[str]) -> DetectionDataset:
@@ -66,7 +66,7 @@ class Detection(LabelledTask):
 
     def to_device(self, batch: Batch, device: torch.device) -> Images:
         images = [normalize(image.to(device, non_blocking=True)) for image in batch.images]
-        return Images(images, batch.targets)  # indices and sizes are needed where the detections are counted
+        return Images(images, batch.targets)  # the meter needs indices and sizes on the CPU
 
     def loss(self, model: nn.Module, batch: Images) -> dict[str, Tensor]:
         return model(batch.images, batch.targets)
@@ -81,12 +81,12 @@ class Detection(LabelledTask):
 class AveragePrecision(Meter):
     """COCO's average precision over all held-out images.
 
-    The picture of the first images has a row for each: the objects that are in it, and those that were found.
+    The picture has a row for each of the first images: true objects and detected objects.
 
     Args:
-        source: the held-out images, with what is in them.
+        source: the held-out images with their annotations.
         classes: names by label.
-        world: the processes, which have the images among them.
+        world: the processes that share the images.
     """
 
     def __init__(self, source: DetectionSource, classes: list[str], world: World) -> None:
@@ -98,7 +98,7 @@ class AveragePrecision(Meter):
         self._rows: list[list[np.ndarray]] = []
 
     def add(self, model: nn.Module, batch: Images) -> None:
-        # One by one: a batch is padded to its largest image, and what an image gives must not depend on its neighbours.
+        # One by one: a batch is padded to its largest image, and results must not depend on the rest of the batch.
         for image, target in zip(batch.images, batch.targets, strict=True):
             index, size = int(target["index"]), tuple(target["size"].tolist())
             if not all(size):
@@ -109,7 +109,7 @@ class AveragePrecision(Meter):
                 self._rows.append(self._drawn(index, as_pixels(resize(image, size))))
 
     def _drawn(self, index: int, pixels: np.ndarray) -> list[np.ndarray]:
-        """Return an image with the objects that are in it, and with those that were found."""
+        """Return an image with its true objects, and with its detected objects."""
         truth, found = self._source.objects(index), self._found[index].above(SHOWN)
         names = [self._classes[label] for label in truth.labels]
         guesses = [
@@ -141,12 +141,12 @@ class AveragePrecision(Meter):
 
 
 def detect(model: nn.Module, image: Tensor, size: tuple[int, int]) -> Detections:
-    """Return the objects of an image.
+    """Detect the objects of an image.
 
     Args:
         model: a detector in evaluation mode.
         image: `[3, h, w]`, normalised.
-        size: height and width before it was resized, in whose pixels boxes and masks are given.
+        size: height and width of the original image, to which boxes and masks are scaled.
     """
     (found,) = model([image])
     scale = torch.tensor([size[1] / image.shape[-1], size[0] / image.shape[-2]] * 2, device=image.device)

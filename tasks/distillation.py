@@ -1,4 +1,4 @@
-"""Knowledge distillation: a network learns from the labels and from what another network says of the same images.
+"""Knowledge distillation: a network learns from the labels and from the predictions of another network.
 
 Soft distillation is that of Hinton, Vinyals and Dean (arXiv 1503.02531, section 2), hard distillation that of DeiT
 (arXiv 2012.12877, section 4).
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 
 class Teacher(nn.Module):
-    """A trained classifier that sees normalised images as it is used to see them.
+    """A trained classifier with its own image size and normalisation.
 
     Args:
-        network: gives logits `[b, classes]`; it is not trained.
-        size: height and width that it was trained with; images of another size are resized to it.
-        mean: of the channels, in its normalisation.
-        std: their deviation in its normalisation.
+        network: returns logits `[b, classes]`; it is not trained.
+        size: height and width it was trained with; other images are resized to it.
+        mean: channel means of its normalisation.
+        std: channel standard deviations of its normalisation.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits of images `[b, 3, H, W]` that are normalised as for the network that learns."""
+        """Return logits of images `[b, 3, H, W]` normalised for the student."""
         if images.shape[2:] != self._size:
             images = F.interpolate(images, size=self._size, mode="bilinear", antialias=True)
         return self.network(images * self.scale + self.shift)
@@ -52,13 +52,13 @@ class Teacher(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class Distillation:
-    """How a loss is shared between labels and teacher.
+    """The combination of the losses on labels and teacher.
 
     Attributes:
-        teacher: what is learned from.
+        teacher: the teacher.
         kind: `soft` or `hard`.
-        share: of the teacher in the loss.
-        temperature: of soft.
+        share: weight of the teacher's loss.
+        temperature: of `soft`.
     """
 
     teacher: nn.Module
@@ -70,15 +70,15 @@ class Distillation:
         """Return the parts of the loss.
 
         Args:
-            label_loss: mean loss by the labels.
-            logits: `[b, classes]` of the network that learns.
-            images: `[b, 3, H, W]`, normalised, as that network saw them.
+            label_loss: mean loss on the labels.
+            logits: `[b, classes]` of the student.
+            images: `[b, 3, H, W]`, the normalised input of the student.
         """
         taught = self.teacher(images).float()
         if self.kind == "hard":
             loss = F.cross_entropy(logits, taught.argmax(1))
         else:
-            # The gradient falls with the square of the temperature.
+            # Compensates for gradients that decrease with the square of the temperature.
             student, target = ((x / self.temperature).log_softmax(1) for x in (logits.float(), taught))
             loss = self.temperature**2 * F.kl_div(student, target, reduction="batchmean", log_target=True)
         return {"label_loss": (1 - self.share) * label_loss, "teacher_loss": self.share * loss}

@@ -1,4 +1,4 @@
-"""What tasks share whose data sets name classes: the network fits them, and so must a checkpoint."""
+"""Base class of tasks with named classes, which network and checkpoint must match."""
 
 from __future__ import annotations
 
@@ -24,21 +24,19 @@ class LabelledTask(Task):
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         super().__init__(config, world, training=training)
         self._dataset = self.open_dataset(("train", "val") if training else ("val",))
-        self._share = {"rank": world.rank, "world_size": world.size}  # of this rank, as loaders take it
+        self._share = {"rank": world.rank, "world_size": world.size}  # loader arguments of this rank
         self.classes: list[str] = self._dataset.classes
         meant_for = num_classes(config)
         set_num_classes(config, len(self.classes))
         if len(self.classes) != meant_for:
-            self.notes.append(
-                f"{len(self.classes)} classes as in the data set, instead of the {meant_for} of the config"
-            )
+            self.notes.append(f"{len(self.classes)} classes as in the data set, instead of {meant_for} in the config")
 
     @abstractmethod
     def open_dataset(self, needs: Sequence[str]) -> Any:
-        """Open the parts of the data set that are needed, of "train" and "val".
+        """Open the splits of the data set in `needs`, of "train" and "val".
 
         Raises:
-            ValueError: it is missing or not laid out as it should be.
+            ValueError: it is missing or has a wrong layout.
         """
 
     def unreadable(self, batch: Any) -> list[str]:
@@ -55,7 +53,7 @@ class LabelledTask(Task):
 
 
 def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:
-    """Return the first class that has another name in `checkpoint`, which may not know them, as one message."""
+    """Return a message about the first class with a different name in `checkpoint`, if it has class names."""
     known = checkpoint.get("classes")
     known = known if isinstance(known, list) else classes
     changed = [label for label, (before, now) in enumerate(zip(known, classes, strict=False)) if before != now]

@@ -1,4 +1,4 @@
-"""Pictures of class maps and objects: each class has its colour, over the image that it was found in."""
+"""Pictures of class maps and objects drawn over their image, with one colour per class."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from data.segmentation.sources import IGNORED
 
 _OPACITY = 0.65
-_GOLDEN = 0.618034  # turns of the hue from each class to the next, which keep neighbours apart
+_GOLDEN = 0.618034  # hue step between consecutive classes; the golden ratio keeps them distinct
 SAMPLES = 4  # images in the picture of an evaluation
-SHOWN = 0.5  # score from which on an object is drawn
-_HEIGHT = 288  # pixels of a row
-_SIDE = 256  # pixels of the shorter side from which on names can be read
+SHOWN = 0.5  # minimum score of drawn objects
+_HEIGHT = 288  # height of a row in pixels
+_SIDE = 256  # minimum short side in pixels for legible names
 
 
 def palette() -> np.ndarray:
@@ -32,11 +32,11 @@ def palette() -> np.ndarray:
 
 
 def paint(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the colours of a class map over its image.
+    """Draw a class map over its image.
 
     Args:
         pixels: `[h, w, 3]`, uint8, of any size.
-        labels: classes `[height, width]`, `IGNORED` where none is known.
+        labels: classes `[height, width]`, `IGNORED` where unknown.
 
     Returns:
         `[height, width, 3]`, uint8.
@@ -52,14 +52,14 @@ def draw_objects(
     words: Sequence[str],
     masks: Sequence[dict[str, Any]] | None = None,
 ) -> np.ndarray:
-    """Return an image, enlarged where it is small, with objects, the first ones on top.
+    """Draw objects over an image, which is enlarged if small; the first objects are on top.
 
     Args:
         pixels: `[h, w, 3]`, uint8.
         boxes: `[n, 4]`: x1, y1, x2, y2 in pixels.
-        labels: `[n]`, which choose the colours.
-        words: what to write at each box.
-        masks: run-length encoded, where there are any.
+        labels: `[n]`, which determine the colours.
+        words: text at each box.
+        masks: run-length encoded, or None.
     """
     scale = max(1, round(_SIDE / min(pixels.shape[:2])))
     image = torch.from_numpy(_enlarged(pixels, scale)).permute(2, 0, 1)

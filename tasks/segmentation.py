@@ -1,4 +1,4 @@
-"""Semantic segmentation: the losses of a segmenter, and mean intersection over union."""
+"""Semantic segmentation: segmenter losses, and mean intersection over union."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class LabelledPixels(NamedTuple):
     """A batch on the device.
 
     Attributes:
-        images: normalised; of training `[b, 3, H, W]`, otherwise `[3, h, w]` each.
-        labels: classes of the pixels, int64, `IGNORED` where none is known; of training `[b, H, W]`, otherwise `[H, W]`
-            each, without pixels for an image that is left out.
+        images: normalised; `[b, 3, H, W]` in training, otherwise `[3, h, w]` each.
+        labels: classes of the pixels, int64, `IGNORED` where unknown; `[b, H, W]` in training, otherwise `[H, W]` each,
+            empty for an image that is left out.
     """
 
     images: Tensor | Sequence[Tensor]
@@ -80,14 +80,14 @@ class Segmentation(LabelledTask):
 class MeanIoU(Meter):
     """Intersection over union of each class, and their mean, from one confusion matrix over all pixels of all images.
 
-    The picture of the first images has a row for each: the image, the true classes, those that were found.
+    The picture has a row for each of the first images: image, true classes, predicted classes.
 
     Args:
         classes: names by label.
         samples: number of images, over all ranks.
         device: of the network.
-        scales: factors on the images, over which probabilities are averaged.
-        flip: whether mirror images take part.
+        scales: factors on the image size, over which probabilities are averaged.
+        flip: whether to include mirrored images.
     """
 
     def __init__(
@@ -97,12 +97,12 @@ class MeanIoU(Meter):
         self._samples = samples
         self._views = [(scale, mirrored) for scale in scales for mirrored in ([False, True] if flip else [False])]
         self._rows: list[list[np.ndarray]] = []
-        # Pixels by class and by the class that was found; then images, and images left out. Whole numbers, so that
-        # the result does not depend on the order in which processes add them.
+        # Pixels by true and predicted class; then images, and images left out. Integers, so that the result does not
+        # depend on the order of summation over processes.
         self._counts = torch.zeros(len(classes) ** 2 + 2, dtype=torch.int64, device=device)
 
     def add(self, model: nn.Module, batch: LabelledPixels) -> None:
-        # One by one: images differ in size, and what an image gives must not depend on its neighbours.
+        # One by one: images differ in size, and results must not depend on the rest of the batch.
         for image, labels in zip(batch.images, batch.labels, strict=True):
             self._counts[-2 if labels.numel() else -1] += 1
             if labels.numel():
@@ -118,7 +118,7 @@ class MeanIoU(Meter):
         warnings = check_counts(images, skipped, self._samples)
         matrix = counts[:-2].view(len(self._classes), -1).double()
         hits, labelled, found = matrix.diag(), matrix.sum(1), matrix.sum(0)
-        iou, recall = hits / (labelled + found - hits), hits / labelled  # NaN for a class that is nowhere
+        iou, recall = hits / (labelled + found - hits), hits / labelled  # NaN for absent classes
         metrics = {
             "miou": iou.nanmean().item(),
             "accuracy": (hits.sum() / labelled.sum()).item(),
@@ -157,12 +157,12 @@ def predict(
 
 
 def confusion(found: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Return `[classes, classes]`: how many pixels of each class were taken for each class; ignored ones do not count.
+    """Return the confusion matrix `[classes, classes]` of pixels (true class, predicted class), without ignored ones.
 
     Args:
-        found: classes `[height, width]`.
-        labels: the true ones, `IGNORED` where none is known.
-        classes: how many there are.
+        found: predicted classes `[height, width]`.
+        labels: true classes, `IGNORED` where unknown.
+        classes: number of classes.
     """
     counted = labels != IGNORED
     places = labels[counted] * classes + found[counted]

@@ -500,7 +500,7 @@ ROWS = [
         Wrong(
             name=f"data: balanced {task}",
             config={"TASK": task, "DATA": {"DATASET": "digit_scenes", "BALANCE": "sampling"}},
-            says=f"DATA.BALANCE belongs to TASK classification; leave it at none for {task}",
+            says=f"DATA.BALANCE is only for TASK classification; leave it at none for {task}",
         )
         for task in ("detection", "segmentation")
     ),
@@ -754,7 +754,7 @@ ROWS = [
         *("--data-path", "wrong", "--eval", "--resume", "trained.pth", "--opts", "TEST.LABELS", "real.json"),
     ),
     opts("classes to score", "TEST.CLASSES", "some", "TEST.CLASSES must be one of all, present, not 'some'"),
-    opts("labels of a run", "TEST.LABELS", "real.json", "TEST.LABELS belongs to --eval; remove it"),
+    opts("labels of a run", "TEST.LABELS", "real.json", "TEST.LABELS is only for --eval; remove it"),
     # Detection and segmentation.
     annotated(
         "images in folders by class",
@@ -795,7 +795,7 @@ ROWS = [
     annotated("argument of a detector", "MODEL.DETECTOR.ARGS: .*unexpected .*'chanels'", ARGS={"chanels": 8}),
     annotated(
         "masks of boxes",
-        "MODEL.DETECTOR.NAME mask_rcnn learns masks, and the data set has boxes alone; choose a detector of boxes",
+        "MODEL.DETECTOR.NAME mask_rcnn needs masks, but the data set has only boxes; use a box detector",
         lambda root: without_boxes(root, width=4),
         NAME="mask_rcnn",
     ),

@@ -185,7 +185,7 @@ class Run:
     stop: StopSignal
     bad_images: BadImages
     checkpoints: CheckpointFolder
-    # Of the main process: keeps other runs out of the folder.
+    # Lock of the output folder, on rank 0.
     hold: TextIO | None
 
     def autocast(self) -> AbstractContextManager:

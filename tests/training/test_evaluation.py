@@ -251,7 +251,7 @@ def test_any_label_of_an_image_counts_as_right(tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text("[[3, 9], [], [4], [5]]")
     evaluation = build_evaluation(config, CPU)
     assert evaluation.notes[0].endswith(
-        "has labels for 2 of the 3 images, 3 of 3 classes; any label of an image counts as right"
+        "has labels for 2 of the 3 images, 3 of 3 classes; any label of an image counts as correct"
     )
     batch = evaluation.task.to_device(next(iter(evaluation.loader)), CPU.device)
     assert [row.nonzero().flatten().tolist() for row in batch.targets] == [[3, 9], [4], []]  # sorted by folder
