@@ -1,4 +1,4 @@
-"""Data sets, loaders and mixup as the config asks for them."""
+"""Build data sets, loaders and mixup from the config."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from data.workers import leave_signals_to_parent
 
 F = TypeVar("F")
 
-# Where Linux keeps what processes share; containers have 64 MiB of it by default.
+# Shared memory on Linux; containers have 64 MiB of it by default.
 SHARED_MEMORY = Path("/dev/shm")
-# Batches that a worker reads ahead.
+# Batches prefetched per worker.
 PREFETCHED = 2
 
 
 def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Dataset:
-    """Open the data set that the config names: its classes are known and its images listed, none is opened.
+    """Open the data set of the config: classes and images are listed, but no image is opened.
 
     Args:
         config: the options of the run.
-        needs: the parts that are needed: `("val",)` where there is no training.
+        needs: the splits to open: `("val",)` if there is no training.
 
     Raises:
-        ValueError: for an unknown DATA.DATASET, and a data path that is missing or not laid out as it should be.
+        ValueError: DATA.DATASET is unknown, or the data path is missing or has a wrong layout.
     """
     open_parts = choose_format(config, FORMATS)
     if open_parts is open_stream:
@@ -55,7 +55,7 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Da
 
 
 def choose_format(config: CfgNode, formats: Mapping[str, F]) -> F:
-    """Return what opens the data set that the config names.
+    """Return the function that opens the data set of the config.
 
     Raises:
         ValueError: the task has no such format.
@@ -70,22 +70,22 @@ def choose_format(config: CfgNode, formats: Mapping[str, F]) -> F:
 
 
 def on_unreadable(config: CfgNode, *, training: bool) -> OnUnreadable:
-    """Return what becomes of an image that cannot be read."""
+    """Return how unreadable images are handled."""
     if training:
         return "raise" if config.DATA.BAD_IMAGES == "raise" else "substitute"
     return "mark" if config.DATA.BAD_IMAGES == "skip" else "raise"
 
 
 def is_stream(name: str) -> bool:
-    """Return whether a DATA.DATASET gives its images one after the other, and runs commands to get them."""
+    """Return whether a DATA.DATASET is a stream, which reads images sequentially from commands."""
     return FORMATS.get(name) is open_stream
 
 
 def _check_stream(config: CfgNode) -> None:
-    """Check that nothing is asked for that takes images by number.
+    """Check that no option needs random access to the images.
 
     Raises:
-        ValueError: something is.
+        ValueError: one does.
     """
     for key, value, off in (
         ("DATA.BALANCE", config.DATA.BALANCE, "none"),
@@ -93,14 +93,14 @@ def _check_stream(config: CfgNode) -> None:
         ("AUG.REPEATS", config.AUG.REPEATS, 1),
     ):
         if value != off:
-            raise ValueError(f"{key} {value} takes images by their number, which a stream has not; leave it at {off}")
+            raise ValueError(f"{key} {value} needs random access, which a stream does not have; leave it at {off}")
 
 
 def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> Loader:
     """Return the loader of this rank's batches of `dataset.train`; its `sampler` is a `TrainSampler`.
 
     Raises:
-        ValueError: for a data set smaller than one update.
+        ValueError: the data set is smaller than one update.
     """
     aug = config.AUG
     transform = TrainTransform(
@@ -150,10 +150,10 @@ def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_siz
 def train_sampler(
     config: CfgNode, length: int, *, rank: int, world_size: int, balanced: np.ndarray | None = None
 ) -> TrainSampler:
-    """Return the sampler of this rank's share of `length` training samples, see there for `balanced`.
+    """Return the sampler of this rank's share of `length` training samples; for `balanced` see `TrainSampler`.
 
     Raises:
-        ValueError: for fewer samples than an update takes.
+        ValueError: there are fewer samples than one update needs.
     """
     return TrainSampler(
         length,
@@ -168,44 +168,44 @@ def train_sampler(
 
 
 def _source(config: CfgNode, source: ImageSource, part: str, rank: int) -> ImageSource:
-    """Return the images of a part, from memory where DATA.CACHE asks for it.
+    """Return the images of a split, cached in memory with DATA.CACHE.
 
     Raises:
-        ValueError: this system has no memory that is a folder.
+        ValueError: this system has no /dev/shm.
     """
     if not config.DATA.CACHE:
         return source
     if not SHARED_MEMORY.is_dir():
         raise ValueError(f"DATA.CACHE needs {SHARED_MEMORY}, which this system does not have; leave it off")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Processes of one run and machine agree on the port of their group; a single one has itself.
+    # Processes of one run on one machine share port and parent process; a single process uses its own id.
     job = f"{os.environ.get('MASTER_PORT', '')}-{os.getppid()}" if processes > 1 else str(os.getpid())
     return CachedSource(source, SHARED_MEMORY, f"{job}-{part}", processes=processes, is_main=rank == 0)
 
 
 def build_erasing(config: CfgNode) -> Erase | None:
-    """Return random erasing of normalised batches, or None where it is off."""
+    """Return random erasing of normalised batches, or None if it is off."""
     aug = config.AUG
     return Erase(aug.REPROB, mode=aug.REMODE, count=aug.RECOUNT) if aug.REPROB and aug.RECOUNT else None
 
 
 def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
-    """Return mixup and cutmix with smoothed targets, or None where both are off.
+    """Return mixup and cutmix with smoothed targets, or None if both are off.
 
     Raises:
-        ValueError: for a batch size that is odd: images are mixed in pairs.
+        ValueError: the batch size is odd; images are mixed in pairs.
     """
     aug = config.AUG
     if not aug.MIXUP_PROB or not (aug.MIXUP or aug.CUTMIX):
         return None
     if config.DATA.MULTI_LABEL:
         raise ValueError(
-            "mixup and cutmix mix single labels; switch them off for DATA.MULTI_LABEL by AUG.MIXUP 0 AUG.CUTMIX 0"
+            "mixup and cutmix need single labels; switch them off for DATA.MULTI_LABEL with AUG.MIXUP 0 AUG.CUTMIX 0"
         )
     if config.DATA.BATCH_SIZE % 2:
         raise ValueError(
             f"DATA.BATCH_SIZE must be even for mixup and cutmix, not {config.DATA.BATCH_SIZE}; change it, or switch "
-            f"them off by AUG.MIXUP 0 AUG.CUTMIX 0"
+            f"them off with AUG.MIXUP 0 AUG.CUTMIX 0"
         )
     return Mixup(
         mixup_alpha=aug.MIXUP,
@@ -219,10 +219,10 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
 
 
 def request(config: CfgNode, needs: Sequence[str]) -> Request:
-    """Return what the data options of a run ask of a format.
+    """Return the data options of a run for a format.
 
     Raises:
-        ValueError: the parts seem swapped.
+        ValueError: the splits seem swapped.
     """
     data = config.DATA
     swapped = {"train": set(PARTS["val"]), "val": set(PARTS["train"])}
@@ -246,16 +246,16 @@ def request(config: CfgNode, needs: Sequence[str]) -> Request:
 
 
 def loader_doubts(config: CfgNode) -> list[str]:
-    """Return where this machine cannot read images as the config asks, and what is done instead."""
+    """Return warnings about loader options that this machine does not support, with the fallback."""
     found, workers, asked = [], _workers(config), config.DATA.NUM_WORKERS
     if workers < asked:
         found.append(f"DATA.NUM_WORKERS {asked} is more than the {workers} cores here; {workers} are used")
     needed, free = _shared_memory(config)
     if needed > free:
         found.append(
-            f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, and the batches under way take {needed / 2**20:.0f} "
-            "MiB: they are handed over through pipes, which is slower. Give the container more by --shm-size or "
-            "--ipc=host, or take smaller batches or fewer DATA.NUM_WORKERS"
+            f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, but prefetched batches need {needed / 2**20:.0f} MiB: "
+            "they are sent through pipes, which is slower. Give the container more with --shm-size or --ipc=host, or "
+            "use smaller batches or fewer DATA.NUM_WORKERS"
         )
     return found
 
@@ -266,9 +266,9 @@ def _workers(config: CfgNode) -> int:
 
 
 def _shared_memory(config: CfgNode) -> tuple[float, float]:
-    """Return how many bytes the batches under way take in all processes of this machine, and how many are free."""
+    """Return the bytes needed for prefetched batches in all processes of this machine, and the free bytes."""
     if not SHARED_MEMORY.is_dir():
-        return 0, math.inf  # other systems do not limit it so
+        return 0, math.inf  # other systems have no such limit
     height, width = config.image_size
     batch = config.DATA.BATCH_SIZE * height * width * 3
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -281,7 +281,7 @@ def _collate(config: CfgNode) -> Callable[[list[Any]], Any]:
 
 
 def is_shared_memory_short(config: CfgNode) -> bool:
-    """Return whether the batches under way take more shared memory than there is."""
+    """Return whether prefetched batches need more shared memory than is free."""
     needed, free = _shared_memory(config)
     return needed > free
 
@@ -292,7 +292,7 @@ def build_loader(
     sampler: TrainSampler | EvalSampler,
     collate: Callable[[list[Any]], Any],
 ) -> DataLoader:
-    """Return the loader of the samples that a sampler draws, in the batches and workers that the config asks for."""
+    """Return the loader of the samples drawn by a sampler, with batch size and workers of the config."""
     workers = _workers(config)
     return DataLoader(
         samples,
@@ -306,14 +306,14 @@ def build_loader(
 
 
 def _loading(config: CfgNode, workers: int) -> dict[str, Any]:
-    """Return how a `DataLoader` with so many workers works."""
+    """Return the `DataLoader` arguments for `workers` workers."""
     return {
         "num_workers": workers,
         "prefetch_factor": PREFETCHED if workers else None,
-        # Pinning opens a context on the GPU, where a run on another device has no business.
+        # Pinning creates a CUDA context, which a run on another device should not.
         "pin_memory": config.DATA.PIN_MEMORY and config.DEVICE in ("", "cuda") and torch.cuda.is_available(),
         "worker_init_fn": leave_signals_to_parent,
-        # Without its own, a loader takes a number from the global generator whenever it is iterated.
+        # Without its own generator, a loader draws from the global one at the start of every iteration.
         "generator": torch.Generator(),
     }
 
@@ -325,16 +325,16 @@ def _stream_options(config: CfgNode, rank: int, world_size: int) -> dict[str, An
 def _stream_loader(
     config: CfgNode, batches: TrainBatches | EvalBatches, sampler: TrainSampler | EvalSampler, world_size: int
 ) -> StreamLoader:
-    """Return the loader of a stream, with at most as many workers as there are shards for a process.
+    """Return the loader of a stream, with at most one worker per shard of the process.
 
     Raises:
-        ValueError: for fewer shards to train on than processes.
+        ValueError: there are fewer training shards than processes.
     """
     shards = len(batches.stream.urls) // world_size
     if not shards and isinstance(batches, TrainBatches):
         raise ValueError(
-            f"DATA.TRAIN has {len(batches.stream.urls)} shards for {world_size} processes, each of which needs one at "
-            f"least; make more and smaller shards"
+            f"DATA.TRAIN has {len(batches.stream.urls)} shards for {world_size} processes, each of which needs one or "
+            f"more; make more and smaller shards"
         )
     workers = min(_workers(config), max(shards, 1))
     return StreamLoader(batches, sampler, _collate(config), **_loading(config, workers))

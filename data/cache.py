@@ -1,4 +1,4 @@
-"""The files of images in memory, once for all processes of a machine."""
+"""Cache image files in memory, once for all processes of a machine."""
 
 from __future__ import annotations
 
@@ -16,24 +16,25 @@ from data.images import StoredImage, UnreadableImage
 from data.listing import Listing, one_at_a_time
 from data.sources import ImageSource
 
-# Images that are read at once: files of a network come late, not slowly.
+# Images read concurrently: network files have a high latency, not a low throughput.
 _READERS = 16
-# Share of the memory that stays free for batches on their way.
+# Fraction of the memory kept free for prefetched batches.
 _RESERVE = 0.1
 _COLUMNS = {"offset": np.int64, "size": np.int64, "turn": np.uint8}
 
 
 class CachedSource(ImageSource):
-    """Images whose files are read once and then come from memory; decoding and augmentation stay as they are.
+    """Images whose files are read once and then served from memory; decoding and augmentation are unchanged.
 
-    The first process of a machine fills a file in memory, all map it. Its name goes when the last one has, so that the
-    memory is free when they end, however they do. What does not fit, and what cannot be read, comes from the source.
+    The first process of a machine fills a file in memory, which all processes map. It is unlinked when the last one has
+    mapped it, so the memory is freed when they exit, even if killed. Files that do not fit or cannot be read come from
+    the source.
 
     Args:
-        source: where the images come from.
+        source: the stored images.
         folder: a folder in memory, such as `/dev/shm`.
-        key: names the cache; the same for all processes that share it, another one for any other.
-        processes: how many share it.
+        key: unique name of the cache, the same for all processes that share it.
+        processes: number of processes that share it.
         is_main: whether this process shows progress.
     """
 
@@ -58,7 +59,7 @@ class CachedSource(ImageSource):
         if left := len(source) - len(self._table):
             self.remarks = [
                 f"DATA.CACHE: {left} of {len(source)} images did not fit into {folder}, which is full after "
-                f"{len(self._content) / 2**30:.1f} GiB, and are read from where they lie"
+                f"{len(self._content) / 2**30:.1f} GiB, and are read from the disk"
             ]
 
     def cached(self) -> int:
@@ -75,7 +76,7 @@ class CachedSource(ImageSource):
 
 
 def _fill(source: ImageSource, path: Path, *, show: bool) -> Iterator[tuple[bytes, int, int, int]]:
-    """Write the files of images one behind the other while they fit, and yield name, offset, size and orientation."""
+    """Concatenate image files while they fit, and yield name, offset, size and orientation of each."""
     offset, disk = 0, shutil.disk_usage(path.parent)
     room = disk.free - _RESERVE * disk.total
     with path.open("wb") as file, ThreadPoolExecutor(_READERS) as readers:
@@ -95,4 +96,4 @@ def _read(source: ImageSource, index: int) -> StoredImage | None:
     try:
         return source.get(index)
     except UnreadableImage:
-        return None  # it is met again, and reported, when its turn comes
+        return None  # it is reported when it is used

@@ -1,4 +1,4 @@
-"""From a draw to a transformed image, and from images to a batch."""
+"""Load and transform samples, and collate them into batches."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from data.transforms import Transform
 OnUnreadable: TypeAlias = Literal["raise", "substitute", "mark"]
 S = TypeVar("S")
 
-# Substitutes drawn for one unreadable image before it is taken for granted that something else is wrong.
+# Maximum number of substitutes for one unreadable image; more failures have another cause.
 MAX_SUBSTITUTES = 10
 
 
 class Sample(NamedTuple):
-    """Pixels `[H, W, 3]`, uint8, a label, and the files that could not be read on the way to them."""
+    """Pixels `[H, W, 3]`, uint8, a label, and the files that could not be read before it."""
 
     pixels: np.ndarray
     target: int | np.ndarray
@@ -38,8 +38,8 @@ class Batch(NamedTuple):
 
     Attributes:
         images: `[b, 3, H, W]`, uint8, channels last in memory.
-        targets: `[b]`, int64, or `[b, classes]` of 0 and 1, float32, where an image may have several labels; -1 for an
-            image that could not be read and is to be left out.
+        targets: `[b]`, int64, or `[b, classes]` of 0 and 1, float32, for multi-label data; -1 for an unreadable image
+            that is left out.
         unreadable: paths of the files that could not be read.
     """
 
@@ -49,16 +49,16 @@ class Batch(NamedTuple):
 
 
 class SeededSamples(Dataset[S], ABC, Generic[S]):
-    """Samples transformed by random numbers that depend on `(seed, epoch, index)` alone.
+    """Samples transformed with random numbers that depend only on `(seed, epoch, index)`.
 
-    So an image is augmented in the same way by any worker of any rank, in a run that was interrupted as in one that was
-    not, and no state of a generator has to be kept.
+    An image is therefore augmented identically by any worker of any rank, also in a resumed run, and no generator state
+    has to be saved.
 
     Args:
         length: number of samples.
         seed: seed of the run.
-        on_unreadable: what becomes of an image that cannot be read. "raise": `UnreadableImage` is raised. "substitute":
-            another image takes its place, drawn from the seed and the draw. "mark": `left_out` takes its place.
+        on_unreadable: handling of unreadable images. "raise": raise `UnreadableImage`. "substitute": use another image,
+            drawn from the seed and the draw. "mark": use `left_out`.
     """
 
     def __init__(self, length: int, *, seed: int, on_unreadable: OnUnreadable) -> None:
@@ -68,7 +68,7 @@ class SeededSamples(Dataset[S], ABC, Generic[S]):
 
     @abstractmethod
     def sample(self, index: int, unreadable: list[str]) -> S:
-        """Return a sample, with the files that could not be read on the way to it.
+        """Return a sample, with the files that could not be read before it.
 
         Raises:
             UnreadableImage: its image cannot be read.
@@ -76,7 +76,7 @@ class SeededSamples(Dataset[S], ABC, Generic[S]):
 
     @abstractmethod
     def left_out(self, index: int, unreadable: list[str]) -> S:
-        """Return what takes the place of a sample whose image cannot be read and which is not to be counted."""
+        """Return the placeholder for a sample whose image cannot be read and is not counted."""
 
     def __len__(self) -> int:
         return self._length
@@ -85,7 +85,7 @@ class SeededSamples(Dataset[S], ABC, Generic[S]):
         return self.__getitems__([draw])[0]
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[S]:
-        """Return the samples of a batch, as a `DataLoader` asks for them; global generators stay as they were."""
+        """Return the samples of a batch for a `DataLoader`; the state of global generators is preserved."""
         with preserve_generators():
             return [self._drawn(draw) for draw in draws]
 
@@ -93,7 +93,7 @@ class SeededSamples(Dataset[S], ABC, Generic[S]):
         unreadable: list[str] = []
         index = draw.index
         while True:
-            seed_generators(self._seed, *draw)  # a substitute is augmented as the image would have been
+            seed_generators(self._seed, *draw)  # a substitute gets the augmentation of the original image
             try:
                 return self.sample(index, unreadable)
             except UnreadableImage as error:
@@ -111,7 +111,7 @@ class TransformedImages(SeededSamples[Sample]):
     """Images of a source and their labels.
 
     Args:
-        source: where the images come from.
+        source: the stored images.
         transform: from a stored image to pixels.
         seed: seed of the run.
         on_unreadable: see `SeededSamples`; a marked image is black and its target -1.
@@ -137,10 +137,10 @@ class TransformedImages(SeededSamples[Sample]):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Put samples together to a batch: one copy of the pixels, into memory that the training process maps."""
+    """Collate samples into a batch with a single copy of the pixels, into shared memory in a worker."""
     shape = (len(samples), *samples[0].pixels.shape)
     images = torch.empty(0, dtype=torch.uint8)
-    if get_worker_info() is not None:  # as default_collate does it
+    if get_worker_info() is not None:  # as in default_collate
         images.set_(torch.UntypedStorage._new_shared(math.prod(shape)))
     images = images.resize_(shape)
     _fill(images.numpy(), samples)
@@ -148,14 +148,14 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def collate_for_a_pipe(samples: list[Sample]) -> Batch:
-    """Put samples together to a batch that goes to the training process through a pipe, without shared memory."""
+    """Collate samples into a batch that is sent to the training process through a pipe, without shared memory."""
     pixels = np.empty((len(samples), *samples[0].pixels.shape), np.uint8)
     _fill(pixels, samples)
     return Batch(_ByValue(pixels), _ByValue(_targets(samples)), _unreadable(samples))
 
 
 class _ByValue:
-    """An array that arrives as a tensor; tensors themselves would be sent as names of shared memory."""
+    """An array that is unpickled as a tensor; tensors themselves would be sent through shared memory."""
 
     def __init__(self, array: np.ndarray) -> None:
         self._array = array
@@ -165,7 +165,7 @@ class _ByValue:
 
 
 def _to_tensor(array: np.ndarray) -> Tensor:
-    """Return targets as they are, and pixels `[b, H, W, 3]` as `[b, 3, H, W]`."""
+    """Return targets unchanged, and pixels `[b, H, W, 3]` as `[b, 3, H, W]`."""
     tensor = torch.from_numpy(array)
     return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
 

@@ -1,4 +1,4 @@
-"""Reading and decoding one image, whatever it holds."""
+"""Read and decode images of any format."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-# What the system says of a file. Whatever else it says is of the machine: no descriptors left, a server that does not
-# answer. EIO may be one bad sector, but as well a failing disk or network, behind which every file looks bad; better to
-# stop and name the file than to go on with other images than were asked for.
+# Errors of the file itself. All others are errors of the machine, such as too many open files or a server that does not
+# respond. EIO may be a single bad sector, but also a failing disk or network, for which every file fails; it is better
+# to stop and name the file than to continue with substitutes.
 _ERRORS_OF_FILES = {
     errno.ENOENT,
     errno.ENOTDIR,
@@ -28,7 +28,7 @@ _ERRORS_OF_FILES = {
     errno.ELOOP,
     errno.ENAMETOOLONG,
     errno.ENXIO,  # a socket
-    errno.EINVAL,  # a place before the beginning, to which damaged bytes refer
+    errno.EINVAL,  # a negative offset in a damaged file
 }
 
 
@@ -37,23 +37,23 @@ class UnreadableImage(ValueError):
 
     Args:
         message: the line, or a traceback that ends with it.
-        path: the file; empty where the exception came out of a worker of a `DataLoader`.
+        path: the file; empty if the exception was raised in a `DataLoader` worker.
     """
 
     def __init__(self, message: str, path: str = "") -> None:
-        # Out of a worker, DataLoader raises the class again with the text of the whole traceback as its message.
+        # For an exception in a worker, DataLoader raises the same class with the traceback as its message.
         line = message.strip().rpartition("\n")[2]
         super().__init__(line.removeprefix(f"{__name__}.{type(self).__name__}: "))
         self.path = path
 
 
 class StoredImage:
-    """An image as a data set stores it.
+    """An image as stored in a data set.
 
     Args:
         data: the bytes of an image file, or decoded pixels `[height, width]` or `[height, width, 3]`, uint8.
-        name: what to call it in messages: its path, or its place in an archive.
-        turn: whether to turn it upright as the camera noted in EXIF.
+        name: its name in messages: the path, or the position in an archive.
+        turn: whether to apply the EXIF orientation.
     """
 
     def __init__(self, data: bytes | np.ndarray, name: str, *, turn: bool = False) -> None:
@@ -66,30 +66,30 @@ class StoredImage:
     def decode(self) -> Image.Image:
         """Return the first frame as 8-bit RGB, decoded by Pillow.
 
-        Transparency is dropped. Grey images of 16 bits are scaled to 8.
+        Transparency is dropped. 16-bit grey images are scaled to 8 bits.
 
         Raises:
-            UnreadableImage: where it is damaged, no image, without pixels, or larger than Pillow's limit against
-                decompression bombs.
-            MemoryError: where there is no memory left.
+            UnreadableImage: it is damaged, not an image, has no pixels, or exceeds Pillow's limit against decompression
+                bombs.
+            MemoryError: out of memory.
         """
         if isinstance(self.data, np.ndarray):
             return Image.fromarray(self.data).convert("RGB")
         with _blame(self.name), warnings.catch_warnings():
-            # Damaged metadata and transparent palettes are common, do no harm, and would warn in every worker.
+            # Damaged metadata and transparent palettes are common and harmless, but would warn in every worker.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(self.data)) as image:
                 return _to_rgb(ImageOps.exif_transpose(image) if self.turn else image)
 
     def values(self) -> np.ndarray:
-        """Return what a file of one channel holds, `[height, width]`; of a palette, the indices.
+        """Return the values of a single-channel file, `[height, width]`; for a palette, the indices.
 
         Raises:
-            UnreadableImage: where it cannot be read, or has several channels.
+            UnreadableImage: it cannot be read, or has several channels.
         """
         with _blame(self.name), Image.open(io.BytesIO(self.data)) as image:
             if len(image.getbands()) > 1 or image.mode == "F":
-                raise ValueError(f"it is of mode {image.mode}; a mask has one channel, whose values are labels")
+                raise ValueError(f"its mode is {image.mode}; a mask has one channel, whose values are labels")
             return np.asarray(image).astype(np.int32)
 
     def size(self) -> tuple[int, int]:
@@ -97,10 +97,10 @@ class StoredImage:
         return self._jpeg_size() or self._whole().shape[:2]
 
     def crop(self, top: int, left: int, height: int, width: int, *, at_least: tuple[int, int]) -> np.ndarray:
-        """Return a part of the image, `[h, w, 3]`, uint8: as it is, or decoded at a smaller scale.
+        """Return a crop of the image, `[h, w, 3]`, uint8, possibly decoded at a smaller scale.
 
-        JPEG files are decoded by libjpeg-turbo to a half, a quarter or an eighth of their size where the part then
-        still has `at_least` so many pixels in height and width; else the pixels are those of `decode`.
+        JPEG files are decoded by libjpeg-turbo at a half, a quarter or an eighth of their size if the crop then still
+        has a height and width of `at_least`; otherwise the pixels are those of `decode`.
 
         Raises:
             UnreadableImage: as `decode` does.
@@ -114,15 +114,15 @@ class StoredImage:
         return pixels[rows, int(left * across) : math.ceil((left + width) * across)]
 
     def _scaled(self, scale: float) -> np.ndarray:
-        """Return the pixels, those of JPEG files at the smallest of the scales 1/8, 1/4, 1/2, 1 that is not below."""
+        """Return the pixels; JPEG files at the smallest of the scales 1/8, 1/4, 1/2, 1 that is at least `scale`."""
         if (size := self._jpeg_size()) is None:
             return self._whole()
         height, width = (math.ceil(side * scale) for side in size)
         try:
-            if scale > 0.5:  # the scales between are slower than none
+            if scale > 0.5:  # scales between 1/2 and 1 are slower than full size
                 return simplejpeg.decode_jpeg(self.data)
             return simplejpeg.decode_jpeg(self.data, min_height=height, min_width=width, min_factor=2)
-        except ValueError:  # damaged; Pillow decides whether it is an image all the same
+        except ValueError:  # damaged; Pillow decides whether it can still be read
             self._size = ()
             return self._whole()
 
@@ -132,7 +132,7 @@ class StoredImage:
         return self._pixels
 
     def _jpeg_size(self) -> tuple[int, int] | None:
-        """Return height and width of a JPEG file that libjpeg-turbo turns into the pixels that Pillow would."""
+        """Return height and width of a JPEG file for which libjpeg-turbo gives the same pixels as Pillow."""
         if self._size is None:
             self._size = ()
             if isinstance(self.data, bytes) and self.data.startswith(b"\xff\xd8") and not self.turn:
@@ -147,9 +147,9 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
     """Return the bytes of an image file.
 
     Raises:
-        UnreadableImage: for a file that is missing or forbidden.
-        OSError: where the machine is at fault and not the file, which is named all the same.
-        MemoryError: where there is no memory left.
+        UnreadableImage: the file is missing or not accessible.
+        OSError: an error of the machine, not of the file, which is still named.
+        MemoryError: out of memory.
     """
     with _blame(os.fspath(path)):
         return Path(path).read_bytes()
@@ -162,12 +162,12 @@ def read_image(path: str | os.PathLike[str], *, turn: bool = False) -> Image.Ima
 
 @contextmanager
 def _blame(name: str) -> Iterator[None]:
-    """Raise what reading or decoding raises with the name of the image, as `UnreadableImage` where it is at fault."""
+    """Add the name of the image to exceptions, and raise errors of the image itself as `UnreadableImage`."""
     try:
         yield
     except MemoryError:
         raise MemoryError(f"no memory left to read image {name!r}") from None
-    except Exception as error:  # decoders meet damaged bytes with every class of exception there is
+    except Exception as error:  # decoders can raise any exception on damaged files
         if isinstance(error, OSError) and error.errno and error.errno not in _ERRORS_OF_FILES:
             raise OSError(error.errno, error.strerror, name) from None
         reason = re.sub(r" <_io\.BytesIO.*?>", "", " ".join(str(error).split())) or type(error).__name__
@@ -185,7 +185,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_16_bits(image: Image.Image) -> Image.Image:
-    """Scale grey values of 0 to 65535, stored as 16- or 32-bit integers, to 0 to 255. Pillow's own conversion clips."""
+    """Scale grey values from 0..65535, stored as 16- or 32-bit integers, to 0..255. Pillow's conversion would clip."""
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(f"grey values from {values.min()} to {values.max()} do not fit 16 bits")

@@ -1,4 +1,4 @@
-"""Names, labels and places of any number of images in a few blocks of memory that processes share."""
+"""Names, labels and offsets of many images in a few arrays that processes share."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _ALIGNMENT = 64
 
 
 class Listing:
-    """A table of images: a name and a few whole numbers each.
+    """A table of images: a name and a few integers each.
 
-    Python objects would be copied into every worker that looks at them, since looking counts references; arrays are
-    shared with forked workers. Loaded from a file, they are mapped, so that all processes of a machine share them.
+    Python objects would be copied into every worker that accesses them, because of reference counts; arrays are shared
+    with forked workers. When loaded from a file they are memory-mapped and shared by all processes of a machine.
 
     Args:
-        text: the names one behind the other, uint8.
-        ends: where each name ends in `text`, `[n]`.
+        text: the concatenated names, uint8.
+        ends: end of each name in `text`, `[n]`.
         numbers: further columns, `[n]` each.
-        about: what is known of the whole; anything that JSON holds.
-        path: the file that it was loaded from.
+        about: metadata of the whole table, as JSON.
+        path: the file it was loaded from.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class Listing:
 
     @classmethod
     def of(cls, rows: Iterable[Sequence[Any]], columns: dict[str, type[np.generic]], about: dict[str, Any]) -> Listing:
-        """Build a table from rows of a name (bytes) and one whole number for each of `columns`.
+        """Build a table from rows of a name (bytes) and one integer for each of `columns`.
 
-        `about` is kept as it is once the rows are read, so that reading them may fill it.
+        `about` is used after the rows are read, so reading them may fill it.
         """
         text, ends, numbers = bytearray(), array("q"), [array("q") for _ in columns]
         for name, *values in rows:
@@ -75,13 +75,13 @@ class Listing:
         return self._text[begin : int(self._ends[index])].tobytes()
 
     def __reduce__(self) -> tuple:
-        """Workers that are not forked map the file again instead of being sent its content."""
+        """Pickle the path of a file instead of its content; workers that are not forked map it again."""
         if self.path:
             return Listing.load, (self.path,)
         return Listing, (self._text, self._ends, self.numbers, self.about)
 
     def save(self, path: Path) -> None:
-        """Write the table so that `path` holds either all of it or what it held before."""
+        """Write the table atomically."""
         arrays = {"text": self._text, "ends": self._ends, **self.numbers}
         columns = {key: [column.dtype.str, len(column)] for key, column in arrays.items()}
         header = json.dumps({"about": self.about, "columns": columns}).encode() + b"\n"
@@ -101,10 +101,10 @@ class Listing:
 
     @classmethod
     def load(cls, path: Path) -> Listing:
-        """Map a table that `save` wrote.
+        """Memory-map a table written by `save`.
 
         Raises:
-            ValueError: for a file that is none, or is cut off.
+            ValueError: the file is something else or truncated.
         """
         damaged = ValueError(f"index {path} is damaged or of another program; delete it, and it is built again")
         try:
@@ -128,12 +128,12 @@ class Listing:
 
 @contextmanager
 def one_at_a_time(path: Path) -> Iterator[None]:
-    """Keep other processes of this machine out that ask for the same path."""
+    """Hold a lock on `path` against other processes of this machine."""
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir()) / f"dat-{name}.lock"):
         yield
 
 
 def cache_folder() -> Path:
-    """Return where tables go that cannot or should not lie beside the data: `$XDG_CACHE_HOME/dat`."""
+    """Return the folder for tables that are not stored next to the data: `$XDG_CACHE_HOME/dat`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dat"

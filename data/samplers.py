@@ -1,4 +1,4 @@
-"""Which images a process sees, in which order."""
+"""Samplers: which images a process uses, in which order."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch.utils.data import Sampler
 
 
 class Draw(NamedTuple):
-    """One image of one epoch: all that its augmentation may depend on, besides the seed.
+    """One image of one epoch; its augmentation depends only on this and the seed.
 
     Attributes:
-        index: which image.
-        epoch: which epoch.
+        index: index of the image.
+        epoch: the epoch.
         repeat: how often the image was drawn before in the epoch; trailing zeros do not change a seed.
     """
 
@@ -24,30 +24,30 @@ class Draw(NamedTuple):
 
 
 class TrainSampler(Sampler[Draw]):
-    """One rank's share of a random order that is the same for every rank and every number of ranks.
+    """One rank's share of a random order that is the same for all ranks and any number of ranks.
 
-    An epoch is a permutation drawn from the seed and the epoch alone, cut to whole updates. Each run of
-    `batch_size * world_size` images of it is a micro-batch, of which every rank takes a contiguous part, so one process
-    with a batch of 2b and two processes with a batch of b see the same micro-batches.
+    An epoch is a permutation that depends only on seed and epoch, without an incomplete last update. Consecutive
+    `batch_size * world_size` images are a micro-batch, of which every rank takes a contiguous part, so one process with
+    a batch size of 2b and two processes with a batch size of b use the same micro-batches.
 
     Args:
         length: images in the data set.
         batch_size: images per rank and micro-batch.
-        rank: which of the `world_size` parts this is.
+        rank: rank of this process.
         world_size: number of processes.
         seed: seed of the run.
         accumulation_steps: micro-batches per update.
-        repeats: how often an image stands in the order, each time augmented otherwise (repeated augmentation, Hoffer et
-            al., arXiv 1901.09335); an epoch stays as long as it is, so it holds a part of the images.
-        balanced: classes of all images, `[length]`, to take as many images of each; None for each image once.
+        repeats: copies of each image, each augmented differently (repeated augmentation, Hoffer et al., arXiv
+            1901.09335); an epoch keeps its length, so it contains only some of the images.
+        balanced: classes of all images, `[length]`, to draw equally many images of each; None for each image once.
 
     Attributes:
-        updates_per_epoch: updates in a whole epoch.
-        epoch: which epoch it stands in.
-        start: images of the epoch, of all ranks, that were used already.
+        updates_per_epoch: updates in a full epoch.
+        epoch: the current epoch.
+        start: images of the epoch already used, over all ranks.
 
     Raises:
-        ValueError: where the data set is smaller than one update.
+        ValueError: the data set is smaller than one update.
     """
 
     def __init__(
@@ -76,20 +76,20 @@ class TrainSampler(Sampler[Draw]):
         self.updates_per_epoch = length // self._update
         if not self.updates_per_epoch:
             raise ValueError(
-                f"{length} training images are fewer than one update takes: {batch_size} a batch x {world_size} "
+                f"{length} training images are fewer than one update needs: batch size {batch_size} x {world_size} "
                 f"processes x {accumulation_steps} accumulation steps = {self._update}; reduce DATA.BATCH_SIZE, "
                 f"TRAIN.ACCUMULATION_STEPS or the number of processes"
             )
 
     def set_position(self, epoch: int, start: int = 0) -> None:
-        """Move to `epoch`, behind the first `start` images of its order, which were already used.
+        """Move to `epoch`, after the first `start` images of its order, which were already used.
 
-        `start` counts the images of all ranks. It may come from a run with another number of ranks.
+        `start` counts the images of all ranks. It may come from a run with a different number of ranks.
         """
         if not 0 <= start <= self._length:
             raise ValueError(
-                f"the run is to continue behind image {start} of an epoch, but there are {self._length} training "
-                f"images; continue with the data set that it began with"
+                f"the run should continue after image {start} of an epoch, but there are {self._length} training "
+                f"images; continue with the data set that it started with"
             )
         self.epoch = epoch
         self.start = start
@@ -121,9 +121,9 @@ class TrainSampler(Sampler[Draw]):
 
 
 def balanced_order(labels: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Return as many indices as there are images, of every class that has images as many as of any other, or one more.
+    """Return `len(labels)` indices with equally many images of every class, up to one more.
 
-    No image of a class comes once more before all of them came.
+    No image of a class repeats before all of them were drawn.
     """
     members = np.split(np.argsort(labels, kind="stable"), np.cumsum(np.bincount(labels))[:-1])
     members = [images for images in members if len(images)]
@@ -137,7 +137,7 @@ def balanced_order(labels: np.ndarray, generator: np.random.Generator) -> np.nda
 
 
 def times_before(order: np.ndarray) -> np.ndarray:
-    """Return for each place how often its value stands at earlier places."""
+    """Return for each position how often its value occurs at earlier positions."""
     places = np.argsort(order, kind="stable")
     is_first = np.diff(order[places], prepend=-1) != 0
     counts = np.arange(len(order)) - np.maximum.accumulate(np.where(is_first, np.arange(len(order)), 0))
@@ -147,9 +147,9 @@ def times_before(order: np.ndarray) -> np.ndarray:
 
 
 class EvalSampler(Sampler[Draw]):
-    """Every `world_size`-th image from `rank` on: over all ranks each image once, none twice.
+    """Every `world_size`-th image starting at `rank`, so that all ranks together use each image exactly once.
 
-    Ranks differ by one image where `length` is no multiple of `world_size`.
+    The shares differ by one image if `length` is not a multiple of `world_size`.
     """
 
     def __init__(self, length: int, *, rank: int, world_size: int) -> None:

@@ -1,4 +1,4 @@
-"""What a data set is, whatever format it is stored in."""
+"""Data sets, independent of their format."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from data.images import StoredImage
 if TYPE_CHECKING:
     from data.formats.stream import ImageStream
 
-# What the parts of data sets are usually called, the first that is there counts.
+# Usual names of the splits of a data set; the first that exists is used.
 PARTS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
-# Stands between the labels of an image that has several.
+# Separates the labels of a multi-label image.
 SEPARATOR = ";"
 
 
 class ImageSource(ABC):
-    """Labelled images, as they are stored.
+    """Stored, labelled images.
 
     Attributes:
-        labels: class of every image, `[n]`, whole numbers; `[n, classes]` of 0 and 1 where an image may have several.
-        remarks: what the log should say of how they are read.
+        labels: class of every image, `[n]`, integers; `[n, classes]` of 0 and 1 for multi-label data.
+        remarks: warnings for the log about how they are read.
     """
 
     labels: np.ndarray
@@ -49,12 +49,12 @@ class ImageSource(ABC):
         """Return an image as RGB.
 
         Raises:
-            UnreadableImage: where it cannot be read or decoded.
+            UnreadableImage: it cannot be read or decoded.
         """
         return self.get(index).decode()
 
     def file_name(self, index: int) -> str:  # noqa: ARG002
-        """Return the name of the file of an image, without opening it; empty where it has none."""
+        """Return the file name of an image, without opening it; empty if it has none."""
         return ""
 
     def relabelled(self, lookup: np.ndarray) -> ImageSource:
@@ -69,10 +69,10 @@ class ImageSource(ABC):
 
     @abstractmethod
     def get(self, index: int) -> StoredImage:
-        """Return an image as it is stored.
+        """Return a stored image.
 
         Raises:
-            UnreadableImage: where it cannot be read.
+            UnreadableImage: it cannot be read.
         """
 
 
@@ -82,7 +82,7 @@ class ArraySource(ImageSource):
     Args:
         images: pixels, `[n, height, width]` or `[n, height, width, 3]`, uint8.
         labels: classes, `[n]`.
-        name: what to call an image in messages, before its place.
+        name: name of an image in messages, followed by its index.
     """
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, name: str) -> None:
@@ -97,21 +97,21 @@ class ArraySource(ImageSource):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is asked of a format: the data options of a run.
+    """The data options of a run, passed to a format.
 
     Attributes:
-        path: where the data set lies; empty where none was given.
-        path_by_variable: the same by the environment, for formats that need a path and were given none.
-        needs: the parts to open, of "train" and "val".
-        train: what the training part is called, below the path or in full; empty for the usual names.
-        val: what the held-out part is called.
-        turn: whether to turn photographs upright as EXIF says.
+        path: location of the data set; empty if none was given.
+        path_by_variable: the same from the environment, for formats that need a path if none was given.
+        needs: the splits to open, of "train" and "val".
+        train: name or path of the training split; empty for the usual names.
+        val: likewise for the held-out split.
+        turn: whether to apply the EXIF orientation.
         multi_label: whether an image may have several labels, or none.
-        image_column: of tables that name their columns; empty for the usual names.
+        image_column: for tables with named columns; empty for the usual names.
         label_column: likewise.
-        download: whether a format may fetch its data set from where it is published.
-        scenes: how many to draw for training, of data sets that are drawn.
-        stream_images: how many images of "train" and "val" a stream gives; 0 where that is not said.
+        download: whether a format may download its data set.
+        scenes: number of training scenes, for data sets that are drawn.
+        stream_images: number of images of "train" and "val" in a stream; 0 if unknown.
     """
 
     path: str = ""
@@ -131,10 +131,10 @@ class Request:
         """Return the folder of the data set.
 
         Args:
-            layout: what the format expects to find, for the message.
+            layout: expected layout, for the message.
 
         Raises:
-            ValueError: where no path was given, or it names an unknown user.
+            ValueError: no path was given, or it names an unknown user.
         """
         path = self.path or self.path_by_variable
         if not path:
@@ -142,21 +142,21 @@ class Request:
         try:
             return Path(path).expanduser()
         except RuntimeError:
-            raise ValueError(f"data path {path}: there is no such user; write the folder in full") from None
+            raise ValueError(f"data path {path}: there is no such user; give the full path") from None
 
     def find(self, part: str, root: Path, there: Sequence[str], *, kind: str, layout: str, ending: str = "") -> Path:
-        """Return where a part of the data set lies.
+        """Return the path of a split.
 
         Args:
             part: "train" or "val".
             root: the folder of the data set.
-            there: names of what it holds.
-            kind: what a part is: "folder" or "file".
-            layout: what the format expects to find, for the message.
-            ending: of the usual names.
+            there: names of its contents.
+            kind: "folder" or "file".
+            layout: expected layout, for the message.
+            ending: extension of the usual names.
 
         Raises:
-            ValueError: where there is none.
+            ValueError: there is no such split.
         """
         found = self.find_if_any(part, root, there, ending)
         if found is None:
@@ -165,7 +165,7 @@ class Request:
         return found
 
     def find_if_any(self, part: str, root: Path, there: Sequence[str], ending: str = "") -> Path | None:
-        """Return where a part of the data set lies, or would lie by its option; None where it has no usual name."""
+        """Return the path of a split from its option or a usual name; None if there is neither."""
         given = getattr(self, part)
         if given:
             return root / Path(given).expanduser()
@@ -179,9 +179,9 @@ class Dataset:
 
     Attributes:
         classes: names by label.
-        train: images to train on; None where they were not asked for.
-        held_out: images to evaluate on; None where they were not asked for. Of a stream no labels are known.
-        remarks: what the format found suspicious.
+        train: training images; None if not requested.
+        held_out: held-out images; None if not requested. The labels of a stream are unknown.
+        remarks: warnings from the format.
     """
 
     classes: list[str]
@@ -190,20 +190,20 @@ class Dataset:
     remarks: Sequence[str] = ()
 
     def counts(self, source: ImageSource) -> list[int]:
-        """Return how many images of a part each class has."""
+        """Return the number of images of each class in a split."""
         if source.labels.ndim == 2:
             return source.labels.sum(0, dtype=np.int64).tolist()
         return np.bincount(source.labels, minlength=len(self.classes)).tolist()
 
     def doubts(self) -> list[str]:
-        """Return what about the data set may not be as intended, one line each."""
+        """Return warnings about the data set, one line each."""
         found = list(self.remarks)
         if len(self.classes) == 1 and not self._has_several_labels():
-            found.append(f"the data set has one class, {self.classes[0]}: there is nothing to tell apart")
+            found.append(f"the data set has only one class, {self.classes[0]}")
         folded: dict[str, str] = {}
         for name in self.classes:
             if (other := folded.setdefault(name.casefold(), name)) != name:
-                found.append(f"classes {other} and {name} differ in upper and lower case alone")
+                found.append(f"classes {other} and {name} differ only in case")
         if self.is_numbered() and list(self.classes) != sorted(self.classes, key=int):
             found.append(
                 f"the classes are numbers, but labels follow their order as text ({', '.join(self.classes[:3])}, ...), "
@@ -229,7 +229,7 @@ class Dataset:
         """Return the data set with its numbered classes in the order of the numbers.
 
         Raises:
-            ValueError: where they are not all numbers.
+            ValueError: they are not all numbers.
         """
         if not self.is_numbered():
             raise ValueError(
@@ -246,15 +246,15 @@ class Dataset:
         return replace(self, classes=[self.classes[label] for label in order], **parts)
 
     def check_parts(self) -> None:
-        """Check that the parts are not swapped.
+        """Check that the splits are not swapped.
 
         Raises:
-            ValueError: where more images are held out than there are to train on.
+            ValueError: there are more held-out than training images.
         """
         if self.train is not None and self.held_out is not None and len(self.held_out) > len(self.train):
             raise ValueError(
-                f"{len(self.held_out)} images are held out and {len(self.train)} are there to train on: the parts seem "
-                f"swapped; exchange them, or set DATA.ALLOW_LARGER_VAL True if this is meant"
+                f"there are {len(self.held_out)} held-out and only {len(self.train)} training images: the splits seem "
+                f"swapped; exchange them, or set DATA.ALLOW_LARGER_VAL True if this is intended"
             )
 
 
@@ -287,25 +287,25 @@ def classes_of(labels: Iterable[str], most: int, bearer: Callable[[str], str]) -
 def join_classes(
     names: Mapping[str, Sequence[str]], where: Mapping[str, object], layout: str
 ) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Return the classes of a data set whose parts name theirs, and for each part the label of each of its names.
+    """Merge the class names of the splits; return the classes and, for each split, the label of each of its names.
 
-    Names count as equal whose Unicode characters are composed differently, as file systems and archives change that.
+    Names that differ only in Unicode normalisation are equal, as file systems and archives change it.
 
     Args:
-        names: the classes of "train" and "val"; those of "train" are the data set's where they are known.
-        where: where the parts lie, for messages.
-        layout: what the format expects to find, for messages.
+        names: the classes of "train" and "val"; those of "train" are used if known.
+        where: paths of the splits, for messages.
+        layout: expected layout, for messages.
 
     Raises:
-        ValueError: for classes of "val" that "train" does not have, and two names of a part that count as equal.
+        ValueError: "val" has classes that "train" does not have, or two names of a split are equal.
     """
     composed = {part: [unicodedata.normalize("NFC", name) for name in known] for part, known in names.items()}
     for part, known in composed.items():
         if len(set(known)) < len(known):
             twice = sorted({name for name in known if known.count(name) > 1})
             raise ValueError(
-                f"{where[part]} has two classes each for {shorten(twice)}, whose names differ in the composition of "
-                f"Unicode characters alone; merge them"
+                f"{where[part]} has two classes each for {shorten(twice)}, whose names differ only in Unicode "
+                f"normalisation; merge them"
             )
     classes = composed["train"] if "train" in composed else composed["val"]
     labels = {name: label for label, name in enumerate(classes)}
@@ -314,7 +314,7 @@ def join_classes(
         folded = {name.casefold(): name for name in classes}
         near = [f"{name} (train has {folded[name.casefold()]})" for name in unknown if name.casefold() in folded]
         raise ValueError(
-            f"{where['val']} has classes that {where['train']} has not: {shorten(near or unknown)}; {layout}"
+            f"{where['val']} has classes that {where['train']} does not have: {shorten(near or unknown)}; {layout}"
         )
     return classes, {
         part: np.array([labels[name] for name in known], dtype=np.int32) for part, known in composed.items()
@@ -322,17 +322,17 @@ def join_classes(
 
 
 def relabel(labels: np.ndarray, lookup: np.ndarray) -> np.ndarray:
-    """Return `lookup[labels]`; the labels themselves, which may be mapped from a file, where that changes nothing."""
+    """Return `lookup[labels]`; the original array, which may be memory-mapped, if nothing changes."""
     return labels if np.array_equal(lookup, np.arange(len(lookup))) else lookup[labels]
 
 
 def split_labels(text: str) -> tuple[str, ...]:
-    """Return the labels of an image that are written with semicolons between them; there may be none."""
+    """Return the labels of an image separated by semicolons; there may be none."""
     return tuple(filter(None, map(str.strip, text.split(SEPARATOR))))
 
 
 def to_matrix(labels: Sequence[Sequence[int]], width: int) -> np.ndarray:
-    """Return `[n, width]` of 0 and 1 for images of several labels."""
+    """Return `[n, width]` of 0 and 1 for multi-label images."""
     matrix = np.zeros((len(labels), width), dtype=np.uint8)
     for row, places in zip(matrix, labels, strict=True):
         row[list(places)] = 1
@@ -340,10 +340,10 @@ def to_matrix(labels: Sequence[Sequence[int]], width: int) -> np.ndarray:
 
 
 def read_class_list(folder: Path) -> list[str]:
-    """Return the classes that `classes.txt` in a folder names, one a line; empty where there is none.
+    """Return the classes in `classes.txt` of a folder, one per line; empty if there is no such file.
 
     Raises:
-        ValueError: where it names a class twice.
+        ValueError: a class is listed twice.
     """
     path = folder / "classes.txt"
     if not path.is_file():
@@ -356,5 +356,5 @@ def read_class_list(folder: Path) -> list[str]:
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:
-    """Return the first `most` names and how many there are beside them."""
+    """Return the first `most` names and the number of further ones."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

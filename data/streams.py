@@ -1,10 +1,10 @@
-"""Images that come one after the other and cannot be asked for by number: shards out of pipes and object stores.
+"""Streams without random access: shards from pipes and object stores.
 
-What an index gives is given up here, as far as it must be. An epoch is as long as an option says. The order is that of
-shuffled shards and of a buffer; every process and every worker reads shards of its own, over again where they hold
-fewer images than their share, and not to the end where they hold more. So an image may come twice in an epoch, or not.
-What stays: the same seed, processes and workers give the same batches. A run that continues within an epoch reads the
-images again that it had used, without decoding them, and goes on with the next one.
+The guarantees of indexed data sets are relaxed. The length of an epoch is an option. The order is that of shuffled
+shards and of a shuffle buffer; every process and worker reads its own shards, repeatedly if they have fewer images than
+its share, and only partly if they have more. An image may therefore appear twice in an epoch, or not at all. Still, the
+same seed, processes and workers give the same batches. A run resumed in mid-epoch reads the used images again, without
+decoding them, and continues after them.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class HeldImages(ImageSource):
         self.labels = np.array([label for _, label in images])
 
     def get(self, index: int) -> StoredImage:
-        """Return an image as it came."""
+        """Return a stored image."""
         return self._images[index]
 
 
 class StreamedBatches(IterableDataset[list[Sample]], ABC):
-    """The batches of one rank, made by any number of workers in turn.
+    """The batches of one rank, produced by any number of workers in turn.
 
     Args:
-        stream: where the images come from.
+        stream: the stored images.
         transform: from a stored image to pixels.
-        batch_size: images of a batch.
-        rank: which process this is.
+        batch_size: images per batch.
+        rank: rank of this process.
         world_size: number of processes.
         seed: seed of the run.
         on_unreadable: see `data.datasets`; a substitute is another image of the batch.
@@ -76,14 +76,14 @@ class StreamedBatches(IterableDataset[list[Sample]], ABC):
 
     @abstractmethod
     def _batches(self, worker: int, workers: int) -> Iterator[list[Sample]]:
-        """Yield the batches of a worker; a loader takes one of each worker in turn."""
+        """Yield the batches of a worker; a loader takes one from each worker in turn."""
 
     def _shards(self, urls: Sequence[str], share: int, workers: int) -> Sequence[str]:
-        """Return a worker's part of the shards."""
+        """Return the shards of a worker."""
         return urls[self._rank + self._world_size * share :: self._world_size * workers]
 
     def _samples(self, held: Sequence[tuple[StoredImage, int | np.ndarray]], epoch: int, number: int) -> list[Sample]:
-        """Return a batch, whose augmentation depends on its number within the epoch and on the rank."""
+        """Return a batch; its augmentation depends on its number within the epoch and on the rank."""
         source = HeldImages(held)
         images = TransformedImages(source, self._transform, seed=self._seed, on_unreadable=self._on_unreadable)
         place = number * self._world_size + self._rank
@@ -91,11 +91,11 @@ class StreamedBatches(IterableDataset[list[Sample]], ABC):
 
 
 class TrainBatches(StreamedBatches):
-    """What is left of an epoch for this rank.
+    """The remaining batches of an epoch for this rank.
 
     Args:
-        sampler: says where the epoch begins and how long it is.
-        buffer: images that are held back to shuffle them, in each worker.
+        sampler: provides start and length of the epoch.
+        buffer: size of the shuffle buffer of each worker, in images.
         options: of `StreamedBatches`.
     """
 
@@ -109,7 +109,7 @@ class TrainBatches(StreamedBatches):
     def _batches(self, worker: int, workers: int) -> Iterator[list[Sample]]:
         epoch, size = self._sampler.epoch, self.batch_size
         first = self._sampler.start // (size * self._world_size)
-        share = (first + worker) % workers  # so that each goes on with its own shards where an epoch continues
+        share = (first + worker) % workers  # so that each continues with its own shards when an epoch resumes
         order = np.random.default_rng((self._seed, epoch)).permutation(self.stream.urls).tolist()
         chance = Random(f"{self._seed} {epoch} {self._rank} {share}")
         images = self._again_and_again(self._shards(order, share, workers), chance)
@@ -118,7 +118,7 @@ class TrainBatches(StreamedBatches):
             yield self._samples(list(islice(images, size)), epoch, number)
 
     def _again_and_again(self, urls: Sequence[str], chance: Random) -> Iterator[tuple[StoredImage, int | np.ndarray]]:
-        """Yield the images of shards in random order, all of them before any comes a second time."""
+        """Yield the images of shards in random order, repeatedly; all of them before any is repeated."""
         from webdataset import shuffle
 
         mixed = shuffle(self._buffer, rng=chance) if self._buffer else iter
@@ -136,18 +136,18 @@ class EvalBatches(StreamedBatches):
 
 
 class StreamLoader:
-    """Batches of a stream behind what a run asks of a `DataLoader`.
+    """Batches of a stream with the interface that a run needs of a `DataLoader`.
 
     Args:
         batches: of this rank.
-        sampler: whose position counts.
+        sampler: provides the position.
         collate: from samples to a batch.
-        options: of the `DataLoader` that workers work for.
+        options: arguments of the internal `DataLoader`.
 
     Attributes:
         dataset: the stream; its length is that of an epoch.
-        sampler: the same.
-        batch_size: images of a batch.
+        sampler: the sampler.
+        batch_size: images per batch.
     """
 
     def __init__(
@@ -166,5 +166,5 @@ class StreamLoader:
         return iter(self._loader)
 
 
-# What a run takes its batches from.
+# The loaders that a run supports.
 Loader: TypeAlias = DataLoader | StreamLoader

@@ -338,7 +338,7 @@ ROWS = [
         name="data: file", flags=("--data-path", "trained.pth"), says="cannot read folder trained.pth: Not a directory"
     ),
     Wrong(
-        name="data: unknown user", flags=("--data-path", "~nobody-here/x"), says="there is no such user; write the fo"
+        name="data: unknown user", flags=("--data-path", "~nobody-here/x"), says="there is no such user; give the fu"
     ),
     Wrong(
         name="data: folder for the digits",
@@ -360,7 +360,9 @@ ROWS = [
         lambda root: (root / "val/cat/notes.txt").write_text("no image"),
     ),
     folder(
-        "class of val alone", {"train/cat": 4, "val/cow": 2}, "wrong/val has classes that wrong/train has not: cow; "
+        "class of val alone",
+        {"train/cat": 4, "val/cow": 2},
+        "wrong/val has classes that wrong/train does not have: cow; ",
     ),
     folder(
         "link to nothing",
@@ -368,11 +370,11 @@ ROWS = [
         "wrong/train/dog is a link to nothing; repair or remove it",
         lambda root: (root / "train/dog").symlink_to("nowhere"),
     ),
-    folder("line break in a name", {"train/cat": 4, "val/c\now": 2}, r"wrong/train has not: c\\now; "),
+    folder("line break in a name", {"train/cat": 4, "val/c\now": 2}, r"wrong/train does not have: c\\now; "),
     Wrong(
         name="data: batch larger than the data set",
         flags=("--batch-size", "16"),
-        says="8 training images are fewer than one update takes: .*; reduce DATA.BATCH_SIZE",
+        says="8 training images are fewer than one update needs: .*; reduce DATA.BATCH_SIZE",
     ),
     Wrong(
         name="data: odd batch with mixup",
@@ -513,17 +515,17 @@ ROWS = [
     Wrong(
         name="data: stream of balanced classes",
         config={"DATA": {"DATASET": "webdataset", "BALANCE": "sampling"}},
-        says="DATA.BALANCE sampling takes images by their number, which a stream has not; leave it at none",
+        says="DATA.BALANCE sampling needs random access, which a stream does not have; leave it at none",
     ),
     Wrong(
         name="data: parts swapped by name",
         flags=("--opts", "DATA.TRAIN", "val", "DATA.VAL", "train"),
-        says="DATA.TRAIN val: the parts seem swapped; exchange DATA.TRAIN and DATA.VAL",
+        says="DATA.TRAIN val: the splits seem swapped; exchange DATA.TRAIN and DATA.VAL",
     ),
     folder(
         "parts swapped by size",
         {"train/cat": 4, "val/cat": 9},
-        "9 images are held out and 4 are there to train on: the parts seem swapped; exchange them, or set DATA.ALLOW",
+        "there are 9 held-out and only 4 training images: the splits seem swapped; exchange them, or set DATA.ALLOW",
     ),
     Wrong(
         name="data: unknown format",
@@ -959,7 +961,7 @@ def test_launchers_say_how_they_are_used(command: list[str], says: str) -> None:
         ),
         (
             ["train.sh", "2", "{tiny}", "--batch-size", "1000"],
-            "1437 training images are fewer .* 1000 a batch x 2 proc",
+            "1437 training images are fewer .* batch size 1000 x 2 proc",
         ),
         (["evaluate.sh", "2", "{tiny}", "{tiny}"], "tiny.yaml is damaged"),
     ],

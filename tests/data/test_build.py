@@ -248,7 +248,7 @@ def test_small_shared_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     (doubt,) = loader_doubts(config)
     assert "/dev/shm has 0 MiB free" in doubt
-    assert "by --shm-size or --ipc=host" in doubt
+    assert "with --shm-size or --ipc=host" in doubt
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", lambda *_: pytest.fail("shared memory is used"))
     batches = train_batches(config)
     assert equal(batches, wanted)
@@ -308,7 +308,7 @@ def test_classes_without_held_out_images(root: Path) -> None:
 
 @pytest.mark.parametrize(("train", "val"), [("val", "train"), ("test.csv", ""), ("", "training")])
 def test_parts_that_are_swapped_by_name(root: Path, train: str, val: str) -> None:
-    with pytest.raises(ValueError, match=r"^DATA\.(TRAIN|VAL) \S+: the parts seem swapped; exchange DATA\.TRAIN and"):
+    with pytest.raises(ValueError, match=r"^DATA\.(TRAIN|VAL) \S+: the splits seem swapped; exchange DATA\.TRAIN and"):
         open_dataset(small_config(root, TRAIN=train, VAL=val))
 
 
@@ -319,7 +319,7 @@ def test_parts_that_are_swapped_by_size(root: Path) -> None:
     for name in ("cat", "dog", "emu"):
         (root / "train" / name).mkdir(exist_ok=True)
         shutil.copy(root / "val" / name / "0.jpg", root / "train" / name / "0.jpg")
-    with pytest.raises(ValueError, match=r"^23 images are held out and \d are there to train on: .*LARGER_VAL True"):
+    with pytest.raises(ValueError, match=r"^there are 23 held-out and only \d training images: .*LARGER_VAL True"):
         open_dataset(small_config(root))
     assert len(open_dataset(small_config(root, ALLOW_LARGER_VAL=True)).held_out) == 23
     assert len(open_dataset(small_config(root), ("val",)).held_out) == 23
@@ -374,7 +374,7 @@ def test_loaders_check_the_layout(root: Path) -> None:
 
 
 def test_data_set_smaller_than_an_update(root: Path) -> None:
-    with pytest.raises(ValueError, match="23 training images are fewer than one update takes"):
+    with pytest.raises(ValueError, match="23 training images are fewer than one update needs"):
         build_train_loader(small_config(root, BATCH_SIZE=24), rank=0, world_size=1)
 
 

@@ -132,8 +132,8 @@ def test_a_command_that_fails(shards: Path, command: str, says: str) -> None:
             r"cannot be counted beforehand; say how many .* by DATA\.STREAM\.IMAGES$",
         ),
         ({"DATA_PATH": "nowhere"}, r"^nowhere holds no classes\.txt; "),
-        ({"BALANCE": "loss"}, r"^DATA\.BALANCE loss takes images by their number, which a stream has not; leave it at"),
-        ({"CACHE": True}, r"^DATA\.CACHE True takes images by their number"),
+        ({"BALANCE": "loss"}, r"^DATA\.BALANCE loss needs random access, which a stream does not have; leave it at"),
+        ({"CACHE": True}, r"^DATA\.CACHE True needs random access"),
     ],
 )
 def test_options_that_do_not_fit(shards: Path, data: dict, says: str) -> None:
