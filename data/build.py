@@ -36,7 +36,7 @@ PREFETCHED = 2
 
 
 def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Dataset:
-    """Open the data set of the config: classes and images are listed, but no image is opened.
+    """Open the data set of the config: classes and images are listed, but no image is opened yet.
 
     Args:
         config: the options of the run.

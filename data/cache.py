@@ -67,7 +67,7 @@ class CachedSource(ImageSource):
         return int((self._table.numbers["size"] > 0).sum())
 
     def get(self, index: int) -> StoredImage:
-        """Return an image as it is stored; raises `UnreadableImage`."""
+        """Return a stored image; raises `UnreadableImage`."""
         if index >= len(self._table) or not self._table.numbers["size"][index]:
             return self._source.get(index)
         offset, size, turn = (int(self._table.numbers[name][index]) for name in _COLUMNS)

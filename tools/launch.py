@@ -68,7 +68,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def run_once(processes: str, arguments: Sequence[str]) -> list[int]:
-    """Return the exit statuses of the processes that failed, below 0 where a signal ended them; [0] if none did.
+    """Return the exit statuses of the processes that failed, below 0 if a signal ended them; [0] if none did.
 
     Raises:
         SignalException: where this process was asked to stop, after it has stopped the others.

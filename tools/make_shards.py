@@ -162,7 +162,7 @@ def _begin(folder: Path, plan: Plan) -> None:
     """Make the output folder, or check that it is one that the same command began.
 
     Raises:
-        ValueError: where it holds anything else.
+        ValueError: it holds anything else.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():

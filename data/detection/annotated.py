@@ -29,7 +29,7 @@ class Annotation:
         label: from 0 on; None for a class that the data set does not know.
         area: in pixels; that of the box where None.
         crowd: whether it is a group of objects.
-        outline: polygons or run lengths as COCO writes them; None where it has a box alone.
+        outline: polygons or run lengths as COCO writes them; None if it has a box alone.
     """
 
     name: str
@@ -71,7 +71,7 @@ class AnnotatedImages(DetectionSource):
     """Image files and their annotations.
 
     Args:
-        turn: whether to turn photographs upright as EXIF says.
+        turn: whether to apply the EXIF orientation.
 
     Attributes:
         masks: whether every object so far has an outline.

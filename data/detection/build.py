@@ -1,4 +1,4 @@
-"""Data sets and loaders of detection as the config asks for them."""
+"""Data sets and loaders of detection from the config."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ FORMATS: Mapping[str, Callable[[Request], DetectionDataset]] = {
 
 
 def open_dataset(config: CfgNode, needs: Sequence[str]) -> DetectionDataset:
-    """Open the data set that the config names; no image is opened.
+    """Open the data set of the config; no image is opened yet.
 
     Args:
         config: the options of the run.
-        needs: the parts that are needed, of "train" and "val".
+        needs: the splits to open, of "train" and "val".
 
     Raises:
         ValueError: for an unknown DATA.DATASET, and a data path that is missing or not laid out as it should be.

@@ -19,7 +19,7 @@ Target = dict[str, Tensor]
 
 
 class Sample(NamedTuple):
-    """An image `[3, h, w]`, uint8, its target, and the files that could not be read on the way to it."""
+    """An image `[3, h, w]`, uint8, its target, and the files that could not be read before it."""
 
     image: Tensor
     target: Target
@@ -46,7 +46,7 @@ class _Samples(SeededSamples[Sample]):
     """Images of a source.
 
     Args:
-        source: where they come from.
+        source: the stored images.
         seed: seed of the run.
         on_unreadable: see `SeededSamples`; a marked image is one black pixel, and its size is 0 and 0.
     """
@@ -56,7 +56,7 @@ class _Samples(SeededSamples[Sample]):
         self._source = source
 
     def pixels(self, index: int) -> tv_tensors.Image:
-        """Return an image as it is stored.
+        """Return a stored image.
 
         Raises:
             UnreadableImage: it cannot be read, or has another size than the data set says.
@@ -78,7 +78,7 @@ class TrainSamples(_Samples):
     """Augmented images with their objects; crowds are not among them.
 
     Args:
-        source: where they come from.
+        source: the stored images.
         transform: augments them.
         masks: whether masks are wanted.
         seed: seed of the run.
@@ -105,7 +105,7 @@ class EvalSamples(_Samples):
     """Held-out images, resized.
 
     Args:
-        source: where they come from.
+        source: the stored images.
         transform: resizes them.
         on_unreadable: see `SeededSamples`.
     """
@@ -128,7 +128,7 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Put samples together to a batch."""
+    """Collate samples into a batch."""
     images, targets, unreadable = zip(*samples, strict=True)
     return Batch(list(images), list(targets), [path for paths in unreadable for path in paths])
 

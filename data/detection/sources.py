@@ -22,7 +22,7 @@ class Objects:
         labels: `[n]`, int64, from 0 on.
         areas: `[n]`, float64, in pixels, by which COCO tells small objects from large ones.
         crowd: `[n]`, bool: groups of objects, which are not learned, and in which detections count neither way.
-        masks: of each object, run-length encoded as COCO does it; None where the data set has boxes alone.
+        masks: of each object, run-length encoded as COCO does it; None if the data set has boxes alone.
     """
 
     boxes: np.ndarray
@@ -39,15 +39,15 @@ class Objects:
 
 
 class DetectionSource(ABC):
-    """Images as they are stored, and the objects in them."""
+    """Stored images, and the objects in them."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Return how many images there are."""
+        """Return the number of images."""
 
     @abstractmethod
     def get(self, index: int) -> StoredImage:
-        """Return an image as it is stored; raises `UnreadableImage`."""
+        """Return a stored image; raises `UnreadableImage`."""
 
     @abstractmethod
     def size(self, index: int) -> tuple[int, int]:
@@ -65,9 +65,9 @@ class DetectionDataset:
     Attributes:
         classes: names by label.
         masks: whether its objects have masks.
-        train: images to train on; None where they were not asked for.
-        held_out: images to evaluate on; None where they were not asked for.
-        remarks: what is suspicious about it.
+        train: training images; None if not requested.
+        held_out: held-out images; None if not requested.
+        remarks: warnings about the data set.
     """
 
     classes: list[str]

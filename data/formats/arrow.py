@@ -88,9 +88,9 @@ class ArrowSource(ImageSource):
     Args:
         table: the table, whose images are not decoded.
         column: the column of images.
-        name: what to call the table in messages.
+        name: name of the table in messages.
         labels: classes of the rows.
-        turn: whether to turn photographs upright as EXIF says.
+        turn: whether to apply the EXIF orientation.
     """
 
     def __init__(self, table: Any, column: str, name: str, labels: np.ndarray, *, turn: bool = False) -> None:

@@ -121,7 +121,7 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 
 def _free_place(rng: np.random.Generator, shape: tuple[int, ...], taken: np.ndarray) -> tuple[slice, slice] | None:
-    """Return rows and columns of a random place of a shape where nothing stands, or None where none was found."""
+    """Return rows and columns of a random place of a shape where nothing stands, or None if none was found."""
     for _ in range(_TRIES):
         top, left = (int(rng.integers(0, SIDE - side + 1)) for side in shape)
         place = slice(top, top + shape[0]), slice(left, left + shape[1])

@@ -17,7 +17,7 @@ def open_digits(request: Request) -> Dataset:
     """Open the digits.
 
     Raises:
-        ValueError: where a path was given, which they do not have.
+        ValueError: a path was given, which they do not have.
     """
     if request.path:
         raise ValueError(

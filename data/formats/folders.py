@@ -71,7 +71,7 @@ class FileSource(ImageSource):
         folder: what the names are relative to.
         listing: names of files.
         labels: their classes.
-        turn: whether to turn photographs upright as EXIF says.
+        turn: whether to apply the EXIF orientation.
     """
 
     def __init__(self, folder: Path, listing: Listing, labels: np.ndarray, *, turn: bool = False) -> None:

@@ -12,7 +12,7 @@ PAIRS = "val.txt"
 
 
 def read_ground_truth(folder: Path) -> dict[str, str]:
-    """Return the class of each image in `folder` by the name of its file; empty where there is no list.
+    """Return the class of each image in `folder` by the name of its file; empty if there is no list.
 
     Three lists are known, in the folder, beside it or above: `LOC_val_solution.csv` of Kaggle (image, then the synset
     and boxes), `ILSVRC2012_validation_ground_truth.txt` of the development kit with `meta.mat` beside it (a number for

@@ -36,9 +36,9 @@ class ImageStream:
         urls: of the shards, as `webdataset.gopen` takes them: `pipe:` and a command, an address, a file.
         labels: by what the shards call them.
         length: images of an epoch.
-        turn: whether to turn photographs upright as EXIF says.
+        turn: whether to apply the EXIF orientation.
         multi_label: whether an image may have several labels, or none.
-        remarks: what the log should say of how they are read.
+        remarks: warnings for the log about how they are read.
     """
 
     urls: Sequence[str]
@@ -59,7 +59,7 @@ class ImageStream:
         """Yield the images of a shard with their labels.
 
         Raises:
-            OSError: where the shard cannot be read to its end.
+            OSError: the shard cannot be read to its end.
             ValueError: for an image without a label, or with one that there is not.
         """
         for sample in _samples(url):

@@ -133,7 +133,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _columns(titles: Sequence[str]) -> tuple[int, int, int | None] | None:
-    """Return the places of path, label and split in a line of titles, or None where it is none."""
+    """Return the places of path, label and split in a line of titles, or None if it is none."""
     path = next((titles.index(name) for name in _PATHS if name in titles), None)
     label = next((titles.index(name) for name in _LABELS if name in titles), None)
     if path is None or label is None:

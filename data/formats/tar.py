@@ -104,7 +104,7 @@ class TarSource(ImageSource):
         shards: the archives.
         listing: names and places of the members.
         labels: their classes.
-        turn: whether to turn photographs upright as EXIF says.
+        turn: whether to apply the EXIF orientation.
     """
 
     def __init__(self, shards: Sequence[Path], listing: Listing, labels: np.ndarray, *, turn: bool = False) -> None:
@@ -143,7 +143,7 @@ def find_shards(request: Request, part: str, root: Path, *, optional: bool = Fal
     """Return the archives of a part.
 
     Raises:
-        ValueError: where there is none (unless `optional`), or one of a numbered series is missing.
+        ValueError: there is none (unless `optional`), or one of a numbered series is missing.
     """
     given = getattr(request, part)
     if root.is_file():
@@ -262,7 +262,7 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
 
     Args:
         shards: the archives.
-        inside: names of the folder inside that holds the part; empty where the archives are all of one part.
+        inside: names of the folder inside that holds the part; empty if the archives are all of one part.
         several: an image may have several labels, with semicolons between them; its number is then a place in
             `about["sets"]`, the sets of labels that occur.
 
@@ -360,7 +360,7 @@ def _key(name: str) -> str:
 
 
 def label_of(content: bytes, ending: str) -> str | None:
-    """Return the label that a file `.cls` or `.json` beside an image gives; None where it gives none."""
+    """Return the label that a file `.cls` or `.json` beside an image gives; None if it gives none."""
     text = content.decode("utf-8", "replace").strip()
     if ending == ".cls":
         return text

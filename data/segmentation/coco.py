@@ -36,7 +36,7 @@ def open_coco(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG00
 
 
 class ObjectSource(MaskedSource):
-    """Images whose pixels have the class of the smallest object over them, crowds included; 0 where there is none."""
+    """Images whose pixels have the class of the smallest object over them, crowds included; 0 if there is none."""
 
     def __init__(self, objects: DetectionSource) -> None:
         self._objects = objects

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: `[3, h, w]` each, uint8; of training, `[b, 3, H, W]`.
-        labels: classes `[H, W]` of the pixels of each, uint8, `IGNORED` where none is known; of training, `[b, H, W]`.
+        labels: classes `[H, W]` of the pixels of each, uint8, `IGNORED` where unknown; of training, `[b, H, W]`.
             They have no pixels for an image that is left out.
         unreadable: paths of the files that could not be read.
     """
@@ -43,7 +43,7 @@ class MaskedImages(SeededSamples[Sample]):
     """Images of a source with the classes of their pixels.
 
     Args:
-        source: where they come from.
+        source: the stored images.
         transform: of both.
         seed: seed of the run.
         on_unreadable: see `SeededSamples`; a marked image is one black pixel, and its labels are none.
@@ -65,13 +65,13 @@ class MaskedImages(SeededSamples[Sample]):
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Put samples of any sizes together to a batch."""
+    """Collate samples of different sizes into a batch."""
     images, labels, unreadable = zip(*samples, strict=True)
     return Batch(images, labels, [path for paths in unreadable for path in paths])
 
 
 def stack(samples: list[Sample]) -> Batch:
-    """Put samples of one size together to a batch of two tensors."""
+    """Collate samples of one size into a batch of two tensors."""
     images, labels, unreadable = collate(samples)
     return Batch(torch.stack(images), torch.stack(labels), unreadable)
 
@@ -87,7 +87,7 @@ class ByValue:
 
 
 class _Packed:
-    """Arrives as what it holds; tensors themselves would be sent as names of shared memory."""
+    """Arrives as what it holds; tensors themselves would be sent through shared memory."""
 
     def __init__(self, content: Any) -> None:
         self._content = content

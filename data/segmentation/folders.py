@@ -96,8 +96,8 @@ class FolderSource(MaskedSource):
     Args:
         pairs: paths of images and masks.
         table: class by value of the masks.
-        classes: how many there are.
-        turn: whether to turn photographs upright as EXIF says; masks stay as they are.
+        classes: their number.
+        turn: whether to apply the EXIF orientation; masks stay as they are.
     """
 
     def __init__(self, pairs: list[tuple[str, str]], table: np.ndarray, classes: int, *, turn: bool) -> None:

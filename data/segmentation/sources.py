@@ -11,33 +11,33 @@ from PIL import Image
 
 from data.images import StoredImage, UnreadableImage, read_file
 
-IGNORED = 255  # label of pixels that count nowhere; so there are at most 255 classes
+IGNORED = 255  # label of pixels that are ignored; so there are at most 255 classes
 
 
 class MaskedSource(ABC):
-    """Images as they are stored, and the class of each of their pixels."""
+    """Stored images, and the class of each of their pixels."""
 
     @abstractmethod
     def __len__(self) -> int:
-        """Return how many images there are."""
+        """Return the number of images."""
 
     @abstractmethod
     def get(self, index: int) -> StoredImage:
-        """Return an image as it is stored; raises `UnreadableImage`."""
+        """Return a stored image; raises `UnreadableImage`."""
 
     @abstractmethod
     def mask(self, index: int) -> np.ndarray:
-        """Return the classes `[height, width]` of its pixels, uint8, `IGNORED` where none is known.
+        """Return the classes `[height, width]` of its pixels, uint8, `IGNORED` where unknown.
 
         Raises:
-            UnreadableImage: where they cannot be read, or a label is no class.
+            UnreadableImage: they cannot be read, or a label is no class.
         """
 
     def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """Return an image as RGB and the classes of its pixels.
 
         Raises:
-            UnreadableImage: where one of them cannot be read, or they are not of one size.
+            UnreadableImage: one of them cannot be read, or they are not of one size.
         """
         stored, mask = self.get(index), self.mask(index)
         image = stored.decode()
@@ -56,9 +56,9 @@ class MaskedDataset:
 
     Attributes:
         classes: names by label.
-        train: images to train on; None where they were not asked for.
-        held_out: images to evaluate on; None where they were not asked for.
-        remarks: what was found suspicious.
+        train: training images; None if not requested.
+        held_out: held-out images; None if not requested.
+        remarks: warnings about the data set.
     """
 
     classes: list[str]
@@ -74,7 +74,7 @@ class Labels:
     Attributes:
         mapping: class by value; values that it does not name are ignored. Empty: each value is a class.
         reduce_zero: 0 is ignored, and every other class is one less, as in ADE20K.
-        ignored: value of pixels that count nowhere.
+        ignored: value of pixels that are ignored.
     """
 
     mapping: Mapping[int, int] = field(default_factory=dict)
@@ -99,7 +99,7 @@ def read_mask(path: str, table: np.ndarray, classes: int) -> np.ndarray:
     Args:
         path: an image of one channel, or of a palette, whose indices count.
         table: class by value, see `Labels.table`.
-        classes: how many there are.
+        classes: their number.
 
     Raises:
         UnreadableImage: for a file that is no such image, and a label that is no class.
@@ -124,7 +124,7 @@ def check_some(dataset: MaskedDataset, most: int = 8) -> None:
     """Read a few images of each part with their masks. Images that cannot be read are left for when they are needed.
 
     Raises:
-        UnreadableImage: where a mask is wrong.
+        UnreadableImage: a mask is wrong.
     """
     for source in filter(None, (dataset.train, dataset.held_out)):
         for index in np.linspace(0, len(source) - 1, min(most, len(source))).astype(int).tolist():

@@ -13,7 +13,7 @@ from torch.distributed.nn.functional import all_reduce
 from ..backbone import DATBackbone, TimmBackbone
 from ..dense import DenseModel
 
-IGNORED = 255  # label of pixels that count nowhere
+IGNORED = 255  # label of pixels that are ignored
 
 
 class Segmenter(DenseModel):
@@ -45,7 +45,7 @@ class Segmenter(DenseModel):
 
         Args:
             images: ``[B, 3, H, W]``, of any size.
-            labels: classes ``[B, H, W]``, `IGNORED` where none is known.
+            labels: classes ``[B, H, W]``, `IGNORED` where unknown.
 
         Returns:
             ``[B, classes, H, W]``; with labels, named losses, whose sum is minimised.
