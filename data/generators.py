@@ -1,4 +1,4 @@
-"""Random numbers that depend on nothing but their seed, for transforms that draw from the global generators."""
+"""Seeding and preserving global generators, for transforms that draw from them."""
 
 import random
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def seed_generators(*entropy: int) -> None:
 
 @contextmanager
 def preserve_generators() -> Iterator[None]:
-    """Put the global generators of Python, numpy and torch back afterwards as they were before."""
+    """Restore the state of the global generators of Python, numpy and torch on exit."""
     state = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Operations of timm's augmentation policies that are replaced: to do what they should, or the same in less time."""
+"""Replacements for operations of timm's augmentation policies: fixes and faster versions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Operation = Callable[..., Image.Image]
 def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
     """Keep the highest bits of every value; none gives a black image.
 
-    The strongest level of the recipe keeps no bits. timm hands that on to Pillow, which refuses it from version 13 on.
+    The strongest level of the recipe keeps no bits, which Pillow rejects from version 13 on.
     """
     if bits_to_keep:
         return ImageOps.posterize(image, min(bits_to_keep, 8))

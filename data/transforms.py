@@ -1,4 +1,4 @@
-"""From a stored image to the pixels of a batch, and from a batch to what a network is given."""
+"""Transforms from a stored image to the pixels of a batch, and from a batch to the network's input."""
 
 from __future__ import annotations
 
@@ -74,12 +74,12 @@ class TrainTransform:
         """Return `[height, width, 3]`, uint8; raises `UnreadableImage`."""
         pixels = self._random_part(stored) if self._crop == "resized" else self._padded_part(stored)
         if torch.rand(()) < self._hflip:
-            pixels = torch.from_numpy(pixels).flip(1).numpy()  # a tenth of the time of a copy of pixels[:, ::-1]
+            pixels = torch.from_numpy(pixels).flip(1).numpy()  # ten times faster than copying pixels[:, ::-1]
         return pixels if self._colours is None else np.asarray(self._colours(Image.fromarray(pixels)))
 
     def _random_part(self, stored: StoredImage) -> np.ndarray:
         height, width = stored.size()
-        blank = Image.new("1", (width, height))  # timm asks an image for its size
+        blank = Image.new("1", (width, height))  # timm only reads its size
         part = RandomResizedCropAndInterpolation.get_params(blank, self._scale, self._ratio)
         return resize(stored.crop(*part, at_least=self._size), self._size, self._interpolation)
 
@@ -94,13 +94,13 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """Resizing and cutting out the centre by Pillow, to the last bit as published numbers were made.
+    """Resize and centre crop with Pillow, bit for bit as for the published numbers.
 
     Args:
         size: height and width of the result in pixels.
         interpolation: "bicubic" or "bilinear".
-        crop: resize to `1 / crop_ratio` of `size` and cut out the centre; otherwise resize straight to `size`.
-        crop_ratio: share of the resized image that is cut out, along each side.
+        crop: resize to `1 / crop_ratio` of `size` and crop the centre; otherwise resize directly to `size`.
+        crop_ratio: side of the crop relative to the resized image.
         resize: "squash": both sides, without keeping the aspect ratio, as published; "shorter": the shorter side, whose
             aspect ratio is kept, and the centre is cut out in any case.
     """
@@ -157,7 +157,7 @@ def as_pixels(image: Tensor) -> np.ndarray:
 
 
 class Erase:
-    """Random erasing of normalised images of a batch, where they are, by the generators of Python and of their device.
+    """Random erasing of a normalised batch on its device, with the generators of Python and of the device.
 
     Args:
         probability: of each image.
@@ -169,14 +169,14 @@ class Erase:
         self._options = {"probability": probability, "mode": mode, "max_count": count}
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Return the images `[b, 3, H, W]`, which are changed."""
+        """Erase areas of the images `[b, 3, H, W]` in place and return them."""
         return RandomErasing(**self._options, device=images.device)(images)
 
 
 def _colour_transform(
     size: Size, interpolation: str, color_jitter: float, auto_augment: str
 ) -> Callable[[Image.Image], Image.Image] | None:
-    """Return what timm does between cropping and normalising; None for nothing."""
+    """Return timm's transform between cropping and normalising, or None."""
     if not auto_augment and not color_jitter:
         return None
     try:
@@ -192,7 +192,7 @@ def _colour_transform(
         )
     except (AssertionError, KeyError, ValueError):
         raise ValueError(
-            f"AUG.AUTO_AUGMENT {auto_augment!r} is no policy of timm; write one such as rand-m9-mstd0.5-inc1, or '' "
+            f"AUG.AUTO_AUGMENT {auto_augment!r} is not a policy of timm; use one such as rand-m9-mstd0.5-inc1, or '' "
             f"for none"
         ) from None
     for step in colours.transforms:
@@ -202,5 +202,5 @@ def _colour_transform(
 
 
 def _operations(step: object) -> list[AugmentOp]:
-    """Return the operations that a policy of timm chooses from, whichever kind it is."""
+    """Return the operations of a timm policy of any kind."""
     return list(getattr(step, "ops", ())) + [operation for row in getattr(step, "policy", ()) for operation in row]

@@ -1,4 +1,4 @@
-"""What a worker process of a loader does with signals, and without its parent."""
+"""Signal handling of data loader workers, and their exit with the parent."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def leave_signals_to_parent(worker_id: int) -> None:  # noqa: ARG001
     # Not os.getppid(), which is the server under "forkserver", and init where the parent died in the meantime.
     parent = multiprocessing.parent_process()
     for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
-        if hasattr(signal, name):  # Windows has SIGINT alone
+        if hasattr(signal, name):  # Windows has only SIGINT
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS and Windows, where SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # in the threads below as well
@@ -27,7 +27,7 @@ def leave_signals_to_parent(worker_id: int) -> None:  # noqa: ARG001
 
 
 def _obey(parent: int) -> None:
-    """Wait for SIGTERM of the parent and end the process. Waiting tells who sent a signal; a handler is not told."""
+    """Wait for SIGTERM from the parent and end the process. sigwaitinfo returns the sender, unlike a handler."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
         pass
     os._exit(0)

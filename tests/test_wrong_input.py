@@ -266,7 +266,7 @@ ROWS = [
     opts("order of a pair", "AUG.SCALE", "[1, 0.5]", r"two numbers \[smallest, largest\], above 0 and at most 1, not"),
     opts("entry of a pair", "AUG.SCALE", "[a, b]", r"AUG.SCALE\[0\] must be a number, such as 0.08, not 'a'"),
     opts("betas", "TRAIN.OPTIMIZER.BETAS", "[0.9, 1]", "BETAS must be two numbers from 0 to below 1, not"),
-    opts("augmentation", "AUG.AUTO_AUGMENT", "rand-x9", "'rand-x9' is no policy of timm; write one such as rand-m9-"),
+    opts("augmentation", "AUG.AUTO_AUGMENT", "rand-x9", "'rand-x9' is not a policy of timm; use one such as rand-m9-"),
     opts("control character", "OUTPUT", "a\nb", r"OUTPUT must be one line of text .*, not 'a\\nb'"),
     opts("no name", "TAG", "..", r"TAG must be a folder name without a path, not '\.\.'"),
     opts("class map without weights", "MODEL.CLASS_MAP", "map.txt", "MODEL.CLASS_MAP needs .*--pretrained"),
@@ -343,7 +343,7 @@ ROWS = [
     Wrong(
         name="data: folder for the digits",
         config={"DATA": {"DATASET": "digits"}},
-        says="the digits are a data set of their own, without --data-path; .*, add --opts DATA.DATASET imagenet",
+        says="the digits are part of scikit-learn and take no --data-path; .*, add --opts DATA.DATASET imagenet",
     ),
     folder("empty folder", {}, f"no folder 'train' in data path wrong: it holds no folders; {LAYOUT}"),
     folder("no train", {"val/cat": 1}, f"no folder 'train' in data path wrong: it holds val; {LAYOUT}"),
@@ -367,7 +367,7 @@ ROWS = [
     folder(
         "link to nothing",
         {"train/cat": 4, "val/cat": 2},
-        "wrong/train/dog is a link to nothing; repair or remove it",
+        "wrong/train/dog is a broken link; repair or remove it",
         lambda root: (root / "train/dog").symlink_to("nowhere"),
     ),
     folder("line break in a name", {"train/cat": 4, "val/c\now": 2}, r"wrong/train does not have: c\\now; "),
@@ -412,7 +412,7 @@ ROWS = [
     archive(
         "cut off",
         lambda root: (root / "train.tar").write_bytes((root / "train.tar").read_bytes()[:4000]),
-        r"archive wrong/train\.tar is cut off or damaged .*; copy it again",
+        r"archive wrong/train\.tar is truncated or damaged .*; copy it again",
     ),
     archive(
         "stale index",
@@ -510,7 +510,7 @@ ROWS = [
         name="data: stream without a size",
         config={"DATA": {"DATASET": "webdataset", "DATA_PATH": ".", "TRAIN": "pipe:cat train-{0..3}.tar"}},
         files={"classes.txt": "cat\ndog\n"},
-        says="the images of a stream cannot be counted beforehand; say how many there are by DATA.STREAM.IMAGES",
+        says="the number of images of a stream is unknown; set DATA.STREAM.IMAGES",
     ),
     Wrong(
         name="data: stream of balanced classes",
@@ -770,7 +770,7 @@ ROWS = [
     ),
     annotated(
         "JSON of something else",
-        "wrong/instances_val.json is no annotation file of COCO: it has no list of images, annotations, categories",
+        "wrong/instances_val.json is not a COCO annotation file: it has no list of images, annotations, categories",
         lambda root: (root / "instances_val.json").write_text("[]"),
     ),
     annotated(
@@ -780,17 +780,17 @@ ROWS = [
     ),
     annotated(
         "boxes without an area",
-        "names no image with an object; .* 1 boxes without an area are left out: annotation 5",
+        "has no image with an object; .* 1 boxes without an area are left out: annotation 5",
         without_boxes,
     ),
     annotated(
         "unknown category",
-        "names no image with an object; .* 1 boxes of an unknown class are left out: annotation 5",
+        "has no image with an object; .* 1 boxes of an unknown class are left out: annotation 5",
         lambda root: without_boxes(root, category=99, width=4),
     ),
     annotated(
         "no images",
-        r"none of the 5 images of wrong/instances_val.json is there: .*; check the data path",
+        r"none of the 5 images of wrong/instances_val.json exists: .*; check the data path",
         lambda root: (root / "val").rename(root / "value"),
     ),
     annotated("misspelt detector", r"MODEL.DETECTOR.NAME must be one of .*; did you mean retinanet\?", NAME="retina"),
@@ -808,7 +808,7 @@ ROWS = [
     ),
     masked(
         "values outside the classes",
-        "wrong/masks/train/0.png.* holds the value 9, which is none of the 3 classes",
+        "wrong/masks/train/0.png.* has the value 9, which is none of the 3 classes",
         lambda root: Image.new("L", (48, 40), 9).save(root / "masks/train/0.png"),
     ),
     masked(

@@ -1,1 +1,1 @@
-"""Data sets of detection: images with boxes and masks, in the layouts that they come in."""
+"""Detection data sets: images with boxes and masks, in several formats."""

@@ -1,4 +1,4 @@
-"""Images in folders with annotations beside them: what the readers of COCO, Pascal VOC and YOLO files share."""
+"""Images in folders with annotations: shared code of the readers of COCO, Pascal VOC and YOLO files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from data.sources import shorten
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
-    """One object as a file describes it.
+    """One object of an annotation file.
 
     Attributes:
         name: what messages call it.
@@ -42,12 +42,12 @@ class Annotation:
 
 @dataclass
 class Faults:
-    """Annotations that were left out, by what is wrong with them."""
+    """Annotations that were left out, by kind of fault."""
 
     names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def keep(self, annotation: Annotation, size: tuple[int, int]) -> tuple[float, ...] | None:
-        """Return the part of the box inside of the image of this height and width; None, noted, where there is none."""
+        """Clip the box to an image of this height and width; None, which is recorded, if nothing is left."""
         x1, y1, x2, y2 = annotation.box
         inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0]))
         if annotation.label is None:
@@ -61,7 +61,7 @@ class Faults:
         return None
 
     def remarks(self, where: object) -> list[str]:
-        """Return what was left out of a file or folder, in words."""
+        """Return warnings about what was left out of a file or folder."""
         return [
             f"{where}: {len(names)} boxes {what} are left out: {shorten(names)}" for what, names in self.names.items()
         ]
@@ -81,7 +81,7 @@ class AnnotatedImages(DetectionSource):
         self._turn = turn
         self._paths: list[str] = []
         self._sizes: list[tuple[int, int]] = []
-        # One text an image: the objects of a million annotations would take gigabytes, in every worker.
+        # One string per image: Python objects for a million annotations would take gigabytes in every worker.
         self._objects: list[bytes] = []
         self.masks = True
 
@@ -94,8 +94,8 @@ class AnnotatedImages(DetectionSource):
             path: its file.
             size: its height and width.
             annotations: its objects.
-            faults: takes in those that are broken.
-            empty: whether to keep an image without objects to learn.
+            faults: collects invalid annotations.
+            empty: whether to keep an image without objects for training.
         """
         boxes = [(annotation, faults.keep(annotation, size)) for annotation in annotations]
         rows = [
@@ -112,7 +112,7 @@ class AnnotatedImages(DetectionSource):
         return True
 
     def missing(self) -> list[str]:
-        """Return the files that are not there, by one look into each folder."""
+        """Return the missing files, listing each folder once."""
         folders = {Path(path).parent for path in self._paths}
         there = {entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
         return [path for path in self._paths if path not in there]
@@ -143,7 +143,7 @@ def _area(box: Sequence[float]) -> float:
 
 
 def _encoded(outline: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """Return polygons or run lengths as compressed run lengths."""
+    """Convert polygons or run lengths to compressed run lengths."""
     if isinstance(outline, list):
         return rle.merge(rle.frPyObjects(outline, *size))
     if isinstance(outline["counts"], list):
@@ -152,27 +152,25 @@ def _encoded(outline: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def remarks_on(source: AnnotatedImages, where: object, faults: Faults, without: Sequence[str] = ()) -> list[str]:
-    """Return what is suspicious about a part of a data set, in words.
+    """Return warnings about a split of a data set.
 
     Args:
-        source: the part.
-        where: the file or folder that describes it.
+        source: the split.
+        where: its annotation file or folder.
         faults: annotations that were left out.
-        without: images that were left out because they show nothing to learn.
+        without: images that were left out because they have no objects.
 
     Raises:
         ValueError: the part has no image to learn or to evaluate, or none of its files exists.
     """
     found = faults.remarks(where)
     if not len(source):
-        raise ValueError("; ".join([f"{where} names no image with an object", *found]))
+        raise ValueError("; ".join([f"{where} has no image with an object", *found]))
     if without:
         found.append(f"{where}: {len(without)} images without objects are not trained on: {shorten(without)}")
     missing = source.missing()
     if len(missing) == len(source):
-        raise ValueError(
-            f"none of the {len(source)} images of {where} is there: {shorten(missing)}; check the data path"
-        )
+        raise ValueError(f"none of the {len(source)} images of {where} exists: {shorten(missing)}; check the data path")
     if missing:
         found.append(f"{where}: {len(missing)} images are missing, see DATA.BAD_IMAGES: {shorten(missing)}")
     return found

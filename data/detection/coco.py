@@ -1,4 +1,4 @@
-"""Detection as COCO stores it: `instances_{train,val}.json` beside the folders `train` and `val`.
+"""Detection data in the format of COCO: `instances_{train,val}.json` next to the folders `train` and `val`.
 
 COCO's own names are understood as well: `annotations/instances_{train,val}2017.json` and `{train,val}2017`.
 """
@@ -18,7 +18,7 @@ _LAYOUT = (
     "expected instances_train.json, instances_val.json, train/ and val/, or annotations/instances_train2017.json, "
     "annotations/instances_val2017.json, train2017/ and val2017/"
 )
-# What its lists are called, and what each of their entries needs.
+# Its lists, and the required keys of their entries.
 _ENTRIES = {
     "images": {"id", "file_name", "height", "width"},
     "annotations": {"id", "image_id", "category_id", "bbox"},
@@ -56,7 +56,7 @@ def open_coco(request: Request) -> DetectionDataset:
 
 
 def _find(request: Request, part: str, root: Path) -> tuple[Path, Path]:
-    """Return the annotation file of a part and the folder of its images."""
+    """Return the annotation file of a split and the folder of its images."""
     given = getattr(request, part)
     for name in [given] if given else [part, f"{part}2017"]:
         for folder in (root, root / "annotations"):
@@ -72,7 +72,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read as JSON: {error}") from None
     lists = content if isinstance(content, dict) else {}
     if absent := [key for key in _ENTRIES if not isinstance(lists.get(key), list)]:
-        raise ValueError(f"{path} is no annotation file of COCO: it has no list of {', '.join(absent)}")
+        raise ValueError(f"{path} is not a COCO annotation file: it has no list of {', '.join(absent)}")
     for key, needed in _ENTRIES.items():
         for entry in lists[key]:
             if not isinstance(entry, dict) or not needed <= entry.keys():
@@ -88,7 +88,7 @@ def _categories(content: dict[str, Any]) -> list[dict[str, Any]]:
 def _part(
     content: dict[str, Any], labels: dict[int, int], folder: Path, path: Path, request: Request, *, learned: bool
 ) -> tuple[AnnotatedImages, list[str]]:
-    """Return the images of an annotation file, and what is suspicious about them."""
+    """Return the images of an annotation file, and warnings about them."""
     source, faults, without = AnnotatedImages(turn=request.turn), Faults(), []
     by_image = defaultdict(list)
     for annotation in content["annotations"]:

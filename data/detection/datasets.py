@@ -1,4 +1,4 @@
-"""From a draw to an image with its objects, and from those to a batch."""
+"""Detection samples and batches."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class _Samples(SeededSamples[Sample]):
 
 
 class TrainSamples(_Samples):
-    """Augmented images with their objects; crowds are not among them.
+    """Augmented images with their objects, without crowds.
 
     Args:
         source: the stored images.
@@ -134,6 +134,6 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def on_device(batch: Batch, move: Callable[[Tensor], Any]) -> Batch:
-    """Return a batch whose tensors went through `move`."""
+    """Return a batch with `move` applied to its tensors."""
     targets = [{name: move(value) for name, value in target.items()} for target in batch.targets]
     return Batch([move(image) for image in batch.images], targets, batch.unreadable)

@@ -1,4 +1,4 @@
-"""Digit scenes as a data set of detection."""
+"""Digit scenes as a detection data set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from data.sources import Request
 
 
 def open_digit_scenes(request: Request) -> DetectionDataset:
-    """Open the digit scenes, or the data set in the layout of COCO that a path names in their place.
+    """Open the digit scenes, or the data set in the layout of COCO at a given path.
 
     Raises:
         ValueError: see `open_coco`.

@@ -1,4 +1,4 @@
-"""What a data set of detection is, whatever it is stored in."""
+"""Detection data sets, independent of their format."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Objects:
     Attributes:
         boxes: `[n, 4]`, float32: x1, y1, x2, y2 in pixels.
         labels: `[n]`, int64, from 0 on.
-        areas: `[n]`, float64, in pixels, by which COCO tells small objects from large ones.
-        crowd: `[n]`, bool: groups of objects, which are not learned, and in which detections count neither way.
-        masks: of each object, run-length encoded as COCO does it; None if the data set has boxes alone.
+        areas: `[n]`, float64, in pixels, by which COCO separates small and large objects.
+        crowd: `[n]`, bool: groups of objects, not used for training; evaluation ignores detections in them.
+        masks: one per object, run-length encoded as in COCO; None if the data set has only boxes.
     """
 
     boxes: np.ndarray
@@ -51,11 +51,11 @@ class DetectionSource(ABC):
 
     @abstractmethod
     def size(self, index: int) -> tuple[int, int]:
-        """Return height and width of an image in pixels, as the data set says."""
+        """Return height and width of an image in pixels, as recorded in the data set."""
 
     @abstractmethod
     def objects(self, index: int) -> Objects:
-        """Return what is in an image."""
+        """Return the objects in an image."""
 
 
 @dataclass(frozen=True, kw_only=True)

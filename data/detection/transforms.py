@@ -1,4 +1,4 @@
-"""Augmentation of images with their boxes and masks, by torchvision on its tensors that know what they hold."""
+"""Augmentation of images with their boxes and masks, with torchvision's TVTensors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ Pair = tuple[tv_tensors.Image, dict[str, Any]]
 
 
 class TrainTransform:
-    """The augmentation of DETR (Carion et al., arXiv 2005.12872, section 4). All is drawn from torch's generator.
+    """The augmentation of DETR (Carion et al., arXiv 2005.12872, section 4), with torch's generator.
 
-    A flip; then the image is resized, or in every other case resized, cropped and resized again.
+    A flip; then the image is resized, or with probability 0.5 resized, cropped and resized again.
 
     Args:
         short_sides: one of these is drawn for the short side, in pixels.
-        long_side: what the long side has at most; the short one is then shorter.
+        long_side: maximum of the long side; the short one is then shorter.
         crop_sides: short sides before a crop; empty: no image is cropped.
-        crop: smallest and largest side of a crop in pixels.
+        crop: minimum and maximum side of a crop in pixels.
         hflip: probability of a horizontal flip.
     """
 
@@ -41,16 +41,16 @@ class TrainTransform:
         if crop_sides:
             cropped = v2.Compose([v2.RandomShortestSize(list(crop_sides)), RandomSizedCrop(*crop), resized])
             resized = v2.RandomChoice([resized, cropped])
-        # Boxes of which a crop leaves less than a pixel are not there any more.
+        # Boxes smaller than a pixel after a crop are removed.
         self._steps = v2.Compose([v2.RandomHorizontalFlip(hflip), resized, v2.SanitizeBoundingBoxes(min_size=1)])
 
     def __call__(self, image: tv_tensors.Image, target: dict[str, Any]) -> Pair:
-        """Return the image, with the objects that are left of its target."""
+        """Return the image with the remaining objects of its target."""
         return self._steps(image, target)
 
 
 class EvalTransform:
-    """Resizing to a short side, or to less where the long side would be too long.
+    """Resizing to a short side, or less if the long side would exceed its limit.
 
     Args:
         short_side: in pixels.
@@ -70,7 +70,7 @@ def _resize(short_sides: Sequence[int], long_side: int) -> v2.RandomShortestSize
 
 
 class RandomSizedCrop(v2.Transform):
-    """A crop of random size and place.
+    """A crop of random size and position.
 
     Args:
         smallest: side in pixels, or the whole side where the image has fewer.
@@ -99,6 +99,6 @@ def _integer(low: int, high: int) -> int:
 
 
 def to_target(boxes: Tensor, labels: Tensor, masks: Tensor | None, size: tuple[int, int]) -> dict[str, Any]:
-    """Return a target that transforms of torchvision understand, of an image of this height and width."""
+    """Return the target as TVTensors, for an image of this height and width."""
     target = {"boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size), "labels": labels}
     return target if masks is None else {**target, "masks": tv_tensors.Mask(masks)}

@@ -1,4 +1,4 @@
-"""Detection as Pascal VOC stores it: a file of XML for each image, and lists of the images of each part."""
+"""Detection data in the format of Pascal VOC: one XML file per image, and lists of the images of each split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detection as YOLO stores it: `images/{train,val}/*` and `labels/{train,val}/*.txt`."""
+"""Detection data in the format of YOLO: `images/{train,val}/*` and `labels/{train,val}/*.txt`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LAYOUT = "expected images/{train,val}/, labels/{train,val}/*.txt and classes.tx
 def open_yolo(request: Request) -> DetectionDataset:
     """Open a data set in the layout of YOLO; classes are those of `classes.txt`, one a line.
 
-    A line of a label file is `class x y width height`, the centre and the size as shares of the image.
+    A line of a label file is `class x y width height`, centre and size relative to the image.
 
     Raises:
         ValueError: a folder or the list of classes is missing, or a label file holds something else.
@@ -33,7 +33,7 @@ def open_yolo(request: Request) -> DetectionDataset:
             raise ValueError(f"no folder {folder} in data path {root}; {_LAYOUT}")
         source, faults, without = AnnotatedImages(turn=request.turn), Faults(), []
         for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS):
-            with Image.open(path) as image:  # reads the header alone
+            with Image.open(path) as image:  # only reads the header
                 width, height = image.size
             labels = root / "labels" / folder.name / f"{path.stem}.txt"
             objects = _annotations(labels, (height, width), len(classes)) if labels.is_file() else []

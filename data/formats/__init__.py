@@ -1,4 +1,4 @@
-"""One module for each kind of files that data sets are stored in, and the names of `DATA.DATASET`."""
+"""One module per data format, and the values of `DATA.DATASET`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Data sets of Hugging Face saved on disk, and Parquet files, through the library `datasets`.
 
-Both end as Arrow files that every process maps: rows are read in any order, and shared by all processes of a machine.
+Both are memory-mapped as Arrow files: rows can be read in any order and are shared by all processes of a machine.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _LABELS = ("label", "labels", "fine_label", "class", "cls", "target")
 
 
 def open_saved(request: Request) -> Dataset:
-    """Open a data set that `datasets` saved on disk.
+    """Open a data set saved to disk by `datasets`.
 
     Raises:
-        ValueError: for a folder that is none, a part or column that is missing, and classes that differ.
+        ValueError: the folder is something else, a split or column is missing, or classes differ.
     """
     datasets = _library()
     root = request.root(SAVED_LAYOUT)
@@ -53,10 +53,10 @@ def open_saved(request: Request) -> Dataset:
 
 
 def open_parquet(request: Request) -> Dataset:
-    """Open Parquet files; `datasets` turns them into Arrow files in the user's cache, once.
+    """Open Parquet files; `datasets` converts them once to Arrow files in the user's cache.
 
     Raises:
-        ValueError: for files that are missing or damaged, a column that is missing, and classes that differ.
+        ValueError: files are missing or damaged, a column is missing, or classes differ.
     """
     datasets = _library()
     root = request.root(PARQUET_LAYOUT)
@@ -76,7 +76,7 @@ def open_parquet(request: Request) -> Dataset:
                 tables[part] = datasets.Dataset.from_parquet(
                     [str(path) for path in files], cache_dir=str(cache_folder() / "parquet")
                 )
-            except Exception as error:  # pyarrow and datasets wrap each other's
+            except Exception as error:  # pyarrow and datasets wrap each other's exceptions
                 cause = error.__cause__ or error
                 raise ValueError(f"{files[0]} cannot be read: {' '.join(str(cause).split())}") from None
     return _join(tables, request, where, PARQUET_LAYOUT)
@@ -126,7 +126,7 @@ def _parquet_files(request: Request, part: str, root: Path) -> list[Path]:
 
 
 def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layout: str) -> Dataset:
-    """Make a data set of the tables of its parts."""
+    """Return the data set of the tables of its splits."""
     labels, names = {}, {}
     for part, table in tables.items():
         if part == "train" or part in request.needs:
@@ -146,7 +146,7 @@ def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layo
 
 
 def _undecoded(table: Any, column: str) -> Any:
-    """Return the table with images as bytes; columns of plain bytes are that already."""
+    """Return the table with undecoded images; columns of plain bytes are unchanged."""
     from datasets import Image
 
     return table.cast_column(column, Image(decode=False)) if isinstance(table.features[column], Image) else table
@@ -164,7 +164,7 @@ def _column(table: Any, given: str, usual: Sequence[str], option: str, where: Pa
 
 
 def _labels(table: Any, request: Request, where: Path) -> tuple[Any, list[str]]:
-    """Return the labels of all rows, lists of them where images may have several, and the names of the classes."""
+    """Return the labels of all rows, as lists for multi-label data, and the class names."""
     column = _column(table, request.label_column, _LABELS, "DATA.LABEL_COLUMN", where)
     feature = table.features[column]
     values = table.with_format("arrow")[:].column(column).to_pylist()

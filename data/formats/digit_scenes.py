@@ -1,7 +1,7 @@
 """Scenes of handwritten digits with exact boxes, masks and class maps: dense prediction without a download.
 
-Several of the digits inside scikit-learn stand on a canvas, each at its own size and colour, among lines and ellipses.
-A scene is drawn when it is asked for, from its part and index alone, and kept until another one is.
+Several digits of scikit-learn are drawn on a canvas with random sizes and colours, among lines and ellipses. A scene
+depends only on its split and index; it is drawn on demand, and the last one is cached.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from data.formats.digits import CLASSES, digits_of
 SEED = 20
 SIDE = 128  # of the canvas, in pixels
 HELD_OUT = 150  # scenes
-_DIGITS = (2, 6)  # fewest and most in a scene
-_SIZES = (18, 56)  # side of a digit before its margin is cut away
+_DIGITS = (2, 6)  # minimum and maximum number in a scene
+_SIZES = (18, 56)  # side of a digit before its margin is removed
 _CLUTTER = (4, 9)  # lines and ellipses
-_COVERED = 0.5  # share of ink from which on a pixel belongs to the digit
+_COVERED = 0.5  # ink from which on a pixel belongs to the digit
 _TRIES = 30
 
 
@@ -46,11 +46,11 @@ class Scene:
 
 
 class DigitScenes:
-    """The scenes of a part, whose digits no other part has.
+    """The scenes of a split; splits have no digits in common.
 
     Args:
-        train: whether these are the scenes to train on, or those to evaluate on.
-        scenes: how many there are to train on; each is the same whatever their number.
+        train: whether these are the training scenes, or the held-out ones.
+        scenes: number of training scenes; scene i does not depend on it.
 
     Attributes:
         classes: names by label.
@@ -68,7 +68,7 @@ class DigitScenes:
         return self._length
 
     def __getitem__(self, index: int) -> Scene:
-        if index not in self._kept:  # pixels and objects of a sample are asked for one after the other
+        if index not in self._kept:  # pixels and objects of a sample are requested one after the other
             self._kept = {index: self._draw(index)}
         return self._kept[index]
 
@@ -99,7 +99,7 @@ class DigitScenes:
         )
 
     def _ink(self, index: int, side: int) -> np.ndarray:
-        """Return a digit as shares of ink, `[h, w]`, without the margin around its mask."""
+        """Return the ink of a digit from 0 to 1, `[h, w]`, without the margin around its mask."""
         grown = self._digits.read(index).convert("L").resize((side, side), Image.Resampling.BICUBIC)
         ink = np.asarray(grown, dtype=np.float32) / 255
         rows, columns = (np.flatnonzero((ink >= _COVERED).any(axis)) for axis in (1, 0))
@@ -107,7 +107,7 @@ class DigitScenes:
 
 
 def _background(rng: np.random.Generator) -> Image.Image:
-    """Return a canvas of one colour with lines and ellipses of others."""
+    """Return a canvas of one colour with lines and ellipses in other colours."""
     canvas = Image.new("RGB", (SIDE, SIDE), tuple(rng.integers(0, 120, 3).tolist()))
     draw = ImageDraw.Draw(canvas)
     for _ in range(rng.integers(*_CLUTTER)):
@@ -121,7 +121,7 @@ def _background(rng: np.random.Generator) -> Image.Image:
 
 
 def _free_place(rng: np.random.Generator, shape: tuple[int, ...], taken: np.ndarray) -> tuple[slice, slice] | None:
-    """Return rows and columns of a random place of a shape where nothing stands, or None if none was found."""
+    """Return rows and columns of a random free position for a shape, or None if none was found."""
     for _ in range(_TRIES):
         top, left = (int(rng.integers(0, SIDE - side + 1)) for side in shape)
         place = slice(top, top + shape[0]), slice(left, left + shape[1])

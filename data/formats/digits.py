@@ -1,4 +1,4 @@
-"""The handwritten digits inside scikit-learn: a real data set that needs no download.
+"""The handwritten digits of scikit-learn: a real data set that needs no download.
 
 1,797 images of 8 x 8 pixels with 17 levels of grey (E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
 Digits, UCI Machine Learning Repository, 1998).
@@ -17,11 +17,11 @@ def open_digits(request: Request) -> Dataset:
     """Open the digits.
 
     Raises:
-        ValueError: a path was given, which they do not have.
+        ValueError: a path was given; the digits have none.
     """
     if request.path:
         raise ValueError(
-            "the digits are a data set of their own, without --data-path; "
+            "the digits are part of scikit-learn and take no --data-path; "
             "to use folders with this config, add --opts DATA.DATASET imagenet"
         )
     return Dataset(
@@ -32,8 +32,8 @@ def open_digits(request: Request) -> Dataset:
 
 
 def digits_of(*, train: bool) -> ArraySource:
-    """Return those to train on (1,437) or to evaluate on (360): every fifth of each class, always the same."""
-    # Imported here because scikit-learn costs a second and starts threads of its own; other data sets do without.
+    """Return the training digits (1,437) or the held-out ones (360), which are every fifth of each class."""
+    # Imported here because importing scikit-learn takes a second and starts threads.
     from sklearn.datasets import load_digits
 
     digits = load_digits()

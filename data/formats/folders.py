@@ -1,6 +1,6 @@
 """Images sorted into folders, root/train/<class>/* and root/val/<class>/*, of any number of classes.
 
-The held-out images may also lie in one folder beside a list of their classes, as those of ImageNet are published.
+The held-out images may also be in one folder with a list of their classes, as published for ImageNet.
 """
 
 from __future__ import annotations
@@ -24,23 +24,22 @@ from data.sources import Dataset, ImageSource, Request, join_classes, relabel, s
 
 LAYOUT = "the layout is DATA_PATH/train/<class>/*.jpg and DATA_PATH/val/<class>/*.jpg"
 
-# Folders that systems leave among others.
+# Folders created by operating systems.
 _NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
-# Formats that Pillow recognises without being able to decode them by itself.
+# Formats that Pillow recognises but cannot decode itself.
 _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
-# From so many images on, their list is kept in a file.
+# Number of images from which on their list is cached in a file.
 SHARED_FROM = 20_000
 
 
 def open_folders(request: Request) -> Dataset:
-    """Open a data set of class folders; every folder that is needed is listed once.
+    """Open a data set of class folders; every folder is listed at most once.
 
-    Where there is a folder `train`, its folders are the classes, needed or not, so that labels mean the same in
-    training and evaluation.
+    If there is a folder `train`, it always defines the classes, so that labels are the same in training and evaluation.
 
     Raises:
-        ValueError: for a folder that is missing, empty or unreadable, a class without images, or a class of `val` that
-            `train` does not have.
+        ValueError: a folder is missing, empty or unreadable, a class has no images, or `val` has a class that `train`
+            does not have.
     """
     root = request.root(LAYOUT)
     there = sorted(entry.name for entry in _entries(root) if entry.is_dir())
@@ -65,10 +64,10 @@ def open_folders(request: Request) -> Dataset:
 
 
 class FileSource(ImageSource):
-    """Image files that a listing names.
+    """Image files of a listing.
 
     Args:
-        folder: what the names are relative to.
+        folder: the folder that the names are relative to.
         listing: names of files.
         labels: their classes.
         turn: whether to apply the EXIF orientation.
@@ -91,7 +90,7 @@ class FileSource(ImageSource):
 
 @functools.cache
 def endings() -> frozenset[str]:
-    """Return the endings of files that Pillow can open, in lower case."""
+    """Return the file extensions that Pillow can open, in lower case."""
     Image.init()
     return frozenset(
         ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN and name not in _STUBS
@@ -101,11 +100,11 @@ def endings() -> frozenset[str]:
 def list_images(folder: Path) -> Listing:
     """Return the images of the class folders in `folder` with their labels; its `about` names the classes.
 
-    Names are looked at, files are not opened. A long list is kept in a file of the user's cache, which holds as long as
-    no folder changes, so that the processes of a machine share one list and make it once.
+    Files are not opened. A long list is cached in a file until a folder changes, so that the processes of a machine
+    build it once and share it.
 
     Raises:
-        ValueError: for a folder without classes, a class without images, and what cannot be read.
+        ValueError: the folder has no classes, a class has no images, or something cannot be read.
     """
     with one_at_a_time(folder):
         path = cache_folder() / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.index"
@@ -119,16 +118,16 @@ def list_images(folder: Path) -> Listing:
 
 
 def class_folders(folder: Path) -> list[str]:
-    """Return the sorted names of the folders in `folder`, but for hidden ones and those that systems leave."""
+    """Return the sorted names of the folders in `folder`, without hidden ones and those of operating systems."""
     entries = [entry for entry in _entries(folder) if not entry.name.startswith(".") and entry.name not in _NO_CLASSES]
     dangling = [entry.path for entry in entries if entry.is_symlink() and not Path(entry.path).exists()]
     if dangling:
-        raise ValueError(f"{shorten(dangling)} is a link to nothing; repair or remove it")
+        raise ValueError(f"{shorten(dangling)} is a broken link; repair or remove it")
     return sorted(entry.name for entry in entries if entry.is_dir())
 
 
 def _scan(folder: Path) -> Listing:
-    """List the images of every class folder, or of a folder beside which their classes are listed."""
+    """List the images of all class folders, or of a folder with a list of classes."""
     about: dict[str, Any] = {"scanned": time.time_ns(), "folders": [[".", folder.stat().st_mtime_ns]]}
     if not (classes := class_folders(folder)):
         if not (truth := read_ground_truth(folder)):
@@ -145,7 +144,7 @@ def _scan(folder: Path) -> Listing:
         held = f"they hold {_count(skipped)}; " if skipped else ""
         raise ValueError(
             f"no images in {shorten(empty)}; add some or remove the folder ({held}images end in .jpg, .png or another "
-            f"of the {len(endings())} endings that Pillow reads)"
+            f"of the {len(endings())} extensions that Pillow reads)"
         )
     about |= {"classes": classes, "skipped": dict(skipped)}
     return listing
@@ -154,7 +153,7 @@ def _scan(folder: Path) -> Listing:
 def _rows(
     folder: Path, classes: Sequence[str], folders: list[list[Any]], skipped: Counter[str], empty: list[str]
 ) -> Iterator[tuple[bytes, int]]:
-    """Yield the names of images below `folder`, with labels; note folders, skipped endings and classes without any."""
+    """Yield names and labels of the images below `folder`; record folders, skipped extensions and empty classes."""
     readable, prefix = endings(), len(os.fspath(folder)) + 1
     for label, name in enumerate(classes):
         count = 0
@@ -175,13 +174,13 @@ def _rows(
 
 
 def _leads_up(parent: str, name: str) -> bool:
-    """Return whether a folder is a link to one of those that it lies in, which would list them over and over."""
+    """Return whether a folder is a link to one of its parents, which would be an endless recursion."""
     path = Path(parent, name)
     return path.is_symlink() and path.resolve() in (Path(parent).resolve(), *Path(parent).resolve().parents)
 
 
 def _by_number(numbers: Sequence[str], classes: Sequence[str], folder: Path) -> list[str]:
-    """Return the classes that a ground truth means by their places among the sorted classes."""
+    """Return the classes that a ground truth refers to by their index among the sorted classes."""
     beyond = [number for number in numbers if int(number) >= len(classes)]
     if beyond:
         raise ValueError(f"the list of classes for {folder} has class {shorten(beyond)}, of {len(classes)} from 0 on")
@@ -189,8 +188,8 @@ def _by_number(numbers: Sequence[str], classes: Sequence[str], folder: Path) -> 
 
 
 def _is_current(listing: Listing, folder: Path) -> bool:
-    """Return whether no folder of the listing has changed since, as far as clocks of file systems tell."""
-    before = listing.about["scanned"] - 2 * 10**9  # a change in the same tick would not be seen
+    """Return whether no folder of the listing has changed since, by the time stamps of the file system."""
+    before = listing.about["scanned"] - 2 * 10**9  # a change within the clock resolution would be missed
     try:
         return all((folder / name).stat().st_mtime_ns == changed < before for name, changed in listing.about["folders"])
     except OSError:
@@ -200,7 +199,7 @@ def _is_current(listing: Listing, folder: Path) -> bool:
 def _skipped(folder: Path, skipped: dict[str, int]) -> str:
     if not skipped:
         return ""
-    return f"{sum(skipped.values())} files in {folder} are skipped, as Pillow reads no such endings: {_count(skipped)}"
+    return f"{sum(skipped.values())} files in {folder} are skipped; Pillow cannot read their formats: {_count(skipped)}"
 
 
 def _count(skipped: dict[str, int]) -> str:

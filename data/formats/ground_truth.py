@@ -1,4 +1,4 @@
-"""The classes of images that lie in one folder, from the lists that ImageNet's validation images come with."""
+"""The classes of images in one folder, from the lists published with ImageNet's validation images."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PAIRS = "val.txt"
 def read_ground_truth(folder: Path) -> dict[str, str]:
     """Return the class of each image in `folder` by the name of its file; empty if there is no list.
 
-    Three lists are known, in the folder, beside it or above: `LOC_val_solution.csv` of Kaggle (image, then the synset
-    and boxes), `ILSVRC2012_validation_ground_truth.txt` of the development kit with `meta.mat` beside it (a number for
-    each image in order), and `val.txt` with a file name and a class on each line.
+    Three lists are supported, in the folder, next to it or in a parent: `LOC_val_solution.csv` of Kaggle (image, then
+    the synset and boxes), `ILSVRC2012_validation_ground_truth.txt` of the development kit together with `meta.mat` (a
+    number for each image in order), and `val.txt` with a file name and a class on each line.
 
     Raises:
-        ValueError: for a list that does not fit the images.
+        ValueError: the list does not match the images.
     """
     for name, read in ((KAGGLE, _kaggle), (DEVKIT, _devkit), (PAIRS, _pairs)):
         for place in _places(folder):
@@ -39,7 +39,7 @@ def _match(folder: Path, path: Path, classes: dict[str, str]) -> dict[str, str]:
     missing, unlisted = sorted(classes.keys() - there), sorted(there - classes.keys())
     if missing or unlisted:
         what = f"lacks {len(missing)} images of it" if missing else f"holds {len(unlisted)} files not in it"
-        raise ValueError(f"{path} does not fit {folder}, which {what}, such as {(missing or unlisted)[0]}")
+        raise ValueError(f"{path} does not match {folder}, which {what}, such as {(missing or unlisted)[0]}")
     return classes
 
 
@@ -48,7 +48,7 @@ def _kaggle(path: Path, folder: Path) -> dict[str, str]:
     with path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))[1:]
     if not all(len(row) == 2 and row[1].split() for row in rows):
-        raise ValueError(f"{path} must have an image and its classes on each line, behind a line of titles")
+        raise ValueError(f"{path} must have an image and its classes on each line, after a header line")
     return {f"{image}{ending}": boxes.split()[0] for image, boxes in rows}
 
 
@@ -57,7 +57,7 @@ def _devkit(path: Path, folder: Path) -> dict[str, str]:
 
     meta = path.with_name("meta.mat")
     if not meta.is_file():
-        raise ValueError(f"{path} needs meta.mat of the same development kit beside it, which names its classes")
+        raise ValueError(f"{path} needs meta.mat of the same development kit next to it, which names its classes")
     synsets = {str(row[0]): str(row[1]) for row in loadmat(meta, squeeze_me=True)["synsets"]}
     numbers, images = (
         path.read_text(encoding="ascii").split(),
@@ -67,7 +67,7 @@ def _devkit(path: Path, folder: Path) -> dict[str, str]:
         raise ValueError(f"{path} lists {len(numbers)} images, but {folder} holds {len(images)}")
     unknown = next((number for number in numbers if number not in synsets), None)
     if unknown is not None:
-        raise ValueError(f"{path}: {unknown} is no class of {meta}")
+        raise ValueError(f"{path}: {unknown} is not a class in {meta}")
     return {image: synsets[number] for image, number in zip(images, numbers, strict=True)}
 
 
@@ -75,7 +75,7 @@ def _pairs(path: Path, folder: Path) -> dict[str, str]:  # noqa: ARG001
     rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     wrong = next((row for row in rows if len(row) != 2), None)
     if wrong:
-        raise ValueError(f"{path} must have the name of a file and its class on each line, not {' '.join(wrong)!r}")
+        raise ValueError(f"{path} must have a file name and its class on each line, not {' '.join(wrong)!r}")
     return {Path(name).name: label for name, label in rows}
 
 

@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST in the files that they are published in."""
+"""CIFAR-10, CIFAR-100, MNIST and Fashion-MNIST in their published files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def open_cifar(dataset: type[datasets.CIFAR10], folder: str) -> Callable[[Reques
         try:
             part = dataset(str(root), train=train, download=request.download)
         except (RuntimeError, OSError) as error:
-            hint = "" if request.download else ", or fetch it by --opts DATA.DOWNLOAD True"
+            hint = "" if request.download else ", or download it with --opts DATA.DOWNLOAD True"
             raise ValueError(
                 f"no {dataset.__name__} in {root}: {str(error).split(' You can')[0]}; {layout}{hint}"
             ) from None
@@ -32,7 +32,7 @@ def open_cifar(dataset: type[datasets.CIFAR10], folder: str) -> Callable[[Reques
     def opened(request: Request) -> Dataset:
         root = request.root(layout)
         if (root / "train").is_dir() or (root / "val").is_dir():
-            return open_folders(request)  # people keep copies of it as images
+            return open_folders(request)  # a copy of it as image files
         root = root.parent if root.name == folder else root
         parts = {part: open_part(request, root, train=part == "train") for part in request.needs}
         classes = next(iter(parts.values()))[0].classes
@@ -59,7 +59,7 @@ def open_mnist(dataset: type[datasets.MNIST]) -> Callable[[Request], Dataset]:
                 labels = read_idx(_find(places, f"{prefix}-labels-idx1-ubyte", layout), 1)
                 if len(images) != len(labels):
                     raise ValueError(
-                        f"{name} in {root}: {prefix} has {len(images)} images, but {len(labels)} labels; fetch it again"
+                        f"{name} in {root}: {prefix} has {len(images)} images, but {len(labels)} labels; download again"
                     )
                 sources[part] = ArraySource(images, labels.astype(np.int32), f"{name} {prefix} image")
         return Dataset(classes=list(dataset.classes), train=sources.get("train"), held_out=sources.get("val"))
@@ -71,16 +71,16 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """Return the array of bytes in an IDX file.
 
     Raises:
-        ValueError: for a file that is none of so many dimensions, or is cut off.
+        ValueError: the file is not an IDX file with this number of dimensions, or is truncated.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         magic, *shape = struct.unpack_from(f">{dimensions + 1}I", content)
     except (OSError, EOFError, struct.error) as error:
-        raise ValueError(f"{path} cannot be read: {error}; fetch it again") from None
+        raise ValueError(f"{path} cannot be read: {error}; download it again") from None
     values = np.frombuffer(content, np.uint8, offset=4 * (dimensions + 1))
     if magic != 0x800 + dimensions or len(values) != np.prod(shape):
-        raise ValueError(f"{path} is cut off, or no IDX file of {dimensions} dimensions; fetch it again")
+        raise ValueError(f"{path} is truncated, or not an IDX file of {dimensions} dimensions; download it again")
     return values.reshape(shape)
 
 
@@ -88,7 +88,7 @@ def _find(places: tuple[Path, ...], name: str, layout: str) -> Path:
     paths = [place / f"{name}{ending}" for place in places for ending in ("", ".gz")]
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
-        raise ValueError(f"no file {name} in {places[0]}; {layout}, or fetch it by --opts DATA.DOWNLOAD True")
+        raise ValueError(f"no file {name} in {places[0]}; {layout}, or download it with --opts DATA.DOWNLOAD True")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Shards that can be read from the beginning alone, out of pipes and object stores, through the library WebDataset."""
+"""Shards that are read sequentially, from pipes and object stores, through the library WebDataset."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ LAYOUT = (
 )
 _END = 2 * tarfile.BLOCKSIZE
 _GZIP = b"\x1f\x8b"
-# What the log says of every run that trains on a stream.
+# Warning for every run that trains on a stream.
 APPROXIMATE = (
-    "training images come as a stream, in an order that is approximately random: an epoch is {} images "
-    "(DATA.STREAM.IMAGES), of which some may come twice and others not at all; docs/data.md has what else is given up"
+    "training images are read as a stream, in an approximately random order: an epoch is {} images "
+    "(DATA.STREAM.IMAGES), some may appear twice and others not at all; docs/data.md describes the limitations"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageStream:
-    """Labelled images in shards of WebDataset's layout that are read one after the other.
+    """Labelled images in shards of WebDataset's layout that are read sequentially.
 
     Attributes:
-        urls: of the shards, as `webdataset.gopen` takes them: `pipe:` and a command, an address, a file.
-        labels: by what the shards call them.
-        length: images of an epoch.
+        urls: of the shards, as accepted by `webdataset.gopen`: `pipe:` and a command, a URL, a file.
+        labels: labels by class name in the shards.
+        length: images per epoch.
         turn: whether to apply the EXIF orientation.
         multi_label: whether an image may have several labels, or none.
         remarks: warnings for the log about how they are read.
@@ -60,7 +60,7 @@ class ImageStream:
 
         Raises:
             OSError: the shard cannot be read to its end.
-            ValueError: for an image without a label, or with one that there is not.
+            ValueError: an image has no label, or an unknown one.
         """
         for sample in _samples(url):
             ending = next((key for key in sample if f".{key}" in endings()), None)
@@ -75,21 +75,21 @@ class ImageStream:
         names = split_labels(written) if self.multi_label else (written,)
         unknown = next((one for one in names if one not in self.labels), None)
         if unknown is not None:
-            raise ValueError(f"{name} has the label {unknown!r}, which is no class of classes.txt and no line of it")
+            raise ValueError(f"{name} has the label {unknown!r}, which is neither a class nor a line of classes.txt")
         places = [self.labels[one] for one in names]
         return to_matrix([places], 1 + max(self.labels.values()))[0] if self.multi_label else places[0]
 
 
 def open_stream(request: Request) -> Dataset:
-    """Open a data set whose shards come as streams. None is read yet.
+    """Open a data set of streamed shards; none is read yet.
 
     Raises:
-        ValueError: for a part that is not named, has no size or no readable name, and a missing list of classes.
+        ValueError: a split is not given, has no size or an invalid name, or the list of classes is missing.
     """
     root = request.root(LAYOUT)
     classes = read_class_list(root)
     if not classes:
-        raise ValueError(f"{root} holds no classes.txt; {LAYOUT}")
+        raise ValueError(f"{root} has no classes.txt; {LAYOUT}")
     labels = {name: label for label, name in enumerate(classes)} | {str(label): label for label in range(len(classes))}
     parts = {}
     for part in request.needs:
@@ -106,7 +106,7 @@ def open_stream(request: Request) -> Dataset:
 
 
 def _shards(request: Request, part: str) -> list[str]:
-    """Return the shards that the name of a part stands for: braces are unfolded."""
+    """Return the shards of a split, with braces expanded."""
     try:
         from webdataset.shardlists import expand_urls
     except ImportError:
@@ -124,12 +124,12 @@ def _length(request: Request, part: str) -> int:
     key = {"train": "DATA.STREAM.IMAGES", "val": "DATA.STREAM.VAL_IMAGES"}[part]
     length = request.stream_images[part]
     if not length:
-        raise ValueError(f"the images of a stream cannot be counted beforehand; say how many there are by {key}")
+        raise ValueError(f"the number of images of a stream is unknown; set {key}")
     return length
 
 
 def _samples(url: str) -> Iterator[dict[str, Any]]:
-    """Yield what a shard holds, the files of one key together."""
+    """Yield the samples of a shard: the files of one key together."""
     from webdataset import gopen
     from webdataset.tariterators import group_by_keys, tar_file_expander
 
@@ -142,19 +142,19 @@ def _samples(url: str) -> Iterator[dict[str, Any]]:
                 yield sample
         except (ValueError, tarfile.TarError) as error:
             damage = error
-        stream.finish()  # which raises where the command failed; that explains a damaged archive
+        stream.finish()  # raises if the command failed, which explains a damaged archive
         if damage:
             raise damage
-        if not stream.is_whole():  # of which tarfile says nothing between two members
+        if not stream.is_whole():  # tarfile does not detect a truncation between two members
             raise ValueError("unexpected end of data")
     except (OSError, ValueError, tarfile.TarError) as error:
         raise OSError(f"shard {url} cannot be read to its end: {_reason(error)}") from None
     if not found:
-        raise OSError(f"shard {url} holds nothing")
+        raise OSError(f"shard {url} is empty")
 
 
 class _Watched:
-    """A stream that knows whether it was an archive to its end, which is two blocks of zeros."""
+    """A stream that detects whether the archive was complete: it ends with two blocks of zeros."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -167,17 +167,17 @@ class _Watched:
         return data
 
     def finish(self) -> None:
-        """Read what pads the archive, so that a command can end, and raise `OSError` where it failed."""
+        """Read the padding of the archive, so that the command can end; raise `OSError` if it failed."""
         while self.read(2**16):
             pass
         self._stream.close()
 
     def is_whole(self) -> bool:
-        return self._last == bytes(_END) or self._first == _GZIP  # which has checksums of its own
+        return self._last == bytes(_END) or self._first == _GZIP  # gzip has checksums
 
 
 def _reason(error: Exception) -> str:
-    """Return what WebDataset's errors say, without the objects that they show."""
+    """Return the message of an error of WebDataset, without object representations."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error.args[0])
     status = re.search(r"exit (-?\d+)", text)
     return f"the command ended with status {status[1]}" if status else text.partition(" @ ")[0]

@@ -1,4 +1,4 @@
-"""Tables of paths and labels: root/train.csv and root/val.csv, or one table with a column that names the part."""
+"""Tables of paths and labels: root/train.csv and root/val.csv, or one table with a column for the split."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ENDINGS = (".csv", ".tsv")
 
 @dataclass(frozen=True)
 class Row:
-    """One image of a table: the line it stands on, its path and its labels as written."""
+    """One image of a table: its line number, path and labels as written."""
 
     line: int
     path: str
@@ -44,7 +44,7 @@ class Row:
 
 
 def open_table(request: Request) -> Dataset:
-    """Open a data set of tables; every file that they name must be there.
+    """Open a data set of tables; every file in them must exist.
 
     Raises:
         ValueError: for a table that is missing or malformed, a file that is not there, and a label out of range.
@@ -74,7 +74,7 @@ def open_table(request: Request) -> Dataset:
 
 
 def read_rows(path: Path, part: str, *, multi_label: bool) -> list[Row]:
-    """Return the rows of a table that belong to a part.
+    """Return the rows of a table that belong to a split.
 
     A first line of titles is recognised by a column of paths (`path`, `image`, `file`, ...); then the columns may stand
     in any order beside others, and a column `split` chooses the rows of the part. Without titles there are two columns.
@@ -133,7 +133,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def _columns(titles: Sequence[str]) -> tuple[int, int, int | None] | None:
-    """Return the places of path, label and split in a line of titles, or None if it is none."""
+    """Return the columns of path, label and split in a header line, or None if it is not a header."""
     path = next((titles.index(name) for name in _PATHS if name in titles), None)
     label = next((titles.index(name) for name in _LABELS if name in titles), None)
     if path is None or label is None:
@@ -151,7 +151,7 @@ def _names(path: Path, rows: Sequence[Row]) -> list[str]:
 
 
 def _listed_label(path: Path, row: Row, places: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the labels of a row as places in the list of classes, by name or by number."""
+    """Return the labels of a row as indices into the list of classes, by name or by number."""
     found = []
     for label in row.labels:
         if label in places:
@@ -167,7 +167,7 @@ def _listed_label(path: Path, row: Row, places: Mapping[str, int]) -> tuple[int,
 
 
 def _check_files(path: Path, rows: Sequence[Row]) -> None:
-    """Check that the files are there, folder by folder, which asks a file system less than file by file."""
+    """Check that the files exist, folder by folder, which is faster than file by file."""
     known: dict[str, set[str]] = {}
     missing = []
     for row in rows:

@@ -1,7 +1,7 @@
-"""Tar archives, read in any order by the places of their members: one for each part, or shards as of WebDataset.
+"""Tar archives with random access: one per split, or shards in the layout of WebDataset.
 
-An index of the places is built once, checked against the archives whenever it is used, and shared by all processes. So
-shards keep what folders promise: every image once an epoch, in an order that depends on seed and epoch alone.
+An index of the members is built once, validated whenever it is used, and shared by all processes. Archives therefore
+have the same guarantees as folders: every image once per epoch, in an order that depends only on seed and epoch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LAYOUT = (
     "the layout is DATA_PATH/train.tar and DATA_PATH/val.tar with members <class>/<image>, or shards "
     "DATA_PATH/train-000000.tar, ... with members <key>.jpg and <key>.cls (a label), not compressed"
 )
-# Written by tools/make_shards.py: the shards of a part, with their sizes and checksums.
+# Written by tools/make_shards.py: the shards of a split, with their sizes and checksums.
 MANIFEST = "shards.json"
 _BLOCK = tarfile.BLOCKSIZE
 # Members whose headers are compared with the index whenever it is opened.
@@ -56,11 +56,11 @@ _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np
 
 
 def open_tar(request: Request) -> Dataset:
-    """Open a data set of tar archives; the index of a part lies beside it as `<part>.index`.
+    """Open a data set of tar archives; the index of a split is stored next to it as `<part>.index`.
 
     Raises:
-        ValueError: for an archive that is missing, compressed or cut off, an index of other archives, and classes that
-            differ between the parts.
+        ValueError: an archive is missing, compressed or truncated, the index is of other archives, or classes differ
+            between the splits.
     """
     root = request.root(LAYOUT)
     _open.cache_clear()  # archives may have been replaced
@@ -90,7 +90,7 @@ def _called(shards: Sequence[Path]) -> str:
 
 
 def _labels_of(listing: Listing, lookup: np.ndarray, classes: int) -> np.ndarray:
-    """Return the labels of an index as the data set counts them: `[n]`, or `[n, classes]` of 0 and 1."""
+    """Return the labels of an index as labels of the data set: `[n]`, or `[n, classes]` of 0 and 1."""
     if "sets" not in listing.about:
         return relabel(listing.numbers["label"], lookup)
     sets = to_matrix([lookup[labels].tolist() if labels else [] for labels in listing.about["sets"]], classes)
@@ -98,11 +98,11 @@ def _labels_of(listing: Listing, lookup: np.ndarray, classes: int) -> np.ndarray
 
 
 class TarSource(ImageSource):
-    """Images that an index finds in tar archives.
+    """Images in indexed tar archives.
 
     Args:
         shards: the archives.
-        listing: names and places of the members.
+        listing: names and offsets of the members.
         labels: their classes.
         turn: whether to apply the EXIF orientation.
     """
@@ -120,7 +120,7 @@ class TarSource(ImageSource):
         name = f"{path}/{os.fsdecode(self._listing.name(index))}"
         data = read_at(path, offset, size)
         if len(data) < size:
-            raise UnreadableImage(f"cannot read image {name!r}: the archive is cut off", name)
+            raise UnreadableImage(f"cannot read image {name!r}: the archive is truncated", name)
         return StoredImage(data, name, turn=self._turn)
 
     def file_name(self, index: int) -> str:
@@ -128,19 +128,19 @@ class TarSource(ImageSource):
 
 
 def read_at(path: Path, offset: int, size: int) -> bytes:
-    """Return bytes of a file that stays open, in this process and those forked from it."""
+    """Return bytes of a file, which is kept open per process."""
     file = _open(path, os.getpid())
     file.seek(offset)
     return file.read(size)
 
 
 @functools.lru_cache(maxsize=256)
-def _open(path: Path, process: int) -> Any:  # noqa: ARG001 - each process has its own place in a file
+def _open(path: Path, process: int) -> Any:  # noqa: ARG001 - each process needs its own file position
     return path.open("rb", buffering=0)
 
 
 def find_shards(request: Request, part: str, root: Path, *, optional: bool = False) -> list[Path]:
-    """Return the archives of a part.
+    """Return the archives of a split.
 
     Raises:
         ValueError: there is none (unless `optional`), or one of a numbered series is missing.
@@ -203,12 +203,12 @@ def _by_number(numbers: Sequence[str], classes: Sequence[str], shards: Sequence[
 
 
 def index_name(part: str, *, several: bool) -> str:
-    """Return how the index of a part is called; that of images with several labels is another one."""
+    """Return the name of the index of a split; multi-label data has a different one."""
     return f"{part}.labels.index" if several else f"{part}.index"
 
 
 def _index(root: Path, part: str, shards: Sequence[Path], *, several: bool) -> Listing:
-    """Return the index of a part, built where there is none yet."""
+    """Return the index of a split, built on first use."""
     inside = PARTS[part] if root.is_file() else ()
     path = shards[0].parent / f"{root.stem + '.' if root.is_file() else ''}{index_name(part, several=several)}"
     if not path.exists() and not os.access(path.parent, os.W_OK):
@@ -222,7 +222,7 @@ def _index(root: Path, part: str, shards: Sequence[Path], *, several: bool) -> L
 
 
 def _check_index(listing: Listing, path: Path, shards: Sequence[Path]) -> None:
-    """Check that an index is of these archives: by their names, sizes, and the headers of some members."""
+    """Check that an index matches the archives: names, sizes, and the headers of some members."""
     stale = f"index {path} is not of these archives: {{}}; if they are right, delete the index, and it is built again"
     recorded, there = listing.about["shards"], [[shard.name, shard.stat().st_size] for shard in shards]
     if recorded != there:
@@ -262,12 +262,12 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
 
     Args:
         shards: the archives.
-        inside: names of the folder inside that holds the part; empty if the archives are all of one part.
-        several: an image may have several labels, with semicolons between them; its number is then a place in
+        inside: possible names of the folder inside with the split; empty if the archives contain one split only.
+        several: an image may have several labels, separated by semicolons; its number is then an index into
             `about["sets"]`, the sets of labels that occur.
 
     Raises:
-        ValueError: for an archive that cannot be read to its end, and an image without label.
+        ValueError: an archive cannot be read to its end, or an image has no label.
     """
     images, labels = _collect(shards, inside)
     if not images:
@@ -275,7 +275,7 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
         raise ValueError(f"no images in {shards[0]}{where}; {LAYOUT}")
     if several and not labels:
         raise ValueError(f"{shards[0]} holds no labels (<key>.cls), which images of several labels need; {LAYOUT}")
-    if not labels:  # in the order of class folders, whatever order the archive was written in
+    if not labels:  # in the order of class folders, independent of the order in the archive
         images.sort(key=lambda image: (*PurePosixPath(image.name).parts[:-1], "", PurePosixPath(image.name).name))
         written = _classes_by_folder(images, inside)
     else:
@@ -303,7 +303,7 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
 
 
 def _collect(shards: Sequence[Path], inside: Sequence[str]) -> tuple[list[_Member], dict[str, str]]:
-    """Return the images in archives, and the labels of those beside which files `<key>.cls` or `<key>.json` stand."""
+    """Return the images in archives, and the labels of those with a file `<key>.cls` or `<key>.json`."""
     images, labels = [], {}
     for number, shard in enumerate(shards):
         for member in _members(shard, number):
@@ -320,21 +320,21 @@ def _collect(shards: Sequence[Path], inside: Sequence[str]) -> tuple[list[_Membe
 
 
 def _members(path: Path, shard: int) -> Iterator[_Member]:
-    """Yield the files of an archive in their order, without those that systems leave behind."""
-    cut_off = f"archive {path} is cut off or damaged{{}}; copy it again"
+    """Yield the files of an archive in order, without those of operating systems."""
+    cut_off = f"archive {path} is truncated or damaged{{}}; copy it again"
     end = 0
     try:
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as archive:
             while (member := archive.next()) is not None:
-                archive.members = []  # it would keep them all
+                archive.members = []  # tarfile would keep all of them in memory
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else member.offset_data
                 name = PurePosixPath(member.name)
                 if name.name.startswith(".") or "__MACOSX" in name.parts or member.isdir():
                     continue
                 if (member.islnk() or member.issym() or member.issparse()) and name.suffix.lower() in endings():
                     raise ValueError(
-                        f"archive {path} holds {member.name} as a link or a sparse file, without its own bytes; pack "
-                        f"it anew with tar --dereference --hard-dereference"
+                        f"archive {path} contains {member.name} as a link or a sparse file, without its bytes; pack it "
+                        f"again with tar --dereference --hard-dereference"
                     )
                 if member.isreg():
                     yield _Member(member.name.removeprefix("./"), shard, member.offset_data, member.size)
@@ -354,13 +354,13 @@ def _members(path: Path, shard: int) -> Iterator[_Member]:
 
 
 def _key(name: str) -> str:
-    """Return what the files of one image have in common: the path up to the first dot of its last part."""
+    """Return the common key of the files of one image: the path up to the first dot of the file name."""
     path = PurePosixPath(name)
     return str(path.parent / path.name.partition(".")[0])
 
 
 def label_of(content: bytes, ending: str) -> str | None:
-    """Return the label that a file `.cls` or `.json` beside an image gives; None if it gives none."""
+    """Return the label in a `.cls` or `.json` file of an image; None if there is none."""
     text = content.decode("utf-8", "replace").strip()
     if ending == ".cls":
         return text
@@ -379,7 +379,7 @@ def _class_by_key(labels: dict[str, str], image: _Member, shards: Sequence[Path]
 
 
 def _classes_by_folder(images: Sequence[_Member], inside: Sequence[str]) -> list[str]:
-    """Return the class of each image: the first folder of its path below what all have in common."""
+    """Return the class of each image: the first folder of its path below the common prefix."""
     folders = [PurePosixPath(image.name).parts[:-1] for image in images]
     if inside:
         folders = [parts[next(i for i, part in enumerate(parts) if part in inside) + 1 :] for parts in folders]
@@ -388,5 +388,5 @@ def _classes_by_folder(images: Sequence[_Member], inside: Sequence[str]) -> list
         shared += 1
     bare = next((image.name for image, parts in zip(images, folders, strict=True) if len(parts) <= shared), None)
     if bare is not None:
-        raise ValueError(f"archive member {bare} lies in no class folder and has no label; {LAYOUT}")
+        raise ValueError(f"archive member {bare} is in no class folder and has no label; {LAYOUT}")
     return [parts[shared] for parts in folders]

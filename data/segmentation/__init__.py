@@ -1,1 +1,1 @@
-"""Images with a class for each pixel: where they are stored, how they are augmented, and their batches."""
+"""Images with a class for each pixel: formats, augmentation and batches."""

@@ -33,11 +33,11 @@ FORMATS: Mapping[str, Callable[[Request, Labels], MaskedDataset]] = {
 
 
 def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> MaskedDataset:
-    """Open the data set of the config, and look at a few of its masks.
+    """Open the data set of the config, and check a few of its masks.
 
     Args:
         config: the options of the run.
-        needs: the splits to open: `("val",)` where there is no training.
+        needs: the splits to open: `("val",)` if there is no training.
 
     Raises:
         ValueError: for an unknown DATA.DATASET, a data path that is not laid out as it should be, and masks that do not

@@ -20,7 +20,7 @@ def open_coco(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG00
     objects = open_objects(request)
     if not objects.masks:
         raise ValueError(
-            f"data path {request.path}: some objects have a box alone; TASK segmentation needs the outline of each "
+            f"data path {request.path}: some objects have only a box; TASK segmentation needs the outline of each "
             f"(the key segmentation of its annotation)"
         )
     if len(objects.classes) > 254:
@@ -51,6 +51,6 @@ class ObjectSource(MaskedSource):
         size, objects = self._objects.size(index), self._objects.objects(index)
         found = np.zeros(size, dtype=np.uint8)
         outlines = objects.decoded(size)
-        for number in np.argsort(-objects.areas, kind="stable"):  # small ones lie over large ones
+        for number in np.argsort(-objects.areas, kind="stable"):  # small ones are drawn over large ones
             found[outlines[number] > 0] = objects.labels[number] + 1
         return found

@@ -1,4 +1,4 @@
-"""Samples of segmentation and their batches."""
+"""Segmentation samples and batches."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def stack(samples: list[Sample]) -> Batch:
 
 
 class ByValue:
-    """A collating function whose batches go to the training process through a pipe, without shared memory."""
+    """A collate function whose batches are sent to the training process through a pipe, without shared memory."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = collate
@@ -87,7 +87,7 @@ class ByValue:
 
 
 class _Packed:
-    """Arrives as what it holds; tensors themselves would be sent through shared memory."""
+    """Unpickled as its content; tensors themselves would be sent through shared memory."""
 
     def __init__(self, content: Any) -> None:
         self._content = content

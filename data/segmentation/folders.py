@@ -1,4 +1,4 @@
-"""Folders of images and of masks under the same names: ADE20K, and data sets of one's own."""
+"""Folders of images and masks with the same file names: ADE20K and custom data sets."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ LAYOUT = (
     "DATA_PATH/classes.txt"
 )
 ADE20K_LAYOUT = "the layout is DATA_PATH/images/{training,validation}/*.jpg and DATA_PATH/annotations/..., as published"
-# Beside the images of ADE20K: a table whose last column names the classes.
+# Part of ADE20K: a table whose last column has the class names.
 _ADE20K_NAMES = "objectInfo150.txt"
 
 
 def open_ade20k(request: Request, labels: Labels) -> MaskedDataset:
-    """Open ADE20K's scene parsing benchmark of 150 classes, in whose masks 0 means none of them.
+    """Open ADE20K's scene parsing benchmark of 150 classes, with label 0 for unlabelled pixels.
 
     Raises:
         ValueError: for folders that are missing, or images without masks.
@@ -38,7 +38,7 @@ def open_ade20k(request: Request, labels: Labels) -> MaskedDataset:
 
 
 def open_masks(request: Request, labels: Labels) -> MaskedDataset:
-    """Open folders of images and masks whose classes `classes.txt` names, one a line.
+    """Open folders of images and masks with the classes in `classes.txt`, one per line.
 
     Raises:
         ValueError: for folders that are missing, images without masks, and classes that are not named.
@@ -46,7 +46,7 @@ def open_masks(request: Request, labels: Labels) -> MaskedDataset:
     root = request.root(LAYOUT)
     classes = read_class_list(root)
     if not 0 < len(classes) <= 255:
-        raise ValueError(f"{root / 'classes.txt'} names {len(classes)} classes; write 1 to 255, one a line, in order")
+        raise ValueError(f"{root / 'classes.txt'} has {len(classes)} classes; write 1 to 255, one per line, in order")
     return _open(request, root, classes, labels, LAYOUT)
 
 
@@ -75,7 +75,7 @@ def _pairs(images: Path, masks: Path) -> tuple[list[tuple[str, str]], list[str]]
     found = _by_stem(images, endings())
     wanted = _by_stem(masks, {".png"})
     if not found:
-        raise ValueError(f"no images in {images}; add some, or name another part by DATA.TRAIN and DATA.VAL")
+        raise ValueError(f"no images in {images}; add some, or set another split with DATA.TRAIN and DATA.VAL")
     bare = sorted(found.keys() - wanted.keys())
     if bare:
         raise ValueError(

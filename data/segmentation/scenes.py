@@ -12,7 +12,7 @@ from data.sources import Request
 
 
 def open_scenes(request: Request, labels: Labels) -> MaskedDataset:
-    """Open the digit scenes, or the data set in the layout of COCO that a path names in their place.
+    """Open the digit scenes, or the data set in the layout of COCO at a given path.
 
     Raises:
         ValueError: see `open_coco`.
@@ -27,7 +27,7 @@ def open_scenes(request: Request, labels: Labels) -> MaskedDataset:
 
 
 class SceneSource(MaskedSource):
-    """The scenes to train on, or those to evaluate on."""
+    """The training scenes, or the held-out ones."""
 
     def __init__(self, *, train: bool, scenes: int) -> None:
         self._scenes = DigitScenes(train=train, scenes=scenes)

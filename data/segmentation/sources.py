@@ -1,4 +1,4 @@
-"""What a data set of segmentation is, whatever it is stored in, and how masks are read."""
+"""Segmentation data sets, independent of their format, and reading masks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class MaskedSource(ABC):
         if (image.height, image.width) != mask.shape:
             raise UnreadableImage(
                 f"image {stored.name!r} is {image.width} x {image.height} pixels, its mask {mask.shape[1]} x "
-                f"{mask.shape[0]}; they must be of one size",
+                f"{mask.shape[0]}; they must have the same size",
                 stored.name,
             )
         return image, mask
@@ -69,11 +69,11 @@ class MaskedDataset:
 
 @dataclass(frozen=True, kw_only=True)
 class Labels:
-    """From the values of mask files to classes.
+    """Mapping from the values of mask files to classes.
 
     Attributes:
-        mapping: class by value; values that it does not name are ignored. Empty: each value is a class.
-        reduce_zero: 0 is ignored, and every other class is one less, as in ADE20K.
+        mapping: class by value; other values are ignored. Empty: each value is a class.
+        reduce_zero: ignore 0 and subtract one from all other values, as in ADE20K.
         ignored: value of pixels that are ignored.
     """
 
@@ -97,7 +97,7 @@ def read_mask(path: str, table: np.ndarray, classes: int) -> np.ndarray:
     """Return the classes `[height, width]` in a mask file, uint8.
 
     Args:
-        path: an image of one channel, or of a palette, whose indices count.
+        path: an image with one channel, or with a palette, of which the indices are used.
         table: class by value, see `Labels.table`.
         classes: their number.
 
@@ -107,21 +107,21 @@ def read_mask(path: str, table: np.ndarray, classes: int) -> np.ndarray:
     values = StoredImage(read_file(path), path).values()
     if not 0 <= values.min() <= values.max() <= 255:
         raise UnreadableImage(
-            f"mask {path!r} holds values of {values.min()} to {values.max()}; they must be 0 to 255", path
+            f"mask {path!r} has values from {values.min()} to {values.max()}; they must be 0 to 255", path
         )
     mask = table[values.astype(np.uint8)]
     wrong = (mask >= classes) & (mask != IGNORED)
     if wrong.any():
         raise UnreadableImage(
-            f"mask {path!r} holds the value {values[wrong].min()}, which is none of the {classes} classes; name more "
-            f"classes, or say by DATA.LABEL_MAP, DATA.IGNORE_LABEL or DATA.REDUCE_ZERO_LABEL what it means",
+            f"mask {path!r} has the value {values[wrong].min()}, which is none of the {classes} classes; add classes, "
+            f"or define it with DATA.LABEL_MAP, DATA.IGNORE_LABEL or DATA.REDUCE_ZERO_LABEL",
             path,
         )
     return mask
 
 
 def check_some(dataset: MaskedDataset, most: int = 8) -> None:
-    """Read a few images of each part with their masks. Images that cannot be read are left for when they are needed.
+    """Check a few images of each split with their masks. Unreadable images are handled when they are used.
 
     Raises:
         UnreadableImage: a mask is wrong.

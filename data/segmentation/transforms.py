@@ -1,4 +1,4 @@
-"""Augmentation of images together with their masks, by torchvision on its tensors that know what they hold."""
+"""Augmentation of images together with their masks, with torchvision's TVTensors."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from torchvision.transforms.v2 import functional as F
 from data.segmentation.sources import IGNORED
 
 _PADDING = {tv_tensors.Image: [round(255 * value) for value in IMAGENET_DEFAULT_MEAN], tv_tensors.Mask: IGNORED}
-_LONGEST = 4  # times the short side: how long the long side may become, as 2048 for 512
-_CROPS = 10  # drawn before one is taken in which a class has too large a share
+_LONGEST = 4  # maximum ratio of long to short side, as 2048 to 512
+_CROPS = 10  # maximum number of crops drawn to limit the share of a class
 
 
 class TrainTransform:
-    """Random scale, crop and flip, photometric distortion: the recipe of ADE20K. All is drawn from torch's generator.
+    """Random scale, crop and flip, photometric distortion: the recipe of ADE20K, with torch's generator.
 
     Args:
         size: height and width of the crop in pixels.
-        scale: smallest and largest factor on an image whose short side is that of the crop.
-        largest_share: of one class in a crop, where another can be drawn.
+        scale: range of the scale relative to an image whose short side is that of the crop.
+        largest_share: maximum share of one class in a crop; larger ones are redrawn.
         hflip: probability of a horizontal flip.
         photometric: probability of each of brightness, contrast, saturation, hue and another order of channels.
     """
@@ -51,7 +51,7 @@ class TrainTransform:
         return pixels.as_subclass(Tensor), labels.as_subclass(Tensor)
 
     def _window(self, labels: Tensor) -> tuple[int, int, int, int]:
-        """Return top, left, height and width of a crop in which no class has too large a share, if one is drawn."""
+        """Return top, left, height and width of a crop, redrawn while one class has too large a share."""
         height, width = (min(side, most) for side, most in zip(labels.shape, self._size, strict=True))
         for _ in range(_CROPS):
             top, left = (
@@ -66,13 +66,13 @@ class TrainTransform:
         return top, left, height, width
 
     def _filled(self, x: Tensor) -> Tensor:
-        """Return an image with the mean, or a mask with `IGNORED`, below and at the right, where it is too small."""
+        """Pad an image with the mean, or a mask with `IGNORED`, at the bottom and right if it is too small."""
         below, right = (most - side for most, side in zip(self._size, x.shape[-2:], strict=True))
         return F.pad(x, [0, 0, right, below], fill=_PADDING[type(x)]) if below or right else x
 
 
 class EvalTransform:
-    """The whole image at a short side of so many pixels; its mask as it is.
+    """The whole image resized to a short side; its mask unchanged.
 
     Args:
         size: height and width of the network's images, of which the smaller is the short side.

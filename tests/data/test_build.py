@@ -290,7 +290,7 @@ def test_classes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_digits_take_no_path_but_do_not_mind_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_PATH", "elsewhere")
     assert len(open_dataset(small_config()).held_out) == 360
-    with pytest.raises(ValueError, match="the digits are a data set of their own, without --data-path"):
+    with pytest.raises(ValueError, match="the digits are part of scikit-learn and take no --data-path"):
         open_dataset(small_config(DATA_PATH="elsewhere"))
 
 

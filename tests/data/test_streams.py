@@ -114,7 +114,7 @@ def test_another_image_of_the_batch_takes_the_place_of_an_unreadable_one(tmp_pat
         *((f"pipe:head -c {size} {{root}}/train-000000.tar", "unexpected end of data") for size in (1000, 3000, 3072)),
         ("pipe:cat {root}/train-000000.tar; exit 3", "the command ended with status 3"),
         ("{root}/nothing.tar", "No such file or directory"),
-        ("pipe:tar c --files-from /dev/null", "holds nothing"),
+        ("pipe:tar c --files-from /dev/null", "is empty"),
     ],
 )
 def test_a_command_that_fails(shards: Path, command: str, says: str) -> None:
@@ -129,9 +129,9 @@ def test_a_command_that_fails(shards: Path, command: str, says: str) -> None:
         ({"TRAIN": ""}, r"^DATA\.DATASET webdataset needs DATA\.TRAIN; DATA_PATH is a folder with classes\.txt"),
         (
             {"STREAM": CfgNode({"IMAGES": 0, "VAL_IMAGES": 0})},
-            r"cannot be counted beforehand; say how many .* by DATA\.STREAM\.IMAGES$",
+            r"the number of images of a stream is unknown; set DATA\.STREAM\.IMAGES$",
         ),
-        ({"DATA_PATH": "nowhere"}, r"^nowhere holds no classes\.txt; "),
+        ({"DATA_PATH": "nowhere"}, r"^nowhere has no classes\.txt; "),
         ({"BALANCE": "loss"}, r"^DATA\.BALANCE loss needs random access, which a stream does not have; leave it at"),
         ({"CACHE": True}, r"^DATA\.CACHE True needs random access"),
     ],
@@ -150,7 +150,7 @@ def test_fewer_shards_than_processes(shards: Path) -> None:
 def test_labels_by_name_and_in_numbers(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("dog\n")
     config = stream_config(shards, DATA_PATH=str(tmp_path))
-    with pytest.raises(ValueError, match=r"has the label '1', which is no class of classes\.txt and no line of it$"):
+    with pytest.raises(ValueError, match=r"has the label '1', which is neither a class nor a line of classes\.txt$"):
         training(config)
     (tmp_path / "classes.txt").write_text("10\n2\n")
     config.DATA.CLASS_ORDER = "number"
@@ -162,7 +162,7 @@ def test_a_run_on_streams_says_that_it_is_approximate(shards: Path, tmp_path: Pa
     data = {**stream_options(shards), "STREAM": {"IMAGES": 12, "VAL_IMAGES": 7}, "BATCH_SIZE": 2, "NUM_WORKERS": 1}
     config = write_config(tmp_path, OUTPUT=str(tmp_path), DATA=data, TRAIN={"EPOCHS": 1})
     printed = run_forked("--cfg", config, processes=2)
-    assert "an epoch is 12 images (DATA.STREAM.IMAGES), of which some may come twice and others not at all" in printed
+    assert "an epoch is 12 images (DATA.STREAM.IMAGES), some may appear twice and others not at all" in printed
     assert "Accuracy of the network on the 7 test images" in printed
     folder = tmp_path / "tiny/default"
     options = (folder / "config.yaml").read_text()

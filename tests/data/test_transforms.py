@@ -327,7 +327,7 @@ def test_the_published_crop_ratio_is_the_default() -> None:
 
 def test_unknown_policy_is_named() -> None:
     for policy in ("random", "rand-x9"):
-        with pytest.raises(ValueError, match=f"AUG.AUTO_AUGMENT '{policy}' is no policy of timm; write one such as"):
+        with pytest.raises(ValueError, match=f"AUG.AUTO_AUGMENT '{policy}' is not a policy of timm; use one such as"):
             plain_train_transform(auto_augment=policy)
 
 

@@ -163,13 +163,13 @@ def name_fewer_classes(root: Path) -> None:
     ("spoil", "options", "says"),
     [
         (remove_a_mask, [], r"1 of 8 images in .*images/train have no mask in .*masks/train: 3; add masks named as"),
-        (make_a_mask_too_small, [], r"val/0\.png' is 48 x 40 pixels, its mask 4 x 4; they must be of one size"),
+        (make_a_mask_too_small, [], r"val/0\.png' is 48 x 40 pixels, its mask 4 x 4; they must have the same size"),
         (
             name_fewer_classes,
             [],
-            r"holds the value 2, which is none of the 2 classes; name more classes, or say",
+            r"has the value 2, which is none of the 2 classes; add classes, or define",
         ),
-        (lambda root: (root / "classes.txt").unlink(), [], r"classes\.txt names 0 classes; write 1 to 255, one a line"),
+        (lambda root: (root / "classes.txt").unlink(), [], r"classes\.txt has 0 classes; write 1 to 255, one per line"),
         (
             lambda root: (root / "masks").rename(root / "mask"),
             [],

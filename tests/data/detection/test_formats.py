@@ -57,7 +57,7 @@ def test_what_is_broken_is_left_out_and_named(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("{", "cannot be read as JSON"),
-        ("[]", "no annotation file of COCO"),
+        ("[]", "not a COCO annotation file"),
         ('{"images": []}', "annotations, categories"),
     ],
 )

@@ -120,7 +120,7 @@ def test_unreadable_folder(tmp_path: Path, unreadable: str, monkeypatch: pytest.
 def test_class_that_is_a_link_to_nothing(tmp_path: Path) -> None:
     write_folder(tmp_path, GOOD)
     (tmp_path / "train" / "emu").symlink_to(tmp_path / "gone")
-    assert refusal(tmp_path) == "ROOT/train/emu is a link to nothing; repair or remove it"
+    assert refusal(tmp_path) == "ROOT/train/emu is a broken link; repair or remove it"
 
 
 def test_every_folder_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +190,7 @@ def test_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
     for name in ("a.HEIC", "b.heic", "notes.txt", "README", ".DS_Store"):
         (tmp_path / "train" / "cat" / name).write_text("no image")
     assert opened(tmp_path).doubts() == [
-        f"4 files in {tmp_path}/train are skipped, as Pillow reads no such endings: 2 .heic, 1 .txt, 1 no ending"
+        f"4 files in {tmp_path}/train are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt, 1 no ending"
     ]
 
 
@@ -333,15 +333,15 @@ def test_validation_images_in_one_folder(tmp_path: Path, where: str, name: str, 
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("LOC_val_solution.csv", KAGGLE[:61], "does not fit ROOT/val, which holds 2 files not in it, such as"),
-        ("val.txt", "a.JPEG n01\n", "ROOT/val.txt does not fit ROOT/val, which lacks 1 images of it, such as a.JPEG"),
-        ("val.txt", "a.JPEG\n", "ROOT/val.txt must have the name of a file and its class on each line, not 'a.JPEG'"),
+        ("LOC_val_solution.csv", KAGGLE[:61], "does not match ROOT/val, which holds 2 files not in it, such as"),
+        ("val.txt", "a.JPEG n01\n", "ROOT/val.txt does not match ROOT/val, which lacks 1 images of it, such as a.JPEG"),
+        ("val.txt", "a.JPEG\n", "ROOT/val.txt must have a file name and its class on each line, not 'a.JPEG'"),
         (
             "val.txt",
             "".join(f"ILSVRC2012_val_0000000{number}.JPEG {number}\n" for number in (1, 2, 3)),
             "the list of classes for ROOT/val has class 3, of 3 from 0 on",
         ),
-        ("ILSVRC2012_validation_ground_truth.txt", "1 2 3", "needs meta.mat of the same development kit beside it"),
+        ("ILSVRC2012_validation_ground_truth.txt", "1 2 3", "needs meta.mat of the same development kit next to it"),
     ],
 )
 def test_lists_of_classes_that_do_not_fit(tmp_path: Path, name: str, content: str, says: str) -> None:

@@ -78,7 +78,7 @@ def test_mnist(mnist: Path) -> None:
 def test_mnist_that_is_missing_or_damaged(mnist: Path, tmp_path: Path) -> None:
     content = (mnist / "train-labels-idx1-ubyte").read_bytes()
     for wrong, says in (
-        (content[:-1], "cut off, or no IDX file of 1 dimensions"),
+        (content[:-1], "truncated, or not an IDX file of 1 dimensions"),
         (content[:2], "cannot be read"),
         (idx(np.zeros(5, np.uint8)), "train has 6 images, but 5 labels"),
         (idx(np.zeros((6, 1), np.uint8)), "no IDX file of 1 dimensions"),

@@ -63,7 +63,7 @@ def test_a_folder_that_is_not_ours_to_write(root: Path, tmp_path: Path, monkeypa
 def test_archive_that_is_cut_off(root: Path, left: float) -> None:
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(content[: int(len(content) * left)])
-    assert refusal(root).startswith("archive ROOT/train.tar is cut off or damaged (")
+    assert refusal(root).startswith("archive ROOT/train.tar is truncated or damaged (")
     assert [path.name for path in root.iterdir() if path.suffix == ".index"] == []
 
 
@@ -72,7 +72,7 @@ def test_archive_that_is_cut_off_between_two_members(root: Path) -> None:
         last = archive.getmembers()[-1]
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(content[: last.offset])
-    assert refusal(root) == "archive ROOT/train.tar is cut off or damaged (it has no end); copy it again"
+    assert refusal(root) == "archive ROOT/train.tar is truncated or damaged (it has no end); copy it again"
 
 
 def test_archive_that_is_cut_off_after_it_was_indexed(root: Path) -> None:
@@ -80,7 +80,7 @@ def test_archive_that_is_cut_off_after_it_was_indexed(root: Path) -> None:
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(content[:2000])
     assert is_stale(refusal(root), f"train.tar had {len(content)} bytes and has 2000")
-    with pytest.raises(UnreadableImage, match=r"cannot read image '.*train\.tar/cat/4\.jpg': the archive is cut off"):
+    with pytest.raises(UnreadableImage, match=r"cannot read image '.*train\.tar/cat/4\.jpg': the archive is truncated"):
         images.get(4)
 
 
@@ -214,7 +214,7 @@ def test_image_in_no_class_folder(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "train.tar", "w") as archive:
         add_bytes(archive, "cat/a.jpg", jpeg(0, tmp_path / "a.jpg"))
         add_bytes(archive, "b.jpg", jpeg(1, tmp_path / "a.jpg"))
-    assert "archive member b.jpg lies in no class folder and has no label" in refusal(tmp_path, "train")
+    assert "archive member b.jpg is in no class folder and has no label" in refusal(tmp_path, "train")
 
 
 def test_links_have_no_bytes(tmp_path: Path, photos: Path) -> None:
@@ -222,7 +222,7 @@ def test_links_have_no_bytes(tmp_path: Path, photos: Path) -> None:
     with tarfile.open(tmp_path / "train.tar", "w") as archive:
         archive.add(photos / "train/cat/0.jpg", "cat/0.jpg")
         archive.add(tmp_path / "copy.jpg", "cat/1.jpg")
-    assert "holds cat/1.jpg as a link or a sparse file" in refusal(tmp_path, "train")
+    assert "contains cat/1.jpg as a link or a sparse file" in refusal(tmp_path, "train")
 
 
 def test_labels_in_json_and_files_of_other_programs(tmp_path: Path) -> None:

@@ -37,5 +37,5 @@ def test_boxes_alone_are_refused(tmp_path: Path) -> None:
     write_instances(
         root, "val", [{"id": 10, "file_name": "0.png", "height": 32, "width": 40}], [row(1, 10, 3, [0, 0, 5, 5])]
     )
-    with pytest.raises(ValueError, match="some objects have a box alone"):
+    with pytest.raises(ValueError, match="some objects have only a box"):
         open_coco(Request(path=str(root)), Labels())

@@ -59,7 +59,7 @@ def test_palettes_count_by_their_indices_and_colours_are_refused(tmp_path: Path)
     image.putdata(values.flatten().tolist())
     image.save(path)
     assert np.array_equal(read_mask(str(path), Labels().table(), 3), values)
-    with pytest.raises(UnreadableImage, match=r"holds the value 2, which is none of the 2 classes; .* DATA\.LABEL_MAP"):
+    with pytest.raises(UnreadableImage, match=r"has the value 2, which is none of the 2 classes; .* DATA\.LABEL_MAP"):
         read_mask(str(path), Labels().table(), 2)
     Image.new("RGB", (2, 2)).save(path)
     with pytest.raises(UnreadableImage, match="mode RGB; a mask has one channel"):
@@ -72,7 +72,9 @@ def test_palettes_count_by_their_indices_and_colours_are_refused(tmp_path: Path)
 def test_a_mask_of_another_size_is_named_with_its_image(tmp_path: Path) -> None:
     write_masks(tmp_path)
     Image.new("L", (48, 39)).save(tmp_path / "masks" / "train" / "0.png")
-    with pytest.raises(UnreadableImage, match=r"0\.png' is 48 x 40 pixels, its mask 48 x 39; they must be of one size"):
+    with pytest.raises(
+        UnreadableImage, match=r"0\.png' is 48 x 40 pixels, its mask 48 x 39; they must have the same size"
+    ):
         open_masks(Request(path=str(tmp_path)), Labels()).train.pair(0)
 
 
