@@ -48,7 +48,7 @@ answer_help "$usage" "$@"
 (($# >= 3)) && [[ $2 != -* && $3 != -* ]] || usage "$usage"
 gpus=$1 config=$2 name=$3
 shift 3
-[[ $gpus =~ ^[1-9][0-9]*$ ]] || usage "the number of GPUs must be a whole number from 1 on, not '$gpus'"
+[[ $gpus =~ ^[1-9][0-9]*$ ]] || usage "the number of GPUs must be a positive whole number, not '$gpus'"
 per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
 ((gpus % per_node == 0)) || usage "$gpus GPUs do not fill nodes of $per_node; set GPUS_PER_NODE"
 command -v sbatch >/dev/null || usage "train_slurm.sh: there is no sbatch here; run it where SLURM is, or use train.sh"

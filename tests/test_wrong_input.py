@@ -939,10 +939,10 @@ def test_a_network_larger_than_the_memory(here: Path, monkeypatch: pytest.Monkey
             r"usage: bash evaluate.sh <gpus> <config> <checkpoint> \[main.py flags...\]",
         ),
         (["train_slurm.sh", "8"], "usage: bash train_slurm.sh <gpus> <config> <job-name>"),
-        (["train.sh", "tiny.yaml", "1"], "the number of GPUs must be a whole number from 1 on, not 'tiny.yaml'"),
-        (["train.sh", "0", "tiny.yaml"], "the number of GPUs must be a whole number from 1 on, not '0'"),
-        (["evaluate.sh", "-1", "tiny.yaml", "x"], "the number of GPUs must be a whole number from 1 on, not '-1'"),
-        (["train_slurm.sh", "two", "tiny.yaml", "x"], "the number of GPUs must be a whole number from 1 on, not 'two'"),
+        (["train.sh", "tiny.yaml", "1"], "the number of GPUs must be a positive whole number, not 'tiny.yaml'"),
+        (["train.sh", "0", "tiny.yaml"], "the number of GPUs must be a positive whole number, not '0'"),
+        (["evaluate.sh", "-1", "tiny.yaml", "x"], "the number of GPUs must be a positive whole number, not '-1'"),
+        (["train_slurm.sh", "two", "tiny.yaml", "x"], "the number of GPUs must be a positive whole number, not 'two'"),
     ],
 )
 def test_launchers_say_how_they_are_used(command: list[str], says: str) -> None:

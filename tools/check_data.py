@@ -1,4 +1,4 @@
-"""Read every image of a data set once and say what is wrong with it.
+"""Read every image of a data set once and report problems.
 
     python tools/check_data.py --data-path imagenet
 
@@ -29,14 +29,14 @@ from data.images import UnreadableImage
 from data.sources import Dataset, ImageSource
 from tools.make_shards import dataset_config
 
-# Sides below this many pixels are tiny, sides this many times as long as the other are odd.
+# An image is tiny if a side has fewer pixels than TINY, and unusual if its aspect ratio is at least ODD.
 TINY = 32
 ODD = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What was found about one image: its size, the hash of its pixels, sums over them; or why it cannot be read."""
+    """Statistics of one image: size, hash and sums of its pixels; or why it cannot be read."""
 
     index: int
     size: tuple[int, int] = (0, 0)
@@ -47,13 +47,13 @@ class Seen:
 
 
 def main() -> None:
-    """Check what the command line names."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", default="", help="the data set")
     parser.add_argument("--dataset", default="imagenet", help="its format, a DATA.DATASET (default: class folders)")
     parser.add_argument("--parts", nargs="+", choices=("train", "val"), default=["train", "val"])
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--show", type=int, default=10, help="images to name of each kind")
+    parser.add_argument("--show", type=int, default=10, help="images listed per kind")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="other options of the data set")
     args = parser.parse_args()
     try:
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def check(dataset: Dataset, parts: Sequence[str], *, workers: int, show: int) -> list[str]:
-    """Print what is found about the parts of a data set and return what a run would suffer from."""
+    """Print the statistics of the splits of a data set and return the problems for training."""
     faults = []
     places: dict[bytes, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for doubt in dataset.doubts():

@@ -46,7 +46,7 @@ ATTENTION_OPTIONS = {
 
 
 class Cost(NamedTuple):
-    """What a network takes: parameters, multiply-accumulates and images a second of inference."""
+    """Cost of a network: parameters, MACs and images per second of inference."""
 
     parameters: int
     macs: int
@@ -68,7 +68,7 @@ class Variant(NamedTuple):
 
 
 def main() -> int:
-    """Train what is left to train and return the exit status."""
+    """Train the remaining runs and return the exit status."""
     args = _parse_arguments()
     variants, folder = choose(args.configs, args.variants, args.opts)
     costs: dict[str, Cost] = {}
@@ -96,7 +96,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files; or one with MODEL.VIT and MODEL.DAT")
     parser.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these: attentions, or names of files")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="options over the configs")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override options of the configs")
     args = parser.parse_args()
     try:
         choose(args.configs, args.variants, args.opts)
@@ -132,7 +132,7 @@ def choose(configs: Sequence[str], names: Sequence[str] | None, opts: Sequence[s
 
 
 def accuracies(folder: Path) -> list[float]:
-    """Return the held-out accuracy of every epoch that a run has finished."""
+    """Return the held-out accuracy of every finished epoch of a run."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         return []

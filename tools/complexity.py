@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates (MACs) of configs, beside the published figures.
+"""Parameters and multiply-accumulates (MACs) of configs, compared with the published figures.
 
     python tools/complexity.py configs/dat_tiny.yaml configs/cvpr22/dat_tiny.yaml
     python tools/complexity.py configs/dat_tiny.yaml --size 384
@@ -95,7 +95,7 @@ def _unchecked() -> Iterator[None]:
 
 
 def table_row(config_path: str, size: Sequence[int] | None, overrides: Sequence[str]) -> str:
-    """Return the table's line for one config; published figures stand where the image size is theirs."""
+    """Return the table row for one config, with published figures if the image size matches."""
     config = load_config(config_path, overrides)
     model = build_model(config)
     height, width = _height_and_width(size or config.image_size)
@@ -119,7 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files")
     parser.add_argument("--size", type=int, nargs="+", help="image size, one side or height and width (DATA.IMG_SIZE)")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="options over the config")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override options of the config")
     arguments = parser.parse_args()
     print(COLUMNS.format("model", "image", "parameters", "MACs", "published", "published"))
     for path in arguments.configs:

@@ -1,4 +1,4 @@
-"""What a classifier takes for what: its predictions for all held-out images of a data set, and sums of them."""
+"""Predictions of a classifier for all held-out images, and statistics such as the confusion matrix."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tasks import Task
 
 
 class Stopped(Exception):
-    """The caller wants no result any more."""
+    """The caller no longer needs the result."""
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """One prediction for each image that could be read, arrays ``[n]`` in the order of the data set.
+    """Predictions for all readable images, arrays ``[n]`` in the order of the data set.
 
     Attributes:
         classes: names by label.
@@ -40,11 +40,11 @@ class Predictions:
     truth: NDArray[np.float32]
 
     def is_right(self) -> NDArray[np.bool_]:
-        """Return which predictions are right."""
+        """Return which predictions are correct."""
         return self.target == self.predicted
 
     def accuracy(self) -> float:
-        """Return the share of right predictions."""
+        """Return the share of correct predictions."""
         return float(self.is_right().mean())
 
     def images_by_class(self) -> NDArray[np.int64]:
@@ -52,25 +52,25 @@ class Predictions:
         return np.bincount(self.target, minlength=len(self.classes))
 
     def accuracy_by_class(self) -> NDArray[np.float64]:
-        """Return the share of right predictions among the images of each class; NaN for a class without images."""
+        """Return the accuracy of each class; NaN for a class without images."""
         right = np.bincount(self.target[self.is_right()], minlength=len(self.classes))
         images = self.images_by_class()
         return np.divide(right, images, out=np.full(len(images), np.nan), where=images > 0)
 
     def matrix(self) -> NDArray[np.int64]:
-        """Return how many images of each class, by row, are taken for which, by column."""
+        """Return the confusion matrix: true classes by row, predicted ones by column."""
         size = len(self.classes)
         return np.bincount(self.target * size + self.predicted, minlength=size**2).reshape(size, size)
 
     def confusions(self) -> list[tuple[int, int, int]]:
-        """Return ``(label, what its images are taken for, how many)`` of all mistakes, the most frequent first."""
+        """Return ``(true label, predicted label, count)`` of all mistakes, the most frequent first."""
         wrong = ~self.is_right()
         pairs, counts = np.unique(self.target[wrong] * len(self.classes) + self.predicted[wrong], return_counts=True)
         order = np.argsort(-counts, kind="stable")
         return [(*divmod(int(pairs[place]), len(self.classes)), int(counts[place])) for place in order]
 
     def worst(self, most: int) -> list[int]:
-        """Return the places of at most so many mistakes, those with the least probability for the right label first."""
+        """Return the indices of at most `most` mistakes, those with the lowest probability of the true label first."""
         wrong = np.flatnonzero(~self.is_right())
         return wrong[np.lexsort((-self.confidence[wrong], self.truth[wrong]))][:most].tolist()
 
@@ -79,7 +79,7 @@ class Predictions:
 def predict_all(
     network: nn.Module, task: Task, loader: DataLoader, classes: list[str], *, wanted: Callable[[], bool]
 ) -> Predictions:
-    """Run a classifier over a loader of held-out images, in this process alone.
+    """Run a classifier over a loader of held-out images, in this process.
 
     Args:
         network: in evaluation mode, on the device of `task`.

@@ -1,4 +1,4 @@
-"""What the deformable attentions of a network look at in an image: the numbers behind the pictures."""
+"""Sampling positions and attention weights of the deformable attentions of a network, for figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Place = tuple[float, float]
 
 @dataclass(frozen=True)
 class Look:
-    """What one deformable attention looks at in one image.
+    """Sampling positions and attention weights of one deformable attention for one image.
 
     Places are (y, x) as shares of the image's height and width: (0, 0) is its top left corner, (1, 1) the bottom right.
 
@@ -40,7 +40,7 @@ class Look:
 
     @property
     def title(self) -> str:
-        """The block in words, counted from 1: ``stage 3, block 2``."""
+        """The name of the block, counted from 1: ``stage 3, block 2``."""
         found = re.search(r"stages\.(\d+)\.attns\.(\d+)$", self.name)
         return f"stage {int(found[1]) + 1}, block {int(found[2]) + 1}" if found else self.name
 
@@ -51,20 +51,20 @@ class Look:
 
     @property
     def groups(self) -> int:
-        """Number of offset groups, each of which serves ``heads / groups`` heads in a row."""
+        """Number of offset groups, each used by ``heads / groups`` consecutive heads."""
         return len(self.places)
 
     def group_of(self, head: int) -> int:
-        """Return the offset group that a head takes its keys from."""
+        """Return the offset group of a head."""
         return head * self.groups // self.heads
 
     def query_at(self, place: Place) -> int:
-        """Return the index of the query whose cell holds a place."""
+        """Return the index of the query whose cell contains a point."""
         (y, x), (height, width) = place, self.map_size
         return min(int(y * height), height - 1) * width + min(int(x * width), width - 1)
 
     def importance(self) -> NDArray[np.float32]:
-        """Return the share of all attention that each key of each group gets, averaged over queries and heads.
+        """Return the share of the attention that each key of each group receives, averaged over queries and heads.
 
         Returns:
             ``[groups, Ns]``; the keys of a group add up to 1 (drawn as in the figures of DAT, arXiv 2201.00520).
@@ -74,7 +74,7 @@ class Look:
 
 @torch.no_grad()
 def look(network: nn.Module, image: Tensor, *, stages: Sequence[int] = (), every_block: bool = False) -> list[Look]:
-    """Return what the deformable attentions of a network look at.
+    """Return sampling positions and attention weights of the deformable attentions of a network.
 
     Args:
         network: in evaluation mode.

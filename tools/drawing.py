@@ -1,4 +1,4 @@
-"""Pictures of what deformable attention looks at, with matplotlib."""
+"""Pictures of sampling points and attention, with matplotlib."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from numpy.typing import NDArray
 from tools.deformations import Look, Place
 
 PANEL = 2.5  # inches
-# Area of the largest circle of a panel in square points; the smallest stays visible.
+# Area of the largest circle of a panel in square points; the smallest remains visible.
 LARGEST, SMALLEST = 190.0, 3.0
 QUERY_COLOUR = "#ffe600"
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What one network looks at in an image.
+    """Sampling points and attention of one network for one image.
 
     Attributes:
         title: such as "before training".
@@ -39,7 +39,7 @@ def colour(group: int) -> str:
 
 
 def draw(image: NDArray[np.uint8], seen: Sequence[Seen], *, queries: Sequence[Place], heads: Sequence[int]) -> Figure:
-    """Draw sampling points, key importance and the attention of query points; networks stand side by side.
+    """Draw sampling points, key importance and the attention of query points; networks are side by side.
 
     Args:
         image: what the networks saw, ``[H, W, 3]``.
@@ -88,7 +88,7 @@ def _draw_network(
 
 
 def first_heads(look: Look, number: int) -> list[int]:
-    """Return the first head of each group, then the second ones and so on, `number` in all."""
+    """Return `number` heads: the first of each group, then the second, and so on."""
     per_group = look.heads // look.groups
     order = [group * per_group + place for place in range(per_group) for group in range(look.groups)]
     return sorted(order[:number])
@@ -135,7 +135,7 @@ def _scatter(axes: Axes, places: NDArray, image: NDArray[np.uint8], **style: obj
 
 
 def _show(axes: Axes, image: NDArray[np.uint8], title: str, *, dim: float) -> None:
-    """Show the image, paler by `dim`, so that what is drawn on it stands out."""
+    """Show the image, lightened by `dim`, so that drawings on it are visible."""
     pale = image * (1 - dim) + 255 * dim * 0.5
     axes.imshow(pale.astype(np.uint8), interpolation="nearest" if max(image.shape) < 100 else "antialiased")
     axes.set(xticks=(), yticks=(), xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))

@@ -35,7 +35,7 @@ BATCHES = (1, 4)
 
 
 class Difference(NamedTuple):
-    """How far logits are from those of the network.
+    """Difference of logits from those of the network.
 
     Attributes:
         largest: difference.
@@ -51,19 +51,21 @@ class Difference(NamedTuple):
 
 
 def main() -> None:
-    """Export what the command line names."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="FILE", help="of the trainer, or published together with --cfg")
-    parser.add_argument("--cfg", metavar="FILE", help="config; alone: its network with random weights")
-    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: what the checkpoint was chosen for")
+    parser.add_argument("--checkpoint", metavar="FILE", help="of this trainer, or a published one together with --cfg")
+    parser.add_argument("--cfg", metavar="FILE", help="config; without a checkpoint: random weights")
+    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: those the checkpoint was selected by")
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
     parser.add_argument("--output", type=Path, default=Path("output/export"), help="folder (default: output/export)")
     parser.add_argument("--size", nargs="+", type=int, metavar="N", help="side, or height and width, in pixels")
-    parser.add_argument("--dynamic-size", action="store_true", help="leave the size of the images open, too")
-    parser.add_argument("--opset", type=int, help="of ONNX (default: PyTorch's)")
+    parser.add_argument("--dynamic-size", action="store_true", help="make the image size dynamic, too")
+    parser.add_argument("--opset", type=int, help="ONNX opset (default: PyTorch's)")
     parser.add_argument("--validate", action="store_true", help="compare scores on the held-out images of the config")
-    parser.add_argument("--data-path", metavar="PATH", help="where those are")
-    parser.add_argument("--max-loss", type=float, default=0.5, help="of the score, in its unit (default: 0.5)")
+    parser.add_argument("--data-path", metavar="PATH", help="their location")
+    parser.add_argument(
+        "--max-loss", type=float, default=0.5, help="maximum loss of the score, in its unit (default: 0.5)"
+    )
     args = parser.parse_args()
     try:
         sys.exit(run(args))
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 
 @torch.inference_mode()
 def compare(network: nn.Module, exported: Run, sizes: list[tuple[int, int]]) -> Difference:
-    """Return the largest difference of logits on random images of several sizes and numbers."""
+    """Return the largest difference of logits on random images of several sizes and batch sizes."""
     generator = torch.Generator().manual_seed(0)
     differences, reach = [], 0.0
     for size in sizes:
@@ -133,12 +135,12 @@ class Exported(nn.Module):
 
 
 def _scorer(model: TrainedModel, size: tuple[int, int], data_path: str | None) -> Callable[[nn.Module], float]:
-    """Return what evaluates a network on the held-out images of the config, by the score that chooses checkpoints."""
+    """Return a function that evaluates a network on the held-out images of the config by the task's score."""
     config = model.config.clone()
     if config.TASK == "detection":
-        raise ValueError("--validate: detectors take images of any size, the file takes one; leave it out")
+        raise ValueError("--validate: detectors need images of any size, but the file has a fixed size; leave it out")
     if is_stream(config.DATA.DATASET):
-        raise ValueError("--validate: the run took its images from commands, and those of a file are not run")
+        raise ValueError("--validate: the run read its images from commands, which are not executed from a checkpoint")
     config.DATA.IMG_SIZE = list(size)
     if data_path:
         config.DATA.DATA_PATH = data_path

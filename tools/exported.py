@@ -1,4 +1,4 @@
-"""Networks in the formats of other programs: how each is written, and how it is run."""
+"""Export formats: how each is written and run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ INPUT, OUTPUT = "images", "logits"
 
 
 class Source:
-    """A network to export; what several formats are made of is made once.
+    """A network to export; intermediate results shared by formats are computed once.
 
     Args:
         model: the network with its config and classes.
@@ -50,7 +50,7 @@ class Source:
 
     @cached_property
     def network(self) -> nn.Module:
-        """What is exported: the network, or of a detector what all its queries find.
+        """The exported module: the network, or for a detector the predictions of all queries.
 
         Raises:
             ValueError: the detector suppresses boxes.
@@ -67,7 +67,7 @@ class Source:
 
     @cached_property
     def program(self) -> ExportedProgram:
-        """The graph of the network, made of PyTorch's own operators alone.
+        """The graph of the network, with PyTorch's own operators only.
 
         Raises:
             ValueError: the size of the images is to be free, and the graph of this network depends on it.
@@ -75,30 +75,30 @@ class Source:
         network = copy.deepcopy(self.network)
         for module in network.modules():
             if isinstance(module, (MSDeformAttn, Sampling)):
-                module.form = "reference"  # a file that calls a custom operator would need this code to be loaded
+                module.form = "reference"  # a file with a custom operator could only be loaded with this code
         free = {0: Dim("batch"), **dict.fromkeys((2, 3) if self.dynamic else (), Dim.DYNAMIC)}
         try:
             with torch.no_grad():
                 program = torch.export.export(network, (torch.randn(2, 3, *self.size),), dynamic_shapes=(free,))
-                for size in self.sizes():  # which the guards of the graph may refuse
+                for size in self.sizes():  # the guards of the graph may reject a size
                     program.module()(torch.randn(1, 3, *size))
         except (RuntimeError, AssertionError, TypeError, ValueError, UserError) as error:
             if not self.dynamic:
                 raise
             raise ValueError(
                 f"--dynamic-size: the graph of {self.model.config.MODEL.NAME} depends on the size of the images "
-                f"({str(error).splitlines()[0]}); export one file a size, by --size"
+                f"({str(error).splitlines()[0]}); export one file per size with --size"
             ) from error
         return program
 
     def sizes(self) -> list[tuple[int, int]]:
-        """Return heights and widths of images that the exported network must take."""
+        """Return heights and widths of images for testing the exported network."""
         height, width = self.size
         return [self.size, (height + 64, width + 32), (2 * height, 2 * width)] if self.dynamic else [self.size]
 
     @cached_property
     def onnx(self) -> onnx.ModelProto:
-        """The graph in the operators of ONNX, with what a program must know to use it among its metadata."""
+        """The ONNX graph, with classes and preprocessing in its metadata."""
         names = {0: "batch", **({2: "height", 3: "width"} if self.dynamic else {})}
         with torch.no_grad():
             exported = torch.onnx.export(
@@ -109,17 +109,17 @@ class Source:
                 output_names=[OUTPUT],
                 opset_version=self.opset,
                 verbose=False,
-                # onnxscript's fusion of clamps, as in an inverse sigmoid, leaves a name that nothing gives.
+                # onnxscript's fusion of clamps, as in an inverse sigmoid, leaves an undefined name.
                 optimize=self.model.config.TASK != "detection",
             )
         proto = exported.model_proto
         for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
-            part.ClearField("metadata_props")  # where in the code each operator comes from: as large as the weights
+            part.ClearField("metadata_props")  # source locations of the operators: as large as the weights
         onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in self.metadata().items()})
         return proto
 
     def metadata(self) -> dict[str, object]:
-        """Return how images become the network's input, and the names of its classes."""
+        """Return preprocessing and class names."""
         config = self.model.config
         return {
             "classes": self.model.classes,
@@ -133,7 +133,7 @@ class Source:
 
 
 class Format(NamedTuple):
-    """A kind of file.
+    """An export format.
 
     Attributes:
         ending: of the file's name.
@@ -158,13 +158,13 @@ def _write_half(source: Source, path: Path) -> None:
 
 
 def _write_int8(source: Source, path: Path) -> None:
-    """Store the matrices of linear layers in 8 bits, a scale a column; their inputs are quantized as they come."""
+    """Store weights of linear layers in 8 bits, one scale per column; their inputs are quantized dynamically."""
     with TemporaryDirectory() as folder:
         plain, folded = Path(folder, "plain.onnx"), Path(folder, "folded.onnx")
         onnx.save(source.onnx, plain)
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(folded)  # where transposed weights are constants, too
+        options.optimized_model_filepath = str(folded)  # with transposed weights as constants
         onnxruntime.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
         quantize_dynamic(
             folded, path, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
@@ -172,7 +172,7 @@ def _write_int8(source: Source, path: Path) -> None:
 
 
 def run_onnx(path: Path) -> Run:
-    """Return what runs an ONNX file on the CPU."""
+    """Return a function that runs an ONNX file on the CPU."""
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
@@ -186,7 +186,7 @@ def _write_safetensors(source: Source, path: Path) -> None:
     if config.MODEL.TYPE not in ("dat", "timm"):
         raise ValueError(f"safetensors: timm has no name for MODEL.TYPE {config.MODEL.TYPE}; export dat or timm")
     is_dat = config.MODEL.TYPE == "dat"
-    # Any name of ours will do: the options of the network are stored beside it.
+    # Any registered name works: the options of the network are stored with it.
     name, options = ("dat_tiny", config.MODEL.DAT) if is_dat else (config.MODEL.TIMM.NAME, config.MODEL.TIMM.ARGS)
     network = timm.create_model(name, **options)
     network.load_state_dict(source.model.network.state_dict())

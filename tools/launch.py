@@ -1,4 +1,4 @@
-"""Run main.py in several processes of this machine, and start them again when one of them dies.
+"""Run main.py in several processes on this machine, and restart them if one dies.
 
     python tools/launch.py 2 --cfg configs/digits.yaml
 
@@ -33,12 +33,12 @@ from training.exit_status import LOST_PEER
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Seconds in which processes that were asked to stop finish their update and save, before torchrun kills them.
+# Seconds for stopping processes to finish their update and save, before torchrun kills them.
 SHUTDOWN_SECONDS = 180
 
 
 def main(words: Sequence[str]) -> int:
-    """Run `main.py` with all words but the first, which is the number of processes; return the exit status."""
+    """Run `main.py` in several processes: the first argument is their number; return the exit status."""
     if not words or not words[0].isdigit():
         print("usage: python tools/launch.py <processes> <flags of main.py...>", file=sys.stderr)
         return 2
@@ -52,7 +52,7 @@ def main(words: Sequence[str]) -> int:
     restarts = int(wanted)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     if hasattr(signal, "SIGUSR1"):  # not on Windows
-        signal.signal(signal.SIGUSR1, _stop)  # torchrun does so for the other signals
+        signal.signal(signal.SIGUSR1, _stop)  # as torchrun does for the other signals
     try:
         for restart in range(restarts + 1):
             os.environ["DAT_RESTART_COUNT"] = str(restart)

@@ -24,7 +24,7 @@ answer_help() {
 launch() {
     local processes=$1
     shift
-    [[ $processes =~ ^[1-9][0-9]*$ ]] || usage "the number of GPUs must be a whole number from 1 on, not '$processes'"
+    [[ $processes =~ ^[1-9][0-9]*$ ]] || usage "the number of GPUs must be a positive whole number, not '$processes'"
     if ((processes == 1)); then
         exec "$python" "$root/main.py" "$@"
     fi

@@ -42,7 +42,7 @@ _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "g
 
 @dataclass(frozen=True)
 class Plan:
-    """What makes the shards; another plan makes others."""
+    """The parameters of the shards."""
 
     images: dict[str, int]
     classes: list[str]
@@ -54,7 +54,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Shard:
-    """One archive: a run of images of a part."""
+    """One archive: consecutive images of a split."""
 
     part: str
     number: int
@@ -68,7 +68,7 @@ class Shard:
 
 
 def main() -> None:
-    """Pack what the command line names."""
+    """Run the command line."""
     args = _parse_arguments()
     try:
         pack(args)
@@ -82,16 +82,18 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--dataset", default="imagenet", help="its format, a DATA.DATASET (default: class folders)")
     parser.add_argument("--output", required=True, type=Path, help="folder for the shards, new or empty")
     parser.add_argument("--parts", nargs="+", choices=("train", "val"), default=["train", "val"])
-    parser.add_argument("--per-shard", type=int, default=1000, help="images of a shard")
-    parser.add_argument("--short-side", type=int, default=0, help="shrink larger images to it and write JPEG; 0: as is")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEG, where images are shrunk")
+    parser.add_argument("--per-shard", type=int, default=1000, help="images per shard")
+    parser.add_argument(
+        "--short-side", type=int, default=0, help="shrink larger images to it and write JPEG; 0: unchanged"
+    )
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of shrunk images")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="other options of the data set")
     return parser.parse_args()
 
 
 def pack(args: argparse.Namespace) -> None:
-    """Write all shards that are not there yet, then the list of them and the indices.
+    """Write all missing shards, then the manifest and the indices.
 
     Raises:
         ValueError: for a data set that cannot be opened, an image that cannot be read, and an output folder with other
@@ -129,7 +131,7 @@ def pack(args: argparse.Namespace) -> None:
 
 
 def dataset_config(dataset: str, path: str, options: Sequence[str]) -> CfgNode:
-    """Return a config that names a data set.
+    """Return a config for a data set.
 
     Raises:
         ValueError: for an option that there is not, and a stream.
@@ -159,7 +161,7 @@ def _plan(args: argparse.Namespace, dataset: Dataset, sources: dict[str, ImageSo
 
 
 def _begin(folder: Path, plan: Plan) -> None:
-    """Make the output folder, or check that it is one that the same command began.
+    """Create the output folder, or check that the same command started it.
 
     Raises:
         ValueError: it holds anything else.
@@ -184,7 +186,7 @@ def _label(label: int | np.ndarray) -> bytes:
 
 
 def _write(shard: Shard, sources: dict[str, ImageSource], folder: Path, plan: Plan) -> tuple[Shard, dict[str, Any]]:
-    """Write a shard unless it is there, whole or not at all, and return its entry of the list."""
+    """Write a shard atomically unless it exists, and return its entry of the manifest."""
     path = folder / shard.name
     if not path.exists():
         staged = path.with_suffix(f".{os.getpid()}.part")  # a worker may outlive a parent that was killed
@@ -211,8 +213,8 @@ def _digest(file: BinaryIO) -> str:
 
 
 def _encode(stored: StoredImage, plan: Plan) -> tuple[bytes, str]:
-    """Return the bytes of an image and their ending: as they are, or shrunk."""
-    image = stored.decode()  # also where its bytes are kept: what cannot be read is found here and not in training
+    """Return the bytes of an image, possibly shrunk, and its file extension."""
+    image = stored.decode()  # even if its bytes are kept, so that unreadable images are found here and not in training
     if plan.short_side and min(image.size) > plan.short_side:
         scale = plan.short_side / min(image.size)
         size = tuple(max(plan.short_side, round(side * scale)) for side in image.size)

@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one file each, with style, script, data and pictures inside; nothing is fetched."""
+"""Self-contained HTML pages: one file each, with style, script, data and pictures inside; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def fill(template: str, **values: str) -> str:
 
 
 def text(value: object) -> str:
-    """Return a value as text that HTML shows as it is. Bytes of file names that are no UTF-8 are shown as such."""
+    """Return a value as escaped HTML text. Non-UTF-8 bytes of file names are shown as escapes."""
     return html.escape(str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
 
 
 def data(value: Any) -> str:
-    """Return plain values as JSON that may stand inside a ``<script>`` element."""
+    """Return plain values as JSON that is safe inside a ``<script>`` element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
@@ -48,7 +48,7 @@ def numbers(array: NDArray) -> str:
 
 
 def picture(image: Image.Image, *, side: int = 0, lossless: bool = False) -> str:
-    """Return an image as the address of an ``<img>``: lossless where it is small or asked for, else JPEG.
+    """Return an image as a data URL for an ``<img>``: lossless if it is small or requested, else JPEG.
 
     Args:
         image: RGB.
@@ -65,12 +65,12 @@ def picture(image: Image.Image, *, side: int = 0, lossless: bool = False) -> str
 
 
 def address(kind: str, content: bytes) -> str:
-    """Return the bytes of an image file as the address of an ``<img>``; ``kind`` is ``png`` or ``jpeg``."""
+    """Return the bytes of an image file as a data URL for an ``<img>``; ``kind`` is ``png`` or ``jpeg``."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def bar(name: str, share: float) -> str:
-    """Return a line with a name and a percentage, behind which a bar is as long as the share."""
+    """Return a line with a name and a percentage over a bar of proportional length."""
     return (
         f'<div class="bar" style="background: linear-gradient(to right, #cfe0fb {100 * share:.1f}%, transparent 0)">'
         f"<span>{text(name)}</span><span>{100 * share:.1f} %</span></div>"

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from anywhere
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that the script runs from any folder
 
 from config import load_config
 from lr_scheduler import learning_rates, planned_schedule
@@ -64,7 +64,7 @@ def plot_curves(runs: dict[str, Path], target: Path, *, planned: Sequence[tuple[
 
 
 def epochs_of(train: list[Row], rows: list[Row]) -> list[float]:
-    """Return where the rows of training lie, in epochs.
+    """Return the positions of training rows in epochs.
 
     A row tells its epoch and how many updates of the size of that time the run has taken. The last row of a finished
     epoch gives the updates of an epoch. After a change of the batch size, that is another number: a row takes the
@@ -84,7 +84,7 @@ def epochs_of(train: list[Row], rows: list[Row]) -> list[float]:
 
 
 def planned_rates(run: Path) -> list[tuple[float, float]]:
-    """Return the learning rates that a run plans for all of its epochs, as `lr_scheduler.planned_schedule` does.
+    """Return the planned learning rates of a run, as `lr_scheduler.planned_schedule`.
 
     Raises:
         ValueError: the folder holds no config.yaml or no rows of training.
@@ -94,7 +94,7 @@ def planned_rates(run: Path) -> list[tuple[float, float]]:
     last = [row for row in rows if row["kind"] == "train"][-1]
     updates_per_epoch = round(last["update"] / epochs_of([last], rows)[0])
     shape = {"updates_per_epoch": updates_per_epoch, "world_size": 1}
-    # Learning rates are proportional to the number of processes, which no file tells.
+    # Learning rates are proportional to the number of processes, which is not recorded.
     one_process = learning_rates(config, [last["update"] - 1], **shape)[last["update"] - 1]
     shape["world_size"] = max(1, round(last["lr"] / one_process)) if one_process else 1
     return planned_schedule(config, **shape)
@@ -110,7 +110,7 @@ def _read(metrics: Path) -> list[Row]:
 
 
 def _column(rows: list[Row], name: str) -> list[float]:
-    """Return a column; what was not finite, null in the file, leaves a gap."""
+    """Return a column; null values (non-finite) leave a gap."""
     return [float("nan") if row[name] is None else row[name] for row in rows]
 
 
@@ -119,7 +119,7 @@ def _draw_evaluations(loss: Axes, score: Axes, rows: list[Row], label: str, colo
     metrics = [name for name in rows[0] if name not in ("kind", "epoch", "update")]
     if "loss" in metrics:
         loss.plot(at, _column(rows, "loss"), color=colour, label=label)
-    if "top1" not in metrics:  # of another task; whether a larger value is better, no row tells
+    if "top1" not in metrics:  # another task, for which it is unknown whether larger is better
         for name in metrics:
             if name != "loss":
                 score.plot(at, _column(rows, name), marker=".", label=f"{label}: {name}")
@@ -148,7 +148,7 @@ def _finish(axes: Axes, title: str) -> None:
 
 
 def _names(folders: list[Path]) -> list[str]:
-    """Return what tells the runs apart: the tag, or as much of the path as it takes."""
+    """Return distinct names of the runs: the tag, or as much of the path as necessary."""
     for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
         if len(set(names)) == len(names):
@@ -157,13 +157,13 @@ def _names(folders: list[Path]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Draw what the command line asks for; return the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="plot.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="default: curves.png or comparison.png in the first RUN"
     )
-    parser.add_argument("--planned", action="store_true", help="also draw the learning rate that is still to come")
+    parser.add_argument("--planned", action="store_true", help="also draw the planned learning rate")
     args = parser.parse_args(argv)
     try:
         runs = dict(zip(_names(args.runs), (run / "metrics.jsonl" for run in args.runs), strict=True))

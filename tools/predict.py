@@ -1,4 +1,4 @@
-"""Say what a network sees in images: classes; of a segmenter with their shares of the pixels; of a detector, objects.
+"""Predict images: classes; for a segmenter, their shares of the pixels; for a detector, objects.
 
     python tools/predict.py --checkpoint output/digits/default/best.pth photo.jpg folder
     find photos -name '*.jpg' | python tools/predict.py --checkpoint best.pth --format csv - > predictions.csv
@@ -38,20 +38,22 @@ THUMBNAIL = 320  # pixels of the longer side on the page
 
 
 def main() -> None:
-    """Predict what the command line names."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="files and folders; - reads names, one a line")
+    parser.add_argument(
+        "images", nargs="+", metavar="IMAGE", help="files and folders; - reads names from standard input, one per line"
+    )
     parser.add_argument("--checkpoint", required=True, metavar="FILE")
-    parser.add_argument("--cfg", metavar="FILE", help="config, where the checkpoint holds none")
-    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: what the checkpoint was chosen for")
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes an image (default: 5)")
-    parser.add_argument("--threshold", type=float, default=SHOWN, metavar="S", help=f"least score (default: {SHOWN})")
+    parser.add_argument("--cfg", metavar="FILE", help="config, if the checkpoint has none")
+    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: those the checkpoint was selected by")
+    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default: 5)")
+    parser.add_argument("--threshold", type=float, default=SHOWN, metavar="S", help=f"minimum score (default: {SHOWN})")
     parser.add_argument("--format", choices=WRITERS, default="text", help="default: text")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the pictures")
     parser.add_argument(
         "--draw", type=Path, metavar="FOLDER", help="also draw objects, or classes of pixels, over images"
     )
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at a time (default: 32)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="batch size (default: 32)")
     parser.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--amp", choices=DTYPES, default="off", help="mixed precision (default: off)")
     parser.add_argument("--compile", action="store_true", help="torch.compile, block by block")
@@ -104,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_images(names: Sequence[str], listed: TextIO) -> Iterator[str]:
-    """Yield the files of the command line: those in folders whose ending Pillow knows, and those that a list names.
+    """Yield the files of the command line: files that Pillow can read in folders, and those of a list.
 
     Raises:
         ValueError: a name does not exist, or a folder holds no images.
@@ -116,12 +118,12 @@ def find_images(names: Sequence[str], listed: TextIO) -> Iterator[str]:
         elif Path(name).is_dir():
             found = sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in endings)
             if not found:
-                raise ValueError(f"folder {name} holds no images")
+                raise ValueError(f"folder {name} contains no images")
             yield from found
         elif Path(name).exists():
             yield name
         else:
-            raise ValueError(f"{name} does not exist; give images, folders, or - for a list on the standard input")
+            raise ValueError(f"{name} does not exist; give images, folders, or - for a list on standard input")
 
 
 _OBJECTS = ("class", "score", "x1", "y1", "x2", "y2")
@@ -157,7 +159,7 @@ def _write_jsonl(file: TextIO, columns: Sequence[str]) -> Callable[[Prediction],
 
 
 def _objects(prediction: Prediction) -> Iterator[list[Any]]:
-    """Yield class, score and box of each object, and its mask where it has one, run-length encoded as COCO does it."""
+    """Yield class, score and box of each object, and its mask, if any, run-length encoded as in COCO."""
     for i, (name, score) in enumerate(prediction.top):
         values = [name, score, prediction.objects.boxes[i].tolist()]
         if (masks := prediction.objects.masks) is not None:
@@ -179,12 +181,12 @@ def _write_csv(file: TextIO, columns: Sequence[str]) -> Callable[[Prediction], N
     return write
 
 
-# Each takes the file and the columns of a table, and returns what writes one prediction.
+# Each takes the file and the columns of a table, and returns a function that writes one prediction.
 WRITERS = {"text": _write_text, "jsonl": _write_jsonl, "csv": _write_csv}
 
 
 def _printable(path: str) -> str:
-    """Return a path with bytes that are no UTF-8 written as escapes."""
+    """Return a path with non-UTF-8 bytes escaped."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

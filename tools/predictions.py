@@ -1,4 +1,4 @@
-"""What a network sees in image files: classes, shares of the pixels, or objects, by the kind of network."""
+"""Predictions for image files: classes, shares of the pixels, or objects, depending on the task."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DTYPES = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an image probably shows.
+    """The prediction for an image.
 
     Attributes:
         path: the file.
@@ -44,7 +44,7 @@ class Prediction:
     labels: np.ndarray | None = None
 
     def drawn(self, image: Image.Image) -> Image.Image:
-        """Return the image, with the objects or the classes of its pixels over it where they are known."""
+        """Return the image with its objects or class map drawn over it, if any."""
         pixels = np.asarray(image)
         if self.objects is not None:
             words = [f"{name} {score:.2f}" for name, score in self.top]
@@ -57,13 +57,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Predictor:
-    """A network and how it is run.
+    """A network and its inference options.
 
     Attributes:
         model: the network and its classes.
-        top: classes an image, at most as many as there are.
+        top: classes per image, at most the number of classes.
         threshold: smallest score of an object.
-        batch_size: images at a time, of a classifier.
+        batch_size: images per batch, for classifiers.
         amp: `off`, `fp16` or `bf16`.
         on_unreadable: told why a file cannot be read.
     """
@@ -76,7 +76,7 @@ class Predictor:
     on_unreadable: Callable[[str], object]
 
     def predict(self, files: Sequence[str]) -> Iterator[Prediction]:
-        """Return what each file that can be read shows, in order.
+        """Yield predictions for the readable files, in order.
 
         Raises:
             ValueError: the network is of a task without predictions.
@@ -100,7 +100,7 @@ class Predictor:
             pixels = torch.stack([transform(image) for _, image in batch])
             with self._running():
                 logits = self.model.network(pixels.to(self._device, memory_format=torch.channels_last)).float()
-            several = self.model.config.DATA.MULTI_LABEL  # each label then has a probability of its own
+            several = self.model.config.DATA.MULTI_LABEL  # each label then has its own probability
             rows = (logits.sigmoid() if several else logits.softmax(dim=1)).cpu()
             for (path, _), row in zip(batch, rows, strict=True):
                 yield Prediction(path, self._largest(row))

@@ -38,21 +38,19 @@ from training.trained_model import load_trained
 from utils import World, write_whole
 
 FILE = "report.html"
-WORST = 24  # mistakes that are shown as pictures
+WORST = 24  # mistakes shown as pictures
 THUMBNAIL = 320  # pixels of their longer side
 MOST_ROWS = 200  # of a table
-MOST_CELLS = 25  # classes of a matrix of numbers; one of more classes is a picture
+MOST_CELLS = 25  # maximum classes of a matrix of numbers; above, it is a picture
 GREEN, RED = "26 127 75", "179 38 30"
-MOST_PIXELS = 2000  # classes of a picture; beyond that there is none
+MOST_PIXELS = 2000  # maximum classes of a picture; above, there is none
 
 
 def main() -> None:
-    """Write the reports of the runs that the command line names."""
+    """Write the reports of the runs on the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
-    parser.add_argument(
-        "--data-path", default="", metavar="FOLDER", help="the data set (default: where the run had it)"
-    )
+    parser.add_argument("--data-path", default="", metavar="FOLDER", help="the data set (default: that of the run)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
@@ -83,7 +81,7 @@ def write_report(
     evaluations = [row for row in rows if row["kind"] in ("eval", "eval_ema")]
     kind = TASKS.get(config.TASK)
     classifies = kind is not None and issubclass(kind, Classification) and not config.DATA.MULTI_LABEL
-    mistakes = ""  # a stream has none to show by number, and its commands are those of whoever trained
+    mistakes = ""  # a stream has no random access, and its commands must not be executed
     if classifies and not is_stream(config.DATA.DATASET) and (folder / "best.pth").is_file():
         mistakes = _mistakes(folder / "best.pth", config, device, wanted)
     page = pages.fill(
@@ -107,7 +105,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _tiles(config: CfgNode, evaluations: Sequence[dict[str, Any]], speed: Sequence[dict[str, Any]]) -> str:
-    """Return the few numbers that everybody looks for first."""
+    """Return the headline numbers."""
     score = TASKS[config.TASK].score if config.TASK in TASKS else None
     tiles = [("epochs", f"{max((row['epoch'] for row in evaluations), default=0)} of {config.TRAIN.EPOCHS}")]
     scored = [row for row in evaluations if score and row.get(score.key) is not None]
@@ -166,12 +164,12 @@ def _cost(speed: Sequence[dict[str, Any]]) -> list[tuple[str, object]]:
 
 
 def _hours(speed: Sequence[dict[str, Any]]) -> float:
-    """Return the time that updates took, those among it that an interruption lost and that were repeated."""
+    """Return the time of all updates, including those lost in an interruption and repeated."""
     return sum(row.get("seconds", 0) for row in speed) / 3600
 
 
 def _mistakes(checkpoint: Path, config: CfgNode, device: torch.device, wanted: Callable[[], bool]) -> str:
-    """Return the part of the page on the held-out images."""
+    """Return the section of the page on the held-out images."""
     model = load_trained(checkpoint)
     config.DATA.CACHE = False  # each image is read once
     task = build_task(config, World(0, 1, 0, device), training=False)
@@ -220,7 +218,7 @@ def _matrix(found: Predictions) -> str:
     matrix = found.matrix()
     share = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     if len(found.classes) > MOST_CELLS:
-        grey = (255 * (1 - share**0.5)).astype(np.uint8)  # the root shows rare mistakes
+        grey = (255 * (1 - share**0.5)).astype(np.uint8)  # the square root makes rare mistakes visible
         source = pages.picture(Image.fromarray(grey).convert("RGB"), lossless=True)
         return f'<img class="matrix" src="{source}" alt="confusion matrix, a row for each class">'
     names = [pages.text(name) for name in found.classes]

@@ -1,4 +1,4 @@
-"""Set up `.venv`: a virtual environment with the tested versions of everything that the code needs.
+"""Set up `.venv`: a virtual environment with the tested versions of all requirements.
 
 The environment itself lies in a cache, under a name made from the requirements and the Python version, and `.venv`
 links to it: a second clone finds it there, and a changed requirements file leads to another one. Needs Python's
@@ -25,7 +25,7 @@ PYTHONS = ((3, 10), (3, 13))
 
 
 def cached_environment() -> Path:
-    """Return where the environment of these requirements and this Python lies."""
+    """Return the path of the environment for these requirements and this Python."""
     key = hashlib.sha256(sys.version.encode() + sys.prefix.encode())
     for name in FILES:
         key.update((ROOT / name).read_bytes())
@@ -36,7 +36,7 @@ def cached_environment() -> Path:
 
 
 def install(environment: Path) -> None:
-    """Create `environment` and install the requirements into it; what an interrupted installation left goes first."""
+    """Create `environment` and install the requirements, removing the remains of an interrupted installation."""
     print(f"setup: installing the requirements into {environment}")
     print(
         "setup: about 6 GB with PyTorch's CUDA libraries, one to five minutes; later calls find them there", flush=True
@@ -47,7 +47,7 @@ def install(environment: Path) -> None:
     pip = [environment / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     constraints = ["--constraint", ROOT / "constraints.txt"]
     subprocess.run([*pip, "--requirement", ROOT / "requirements-dev.txt", *constraints], check=True)
-    # Optional: builds against the torch installed above, and only the comparison with it needs it.
+    # Optional: it is built against the torch installed above, and only needed to compare with it.
     natten = (
         subprocess.run([*pip, "setuptools", "wheel"], check=False).returncode
         or subprocess.run(
@@ -72,7 +72,7 @@ def main() -> int:
         return 2
     environment = cached_environment()
     environment.parent.mkdir(parents=True, exist_ok=True)
-    with environment.with_suffix(".lock").open("w") as lock:  # two calls at once: the second waits for the first
+    with environment.with_suffix(".lock").open("w") as lock:  # a concurrent call waits for the first
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (environment / "complete").exists():
             try:

@@ -1,4 +1,4 @@
-"""Draw what deformable attention looks at in a photograph: a picture for each, and one page to explore them.
+"""Draw sampling points and attention of deformable attention: a picture per image, and an interactive page.
 
     python tools/visualize.py photo.jpg --checkpoint output/digits/default/best.pth
     python tools/visualize.py *.jpg --checkpoint best.pth --before --query 0.3 0.6 --stages 3 4
@@ -38,12 +38,12 @@ from tools.windows import draw_windows
 from training.trained_model import TrainedModel, load_trained, untrained
 from training.weight_sets import WEIGHTS
 
-# Attention weights that a page holds of one block; beyond that it keeps every second query, every third, ...
+# Maximum number of attention weights of a block on the page; above, only every second, third, ... query is kept.
 MOST_WEIGHTS = 3_000_000
 
 
 def main() -> None:
-    """Draw what the command line names."""
+    """Run the command line."""
     parser = _parser()
     args = parser.parse_args()
     try:
@@ -54,13 +54,13 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="*", metavar="IMAGE", help="photographs; without, windows of a ViT are drawn")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights; without it they are random")
-    parser.add_argument("--cfg", metavar="FILE", help="config, where the checkpoint holds none")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="options over those of --cfg")
-    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: what the checkpoint was chosen for")
+    parser.add_argument("images", nargs="*", metavar="IMAGE", help="images; without any, windows of a ViT are drawn")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights; random if not given")
+    parser.add_argument("--cfg", metavar="FILE", help="config, if the checkpoint has none")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override options of --cfg")
+    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: those the checkpoint was selected by")
     parser.add_argument(
-        "--before", nargs="?", const="", metavar="FILE", help="beside it: random weights, or an earlier checkpoint"
+        "--before", nargs="?", const="", metavar="FILE", help="also show the initial weights, or an earlier checkpoint"
     )
     parser.add_argument("--stages", type=int, nargs="+", default=[], metavar="N", help="default: all with the letter D")
     parser.add_argument("--every-block", action="store_true", help="all blocks of a stage (default: the last one)")
@@ -132,7 +132,7 @@ def look_at(
     stages: Sequence[int] = (),
     every_block: bool = False,
 ) -> tuple[NDArray[np.uint8], list[Seen]]:
-    """Return the pixels ``[H, W, 3]`` that the networks see of an image file, and what each looks at."""
+    """Return the input pixels ``[H, W, 3]`` of an image file, and the attention of each network."""
     tensors = [model.transform(size)(model.read(path)) for _, model in networks]
     seen = [
         Seen(title, look(model.network, tensor, stages=stages, every_block=every_block))
@@ -148,7 +148,7 @@ def to_pixels(image: Tensor) -> NDArray[np.uint8]:
 
 
 def page_entry(name: str, pixels: NDArray[np.uint8], seen: Sequence[Seen]) -> dict[str, Any]:
-    """Return what the page holds of one image."""
+    """Return the data of one image for the page."""
     networks = [{"title": one.title, "looks": [_look_entry(look) for look in one.looks]} for one in seen]
     height, width = pixels.shape[:2]
     source = pages.picture(Image.fromarray(pixels))
@@ -156,7 +156,7 @@ def page_entry(name: str, pixels: NDArray[np.uint8], seen: Sequence[Seen]) -> di
 
 
 def _look_entry(look: Look) -> dict[str, Any]:
-    """Return a block for the page: attention weights in bytes, of which 255 is the largest of each query and head."""
+    """Return a block for the page: attention weights as bytes, 255 for the maximum of each query and head."""
     heads, _, keys = look.weights.shape
     rows, columns = look.map_size
     step = 1
@@ -182,7 +182,7 @@ def _look_entry(look: Look) -> dict[str, Any]:
 
 
 def _networks(args: argparse.Namespace) -> list[tuple[str, TrainedModel]]:
-    """Return the networks to look at with their titles, the earlier one first."""
+    """Return the networks with their titles, the earlier one first."""
     if not args.checkpoint:
         if not args.cfg:
             raise ValueError("give --checkpoint FILE, or --cfg FILE for a network with random weights")
@@ -204,7 +204,7 @@ def _networks(args: argparse.Namespace) -> list[tuple[str, TrainedModel]]:
 
 def _place(query: Sequence[float]) -> Place:
     if not all(0 <= share <= 1 for share in query):
-        raise ValueError(f"--query {query[0]:g} {query[1]:g} lies outside of the image; give shares from 0 to 1")
+        raise ValueError(f"--query {query[0]:g} {query[1]:g} is outside the image; give fractions from 0 to 1")
     return query[0], query[1]
 
 
@@ -215,7 +215,7 @@ def _size(size: Sequence[int]) -> tuple[int, int] | None:
 
 
 def _free_name(stem: str, taken: set[str]) -> str:
-    """Return `stem`, numbered where an earlier image has the same name."""
+    """Return `stem`, numbered if an earlier image has the same name."""
     name, number = stem, 2
     while name in taken:
         name, number = f"{stem}-{number}", number + 1

@@ -1,4 +1,4 @@
-"""Pictures of the windows of locality-aware initialisation: what a Vision Transformer's patches see, epoch by epoch."""
+"""Pictures of the windows of locality-aware initialisation of a Vision Transformer, epoch by epoch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PANEL = 2.3  # inches
 
 
 def draw_windows(network: VisionTransformer) -> Figure:
-    """Draw the mask of tokens by tokens for each window of the schedule, and below it what the middle patch sees.
+    """Draw the attention mask of each window of the schedule, and below it the window of the middle patch.
 
     Raises:
         ValueError: the network has no windows.
@@ -32,7 +32,7 @@ def draw_windows(network: VisionTransformer) -> Figure:
 
 
 def _draw(mask: Axes, view: Axes, network: VisionTransformer, window: Window | None) -> None:
-    """Draw one window; white is seen."""
+    """Draw one window; visible patches are white."""
     grid, prefix = network.patch_embed.grid_size, network.num_prefix_tokens
     seen = window_mask(grid, prefix, window or Window("sequence", grid[0] * grid[1])).numpy()
     middle = (grid[0] // 2) * grid[1] + grid[1] // 2

@@ -114,7 +114,7 @@ def test_half_precision_is_near(
     [
         (["nowhere.jpg"], "nowhere.jpg does not exist; give images, folders, or -"),
         (["photos", "--top", "0"], "--top must be at least 1, not 0"),
-        (["empty"], "folder empty holds no images"),
+        (["empty"], "folder empty contains no images"),
     ],
 )
 def test_wrong_input_is_said(

@@ -128,7 +128,7 @@ def test_large_maps_keep_some_of_their_queries(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--query", "0.5", "1.5"], "--query 0.5 1.5 lies outside of the image"),
+        (["--query", "0.5", "1.5"], "--query 0.5 1.5 is outside the image"),
         (["--heads", "0"], "--heads are counted from 1, not 0"),
         (["--size", "32", "32", "32"], "--size 32 32 32 must be one side"),
         (["--stages", "1"], "stage 1 has no deformable attention"),
