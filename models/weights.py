@@ -139,7 +139,7 @@ def _misfits(weights: dict[str, Tensor], model: nn.Module, report: Report) -> li
     unknown = weights.keys() - model.state_dict().keys()
     if not getattr(model, "num_classes", 1) and classifier(model):
         report.left_out += sorted(name for name in unknown if name.startswith(f"{classifier(model)}."))
-    return [f"{name} is not of this model" for name in unknown - set(report.left_out)]
+    return [f"{name} is not in this model" for name in unknown - set(report.left_out)]
 
 
 def _shown(misfits: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Object detection: the detectors by name. What a detector takes and returns stands in `detector.Detector`."""
+"""Object detection: the detectors by name. Their interface is `detector.Detector`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ __all__ = ["DETECTORS", "Detector", "DetectorKind"]
 
 @dataclass(frozen=True)
 class DetectorKind:
-    """A detector that `MODEL.DETECTOR.NAME` can name.
+    """An entry of `DETECTORS`, selected by `MODEL.DETECTOR.NAME`.
 
     Attributes:
-        build: makes it of a backbone, the keyword `num_classes` (of objects alone), and options of its own.
-        maps: how many maps of the backbone it takes, the coarsest ones.
-        masks: whether it learns masks and finds them.
+        build: constructs it from a backbone, the keyword `num_classes` (without background), and its own options.
+        maps: number of feature maps of the backbone it uses, the coarsest ones.
+        masks: whether it predicts masks, which the data set must then have.
     """
 
     build: Callable[..., Detector]
@@ -33,7 +33,7 @@ class DetectorKind:
     masks: bool = False
 
 
-# transformers takes seconds to import, so that its detectors are imported where they are built.
+# Importing transformers takes seconds, so its detectors are imported when they are built.
 def _of_transformers(kind: str, backbone: nn.Module, **options: Any) -> Detector:
     from .transformers_detectors import TransformersDetector
 

@@ -1,4 +1,4 @@
-"""A head that learns by adaptive training sample selection (ATSS, arXiv 1912.02424), for training alone."""
+"""A head with adaptive training sample selection (ATSS, arXiv 1912.02424), only for training."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_los
 from .initial_weights import set_prior
 from .positives import Positives
 
-CANDIDATES = 9  # anchors of each level that are nearest to an object
+CANDIDATES = 9  # nearest anchors of each level considered for an object
 ANCHOR = 8  # side of an anchor in pixels of its map
 BOX_WEIGHT = 2.0
 _NOTHING = -1
 
 
 class ATSSHead(nn.Module):
-    """One square anchor at each pixel of each map, which learns class, box and centerness.
+    """One square anchor at each pixel of each map, which predicts class, box and centerness.
 
     Args:
         width: channels of the maps.
@@ -43,9 +43,9 @@ class ATSSHead(nn.Module):
         """Return the losses of maps `[B, C, h, w]`, and the positive samples of each image.
 
         Args:
-            maps: of the encoder, the finest first.
+            maps: of the encoder, finest first.
             strides: pixels of the image per pixel of each map.
-            targets: of each image, `boxes` (x1, y1, x2, y2) in pixels and `labels`.
+            targets: for each image, `boxes` (x1, y1, x2, y2) in pixels and `labels`.
         """
         towers = [self.tower(x) for x in maps]
         logits = _in_a_row([self.class_logits(x) for x in towers])
@@ -95,7 +95,7 @@ def square_anchors(maps: list[Tensor], strides: list[float]) -> Tensor:
 
 
 def assign(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tensor:
-    """Return the object of each anchor, -1 for none (section 3.2).
+    """Assign an object to each anchor, -1 for none (section 3.2).
 
     Of the anchors nearest to the centre of an object on each level, those are positive that overlap it by more than
     mean and standard deviation of all these, and whose centre it contains.

@@ -1,4 +1,4 @@
-"""Our backbones and our attention inside detectors of Hugging Face transformers."""
+"""Adapters to use this project's backbones and attention in detectors of Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..ops import ms_deform_attn
 
 
 class AdapterConfig(BackboneConfigMixin, PretrainedConfig):
-    """What transformers asks of a backbone's description: names and channels of its maps."""
+    """The backbone configuration that transformers needs: names and channels of its maps."""
 
     model_type = "dat_detection_adapter"
 
@@ -26,7 +26,7 @@ class AdapterConfig(BackboneConfigMixin, PretrainedConfig):
 
 
 class BackboneAdapter(BackboneMixin, PreTrainedModel):
-    """Stands where transformers wants a backbone, and calls the one that the detector holds.
+    """Replaces the backbone of a transformers model and calls the one of the detector.
 
     It does not own the backbone: so transformers neither initialises its weights anew nor names them, and they have
     one place in the state dict of the detector.
@@ -42,8 +42,8 @@ class BackboneAdapter(BackboneMixin, PreTrainedModel):
         self.post_init()
 
     def hold(self, backbone: nn.Module) -> None:
-        """Call `backbone` from now on."""
-        self._held = [backbone]  # in a list, which does not register it
+        """Set the backbone to call."""
+        self._held = [backbone]  # in a list, so that it is not registered as a submodule
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BackboneOutput:
         return BackboneOutput(feature_maps=tuple(self._held[0](pixel_values)))
@@ -74,13 +74,13 @@ class Sampling(nn.Module):
         attention_weights: Tensor,
         im2col_step: int,
     ) -> Tensor:
-        levels = value_spatial_shapes_list  # numbers, for which a GPU need not be waited for
+        levels = value_spatial_shapes_list  # Python numbers, which need no synchronisation with a GPU
         starts = [0, *accumulate(height * width for height, width in levels[:-1])]
         return ms_deform_attn(value, levels, starts, sampling_locations, attention_weights, im2col_step, form=self.form)
 
 
 def adapt(model: nn.Module, backbone: nn.Module) -> None:
-    """Let a model of transformers call `backbone`, and sample by our multi-scale deformable attention."""
+    """Make a model of transformers use `backbone` and this project's multi-scale deformable attention."""
     for module in list(model.modules()):
         if isinstance(module, BackboneAdapter):
             module.hold(backbone)

@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN: three stages, each learned on boxes that the one before refined (arXiv 1906.09756)."""
+"""Cascade Mask R-CNN: three stages, each trained on the boxes refined by the previous one (arXiv 1906.09756)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torchvision.ops import clip_boxes_to_image
 from .mask_rcnn import TwoStageDetector
 from .pyramid import AlignedPool
 
-# Of each stage: IoU from which on a region shows an object, deviations of its boxes, and weight of its losses.
+# Per stage: IoU threshold of positive regions, standard deviations of the box encoding, and loss weight.
 _IOUS = (0.5, 0.6, 0.7)
 _DEVIATIONS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 _WEIGHTS = (1.0, 0.5, 0.25)
 
 
 class CascadeMaskRCNN(TwoStageDetector):
-    """Cascade Mask R-CNN on a backbone of four maps; boxes are refined whatever their class."""
+    """Cascade Mask R-CNN on a backbone with four maps; box regression is class-agnostic."""
 
     def build_heads(
         self,
@@ -44,7 +44,7 @@ class CascadeMaskRCNN(TwoStageDetector):
 
 
 class _Stage(nn.Module):
-    """What a stage makes of pooled regions: logits of the classes, offsets of the box, and logits of the masks."""
+    """The heads of a stage: class logits, box offsets and mask logits of pooled regions."""
 
     def __init__(self, channels: int, hidden: int, classes: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _Stage(nn.Module):
 
 
 class CascadeHeads(RoIHeads):
-    """The stages, over torchvision's assignment, sampling and suppression of regions.
+    """The stages, with torchvision's assignment, sampling and NMS of regions.
 
     Args:
         stages: from the first to the last.
@@ -91,7 +91,7 @@ class CascadeHeads(RoIHeads):
         image_shapes: Sequence[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Return detections in evaluation, losses in training; the other one is empty."""
+        """Return detections and losses: in evaluation losses are empty, in training detections."""
         if self.training:
             return [], self._learn(features, proposals, image_shapes, targets)
         return self._detect(features, proposals, image_shapes), {}
@@ -126,7 +126,7 @@ class CascadeHeads(RoIHeads):
                 f"mask_{number}": weight * of_masks,
             }
             refined = self._refined(coder, offsets.detach(), regions, sizes)
-            # Each stage is given the true boxes again; they are no regions that the stage before found.
+            # The true boxes are added again in each stage; they are not regions of the previous stage.
             regions = [
                 box[~_is_one_of(region, target["boxes"])]
                 for box, region, target in zip(refined, regions, targets, strict=True)
@@ -144,7 +144,7 @@ class CascadeHeads(RoIHeads):
             votes.append(logits)
         self.box_coder = coder
         mean = torch.stack(votes).mean(0)
-        # torchvision expects a box for each class.
+        # torchvision expects one box per class.
         boxes, scores, labels = self.postprocess_detections(mean, offsets.repeat(1, mean.shape[1]), before, sizes)
         pooled = self.mask_roi_pool(maps, boxes)
         masks = [maskrcnn_inference(stage.masks(pooled), labels) for stage in self.stages]

@@ -1,7 +1,7 @@
 """Co-DETR: collaborative hybrid assignments (Zong et al., arXiv 2211.12860), over DINO.
 
-In training, heads that assign many samples to an object, ATSS and Faster R-CNN, learn on the encoder's maps and so
-train the encoder (section 3.1); their positive samples are queries of the decoder besides its own (section 3.2).
+In training, auxiliary heads with one-to-many assignment, ATSS and Faster R-CNN, on the encoder's maps also train the
+encoder (section 3.1); their positive samples are additional queries of the decoder (section 3.2).
 In evaluation it is DINO.
 """
 
@@ -26,7 +26,7 @@ class CoDETR(DINO):
     Args:
         backbone: images to maps, with `channels` and `strides`.
         num_classes: classes, without one for "no object".
-        positive_queries: positive samples of a head that become queries, at most, for each image.
+        positive_queries: maximum number of positive samples of a head that become queries, per image.
         head_weight: of the losses of the heads; the paper's second lambda. The first is 1.
         **options: of `DINO`.
     """

@@ -1,4 +1,4 @@
-"""Contrastive denoising queries (DINO, arXiv 2203.03605, section 3.3): objects found back from noise."""
+"""Contrastive denoising queries (DINO, arXiv 2203.03605, section 3.3)."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .queries import ALONE, MATCHED, NO_OBJECT, PADDING, Assignment, Queries, Ta
 def noised_queries(
     truth: Targets, label_contents: nn.Embedding, number: int, *, label_noise: float, box_noise: float
 ) -> tuple[Queries, Assignment]:
-    """Return noised copies of all objects: positives, to be found back, and negatives, too far off to be objects.
+    """Return noised copies of all objects: positives, to be reconstructed, and negatives, to be rejected.
 
     Args:
         truth: the objects, at least one.
         label_contents: content of a query by label.
-        number: about how many positives an image gets; images get whole groups of all their objects, at least one.
+        number: approximate number of positives per image; each image gets complete groups of its objects, at least one.
         label_noise: half of it is the probability that a label is drawn at random.
         box_noise: the corners of positives move by at most this many halves of the box's sides, those of negatives by
             at least as many and at most one more.

@@ -1,4 +1,4 @@
-"""What every detector takes and returns, and how images of several sizes become one tensor."""
+"""The interface of detectors, and padding images of different sizes to one tensor."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from .mmdetection import from_mmdetection, is_mmdetection
 
 
 class Detector(DenseModel):
-    """A network that finds objects: the interface between the task and every kind of detector."""
+    """Base class of detectors: the interface between the task and all kinds of detectors."""
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        """Learn or find objects.
+        """Return losses in training, detections in evaluation.
 
         Args:
             images: normalised, `[3, h, w]` each, of any sizes; or `[b, 3, h, w]`.
-            targets: in training; of each image, `boxes` `[n, 4]` (x1, y1, x2, y2 in pixels), `labels` `[n]` from 0 on,
+            targets: in training; for each image, `boxes` `[n, 4]` (x1, y1, x2, y2 in pixels), `labels` `[n]` from 0 on,
                 and for those that learn masks `masks` `[n, h, w]`, uint8. There may be no object.
 
         Returns:
@@ -36,19 +36,19 @@ class Detector(DenseModel):
         raise NotImplementedError
 
     def run_layers(self, images: Tensor) -> None:
-        """Run all layers on images `[B, 3, H, W]` and on as many regions of each as are kept, without choosing them.
+        """Run all layers on images `[B, 3, H, W]` and a fixed number of regions, without selecting them.
 
-        `tools.complexity` counts what this costs: unlike `forward`, it does not depend on what is found.
+        Used by `tools.complexity`: unlike that of `forward`, the cost does not depend on the detections.
         """
         raise NotImplementedError
 
     def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
-        """Take weights of mmdetection, of a detector like this, or of a classifier for the backbone alone."""
+        """Convert weights of mmdetection, of the same detector, or of a classifier for the backbone."""
         return super().take_over(from_mmdetection(weights) if is_mmdetection(weights) else weights)
 
 
 def pad_images(images: Sequence[Tensor], divisor: int) -> ImageList:
-    """Return images as one tensor, with zeros to the right and below, whose sides `divisor` divides."""
+    """Pad images with zeros at the right and bottom to one tensor with sides divisible by `divisor`."""
     sizes = [tuple(image.shape[-2:]) for image in images]
     height, width = (math.ceil(max(sides) / divisor) * divisor for sides in zip(*sizes, strict=True))
     padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, sizes, strict=True)]

@@ -1,8 +1,8 @@
-"""DINO: DETR with improved denoising anchor boxes (arXiv 2203.03605), over transformers' Deformable DETR.
+"""DINO: DETR with improved denoising anchor boxes (arXiv 2203.03605), based on transformers' Deformable DETR.
 
-Backbone, projections, encoder and decoder layers are Deformable DETR's with two stages and box refinement. What DINO
-adds, each of which can be switched off: contrastive denoising (section 3.3), mixed query selection (3.4), look forward
-twice (3.5), and the positions of DAB-DETR that it builds on. With all of them off, it is Deformable DETR.
+Backbone, projections, encoder and decoder layers are those of two-stage Deformable DETR with box refinement. DINO's
+additions, each of which can be switched off, are: contrastive denoising (section 3.3), mixed query selection (3.4),
+look forward twice (3.5), and the positions of DAB-DETR that it builds on. With all of them off, it is Deformable DETR.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from .set_prediction import DIVISOR, SetDetector, best_boxes, image_mask, relati
 
 
 class Memory(NamedTuple):
-    """What the encoder gives, all levels in a row.
+    """The output of the encoder, all levels concatenated.
 
     Attributes:
         features: `[B, S, C]`.
         mask: `[B, S]`, true within the image.
         shapes: height and width of every level.
-        ratios: `[B, levels, 2]`, the shares of width and height of every level that the image fills.
+        ratios: `[B, levels, 2]`, the fractions of width and height of every level covered by the image.
     """
 
     features: Tensor
@@ -45,7 +45,7 @@ class Memory(NamedTuple):
     ratios: Tensor
 
     def where(self) -> dict[str, Any]:
-        """Return the levels as transformers' layers take them."""
+        """Return the levels as arguments of transformers' layers."""
         shapes = torch.tensor(self.shapes, device=self.features.device)
         starts = F.pad(shapes.prod(1).cumsum(0)[:-1], (1, 0))
         return {"spatial_shapes": shapes, "spatial_shapes_list": self.shapes, "level_start_index": starts}
@@ -57,17 +57,17 @@ class Memory(NamedTuple):
 
 
 class DINO(SetDetector):
-    """DINO: it learns to find objects back from noise, and starts its queries at the encoder's best proposals.
+    """DINO: trained with denoising queries; its queries start from the encoder's best proposals.
 
     Args:
         backbone: images to maps, with `channels`.
         num_classes: classes, without one for "no object".
-        num_queries: queries that are matched, at most one for each pixel of the maps.
-        denoising: noised queries of a training image, positives; there are as many negatives. 0: none.
+        num_queries: number of matched queries, at most one per pixel of the maps.
+        denoising: number of positive noised queries per training image, and of negatives. 0: none.
         label_noise: half of it is the probability that a noised query gets a label at random.
         box_noise: how far the corners of a noised box move, in halves of its sides.
-        mixed_query_selection: learnt contents of queries at the positions of the best proposals, instead of contents
-            made from these positions.
+        mixed_query_selection: learnt query contents at the positions of the best proposals, instead of contents
+            computed from these positions.
         anchor_positions: positions of queries follow their boxes from layer to layer, as in DAB-DETR.
         look_forward_twice: the loss of a layer's boxes also trains the layer before.
         **arguments: of transformers' `DeformableDetrConfig`, such as `d_model`.
@@ -99,7 +99,7 @@ class DINO(SetDetector):
         )
         self.transformer = DeformableDetrModel(config)
         adapt(self.transformer, backbone)
-        width, heads = config.d_model, config.decoder_layers + 1  # the last ones judge the encoder's proposals
+        width, heads = config.d_model, config.decoder_layers + 1  # the last ones are for the encoder's proposals
         self.transformer.decoder.class_embed = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(heads))
         self.transformer.decoder.bbox_embed = nn.ModuleList(_box_head(width, width, 4, 3) for _ in range(heads))
         draw_weights(self.transformer)
@@ -108,7 +108,7 @@ class DINO(SetDetector):
         self.anchor_position = _box_head(2 * width, width, width, 2) if anchor_positions else None
         self.label_contents = nn.Embedding(num_classes, width) if denoising else None
         if mixed_query_selection and anchor_positions:
-            # Neither contents nor positions are made from the proposals' positions any more.
+            # Contents and positions are no longer computed from the positions of proposals.
             del self.transformer.pos_trans, self.transformer.pos_trans_norm
 
     def forward(
@@ -136,7 +136,7 @@ class DINO(SetDetector):
         truth: Targets,
         batch: ImageList,  # noqa: ARG002
     ) -> tuple[list[Queries], dict[str, Assignment], dict[str, Tensor]]:
-        """Return queries whose objects are known in training, which objects they are, and losses besides."""
+        """Return additional training queries with known objects, these objects, and additional losses."""
         if not self.denoising or not truth.total:
             return [], {}, {}
         noised, assignment = noised_queries(
@@ -148,7 +148,7 @@ class DINO(SetDetector):
         """Return the maps of images `[B, 3, H, W]` after the encoder; `inside` is as for `predict`."""
         parts, maps, sources, masks, positions = self.transformer, self.backbone(images), [], [], []
         for level, project in enumerate(parts.input_proj):
-            # Levels beyond the backbone's are made by strided convolutions, one after another.
+            # Additional levels are computed by consecutive strided convolutions.
             above = maps[min(level, len(maps) - 1)] if level <= len(maps) else sources[-1]
             source = project(above)
             mask = F.interpolate(inside[None].float(), size=source.shape[-2:])[0].bool()
@@ -172,11 +172,11 @@ class DINO(SetDetector):
         return memory._replace(features=encoded.last_hidden_state)
 
     def select_queries(self, memory: Memory) -> tuple[tuple[Tensor, Tensor], Queries]:
-        """Return the encoder's proposals as logits and boxes, and the queries that begin at the best of them."""
+        """Return the encoder's proposals as logits and boxes, and the queries initialised from the best ones."""
         decoder = self.transformer.decoder
         features, priors = self.transformer.gen_encoder_output_proposals(memory.features, ~memory.mask, memory.shapes)
         logits, boxes = decoder.class_embed[-1](features), decoder.bbox_embed[-1](features) + priors
-        # Deformable DETR's proposals know one class, "object"; DINO's know all of them.
+        # Proposals of Deformable DETR have one class, "object"; those of DINO have all classes.
         score = logits[..., 0] if self.contents is None else logits.amax(-1)
         best = score.topk(min(self.num_queries, score.shape[1]), dim=1).indices.unsqueeze(-1)
         anchors = boxes.gather(1, best.expand(-1, -1, 4)).detach()
@@ -190,7 +190,7 @@ class DINO(SetDetector):
         """Return logits `[B, Q, classes]` and boxes `[B, Q, 4]` (cx, cy, w, h) of queries after each layer."""
         decoder, content, reference = self.transformer.decoder, queries.contents, queries.boxes
         where, ratios = memory.where(), memory.ratios.repeat(1, 1, 2)[:, None]  # [B, 1, levels, 4]
-        # In evaluation there are none but matched queries, which see each other.
+        # In evaluation there are only matched queries, which attend to each other.
         mask, previous, found = queries.attention_mask() if self.training else None, reference, []
         static = None if self.anchor_position else self._from_positions(inverse_sigmoid(reference))[0]
         for layer, class_head, box_head in zip(decoder.layers, decoder.class_embed, decoder.bbox_embed, strict=False):
@@ -238,7 +238,7 @@ class DINO(SetDetector):
         return self.transformer.get_proposal_pos_embed(logits)
 
     def _from_positions(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return positions and contents of queries as Deformable DETR makes them from boxes before their sigmoid."""
+        """Return query positions and contents computed from boxes before the sigmoid, as in Deformable DETR."""
         parts = self.transformer
         return parts.pos_trans_norm(parts.pos_trans(self._sine(logits))).chunk(2, dim=-1)
 

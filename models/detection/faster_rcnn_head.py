@@ -1,4 +1,4 @@
-"""Faster R-CNN (arXiv 1506.01497) on the encoder's maps, of torchvision's parts, for training alone."""
+"""Faster R-CNN (arXiv 1506.01497) on the encoder's maps, built from torchvision, only for training."""
 
 from __future__ import annotations
 
@@ -58,9 +58,9 @@ class FasterRCNNHead(nn.Module):
         """Return the losses of maps `[B, C, h, w]`, and the positive samples of each image.
 
         Args:
-            maps: of the encoder, the finest first.
-            images: as torchvision takes them.
-            targets: of each image, `boxes` (x1, y1, x2, y2) in pixels and `labels`.
+            maps: of the encoder, finest first.
+            images: in torchvision's format.
+            targets: for each image, `boxes` (x1, y1, x2, y2) in pixels and `labels`.
         """
         features = {str(level): x.float() for level, x in enumerate(maps)}
         targets = [{"boxes": target["boxes"], "labels": target["labels"] + 1} for target in targets]  # 0: no object

@@ -1,4 +1,4 @@
-"""Where training of a detector of the DETR line from scratch begins."""
+"""Initialisation of the DETR family for training from scratch."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import math
 
 from torch import nn
 
-_PRIOR = 0.01  # what a sigmoid says at first, so that the many queries without an object do not drown the others
+_PRIOR = 0.01  # initial probability, so that the many queries without an object do not dominate the loss
 
 
 def draw_weights(detector: nn.Module) -> None:
-    """Draw the weights of a detector of transformers as the authors of DETR and its successors do.
+    """Initialise a detector of transformers as in the authors' code of DETR and its successors.
 
     transformers draws matrices and embeddings from a normal distribution of deviation 0.01 or 0.02, and RT-DETR's
     scales of batch norms likewise, to be replaced by those of a checkpoint. Here matrices are Xavier's, embeddings have
@@ -28,7 +28,7 @@ def draw_weights(detector: nn.Module) -> None:
 
 
 def set_prior(detector: nn.Module, num_classes: int) -> None:
-    """Let the layers that give the logits of the classes begin at a small probability (focal loss, 1708.02002)."""
+    """Initialise class logits to a small probability (focal loss, arXiv 1708.02002)."""
     for name, module in detector.named_modules():
         if "class" in name and num_classes in (getattr(module, "out_features", 0), getattr(module, "out_channels", 0)):
             nn.init.constant_(module.bias, -math.log((1 - _PRIOR) / _PRIOR))

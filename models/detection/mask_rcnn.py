@@ -19,16 +19,16 @@ from .pyramid import AlignedPool, Anchors, Pyramid
 class TwoStageDetector(Detector):
     """Region proposals over a feature pyramid, and heads on the regions, with the settings of mmdetection 2.
 
-    Inside, class 0 is the background, as torchvision has it.
+    Internally, class 0 is the background, as in torchvision.
 
     Args:
-        backbone: gives the maps of strides 4, 8, 16 and 32.
+        backbone: returns maps of strides 4, 8, 16 and 32.
         num_classes: classes of objects.
         channels: of the pyramid and the heads.
         hidden: of the two layers on each region.
         anchor_scale: side of a square anchor, as a multiple of the stride.
-        proposals: regions of an image.
-        samples: regions of an image that are learned from.
+        proposals: regions per image.
+        samples: regions per image used for training.
         detection: `score_thresh`, `nms_thresh` and `detections_per_img` of torchvision's `RoIHeads`.
     """
 
@@ -81,7 +81,7 @@ class TwoStageDetector(Detector):
         mask_pool: AlignedPool,
         settings: dict[str, Any],
     ) -> RoIHeads:
-        """Return what makes classes, boxes and masks of the regions.
+        """Return the heads for classes, boxes and masks of the regions.
 
         Args:
             channels: of the maps and of the convolutions for masks.

@@ -1,4 +1,4 @@
-"""Weights of mmdetection 2 under the names of these detectors, as they were published."""
+"""Conversion of published weights of mmdetection 2 to these detectors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-# Where the names of mmdetection go; `{}` is what the brackets match.
+# Mapping of mmdetection's names; `{}` is replaced by the matched groups.
 _NAMES = (
     (r"neck\.lateral_convs\.(\d+)\.conv", "neck.fpn.inner_blocks.{}.0"),
     (r"neck\.fpn_convs\.(\d+)\.conv", "neck.fpn.layer_blocks.{}.0"),
@@ -41,9 +41,9 @@ def is_mmdetection(weights: dict[str, Tensor]) -> bool:
 
 
 def from_mmdetection(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights of mmdetection under the names of these detectors; names that it does not know stay.
+    """Rename weights of mmdetection; unknown names are kept.
 
-    The background, the last class there, is the first one here, and has a box and a mask, which are never used.
+    The background, the last class in mmdetection, is the first one here, with an unused box and mask.
     """
     laterals = sum(bool(re.fullmatch(r"neck\.lateral_convs\.\d+\.conv\.weight", name)) for name in weights)
     renamed = {}

@@ -1,4 +1,4 @@
-"""What one-to-many heads find on the encoder's maps in training, and how it becomes queries (Co-DETR, 2211.12860)."""
+"""Positive samples of one-to-many heads on the encoder's maps, as queries (Co-DETR, arXiv 2211.12860)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Positives(NamedTuple):
     features: Tensor
 
     def at_most(self, number: int) -> Positives:
-        """Return some of them at random where there are more than `number`."""
+        """Return a random subset if there are more than `number`."""
         if len(self.boxes) <= number:
             return self
         kept = torch.randperm(len(self.boxes), device=self.boxes.device)[:number]
@@ -42,7 +42,7 @@ def positive_queries(
         positives: of each image.
         sizes: height and width of each image in pixels.
         content: from features to contents of queries.
-        group: of the queries, below MATCHED, so that they see each other alone.
+        group: of the queries, below MATCHED, so that they only attend to each other.
     """
     boxes = [
         box_convert(one.boxes, "xyxy", "cxcywh") / one.boxes.new_tensor([width, height] * 2)

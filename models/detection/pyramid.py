@@ -1,7 +1,7 @@
 """Feature pyramids, anchors and pooling of regions over torchvision's, with the arithmetic of mmdetection 2.
 
-torchvision rounds anchors to whole pixels, derives strides from sizes, and pools half a pixel off; weights that were
-trained without that lose accuracy by it.
+torchvision rounds anchors to integers, derives strides from sizes, and pools with a half-pixel offset; weights trained
+without this would lose accuracy.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Pyramid(nn.Module):
         channels: of the backbone's maps.
         strides: of the backbone's maps.
         width: channels of every map of the pyramid.
-        convolved: two more maps, each a convolution of the one before, as RetinaNet has them; otherwise one, which
-            takes every other pixel of the last.
+        convolved: two more maps, each a convolution of the previous one, as in RetinaNet; otherwise one, the last map
+            subsampled by 2.
 
     Attributes:
         strides: of its maps.
@@ -37,7 +37,7 @@ class Pyramid(nn.Module):
         self.strides = [*strides, *(strides[-1] << level for level in range(1, 3 if convolved else 2))]
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return maps `[b, width, h, w]` from fine to coarse, by name."""
+        """Return maps `[b, width, h, w]` by name, finest first."""
         return self.fpn({str(level): x for level, x in enumerate(maps)})
 
 
@@ -87,7 +87,7 @@ class Anchors(AnchorGenerator):
         return torch.stack([-widths, -heights, widths, heights], dim=1) / 2
 
     def forward(self, image_list: ImageList, feature_maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the anchors `[n, 4]` of all maps for each image; those of one pixel follow each other."""
+        """Return the anchors `[n, 4]` of all maps for each image; those of one pixel are consecutive."""
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
         strides = [[torch.tensor(stride, device=feature_maps[0].device)] * 2 for stride in self.strides]
         anchors = self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
@@ -95,7 +95,7 @@ class Anchors(AnchorGenerator):
 
 
 class AlignedPool(nn.Module):
-    """RoIAlign without an offset (He et al., arXiv 1703.06870), from the map that fits the size of each region.
+    """RoIAlign without an offset (He et al., arXiv 1703.06870), from the level that matches the size of each region.
 
     Args:
         size: side of the result.
@@ -106,7 +106,7 @@ class AlignedPool(nn.Module):
         super().__init__()
         self._size = size
         self._strides = tuple(strides)
-        # From this side on a region belongs to the second map: 112 for strides from 4 on.
+        # Side from which on a region is pooled from the second map: 112 for strides from 4 on.
         self._second = 28 * strides[0]
 
     def forward(self, maps: dict[str, Tensor], boxes: Sequence[Tensor], _image_sizes: object = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Queries of a decoder, the objects they stand for, and the losses of such sets (DETR, arXiv 2005.12872)."""
+"""Queries of a decoder, their assigned objects, and set prediction losses (DETR, arXiv 2005.12872)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 
-# Which object of its image each query stands for, [B, Q]; or one of the two below.
+# The object assigned to each query, [B, Q]; or one of the two constants below.
 Assignment = Tensor
 NO_OBJECT, PADDING = -1, -2
 MATCHED, ALONE = 0, -1  # groups of queries, see `Queries`
@@ -24,9 +24,9 @@ class Queries(NamedTuple):
 
     Attributes:
         contents: `[B, Q, C]`.
-        boxes: `[B, Q, 4]` (cx, cy, w, h), as shares of the sides of the image.
-        groups: `[B, Q]`. Queries see those of their own group; those of groups above MATCHED see the matched ones,
-            too, which do not see them. The padding of shorter sets is in the group ALONE.
+        boxes: `[B, Q, 4]` (cx, cy, w, h), relative to the sides of the image.
+        groups: `[B, Q]`. Queries attend to those of their group; those of groups above MATCHED also attend to the
+            matched ones, but not vice versa. The padding of shorter sets has the group ALONE.
     """
 
     contents: Tensor
@@ -35,16 +35,16 @@ class Queries(NamedTuple):
 
     @classmethod
     def matched(cls, contents: Tensor, boxes: Tensor) -> Queries:
-        """Return queries that are matched with objects."""
+        """Return queries of the group MATCHED."""
         return cls(contents, boxes, torch.full(boxes.shape[:2], MATCHED, device=boxes.device))
 
     @classmethod
     def joined(cls, parts: Sequence[Queries]) -> Queries:
-        """Return the queries of all parts in a row."""
+        """Concatenate queries."""
         return cls(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
     def attention_mask(self) -> Tensor:
-        """Return what self-attention adds to its logits, `[B, 1, Q, Q]`, so that no known object leaks."""
+        """Return the self-attention mask `[B, 1, Q, Q]`, added to the logits, so that known objects do not leak."""
         seeing, seen = self.groups.unsqueeze(-1), self.groups.unsqueeze(-2)
         visible = (seeing == seen) | ((seen == MATCHED) & (seeing > MATCHED))
         mask = torch.zeros(visible.shape, dtype=self.contents.dtype, device=visible.device)
@@ -55,7 +55,7 @@ class Targets:
     """The objects of a batch of images.
 
     Args:
-        images: of each image, `boxes` `[n, 4]` (cx, cy, w, h), as shares of its sides, and `class_labels` `[n]`.
+        images: of each image, `boxes` `[n, 4]` (cx, cy, w, h), relative to its sides, and `class_labels` `[n]`.
     """
 
     def __init__(self, images: list[dict[str, Tensor]]) -> None:
@@ -83,7 +83,7 @@ class Targets:
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, truth: Targets) -> Assignment:
-    """Return the matching of queries and objects of least cost, by transformers' Hungarian matcher."""
+    """Return the matching of queries and objects with the lowest cost, by transformers' Hungarian matcher."""
     matcher = DeformableDetrHungarianMatcher(CLASS_COST, L1_COST, GIOU_COST)
     pairs = matcher({"logits": logits.float(), "pred_boxes": boxes.float()}, truth.images)
     assignment = torch.full(logits.shape[:2], NO_OBJECT, device=logits.device)
@@ -93,9 +93,9 @@ def match(logits: Tensor, boxes: Tensor, truth: Targets) -> Assignment:
 
 
 def set_losses(logits: Tensor, boxes: Tensor, assignment: Assignment, truth: Targets) -> dict[str, Tensor]:
-    """Return focal, L1 and GIoU loss of queries that stand for objects, divided by the number of these queries.
+    """Return focal, L1 and GIoU loss, divided by the number of queries with an object.
 
-    The number is that of all ranks, divided by the number of ranks.
+    The number is averaged over ranks.
     """
     logits, boxes = logits.float(), boxes.float()
     positive = assignment >= 0

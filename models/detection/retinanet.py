@@ -20,19 +20,19 @@ _SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 
 
 class RetinaNet(Detector):
-    """RetinaNet on a backbone of three maps, with the settings of mmdetection 2.
+    """RetinaNet on a backbone with three maps, with the settings of mmdetection 2.
 
     Args:
-        backbone: gives the maps of strides 8, 16 and 32.
+        backbone: returns maps of strides 8, 16 and 32.
         num_classes: classes of objects.
         channels: of the pyramid and the heads.
         anchor_scale: side of the smallest anchor, as a multiple of the stride.
-        norm_groups: of a group norm after each convolution of the head, without which it learns slowly from random
-            weights; 0: no norm, as published.
+        norm_groups: groups of a group norm after each convolution of the head, without which training from random
+            weights is slow; 0: no norm, as published.
         score_threshold: detections below are dropped.
-        nms_threshold: IoU from which on the weaker of two boxes of a class is dropped.
-        candidates: most detections of a map before that.
-        detections: most detections of an image.
+        nms_threshold: IoU threshold of NMS.
+        candidates: maximum number of detections per map before NMS.
+        detections: maximum number of detections per image.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class RetinaNet(Detector):
         batch = pad_images(images, self.backbone.strides[-1])
         maps = list(self.neck(self.backbone(batch.tensors)).values())
         out = self.head(maps)
-        # [b, anchors, classes] and [b, anchors, 4], map after map
+        # [b, anchors, classes] and [b, anchors, 4], maps concatenated
         logits, deltas = out["cls_logits"].float(), out["bbox_regression"].float()
         anchors = self.anchors(batch, maps)
         if self.training:

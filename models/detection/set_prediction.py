@@ -1,4 +1,4 @@
-"""What the detectors of the DETR line share: masks of padding, boxes as shares of images, the best boxes of each."""
+"""Shared code of the DETR family: padding masks, relative boxes, selection of the best boxes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torchvision.ops import box_convert
 
 from .detector import Detector
 
-DIVISOR = 32  # of the sides of a batch
-DETECTIONS = 100  # per image, as COCO counts them
+DIVISOR = 32  # divides the sides of a batch
+DETECTIONS = 100  # per image, as in COCO
 
 
 class SetDetector(Detector):
-    """A detector whose queries give a box each, so that none need be suppressed."""
+    """A detector whose queries predict one box each, without NMS."""
 
     def predict(self, images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what all queries find.
+        """Return the predictions of all queries.
 
         Args:
             images: `[B, 3, H, W]`, normalised; `DIVISOR` divides H and W.
             inside: `[B, H, W]`, true within the image, false in its padding.
 
         Returns:
-            Probabilities `[B, Q, classes]`, and boxes `[B, Q, 4]` (cx, cy, w, h), as shares of the sides.
+            Probabilities `[B, Q, classes]`, and boxes `[B, Q, 4]` (cx, cy, w, h), relative to the sides.
         """
         raise NotImplementedError
 
@@ -56,25 +56,25 @@ def _without_padding(images: Tensor) -> Tensor:
 
 
 def image_mask(batch: ImageList) -> Tensor:
-    """Return where the pixels of a batch belong to an image, `[B, H, W]`, instead of to its padding."""
+    """Return a mask `[B, H, W]` of the pixels of a batch that are not padding."""
     rows, columns = (torch.arange(side, device=batch.tensors.device) for side in batch.tensors.shape[-2:])
     return torch.stack([(rows[:, None] < height) & (columns < width) for height, width in batch.image_sizes])
 
 
 def padded_sizes(batch: ImageList) -> list[tuple[int, int]]:
-    """Return height and width of the whole batch, once for every image."""
+    """Return height and width of the batch for every image."""
     return [tuple(batch.tensors.shape[-2:])] * len(batch.image_sizes)
 
 
 def relative_targets(targets: Sequence[dict[str, Tensor]], sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
-    """Return targets as transformers takes them.
+    """Convert targets to transformers' format.
 
     Args:
-        targets: of each image, `boxes` `[n, 4]` (x1, y1, x2, y2) in pixels and `labels` `[n]`.
+        targets: for each image, `boxes` `[n, 4]` (x1, y1, x2, y2) in pixels and `labels` `[n]`.
         sizes: height and width that the boxes are divided by.
 
     Returns:
-        Of each image, `boxes` `[n, 4]` (cx, cy, w, h), as shares of the sides, and `class_labels` `[n]`.
+        Of each image, `boxes` `[n, 4]` (cx, cy, w, h), relative to the sides, and `class_labels` `[n]`.
     """
     return [
         {
@@ -90,9 +90,9 @@ def best_boxes(scores: Tensor, boxes: Tensor, batch: ImageList, *, of_padded: bo
 
     Args:
         scores: `[B, Q, classes]`.
-        boxes: `[B, Q, 4]` (cx, cy, w, h), as shares of the sides.
+        boxes: `[B, Q, 4]` (cx, cy, w, h), relative to the sides.
         batch: the images.
-        of_padded: the sides are those of the padded batch, not of the image.
+        of_padded: boxes are relative to the padded batch, not to the image.
 
     Returns:
         Of each image, `boxes` `[n, 4]` (x1, y1, x2, y2) in pixels within the image, `labels` and `scores` `[n]`,

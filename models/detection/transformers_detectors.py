@@ -1,4 +1,4 @@
-"""Detectors of Hugging Face transformers on our backbones: DETR, Conditional, Deformable, DAB, RT-DETR and D-FINE."""
+"""Detectors of transformers on this project's backbones: DETR, Conditional, Deformable, DAB, RT-DETR and D-FINE."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class TransformersDetector(SetDetector):
         return {"pixel_mask": inside.long()} if self.kind.masked else {}
 
     def _summed(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the losses of all layers, weighted and summed by what they measure."""
+        """Return the weighted losses, summed over layers by kind."""
         sums: dict[str, Tensor] = {}
         for name, value in named.items():
             measure = re.match(r"loss_[a-z]+", name)
@@ -79,9 +79,9 @@ class TransformersDetector(SetDetector):
         return sums
 
     def _proposal_loss(self, out: Any, labels: list[dict[str, Tensor]]) -> Tensor:
-        """Return the loss of the proposals of two stages, which transformers leaves out (section A.4 of the paper).
+        """Return the proposal loss of two-stage models, which transformers omits (section A.4 of the paper).
 
-        Proposals know one class, "object": the first.
+        Proposals have one class, "object": the first.
         """
         config = self.config
         matcher = DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
@@ -92,7 +92,7 @@ class TransformersDetector(SetDetector):
 
 
 def _configuration(kind: str, backbone: DATBackbone | TimmBackbone, num_classes: int, arguments: dict[str, Any]) -> Any:
-    """Return the configuration of a detector; transformers would keep a misspelt argument and ignore it."""
+    """Return the configuration of a detector; transformers would silently ignore a misspelt argument."""
     cls = getattr(transformers, f"{KINDS[kind].name}Config")
     known = set(cls.__dataclass_fields__)
     for name in arguments:
@@ -121,7 +121,7 @@ def _configuration(kind: str, backbone: DATBackbone | TimmBackbone, num_classes:
 
 
 def _weights(config: Any, classes: float) -> dict[str, float]:
-    """Return the weights of losses, by their names, which RT-DETR and D-FINE alone apply before they name them."""
+    """Return the loss weights by name; RT-DETR and D-FINE already apply them."""
     return {
         "loss_ce": classes,
         "loss_bbox": config.bbox_loss_coefficient,

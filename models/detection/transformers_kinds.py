@@ -1,4 +1,4 @@
-"""The detectors of Hugging Face transformers by name; the library itself is not needed to name them."""
+"""The detectors of Hugging Face transformers by name, without importing the library."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ class Kind:
     """A detector of transformers.
 
     Attributes:
-        name: of its classes there, before `Config` and `ForObjectDetection`.
-        maps: how many maps of the backbone it uses, the last ones.
-        defaults: its arguments where they differ from those of transformers.
-        background: it has a class for "no object" and a softmax, instead of a sigmoid for each class.
-        masked: it knows which pixels are padding, and its boxes are shares of the image without it.
-        pyramid: it is told channels and strides of its maps, and begins with a prior probability of its own.
-        class_weight: of its loss of classes in its paper; transformers always has 1.
+        name: prefix of its classes, before `Config` and `ForObjectDetection`.
+        maps: number of maps of the backbone it uses, the last ones.
+        defaults: arguments that differ from those of transformers.
+        background: whether it has a class "no object" and a softmax, instead of a sigmoid per class.
+        masked: whether it uses a padding mask; boxes are then relative to the image without padding.
+        pyramid: whether it is configured with channels and strides of its maps and sets its own prior probability.
+        class_weight: weight of its class loss in the paper; in transformers it is always 1.
     """
 
     name: str

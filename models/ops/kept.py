@@ -1,4 +1,4 @@
-"""What depends on sizes alone is made once."""
+"""Cache for tensors that depend only on sizes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch._guards import detect_fake_mode
 
 T = TypeVar("T")
 
-KINDS = 128  # sets of arguments that are kept for a function; the oldest is made again
+KINDS = 128  # cached results per function; the oldest is evicted
 
 
 def made_once(make: Callable[..., T]) -> Callable[..., T]:
-    """Keep the tensors that a function makes from sizes, types and a device, for every set of its arguments.
+    """Cache the tensors that a function computes from sizes, types and a device, for every set of arguments.
 
-    What is made in inference mode serves training too. A compiled graph makes its own, which the compiler folds into
-    constants; tensors without values (`FakeTensorMode`) are kept no longer than their mode.
+    Results computed in inference mode can be used in training, too. A compiled graph computes its own, which the
+    compiler folds into constants; tensors without values (`FakeTensorMode`) are kept only as long as their mode.
     """
 
     @functools.wraps(make)

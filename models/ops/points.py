@@ -1,7 +1,7 @@
-"""Linear sampling of sequences, images and volumes at free positions.
+"""Linear sampling of sequences, images and volumes at arbitrary positions.
 
 A position of -1 or +1 is the outer edge of an axis: the centre of cell i of n lies at ``(2 i + 1) / n - 1``. An axis of
-length one is no special case.
+length one needs no special case.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def sample_points(x: Tensor, positions: Tensor) -> Tensor:
             the map, the last axis first as in `grid_sample`; at least float32.
 
     Returns:
-        Samples ``[B, C, *points]`` in the dtype of ``x``; what lies outside the map counts as zero.
+        Samples ``[B, C, *points]`` in the dtype of ``x``; values outside the map are zero.
     """
     sequence = x.dim() == 3
-    if sequence:  # an image one pixel wide, sampled in the middle of that pixel
+    if sequence:  # an image one pixel wide, sampled at the centre of that pixel
         x, positions = x.unsqueeze(-1), F.pad(positions, (1, 0)).unsqueeze(2)
     samples = F.grid_sample(x.to(positions.dtype), positions, padding_mode="zeros", align_corners=False).to(x.dtype)
     return samples.squeeze(-1) if sequence else samples

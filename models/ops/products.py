@@ -28,5 +28,5 @@ def dot_product_attention(
     arguments = {"attn_mask": bias, "dropout_p": dropout, "scale": scale}
     if not is_transformed():
         return F.scaled_dot_product_attention(q, k, v, **arguments)
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no forward derivative
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels do not support forward-mode derivatives
         return F.scaled_dot_product_attention(q, k, v, **arguments)

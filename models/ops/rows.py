@@ -9,7 +9,7 @@ from torch.autograd.function import once_differentiable
 
 
 def neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return the two cells next to every position on an axis, and their weights, zero outside the axis.
+    """Return the two neighbouring cells of every position on an axis, and their weights, zero outside the axis.
 
     Args:
         position: ``[...]``, 0 being the first cell of the axis.
@@ -27,7 +27,7 @@ def neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def cell(position: Tensor, length: int) -> Tensor:
-    """Return the cell of an axis that a position falls into; any cell for NaN, whose weights are NaN."""
+    """Return the cell of an axis that contains a position; any cell for NaN, for which the weights are NaN."""
     return position.detach().floor().nan_to_num(0.0).clamp(0, length - 1)
 
 
@@ -48,7 +48,7 @@ def weighted_rows(matrix: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
 
 
 class _WeightedRows(torch.autograd.Function):
-    """`embedding_bag` with a backward that adds whole rows at once; the dense one of torch sorts them first."""
+    """`embedding_bag` with a backward that adds rows directly; torch's dense backward sorts them first."""
 
     @staticmethod
     def forward(ctx, matrix, taps, weights):  # noqa: ANN001

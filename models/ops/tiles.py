@@ -9,30 +9,30 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .kept import made_once
 
-LARGEST_TILE = 8  # query rows of a tile where one or two tiles do
-INNER_TILE = 6  # elsewhere: with windows of 7 the tile has 12 rows of keys, measured best on CPUs
+LARGEST_TILE = 8  # query rows of a tile if one or two tiles are enough
+INNER_TILE = 6  # otherwise: with windows of 7 a tile has 12 rows of keys, the fastest size measured on CPUs
 
 
 class Tiles:
     """Tiles of a map for neighborhood attention.
 
-    The queries of a tile see different K x K windows, but together no more than ``span`` rows and columns of keys: the
-    attention of a tile is a dense product with a mask, the same for all tiles but those at the border.
+    The queries of a tile have different K x K windows, which together cover at most ``span`` rows and columns of keys:
+    the attention of a tile is a dense product with a mask, which is the same for all tiles except those at the border.
 
     Args:
         size: height and width of the map.
         kernel_size: side K of the window of a query.
-        device: where the indices are put.
+        device: device of the indices.
 
     Attributes:
         queries_per_tile: queries of a tile; tiles of the last row and column may reach beyond the map.
         keys_per_tile: keys of a tile.
         count: number of tiles.
-        queries: pixels that are the queries of every tile, ``[count * queries_per_tile]``; those beyond the map are the
+        queries: query pixels of every tile, ``[count * queries_per_tile]``; those beyond the map are the
             last of their row or column.
-        places: place of every pixel among them, ``[H*W]``.
-        beyond: places beyond the map.
-        keys: pixels that are the keys of every tile, ``[count * keys_per_tile]``.
+        places: position of every pixel among them, ``[H*W]``.
+        beyond: positions beyond the map.
+        keys: key pixels of every tile, ``[count * keys_per_tile]``.
     """
 
     def __init__(self, size: tuple[int, int], kernel_size: int, device: torch.device) -> None:
@@ -48,7 +48,7 @@ class Tiles:
     def cut(self, x: Tensor) -> Tensor:
         """Return the queries of every tile, ``[N, H*W, d] -> [N * tiles, queries_per_tile, d]``.
 
-        Queries beyond the map are like its last row and column. `join` drops them.
+        Queries beyond the map repeat its last row and column. `join` drops them.
         """
         return x.index_select(1, self.queries).view(-1, self.queries_per_tile, x.shape[-1])
 
@@ -61,7 +61,7 @@ class Tiles:
         return x.index_select(1, self.keys).view(-1, self.keys_per_tile, x.shape[-1])
 
     def bias(self, rpb: Tensor) -> Tensor:
-        """Return what is added to the logits of every kind of tile, minus infinity outside the window of a query.
+        """Return the bias added to the logits of every kind of tile, minus infinity outside the window of a query.
 
         Args:
             rpb: relative position bias ``[heads, 2*K-1, 2*K-1]``.
@@ -80,7 +80,7 @@ class Tiles:
         return out
 
     def add_bias(self, x: Tensor, heads: int) -> Tensor:
-        """Return the sum over all tiles of what belongs to each cell of the table, ``[heads, 2*K-1, 2*K-1]``.
+        """Return the sum over all tiles of the entries of each cell of the table, ``[heads, 2*K-1, 2*K-1]``.
 
         It is the transpose of `of_every_tile` after `bias`.
         """
@@ -97,9 +97,9 @@ def tiles_of(size: tuple[int, int], kernel_size: int, device: torch.device) -> T
     return Tiles(size, kernel_size, device)
 
 
-@torch._dynamo.assume_constant_result  # a graph that made them would copy lists to the device in every step
+@torch._dynamo.assume_constant_result  # computed in the graph, lists would be copied to the device in every update
 def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> list[Tensor]:
-    """Return flat indices that say how tiles, map and table of position biases belong together.
+    """Return flat indices that relate tiles, map and table of position biases.
 
     Returns:
         The pixels that are the queries of every tile, ``[tiles, queries_per_tile]``, those beyond the map the last of
@@ -107,7 +107,7 @@ def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> l
         of every tile, ``[tiles, keys_per_tile]``; the kind of every tile; the cell of the table for every kind,
         ``[kinds, queries_per_tile, keys_per_tile]``, the one after the last for keys outside the window of a query.
     """
-    with _disable_current_modes():  # the number of pixels inside would be unknown to tensors without values
+    with _disable_current_modes():  # the number of pixels inside would be unknown for tensors without values
         axes = y, x = [_Axis(length, kernel_size) for length in size]
         rows, columns = (torch.arange(axis.count)[:, None] * axis.tile + torch.arange(axis.tile) for axis in axes)
         inside = ((rows < y.length)[:, None, :, None] & (columns < x.length)[:, None, :]).flatten()
@@ -136,7 +136,7 @@ class _Axis:
         tile: query rows of a tile.
         starts: first key row of every tile.
         span: key rows of a tile.
-        kinds: which of the ``examples`` every tile is like.
+        kinds: index of the equivalent ``examples`` entry for every tile.
         examples: first query row and first key row of a tile of every kind.
     """
 

@@ -1,4 +1,4 @@
-"""Semantic segmentation: the segmenters by name, each on a page."""
+"""Semantic segmentation: the segmenters by name."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ __all__ = ["IGNORED", "SEGMENTERS", "Segmenter"]
 
 
 def _mask2former(backbone: DATBackbone | TimmBackbone, num_classes: int, **options: Any) -> Segmenter:
-    from .mask2former import Mask2Former  # transformers takes seconds to import
+    from .mask2former import Mask2Former  # importing transformers takes seconds
 
     return Mask2Former(backbone, num_classes, **options)
 
 
-# Each takes a backbone of four maps, the number of classes, and options of its own.
+# Each takes a backbone with four maps, the number of classes, and its own options.
 SEGMENTERS: Mapping[str, Callable[..., Segmenter]] = {
     "fpn": SemanticFPN,
     "upernet": UperNet,

@@ -12,10 +12,10 @@ from .parts import ConvModule, Segmenter, classifier_layer, resize
 
 
 class SemanticFPN(Segmenter):
-    """A feature pyramid whose levels are brought to the first stride, step by step, and added.
+    """A feature pyramid whose levels are upsampled step by step to the first stride and added.
 
     Args:
-        backbone: gives four maps.
+        backbone: returns four maps.
         num_classes: size of the logits.
         channels: of the head.
         pyramid_channels: of the pyramid.
@@ -36,7 +36,7 @@ class SemanticFPN(Segmenter):
         self.decode_head = FPNHead(pyramid_channels, channels, num_classes, dropout)
 
     def get_classifier(self) -> nn.Module:
-        """Return the layer that gives the logits."""
+        """Return the layer that computes the logits."""
         return self.decode_head.conv_seg
 
     def logits(self, maps: list[Tensor]) -> Tensor:
@@ -59,7 +59,7 @@ class Pyramid(nn.Module):
 
 
 class _Conv(nn.Module):
-    """A bare convolution under the name that it has in mmsegmentation's layers."""
+    """A convolution with its parameter name in mmsegmentation."""
 
     def __init__(self, channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class _Conv(nn.Module):
 
 
 class FPNHead(nn.Module):
-    """For each level as many convolutions as doublings bring it to the first level's size; their sum is classified."""
+    """Each level is convolved and upsampled by 2 until it has the size of the first; the sum is classified."""
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Mask2Former (Cheng et al., arXiv 2112.01527), of the parts in Hugging Face's transformers."""
+"""Mask2Former (Cheng et al., arXiv 2112.01527), built from Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _LOSSES = {"class": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dic
 
 
 class Mask2Former(Segmenter):
-    """Queries that each find a mask and its class; a pixel's class is what the masks over it say together.
+    """Queries that predict masks and their classes; the class of a pixel combines the masks over it.
 
-    The library's own model takes its backbone from a config; its parts take the maps of any.
+    The library's model builds its backbone from a config; its parts accept any feature maps.
 
     Args:
-        backbone: gives four maps.
+        backbone: returns four maps.
         num_classes: number of classes, without "no object".
         **options: of `transformers.Mask2FormerConfig`.
 
     Raises:
-        ValueError: for an option that it does not have.
+        ValueError: an option is unknown.
     """
 
     def __init__(self, backbone: DATBackbone | TimmBackbone, num_classes: int, **options: Any) -> None:
@@ -56,7 +56,7 @@ class Mask2Former(Segmenter):
 
 
 class Mask2FormerHead(Mask2FormerPreTrainedModel):
-    """Pixel decoder, transformer decoder, classes of the queries, and the loss, initialised as the library does."""
+    """Pixel decoder, transformer decoder, classes of the queries, and the loss, initialised as in the library."""
 
     def __init__(self, config: Mask2FormerConfig, channels: list[int]) -> None:
         super().__init__(config)

@@ -1,4 +1,4 @@
-"""What the segmenters are made of, under the names of mmsegmentation 0, in which weights were published."""
+"""Parts of the segmenters, with the parameter names of mmsegmentation 0, as in published weights."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ IGNORED = 255  # label of pixels that are ignored
 
 
 class Segmenter(DenseModel):
-    """A network that gives each pixel a class: maps of four strides, and a head that makes logits of them.
+    """Base class of segmenters: a backbone with maps of four strides, and a head that computes logits.
 
     Args:
-        backbone: gives four maps, each half as large as the one before.
+        backbone: returns four maps, each half as large as the one before.
 
     Attributes:
-        smallest_batch: fewest images of a micro-batch of all processes in training.
+        smallest_batch: minimum images of a micro-batch over all processes in training.
 
     Raises:
-        ValueError: the backbone gives other maps.
+        ValueError: the backbone returns other maps.
     """
 
     smallest_batch = 1
@@ -41,7 +41,7 @@ class Segmenter(DenseModel):
             )
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        """Return logits, or the losses where there are labels.
+        """Return logits, or losses if labels are given.
 
         Args:
             images: ``[B, 3, H, W]``, of any size.
@@ -80,10 +80,10 @@ class ConvModule(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm whose statistics in training are those of the micro-batch of all processes, on any device.
+    """Batch norm with statistics of the micro-batch over all processes, on any device.
 
-    So every process keeps the same running statistics, and a micro-batch gives the same whatever processes share it.
-    `torch.nn.SyncBatchNorm` runs on GPUs alone.
+    All processes have the same running statistics, and results do not depend on the number of processes.
+    `torch.nn.SyncBatchNorm` only supports GPUs.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def pad_to(images: Tensor, stride: int) -> Tensor:
-    """Return images ``[B, 3, H, W]`` with zeros, the mean, below and at the right, up to multiples of ``stride``."""
+    """Pad images ``[B, 3, H, W]`` with zeros (the mean) at the bottom and right to multiples of ``stride``."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % stride, 0, -height % stride))
 
@@ -117,15 +117,15 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of logits ``[B, classes, h, w]``, resized to labels ``[B, H, W]``.
 
-    It is a mean over all pixels, of which ignored ones count 0, as in mmsegmentation 0. So the mean over processes does
-    not depend on which of them has the ignored pixels.
+    It is the mean over all pixels, where ignored pixels contribute 0, as in mmsegmentation 0. The mean over processes
+    therefore does not depend on which of them has the ignored pixels.
     """
     logits = resize(logits.float(), labels.shape[-2:])
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
 
 
 def classifier_layer(channels: int, num_classes: int) -> nn.Conv2d:
-    """Return the 1x1 convolution that gives the logits."""
+    """Return the 1x1 convolution that computes the logits."""
     conv = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)

@@ -15,10 +15,10 @@ _AUXILIARY_LOGITS = "auxiliary_head.conv_seg."
 
 
 class UperNet(Segmenter):
-    """A feature pyramid below a pyramid of pools (PSPNet, arXiv 1612.01105), and an auxiliary head for training.
+    """A feature pyramid with a pyramid pooling module (PSPNet, arXiv 1612.01105), and an auxiliary head for training.
 
     Args:
-        backbone: gives four maps.
+        backbone: returns four maps.
         num_classes: size of the logits.
         channels: of the head.
         pools: sides of the pooled maps.
@@ -40,17 +40,17 @@ class UperNet(Segmenter):
     ) -> None:
         super().__init__(backbone)
         self.auxiliary_weight = auxiliary_weight
-        # The mean of an image is a single pixel, and the batch norm that follows needs several values.
+        # The global mean is a single pixel, and the following batch norm needs several values.
         self.smallest_batch = 2 if 1 in pools else 1
         self.decode_head = UPerHead(backbone.channels, channels, pools, num_classes, dropout)
         self.auxiliary_head = FCNHead(backbone.channels[2], auxiliary_channels, num_classes, dropout)
 
     def get_classifier(self) -> nn.Module:
-        """Return the layer that gives the logits."""
+        """Return the layer that computes the logits."""
         return self.decode_head.conv_seg
 
     def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
-        """Take weights; for other classes, the auxiliary head's last layer is new."""
+        """Convert weights; for other classes, the auxiliary head's last layer is newly initialised."""
         weights, new, unused = super().take_over(weights)
         own = self.state_dict()
         others = {name for name in weights if name.startswith(_AUXILIARY_LOGITS)}

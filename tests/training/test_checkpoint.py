@@ -151,7 +151,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes, messag
 def test_what_is_no_dict_is_refused(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "weights.pth"
     torch.save(value, path)
-    assert f"holds a {type(value).__name__}, not a dict" in refusal(path)
+    assert f"contains a {type(value).__name__}, not a dict" in refusal(path)
 
 
 def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""Forms for the caches and the libraries of CPUs; the operations choose among them."""
+"""Forms optimised for CPU caches and libraries; the operations select among them."""

@@ -1,4 +1,4 @@
-"""Deformable attention for the caches of a CPU: the bias from rows of the table, the weights an image at a time."""
+"""Deformable attention for CPU caches: bias from rows of the table, attention weights one image at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..forms import without_autocast
 from ..grids import query_grid
 from .table_rows import crop_bias, separable_bias, table_columns, table_crops
 
-KEPT = 1 << 22  # attention weights of a batch that are kept for the backward pass at most: 16 MiB
-CACHED = 1 << 20  # of larger batches, the weights that are made at a time: 4 MiB, so that they stay in the cache
+KEPT = 1 << 22  # maximum attention weights of a batch saved for the backward pass: 16 MiB
+CACHED = 1 << 20  # weights computed at a time for larger batches: 4 MiB, so that they stay in the cache
 
 
 def attention(
@@ -30,7 +30,7 @@ def attention(
     scale: float,
     form: str,
 ) -> Tensor:
-    """Return what `models.ops.deformable.deformable_attention` does, for ``form`` ``crops`` or ``separable``."""
+    """Compute `models.ops.deformable.deformable_attention` in the ``form`` ``crops`` or ``separable``."""
     table = table.to(positions.dtype)
     if form == "crops":
         places = (positions,)
@@ -48,14 +48,14 @@ def attention(
         def attend(matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, *places: Tensor) -> Tensor:
             return _BiasedAttention.apply(q, k, v, bias(matrix, *places), scale)
 
-        # The intermediates of the separable bias take more memory than the weights.
+        # The intermediates of the separable bias need more memory than the weights.
         if form == "crops" and len(q) * _weights_of_an_image(q, k) <= KEPT:
             return attend(matrix, q, k, v, *places)
         return _make_anew(attend, matrix, q, k, v, *places)
 
 
 def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:
-    """Return the cell of a table's axis that holds the bias of the displacement (query - key) / 2."""
+    """Return the position on a table's axis for the displacement (query - key) / 2."""
     return ((query - key) / 2 + 1) * ((length - 1) / 2)
 
 
@@ -64,7 +64,7 @@ def _weights_of_an_image(q: Tensor, k: Tensor) -> int:
 
 
 def _make_anew(attend: Callable[..., Tensor], matrix: Tensor, q: Tensor, k: Tensor, *tensors: Tensor) -> Tensor:
-    """Return ``attend(matrix, q, k, ...)``, a few images at a time, recomputing each part in the backward."""
+    """Return ``attend(matrix, q, k, ...)``, computed for a few images at a time and recomputed in the backward pass."""
     images = max(1, CACHED // _weights_of_an_image(q, k))
     parts = zip(*(tensor.split(images) for tensor in (q, k, *tensors)), strict=True)
     anew = partial(checkpoint, attend, matrix, use_reentrant=False, preserve_rng_state=False)
@@ -72,9 +72,9 @@ def _make_anew(attend: Callable[..., Tensor], matrix: Tensor, q: Tensor, k: Tens
 
 
 class _BiasedAttention(torch.autograd.Function):
-    """Attention with a bias ``[B, heads, Ns, H*W]``, in whose memory the weights are written, that keeps the weights.
+    """Attention with a bias ``[B, heads, Ns, H*W]``, which is overwritten by the attention weights and saved.
 
-    They have the keys first, as the bias of a key is a map of the queries. A CPU works on an image at a time, to stay
+    Keys come before queries, as the bias of a key is a map of the queries. Images are processed one at a time, to stay
     in the cache.
 
     With weights ``P = softmax(S)``, ``S = scale K Q^T + bias`` and output ``O = P^T V``, the gradient ``G`` of ``O``
@@ -83,7 +83,7 @@ class _BiasedAttention(torch.autograd.Function):
         dV = P G        dP = V G^T      dS = P * (dP - sum over keys of P * dP)
         dQ = scale dS^T K               dK = scale dS Q                 dbias = dS
 
-    Logits, and what meets them in the softmax's backward, have the precision of the bias, at least float32.
+    Logits and the tensors of the softmax backward have the precision of the bias, at least float32.
     """
 
     @staticmethod
@@ -116,7 +116,7 @@ class _BiasedAttention(torch.autograd.Function):
 
 
 def _weigh(bias: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
-    """Turn a bias ``[heads, Ns, Nq]`` into the softmax over the keys of ``scale k q^T + bias``."""
+    """Replace a bias ``[heads, Ns, Nq]`` in place by the softmax over the keys of ``scale k q^T + bias``."""
     if bias.dtype == q.dtype:
         bias.baddbmm_(k, q.mT, alpha=scale)
     else:

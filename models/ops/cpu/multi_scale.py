@@ -1,8 +1,8 @@
-"""Multi-scale deformable attention as sums of rows, for the caches of a CPU.
+"""Multi-scale deformable attention as sums of rows, for CPU caches.
 
-Every level is copied between borders of zeros, so that a sample is four rows anywhere: a location far outside is moved
-to where its four rows are zero. Queries are processed a few at a time, and the terms of a sample are recomputed in
-the backward pass. There, samples sorted by the pixel at their upper left are the rows of the transposed sum, so that
+Every level is copied with a border of zeros, so that every sample is a sum of four rows: a location far outside is
+moved to where its four rows are zero. Queries are processed a few at a time, and the terms of a sample are recomputed
+in the backward pass. There, samples sorted by the pixel at their upper left are the rows of the transposed sum, so that
 every sum has a fixed order.
 """
 
@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BORDER = 2  # zeros before each axis of a level, and after the last row; those before a row close the one above it
-AT_A_TIME = 1 << 15  # samples, so that their terms stay in the cache
+BORDER = 2  # zeros before each axis of a level and after the last row; those before a row also end the previous row
+AT_A_TIME = 1 << 15  # samples processed at a time, so that their terms stay in the cache
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
@@ -27,8 +27,8 @@ class _Samples(NamedTuple):
     Attributes:
         queries: which queries of the batch.
         base: row of the pixel at the upper left.
-        fx: place between left and right pixel.
-        fy: place between upper and lower pixel.
+        fx: position between left and right pixel.
+        fy: position between upper and lower pixel.
         weight: attention weight.
     """
 
@@ -52,7 +52,7 @@ def _corner_weights(fx: Tensor, fy: Tensor, weight: Tensor) -> Iterator[Tensor]:
 
 
 class _Layout:
-    """The layout of the pixels of all levels and images between their borders."""
+    """The layout of the pixels of all levels and images with their borders."""
 
     def __init__(self, levels: Sequence[Sequence[int]], starts: Sequence[int], value: Tensor) -> None:
         self.levels, self.starts = levels, starts
@@ -66,7 +66,7 @@ class _Layout:
         self.index = torch.int32 if self.rows + self.tail < 2**31 else torch.int64
 
     def pad(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return all values between zeros, ``[rows, C]``."""
+        """Return all values with a border of zeros, ``[rows, C]``."""
         padded = torch.zeros(self.rows + self.tail, self.channels, dtype=dtype)
         planes = padded[: self.rows].view(self.batch, self.area, self.heads, self.channels)
         for level in range(len(self.levels)):
@@ -74,7 +74,7 @@ class _Layout:
         return padded
 
     def add_shifted(self, out: Tensor, sums: Tensor, corner: tuple[int, int]) -> None:
-        """Add to ``out [B, S, heads, C]`` what belongs to the given corner of the samples at every row."""
+        """Add the given corner of the samples at every row to ``out [B, S, heads, C]``."""
         planes = sums.view(self.batch, self.area, self.heads, self.channels)
         for level in range(len(self.levels)):
             self._map(out, level).add_(self._inner(planes, level, corner))
@@ -96,7 +96,7 @@ class _Layout:
         locations, weights = locations.reshape(-1, 2 * each), weights.reshape(-1, each)
 
         def row(numbers: Sequence, dtype: torch.dtype) -> Tensor:
-            """Return what every level has one of for all samples of a query."""
+            """Expand one value per level to all samples of a query."""
             numbers = torch.tensor(numbers, dtype=dtype).view(levels, 1, -1)
             return numbers.expand(heads, levels, points, -1).flatten()
 
@@ -181,7 +181,7 @@ def backward(
 
 
 def _products(taps: Tensor, matrix: Tensor, grad: Tensor, queries: slice) -> Tensor:
-    """Return the product of every row that was added up with the gradient of the sum, in the shape of ``taps``."""
+    """Return the product of every summed row with the gradient of the sum, in the shape of ``taps``."""
     heads, count = taps.shape[1], math.prod(taps.shape[2:])
     bag = torch.arange(taps.numel() // count, dtype=taps.dtype)
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -206,7 +206,7 @@ def _gradients_of_places(samples: _Samples, products: Tensor) -> tuple[Tensor, T
 
 
 def _add_to_values(out: Tensor, layout: _Layout, parts: Sequence[_Samples], grad: Tensor) -> None:
-    """Add the gradients of the values: every row takes in the samples that it is the upper left of, and so on."""
+    """Add the gradients of the values: every row sums the samples of which it is the upper left pixel, and so on."""
     base, order = torch.cat([samples.base.flatten() for samples in parts]).sort(stable=True)
     counts = torch.bincount(base, minlength=layout.rows)
     first = (counts.cumsum(0) - counts).to(layout.index)

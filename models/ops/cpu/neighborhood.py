@@ -1,4 +1,4 @@
-"""Neighborhood attention of tiles for the caches of a CPU, an image at a time."""
+"""Neighborhood attention of tiles for CPU caches, one image at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..tiles import Tiles
 
 
 class TiledAttention(torch.autograd.Function):
-    """Attention of tiles, an image at a time to stay in the cache, that keeps its arguments and weights for a backward.
+    """Attention of tiles, one image at a time to stay in the cache; saves arguments and attention weights for backward.
 
     With weights ``P = softmax(S)``, ``S = scale Q K^T + bias`` and output ``O = P V`` of every tile, the gradient ``G``
     of ``O`` gives
@@ -61,19 +61,19 @@ class TiledAttention(torch.autograd.Function):
 
 
 def _with_rows(x: Tensor) -> Tensor:
-    """Return a map ``[B, H, W, heads, d]`` as ``[B, H*W, heads, d]`` in which every head of a pixel is a row of memory.
+    """Return a map ``[B, H, W, heads, d]`` as ``[B, H*W, heads, d]`` with every head of a pixel as a contiguous row.
 
-    It is a view for whole tensors and for the queries, keys or values of a layer that makes them together.
+    It is a view for contiguous tensors and for queries, keys or values computed by one layer.
     """
     x, dim = x.flatten(1, 2), x.shape[-1]
     return x if x.stride()[2:] == (dim, 1) and x.stride(1) % dim == 0 else x.contiguous()
 
 
 class TileRows:
-    """`Tiles` of one image ``[H*W, heads, d]`` whose heads are rows of memory, which are copied whole.
+    """`Tiles` of one image ``[H*W, heads, d]`` whose heads are contiguous rows, which are copied as a whole.
 
     Args:
-        tiles: how the map is cut.
+        tiles: the tiles of the map.
         heads: number of heads.
         pitch: rows from a pixel to the next; `heads`, or more if other tensors lie between.
     """
@@ -96,7 +96,7 @@ class TileRows:
     def cut(self, x: Tensor, *, zeros_beyond: bool = False) -> Tensor:
         """Return the queries of every tile, ``[heads * tiles, queries_per_tile, d]``.
 
-        Queries beyond the map are zero if asked for, or like its last row and column. `join` drops them.
+        Queries beyond the map are zero if requested, otherwise they repeat its last row and column. `join` drops them.
         """
         queries = self._rows(x).index_select(0, self._queries)
         if zeros_beyond and len(self._tiles.beyond):
@@ -104,7 +104,7 @@ class TileRows:
         return queries.view(-1, self._tiles.queries_per_tile, x.shape[-1])
 
     def join(self, x: Tensor, *, out: Tensor) -> None:
-        """Write to ``out``, a contiguous image, what `cut` would make ``x`` of."""
+        """Inverse of `cut`: write the tiles ``x`` to ``out``, a contiguous image."""
         torch.index_select(x.view(-1, x.shape[-1]), 0, self._places, out=out.view(-1, x.shape[-1]))
 
     def windows(self, x: Tensor) -> Tensor:
@@ -112,15 +112,15 @@ class TileRows:
         return self._rows(x).index_select(0, self._keys).view(-1, self._tiles.keys_per_tile, x.shape[-1])
 
     def add_windows(self, x: Tensor) -> Tensor:
-        """Return the sum of all windows at their places on the map, the transpose of `windows`.
+        """Return the sum of all windows at their positions on the map, the transpose of `windows`.
 
-        A pixel is a bag of the rows of ``x`` that were taken from it.
+        A pixel is the sum of the rows of ``x`` that were copied from it.
         """
         dim = x.shape[-1]
         return F.embedding_bag(self._by_pixel, x.view(-1, dim), self._pixels, mode="sum").view(-1, self._heads, dim)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Return an image as rows ``[rows, d]``, those between its own among them."""
+        """Return an image as rows ``[rows, d]``, including those in between."""
         pixels, heads, dim = x.shape
         return x.as_strided(((pixels - 1) * self._pitch + heads, dim), (dim, 1))
 

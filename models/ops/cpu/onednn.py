@@ -1,9 +1,8 @@
-"""oneDNN in eager mode, through the operators that PyTorch keeps for its compiler.
+"""oneDNN in eager mode, through the operators that PyTorch provides for its compiler.
 
-On x86, PyTorch sends eager products in float32 to MKL, and the activation after a convolution goes over the map again.
-Both take more time on the CPUs that were measured; see `benchmarks`. In bfloat16, the layer of PyTorch costs more than
-the product. Where these operators do not suit, the functions
-do the same in plain PyTorch. None of them has a gradient.
+On x86, PyTorch computes eager float32 products with MKL, and an activation after a convolution in a separate pass. Both
+are slower on the CPUs measured, see `benchmarks`. In bfloat16, PyTorch's layer has more overhead than the product. If
+these operators are not applicable, the functions use plain PyTorch. None of them has a gradient.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _BFLOAT16 = _BUILT_IN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def suits(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    """Return whether oneDNN is taken for the input, the weights and the bias, if there is one, in a type."""
+    """Return whether oneDNN is used for input, weights and optional bias of a type."""
     supported = dtype == torch.float32 or (dtype == torch.bfloat16 and _BFLOAT16)
     if not (_BUILT_IN and supported and torch._C._get_mkldnn_enabled()):
         return False
@@ -38,8 +37,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return what `product` does, for tensors that oneDNN suits."""
-    bias = None if bias is None else bias.contiguous()  # the operator does not look at its stride
+    """Compute `product` for tensors supported by oneDNN."""
+    bias = None if bias is None else bias.contiguous()  # the operator ignores strides
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 

@@ -1,11 +1,12 @@
 """The table bias of deformable attention as weighted sums of rows, without a displacement per query and key.
 
-Sampling a table bilinearly is separable in y and x, and the queries lie on a regular grid. Both ways that follow from
-it take the table coordinates of the queries; each of their passes is an `embedding_bag`, weighted sums of matrix rows:
+Bilinear sampling of a table is separable in y and x, and the queries are on a regular grid. Two methods use this; each
+of their passes is an `embedding_bag`, weighted sums of matrix rows:
 
-* `crop_bias`, where neighbouring queries are one cell of the table apart: the bias of a key is a blend of four crops of
-  the table, whose corners and weights depend on the key alone.
-* `separable_bias`, for any spacing: blend columns of the table for every query column, then rows for every query row.
+* `crop_bias`, if neighbouring queries are one cell of the table apart: the bias of a key is a weighted sum of four
+  crops of the table, whose corners and weights depend only on the key.
+* `separable_bias`, for any spacing: interpolate columns of the table for every query column, then rows for every query
+  row.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from ..kept import made_once
 from ..rows import neighbours, weighted_rows
 
-WHOLE_CROP = 256  # pixels of the largest map whose crops are stored whole; larger ones are stored by row
+WHOLE_CROP = 256  # maximum pixels of a map whose crops are stored as a whole; otherwise they are stored by row
 
 
 def crop_bias(crops: Tensor, positions: Tensor, *, map_size: tuple[int, int]) -> Tensor:
@@ -35,8 +36,8 @@ def crop_bias(crops: Tensor, positions: Tensor, *, map_size: tuple[int, int]) ->
     batch, groups, keys, _ = positions.shape
     heads = len(crops) // (_crop_rows(map_size) * (width + 1))
     spans, taps = _crop_taps(heads, groups, map_size, positions.dtype, positions.device)
-    cells = (1 - positions) * spans  # of the table, that the bias of the first query is read from
-    first = cells.detach().floor().nan_to_num(0.0)  # any cell for NaN, whose weights are NaN
+    cells = (1 - positions) * spans  # of the table, for the bias of the first query
+    first = cells.detach().floor().nan_to_num(0.0)  # any cell for NaN, for which the weights are NaN
     y, x = torch.stack((1 - (cells - first), cells - first), dim=-1).unbind(-2)
     weights = (y.unsqueeze(-1) * x.unsqueeze(-2)).view(batch, groups, 1, keys, *[1] * (taps.dim() - 4), 4)
     top, left = first.long().unbind(-1)
@@ -67,15 +68,16 @@ def _is_stored_whole(map_size: tuple[int, int]) -> bool:
 
 
 def _crop_rows(map_size: tuple[int, int]) -> int:
-    """Return how many rows of the table begin something that `table_crops` stores."""
+    """Return the number of rows of the table at which an entry of `table_crops` starts."""
     return map_size[0] + 1 if _is_stored_whole(map_size) else 2 * map_size[0]
 
 
 def table_crops(table: Tensor, map_size: tuple[int, int]) -> Tensor:
-    """Return what `crop_bias` adds up: every crop of a table ``[heads, 2*H-1, 2*W-1]``, as rows of a matrix.
+    """Return the rows summed by `crop_bias`: every crop of a table ``[heads, 2*H-1, 2*W-1]``, as rows of a matrix.
 
-    A row of the matrix is a whole crop, ``[heads * (H+1) * (W+1), H*W]``, or on large maps, where those would be many,
-    one row of a crop, ``[heads * 2*H * (W+1), W]``. A zero row and column follow the table, for taps of weight zero.
+    A row of the matrix is a complete crop, ``[heads * (H+1) * (W+1), H*W]``, or on large maps, where those would be
+    many, one row of a crop, ``[heads * 2*H * (W+1), W]``. A zero row and column follow the table, for taps of weight
+    zero.
     """
     height, width = map_size
     crops = F.pad(table, (0, 1, 0, 1)).unfold(2, width, 1)  # [heads, 2*H, W+1, W]
@@ -108,7 +110,7 @@ def separable_bias(columns: Tensor, y: Tensor, x: Tensor) -> Tensor:
 
 
 def table_columns(table: Tensor) -> Tensor:
-    """Return what `separable_bias` blends: the columns of a table ``[heads, 2*H0-1, 2*W0-1]`` as rows of a matrix.
+    """Return the columns of a table ``[heads, 2*H0-1, 2*W0-1]`` as rows of a matrix, for `separable_bias`.
 
     Returns:
         ``[heads * (2*W0-1), 2*H0-1]``.

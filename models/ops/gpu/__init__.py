@@ -1,8 +1,8 @@
-"""Fused kernels for GPUs, written in Triton and registered as operators, so that a graph holds one node for each.
+"""Fused GPU kernels, written in Triton and registered as operators, so that each is one node in a graph.
 
 These modules import Triton, which comes with PyTorch on Linux; they are imported when a kernel is called.
-Every kernel adds in a fixed order, without atomics: the same input gives the same bits. None of them waits for the
-host, so that CUDA graphs may hold them.
+Every kernel sums in a fixed order, without atomics: results are reproducible bit for bit. None of them synchronises
+with the host, so they can be captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..forms import is_transformed
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
-LARGEST_HEAD = 128  # values a head
+LARGEST_HEAD = 128  # values per head
 NEEDS = f"needs a GPU, heads of at most {LARGEST_HEAD} values and at most float32"
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -32,5 +32,5 @@ def suits(x: Tensor) -> bool:
 
 
 def suits_heads(x: Tensor) -> bool:
-    """Return whether the kernels take the heads of ``[..., heads, d]``."""
+    """Return whether the kernels support the heads of ``[..., heads, d]``."""
     return suits(x) and x.shape[-1] <= LARGEST_HEAD

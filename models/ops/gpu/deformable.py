@@ -1,11 +1,11 @@
-"""Deformable attention that looks the position bias up inside the kernel: no weight and no bias reaches the memory.
+"""Deformable attention that samples the position bias inside the kernel: weights and bias are never written to memory.
 
-The forward pass goes over the keys block by block with a running softmax (FlashAttention, arXiv 2205.14135) and keeps
-the logarithm of the softmax's sum for every query. The backward pass recomputes the weights three times: for the
+The forward pass iterates over blocks of keys with an online softmax (FlashAttention, arXiv 2205.14135) and saves the
+logsumexp of every query. The backward pass recomputes the weights three times: for the
 gradient of the queries, for those of keys, values and positions, and for that of the table. With weights ``P``, output
 ``O``, its gradient ``G`` and ``dS = P * (G V^T - sum(G * O))``, the gradient of a cell of the table is the sum of all
 ``dS``, weighted by how near the cell the displacement falls on each axis. Per key this is a product of three small
-matrices, ``Wy^T dS Wx`` with ``dS`` as a map of the queries, so that every program adds up cells of its own.
+matrices, ``Wy^T dS Wx`` with ``dS`` as a map of the queries, so every program sums its own cells.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from .blocks import dot, head_blocks
 QUERIES = 64  # a block, with 8 warps to keep the corners of the table in registers
 KEYS = 16
 SIDE = 16  # of the blocks of queries that are maps
-TILE = 64  # rows and columns of the table that a program adds up at most
+TILE = 64  # maximum rows and columns of the table per program
 LAUNCH = {"num_warps": 8, "num_stages": 1}
-PROGRAMS = 1024  # for the gradient of the table at least, if there are as many images, heads and tiles
+PROGRAMS = 1024  # minimum number for the gradient of the table, if there are enough images, heads and tiles
 
 
 @triton.jit
 def _cells(grid, position, length):
-    """Return the cells of a table's axis; what lies far outside moves nearer, where the bias is zero, too."""
+    """Return the cells of a table's axis; positions far outside are moved closer, where the bias is zero, too."""
     cell = ((grid - position) / 2 + 1) * ((length - 1) / 2)
     return tl.minimum(tl.maximum(cell, -2.0), length + 1.0)
 
 
 @triton.jit
 def _corners(table, y, x, rows, columns):
-    """Return the four values of the table around a place and its distance from the first of them."""
+    """Return the four values of the table around a position and its distance from the first of them."""
     top, left = tl.floor(y), tl.floor(x)
     row, column = top.to(tl.int32), left.to(tl.int32)
     place = table + row * columns + column
@@ -57,7 +57,7 @@ def _bias(table, y, x, rows, columns):
 
 @triton.jit
 def _rows(x, start, length, heads, head, HEAD: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Return where rows of a head of ``[length, heads, d]`` lie, and which of them are there."""
+    """Return offsets and mask of rows of a head of ``[length, heads, d]``."""
     row, column = start + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     place = x + (row[:, None] * heads + head) * HEAD + column[None, :]
     return place, (row[:, None] < length) & (column[None, :] < HEAD)
@@ -301,7 +301,7 @@ def attention(
     steps: Sequence[float],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``[B, H*W, heads, d]`` and the logarithm of the softmax's sum ``[B, heads, H*W]``.
+    """Return the output ``[B, H*W, heads, d]`` and the logsumexp ``[B, heads, H*W]``.
 
     Args:
         q: queries ``[B, H*W, heads, d]``, contiguous as everything here.

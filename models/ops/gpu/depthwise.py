@@ -1,7 +1,7 @@
-"""A depthwise convolution with its skip connection, and the GELU behind it, as one kernel over the map.
+"""A depthwise convolution with skip connection and a following GELU, fused into one kernel.
 
-The backward pass recomputes the convolution's output: one kernel writes the gradient at the GELU and adds up those of
-weight and bias in parts, a second one is the convolution with the flipped weight.
+The backward pass recomputes the convolution's output: one kernel writes the gradient at the GELU and partial sums of
+those of weight and bias, a second one convolves with the flipped weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 @triton.jit
 def _tap(x, pixel, channel, dy, dx, images, height, width, channels):
-    """Return what lies (dy, dx) beside pixels of ``[B, H, W, C]``, zero beyond the map."""
+    """Return the pixels at offset (dy, dx) of pixels of ``[B, H, W, C]``, zero beyond the map."""
     row, column = (pixel // width) % height + dy, pixel % width + dx
     inside = (pixel < images * height * width) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
     place = (pixel + dy * width + dx).to(tl.int64) * channels
@@ -68,7 +68,7 @@ def _backward(
     x, weight, bias, grad, dz, by_part, parts, images, height, width, channels,
     SIZE: tl.constexpr, GELU: tl.constexpr, TAPS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient at the GELU, and parts of those of weight and bias, ``[parts, k*k + 1, C]``."""
+    """Write the gradient at the GELU, and partial sums of those of weight and bias, ``[parts, k*k + 1, C]``."""
     slices = tl.cdiv(channels, CHANNELS)
     part, channel = tl.program_id(0) // slices, (tl.program_id(0) % slices) * CHANNELS + tl.arange(0, CHANNELS)
     bias_block = tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
@@ -109,7 +109,7 @@ def _start(x: Tensor, weight: Tensor, bias: Tensor, *, flipped: bool, with_bias:
 
 @torch.library.custom_op("dat::depthwise_residual", mutates_args=())
 def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    """Return ``x + conv(x)`` of a depthwise convolution that keeps the size, or the GELU of it.
+    """Return ``x + conv(x)`` of a depthwise convolution that keeps the size, or GELU of it.
 
     Args:
         x: map ``[B, H, W, C]``, contiguous as everything here.

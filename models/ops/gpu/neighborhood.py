@@ -1,9 +1,9 @@
-"""Neighborhood attention with a table of position biases, tile by tile: no weight and no window reaches the memory.
+"""Neighborhood attention with a table of position biases, tile by tile: no weights are written to memory.
 
-A program takes a tile of queries, and goes over the rectangle of keys that some of them see with a running softmax
-(FlashAttention, arXiv 2205.14135); what a query does not see is masked. The backward pass recomputes the weights three
-times: for the gradient of the queries, for that of the keys and values of a tile, over the queries that see some of
-them, and for that of the table, where a program adds up all pairs of query and key at one offset.
+A program processes a tile of queries and iterates over the rectangle of their keys with an online softmax
+(FlashAttention, arXiv 2205.14135); keys outside the window of a query are masked. The backward pass recomputes the
+weights three times: for the gradient of the queries, for that of the keys and values of a tile, over the queries that
+attend to them, and for that of the table, where a program sums all pairs of query and key at one offset.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor
 from .blocks import dot, head_blocks
 
 SIDE = 8  # of the tiles
-BLOCK = 32  # pixels of the other side that are taken at a time
+BLOCK = 32  # pixels of the other side processed at a time
 PIXELS = 128  # for the gradient of the table
 LAUNCH = {"num_warps": 4, "num_stages": 1}
-PROGRAMS = 4096  # for the gradient of the table at least, if there are as many images, heads and offsets
+PROGRAMS = 4096  # minimum number for the gradient of the table, if there are enough images, heads and offsets
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _logits(q_block, k_block, table, query_y, query_x, key_y, key_x, height, wid
 
 @triton.jit
 def _pixels(x, y, x_axis, height, width, row, step, HEAD: tl.constexpr, WIDTH: tl.constexpr):
-    """Return where the vectors of pixels lie in a map of one head, and which are on it."""
+    """Return offsets and mask of the vectors of pixels in a map of one head."""
     dim = tl.arange(0, WIDTH)
     inside = (y < height) & (x_axis < width)
     return x + y[:, None] * row + x_axis[:, None] * step + dim[None, :], inside[:, None] & (dim[None, :] < HEAD)
@@ -95,7 +95,7 @@ def _forward(
             KERNEL, TABLE, PRECISION,
         )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(logits, 1))
-        reference = tl.where(new_largest > float("-inf"), new_largest, 0.0)  # a query that has seen no key yet
+        reference = tl.where(new_largest > float("-inf"), new_largest, 0.0)  # a query without keys so far
         weights = tl.exp(logits - reference[:, None])
         shrink = tl.exp(largest - reference)
         total = total * shrink + tl.sum(weights, 1)
@@ -156,7 +156,7 @@ def _backward_queries(
 
 @triton.jit
 def _viewers(first, last, length, KERNEL: tl.constexpr):
-    """Return the first and the last query on one axis that see some of the keys from ``first`` to ``last``."""
+    """Return the first and the last query on one axis that attend to any of the keys from ``first`` to ``last``."""
     begin = tl.where(first < KERNEL, 0, first - KERNEL // 2)
     return begin, tl.where(last >= length - KERNEL, length - 1, last + KERNEL // 2)
 
@@ -222,7 +222,7 @@ def _backward_table(
     part, head = part_head // heads, part_head % heads
     offset_y, offset_x = cell // (2 * KERNEL - 1) - KERNEL + 1, cell % (2 * KERNEL - 1) - KERNEL + 1
     bias = tl.load(table + head * cells + cell).to(tl.float32)
-    # Offsets beyond half a window occur only at the border, where the windows have moved inwards.
+    # Offsets beyond half a window occur only at the border, where the windows are shifted inwards.
     begin = tl.where(offset_y < -(KERNEL // 2), height - KERNEL // 2, 0) * width
     end = tl.where(offset_y > KERNEL // 2, KERNEL // 2, height) * width
     result = tl.zeros([PIXELS], tl.float32)
@@ -274,7 +274,7 @@ def _tiles(q: Tensor) -> int:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the output ``[B, H, W, heads, d]`` and the logarithm of the softmax's sum ``[B, H, W, heads]``.
+    """Return the output ``[B, H, W, heads, d]`` and the logsumexp ``[B, H, W, heads]``.
 
     Args:
         q: queries ``[B, H, W, heads, d]``.

@@ -1,8 +1,8 @@
 """Bilinear sampling of a map, forward and backward, one kernel for each gradient.
 
-How much a sample takes of a pixel is the product of two hats, ``max(0, 1 - distance)``, one on each axis. The gradient
-of the map is therefore a product of matrices, hats ``[pixels, samples]`` times the gradient ``[samples, channels]``,
-where others add to four pixels for every sample with atomics.
+The weight of a pixel in a sample is the product of two hat functions, ``max(0, 1 - distance)``, one on each axis. The
+gradient of the map is therefore a matrix product, hats ``[pixels, samples]`` times the gradient ``[samples,
+channels]``, instead of atomic additions to four pixels per sample.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 @triton.jit
 def _places(positions, sample, samples, height, width):
-    """Return sample positions in pixels; those far outside are moved nearer, where the map is also zero."""
+    """Return sample positions in pixels; those far outside are moved closer, where the map is also zero."""
     there = sample < samples
     y = (tl.load(positions + sample * 2, mask=there, other=0.0) + 1) * ((height - 1) / 2)
     x = (tl.load(positions + sample * 2 + 1, mask=there, other=0.0) + 1) * ((width - 1) / 2)
