@@ -1,10 +1,9 @@
 # make setup | demo | test | test-long | bench-gpu | docs | lint: each sets up .venv automatically, once.
 PYTHON ?= python3
-# Processes that run tests at once: one more than there are cores, as many tests wait for runs they started; or a
-# number; and the tests they run.
+# Number of test processes: one more than cores, as many tests wait for runs they started; and the tests to run.
 WORKERS ?= $(shell echo $$(($$(getconf _NPROCESSORS_ONLN) + 1)))
 TESTS ?= tests
-# Threads per process: one is fastest for networks this small, and more threads than free cores ruin every timing.
+# Threads per process: one is fastest for small networks, and more threads than free cores spoil timings.
 export OMP_NUM_THREADS ?= 1
 
 .PHONY: help setup demo test test-long test-slurm bench-gpu docs lint

@@ -55,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"{error}; repair or delete it, or leave such images out by --opts DATA.BAD_IMAGES skip", alone=True)
         return WRONG_INPUT if args.eval else FAILED
     except TrainingStopped as error:
-        if world.is_main or config.TRAIN.ANOMALY_REPORT:  # all stop for one reason, but each reports its own modules
+        if (
+            world.is_main or config.TRAIN.ANOMALY_REPORT
+        ):  # all ranks stop for the same reason, but each reports its own modules
             logging.getLogger("dat").error(str(error))
         return FAILED
     except (RuntimeError, OSError, EOFError, MemoryError) as error:
@@ -63,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_job(args: argparse.Namespace, config: CfgNode, world: World) -> Callable[[], int]:
-    """Return what the command line asks for, built and ready to run; it returns the exit status.
+    """Return the job of the command line, ready to run; it returns the exit status.
 
     Raises:
         ValueError: wrong input.
@@ -77,7 +79,7 @@ def build_job(args: argparse.Namespace, config: CfgNode, world: World) -> Callab
 
 
 def check(args: argparse.Namespace, config: CfgNode) -> int:
-    """Check all that can be checked before processes are started, and say what they would, without writing anything.
+    """Check everything that can be checked before processes are started, and report it without writing anything.
 
     Raises:
         ValueError: wrong input.
@@ -86,7 +88,7 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     size = max(launch.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a launcher that has started none yet
     settle(config, pick_device(config.DEVICE, 0, size if launch.size == 1 else launch.local_size))
     world, lines, warnings = World(0, size, 0, torch.device("cpu")), [], []
-    config.DATA.CACHE = False  # which would read all images
+    config.DATA.CACHE = False  # it would read all images
     if args.throughput:
         summary = build_throughput(config, world).size()
     elif args.eval:

@@ -1,4 +1,4 @@
-"""What the distribution holds: `models` as the package `dat`, with `configs` in it; pyproject.toml says the rest."""
+"""Packages of the distribution: `models` as `dat`, including `configs`; the rest is in pyproject.toml."""
 
 from setuptools import find_namespace_packages, setup
 

@@ -3,12 +3,12 @@
 # From the environment, with defaults: PARTITION (the cluster's), GPUS_PER_NODE (8, or <gpus> if fewer), CPUS_PER_TASK (10),
 # TIME_LIMIT (2-00:00:00), GRACE (seconds before the time limit at which the run saves: 180), MAX_RESTARTS (of a run whose
 # process died: 3), MASTER_ADDR (the first node), DATA_PATH, SBATCH_FLAGS, CHECK_FIRST (1; 0 queues the job unchecked,
-# for machines that do not see the data).
+# for machines without access to the data).
 set -euo pipefail
 usage="usage: bash train_slurm.sh <gpus> <config> <job-name> [main.py flags...]"
 
-# What a task runs: the command, whose exit status then goes into a file of this start and rank. A signal reaches every
-# process of a task: the command, which answers it with handlers of its own, and this shell, which must outlive it.
+# Run by each task: the command, whose exit status is then written to a file of this restart and rank. A signal reaches
+# every process of a task: the command, which handles it, and this shell, which must outlive it.
 # shellcheck disable=SC2016  # expanded in the task
 task='folder=$1; shift; trap : INT TERM USR1; "$@"; status=$?
 echo "$status" 2>/dev/null >"$folder/$DAT_RESTART_COUNT.$SLURM_PROCID"; exit "$status"'
@@ -17,7 +17,7 @@ echo "$status" 2>/dev/null >"$folder/$DAT_RESTART_COUNT.$SLURM_PROCID"; exit "$s
 died() { (($1 == 75 || ($1 > 128 && $1 != 130 && $1 != 138 && $1 != 143))); }
 
 if [[ ${1:-} == --inside-job ]]; then
-    folder=$(mktemp -d "$2/$SLURM_JOB_ID.XXXXXX") # which all nodes see
+    folder=$(mktemp -d "$2/$SLURM_JOB_ID.XXXXXX") # shared by all nodes
     trap 'rm -rf "$folder"' EXIT
     shift 2
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it from sbatch

@@ -1,11 +1,11 @@
-"""Time and memory of the operations of DAT++, each in its plain form and in the one chosen for the shape.
+"""Time and memory of the operations of DAT++, each in its plain form and in the form selected for the shape.
 
     python -m benchmarks.attention --models T S B --sizes 224 384 --threads 1
     python -m benchmarks.attention --memory --models T --sizes 224 --batch-size 128 --operations layer
 
-The two forms take turns in this process on random input. The tables of the position biases are those of 224x224. The
-first table has the best run of each. The second, with `--memory`, has what autograd keeps of one operation between
-forward and backward; what both forms need in any case, their arguments, is in neither column.
+The two forms take turns in this process on random input. The position bias tables are those of 224x224. The first table
+has the best run of each. The second, with `--memory`, has the memory that autograd saves between forward and backward,
+without the arguments, which both forms need.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Operation(NamedTuple):
     """One operation at the shape of one stage.
 
     Attributes:
-        name: what the tables call it.
+        name: its name in the tables.
         run: takes the form and the arguments.
         arguments: tensors that require a gradient.
-        chosen: the form that is taken by itself.
+        chosen: the form selected by default.
     """
 
     name: str
@@ -94,7 +94,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each form")
-    parser.add_argument("--memory", action="store_true", help="what autograd keeps, instead of times")
+    parser.add_argument("--memory", action="store_true", help="memory saved by autograd, instead of times")
     return parser.parse_args()
 
 
@@ -142,7 +142,7 @@ def _mlp(model: str, size: int, stage: int, batch: int, device: torch.device) ->
 
 
 def _linear(model: str, size: int, stage: int, batch: int, device: torch.device) -> Operation:
-    """Return the layer that makes queries, keys and values of a pixel."""
+    """Return the layer that computes queries, keys and values of a pixel."""
     side, dim = size // (4 << stage), WIDTHS[model] << stage
     arguments = [_random(*shape, device=device) for shape in ((batch, side, side, dim), (3 * dim, dim), (3 * dim,))]
 
@@ -153,7 +153,7 @@ def _linear(model: str, size: int, stage: int, batch: int, device: torch.device)
 
 
 def _layer(model: str, size: int, stage: int, batch: int, device: torch.device) -> Operation:
-    """Return a whole mixer D: projections, offset network, sampling and attention."""
+    """Return a complete mixer D: projections, offset network, sampling and attention."""
     side, native, dim = size // (4 << stage), NATIVE // (4 << stage), WIDTHS[model] << stage
     layer = DeformableAttention(
         dim,

@@ -2,8 +2,8 @@
 
     python -m benchmarks.dense coco --cfg configs/detection/*_dat_tiny_1x.yaml configs/segmentation/*_dat_tiny_40k.yaml
 
-The first photographs of a data set in the layout of COCO are resized to the sizes asked for; segmenters learn its
-objects as classes of pixels, the background among them. The peak is that of the whole process (ru_maxrss), in float32.
+The first images of a data set in the layout of COCO are resized to the given sizes; for segmenters, its objects and the
+background are pixel classes. The peak is that of the whole process (ru_maxrss), in float32.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ SIZES = ["480x640", "800x1333"]
 
 @dataclass(frozen=True)
 class Measured:
-    """What a run gave.
+    """Results of a run.
 
     Attributes:
         losses: of the updates.
         score: AP of a detector, mIoU of a segmenter.
         peak: GiB.
-        seconds: of the processor.
+        seconds: CPU seconds.
     """
 
     losses: list[float]
@@ -52,7 +52,7 @@ class Measured:
 
 
 def main() -> None:
-    """Measure what the command line names, and print a table."""
+    """Run the command line and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="data set in the layout of COCO")
     parser.add_argument("--cfg", nargs="+", type=Path, required=True, help="configs of detectors and segmenters")
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def write_samples(dataset: DetectionDataset, root: Path, size: tuple[int, int], *, train: int) -> None:
-    """Write the first images at this height and width, in the layout of COCO: so many to train on, and one held out."""
+    """Write the first images at this height and width in the layout of COCO: some for training, and one held out."""
     numbers = iter(range(len(dataset.train)))
     for part, count in (("train", train), ("val", 1)):
         images, annotations = [], []
@@ -109,7 +109,7 @@ def _annotation(mask: np.ndarray, label: int) -> dict[str, Any]:
 
 
 def measure(config: Path, data: Path, size: tuple[int, int], *, batch_size: int) -> Measured:
-    """Train for an epoch and evaluate, as the trainer does it.
+    """Train for an epoch and evaluate, as in the trainer.
 
     Raises:
         RuntimeError: the run failed.

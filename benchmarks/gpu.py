@@ -1,10 +1,10 @@
-"""Images a second and peak memory of networks on a GPU, in one run, written to `benchmarks/gpu.md`.
+"""Images per second and peak memory of networks on a GPU, in one run, written to `benchmarks/gpu.md`.
 
     make bench-gpu
 
-first checks the kernels against the plain operations on the device, then runs this. Every network runs in bfloat16
+first compares the kernels with the plain operations on the device, then runs this. Every network runs in bfloat16
 autocast and channels-last, eager and compiled, inference and a training step without the update; ours also with the
-plain operations, to show what the kernels are worth. The networks of one size take turns in one process.
+plain operations, to show the effect of the kernels. The networks of one size take turns in one process.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def networks(size: int, device: torch.device) -> dict[str, nn.Module]:
 
 
 def with_plain_operations(network: nn.Module) -> nn.Module:
-    """Let every operation of a network take its plain form."""
+    """Set every operation of a network to its plain form."""
     for module in network.modules():
         if hasattr(module, "form"):
             module.form = "reference"
@@ -106,7 +106,7 @@ def table(made: dict[str, nn.Module], size: int, batch: int, device: torch.devic
 
 
 def _fits(action: Callable[[], object]) -> bool:
-    """Run an action once, and return whether the memory was enough."""
+    """Run an action once, and return whether there was enough memory."""
     try:
         action()
     except torch.OutOfMemoryError:

@@ -1,11 +1,11 @@
-"""How many kernels a network starts on a GPU, and the bytes they read and write, counted without a GPU.
+"""Number of kernels that a network launches on a GPU, and the bytes they read and write, counted without a GPU.
 
     python -m benchmarks.launches --cfg configs/dat_tiny.yaml --timm swin_tiny_patch4_window7_224
 
-The network runs eagerly on tensors that have a shape, a type and a pretended CUDA device, but no values. Every
-operation that reaches the device counts as one kernel, with the bytes of its arguments and results; views and
-allocations count nothing. A custom operator counts once, with what it is given and what it returns: its own workspaces
-do not appear. The count says nothing about time: it shows what is left to fuse.
+The network runs eagerly on fake tensors on a CUDA device, without values. Every operation on the device counts as one
+kernel, with the bytes of its arguments and results; views and allocations are not counted. A custom operator counts
+once, with its arguments and results but without its workspaces. The count is not a measure of time: it shows what is
+left to fuse.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 
 
 class Launches(TorchDispatchMode):
-    """Counts what the operations inside it start and move.
+    """Counts kernels and bytes of the operations inside the context.
 
     Attributes:
         kernels: number of kernels by the name of their operation.
@@ -55,13 +55,13 @@ class Launches(TorchDispatchMode):
         starts_nothing = func.is_view or func.namespace == "prim" or name in ALLOCATIONS
         if not starts_nothing and any(tensor.is_cuda for tensor in tensors):
             self.kernels[name] += 1
-            # An operation in place returns what it was given: two passes over the same memory.
+            # An in-place operation returns its argument: it reads and writes the same memory.
             self.bytes[name] += sum(_bytes(tensor) for tensor in tensors)
         return result
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Return the bytes of a tensor's memory; what is broadcast counts once."""
+    """Return the bytes of a tensor's memory; broadcast dimensions count once."""
     values = 1
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         values *= length if stride or not length else 1
@@ -81,9 +81,11 @@ def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cfg", nargs="+", default=[], help="config files")
     parser.add_argument("--timm", nargs="+", default=[], help="names of timm models")
-    parser.add_argument("--img-size", type=int, nargs="+", help="side, or height and width; that of the first config")
+    parser.add_argument(
+        "--img-size", type=int, nargs="+", help="side, or height and width (default: that of the first config)"
+    )
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--operations", type=int, default=0, help="print so many operations of most bytes, too")
+    parser.add_argument("--operations", type=int, default=0, help="also print the operations with the most bytes")
     parser.add_argument("--opts", nargs="+", default=[], help="options of the configs, KEY VALUE ...")
     return parser.parse_args()
 
@@ -115,10 +117,10 @@ def _print_tables(args: argparse.Namespace) -> None:
 
 
 def count(network: nn.Module, shape: tuple[int, ...]) -> tuple[Launches, Launches]:
-    """Return what the forward and the backward pass of a training step launch, without stochastic depth.
+    """Return the counts of the forward and backward pass of a training step, without stochastic depth.
 
     Args:
-        network: on the CPU; it is moved to the pretended device for good.
+        network: on the CPU; it is moved permanently to the fake device.
         shape: of the images, ``[B, 3, H, W]``.
     """
     device, forward, backward = torch.device("cuda"), Launches(), Launches()
@@ -129,18 +131,18 @@ def count(network: nn.Module, shape: tuple[int, ...]) -> tuple[Launches, Launche
             if type(module).__name__ in ("DropPath", "Residual"):
                 module.eval()
         images = torch.empty(shape, device=device)
-        network(images)  # makes what depends on sizes alone
+        network(images)  # fills the caches of tensors that depend only on sizes
         with forward:
             out = network(images)
         loss = out.float().logsumexp(-1).mean()
-        # Checkpoints make their tensors anew once in a backward pass, which they know by its number.
+        # Checkpoints recompute their tensors once per backward pass, identified by its number.
         with backward, mock.patch("torch._C._current_graph_task_id", return_value=0):
             _go_back(loss)
     return forward, backward
 
 
 def _go_back(loss: Tensor) -> None:
-    """Call the nodes of the backward pass in order: the engine of autograd asks for streams of a real device."""
+    """Call the nodes of the backward pass in order: the autograd engine needs streams of a real device."""
     waiting, reached = Counter(), [loss.grad_fn]
     for node in reached:
         for following, _ in _following(node):
@@ -181,7 +183,7 @@ def _call(node: Node, gradients: dict[int, Tensor]) -> Iterator[Tensor | None]:
 
 @contextmanager
 def _new_parameters() -> Iterator[None]:
-    """Let modules take new parameters when they are moved, which a pretended tensor cannot enter in place."""
+    """Replace parameters when modules are moved, as fake tensors cannot be assigned in place."""
     before = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     try:

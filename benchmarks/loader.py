@@ -1,14 +1,14 @@
-"""Images a second of one core that reads training images, beside timm's own loader with the same transforms.
+"""Images per second of one core that loads training images, compared with timm's loader with the same transforms.
 
     python -m benchmarks.loader --data-path FOLDER --also tar:SHARDS --also csv:TABLES
     python -m benchmarks.loader --listing 14000000
 
 The loaders take turns in this process, without workers, over the same folder; the best run of each counts. "recipe" is
-the published pipeline: decode, random resized crop, flip, RandAugment; "light" does without RandAugment. timm's loader
-is measured with and without its prefetcher, which collates bytes; the faster one is the base of the ratios. timm
-normalises and erases on this core, this loader leaves both to the device.
+the published pipeline: decode, random resized crop, flip, RandAugment; "light" is without RandAugment. timm's loader
+is measured with and without its prefetcher, which collates bytes; the faster one is the baseline of the ratios.
+timm normalises and erases on this core, this loader leaves both to the device.
 
-With --listing, a made-up list of so many images is written and mapped, and what it takes is printed.
+With --listing, a synthetic list of this many images is written and mapped, and its time and memory are printed.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ from data.listing import Listing
 from data.operations import posterize
 from data.samplers import TrainSampler
 
-# Images that eight GPUs take in a second, and seconds of a day.
+# Images that eight GPUs consume per second, and seconds of a day.
 GPUS, RATE = 8, 2500
-# Dollars for an hour of a core: an assumption, about what clouds ask on demand.
+# Dollars per core and hour: an assumption, about the on-demand price of clouds.
 PRICE = 0.04
 
 
 def main() -> None:
-    """Measure what the command line names and print it."""
+    """Run the command line and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", default="", help="holds train/<class>/*")
+    parser.add_argument("--data-path", default="", help="contains train/<class>/*")
     parser.add_argument("--also", action="append", default=[], metavar="FORMAT:PATH", help="the same in another format")
     parser.add_argument("--batch-size", type=int, default=26)
     parser.add_argument("--size", type=int, default=224, help="height and width of the result")
-    parser.add_argument("--images", type=int, default=100, help="images of a run, at least")
+    parser.add_argument("--images", type=int, default=100, help="minimum images of a run")
     parser.add_argument("--runs", type=int, default=7, help="runs of each loader")
-    parser.add_argument("--listing", type=int, default=0, metavar="N", help="measure a made-up list of N images")
+    parser.add_argument("--listing", type=int, default=0, metavar="N", help="measure a synthetic list of N images")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    # timm hands 0 bits on to Pillow, which refuses them from version 13 on.
+    # timm passes 0 bits to Pillow, which rejects them from version 13 on.
     NAME_TO_OP.update({name: posterize for name in NAME_TO_OP if name.startswith("Posterize")})
     print(
         f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def print_rates(args: argparse.Namespace) -> None:
-    """Print images a second of every loader and decoder."""
+    """Print images per second of every loader and decoder."""
     print(
         "| pipeline | loader | images/s | slowest run | relative to timm | first batch, s "
         "| cores for 8 GPUs | $ per GPU-day |"
@@ -106,7 +106,7 @@ def print_rates(args: argparse.Namespace) -> None:
 
 
 def print_listing(count: int) -> None:
-    """Print what a list of `count` images takes: memory, and the start of an epoch."""
+    """Print the cost of a list of `count` images: memory, and the start of an epoch."""
     names = (f"n{number // 640:08}/n{number // 640:08}_{number % 640:05}.JPEG".encode() for number in range(count))
     rows = ((name, number // 640) for number, name in enumerate(names))
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What autograd keeps, and what a network takes of a GPU's memory."""
+"""Memory saved by autograd, and peak GPU memory of a network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 def kept_for_backward(function: Callable[..., Tensor], arguments: list[Tensor]) -> int:
-    """Return the bytes that autograd keeps of a function's run beyond its arguments; what shares memory counts once."""
+    """Return the bytes saved by autograd in a call of a function beyond its arguments; shared memory counts once."""
     kept = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def kept_for_backward(function: Callable[..., Tensor], arguments: list[Tensor]) 
 
 
 def peak_memory(action: Callable[[], object], network: nn.Module, device: torch.device) -> float:
-    """Return the MiB of GPU memory that a network takes at most in an action, without what others hold meanwhile."""
+    """Return the peak GPU memory of an action in MiB, without the memory of other tensors."""
     network.zero_grad()
     own = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
     others = torch.cuda.memory_allocated(device) - own

@@ -1,12 +1,12 @@
-"""Time of whole networks beside models of timm: inference, and forward and backward of a training step.
+"""Time of complete networks compared with timm models: inference, and forward and backward of a training step.
 
     python -m benchmarks.model --cfg configs/dat_tiny.yaml --timm swin_tiny_patch4_window7_224 convnext_tiny \\
         --threads 1 2 --batch-size 1 8 32 --amp none bf16 --compile
 
 measures every combination of the arguments. All networks of a row take turns in this process on the same random images.
-A row shows the best run of each, by how much its median run is slower, and the best run over that of the first model of
-timm. The floor is the time that the products of the first network take at the rate of one large product; a training
-step has three times as many.
+A row shows the best run of each, how much slower the median run is, and the best run divided by that of the first timm
+model. The floor is the time that the matrix products of the first network would take at the throughput of one large
+product; a training step has three times as many.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.timing import AMP_DTYPES, environment, precision, spread, take_t
 from config import load_config
 from models import build_model
 
-SIDE = 1024  # of the matrices that the floor is measured with
+SIDE = 1024  # side of the matrices for measuring the floor
 
 
 def main() -> None:
@@ -51,10 +51,10 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", choices=AMP_DTYPES, nargs="+", default=["none"], help="autocast")
     parser.add_argument(
-        "--compile", action="store_true", help="compiled networks, too; ours block by block, those of timm whole"
+        "--compile", action="store_true", help="also compiled networks; ours block by block, those of timm as a whole"
     )
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each network")
-    parser.add_argument("--only", choices=TASKS, help="measure one of the two")
+    parser.add_argument("--only", choices=TASKS, help="measure only one task")
     parser.add_argument("--opts", nargs="+", default=[], help="options of the configs, KEY VALUE ...")
     return parser.parse_args()
 
@@ -106,7 +106,7 @@ def _build_networks(args: argparse.Namespace, device: torch.device) -> tuple[dic
 
 
 def _compiled(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return copies compiled for the number of threads that is set, which becomes part of their code."""
+    """Return copies compiled for the current number of threads, which is part of the generated code."""
     torch.compiler.reset()
     copies = copy.deepcopy(networks)
     for network in copies.values():
@@ -126,20 +126,20 @@ def _macs(network: nn.Module, size: tuple[int, int]) -> int:
 
 
 def _mac_rate(amp: str, device: torch.device) -> float:
-    """Return the multiply-accumulates a second of one large product."""
+    """Return the multiply-accumulates per second of one large product."""
     a, b = torch.randn(2, SIDE, SIDE, device=device, dtype=AMP_DTYPES[amp] or torch.float32)
     return SIDE**3 / min(take_turns({"product": lambda: a @ b}, runs=3, device=device)["product"])
 
 
 def infer(network: nn.Module, images: Tensor, amp: str) -> None:
-    """Run a network on a batch as for predictions."""
+    """Run inference on a batch."""
     network.eval()
     with torch.inference_mode(), precision(amp, images.device):
         network(images)
 
 
 def train(network: nn.Module, images: Tensor, amp: str) -> None:
-    """Run a network on a batch forward and backward, as in training but for the update of the weights."""
+    """Run forward and backward on a batch, as in training but without the update."""
     network.train().zero_grad()
     with precision(amp, images.device):
         loss = network(images).float().logsumexp(-1).mean()

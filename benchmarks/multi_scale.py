@@ -1,11 +1,11 @@
-"""Time and memory of multi-scale deformable attention beside that of `transformers` (Deformable DETR).
+"""Time and memory of multi-scale deformable attention compared with that of `transformers` (Deformable DETR).
 
     python -m benchmarks.multi_scale --threads 1
     python -m benchmarks.multi_scale --queries 300
 
 Both layers have the same weights and take turns in this process on random input at the size of Deformable DETR's
-encoder. Peak memory is measured in a fresh process per layer, beyond what it holds before: resident memory on a CPU
-(Linux alone), what the layer allocates on a GPU.
+encoder. Peak memory is measured in a new process per layer, as the increase over that before the call: resident memory
+on a CPU (Linux only), allocated memory on a GPU.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ def main() -> None:
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--queries", type=int, help="learned queries, as in the decoder; the pixels where not given")
+    parser.add_argument("--queries", type=int, help="learned queries, as in the decoder (default: the pixels)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each layer")
-    parser.add_argument("--peak", nargs=2, metavar=("LAYER", "TASK"), help="print one peak of memory alone")
+    parser.add_argument("--peak", nargs=2, metavar=("LAYER", "TASK"), help="only print one peak memory")
     return parser.parse_args()
 
 
 def _layer(name: str, args: argparse.Namespace, device: torch.device) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """Return a call of a layer and the tensors that it takes and that require a gradient."""
+    """Return a call of a layer, and its arguments that require a gradient."""
     torch.manual_seed(0)
     layer = MSDeformAttn(DIM, len(LEVELS), HEADS, POINTS)
     torch.nn.init.normal_(layer.sampling_offsets.weight, std=0.05)
@@ -101,7 +101,7 @@ def _layer(name: str, args: argparse.Namespace, device: torch.device) -> tuple[C
 
 
 def _centres(device: torch.device) -> Tensor:
-    """Return the place of every pixel of every level, ``[1, S, 1, 2]``."""
+    """Return the position of every pixel of every level, ``[1, S, 1, 2]``."""
     planes = []
     for height, width in LEVELS:
         y, x = ((torch.arange(length, device=device) + 0.5) / length for length in (height, width))
@@ -128,7 +128,7 @@ def _in_fresh_process(name: str, task: str) -> str:
 
 
 def _peak(args: argparse.Namespace, device: torch.device, name: str, task: str) -> float:
-    """Return the MiB that a layer takes at most beyond what it holds before."""
+    """Return the increase of peak memory by a layer in MiB."""
     run, leaves = _layer(name, args, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -136,7 +136,7 @@ def _peak(args: argparse.Namespace, device: torch.device, name: str, task: str) 
         TASKS[task](run, leaves)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     x = torch.ones(512, 512, requires_grad=True)
-    torch.nn.functional.linear(x, x).sum().backward()  # what the first product loads
+    torch.nn.functional.linear(x, x).sum().backward()  # loads the libraries of the first product
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     before = _status("VmRSS")
     TASKS[task](run, leaves)
@@ -144,7 +144,7 @@ def _peak(args: argparse.Namespace, device: torch.device, name: str, task: str) 
 
 
 def _status(name: str) -> float:
-    """Return one of the kernel's figures of this process, in MiB."""
+    """Return one of the kernel's memory figures of this process, in MiB."""
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) / 2**10
 

@@ -1,9 +1,9 @@
-"""Time of one network against the side of the images, beside the number of pixels.
+"""Time of one network against the side of the images, compared with the number of pixels.
 
     python -m benchmarks.sizes --cfg configs/dat_tiny.yaml --sizes 224 320 448 640 --plot benchmarks/sizes.png
 
-The sizes take turns in this process; a point is the best run. The network stays the one of its config, with tables for
-the size that it was built for.
+The sizes take turns in this process; a point is the best run. The network is that of the config, with tables for the
+size of the config.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fair timings on a machine that is not alone: rivals take turns in one process, the best of several runs counts."""
+"""Fair timings on a shared machine: functions take turns in one process, and the best of several runs counts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def take_turns(
     rivals: Mapping[str, Callable[[], object]], *, runs: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Return the seconds of every run of every rival, after one run each to warm up."""
+    """Return the seconds of every run of every function, after one warm-up run each."""
     seconds = {name: [] for name in rivals}
     for run in range(runs + 1):
         for name, rival in rivals.items():
@@ -41,7 +41,7 @@ def spread(seconds: list[float]) -> str:
 
 
 def precision(name: str, device: torch.device) -> AbstractContextManager:
-    """Return the autocast that a key of `AMP_DTYPES` stands for."""
+    """Return the autocast context for a key of `AMP_DTYPES`."""
     dtype = AMP_DTYPES[name]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 

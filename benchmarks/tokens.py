@@ -2,8 +2,8 @@
 
     python -m benchmarks.tokens --plot benchmarks/tokens.png
 
-One layer, one image, inference. The last line of the table has the power of the number of tokens that time grows with,
-between the last two rows.
+One layer, one image, inference. The last row of the table has the exponent with which time grows with the number of
+tokens, from the last two rows.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--runs", type=int, default=3, help="timed runs of each attention")
-    parser.add_argument("--plot", type=Path, help="where the figure goes")
+    parser.add_argument("--plot", type=Path, help="path of the figure")
     return parser.parse_args()
 
 
@@ -91,7 +91,7 @@ def _infer(layer: nn.Module, x: torch.Tensor) -> None:
 
 
 def slope(sides: list[int], times: list[float]) -> float:
-    """Return the power of the number of tokens that time grows with, from the last two points."""
+    """Return the exponent with which time grows with the number of tokens, from the last two points."""
     if len(sides) < 2:
         return math.nan
     return math.log(times[-1] / times[-2]) / (2 * math.log(sides[-1] / sides[-2]))

@@ -1,4 +1,4 @@
-"""The documentation site: `make docs` builds it, and a warning is an error."""
+"""Configuration of the documentation site, built by `make docs`; warnings are errors."""
 
 import re
 import sys
@@ -21,10 +21,10 @@ default_role = "code"
 
 
 def _name_files_of_the_repository(app: Sphinx, name: str, source: list[str]) -> None:  # noqa: ARG001
-    """Replace links to files outside of docs/, which the site does not hold, by their paths."""
+    """Replace links to files outside docs/, which are not on the site, by their paths."""
     source[0] = re.sub(r"\[([^\]]*)\]\(\.\./([^)]*)\)", r"\1 (`\2`)", source[0])
 
 
 def setup(app: Sphinx) -> None:
-    """Connect what prepares the pages."""
+    """Connect the page preprocessing."""
     app.connect("source-read", _name_files_of_the_repository)

@@ -19,12 +19,12 @@ import models  # noqa: F401  registers the names with timm
 
 
 def main(name: str, folder: str, *, size: int | None = None, classes: int = 3) -> nn.Module:
-    """Fit a head to two images for one step, and return the network as it is loaded from `folder`.
+    """Train a head on two images for one step, and return the network loaded from `folder`.
 
     Args:
         name: any model of timm.
-        folder: where config and weights are written.
-        size: side of the images in pixels; that of the model where None.
+        folder: folder for config and weights.
+        size: side of the images in pixels; None for that of the model.
         classes: size of the logits.
     """
     backbone = timm.create_model(name, num_classes=0).eval()

@@ -30,7 +30,7 @@ class Pyramid(nn.Module):
         self.body = timm.create_model(name, features_only=True, out_indices=(1, 2, 3), **options)
         widths = self.body.feature_info.channels()
         self.fpn = FeaturePyramidNetwork(widths, channels, extra_blocks=LastLevelP6P7(channels, channels))
-        self.out_channels = channels  # torchvision reads it
+        self.out_channels = channels  # read by torchvision
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         return self.fpn({str(i): x for i, x in enumerate(self.body(images))})

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 
 
 class Classifier:
-    """A network in an ONNX file, with the classes and the preprocessing that the file describes."""
+    """A network in an ONNX file, with classes and preprocessing from its metadata."""
 
     def __init__(self, path: str | Path) -> None:
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -74,7 +74,7 @@ def build_app(path: str | Path) -> FastAPI:
 
 
 def __getattr__(name: str) -> FastAPI:
-    """Build ``app`` when a server asks for it, from the file that the variable MODEL names."""
+    """Build ``app`` when a server imports it, from the file named by the variable MODEL."""
     if name == "app":
         return build_app(os.environ["MODEL"])
     raise AttributeError(name)

@@ -32,7 +32,7 @@ launch() {
         LOCAL_WORLD_SIZE=$processes exec "$python" "$root/main.py" "$@"
     fi
     LOCAL_WORLD_SIZE=$processes "$python" "$root/main.py" "$@" --check >/dev/null # the run itself prints the warnings
-    # Share the cores, so that processes on CPU do not get into each other's way.
+    # Divide the cores among the processes, so that processes on CPU do not slow each other down.
     local cores
     cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) # nproc respects the CPU affinity
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / processes > 0 ? cores / processes : 1))}
