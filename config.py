@@ -631,7 +631,7 @@ def differences(one: CfgNode, other: CfgNode) -> list[tuple[str, Any, Any]]:
 
 
 def complete(written: CfgNode) -> Config:
-    """Return a config with the options that it lacks, which its run did not know yet, at their defaults."""
+    """Return a config of an older version with the missing options at their defaults."""
     config = default_config()
     _lay_over(config, written)
     return config

@@ -172,7 +172,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
     """Return the configured optimizer of `model`'s trained parameters, with the base learning rate.
 
     Raises:
-        ValueError: there is no such optimizer, it cannot be used here, or it does not know an argument.
+        ValueError: there is no such optimizer, it cannot be used here, or it does not accept an argument.
     """
     settings, train = config.TRAIN.OPTIMIZER, config.TRAIN
     groups = parameter_groups(

@@ -26,7 +26,7 @@ if [[ ${1:-} == --inside-job ]]; then
         # After one task exits, the others have a minute to exit on their own: their exit status gives the reason.
         DAT_RESTART_COUNT=$restart DAT_RESTARTS_LEFT=$((${MAX_RESTARTS:-3} - restart)) \
             srun --kill-on-bad-exit=0 --wait=60 bash -c "$task" task "$folder" "$@" || highest=$?
-        # srun reports only the highest status. A task that failed on its own decides, whatever the status of the others.
+        # srun reports only the highest status. A task that failed by itself takes precedence over the status of the others.
         decided=0
         for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
             read -r status 2>/dev/null <"$folder/$restart.$rank" || continue # killed before it could leave one

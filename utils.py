@@ -135,7 +135,7 @@ def collective_timeout() -> timedelta:
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
-    """Return whether `error` means that another process did not respond; errors of gloo have no class of their own."""
+    """Return whether `error` means that another process did not respond; errors of gloo have no specific class."""
     return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""Peak memory of detectors and segmenters: two updates and an evaluation of one image, in a process of their own.
+"""Peak memory of detectors and segmenters: two updates and an evaluation of one image, in a separate process.
 
     python -m benchmarks.dense coco --cfg configs/detection/*_dat_tiny_1x.yaml configs/segmentation/*_dat_tiny_40k.yaml
 

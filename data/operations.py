@@ -33,22 +33,22 @@ def shear_y(image: Image.Image, factor: float, **options: object) -> Image.Image
 
 
 def translate_x_rel(image: Image.Image, pct: float, **options: object) -> Image.Image:
-    """Shift the image by a share of its width."""
+    """Shift the image by a fraction of its width."""
     return _shift_rows(image, 0.0, pct * image.width, **options)
 
 
 def translate_y_rel(image: Image.Image, pct: float, **options: object) -> Image.Image:
-    """Shift the image by a share of its height."""
+    """Shift the image by a fraction of its height."""
     return _shift_columns(image, 0.0, pct * image.height, **options)
 
 
 def translate_x_abs(image: Image.Image, pixels: float, **options: object) -> Image.Image:
-    """Shift the image by so many pixels."""
+    """Shift the image by a number of pixels."""
     return _shift_rows(image, 0.0, pixels, **options)
 
 
 def translate_y_abs(image: Image.Image, pixels: float, **options: object) -> Image.Image:
-    """Shift the image by so many pixels."""
+    """Shift the image by a number of pixels."""
     return _shift_columns(image, 0.0, pixels, **options)
 
 

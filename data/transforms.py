@@ -27,9 +27,9 @@ Size = tuple[int, int]
 class TrainTransform:
     """Random crop, flip, and RandAugment or colour jitter.
 
-    The crop is drawn from the size alone, so that only as much is decoded as it needs, and resized by PyTorch, whose
-    antialiased filters for 8 bits are those of Pillow (a twentieth of a grey level apart on average) at three times the
-    speed. Everything is drawn from the global generators.
+    The crop depends only on the image size, so only the necessary part is decoded. It is resized by PyTorch, whose
+    8-bit antialiased filters match Pillow's (a difference of a twentieth of a grey level on average) at three times the
+    speed. Random numbers are drawn from the global generators.
 
     Args:
         size: height and width of the result in pixels.
@@ -45,7 +45,7 @@ class TrainTransform:
             "augmix-m3-w3"; empty for none.
 
     Raises:
-        ValueError: for a policy that timm does not know.
+        ValueError: the policy is unknown to timm.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ def resize(pixels: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
 
 
 def normalize(images: Tensor) -> Tensor:
-    """Return `[..., 3, H, W]` of uint8 as float32 with the mean and deviation of ImageNet, where they are."""
+    """Normalise `[..., 3, H, W]`, uint8, to float32 with ImageNet's mean and standard deviation, on its device."""
     mean, deviation = (
         torch.tensor(values, device=images.device).view(3, 1, 1)
         for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)

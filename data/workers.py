@@ -9,13 +9,13 @@ import threading
 
 
 def leave_signals_to_parent(worker_id: int) -> None:  # noqa: ARG001
-    """Make the current process, a worker of a `DataLoader`, go on when the whole job is signalled.
+    """Make this process, a `DataLoader` worker, ignore signals sent to the whole job.
 
-    A terminal and SLURM signal all processes of a job at once. What to do is decided by the training process, which
-    first finishes its update and saves: workers that stopped before would end it with an error. SIGTERM from the
-    training process itself is obeyed; that is how Python ends its children. A worker also ends when that process does.
+    A terminal and SLURM signal all processes of a job at once. The training process reacts by finishing its update and
+    saving; workers that stopped earlier would end it with an error. SIGTERM from the training process itself is obeyed,
+    as Python uses it to end its children. A worker also ends when that process does.
     """
-    # Not os.getppid(), which is the server under "forkserver", and init where the parent died in the meantime.
+    # Not os.getppid(), which is the server under "forkserver", and init if the parent has died in the meantime.
     parent = multiprocessing.parent_process()
     for name in ("SIGINT", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):  # Windows has only SIGINT
@@ -36,9 +36,9 @@ def _obey(parent: int) -> None:
 def _end_with(parent: multiprocessing.process.BaseProcess) -> None:
     """Wait for the end of the parent and end the process.
 
-    The loader's own watch compares os.getppid() with what it was at first: too late where the parent died before, and
-    never different under "forkserver". This waits for the end of a pipe that the parent holds. Workers forked later
-    hold it, too, but the last one's is the parent's alone, so that they end one after the other.
+    The loader's own check compares os.getppid() with its initial value, which fails if the parent died before, and
+    under "forkserver". This waits for the end of a pipe held by the parent. Workers forked later hold it, too, but that
+    of the last worker is only held by the parent, so they end one after another.
     """
     parent.join()
     os._exit(0)

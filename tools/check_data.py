@@ -2,8 +2,9 @@
 
     python tools/check_data.py --data-path imagenet
 
-Reports images that cannot be read, images that stand in both parts or twice in one, tiny and oddly shaped ones, how
-many each class has, and the mean and deviation of the colours. Ends with a verdict, status 1 where a run would suffer.
+Reports unreadable images, duplicates between and within the splits, tiny and unusually shaped images, the number of
+images per class, and mean and standard deviation of the colours. Ends with a verdict; the exit status is 1 if there are
+problems for training.
 """
 
 from __future__ import annotations

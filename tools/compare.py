@@ -1,14 +1,14 @@
-"""Train networks under one recipe, one after the other, and draw their accuracy in one figure.
+"""Train networks with the same recipe, one after another, and draw their accuracy in one figure.
 
     python tools/compare.py configs/compare/digits.yaml --seeds 0 1 2
     python tools/compare.py configs/compare/cifar10.yaml --variants softmax performer --opts DATA.DATA_PATH cifar10
     python tools/compare.py configs/cifar10/*.yaml --seeds 0 1 --opts DATA.DATA_PATH cifar10
 
-A single config with a Vision Transformer is trained with each attention, and beside them its DAT of the same cost.
-Several configs are trained as they are.
+For a single config with a Vision Transformer, the network is trained with each attention, and a DAT of the same cost.
+Several configs are trained unchanged.
 
-The same command continues where it was interrupted: finished runs are not repeated, and the one that was cut off
-resumes. `comparison.png` and `comparison.md` are written anew after each run, beside the runs of one config or into the
+After an interruption the same command continues: finished runs are not repeated, and the interrupted one
+resumes. `comparison.png` and `comparison.md` are rewritten after each run, next to the runs of one config or into the
 output folder of several.
 """
 
@@ -124,7 +124,7 @@ def choose(configs: Sequence[str], names: Sequence[str] | None, opts: Sequence[s
             for path, config in loaded.items()
         }
         if len(variants) < len(loaded):
-            raise ValueError("two configs have one file name, by which networks are told apart")
+            raise ValueError("two configs have the same file name; networks are named after it")
     for name in names or ():
         if name not in variants:
             raise ValueError(f"variant {name!r} is unknown; choose from {', '.join(variants)}")

@@ -66,7 +66,7 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> int:
     """Return the multiply-accumulates of matrix products and convolutions for one image.
 
     Args:
-        model: a network of images ``[1, 3, H, W]``; left as it is. A detector counts with as many regions as it keeps.
+        model: a network of images ``[1, 3, H, W]``, not changed. A detector counts with its maximum number of regions.
         size: height and width of the image in pixels.
     """
     model = deepcopy(model).eval().requires_grad_(False)
@@ -75,7 +75,7 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> int:
             module.form = "reference"
     run = model.run_layers if isinstance(model, Detector) else model
     counter = FlopCounterMode(display=False)
-    # The plain form of attention is made of products, which every release of PyTorch counts.
+    # The plain form of attention consists of matrix products, which every release of PyTorch counts.
     fake, plain = FakeTensorMode(allow_non_fake_inputs=True), sdpa_kernel(SDPBackend.MATH)
     with fake, plain, torch.no_grad(), _unchecked(), counter:
         run(torch.empty(1, 3, *size))

@@ -86,7 +86,7 @@ def predict_all(
         task: puts batches onto that device.
         loader: all held-out images, in order.
         classes: names by label.
-        wanted: asked before each batch.
+        wanted: called before each batch; returns whether to continue.
 
     Raises:
         Stopped: the result is not wanted any more.

@@ -27,7 +27,7 @@ class Look:
         map_size: height and width of the map of queries.
         key_size: height and width of the grid of keys, ``Hk * Wk = Ns``.
         reference: undeformed places of the keys, ``[Ns, 2]``.
-        places: where each group samples its keys, ``[groups, Ns, 2]``; some may lie outside of the image.
+        places: where each group samples its keys, ``[groups, Ns, 2]``; some may be outside the image.
         weights: attention weights ``[heads, H*W, Ns]``, which add up to 1 over the keys.
     """
 

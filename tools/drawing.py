@@ -45,7 +45,7 @@ def draw(image: NDArray[np.uint8], seen: Sequence[Seen], *, queries: Sequence[Pl
         image: what the networks saw, ``[H, W, 3]``.
         seen: of each network, with the same blocks.
         queries: places (y, x) as shares of height and width.
-        heads: counted from 0; where a block has fewer, its columns stay empty. Where empty, one of each
+        heads: counted from 0; if a block has fewer, its columns stay empty. If empty, one of each
             of the first groups of a block: four for one network, two for each of several.
     """
     rows = len(seen[0].looks)

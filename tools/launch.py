@@ -2,9 +2,9 @@
 
     python tools/launch.py 2 --cfg configs/digits.yaml
 
-The processes are torchrun's. torchrun alone repeats a run whatever it ended with, and then ends with 1. Here a run that
-was asked to stop, or that retrying will not help, is not repeated, and the exit status is the one of its processes.
-The variable MAX_RESTARTS says how often a run is started again: 3 times where it is not set.
+The processes are started by torchrun, which by itself restarts a run after any exit status and then exits with 1. Here
+a run that was asked to stop, or for which retrying will not help, is not restarted, and the exit status is that of its
+processes. The environment variable MAX_RESTARTS is the maximum number of restarts, 3 by default.
 """
 
 from __future__ import annotations

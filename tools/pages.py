@@ -52,8 +52,8 @@ def picture(image: Image.Image, *, side: int = 0, lossless: bool = False) -> str
 
     Args:
         image: RGB.
-        side: shrink it so that its longer side has at most so many pixels; 0 leaves it as it is.
-        lossless: as PNG, whatever its size.
+        side: maximum of the longer side in pixels; 0 for no limit.
+        lossless: as PNG, independent of its size.
     """
     if side and max(image.size) > side:
         image = image.copy()

@@ -5,7 +5,7 @@
     python tools/report.py output/dat_tiny/default --data-path imagenet --device cuda
 
 A run writes it at its end. For a classifier, the checkpoint best.pth is run over the held-out images: accuracy by
-class, what is taken for what, and the worst mistakes as pictures.
+class, the confusion matrix, and the worst mistakes as pictures.
 """
 
 from __future__ import annotations
@@ -67,10 +67,10 @@ def write_report(
     """Write the report of a run into its folder and return the file.
 
     Args:
-        folder: with config.yaml, metrics.jsonl and, where they are to be shown, best.pth and curves.png.
+        folder: with config.yaml, metrics.jsonl and optionally best.pth and curves.png.
         device: to run the network on.
-        data_path: the data set, where the run had it where empty.
-        wanted: asked now and then whether to go on.
+        data_path: the data set; empty for that of the run.
+        wanted: called repeatedly; returns whether to continue.
 
     Raises:
         ValueError: the folder is not that of a run, or its data set is not there.

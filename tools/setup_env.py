@@ -1,8 +1,8 @@
 """Set up `.venv`: a virtual environment with the tested versions of all requirements.
 
-The environment itself lies in a cache, under a name made from the requirements and the Python version, and `.venv`
-links to it: a second clone finds it there, and a changed requirements file leads to another one. Needs Python's
-standard library alone.
+The environment is stored in a cache, under a name derived from the requirements and the Python version, and `.venv`
+links to it: a second clone reuses it, and changed requirements create another one. Only needs Python's standard
+library.
 
     python3 tools/setup_env.py
 """

@@ -5,12 +5,12 @@
     python tools/visualize.py photo.jpg --checkpoint dat_pp_tiny_in1k_224.pth --cfg configs/dat_tiny.yaml --size 384
 
 For each stage with deformable attention: the reference grid, the sampling points of each offset group, the importance
-of the keys (their share of all attention) and the attention of query points by several heads. `--before` puts the
-network with its random initial weights, or an earlier checkpoint, beside it.
+of the keys (their share of the attention) and the attention of query points by several heads. `--before` also shows the
+network with its initial weights, or an earlier checkpoint.
 
     python tools/visualize.py --cfg configs/compare/digits.yaml --opts MODEL.VIT.locality box
 
-Without photographs: the windows of locality-aware initialisation of a Vision Transformer, by epochs.
+Without images: the windows of locality-aware initialisation of a Vision Transformer, by epoch.
 """
 
 from __future__ import annotations

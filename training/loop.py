@@ -87,7 +87,7 @@ def train_epochs(run: Run) -> int:
 
 
 def early_end(run: Run) -> str:
-    """Return why a run ends before its last epoch; empty if it goes on."""
+    """Return why a run ends before its last epoch; empty if it continues."""
     patience = run.config.TRAIN.PATIENCE
     if run.state.position.lacks_progress(patience):
         return f"no better {run.task.score.title} for {patience} epochs (TRAIN.PATIENCE)"

@@ -38,6 +38,6 @@ def end_quietly() -> None:
 
 
 def stop_with_parent() -> None:
-    """Ask this process to stop (SIGTERM) when the one that started it dies; Linux alone can do it."""
+    """Stop this process (SIGTERM) when its parent dies; only on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -26,10 +26,10 @@ class Annotation:
     Attributes:
         name: what messages call it.
         box: x1, y1, x2, y2 in pixels.
-        label: from 0 on; None for a class that the data set does not know.
+        label: from 0 on; None for an unknown class.
         area: in pixels; that of the box where None.
         crowd: whether it is a group of objects.
-        outline: polygons or run lengths as COCO writes them; None if it has a box alone.
+        outline: polygons or run lengths in COCO's format; None if it has only a box.
     """
 
     name: str

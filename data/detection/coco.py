@@ -33,7 +33,7 @@ def open_coco(request: Request) -> DetectionDataset:
     images without objects are not trained on. Each is counted and named in the remarks.
 
     Raises:
-        ValueError: a file is missing, is no annotation file, or knows other classes than that of the training part.
+        ValueError: a file is missing, is not an annotation file, or has other classes than that of the training split.
     """
     root = request.root(_LAYOUT)
     files = {part: _find(request, part, root) for part in request.needs}

@@ -11,7 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-# An image `[3, h, w]`, uint8, and its target: `boxes`, `labels`, and where they are wanted `masks`.
+# An image `[3, h, w]`, uint8, and its target: `boxes`, `labels`, and optionally `masks`.
 Pair = tuple[tv_tensors.Image, dict[str, Any]]
 
 
@@ -73,7 +73,7 @@ class RandomSizedCrop(v2.Transform):
     """A crop of random size and position.
 
     Args:
-        smallest: side in pixels, or the whole side where the image has fewer.
+        smallest: side in pixels, limited to that of the image.
         largest: likewise.
     """
 

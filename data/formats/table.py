@@ -76,11 +76,11 @@ def open_table(request: Request) -> Dataset:
 def read_rows(path: Path, part: str, *, multi_label: bool) -> list[Row]:
     """Return the rows of a table that belong to a split.
 
-    A first line of titles is recognised by a column of paths (`path`, `image`, `file`, ...); then the columns may stand
-    in any order beside others, and a column `split` chooses the rows of the part. Without titles there are two columns.
+    A header line is recognised by a column of paths (`path`, `image`, `file`, ...); columns may then be in any order,
+    with additional ones, and a column `split` selects the rows of the split. Without a header there are two columns.
 
     Raises:
-        ValueError: for a table that cannot be read, or has no rows for the part.
+        ValueError: the table cannot be read, or has no rows for the split.
     """
     rows = []
     columns = (0, 1, None)

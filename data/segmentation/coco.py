@@ -15,7 +15,7 @@ def open_coco(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG00
     """Open a data set in the layout of COCO; class 0 is the background, the others follow the ids of the categories.
 
     Raises:
-        ValueError: as of detection, and where objects have boxes alone, or their classes are too many for a mask.
+        ValueError: as for detection, or objects have only boxes, or there are too many classes for a mask.
     """
     objects = open_objects(request)
     if not objects.masks:

@@ -91,6 +91,6 @@ class EvalTransform:
 
 
 def resized(size: Sequence[int], short: float) -> list[int]:
-    """Return height and width with a short side of so many pixels, fewer where the long side would be too long."""
+    """Return height and width for a short side in pixels, less if the long side would exceed its limit."""
     factor = min(short / min(size), _LONGEST * short / max(size))
     return [max(1, math.floor(side * factor + 0.5)) for side in size]

@@ -28,8 +28,8 @@ class AdapterConfig(BackboneConfigMixin, PretrainedConfig):
 class BackboneAdapter(BackboneMixin, PreTrainedModel):
     """Replaces the backbone of a transformers model and calls the one of the detector.
 
-    It does not own the backbone: so transformers neither initialises its weights anew nor names them, and they have
-    one place in the state dict of the detector.
+    The backbone is not a submodule: transformers therefore does not reinitialise its weights, and they appear only
+    once in the state dict of the detector.
     """
 
     config_class = AdapterConfig

@@ -69,7 +69,7 @@ def neighborhood_attention(
     q_maps, k_maps, v_maps = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2) for x in (q, k, v))
     cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)
     cuts = (x.unflatten(0, (-1, len(bias))) for x in cuts)  # [B, heads * tiles, ...]
-    x = dot_product_attention(*cuts, bias[None], scale=scale, dropout=dropout)  # fused kernels want four axes
+    x = dot_product_attention(*cuts, bias[None], scale=scale, dropout=dropout)  # fused kernels need four axes
     x = tiles.join(x.flatten(0, 1)).view(q.shape[0], heads, *q.shape[1:3], -1)  # len(q) would be fixed in a graph
     return x.permute(0, 2, 3, 1, 4)
 

@@ -108,7 +108,7 @@ def test_several_configs_are_trained_as_they_are(monkeypatch: pytest.MonkeyPatch
 
 def test_wrong_variants_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     one, other = (str(ROOT / f"configs/{folder}/resnet.yaml") for folder in ("cifar10", "cifar100"))
-    for arguments, said in (([one, other], "one file name"), ([one, "--variants", "vit"], "choose from resnet")):
+    for arguments, said in (([one, other], "same file name"), ([one, "--variants", "vit"], "choose from resnet")):
         monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
         with pytest.raises(SystemExit):
             compare.main()

@@ -81,7 +81,7 @@ def test_mnist_that_is_missing_or_damaged(mnist: Path, tmp_path: Path) -> None:
         (content[:-1], "truncated, or not an IDX file of 1 dimensions"),
         (content[:2], "cannot be read"),
         (idx(np.zeros(5, np.uint8)), "train has 6 images, but 5 labels"),
-        (idx(np.zeros((6, 1), np.uint8)), "no IDX file of 1 dimensions"),
+        (idx(np.zeros((6, 1), np.uint8)), "not an IDX file of 1 dimensions"),
     ):
         (mnist / "train-labels-idx1-ubyte").write_bytes(wrong)
         with pytest.raises(ValueError, match=says):
