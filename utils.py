@@ -42,7 +42,7 @@ class World:
 
 
 class Launch(NamedTuple):
-    """How this process was started: its number and how many there are, in all and on this machine."""
+    """Rank and number of processes, globally and on this machine."""
 
     rank: int = 0
     size: int = 1
