@@ -405,10 +405,12 @@ ROWS = [
     table(
         "classes in other letters",
         "photos/train/cat/0.jpg,Cat\n",
-        r"has classes that .* has not: cat \(train has Cat\)",
+        r"has classes that .* does not have: cat \(train has Cat\)",
     ),
     table("text in UTF-16", "a\0,\0b\0\n", "table wrong/train.csv is no text in UTF-8; save it as such"),
-    table("other classes", "photos/train/cat/0.jpg,emu\n", "wrong/val.csv has classes that .*train.csv has not: cat"),
+    table(
+        "other classes", "photos/train/cat/0.jpg,emu\n", "wrong/val.csv has classes that .*train.csv does not have: cat"
+    ),
     archive(
         "cut off",
         lambda root: (root / "train.tar").write_bytes((root / "train.tar").read_bytes()[:4000]),
@@ -427,12 +429,12 @@ ROWS = [
     archive(
         "without its end",
         lambda root: change(root / "train.tar", lambda content: content.rstrip(b"\0") + bytes(200)),
-        r"archive wrong/train\.tar is cut off or damaged .*; copy it again",
+        r"archive wrong/train\.tar is truncated or damaged .*; copy it again",
     ),
     archive(
         "space of what was not copied",
         lambda root: change(root / "train.tar", lambda content: content + bytes(2**21)),
-        r"archive wrong/train\.tar is cut off or damaged \(it ends after \d+ of \d+ bytes\); copy it again",
+        r"archive wrong/train\.tar is truncated or damaged \(it ends after \d+ of \d+ bytes\); copy it again",
     ),
     archive(
         "several in a row",
@@ -479,12 +481,12 @@ ROWS = [
             repack(root / "val.tar", lambda name, content: (name.replace("cat", "cow"), content)),
             index(root),
         ),
-        r"wrong/val\.tar has classes that wrong/train\.tar has not: cow; ",
+        r"wrong/val\.tar has classes that wrong/train\.tar does not have: cow; ",
     ),
     archive(
         "parts swapped by size",
         lambda root: (swap(root), index(root)),
-        "8 images are held out and 4 are there to train on: the parts seem swapped; ",
+        "there are 8 held-out and only 4 training images: the splits seem swapped; ",
     ),
     *(
         Wrong(

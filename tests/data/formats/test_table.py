@@ -97,8 +97,13 @@ def test_several_labels(root: Path) -> None:
         ),
         ("images,cat\n", "images/5.jpg,cat\n", "", "ROOT/train.csv, line 1: there is no file ROOT/images; paths are"),
         ("i\0m\0a\0,\0c\0", "images/5.jpg,cat\n", "", "table ROOT/train.csv is no text in UTF-8; save it as such"),
-        ("images/0.jpg,cat\n", "images/5.jpg,cow\n", "", "ROOT/val.csv has classes that ROOT/train.csv has not: cow; "),
-        ("images/0.jpg,0\n", "images/5.jpg,1\n", "", "ROOT/val.csv has classes that ROOT/train.csv has not: 1; "),
+        (
+            "images/0.jpg,cat\n",
+            "images/5.jpg,cow\n",
+            "",
+            "ROOT/val.csv has classes that ROOT/train.csv does not have: cow; ",
+        ),
+        ("images/0.jpg,0\n", "images/5.jpg,1\n", "", "ROOT/val.csv has classes that ROOT/train.csv does not have: 1; "),
         ("images/0.jpg,0\n", "images/5.jpg,0\n", "a\na\n", "ROOT/classes.txt names a twice; give each class once"),
     ],
 )

@@ -127,7 +127,7 @@ def test_archive_in_space_that_was_set_aside(root: Path) -> None:
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(content[:end] + bytes(2**21))
     assert refusal(root) == (
-        f"archive ROOT/train.tar is cut off or damaged (it ends after {end} of {end + 2**21} bytes); copy it again"
+        f"archive ROOT/train.tar is truncated or damaged (it ends after {end} of {end + 2**21} bytes); copy it again"
     )
 
 
@@ -193,7 +193,9 @@ def test_classes_that_differ(root: Path, photos: Path) -> None:
     with tarfile.open(root / "val.tar", "w") as archive:
         archive.add(photos / "val/cat", "Cat")
         archive.add(photos / "val/dog", "cow")
-    assert "ROOT/val.tar has classes that ROOT/train.tar has not: Cat (train has cat); the layout is" in refusal(root)
+    assert "ROOT/val.tar has classes that ROOT/train.tar does not have: Cat (train has cat); the layout is" in refusal(
+        root
+    )
 
 
 def test_label_beyond_the_list_of_classes(photos: Path, tmp_path: Path) -> None:
