@@ -228,7 +228,7 @@ def request(config: CfgNode, needs: Sequence[str]) -> Request:
     swapped = {"train": set(PARTS["val"]), "val": set(PARTS["train"])}
     for part, name in (("train", data.TRAIN), ("val", data.VAL)):
         if re.split(r"\.|-[\d*?{[]", Path(name).name)[0] in swapped[part]:
-            raise ValueError(f"DATA.{part.upper()} {name}: the parts seem swapped; exchange DATA.TRAIN and DATA.VAL")
+            raise ValueError(f"DATA.{part.upper()} {name}: the splits seem swapped; exchange DATA.TRAIN and DATA.VAL")
     return Request(
         path=data.DATA_PATH,
         path_by_variable=os.environ.get("DATA_PATH", ""),

@@ -492,7 +492,7 @@ ROWS = [
         Wrong(
             name=f"data: parts swapped by name of {kind}",
             config={"DATA": {"TRAIN": train, "VAL": val}},
-            says=rf"DATA.TRAIN {re.escape(train)}: the parts seem swapped; exchange DATA.TRAIN and DATA.VAL",
+            says=rf"DATA.TRAIN {re.escape(train)}: the splits seem swapped; exchange DATA.TRAIN and DATA.VAL",
         )
         for kind, train, val in (
             ("shards", "val-*.tar", "train-*.tar"),
