@@ -14,7 +14,7 @@ from tools import compare
 from tools.complexity import count_macs
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ["digits", "cifar10", "cifar100"]
+CONFIGS = ["digits", "cifar10", "cifar10_small", "cifar100"]
 TINY = ["MODEL.VIT.depth", "1", "MODEL.VIT.embed_dim", "16", "MODEL.VIT.num_heads", "2", "TRAIN.EPOCHS", "4"]
 
 
