@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import onnx
 import onnxruntime
+import onnxscript.optimizer
 import timm
 import torch
 from onnxruntime.quantization import QuantType, quantize_dynamic
@@ -109,9 +110,10 @@ class Source:
                 output_names=[OUTPUT],
                 opset_version=self.opset,
                 verbose=False,
-                # onnxscript's fusion of clamps, as in an inverse sigmoid, leaves an undefined name.
-                optimize=self.model.config.TASK != "detection",
+                optimize=False,  # onnxscript's rewriting takes minutes on graphs of this size; runtimes have their own
             )
+        onnxscript.optimizer.fold_constants(exported.model)
+        onnxscript.optimizer.remove_unused_nodes(exported.model)
         proto = exported.model_proto
         for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
             part.ClearField("metadata_props")  # source locations of the operators: as large as the weights

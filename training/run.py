@@ -109,10 +109,12 @@ class TrainingState:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state in the layout of a checkpoint."""
+        averaged = self.ema.module.state_dict() if self.ema else None
         return {
             "format": FORMAT,
             "model": self.network.state_dict(),
-            "ema": self.ema.module.state_dict() if self.ema else None,
+            "ema": averaged,
+            "model_ema": averaged,  # where timm looks for them; the tensors are stored once
             "chosen": EMA if self.ema else RAW,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),

@@ -138,9 +138,11 @@ def _tensors(held: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, 
     tensors = {name: x for name, x in named.items() if isinstance(x, Tensor) and x.layout == torch.strided}
     if tensors:
         yield entry, tensors
+    seen = set()  # a dict may stand under two names
     for name, value in named.items():
-        if name.startswith("optim"):  # optimizer state may use the names of the weights
+        if name.startswith("optim") or id(value) in seen:  # optimizer state may use the names of the weights
             continue
+        seen.add(id(value))
         yield from _tensors(value, f"{entry}.{name}" if entry else name, depth + 1)
 
 

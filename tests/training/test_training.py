@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from timm.models import load_state_dict
 
 from config import load_config
 from tests.launched import run_forked
@@ -54,6 +55,16 @@ def test_the_written_config_is_the_run(trained: tuple[Path, Path, str]) -> None:
     assert checkpoint["config"] == (folder / "config.yaml").read_text(encoding="utf-8")
     assert yaml.safe_load(checkpoint["config"])["MODEL"]["NAME"] == "tiny"
     assert checkpoint["epoch"] == 2
+
+
+def test_timm_finds_both_sets_of_weights_and_the_file_holds_them_once(trained: tuple[Path, Path, str]) -> None:
+    path = trained[1] / "best.pth"
+    checkpoint = torch.load(path, weights_only=True)
+    for use_ema, entry in ((True, "ema"), (False, "model")):
+        weights = load_state_dict(str(path), use_ema=use_ema)
+        assert all(torch.equal(value, checkpoint[entry][name]) for name, value in weights.items())
+    assert not torch.equal(checkpoint["ema"]["cls_head.weight"], checkpoint["model"]["cls_head.weight"])
+    assert all(value is checkpoint["model_ema"][name] for name, value in checkpoint["ema"].items())
 
 
 def test_evaluation_gives_the_number_of_the_training(trained: tuple[Path, Path, str]) -> None:

@@ -101,6 +101,12 @@ def test_a_file_says_what_it_was_chosen_for() -> None:
     assert pick_weights(both | {"chosen": "raw"}, "x.pth", network()).choice == "raw weights"
 
 
+def test_one_set_under_two_names_is_one_set() -> None:
+    averaged = state(2.0)
+    picked = pick_weights({"model": state(), "ema": averaged, "model_ema": averaged}, "x.pth", network())
+    assert picked.notes == []
+
+
 def test_the_average_of_torch_is_one() -> None:
     assert value_of({"state_dict": AveragedModel(network(2.0)).state_dict()}) == (2.0, "ema")
 
