@@ -73,7 +73,8 @@ OPTIONS = {
 class Stage(nn.Module):
     """Blocks of one width: each a mixer and an MLP with residual connections, or one ConvNeXt block.
 
-    The parts of block ``d`` are at index ``d`` of parallel lists, following the names of the published weights.
+    Maps ``[B, dim_in, H, W]`` to ``[B, C, H, W]``. The parts of block ``d`` are at index ``d`` of parallel lists,
+    following the names of the published weights.
 
     Args:
         options: options of the stage.

@@ -50,7 +50,7 @@ class LayerScale(nn.Module):
 
 
 class WideLinear(nn.Linear):
-    """A linear layer on coordinates, computed in at least float32, whatever the autocast or weight dtype."""
+    """A linear layer on coordinates ``[..., in]``, computed in at least float32, whatever the autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -59,7 +59,7 @@ class WideLinear(nn.Linear):
 
 
 class WideConv(nn.Conv2d):
-    """A convolution to coordinates, computed in at least float32, whatever the autocast or weight dtype."""
+    """A convolution of a map ``[B, C, H, W]`` to coordinates, computed in at least float32, whatever the autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -112,6 +112,7 @@ class Residual(nn.Module):
         return torch.addcmul(x, branch, branch.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep))
 
     def extra_repr(self) -> str:
+        """Return the rate, for the printed network."""
         return f"rate={self.rate:.3f}"
 
 
@@ -142,6 +143,8 @@ class MLP(nn.Module):
 
 class ConvMLP(nn.Module):
     """An MLP with a depthwise 3x3 convolution and its skip between the two layers (DAT++, section 4.2).
+
+    Maps ``[B, dim, H, W]`` to ``[B, dim, H, W]``.
 
     Attributes:
         form: form of the operation, see `models.ops.depthwise`; ``reference`` if something is attached to a layer.

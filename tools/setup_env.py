@@ -61,6 +61,7 @@ def install(environment: Path) -> None:
 
 
 def main() -> int:
+    """Set up the environment, and return the exit status."""
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         low, high = (".".join(map(str, version)) for version in PYTHONS)
         print(

@@ -218,7 +218,14 @@ class DINO(SetDetector):
         truth: Targets,
         extra: dict[str, Assignment],
     ) -> dict[str, Tensor]:
-        """Return the losses of proposals, matched queries and those of known objects, summed over layers."""
+        """Return the losses of proposals, matched queries and those of known objects, summed over layers.
+
+        Args:
+            proposals: logits `[B, Q, classes]` and boxes `[B, Q, 4]` of the encoder.
+            layers: the same of each layer of the decoder.
+            truth: the objects.
+            extra: which object each query of a known group stands for, by the group's name.
+        """
         objects = truth if self.contents is not None else truth.without_classes()
         losses = {"encoder": sum(set_losses(*proposals, match(*proposals, objects), objects).values())}
         known = sum(assignment.shape[1] for assignment in extra.values())

@@ -82,7 +82,14 @@ class RetinaNet(Detector):
     def losses(
         self, logits: Tensor, deltas: Tensor, anchors: list[Tensor], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Return focal loss and L1 loss of the boxes, each divided by the positive anchors of the batch."""
+        """Return focal loss and L1 loss of the boxes, each divided by the positive anchors of the batch.
+
+        Args:
+            logits: `[B, anchors, classes]`, map after map.
+            deltas: encoded boxes `[B, anchors, 4]`.
+            anchors: boxes `[anchors, 4]` (x1, y1, x2, y2 in pixels) of each image.
+            targets: `boxes` `[n, 4]` and `labels` `[n]` of each image.
+        """
         matches = torch.stack([self._match(a, t["boxes"]) for a, t in zip(anchors, targets, strict=True)])
         positive = matches >= 0
         wanted = torch.zeros_like(logits)

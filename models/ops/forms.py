@@ -34,8 +34,8 @@ def needs_plain_operations() -> bool:
 def runs_by_hand(x: Tensor) -> bool:
     """Return whether forms with a backward of their own, written for the caches of a CPU, suit where ``x`` is used.
 
-    In a compiled graph the plain ones do better: the fusion of elementwise steps is then decided elsewhere. Counters of
-    operations do not know oneDNN's.
+    The tensor may have any shape. In a compiled graph the plain ones do better: the fusion of elementwise steps is then
+    decided elsewhere. Counters of operations do not know oneDNN's.
     """
     if x.device.type != "cpu" or needs_plain_operations() or torch._C._len_torch_dispatch_stack():
         return False
@@ -43,7 +43,7 @@ def runs_by_hand(x: Tensor) -> bool:
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the type in which a tensor enters products: that of the autocast, which leaves float64 alone."""
+    """Return the type in which a tensor of any shape enters products: the autocast's, which leaves float64 alone."""
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
@@ -51,7 +51,7 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 @contextmanager
 def products_of(*tensors: Tensor) -> Iterator[list[Tensor]]:
-    """Give tensors in their `product_dtype`, for operations that decide their precision themselves."""
+    """Give tensors of any shape in their `product_dtype`, for operations that decide their precision themselves."""
     cast = [tensor.to(product_dtype(tensor)) for tensor in tensors]
     with without_autocast(tensors[0].device.type):
         yield cast

@@ -86,7 +86,7 @@ def in_parts(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *ot
 
 
 def normalized(sums: Tensor) -> Tensor:
-    """Divide weighted sums by the sum of weights, their last channel; zero where all weights have vanished."""
+    """Divide weighted sums ``[..., d+1]`` by the sum of weights, their last channel; 0 where all weights vanished."""
     return sums[..., :-1] / sums[..., -1:].clamp_min(VANISHED)
 
 

@@ -36,7 +36,7 @@ def window_mask(grid: tuple[int, int], prefix: int, window: Window, *, device: t
 
 
 def range_sum(x: Tensor, low: int, high: int, dim: int) -> Tensor:
-    """Return, for every i of an axis, the sum of all ``x[j]`` with ``low <= i - j <= high``.
+    """Return, for every i of an axis of a tensor of any shape, the sum of all ``x[j]`` with ``low <= i - j <= high``.
 
     An axis is cut into blocks as long as the range, which then is the end of one block and the beginning of the next:
     two running sums, whatever the length of the range. Nothing is subtracted, so that sums of positive numbers keep
@@ -61,7 +61,7 @@ def range_sum(x: Tensor, low: int, high: int, dim: int) -> Tensor:
 
 
 def window_sum(x: Tensor, grid: tuple[int, int], window: Window, dim: int) -> Tensor:
-    """Return the sum over the window of every patch; ``dim`` is the axis of the patches."""
+    """Return the sum over the window of every patch, for a tensor of any shape; ``dim`` is the axis of the patches."""
     if window.kind == "sequence":
         return range_sum(x, -window.reach, window.reach, dim)
     x = x.unflatten(dim, grid)

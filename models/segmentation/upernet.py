@@ -66,7 +66,10 @@ class UperNet(Segmenter):
 
 
 class UPerHead(nn.Module):
-    """The last map with its pools, a feature pyramid over all maps, and their fusion at the first one's size."""
+    """The last map with its pools, a feature pyramid over all maps, and their fusion at the first one's size.
+
+    Maps ``[B, C, h, w]`` become logits ``[B, classes, H, W]`` of the first map's size.
+    """
 
     def __init__(
         self, maps: Sequence[int], channels: int, pools: Sequence[int], num_classes: int, dropout: float
@@ -96,7 +99,7 @@ class UPerHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """A convolution and the logits (Long et al., arXiv 1411.4038)."""
+    """A convolution and the logits ``[B, classes, H, W]`` of a map ``[B, C, H, W]`` (Long et al., arXiv 1411.4038)."""
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()

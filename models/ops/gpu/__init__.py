@@ -24,7 +24,7 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def suits(x: Tensor) -> bool:
-    """Return whether the kernels run where a tensor is: on a GPU, or on any device under Triton's interpreter.
+    """Return whether the kernels run where a tensor of any shape is: on a GPU, or under Triton's interpreter.
 
     They have only a first derivative, which the transforms of `torch.func` do not support.
     """

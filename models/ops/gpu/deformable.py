@@ -341,7 +341,10 @@ def attention_backward(
     steps: Sequence[float],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys, values, positions and table."""
+    """Return the gradients of queries, keys, values, positions and table.
+
+    ``grad`` is that of the output ``[B, H*W, heads, d]``; the other shapes are those of `attention`.
+    """
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     images, heads, keys = len(q), q.shape[2], k.shape[1]
     if not q.numel():

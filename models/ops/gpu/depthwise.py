@@ -129,7 +129,7 @@ def _(x, weight, bias, gelu) -> Tensor:  # noqa: ARG001
 def depthwise_residual_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of map, weight and bias."""
+    """Return the gradients of map, weight and bias; shapes as in `depthwise_residual`."""
     size, channels = weight.shape[-1], x.shape[-1]
     block = min(CHANNELS, triton.next_power_of_2(channels))
     slices, blocks = triton.cdiv(channels, block), triton.cdiv(x.numel() // channels, PIXELS)

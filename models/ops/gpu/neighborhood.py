@@ -311,7 +311,10 @@ def attention_backward(
     kernel_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys, values and table, which has no rows without one."""
+    """Return the gradients of queries, keys, values and table, which has no rows without one.
+
+    ``grad`` is that of the output ``[B, H, W, heads, d]``; the other shapes are those of `attention`.
+    """
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     if not q.numel():
         return dq, dk, dv, q.new_empty(0) if rpb is None else torch.zeros_like(rpb)

@@ -153,7 +153,7 @@ def _(x, positions) -> Tensor:
 
 @torch.library.custom_op("dat::sample_backward", mutates_args=())
 def sample_backward(grad: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of map and positions."""
+    """Return the gradients of map and positions, given that of the samples ``[B, Ns, C]``; shapes as in `sample`."""
     to_map, to_positions = torch.empty_like(x), torch.empty_like(positions)
     images, groups, samples, _ = positions.shape
     if x.numel():
