@@ -1,0 +1,100 @@
+"""The tutorial, from a folder of images to a prediction server: its commands as they stand, with two epochs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.test_docs import ROOT, blocks
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serial")]
+
+COMMANDS = [
+    line
+    for page, block in blocks("bash")
+    if page.name == "tutorial.md"
+    for line in block.splitlines()
+    if line != "make setup"
+]
+WRITTEN = {
+    "train.sh": "output/digits/pets/best.pth",
+    "predict.py": "page.html",
+    "visualize.py": "output/visualize/index.html",
+    "export.py": "output/export/digits.onnx",
+}
+
+
+def write_pets(folder: Path) -> None:
+    """Write images of two kinds that are easily told: stripes along an axis, in noise."""
+    random = np.random.default_rng(0)
+    for part, number in (("train", 48), ("val", 8)):
+        for axis, name in enumerate(("cat", "dog")):
+            (folder / part / name).mkdir(parents=True)
+            for i in range(number):
+                stripes = 127 * (1 + np.sin(np.indices((80, 96))[axis] / 3 + random.uniform(0, 6)))
+                noisy = stripes[..., None] * random.uniform(0.4, 1, 3) + random.normal(0, 15, (80, 96, 3))
+                Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / part / name / f"{i}.jpg")
+
+
+def link_clone(folder: Path) -> None:
+    """Make a folder a clone of this repository, with output of its own."""
+    for item in ROOT.iterdir():
+        if item.name not in (".git", ".venv", "output"):
+            (folder / item.name).symlink_to(item)
+    (folder / ".venv").symlink_to(sys.prefix)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def run(command: str, folder: Path) -> str:
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_the_commands_of_the_tutorial_lead_to_a_served_prediction(tmp_path: Path) -> None:
+    link_clone(tmp_path)
+    write_pets(tmp_path / "pets")
+    (tmp_path / "photo.jpg").write_bytes((tmp_path / "pets" / "val" / "dog" / "0.jpg").read_bytes())
+    *steps, serve, ask = COMMANDS
+    assert len(steps) == len(WRITTEN)
+    for command, (program, file) in zip(steps, WRITTEN.items(), strict=True):
+        assert program in command
+        begin = time.monotonic()
+        run(command + " TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0" * (program == "train.sh"), tmp_path)
+        assert (tmp_path / file).is_file()
+        print(f"{program}: {time.monotonic() - begin:.0f} s")
+
+    port = free_port()
+    server = subprocess.Popen(
+        ["bash", "-c", f"{serve} --port {port}"],
+        cwd=tmp_path,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        begin = time.monotonic()
+        while "running on" not in (line := server.stderr.readline()):
+            assert line, "the server ended"
+        answers = json.loads(run(ask.replace("8000", str(port)).replace("curl", "curl -sf"), tmp_path))
+        print(f"serve and ask: {time.monotonic() - begin:.0f} s")
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
+    assert {answer["class"] for answer in answers} == {"cat", "dog"}
+    assert sum(answer["probability"] for answer in answers) == pytest.approx(1, abs=1e-4)
