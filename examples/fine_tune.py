@@ -1,6 +1,8 @@
 """A model of timm by name: its features, a new head on a frozen network, saved for Hugging Face and loaded again.
 
 .venv/bin/python -m examples.fine_tune dat_tiny output/fine_tune
+
+Runs in this folder; elsewhere, install the package and replace `import models` by `import dat`.
 """
 
 from __future__ import annotations

@@ -38,6 +38,20 @@ print(json.dumps({
 }))
 """
 
+# Run by the same interpreter, with the clone to be found, too: both have their operators.
+BOTH = """
+import torch
+import dat.ops.multi_scale, models.ops.multi_scale
+
+value, places, weights = torch.rand(1, 6, 2, 4), torch.rand(1, 3, 2, 1, 2, 2), torch.rand(1, 3, 2, 1, 2)
+arguments = value.requires_grad_(), [(2, 3)], [0], places, weights
+first, second, again = (
+    package.ops.multi_scale.ms_deform_attn(*arguments, form="op") for package in (dat, models, dat)
+)
+assert torch.equal(first, second) and torch.equal(first, again)
+(first + second + again).sum().backward()
+"""
+
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -94,3 +108,6 @@ def test_the_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> 
     assert said["names"] == sorted(CONFIGS)
     assert said["strides"] == [4, 8, 16, 32]
     assert said["channels"] == [8, 16, 32, 64]
+    both = f"import sys; sys.path.append({str(ROOT)!r})\n{BOTH}"
+    done = subprocess.run([python, "-I", "-c", both], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

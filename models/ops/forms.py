@@ -11,6 +11,15 @@ from torch.autograd import forward_ad
 from torch.utils import checkpoint
 
 
+def operator(name: str) -> str:
+    """Return the qualified name of a custom operator: its namespace is the package, ``dat``.
+
+    A clone, whose package is ``models``, uses ``dat_clone``: to register a name twice in a process removes the first
+    operator.
+    """
+    return f"{'dat' if __name__.startswith('dat.') else 'dat_clone'}::{name}"
+
+
 def is_captured() -> bool:
     """Return whether operations are being recorded: compiled, exported or traced."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .cpu import multi_scale as cpu
+from .forms import operator
 from .rows import neighbours
 
 FORMS = ("auto", "reference", "op")
@@ -34,7 +35,7 @@ def ms_deform_attn(
             centre of pixel i of n lies at (i + 0.5) / n. Outside, values are zero. Computed in at least float32.
         attention_weights: ``[B, Q, heads, levels, points]``.
         im2col_step: number of images processed at a time, which bounds the memory; the result does not depend on it.
-        form: ``op`` is one operator, ``torch.ops.dat.ms_deform_attn``, for compiler, export and profiler: sums of rows
+        form: ``op`` is one operator, ``ms_deform_attn`` in `torch.ops`, for compiler, export and profiler: sums of rows
             on a CPU, Triton kernels on a GPU; its sums have a fixed order, and it has no second derivatives.
             ``reference`` is made of plain operations that can be differentiated any number of times. ``auto`` uses
             ``op``, except for ONNX, which lacks this operator.
@@ -125,7 +126,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-@torch.library.custom_op("dat::ms_deform_attn", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(operator("ms_deform_attn"), mutates_args=(), device_types="cpu")
 def _op(
     value: Tensor,
     spatial_shapes: Tensor,
@@ -140,7 +141,7 @@ def _op(
     return _joined([cpu.forward(levels, starts, *part) for part in parts])
 
 
-@torch.library.custom_op("dat::ms_deform_attn_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(operator("ms_deform_attn_backward"), mutates_args=(), device_types="cpu")
 def _op_backward(
     grad: Tensor,
     value: Tensor,

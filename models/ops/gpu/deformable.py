@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..forms import operator
 from .blocks import dot, head_blocks
 
 QUERIES = 64  # a block, with 8 warps to keep the corners of the table in registers
@@ -290,7 +291,7 @@ def _blocks(q: Tensor) -> dict[str, int | str]:
     return {"QUERIES": QUERIES, "KEYS": KEYS, **head_blocks(q), **LAUNCH}
 
 
-@torch.library.custom_op("dat::deformable_attention", mutates_args=())
+@torch.library.custom_op(operator("deformable_attention"), mutates_args=())
 def attention(
     q: Tensor,
     k: Tensor,
@@ -327,7 +328,7 @@ def _(q, k, v, positions, table, map_size, steps, scale) -> tuple[Tensor, Tensor
     return torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
 
 
-@torch.library.custom_op("dat::deformable_attention_backward", mutates_args=())
+@torch.library.custom_op(operator("deformable_attention_backward"), mutates_args=())
 def attention_backward(
     grad: Tensor,
     q: Tensor,

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..forms import operator
+
 PIXELS = 32  # a block
 CHANNELS = 64
 PROGRAMS = 1024  # for the gradient of the weight at most
@@ -107,7 +109,7 @@ def _start(x: Tensor, weight: Tensor, bias: Tensor, *, flipped: bool, with_bias:
     return out
 
 
-@torch.library.custom_op("dat::depthwise_residual", mutates_args=())
+@torch.library.custom_op(operator("depthwise_residual"), mutates_args=())
 def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
     """Return ``x + conv(x)`` of a depthwise convolution that keeps the size, or GELU of it.
 
@@ -125,7 +127,7 @@ def _(x, weight, bias, gelu) -> Tensor:  # noqa: ARG001
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("dat::depthwise_residual_backward", mutates_args=())
+@torch.library.custom_op(operator("depthwise_residual_backward"), mutates_args=())
 def depthwise_residual_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, gelu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..forms import operator
 from .blocks import dot, head_blocks
 
 SIDE = 8  # of the tiles
@@ -270,7 +271,7 @@ def _tiles(q: Tensor) -> int:
     return triton.cdiv(q.shape[1], SIDE) * triton.cdiv(q.shape[2], SIDE) * q.shape[0] * q.shape[3]
 
 
-@torch.library.custom_op("dat::neighborhood_attention", mutates_args=())
+@torch.library.custom_op(operator("neighborhood_attention"), mutates_args=())
 def attention(
     q: Tensor, k: Tensor, v: Tensor, rpb: Tensor | None, kernel_size: int, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -299,7 +300,7 @@ def _(q, k, v, rpb, kernel_size, scale) -> tuple[Tensor, Tensor]:  # noqa: ARG00
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-@torch.library.custom_op("dat::neighborhood_attention_backward", mutates_args=())
+@torch.library.custom_op(operator("neighborhood_attention_backward"), mutates_args=())
 def attention_backward(
     grad: Tensor,
     q: Tensor,

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..forms import operator
 from .blocks import dot
 
 SAMPLES = 16  # a block
@@ -134,7 +135,7 @@ def _channels(x: Tensor, positions: Tensor) -> int:
     return min(CHANNELS, max(16, triton.next_power_of_2(x.shape[-1] // positions.shape[1])))
 
 
-@torch.library.custom_op("dat::sample", mutates_args=())
+@torch.library.custom_op(operator("sample"), mutates_args=())
 def sample(x: Tensor, positions: Tensor) -> Tensor:
     """Return the samples ``[B, Ns, C]`` of a map ``[B, H, W, C]`` at ``[B, g, Ns, 2]``, float32; all contiguous."""
     images, groups, samples, _ = positions.shape
@@ -151,7 +152,7 @@ def _(x, positions) -> Tensor:
     return x.new_empty(x.shape[0], positions.shape[2], x.shape[-1])
 
 
-@torch.library.custom_op("dat::sample_backward", mutates_args=())
+@torch.library.custom_op(operator("sample_backward"), mutates_args=())
 def sample_backward(grad: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of map and positions, given that of the samples ``[B, Ns, C]``; shapes as in `sample`."""
     to_map, to_positions = torch.empty_like(x), torch.empty_like(positions)
