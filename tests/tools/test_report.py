@@ -35,6 +35,10 @@ def test_sums_of_predictions() -> None:
     assert found.worst(2) == [4, 1]
 
 
+def test_the_time_of_a_run_is_that_of_its_updates() -> None:
+    assert report._time_of_updates([{"seconds": 3600.0}, {"seconds": 61.6}, {}]) == "1:01:02"
+
+
 def test_without_mistakes() -> None:
     found = predictions([0, 3], [0, 3], [0.9, 0.9])
     assert found.confusions() == found.worst(5) == []
