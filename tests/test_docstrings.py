@@ -67,7 +67,7 @@ def description(one: Public) -> str:
         owners += [base for base in bases if base not in owners]  # a class may have the name of its base
         overridden = METHODS.get((owner.name, one.name))
         texts.append(overridden.doc if overridden else "")
-    return "\n".join([*texts, (ast.get_docstring(one.owner) or "") if one.name == "forward" else ""])
+    return "\n".join([*texts, (ast.get_docstring(one.owner) or "") if one.name in ("forward", "backward") else ""])
 
 
 def _last(base: ast.expr) -> str:
