@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,7 @@ def _tiles(config: CfgNode, evaluations: Sequence[dict[str, Any]], speed: Sequen
         shown = score.show(score.of({score.key: best[score.key]}))
         tiles.insert(0, (f"best {score.title}, in epoch {best['epoch']}{averaged}", shown))
     if speed:
-        tiles.append(("hours of training", f"{_hours(speed):.2f}"))
+        tiles.append(("training time", _time_of_updates(speed)))
         tiles.append(("images a second", f"{np.median([row['images_per_second'] for row in speed]):.0f}"))
     cells = (f'<div class="card"><b>{pages.text(value)}</b>{pages.text(name)}</div>' for name, value in tiles)
     return "\n".join(cells)
@@ -152,7 +152,7 @@ def _cost(speed: Sequence[dict[str, Any]]) -> list[tuple[str, object]]:
     rates = [row["images_per_second"] for row in speed]
     begun, ended = (_time(row["time"]) for row in (speed[0], speed[-1]))
     return [
-        ("hours of training, without evaluations and pauses", f"{_hours(speed):.3f}"),
+        ("training time without evaluations and pauses", _time_of_updates(speed)),
         ("first and last line of the log", f"{begun} and {ended}"),
         ("images a second, median", f"{np.median(rates):.1f}"),
         (
@@ -163,9 +163,9 @@ def _cost(speed: Sequence[dict[str, Any]]) -> list[tuple[str, object]]:
     ]
 
 
-def _hours(speed: Sequence[dict[str, Any]]) -> float:
-    """Return the time of all updates, including those lost in an interruption and repeated."""
-    return sum(row.get("seconds", 0) for row in speed) / 3600
+def _time_of_updates(speed: Sequence[dict[str, Any]]) -> str:
+    """Return the time of all updates as h:mm:ss, including those lost in an interruption and repeated."""
+    return str(timedelta(seconds=round(sum(row.get("seconds", 0) for row in speed))))
 
 
 def _mistakes(checkpoint: Path, config: CfgNode, device: torch.device, wanted: Callable[[], bool]) -> str:

@@ -26,7 +26,7 @@ class AdapterConfig(BackboneConfigMixin, PretrainedConfig):
 
 
 class BackboneAdapter(BackboneMixin, PreTrainedModel):
-    """Replaces the backbone of a transformers model and calls the one of the detector.
+    """Replaces the backbone of a transformers model and calls the one of the detector, on images `[B, 3, H, W]`.
 
     The backbone is not a submodule: transformers therefore does not reinitialise its weights, and they appear only
     once in the state dict of the detector.

@@ -48,7 +48,7 @@ class Detector(DenseModel):
 
 
 def pad_images(images: Sequence[Tensor], divisor: int) -> ImageList:
-    """Pad images with zeros at the right and bottom to one tensor with sides divisible by `divisor`."""
+    """Pad images `[3, h, w]` with zeros at the right and bottom to one tensor with sides divisible by `divisor`."""
     sizes = [tuple(image.shape[-2:]) for image in images]
     height, width = (math.ceil(max(sides) / divisor) * divisor for sides in zip(*sizes, strict=True))
     padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, sizes, strict=True)]

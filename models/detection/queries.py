@@ -83,7 +83,10 @@ class Targets:
 
 @torch.no_grad()
 def match(logits: Tensor, boxes: Tensor, truth: Targets) -> Assignment:
-    """Return the matching of queries and objects with the lowest cost, by transformers' Hungarian matcher."""
+    """Return the matching of queries and objects with the lowest cost, by transformers' Hungarian matcher.
+
+    Logits are `[B, Q, classes]`, boxes `[B, Q, 4]` (cx, cy, w, h) relative to the image size.
+    """
     matcher = DeformableDetrHungarianMatcher(CLASS_COST, L1_COST, GIOU_COST)
     pairs = matcher({"logits": logits.float(), "pred_boxes": boxes.float()}, truth.images)
     assignment = torch.full(logits.shape[:2], NO_OBJECT, device=logits.device)
@@ -95,7 +98,7 @@ def match(logits: Tensor, boxes: Tensor, truth: Targets) -> Assignment:
 def set_losses(logits: Tensor, boxes: Tensor, assignment: Assignment, truth: Targets) -> dict[str, Tensor]:
     """Return focal, L1 and GIoU loss, divided by the number of queries with an object.
 
-    The number is averaged over ranks.
+    The number is averaged over ranks. Shapes as in `match`.
     """
     logits, boxes = logits.float(), boxes.float()
     positive = assignment >= 0

@@ -27,7 +27,7 @@ def neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def cell(position: Tensor, length: int) -> Tensor:
-    """Return the cell of an axis that contains a position; any cell for NaN, for which the weights are NaN."""
+    """Return the cells of an axis that contain positions of any shape; any cell for NaN, whose weights are NaN."""
     return position.detach().floor().nan_to_num(0.0).clamp(0, length - 1)
 
 

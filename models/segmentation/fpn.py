@@ -72,7 +72,10 @@ class _Conv(nn.Module):
 
 
 class FPNHead(nn.Module):
-    """Each level is convolved and upsampled by 2 until it has the size of the first; the sum is classified."""
+    """Each level is convolved and upsampled by 2 until it has the size of the first; the sum is classified.
+
+    Maps levels ``[B, in_channels, h, w]`` to logits ``[B, classes, H, W]`` of the size of the first level.
+    """
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()

@@ -68,7 +68,7 @@ class Segmenter(DenseModel):
 
 
 class ConvModule(nn.Module):
-    """A convolution, a batch norm and a ReLU."""
+    """A convolution, a batch norm and a ReLU, from ``[B, channels, H, W]`` to ``[B, out_channels, H, W]``."""
 
     def __init__(self, channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class ConvModule(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm with statistics of the micro-batch over all processes, on any device.
+    """Batch norm of ``[B, C, H, W]`` with statistics of the micro-batch over all processes, on any device.
 
     All processes have the same running statistics, and results do not depend on the number of processes.
     `torch.nn.SyncBatchNorm` only supports GPUs.

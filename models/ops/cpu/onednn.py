@@ -20,7 +20,7 @@ _BFLOAT16 = _BUILT_IN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def suits(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    """Return whether oneDNN is used for input, weights and optional bias of a type."""
+    """Return whether oneDNN is used for input, weights and optional bias of a type and of any shape."""
     supported = dtype == torch.float32 or (dtype == torch.bfloat16 and _BFLOAT16)
     if not (_BUILT_IN and supported and torch._C._get_mkldnn_enabled()):
         return False
