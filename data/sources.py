@@ -160,7 +160,7 @@ class Request:
         """
         found = self.find_if_any(part, root, there, ending)
         if found is None:
-            held = f"it holds {shorten(there)}" if there else f"it holds no {kind}s"
+            held = f"it contains {shorten(there)}" if there else f"it contains no {kind}s"
             raise ValueError(f"no {kind} {part + ending!r} in data path {root}: {held}; {layout}")
         return found
 

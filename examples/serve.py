@@ -67,7 +67,7 @@ def build_app(path: str | Path) -> FastAPI:
         try:
             picture = ImageOps.exif_transpose(Image.open(io.BytesIO(image.file.read()))).convert("RGB")
         except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise HTTPException(415, f"{image.filename} is no image that can be read: {error}") from None
+            raise HTTPException(415, f"{image.filename} is not a readable image: {error}") from None
         return classify(picture, top)
 
     return app

@@ -125,7 +125,7 @@ def build_segmenter(config: Any) -> Segmenter:
 def _build_timm(config: Any) -> nn.Module:
     name, arguments = _timm_name(config), config.MODEL.TIMM.ARGS
     if arguments.get("pretrained"):
-        raise ValueError("MODEL.TIMM.ARGS.pretrained would fetch weights; give a file with --pretrained")
+        raise ValueError("MODEL.TIMM.ARGS.pretrained would download weights; give a file with --pretrained")
     published = timm.get_pretrained_cfg(name)
     if published is not None and published.fixed_input_size:  # these models need the image size
         arguments = {"img_size": config.image_size, **arguments}

@@ -289,7 +289,8 @@ def read_class_map(path: Path, *, there: int, classes: Sequence[str], names: Seq
     for number, label in lines:
         if not (re.fullmatch(r"-1|[0-9]+", label) and int(label) < there) and label not in known:
             raise ValueError(
-                f"class map {path}, line {number}: {label!r} is no class of the weights; give 0 to {there - 1}, or -1"
+                f"class map {path}, line {number}: {label!r} is not a class of the weights; give 0 to {there - 1}, "
+                "or -1"
             )
         labels.append(known[label] if label in known and not label.isdecimal() else int(label))
     return labels

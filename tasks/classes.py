@@ -95,7 +95,7 @@ def read_label_sets(path: Path, files: Sequence[str], number: int) -> np.ndarray
         labels = sets[int(place[1]) - 1]
         if not all(isinstance(label, int) and 0 <= label < number for label in labels):
             raise ValueError(
-                f"labels {path}: {labels} of image {place[1]} are no labels of the weights, 0 to {number - 1}"
+                f"labels {path}: {labels} of image {place[1]} are not labels of the weights, 0 to {number - 1}"
             )
         row[labels] = 1
     return rows

@@ -345,10 +345,10 @@ ROWS = [
         config={"DATA": {"DATASET": "digits"}},
         says="the digits are part of scikit-learn and take no --data-path; .*, add --opts DATA.DATASET imagenet",
     ),
-    folder("empty folder", {}, f"no folder 'train' in data path wrong: it holds no folders; {LAYOUT}"),
-    folder("no train", {"val/cat": 1}, f"no folder 'train' in data path wrong: it holds val; {LAYOUT}"),
-    folder("no val", {"train/cat": 4}, f"no folder 'val' in data path wrong: it holds train; {LAYOUT}"),
-    folder("classes without train and val", {"cat": 4, "dog": 4}, "no folder 'train' .*: it holds cat, dog;"),
+    folder("empty folder", {}, f"no folder 'train' in data path wrong: it contains no folders; {LAYOUT}"),
+    folder("no train", {"val/cat": 1}, f"no folder 'train' in data path wrong: it contains val; {LAYOUT}"),
+    folder("no val", {"train/cat": 4}, f"no folder 'val' in data path wrong: it contains train; {LAYOUT}"),
+    folder("classes without train and val", {"cat": 4, "dog": 4}, "no folder 'train' .*: it contains cat, dog;"),
     folder("images without classes", {"train": 4, "val": 2}, f"no class folders in wrong/train; {LAYOUT}"),
     folder(
         "class without images", {"train/cat": 4, "train/dog": 0, "val/cat": 2}, "no images in wrong/train/dog; add so"
@@ -407,7 +407,7 @@ ROWS = [
         "photos/train/cat/0.jpg,Cat\n",
         r"has classes that .* does not have: cat \(train has Cat\)",
     ),
-    table("text in UTF-16", "a\0,\0b\0\n", "table wrong/train.csv is no text in UTF-8; save it as such"),
+    table("text in UTF-16", "a\0,\0b\0\n", "table wrong/train.csv is not UTF-8 text; convert it"),
     table(
         "other classes", "photos/train/cat/0.jpg,emu\n", "wrong/val.csv has classes that .*train.csv does not have: cat"
     ),
@@ -424,7 +424,7 @@ ROWS = [
     archive(
         "shard missing",
         lambda root: ((root / "train.tar").rename(root / "train-3.tar"), (root / "train-1.tar").touch()),
-        "shards 2 are missing beside wrong/train-1.tar and train-3.tar; copy them again",
+        "shards 2 are missing next to wrong/train-1.tar and train-3.tar; copy them again",
     ),
     archive(
         "without its end",
@@ -464,7 +464,7 @@ ROWS = [
     archive(
         "last shard of a number missing",
         lambda root: (root / "val-000000.tar").rename(root / "val-00000-of-00002.tar"),
-        "shards 1 are missing beside wrong/val-00000-of-00002.tar; copy them again",
+        "shards 1 are missing next to wrong/val-00000-of-00002.tar; copy them again",
         lambda photos, root: write_shards(photos, root, size=8),
     ),
     archive(
@@ -576,7 +576,7 @@ ROWS = [
     ),
     weights("no dict", lambda: save([1, 2]), "wrong.pth contains a list, not a dict", "--resume", "wrong.pth"),
     weights("no weights", lambda: save({"model": 3}), "neither a `model` entry nor a", "--pretrained", "wrong.pth"),
-    weights("numbered weights", lambda: save({1: torch.ones(1)}), "holds no weights", "--pretrained", "wrong.pth"),
+    weights("numbered weights", lambda: save({1: torch.ones(1)}), "contains no weights", "--pretrained", "wrong.pth"),
     weights(
         "published, to continue",
         lambda: save({"model": trained()["model"], "epoch": 299, "config": CfgNode({"TAG": "published"})}),
@@ -681,7 +681,7 @@ ROWS = [
     weights(
         "names of another layout",
         lambda: save({"net": {f"layer{i}.weight": torch.ones(1) for i in range(9)}, "epoch": 3}),
-        r"holds no weights of this architecture, .*; it holds net: 9 tensors, layer0.weight, .*; 1 other ent",
+        r"contains no weights of this architecture, .*; it contains net: 9 tensors, layer0.weight, .*; 1 other ent",
         *("--eval", "--resume", "wrong.pth"),
     ),
     weights(
@@ -711,7 +711,7 @@ ROWS = [
     weights(
         "class map",
         lambda: Path("map.txt").write_text("0\n2\n"),
-        "class map map.txt, line 2: '2' is no class of the weights; give 0 to 1, or -1",
+        "class map map.txt, line 2: '2' is not a class of the weights; give 0 to 1, or -1",
         *("--pretrained", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
     ),
     weights(
@@ -754,7 +754,7 @@ ROWS = [
             (Path("wrong/val/cat/0.jpg").rename("wrong/val/cat/2.jpg")),
             Path("real.json").write_text("[[0], [2]]"),
         ),
-        r"labels real.json: \[2\] of image 2 are no labels of the weights, 0 to 1",
+        r"labels real.json: \[2\] of image 2 are not labels of the weights, 0 to 1",
         *("--data-path", "wrong", "--eval", "--resume", "trained.pth", "--opts", "TEST.LABELS", "real.json"),
     ),
     opts("classes to score", "TEST.CLASSES", "some", "TEST.CLASSES must be one of all, present, not 'some'"),

@@ -144,13 +144,13 @@ def _duplicates(places: dict[bytes, dict[str, list[str]]], parts: Sequence[str],
     faults = []
     both = [found for found in places.values() if len(found) > 1]
     if both:
-        print(f"\n{len(both)} images stand in train and in val")
+        print(f"\n{len(both)} images are in both train and val")
         _list([f"{found['train'][0]} = {found['val'][0]}" for found in both], show)
         faults.append(f"{len(both)} images are trained on and held out, so results are too good")
     for part in parts:
         twice = [names for found in places.values() if len(names := found.get(part, [])) > 1]
         if twice:
-            print(f"\n{len(twice)} images stand more than once in {part}")
+            print(f"\n{len(twice)} images occur more than once in {part}")
             _list([" = ".join(names[:3]) for names in twice], show)
     return faults
 

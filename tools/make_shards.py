@@ -127,7 +127,7 @@ def pack(args: argparse.Namespace) -> None:
     for left in args.output.glob("*.part"):
         left.unlink()
     size = sum(entry["bytes"] for entry in entries.values())
-    print(f"{sum(plan.images.values())} images in {len(shards)} shards, {size / 2**20:.1f} MiB, lie in {args.output}")
+    print(f"{sum(plan.images.values())} images in {len(shards)} shards, {size / 2**20:.1f} MiB, are in {args.output}")
 
 
 def dataset_config(dataset: str, path: str, options: Sequence[str]) -> CfgNode:
@@ -168,10 +168,10 @@ def _begin(folder: Path, plan: Plan) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
-        raise ValueError(f"{folder} holds a finished set of shards; give another --output")
+        raise ValueError(f"{folder} contains a finished set of shards; give another --output")
     if (folder / PLAN).exists():
         if json.loads((folder / PLAN).read_text(encoding="utf-8")) != asdict(plan):
-            raise ValueError(f"{folder} holds the beginning of other shards; give another --output, or remove them")
+            raise ValueError(f"{folder} contains the beginning of other shards; give another --output, or remove them")
     elif any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; nothing is overwritten, give another --output")
     else:

@@ -38,7 +38,7 @@ def plot_curves(runs: dict[str, Path], target: Path, *, planned: Sequence[tuple[
         planned: learning rates to come, as `lr_scheduler.planned_schedule` gives them.
 
     Raises:
-        ValueError: a file is missing or holds no rows of training.
+        ValueError: a file is missing or has no training rows.
     """
     figure = Figure(figsize=(15, 4.2), layout="constrained")
     loss, score, rate = figure.subplots(1, 3)
@@ -105,7 +105,7 @@ def _read(metrics: Path) -> list[Row]:
         raise ValueError(f"{metrics} does not exist; give the output folder of a run")
     rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
     if not any(row["kind"] == "train" for row in rows):
-        raise ValueError(f"{metrics} holds no rows of training yet")
+        raise ValueError(f"{metrics} has no training rows yet")
     return rows
 
 

@@ -305,4 +305,4 @@ def result_in_words(run: Run) -> str:
     files = [run.folder / name for name in RESULTS]
     there = [file.name for file in files if file.is_file() and file.stat().st_size]
     *most, last = there or ["no files"]
-    return f"{best}; {' and '.join(filter(None, (', '.join(most), last)))} lie in {run.folder}"
+    return f"{best}; {' and '.join(filter(None, (', '.join(most), last)))} are in {run.folder}"

@@ -91,15 +91,15 @@ def pick_weights(checkpoint: dict[str, Any], path: str | Path, network: nn.Modul
     candidates = [one for entry, held in _tensors(checkpoint) for one in _candidates(entry, held, names)]
     if not candidates:
         raise ValueError(
-            f"{path} holds no weights: neither a `model` entry nor a state dict; it holds {layout(checkpoint)}"
+            f"{path} contains no weights: neither a `model` entry nor a state dict; it contains {layout(checkpoint)}"
         )
     best = max(one.found for one in candidates)
     if best >= _RECOGNISED * len(names):
         sets = [one for one in candidates if one.found >= _ALTERNATIVE * best]
     elif not takes_over(network):
         raise ValueError(
-            f"{path} holds no weights of this architecture, which has names such as {next(iter(names))}; it holds "
-            f"{layout(checkpoint)}"
+            f"{path} contains no weights of this architecture, which has names such as {next(iter(names))}; it "
+            f"contains {layout(checkpoint)}"
         )
     else:
         largest = max(len(one.tensors) for one in candidates)
@@ -175,5 +175,5 @@ def _notes(taken: _Candidate, sets: list[_Candidate], path: str | Path) -> list[
         notes.append(f"{path}: left out are {_first(taken.others, 'entries without that prefix')}")
     if {one.entry for one in sets} - {"model", "ema"} and len(sets) > 1:
         rest = "; ".join(one.place() for one in sets if one is not taken)
-        notes.append(f"{path}: {_IN_WORDS[taken.kind]} are taken from {taken.place()}; it also holds {rest}")
+        notes.append(f"{path}: {_IN_WORDS[taken.kind]} are taken from {taken.place()}; it also contains {rest}")
     return notes

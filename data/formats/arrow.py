@@ -48,7 +48,9 @@ def open_saved(request: Request) -> Dataset:
             tables[part], where[part] = saved[found], root / found
         elif part in request.needs:
             wanted = name or part
-            raise ValueError(f"no part {wanted!r} in data path {root}: it holds {shorten(list(saved))}; {SAVED_LAYOUT}")
+            raise ValueError(
+                f"no split {wanted!r} in data path {root}: it contains {shorten(list(saved))}; {SAVED_LAYOUT}"
+            )
     return _join(tables, request, where, SAVED_LAYOUT)
 
 
@@ -66,7 +68,7 @@ def open_parquet(request: Request) -> Dataset:
         if not files and part in request.needs:
             there = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
             raise ValueError(
-                f"no file '{part}.parquet' in data path {root}: it holds {shorten(there) or 'nothing'}; "
+                f"no file '{part}.parquet' in data path {root}: it contains {shorten(there) or 'nothing'}; "
                 f"{PARQUET_LAYOUT}"
             )
         if files:

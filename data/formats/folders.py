@@ -141,7 +141,7 @@ def _scan(folder: Path) -> Listing:
     empty: list[str] = []
     listing = Listing.of(_rows(folder, classes, about["folders"], skipped, empty), {"label": np.int32}, about)
     if empty:
-        held = f"they hold {_count(skipped)}; " if skipped else ""
+        held = f"they contain {_count(skipped)}; " if skipped else ""
         raise ValueError(
             f"no images in {shorten(empty)}; add some or remove the folder ({held}images end in .jpg, .png or another "
             f"of the {len(endings())} extensions that Pillow reads)"

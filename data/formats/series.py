@@ -27,7 +27,7 @@ def check_series(paths: Sequence[Path]) -> None:
     if missing:
         there = f"{paths[0]} and {paths[-1].name}" if len(paths) > 1 else str(paths[0])
         raise ValueError(
-            f"shards {shorten([str(number) for number in missing])} are missing beside {there}; copy them again, or "
+            f"shards {shorten([str(number) for number in missing])} are missing next to {there}; copy them again, or "
             f"number the others without gaps"
         )
 

@@ -105,7 +105,7 @@ def _tables(request: Request, root: Path) -> dict[str, Path]:
     for part, path in found.items():
         if path is None:
             held = shorten(sorted(entry.name for entry in root.iterdir())) if root.is_dir() else "nothing"
-            raise ValueError(f"no file '{part}.csv' in data path {root}: it holds {held}; {LAYOUT}")
+            raise ValueError(f"no file '{part}.csv' in data path {root}: it contains {held}; {LAYOUT}")
         if not path.is_file():
             raise ValueError(f"table {path} does not exist; {LAYOUT}")
     return found
@@ -125,7 +125,7 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             for line, cells in enumerate(csv.reader(file, delimiter=delimiter), 1):
                 if any("\0" in cell for cell in cells):
-                    raise ValueError(f"table {path} is no text in UTF-8; save it as such")
+                    raise ValueError(f"table {path} is not UTF-8 text; convert it")
                 if cells:
                     yield line, cells
     except (OSError, csv.Error) as error:

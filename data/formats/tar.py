@@ -164,7 +164,7 @@ def find_shards(request: Request, part: str, root: Path, *, optional: bool = Fal
             f"{shorten(compressed)} is compressed, so images cannot be read in any order; unpack it to .tar"
         )
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
-    held = f"it holds {shorten(there)}" if there else "it holds nothing"
+    held = f"it contains {shorten(there)}" if there else "it contains nothing"
     raise ValueError(f"no archive {patterns[0]!r} in data path {root}: {held}; {LAYOUT}")
 
 
@@ -274,7 +274,7 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
         where = f" in a folder {' or '.join(inside)}" if inside else " and the other shards" if len(shards) > 1 else ""
         raise ValueError(f"no images in {shards[0]}{where}; {LAYOUT}")
     if several and not labels:
-        raise ValueError(f"{shards[0]} holds no labels (<key>.cls), which images of several labels need; {LAYOUT}")
+        raise ValueError(f"{shards[0]} holds no labels (<key>.cls), which multi-label data needs; {LAYOUT}")
     if not labels:  # in the order of class folders, independent of the order in the archive
         images.sort(key=lambda image: (*PurePosixPath(image.name).parts[:-1], "", PurePosixPath(image.name).name))
         written = _classes_by_folder(images, inside)

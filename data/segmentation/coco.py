@@ -25,7 +25,7 @@ def open_coco(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG00
         )
     if len(objects.classes) > 254:
         raise ValueError(
-            f"data path {request.path} has {len(objects.classes)} classes; a mask holds 254 and background"
+            f"data path {request.path} has {len(objects.classes)} classes; a mask supports 254 and background"
         )
     return MaskedDataset(
         classes=["background", *objects.classes],

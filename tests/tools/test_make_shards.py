@@ -118,7 +118,7 @@ def test_nothing_is_overwritten(photos: Path, tmp_path: Path, monkeypatch: pytes
     words = ("--data-path", photos, "--output", tmp_path / "shards")
     run(monkeypatch, *words)
     before = files(tmp_path / "shards")
-    with pytest.raises(SystemExit, match=r"^error: .*shards holds a finished set of shards; give another --output$"):
+    with pytest.raises(SystemExit, match=r"^error: .*shards contains a finished set of shards; give another --output$"):
         run(monkeypatch, *words)
     assert files(tmp_path / "shards") == before
     (tmp_path / "other").mkdir()
@@ -131,7 +131,7 @@ def test_another_plan_is_refused(photos: Path, tmp_path: Path, monkeypatch: pyte
     (photos / "train/dog/7.jpg").write_text("no image")
     with pytest.raises(SystemExit, match=r"^error: cannot read image '.*dog/7\.jpg'"):
         run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards")
-    with pytest.raises(SystemExit, match=r"^error: .*shards holds the beginning of other shards"):
+    with pytest.raises(SystemExit, match=r"^error: .*shards contains the beginning of other shards"):
         run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", "--short-side", 20)
 
 

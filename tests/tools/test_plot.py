@@ -103,7 +103,9 @@ def test_the_planned_schedule_is_that_of_the_run(tmp_path: Path, drawn: list[mat
     assert legend(drawn[0].axes[2]) == ["planned", "as trained"]
 
 
-@pytest.mark.parametrize(("name", "says"), [("none", "does not exist; give the output"), ("empty", "holds no rows of")])
+@pytest.mark.parametrize(
+    ("name", "says"), [("none", "does not exist; give the output"), ("empty", "has no training rows")]
+)
 def test_what_cannot_be_drawn_is_said(name: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_run(tmp_path / "empty", [])
     assert main([str(tmp_path / name)]) == 2

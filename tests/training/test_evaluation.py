@@ -219,7 +219,7 @@ def test_a_class_map_names_places_numbers_or_wordnet_ids(tmp_path: Path, text: s
     [
         (["cat", "dog"], "cat 0\n", "has no line for dog; give each class one, with -1 where"),
         (["cat", "dog"], "cat 0\ncat 1\ndog 1\n", "line 2: cat has another line already; give it one"),
-        (["cat", "dog"], "cat 10\ndog 1\n", "line 1: '10' is no class of the weights; give 0 to 9, or -1"),
+        (["cat", "dog"], "cat 10\ndog 1\n", "line 1: '10' is not a class of the weights; give 0 to 9, or -1"),
         (["cat", "dog"], "cat ant\ndog -1\n", "no class of the weights for dog; leave its images out"),
         (["cat", "dog"], "3\n3\n", "classes cat, dog share label 3 of the weights by .*; merge their images"),
         (["1", "01"], "", "classes 1, 01 share label 1 of the weights as the numbers that they are; merge"),
@@ -271,7 +271,7 @@ def test_any_label_of_an_image_counts_as_right(tmp_path: Path) -> None:
     [
         ("{}", "must be a list with a list of labels for each image"),
         ("[3, 4]", "must be a list with a list of labels"),
-        ("[[10], [0]]", r"\[10\] of image 1 are no labels of the weights, 0 to 9"),
+        ("[[10], [0]]", r"\[10\] of image 1 are not labels of the weights, 0 to 9"),
         ("[[1]]", "are of 1 images, named by number; '2.jpg' is none of them"),
         ("no JSON", "cannot be read: Expecting value"),
     ],

@@ -346,7 +346,7 @@ def test_the_closing_line_names_what_lies_on_the_disk(tmp_path: Path) -> None:
     run = build(tmp_path)
     run.state.position.finish_epoch(50.0)
     folder = tmp_path / "output/tiny/default"
-    lost = "best accuracy 50.00 % in epoch 1 of 1, which could not be saved; last.pth, log.txt and config.yaml lie in"
+    lost = "best accuracy 50.00 % in epoch 1 of 1, which could not be saved; last.pth, log.txt and config.yaml are in"
     assert result_in_words(run) == f"{lost} {folder}"
     run.save(best=True)
     assert result_in_words(run).startswith("best accuracy 50.00 % in epoch 1 of 1; best.pth, last.pth, log.txt and")

@@ -90,7 +90,7 @@ def test_of_several_sets_the_average_is_taken_unless_told_otherwise(checkpoint: 
     assert value_of(checkpoint, "raw") == (1.0, "raw")
     picked = pick_weights(checkpoint, "x.pth", network())
     assert picked.choice == "averaged weights"
-    assert re.fullmatch("x.pth: averaged weights are taken from .*; it also holds .*", picked.notes[-1])
+    assert re.fullmatch("x.pth: averaged weights are taken from .*; it also contains .*", picked.notes[-1])
 
 
 def test_a_file_says_what_it_was_chosen_for() -> None:
@@ -123,17 +123,17 @@ def test_a_kind_that_is_not_there_is_refused() -> None:
 
 @pytest.mark.parametrize("checkpoint", [{}, {"model": {}}, {"model": {"a": 1}}, {"model": None}, {"epoch": 3}])
 def test_a_file_without_weights_is_refused_with_what_it_holds(checkpoint: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"^x\.pth holds no weights: neither .*; it holds ") as error:
+    with pytest.raises(ValueError, match=r"^x\.pth contains no weights: neither .*; it contains ") as error:
         pick_weights(checkpoint, "x.pth", network())
     assert all(name in str(error.value) for name in checkpoint)
 
 
 def test_weights_of_another_architecture_are_answered_with_the_layout() -> None:
     other = {"net": {f"layer{i}.weight": torch.ones(1) for i in range(9)}, "opt": {}, "epoch": 3}
-    with pytest.raises(ValueError, match="holds no weights of this architecture") as error:
+    with pytest.raises(ValueError, match="contains no weights of this architecture") as error:
         pick_weights(other, "x.pth", network())
     assert str(error.value).endswith(
-        "such as stem.weight; it holds net: 9 tensors, layer0.weight, layer1.weight, layer2.weight, ...; "
+        "such as stem.weight; it contains net: 9 tensors, layer0.weight, layer1.weight, layer2.weight, ...; "
         "2 other entries, opt, epoch"
     )
 

@@ -88,7 +88,7 @@ def test_number_beyond_the_names(tmp_path: Path) -> None:
 
 def test_missing_shard(tmp_path: Path) -> None:
     table(tmp_path, [0, 1], Value("int64")).to_parquet(tmp_path / "train-00000-of-00002.parquet")
-    with pytest.raises(ValueError, match=r"shards 1 are missing beside .*train-00000-of-00002\.parquet; copy"):
+    with pytest.raises(ValueError, match=r"shards 1 are missing next to .*train-00000-of-00002\.parquet; copy"):
         open_parquet(Request(path=str(tmp_path), needs=("train",)))
 
 
@@ -99,7 +99,7 @@ def test_missing_and_damaged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is one data set without parts"):
         open_saved(Request(path=str(tmp_path / "one")))
     DatasetDict({"train": table(tmp_path, [0, 1], Value("int64"))}).save_to_disk(tmp_path / "half")
-    with pytest.raises(ValueError, match=r"no part 'val' in data path .*half: it holds train"):
+    with pytest.raises(ValueError, match=r"no split 'val' in data path .*half: it contains train"):
         open_saved(Request(path=str(tmp_path / "half")))
     with pytest.raises(ValueError, match=r"no file 'train\.parquet' in data path .*half: it holds dataset_dict\.json"):
         open_parquet(Request(path=str(tmp_path / "half")))

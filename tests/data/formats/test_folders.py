@@ -59,7 +59,7 @@ def test_file_in_place_of_the_folder(tmp_path: Path) -> None:
 
 
 def test_empty_folder(tmp_path: Path) -> None:
-    assert refusal(tmp_path) == f"no folder 'train' in data path ROOT: it holds no folders; {LAYOUT}"
+    assert refusal(tmp_path) == f"no folder 'train' in data path ROOT: it contains no folders; {LAYOUT}"
 
 
 def test_no_train(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_class_without_images(tmp_path: Path, split: str) -> None:
     (tmp_path / split / "cat" / "readme.txt").write_text("no image")
     (tmp_path / split / "cat" / "._0.jpg").write_text("left behind by macOS")
     assert refusal(tmp_path).startswith(
-        f"no images in ROOT/{split}/cat; add some or remove the folder (they hold 1 .txt; images end in .jpg"
+        f"no images in ROOT/{split}/cat; add some or remove the folder (they contain 1 .txt; images end in .jpg"
     )
 
 
@@ -197,7 +197,7 @@ def test_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
 def test_class_of_nothing_but_skipped_files(tmp_path: Path) -> None:
     write_folder(tmp_path, {**GOOD, "train/emu": 0})
     (tmp_path / "train" / "emu" / "a.heic").write_text("no image")
-    assert "no images in ROOT/train/emu; add some or remove the folder (they hold 1 .heic; " in refusal(tmp_path)
+    assert "no images in ROOT/train/emu; add some or remove the folder (they contain 1 .heic; " in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", ".ipynb_checkpoints"])

@@ -96,7 +96,7 @@ def test_several_labels(root: Path) -> None:
             "ROOT/train.csv, line 2: the label is empty; give",
         ),
         ("images,cat\n", "images/5.jpg,cat\n", "", "ROOT/train.csv, line 1: there is no file ROOT/images; paths are"),
-        ("i\0m\0a\0,\0c\0", "images/5.jpg,cat\n", "", "table ROOT/train.csv is no text in UTF-8; save it as such"),
+        ("i\0m\0a\0,\0c\0", "images/5.jpg,cat\n", "", "table ROOT/train.csv is not UTF-8 text; convert it"),
         (
             "images/0.jpg,cat\n",
             "images/5.jpg,cow\n",

@@ -151,7 +151,7 @@ def test_missing_shard(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards", size=2)
     (root / "train-000002.tar").unlink()
     assert refusal(root) == (
-        "shards 2 are missing beside ROOT/train-000000.tar and train-000004.tar; copy them again, or number the "
+        "shards 2 are missing next to ROOT/train-000000.tar and train-000004.tar; copy them again, or number the "
         "others without gaps"
     )
 
@@ -167,7 +167,7 @@ def test_shards_that_say_how_many_they_are(photos: Path, tmp_path: Path) -> None
     root = write_shards(photos, tmp_path / "shards", size=5)
     for number in (0, 1):
         (root / f"train-{number:06}.tar").rename(root / f"train-{number:05}-of-00003.tar")
-    assert refusal(root).startswith("shards 2 are missing beside")
+    assert refusal(root).startswith("shards 2 are missing next to")
 
 
 def test_compressed_archive(root: Path) -> None:
@@ -177,8 +177,8 @@ def test_compressed_archive(root: Path) -> None:
 
 def test_no_archive(root: Path, photos: Path) -> None:
     (root / "train.tar").unlink()
-    assert refusal(root).startswith("no archive 'train.tar' in data path ROOT: it holds val.tar; the layout is ")
-    assert refusal(photos, "val").startswith("no archive 'val.tar' in data path ROOT: it holds train, val; ")
+    assert refusal(root).startswith("no archive 'train.tar' in data path ROOT: it contains val.tar; the layout is ")
+    assert refusal(photos, "val").startswith("no archive 'val.tar' in data path ROOT: it contains train, val; ")
 
 
 def test_parts_by_pattern(photos: Path, tmp_path: Path) -> None:
