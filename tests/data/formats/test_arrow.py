@@ -101,7 +101,9 @@ def test_missing_and_damaged(tmp_path: Path) -> None:
     DatasetDict({"train": table(tmp_path, [0, 1], Value("int64"))}).save_to_disk(tmp_path / "half")
     with pytest.raises(ValueError, match=r"no split 'val' in data path .*half: it contains train"):
         open_saved(Request(path=str(tmp_path / "half")))
-    with pytest.raises(ValueError, match=r"no file 'train\.parquet' in data path .*half: it holds dataset_dict\.json"):
+    with pytest.raises(
+        ValueError, match=r"no file 'train\.parquet' in data path .*half: it contains dataset_dict\.json"
+    ):
         open_parquet(Request(path=str(tmp_path / "half")))
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"train\.parquet cannot be read: "):

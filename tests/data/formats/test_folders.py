@@ -64,13 +64,13 @@ def test_empty_folder(tmp_path: Path) -> None:
 
 def test_no_train(tmp_path: Path) -> None:
     write_folder(tmp_path, {f"n{number}/x": 0 for number in range(8)})
-    there = "it holds n0, n1, n2, n3, n4 and 3 more"
+    there = "it contains n0, n1, n2, n3, n4 and 3 more"
     assert refusal(tmp_path) == f"no folder 'train' in data path ROOT: {there}; {LAYOUT}"
 
 
 def test_no_val(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/cat": 1, "more/cat": 1})
-    expected = f"no folder 'val' in data path ROOT: it holds more, train; {LAYOUT}"
+    expected = f"no folder 'val' in data path ROOT: it contains more, train; {LAYOUT}"
     assert refusal(tmp_path) == refusal(tmp_path, "val") == expected
 
 

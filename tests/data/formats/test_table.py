@@ -116,7 +116,7 @@ def test_wrong_tables(root: Path, train: str, val: str, listed: str, says: str) 
 
 
 def test_missing_tables(root: Path) -> None:
-    with pytest.raises(ValueError, match=r"^no file 'train\.csv' in data path .*: it holds images; the layout is "):
+    with pytest.raises(ValueError, match=r"^no file 'train\.csv' in data path .*: it contains images; the layout is "):
         open_table(Request(path=str(root)))
     with pytest.raises(ValueError, match=r"^table .*all\.csv does not exist; "):
         open_table(Request(path=str(root), train="all.csv", val="all.csv"))
