@@ -106,7 +106,7 @@ class Listing:
         Raises:
             ValueError: the file is something else or truncated.
         """
-        damaged = ValueError(f"index {path} is damaged or of another program; delete it, and it is built again")
+        damaged = ValueError(f"index {path} is damaged or not an index; delete it, and it is built again")
         try:
             with path.open("rb") as file:
                 if file.read(len(_MAGIC)) != _MAGIC:

@@ -444,7 +444,7 @@ ROWS = [
     archive(
         "index of another program",
         lambda root: (root / "train.index").write_text("dat listing 1\n{}\n"),
-        r"index wrong/train\.index is damaged or of another program; delete it, and it is built again",
+        r"index wrong/train\.index is damaged or not an index; delete it, and it is built again",
     ),
     archive(
         "index of members of other names",

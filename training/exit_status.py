@@ -28,7 +28,7 @@ def refuse(error: Exception | str, *, alone: bool = False) -> int:
     """
     try:
         launch = launched_as()
-    except ValueError:  # the launcher's variables are what is wrong
+    except ValueError:  # the launcher variables are invalid
         launch = Launch()
     if alone or (launch.rank if torch.distributed.is_initialized() else launch.local_rank) == 0:
         print(f"main.py: {on_one_line(str(error))}", file=sys.stderr, flush=True)
@@ -45,8 +45,8 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
     if isinstance(error, OSError) or is_lost_worker(error):
         reason = on_one_line((str(error).strip() or type(error).__name__).splitlines()[-1])
         if isinstance(error, (ConnectionError, EOFError)):
-            reason = f"DataLoader worker died while it handed a batch over: {reason}"
-        hint = " (fewer DATA.NUM_WORKERS take less memory)" if is_lost_worker(error) else ""
+            reason = f"DataLoader worker died while sending a batch: {reason}"
+        hint = " (fewer DATA.NUM_WORKERS need less memory)" if is_lost_worker(error) else ""
         log.error(f"rank {launched_as().rank}: {reason}{hint}; {_continuation()}")
         return LOST_PEER
     if is_out_of_memory(error):

@@ -173,7 +173,7 @@ def _patterns(name: str) -> tuple[str, ...]:
 
 
 def _check_shards(paths: Sequence[Path]) -> None:
-    """Check that no shard of a numbered series, or of the manifest beside it, is missing."""
+    """Check that no shard of a numbered series, or of its manifest, is missing."""
     manifest = paths[0].with_name(MANIFEST)
     if not manifest.is_file():
         check_series(paths)

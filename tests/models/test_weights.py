@@ -145,7 +145,7 @@ def test_a_class_map_overrides(tmp_path: Path) -> None:
     [
         ("1\n2\n", "has 2 lines for 3 classes"),
         ("1\n2\n10\n", "line 3: '10' is not a class of the weights; give 0 to 9, or -1"),
-        ("1\nn01440764\n3\n", "line 2: 'n01440764' is no class"),
+        ("1\nn01440764\n3\n", "line 2: 'n01440764' is not a class"),
         ("1\n\n3\n", "has 2 lines for 3 classes"),
         (None, "cannot be read"),
     ],
