@@ -84,7 +84,7 @@ def test_position_holds_for_the_iteration_it_was_set_for() -> None:
 
 def test_position_behind_the_end_is_refused() -> None:
     (sampler,) = samplers(20, 2, 1)
-    with pytest.raises(ValueError, match="behind image 21 of an epoch, but there are 20 training images"):
+    with pytest.raises(ValueError, match="after image 21 of an epoch, but there are 20 training images"):
         sampler.set_position(0, 21)
 
 
