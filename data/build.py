@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.cache import CachedSource
-from data.datasets import OnUnreadable, SeededSamples, TransformedImages, collate, collate_for_a_pipe
+from data.datasets import ByValue, OnUnreadable, SeededSamples, TransformedImages, collate, collate_for_a_pipe
 from data.formats import FORMATS
 from data.formats.stream import ImageStream, open_stream
 from data.samplers import EvalSampler, TrainSampler
@@ -245,12 +245,17 @@ def request(config: CfgNode, needs: Sequence[str]) -> Request:
     )
 
 
-def loader_doubts(config: CfgNode) -> list[str]:
-    """Return warnings about loader options that this machine does not support, with the fallback."""
+def loader_doubts(config: CfgNode, size: tuple[int, int]) -> list[str]:
+    """Return warnings about loader options that this machine does not support, with the fallback.
+
+    Args:
+        config: options of the run.
+        size: largest height and width of the images of a batch.
+    """
     found, workers, asked = [], _workers(config), config.DATA.NUM_WORKERS
     if workers < asked:
         found.append(f"DATA.NUM_WORKERS {asked} is more than the {workers} cores here; {workers} are used")
-    needed, free = _shared_memory(config)
+    needed, free = _shared_memory(config, size)
     if needed > free:
         found.append(
             f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, but prefetched batches need {needed / 2**20:.0f} MiB: "
@@ -265,25 +270,31 @@ def _workers(config: CfgNode) -> int:
     return min(config.DATA.NUM_WORKERS, cores)
 
 
-def _shared_memory(config: CfgNode) -> tuple[float, float]:
+def _shared_memory(config: CfgNode, size: tuple[int, int]) -> tuple[float, float]:
     """Return the bytes needed for prefetched batches in all processes of this machine, and the free bytes."""
     if not SHARED_MEMORY.is_dir():
         return 0, math.inf  # other systems have no such limit
-    height, width = config.image_size
-    batch = config.DATA.BATCH_SIZE * height * width * 3
+    batch = config.DATA.BATCH_SIZE * size[0] * size[1] * 3
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = _workers(config)
     return processes * batch * (PREFETCHED * workers + 1) * (workers > 0), shutil.disk_usage(SHARED_MEMORY).free
 
 
 def _collate(config: CfgNode) -> Callable[[list[Any]], Any]:
-    return collate_for_a_pipe if is_shared_memory_short(config) else collate
+    return collate_for_a_pipe if is_shared_memory_short(config, config.image_size) else collate
 
 
-def is_shared_memory_short(config: CfgNode) -> bool:
-    """Return whether prefetched batches need more shared memory than is free."""
-    needed, free = _shared_memory(config)
+def is_shared_memory_short(config: CfgNode, size: tuple[int, int]) -> bool:
+    """Return whether prefetched batches of images of at most this size need more shared memory than is free."""
+    needed, free = _shared_memory(config, size)
     return needed > free
+
+
+def hand_over(
+    config: CfgNode, size: tuple[int, int], collate: Callable[[list[Any]], Any]
+) -> Callable[[list[Any]], Any]:
+    """Return a collating function whose batches, of images of at most this size, come through the memory there is."""
+    return ByValue(collate) if is_shared_memory_short(config, size) else collate
 
 
 def build_loader(

@@ -44,8 +44,7 @@ class CachedSource(ImageSource):
         content, table, opened = (folder / f"dat-{os.getuid()}-{key}.{kind}" for kind in ("data", "index", "opened"))
         with one_at_a_time(content):
             if not table.exists():
-                rows = _fill(source, content, show=is_main)
-                Listing.of(rows, _COLUMNS, {}).save(table)
+                _make(source, content, table, show=is_main)
             self._table = Listing.load(table)
             with content.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -73,6 +72,22 @@ class CachedSource(ImageSource):
         offset, size, turn = (int(self._table.numbers[name][index]) for name in _COLUMNS)
         name = os.fsdecode(self._table.name(index))
         return StoredImage(self._content[offset : offset + size], name, turn=bool(turn))
+
+
+def _make(source: ImageSource, content: Path, table: Path, *, show: bool) -> None:
+    """Write the files of images and their table.
+
+    Raises:
+        ValueError: there is no room even for the table.
+    """
+    try:
+        Listing.of(_fill(source, content, show=show), _COLUMNS, {}).save(table)
+    except OSError as error:
+        content.unlink(missing_ok=True)
+        raise ValueError(
+            f"DATA.CACHE: {content.parent} cannot be written ({error.strerror}); free it, give the container more by "
+            "--shm-size, or leave DATA.CACHE off"
+        ) from None
 
 
 def _fill(source: ImageSource, path: Path, *, show: bool) -> Iterator[tuple[bytes, int, int, int]]:

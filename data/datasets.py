@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -152,6 +153,26 @@ def collate_for_a_pipe(samples: list[Sample]) -> Batch:
     pixels = np.empty((len(samples), *samples[0].pixels.shape), np.uint8)
     _fill(pixels, samples)
     return Batch(_ByValue(pixels), _ByValue(_targets(samples)), _unreadable(samples))
+
+
+class ByValue:
+    """A collating function whose batches go to the training process through a pipe, without shared memory."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, samples: list[Any]) -> Any:
+        return _Packed(self._collate(samples))
+
+
+class _Packed:
+    """Arrives as what it holds; tensors themselves would be sent as names of shared memory."""
+
+    def __init__(self, content: Any) -> None:
+        self._content = content
+
+    def __reduce__(self) -> tuple:
+        return pickle.loads, (pickle.dumps(self._content),)
 
 
 class _ByValue:

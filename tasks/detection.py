@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import resize
 from yacs.config import CfgNode
 
-from data.detection.build import build_eval_loader, build_train_loader, open_dataset
+from data.detection.build import build_eval_loader, build_train_loader, largest_image, open_dataset
 from data.detection.datasets import Batch, on_device
 from data.detection.sources import DetectionDataset, DetectionSource
 from data.transforms import as_pixels, normalize
@@ -53,6 +53,9 @@ class Detection(LabelledTask):
 
     def open_dataset(self, needs: Sequence[str]) -> DetectionDataset:
         return open_dataset(self.config, needs)
+
+    def largest_image(self) -> tuple[int, int]:
+        return largest_image(self.config)
 
     def train_loader(self) -> DataLoader:
         return build_train_loader(self.config, self._dataset, masks=self._masks, **self._share)

@@ -48,8 +48,12 @@ class LabelledTask(Task):
     def changes(self, checkpoint: dict[str, Any]) -> list[str]:
         return class_changes(checkpoint, self.classes)
 
+    def largest_image(self) -> tuple[int, int]:
+        """Return the largest height and width of the images of a batch."""
+        return self.config.image_size
+
     def doubts(self) -> list[str]:
-        return [*self._dataset.remarks, *loader_doubts(self.config)]
+        return [*self._dataset.remarks, *loader_doubts(self.config, self.largest_image())]
 
 
 def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:

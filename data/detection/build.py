@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.build import build_loader, choose_format, on_unreadable, request, train_sampler
+from data.build import build_loader, choose_format, hand_over, on_unreadable, request, train_sampler
 from data.detection.coco import open_coco
 from data.detection.datasets import EvalSamples, TrainSamples, collate
 from data.detection.digit_scenes import open_digit_scenes
@@ -57,11 +57,19 @@ def build_train_loader(
     )
     unreadable = on_unreadable(config, training=True)
     samples = TrainSamples(dataset.train, transform, masks=masks, seed=config.SEED, on_unreadable=unreadable)
-    return build_loader(config, samples, train_sampler(config, len(samples), rank=rank, world_size=world_size), collate)
+    sampler = train_sampler(config, len(samples), rank=rank, world_size=world_size)
+    return build_loader(config, samples, sampler, hand_over(config, largest_image(config), collate))
 
 
 def build_eval_loader(config: CfgNode, dataset: DetectionDataset, *, rank: int, world_size: int) -> DataLoader:
     """Return the loader of this rank's share of the held-out images; its `sampler` is an `EvalSampler`."""
     transform = EvalTransform(short_side=config.DETECTION.TEST_SHORT_SIDE, long_side=config.DETECTION.LONG_SIDE)
     samples = EvalSamples(dataset.held_out, transform, on_unreadable=on_unreadable(config, training=False))
-    return build_loader(config, samples, EvalSampler(len(samples), rank=rank, world_size=world_size), collate)
+    sampler = EvalSampler(len(samples), rank=rank, world_size=world_size)
+    return build_loader(config, samples, sampler, hand_over(config, largest_image(config), collate))
+
+
+def largest_image(config: CfgNode) -> tuple[int, int]:
+    """Return the largest height and width of the images of a batch; their masks are not counted."""
+    options = config.DETECTION
+    return min(max([*options.SHORT_SIDES, options.TEST_SHORT_SIDE]), options.LONG_SIDE), options.LONG_SIDE

@@ -10,14 +10,14 @@ from yacs.config import CfgNode
 from data.build import (
     build_loader,
     choose_format,
-    is_shared_memory_short,
+    hand_over,
     on_unreadable,
     request,
     train_sampler,
 )
 from data.samplers import EvalSampler
 from data.segmentation.coco import open_coco
-from data.segmentation.datasets import ByValue, MaskedImages, collate, stack
+from data.segmentation.datasets import MaskedImages, collate, stack
 from data.segmentation.folders import open_ade20k, open_masks
 from data.segmentation.scenes import open_scenes
 from data.segmentation.sources import Labels, MaskedDataset, check_some
@@ -65,7 +65,7 @@ def build_train_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, wo
     unreadable = on_unreadable(config, training=True)
     images = MaskedImages(dataset.train, transform, seed=config.SEED, on_unreadable=unreadable)
     sampler = train_sampler(config, len(images), rank=rank, world_size=world_size)
-    return build_loader(config, images, sampler, ByValue(stack) if is_shared_memory_short(config) else stack)
+    return build_loader(config, images, sampler, hand_over(config, config.image_size, stack))
 
 
 def build_eval_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, world_size: int) -> DataLoader:
@@ -74,7 +74,7 @@ def build_eval_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, wor
     transform = EvalTransform(config.image_size)
     images = MaskedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=unreadable)
     sampler = EvalSampler(len(images), rank=rank, world_size=world_size)
-    return build_loader(config, images, sampler, ByValue(collate) if is_shared_memory_short(config) else collate)
+    return build_loader(config, images, sampler, hand_over(config, config.image_size, collate))
 
 
 def _labels(config: CfgNode) -> Labels:

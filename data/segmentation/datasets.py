@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -74,23 +73,3 @@ def stack(samples: list[Sample]) -> Batch:
     """Collate samples of one size into a batch of two tensors."""
     images, labels, unreadable = collate(samples)
     return Batch(torch.stack(images), torch.stack(labels), unreadable)
-
-
-class ByValue:
-    """A collate function whose batches are sent to the training process through a pipe, without shared memory."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self._collate = collate
-
-    def __call__(self, samples: list[Any]) -> Any:
-        return _Packed(self._collate(samples))
-
-
-class _Packed:
-    """Unpickled as its content; tensors themselves would be sent through shared memory."""
-
-    def __init__(self, content: Any) -> None:
-        self._content = content
-
-    def __reduce__(self) -> tuple:
-        return pickle.loads, (pickle.dumps(self._content),)

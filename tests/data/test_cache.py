@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from data import build, cache
 from data.build import build_train_loader, open_dataset
 from data.cache import CachedSource
 from data.images import UnreadableImage
+from data.listing import Listing
 from data.sources import ImageSource
 from tests.data.samples import small_config, write_folder
 
@@ -68,3 +70,19 @@ def test_a_system_without_such_memory(source: ImageSource, tmp_path: Path, monke
     config = small_config(tmp_path / "photos", CACHE=True)
     with pytest.raises(ValueError, match="leave it off"):
         build_train_loader(config, open_dataset(config), rank=0, world_size=1)
+
+
+def test_a_memory_that_takes_nothing_is_said_in_one_line(
+    tmp_path: Path, source: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setattr(Listing, "save", full)
+    with pytest.raises(
+        ValueError, match=r"^DATA\.CACHE: .*/memory cannot be written \(No space left on device\); free"
+    ):
+        CachedSource(source, folder, "run", processes=1, is_main=True)
+    assert not list(folder.glob("*.data"))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from data.build import loader_doubts
+from data.datasets import ByValue
+from data.detection.build import build_eval_loader, build_train_loader, largest_image, open_dataset
 from data.detection.coco import open_coco
 from data.detection.datasets import EvalSamples, TrainSamples
 from data.detection.transforms import EvalTransform, TrainTransform
@@ -14,6 +19,7 @@ from data.images import UnreadableImage
 from data.samplers import Draw
 from data.sources import Request
 from tests.data.detection.samples import write_coco
+from tests.data.samples import small_config
 
 
 def damage(root: Path, part: str) -> list[str]:
@@ -46,3 +52,26 @@ def test_training_images_that_cannot_be_read_are_substituted(tmp_path: Path) -> 
         sample = samples[Draw(index, 0)]
         assert sample.unreadable[0] == path
         assert len(sample.target["labels"]) == len(sample.target["masks"]) == 2
+
+
+def test_batches_go_through_pipes_where_their_images_do_not_fit_into_shared_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small_config(write_coco(tmp_path), DATASET="coco", NUM_WORKERS=1)
+    config.DETECTION.SHORT_SIDES, config.DETECTION.TEST_SHORT_SIDE, config.DETECTION.LONG_SIDE = [48], 48, 60
+    dataset = open_dataset(config, ("train", "val"))
+    needed = 3 * 4 * 48 * 60 * 3  # three batches of four images, larger than DATA.IMG_SIZE
+    batches = {}
+    for free in (needed, needed - 1):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(0, 0, free))
+        short = free < needed
+        assert len(loader_doubts(config, largest_image(config))) == short
+        loaders = (
+            build_train_loader(config, dataset, masks=True, rank=0, world_size=1),
+            build_eval_loader(config, dataset, rank=0, world_size=1),
+        )
+        assert all(isinstance(loader.collate_fn, ByValue) == short for loader in loaders)
+        batches[short] = [batch for loader in loaders for batch in loader]
+    for (images, targets, _), (others, other_targets, _) in zip(batches[True], batches[False], strict=True):
+        assert all(map(torch.equal, images, others))
+        assert all(torch.equal(a[name], b[name]) for a, b in zip(targets, other_targets, strict=True) for name in a)

@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import Draw
+from data.datasets import ByValue, Draw
 from data.images import StoredImage
-from data.segmentation.datasets import ByValue, MaskedImages, stack
+from data.segmentation.datasets import MaskedImages, stack
 from data.segmentation.sources import IGNORED, MaskedSource
 from data.segmentation.transforms import EvalTransform, TrainTransform, resized
 
