@@ -110,7 +110,7 @@ class Request:
         image_column: for tables with named columns; empty for the usual names.
         label_column: likewise.
         download: whether a format may download its data set.
-        scenes: number of training scenes, for data sets that are drawn.
+        scenes: number of training scenes, for data sets that are drawn; 0 for others.
         stream_images: number of images of "train" and "val" in a stream; 0 if unknown.
     """
 
@@ -124,7 +124,7 @@ class Request:
     image_column: str = ""
     label_column: str = ""
     download: bool = False
-    scenes: int = 600
+    scenes: int = 0
     stream_images: Mapping[str, int] = field(default_factory=dict)
 
     def root(self, layout: str) -> Path:
@@ -311,10 +311,9 @@ def join_classes(
     labels = {name: label for label, name in enumerate(classes)}
     unknown = [name for name in composed.get("val", ()) if name not in labels]
     if unknown:
-        folded = {name.casefold(): name for name in classes}
-        near = [f"{name} (train has {folded[name.casefold()]})" for name in unknown if name.casefold() in folded]
         raise ValueError(
-            f"{where['val']} has classes that {where['train']} does not have: {shorten(near or unknown)}; {layout}"
+            f"{where['val']} has classes that {where['train']} does not have: "
+            f"{shorten(with_similar(unknown, classes, 'train has'))}; {layout}"
         )
     return classes, {
         part: np.array([labels[name] for name in known], dtype=np.int32) for part, known in composed.items()
@@ -353,6 +352,22 @@ def read_class_list(folder: Path) -> list[str]:
     if twice:
         raise ValueError(f"{path} names {shorten(twice)} twice; give each class once, in the order of the labels")
     return classes
+
+
+def with_similar(names: Sequence[str], known: Sequence[str], where: str) -> list[str]:
+    """Return those of `names` that differ from a known name only in case, spaces and punctuation; all if none does.
+
+    Args:
+        names: names that are not known.
+        known: known names.
+        where: who knows the similar name, such as "train has".
+    """
+    plain = {_plain(name): name for name in known}
+    return [f"{name} ({where} {plain[_plain(name)]})" for name in names if _plain(name) in plain] or list(names)
+
+
+def _plain(name: str) -> str:
+    return "".join(char for char in name.casefold() if char.isalnum()) or name
 
 
 def shorten(names: Sequence[str], most: int = 5) -> str:

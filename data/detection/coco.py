@@ -78,7 +78,17 @@ def _read(path: Path) -> dict[str, Any]:
             if not isinstance(entry, dict) or not needed <= entry.keys():
                 names = ", ".join(sorted(needed))
                 raise ValueError(f"{path}: each of its {key} needs {names}, unlike {str(entry)[:80]}")
+    broken = next((one for one in lists["annotations"] if not _is_box(one["bbox"])), None)
+    if broken:
+        raise ValueError(
+            f"{path}: a bbox is [x, y, width, height], four numbers, unlike {str(broken['bbox'])[:80]} of annotation "
+            f"{broken['id']}"
+        )
     return content
+
+
+def _is_box(box: Any) -> bool:
+    return isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
 
 
 def _categories(content: dict[str, Any]) -> list[dict[str, Any]]:

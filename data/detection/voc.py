@@ -31,7 +31,7 @@ def open_voc(request: Request) -> DetectionDataset:
         source, faults, without = AnnotatedImages(turn=request.turn), Faults(), []
         for tree in of_part:
             path = root / "JPEGImages" / tree.findtext("filename", "")
-            size = int(tree.findtext("size/height", "0")), int(tree.findtext("size/width", "0"))
+            size = tuple(int(_number(tree, f"size/{side}", "0", path.name)) for side in ("height", "width"))
             objects = [_annotation(one, path.name, classes) for one in tree.iter("object")]
             if not source.add(path, size, objects, faults, empty=part != "train"):
                 without.append(path.name)
@@ -57,10 +57,18 @@ def _trees(root: Path, listed: Path) -> list[ElementTree.Element]:
 
 def _annotation(one: ElementTree.Element, image: str, classes: list[str]) -> Annotation:
     name = one.findtext("name", "")
-    x1, y1, x2, y2 = (float(one.findtext(f"bndbox/{side}", "nan")) for side in ("xmin", "ymin", "xmax", "ymax"))
+    x1, y1, x2, y2 = (_number(one, f"bndbox/{side}", "nan", image) for side in ("xmin", "ymin", "xmax", "ymax"))
     return Annotation(
         name=f"{name} in {image}",
         box=(x1 - 1, y1 - 1, x2, y2),
         label=classes.index(name) if name in classes else None,
         crowd=one.findtext("difficult", "0") == "1",
     )
+
+
+def _number(element: ElementTree.Element, name: str, missing: str, image: str) -> float:
+    text = element.findtext(name, missing)
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"the annotation of {image}: {name} must be a number, not {text!r}") from None

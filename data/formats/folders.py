@@ -10,8 +10,8 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 import numpy as np
@@ -24,8 +24,11 @@ from data.sources import Dataset, ImageSource, Request, join_classes, relabel, s
 
 LAYOUT = "the layout is DATA_PATH/train/<class>/*.jpg and DATA_PATH/val/<class>/*.jpg"
 
-# Folders created by operating systems.
-_NO_CLASSES = {"__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+# Folders created by operating systems and network storage.
+_NO_CLASSES = {
+    *("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"),
+    *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot"),
+}
 # Formats that Pillow recognises but cannot decode itself.
 _STUBS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
 # Number of images from which on their list is cached in a file.
@@ -57,7 +60,7 @@ def open_folders(request: Request) -> Dataset:
         part: FileSource(folders[part], listing, relabel(listing.numbers["label"], lookups[part]), turn=request.turn)
         for part, listing in listings.items()
     }
-    skipped = [_skipped(folders[part], listing.about["skipped"]) for part, listing in listings.items()]
+    skipped = [skipped_files(folders[part], listing.about["skipped"]) for part, listing in listings.items()]
     return Dataset(
         classes=classes, train=sources.get("train"), held_out=sources.get("val"), remarks=list(filter(None, skipped))
     )
@@ -138,39 +141,43 @@ def _scan(folder: Path) -> Listing:
         rows = ((os.fsencode(name), labels[truth[name]]) for name in sorted(truth))
         return Listing.of(rows, {"label": np.int32}, about | {"skipped": {}})
     skipped: Counter[str] = Counter()
-    empty: list[str] = []
+    empty: dict[str, Counter[str]] = {}
     listing = Listing.of(_rows(folder, classes, about["folders"], skipped, empty), {"label": np.int32}, about)
     if empty:
         held = f"they contain {_count(skipped)}; " if skipped else ""
         raise ValueError(
-            f"no images in {shorten(empty)}; add some or remove the folder ({held}images end in .jpg, .png or another "
-            f"of the {len(endings())} extensions that Pillow reads)"
+            f"no images in {shorten(list(empty))}; add some or remove the folder ({held}images end in .jpg, .png or "
+            f"another of the {len(endings())} extensions that Pillow reads)"
         )
     about |= {"classes": classes, "skipped": dict(skipped)}
     return listing
 
 
 def _rows(
-    folder: Path, classes: Sequence[str], folders: list[list[Any]], skipped: Counter[str], empty: list[str]
+    folder: Path,
+    classes: Sequence[str],
+    folders: list[list[Any]],
+    skipped: Counter[str],
+    empty: dict[str, Counter[str]],
 ) -> Iterator[tuple[bytes, int]]:
     """Yield names and labels of the images below `folder`; record folders, skipped extensions and empty classes."""
     readable, prefix = endings(), len(os.fspath(folder)) + 1
     for label, name in enumerate(classes):
-        count = 0
+        count, others = 0, Counter()
         for parent, below, files in os.walk(folder / name, followlinks=True, onerror=_refuse):
             below[:] = sorted(name for name in below if name not in _NO_CLASSES and not _leads_up(parent, name))
             folders.append([parent[prefix:], Path(parent).stat().st_mtime_ns])
             for file in sorted(files):
-                ending = Path(file).suffix.lower()
                 if file.startswith("."):
                     continue
-                if ending in readable:
+                if (ending := ending_of(Path(file))) in readable:
                     count += 1
                     yield os.fsencode(f"{parent[prefix:]}/{file}"), label
                 else:
-                    skipped[ending or "no ending"] += 1
+                    others[ending] += 1
+        skipped.update(others)
         if not count:
-            empty.append(f"{folder / name}")
+            empty[f"{folder / name}"] = others
 
 
 def _leads_up(parent: str, name: str) -> bool:
@@ -196,13 +203,21 @@ def _is_current(listing: Listing, folder: Path) -> bool:
         return False
 
 
-def _skipped(folder: Path, skipped: dict[str, int]) -> str:
+def ending_of(path: PurePath) -> str:
+    """Return the ending of a file in lower case, in words where it has none."""
+    return path.suffix.lower() or "without ending"
+
+
+def skipped_files(place: Path, skipped: Mapping[str, int] | None) -> str:
+    """Return how many files of a part are skipped, by ending; empty where none is, or an older list does not tell."""
     if not skipped:
         return ""
-    return f"{sum(skipped.values())} files in {folder} are skipped; Pillow cannot read their formats: {_count(skipped)}"
+    count = sum(skipped.values())
+    return f"{count} files in {place} are skipped; Pillow cannot read their formats: {count_endings(skipped)}"
 
 
-def _count(skipped: dict[str, int]) -> str:
+def count_endings(skipped: Mapping[str, int]) -> str:
+    """Return how many files there are of each ending, the most frequent ones first."""
     return shorten(
         [f"{count} {ending}" for ending, count in sorted(skipped.items(), key=lambda item: (-item[1], item[0]))]
     )

@@ -92,6 +92,8 @@ def read_rows(path: Path, part: str, *, multi_label: bool) -> list[Row]:
             raise ValueError(f"{path}, line {line}: a path and a label are expected, not {cells!r}; {LAYOUT}")
         if columns[2] is None or cells[columns[2]].strip() in PARTS[part]:
             text = cells[columns[1]].strip()
+            if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):  # bytes that are not UTF-8
+                raise ValueError(f"{path}, line {line}: label {text!r} is not UTF-8 text; save the table as UTF-8")
             labels = split_labels(text) if multi_label else (text,)
             rows.append(Row(line, cells[columns[0]].strip(), labels))
     if not rows:

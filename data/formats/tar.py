@@ -11,6 +11,7 @@ import json
 import os
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from data.formats.folders import endings
+from data.formats.folders import count_endings, ending_of, endings, skipped_files
 from data.formats.series import check_series, first_may_be_missing
 from data.images import StoredImage, UnreadableImage
 from data.listing import Listing, cache_folder, one_at_a_time
@@ -81,7 +82,8 @@ def open_tar(request: Request) -> Dataset:
         part: TarSource(shards[part], listing, _labels_of(listing, lookups[part], len(classes)), turn=request.turn)
         for part, listing in listings.items()
     }
-    remarks = list(filter(None, map(first_may_be_missing, shards.values())))
+    remarks = [skipped_files(shards[part][0], one.about.get("skipped")) for part, one in listings.items()]
+    remarks = list(filter(None, [*map(first_may_be_missing, shards.values()), *remarks]))
     return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"), remarks=remarks)
 
 
@@ -269,10 +271,11 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
     Raises:
         ValueError: an archive cannot be read to its end, or an image has no label.
     """
-    images, labels = _collect(shards, inside)
+    images, labels, skipped = _collect(shards, inside)
     if not images:
+        held = f", but {count_endings(skipped)}" if skipped else ""
         where = f" in a folder {' or '.join(inside)}" if inside else " and the other shards" if len(shards) > 1 else ""
-        raise ValueError(f"no images in {shards[0]}{where}; {LAYOUT}")
+        raise ValueError(f"no images in {shards[0]}{where}{held}; {LAYOUT}")
     if several and not labels:
         raise ValueError(f"{shards[0]} holds no labels (<key>.cls), which multi-label data needs; {LAYOUT}")
     if not labels:  # in the order of class folders, independent of the order in the archive
@@ -297,14 +300,15 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
         for image, text in zip(images, written, strict=True)
     )
     about: dict[str, Any] = {"shards": [[shard.name, shard.stat().st_size] for shard in shards], "classes": classes}
+    about["skipped"] = dict(skipped)
     if several:
         about["sets"] = [[place[name] for name in one] for one in sets.values()]
     return Listing.of(rows, _COLUMNS, about)
 
 
-def _collect(shards: Sequence[Path], inside: Sequence[str]) -> tuple[list[_Member], dict[str, str]]:
-    """Return the images in archives, and the labels of those with a file `<key>.cls` or `<key>.json`."""
-    images, labels = [], {}
+def _collect(shards: Sequence[Path], inside: Sequence[str]) -> tuple[list[_Member], dict[str, str], Counter[str]]:
+    """Return the images in archives, the labels of those with `<key>.cls` or `<key>.json`, and skipped extensions."""
+    images, labels, skipped = [], {}, Counter()
     for number, shard in enumerate(shards):
         for member in _members(shard, number):
             path = PurePosixPath(member.name)
@@ -316,7 +320,9 @@ def _collect(shards: Sequence[Path], inside: Sequence[str]) -> tuple[list[_Membe
                 label = label_of(read_at(shard, member.offset, member.size), path.suffix)
                 if label is not None:
                     labels[f"{number}/{_key(member.name)}"] = label
-    return images, labels
+            else:
+                skipped[ending_of(path)] += 1
+    return images, labels, skipped
 
 
 def _members(path: Path, shard: int) -> Iterator[_Member]:

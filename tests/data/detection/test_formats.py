@@ -90,6 +90,10 @@ def test_voc_counts_pixels_from_one_and_does_not_learn_what_is_difficult(tmp_pat
     assert objects.boxes.tolist() == [[2, 0, 9, 8]] * 2
     assert objects.labels.tolist() == [1, 0]
     assert objects.crowd.tolist() == [False, True]
+    for name, right, wrong in (("bndbox/xmin", ">3<", ">3,5<"), ("size/width", ">40<", "><")):
+        (tmp_path / "Annotations" / "a.xml").write_text(content.replace(right, wrong))
+        with pytest.raises(ValueError, match=f"the annotation of a.png: {name} must be a number, not '{wrong[1:-1]}'"):
+            open_voc(Request(path=str(tmp_path)))
 
 
 def test_yolo_boxes_are_shares_of_the_image(tmp_path: Path) -> None:
@@ -118,7 +122,7 @@ def test_digit_scenes_are_exact_and_always_the_same(tmp_path: Path) -> None:
     assert scene.masks.sum(0).max() == 1
     assert (scenes[3].pixels == scene.pixels).all()
     assert not (DigitScenes(train=False, scenes=4)[3].pixels == scene.pixels).all()
-    dataset = open_digit_scenes(Request())
+    dataset = open_digit_scenes(Request(scenes=600))
     assert (dataset.train.objects(3).decoded((128, 128)) == scene.masks).all()
     # A path takes their place.
     assert open_digit_scenes(Request(path=str(write_coco(tmp_path)))).classes == ["dog", "cat"]

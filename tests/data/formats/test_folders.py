@@ -190,8 +190,13 @@ def test_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
     for name in ("a.HEIC", "b.heic", "notes.txt", "README", ".DS_Store"):
         (tmp_path / "train" / "cat" / name).write_text("no image")
     assert opened(tmp_path).doubts() == [
-        f"4 files in {tmp_path}/train are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt, 1 no ending"
+        f"4 files in {tmp_path}/train are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt, 1 without ending"
     ]
+
+
+def test_folders_that_network_storage_leaves_are_no_classes(tmp_path: Path) -> None:
+    write_folder(tmp_path, {**GOOD, "train/#recycle": 1, "train/@Recycle": 0, "val/@eaDir": 1})
+    assert len(opened(tmp_path).classes) == len({name.partition("/")[2] for name in GOOD})
 
 
 def test_class_of_nothing_but_skipped_files(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_damaged_index(root: Path) -> None:
     whole = (root / "train.index").read_bytes()
     for content in (whole[:-300], b"something else", b"", b"dat listing 1\n{}\n", b"dat listing 1\n[]\n"):
         (root / "train.index").write_bytes(content)
-        assert refusal(root) == "index ROOT/train.index is damaged or not an index; delete it, and it is built again"
+        assert refusal(root) == "index ROOT/train.index is damaged or of another program; delete it, and it is built again"
 
 
 def test_missing_shard(photos: Path, tmp_path: Path) -> None:
@@ -237,6 +237,22 @@ def test_labels_in_json_and_files_of_other_programs(tmp_path: Path) -> None:
     dataset = opened(tmp_path, "train")
     assert dataset.classes == ["0", "1", "2"]
     assert [dataset.train.label(index) for index in range(3)] == [2, 1, 0]
+
+
+def test_files_that_are_skipped_are_counted(root: Path, photos: Path) -> None:
+    with tarfile.open(root / "train.tar", "w") as archive:
+        for number, ending in enumerate(("jpg", "jfif", "heic", "HEIC", "txt")):
+            archive.add(photos / "train/cat/0.jpg", f"cat/{number}.{ending}")
+        archive.add(photos / "train/dog/0.jpg", "dog/0.jpg")
+    for _ in ("built", "read again"):
+        dataset = opened(root)
+        assert len(dataset.train) == 3
+        skipped = "3 files in ROOT/train.tar are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt"
+        assert [line.replace(str(root), "ROOT") for line in dataset.doubts()] == [skipped]
+    with tarfile.open(root / "val.tar", "w") as archive:
+        archive.add(photos / "train/cat/0.jpg", "cat/0.heic")
+    (root / "val.index").unlink()
+    assert "no images in ROOT/val.tar, but 1 .heic; the layout is" in refusal(root)
 
 
 def test_archives_may_move(root: Path, tmp_path: Path) -> None:
