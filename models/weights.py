@@ -207,7 +207,7 @@ def _adapt_head(
     if class_map is not None:
         rows = read_class_map(class_map, there=there, classes=classes or [""] * here, names=known)
         origin = str(class_map)
-    elif known and list(known) != list(classes) and (rows := find_labels(classes, known)):
+    elif known and list(known) != list(classes) and (rows := _rows_by_name(classes, known)):
         origin = "name"
     elif not known and there == here and (numbers := as_numbers(classes, there)) != sorted(numbers):
         rows, origin = numbers, "number"
@@ -239,6 +239,18 @@ def find_labels(classes: Sequence[str], names: Sequence[str]) -> list[int]:
     """Return the index of each class in `names`, or [] if one is missing."""
     places = {name: label for label, name in enumerate(names)}
     return [places[name] for name in classes] if places.keys() >= set(classes) else []
+
+
+def _rows_by_name(classes: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Return for each class its index in `names`, or [].
+
+    Where there are as many, a class that is missing there is `NEW_ROW`, as the row in its place belongs to another
+    class; if all are missing, they are other names for the same classes.
+    """
+    if len(classes) != len(names):
+        return find_labels(classes, names)
+    places = {name: label for label, name in enumerate(names)}
+    return [places.get(name, NEW_ROW) for name in classes] if places.keys() & set(classes) else []
 
 
 def as_numbers(classes: Sequence[str], there: int) -> list[int]:
@@ -274,8 +286,10 @@ def read_class_map(path: Path, *, there: int, classes: Sequence[str], names: Seq
     """
     try:
         text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise ValueError(f"class map {path} cannot be read: {error}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"class map {path} is not UTF-8 text; save it as UTF-8") from None
     lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
     known = {name: label for label, name in enumerate(names or synsets(there))}
     pairs = [(number, *_split(line)) for number, line in lines]

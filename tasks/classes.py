@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.sources import shorten
+from data.sources import shorten, with_similar
 from models.weights import NEW_ROW, as_numbers, find_labels, read_class_map, synsets
 
 
@@ -43,11 +43,13 @@ def _find(classes: Sequence[str], known: Sequence[str], number: int, class_map: 
         return read_class_map(Path(class_map), there=number, classes=classes, names=known), f"by {class_map}"
     if known:
         labels = find_labels(classes, known)
-        if not labels and len(classes) != number:
-            unknown = [name for name in classes if name not in set(known)]
+        unknown = [name for name in classes if name not in set(known)]
+        # As many classes, of which the weights know none, are other names for theirs, of which the log warns.
+        if not labels and (len(classes) != number or len(unknown) < len(classes)):
+            named = shorten(with_similar(unknown, known, "the weights have"))
             raise ValueError(
-                f"the weights have no class {shorten(unknown)}, but {in_words(known)}: give a MODEL.CLASS_MAP, leave "
-                f"the images out, or fine-tune with --pretrained"
+                f"the weights have no class {named}, but {in_words(known)}: give a MODEL.CLASS_MAP, leave the images "
+                f"out, or fine-tune with --pretrained"
             )
         return labels, "by name"
     if labels := as_numbers(classes, number):
@@ -64,6 +66,22 @@ def in_words(classes: Sequence[str], labels: Sequence[int] | None = None) -> str
     """Return the first classes and the last one with their labels, by default their positions."""
     pairs = [f"{name} {label}" for label, name in zip(labels or range(len(classes)), classes, strict=False)]
     return ", ".join(pairs if len(pairs) < 5 else [*pairs[:3], "...", pairs[-1]])
+
+
+def order_doubt(classes: Sequence[str]) -> str:
+    """Return a warning where weights without names are used and names end in numbers that text sorts otherwise."""
+    if list(classes) == sorted(classes, key=_by_numbers):
+        return ""
+    return (
+        f"the weights do not name their classes, and those of the images are sorted as text ({', '.join(classes[:3])}, "
+        "...), not by the numbers in their names; if the labels follow the numbers, give a MODEL.CLASS_MAP"
+    )
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts the numbers within names as numbers."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part), "") if i % 2 else (0, part) for i, part in enumerate(parts)]
 
 
 def read_label_sets(path: Path, files: Sequence[str], number: int) -> np.ndarray:

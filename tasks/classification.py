@@ -25,7 +25,7 @@ from data.transforms import normalize
 from logger import RunLog
 from models.build import set_num_classes
 from tasks.base import Evaluation, Meter, Score, check_counts, zeros
-from tasks.classes import in_words, labels_of, read_label_sets
+from tasks.classes import in_words, labels_of, order_doubt, read_label_sets
 from tasks.distillation import Distillation
 from tasks.labelled import LabelledTask
 from utils import StopSignal, World, sum_over_ranks
@@ -158,7 +158,11 @@ class Classification(LabelledTask):
         self._present = sorted(labels) if labels and self.config.TEST.CLASSES == "present" else None
         if not labels:
             trust = "" if known else ", assumed to be those of the weights in this order"
+            if not known and (doubt := order_doubt(self.classes)):
+                self._remarks.append(doubt)
             return [f"classes and their labels{trust}: {in_words(self.classes)}"]
+        if self._present and len(self._present) == 1:
+            self._remarks.append("one class is present and no other may be predicted: every image counts as right")
         found, among = f"classes and their labels, found {how}: {in_words(self.classes, labels)}", len(labels)
         names = known or [f"class {label}" for label in range(number)]
         for label, name in () if known else zip(labels, self.classes, strict=True):
@@ -188,7 +192,7 @@ class Classification(LabelledTask):
         return f"{len(self.classes)} classes"
 
     def doubts(self) -> list[str]:
-        return [*self._dataset.doubts(), *self._remarks, *loader_doubts(self.config)]
+        return [*self._dataset.doubts(), *self._remarks, *loader_doubts(self.config, self.largest_image())]
 
     def best_line(self, score: float) -> str:
         return f"Max {self.score.title}: {score:.2f}%"

@@ -228,6 +228,16 @@ def test_weights_of_a_model_of_timm_fit_other_classes_and_channels() -> None:
     assert torch.equal(target.conv1[0].weight, source.conv1[0].weight.sum(1, keepdim=True))
 
 
+def test_a_class_that_the_weights_do_not_name_takes_no_row_of_another_one() -> None:
+    source, target = build_small("N", num_classes=3), build_small("N", num_classes=3)
+    state, _ = adapt(weights_of(source), target, classes=["ant", "cat", "emu"], names=["cat", "emu", "owl"])
+    rows = state["cls_head.weight"]
+    assert torch.equal(rows[1:], source.cls_head.weight[:2])
+    assert torch.equal(rows[0], target.cls_head.weight[0])
+    state, _ = adapt(weights_of(source), target, classes=["ameise", "katze", "uhu"], names=["ant", "cat", "owl"])
+    assert torch.equal(state["cls_head.weight"], source.cls_head.weight)
+
+
 @pytest.mark.parametrize(
     ("classes", "names", "rows"),
     [

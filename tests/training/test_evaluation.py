@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,34 @@ def test_weights_are_evaluated_on_some_of_their_classes(
     assert meter.result().metrics["top1"] == pytest.approx(100 * right / len(labels))
 
 
+@pytest.mark.parametrize(
+    ("folders", "number", "says"),
+    [
+        ([f"class{label}" for label in range(12)], 12, r"sorted as text \(class0, class1, class10, \.\.\.\), not by"),
+        ([f"{label:02d}_x" for label in range(12)], 12, ""),
+        (["ant", "bee", "cat"], 3, ""),
+    ],
+)
+def test_numbers_within_names_may_mean_another_order(
+    tmp_path: Path, folders: list[str], number: int, says: str
+) -> None:
+    path = write_checkpoint(tmp_path, num_classes=number, classes=None)
+    images = write_folder(tmp_path / "images", {f"val/{name}": 1 for name in folders})
+    config = tiny_config(tmp_path)
+    config.DATA.DATASET, config.DATA.DATA_PATH, config.MODEL.RESUME = "imagenet", str(images), str(path)
+    doubts = [doubt for doubt in build_evaluation(config, CPU).warnings if "sorted as text" in doubt]
+    assert len(doubts) == bool(says)
+    assert all(re.search(says, doubt) for doubt in doubts)
+
+
+def test_a_single_class_that_alone_may_be_predicted_is_doubtful(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", {"val/cat": 1})
+    config = tiny_config(tmp_path)
+    config.DATA.DATASET, config.DATA.DATA_PATH = "imagenet", str(images)
+    config.MODEL.RESUME, config.TEST.CLASSES = str(write_checkpoint(tmp_path)), "present"
+    assert any("every image counts as right" in doubt for doubt in build_evaluation(config, CPU).warnings)
+
+
 def test_a_class_map_labels_the_images_to_evaluate(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", {"val/x": 1, "val/y": 1})
     config = tiny_config(tmp_path)
@@ -222,6 +251,9 @@ def test_a_class_map_names_places_numbers_or_wordnet_ids(tmp_path: Path, text: s
         (["cat", "dog"], "cat 10\ndog 1\n", "line 1: '10' is not a class of the weights; give 0 to 9, or -1"),
         (["cat", "dog"], "cat ant\ndog -1\n", "no class of the weights for dog; leave its images out"),
         (["cat", "dog"], "3\n3\n", "classes cat, dog share label 3 of the weights by .*; merge their images"),
+        (["cat", "zebra"], "", "the weights have no class zebra, but ant 0, "),
+        ([*CLASSES[:9], "zebra"], "", "the weights have no class zebra, but ant 0, "),
+        (["Cat", "DOG"], "", r"have no class Cat \(the weights have cat\), DOG \(the weights have dog\), but ant 0"),
         (["1", "01"], "", "classes 1, 01 share label 1 of the weights as the numbers that they are; merge"),
         (["1", "10", "2"], "", "numbers up to 10, and the weights have 10 classes without names: .* MODEL.CLASS_MAP"),
     ],
