@@ -18,10 +18,11 @@ import pickle
 import re
 import shutil
 import warnings
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -58,14 +59,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"checkpoint {path} does not exist{hint}")
     try:
         with path.open("rb") as file:
-            begin = file.read(512).lstrip().lower()
+            begin = file.read(512)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    if not begin or begin.startswith((b"<", b"version https://git-lfs")):
-        kind = "a text page, not a checkpoint" if begin else "empty"
+    text = begin.lstrip().lower()
+    if not text or text.startswith((b"<", b"version https://git-lfs")):
+        kind = "a text page, not a checkpoint" if text else "empty"
         raise ValueError(f"{path} is {kind}; the download failed, download the file again")
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors" or _is_safetensors(begin):
         return _load_safetensors(path)
+    if unlike := _other_archive(path):
+        raise ValueError(f"{path} is {unlike}")
     try:
         with torch.serialization.safe_globals([_CFG_NODE]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # problems are reported below, in one line
@@ -83,6 +87,28 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} contains a {type(loaded).__name__}, not a dict with `model`")
     return loaded
+
+
+def _is_safetensors(begin: bytes) -> bool:
+    """Return whether a file begins as safetensors does, whatever its name: a length of 8 bytes, and JSON."""
+    return begin[8:10] == b'{"' and int.from_bytes(begin[:8], "little") < 2**32
+
+
+def _other_archive(path: Path) -> str:
+    """Return what an archive holds that is not a checkpoint of PyTorch, and what to do; empty for any other file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {PurePosixPath(name).name for name in archive.namelist()}
+    except zipfile.BadZipFile:  # also what is no archive, such as the oldest checkpoints
+        return ""
+    if "constants.pkl" in names:
+        return (
+            "a TorchScript program, which could run code; where you trust it, save its weights: "
+            "torch.save(torch.jit.load(file).state_dict(), new_file)"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        return "an archive of NumPy; save its arrays as tensors: torch.save({name: torch.from_numpy(array), ...}, file)"
+    return ""
 
 
 def _load_safetensors(path: Path) -> dict[str, Any]:

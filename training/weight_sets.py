@@ -115,7 +115,10 @@ def pick_weights(checkpoint: dict[str, Any], path: str | Path, network: nn.Modul
     mine = [one for one in sets if one.kind == wanted]
     taken = next((one for one in mine if "best" in one.entry), mine[0])
     choice = "" if len(sets) == 1 and wanted == RAW else _IN_WORDS[wanted]
-    return WeightSet(taken.tensors, wanted, choice, _notes(taken, sets, path))
+    notes = _notes(taken, sets, path)
+    if wanted == RAW and (nameless := _nameless_averages(checkpoint)):
+        notes.append(f"{path}: averaged weights in {nameless} have no names and are not used")
+    return WeightSet(taken.tensors, wanted, choice, notes)
 
 
 def layout(checkpoint: dict[str, Any]) -> str:
@@ -144,6 +147,20 @@ def _tensors(held: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, 
             continue
         seen.add(id(value))
         yield from _tensors(value, f"{entry}.{name}" if entry else name, depth + 1)
+
+
+def _nameless_averages(held: Any, entry: str = "", depth: int = 0) -> str:
+    """Return where a list of averaged tensors stands, as `shadow_params` of torch_ema; empty where there is none."""
+    if isinstance(held, (list, tuple)) and held and all(isinstance(value, Tensor) for value in held):
+        return entry if _AVERAGED.search(entry) else ""
+    if not isinstance(held, dict) or depth > _DEPTH:
+        return ""
+    below = (
+        _nameless_averages(value, f"{entry}.{name}" if entry else str(name), depth + 1)
+        for name, value in held.items()
+        if not str(name).startswith("optim")
+    )
+    return next(filter(None, below), "")
 
 
 def _candidates(entry: str, held: dict[str, Tensor], names: Collection[str]) -> Iterator[_Candidate]:

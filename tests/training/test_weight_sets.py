@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -145,3 +146,26 @@ def test_files_of_safetensors_are_read(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"model\.safetensors is damaged, truncated or not a safetensors file"):
         load_checkpoint(path)
+
+
+def test_files_are_read_by_what_they_hold_not_by_their_names(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    save_file(state(2.0, prefix="ema_model."), path)
+    assert value_of(load_checkpoint(path)) == (2.0, "ema")
+    script = torch.jit.script(nn.Linear(2, 2))
+    script.save(str(path))
+    with pytest.raises(ValueError, match=r"model\.pth is a TorchScript program, .* torch\.save\(torch\.jit\.load"):
+        load_checkpoint(path)
+    with path.open("wb") as file:
+        np.savez(file, **{name: tensor.numpy() for name, tensor in state().items()})
+    with pytest.raises(ValueError, match=r"model\.pth is an archive of NumPy; save its arrays as tensors"):
+        load_checkpoint(path)
+
+
+def test_averages_without_names_are_said_to_be_left() -> None:
+    averages = {"decay": 0.9, "shadow_params": list(state(2.0).values())}
+    checkpoint = {"state_dict": state(prefix="model."), "ema_state": averages}
+    assert value_of(checkpoint) == (1.0, "raw")
+    left = "x.pth: averaged weights in ema_state.shadow_params have no names and are not used"
+    assert pick_weights(checkpoint, "x.pth", network()).notes[-1] == left
+    assert left not in pick_weights({"model": state(), "unlogged": [[1.0]]}, "x.pth", network()).notes
