@@ -20,10 +20,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training import startup
+
+if __name__ == "__main__":
+    startup.require_packages()
+
 import numpy as np
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.build import open_dataset
 from data.images import UnreadableImage

@@ -24,10 +24,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training import startup
+
+if __name__ == "__main__":
+    startup.require_packages()
+
 import torch
 from matplotlib.figure import Figure
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import load_config
 from models import build_model

@@ -16,10 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training import startup
+
+if __name__ == "__main__":
+    startup.require_packages()
+
 import torch
 from torch import Tensor, nn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import load_config
 from data.build import is_stream

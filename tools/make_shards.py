@@ -23,12 +23,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training import startup
+
+if __name__ == "__main__":
+    startup.require_packages()
+
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 from yacs.config import CfgNode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import default_config, set_option
 from data.build import is_stream, open_dataset

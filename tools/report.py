@@ -18,12 +18,17 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training import startup
+
+if __name__ == "__main__":
+    startup.require_packages()
+
 import numpy as np
 import torch
 from PIL import Image
 from yacs.config import CfgNode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import default_config, differences, load_config
 from data.build import is_stream

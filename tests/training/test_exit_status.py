@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.launched import Trial
-from tests.runs import run_command
+from tests.runs import ROOT, run_command
 from training.exit_status import LOST_PEER, report_failure
 
 CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1"
@@ -84,8 +84,16 @@ def test_a_killed_process_is_not_called_slow(tmp_path: Path) -> None:
     assert last.endswith(BY_ITSELF)
 
 
-@pytest.mark.parametrize("program", ["main.py", "tools/launch.py"])
-def test_a_python_without_the_packages_is_told_in_one_line(program: str) -> None:
+PROGRAMS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "require_packages()" in path.read_text("utf-8")]
+
+
+def test_all_tools_but_the_one_that_makes_the_environment_ask_for_their_packages() -> None:
+    started = {path for path in (ROOT / "tools").glob("*.py") if '"__main__"' in path.read_text("utf-8")}
+    assert started - set(PROGRAMS) == {ROOT / "tools" / "setup_env.py"}
+
+
+@pytest.mark.parametrize("program", [ROOT / "main.py", *PROGRAMS], ids=lambda path: path.name)
+def test_a_python_without_the_packages_is_told_in_one_line(program: Path) -> None:
     done = run_command(sys.executable, "-S", program, "1", PYTHONPATH="")
     assert done.returncode == 2
     assert done.stdout == ""
