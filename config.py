@@ -37,12 +37,14 @@ class RunOption(Option):
         flag: the command-line flag that sets it.
         metavar: name of the flag's value in `--help`.
         bare: value of the flag when it is given without one; None if a value is required.
+        elsewhere: flags of other trainers with the same meaning; the hint for them is this option.
     """
 
     may_change: bool = False
     flag: str = ""
     metavar: str = ""
     bare: Any = None
+    elsewhere: Sequence[str] = ()
 
 
 def _switch(default: bool, meaning: str, *, flag: str = "", may_change: bool = False) -> RunOption:
@@ -73,9 +75,13 @@ _MILESTONES = Check(
     lambda epochs: epochs == sorted(epochs) and all(isinstance(epoch, int) and epoch >= 1 for epoch in epochs),
     "an increasing list of positive epochs",
 )
+# Windows reserves these names for devices, with any ending.
+_DEVICES = re.compile(r"(con|prn|aux|nul|com[1-9]|lpt[1-9])(\..*)?", re.IGNORECASE)
 _PLAIN_NAME = Check(
-    lambda name: bool(name.strip()) and Path(name).name == name and not name.startswith("."),
-    "a folder name without a path",
+    lambda name: (
+        bool(name.strip()) and Path(name).name == name and not name.startswith(".") and not _DEVICES.fullmatch(name)
+    ),
+    "a folder name without a path, and not one that Windows reserves",
 )
 _FOLDER = Check(lambda path: bool(path.strip()), "a folder for the results, such as output")
 
@@ -94,6 +100,7 @@ OPTIONS: dict[str, Option] = {
     "DATA.DATA_PATH": RunOption(
         "",
         "Root of the data set; empty: the environment variable DATA_PATH.",
+        elsewhere=("--data", "--data-dir", "--dataset-path", "--root"),
         flag="--data-path",
         metavar="FOLDER",
         may_change=True,
@@ -140,6 +147,7 @@ OPTIONS: dict[str, Option] = {
         128,
         "Images per process and micro-batch; an update uses BATCH_SIZE x processes x TRAIN.ACCUMULATION_STEPS images.",
         at_least(1),
+        elsewhere=("-b", "--bs"),
         flag="--batch-size",
         metavar="N",
         may_change=True,
@@ -149,6 +157,7 @@ OPTIONS: dict[str, Option] = {
         "Size of the network's input in pixels: one side, or [height, width].",
         _SIZE,
         also_list=True,
+        elsewhere=("--input-size", "--image-size", "--resolution", "--imgsz"),
         flag="--img-size",
         metavar="N",
     ),
@@ -157,6 +166,7 @@ OPTIONS: dict[str, Option] = {
         8,
         "Data loader workers per training process, at most one per core; 0: images are loaded in the training process.",
         not_negative(),
+        elsewhere=("-j", "--num-workers"),
         flag="--workers",
         metavar="N",
         may_change=True,
@@ -202,6 +212,7 @@ OPTIONS: dict[str, Option] = {
     "MODEL.PRETRAINED": RunOption(
         "",
         "Weights to start from (fine-tuning), with a new optimizer state.",
+        elsewhere=("--finetune", "--weights-from", "--init-checkpoint"),
         flag="--pretrained",
         metavar="FILE",
         may_change=True,
@@ -223,11 +234,20 @@ OPTIONS: dict[str, Option] = {
         may_change=True,
     ),
     "MODEL.RESUME": RunOption(
-        "", "Checkpoint to resume or to evaluate.", flag="--resume", metavar="FILE", may_change=True
+        "",
+        "Checkpoint to resume or to evaluate.",
+        elsewhere=("--checkpoint", "--ckpt", "--continue", "--load", "--resume-from"),
+        flag="--resume",
+        metavar="FILE",
+        may_change=True,
     ),
-    "MODEL.LABEL_SMOOTHING": RunOption(0.1, "Label smoothing.", share()),
+    "MODEL.LABEL_SMOOTHING": RunOption(0.1, "Label smoothing.", share(), elsewhere=("--smoothing",)),
     "MODEL.TIMM.NAME": RunOption(
-        "", "A timm model, such as resnet50; the flag also sets MODEL.TYPE.", flag="--model", metavar="NAME"
+        "",
+        "A timm model, such as resnet50; the flag also sets MODEL.TYPE.",
+        elsewhere=("--arch", "-a"),
+        flag="--model",
+        metavar="NAME",
     ),
     "MODEL.TIMM.ARGS": RunOption({}, "Arguments of timm.create_model, such as drop_path_rate: 0.1."),
     "MODEL.DETECTOR.NAME": RunOption(
@@ -262,6 +282,7 @@ OPTIONS: dict[str, Option] = {
         20,
         "Epochs over which the learning rate rises from WARMUP_LR to BASE_LR.",
         not_negative(),
+        elsewhere=("--warmup",),
         flag="--warmup-epochs",
         metavar="N",
     ),
@@ -270,6 +291,7 @@ OPTIONS: dict[str, Option] = {
         0.05,
         "Weight decay of matrices; biases and norms have none.",
         not_negative(),
+        elsewhere=("--wd",),
         flag="--weight-decay",
         metavar="X",
     ),
@@ -277,6 +299,7 @@ OPTIONS: dict[str, Option] = {
         5e-4,
         "Peak learning rate for 512 images per update; it and the next two are multiplied by images per update / 512.",
         not_negative(),
+        elsewhere=("--learning-rate", "--base-lr"),
         flag="--lr",
         metavar="X",
     ),
@@ -291,7 +314,13 @@ OPTIONS: dict[str, Option] = {
         may_change=True,
     ),
     "TRAIN.ACCUMULATION_STEPS": RunOption(
-        1, "Micro-batches per update.", at_least(1), flag="--accumulation-steps", metavar="N", may_change=True
+        1,
+        "Micro-batches per update.",
+        at_least(1),
+        elsewhere=("--grad-accum-steps", "--gradient-accumulation-steps", "--accum-iter"),
+        flag="--accumulation-steps",
+        metavar="N",
+        may_change=True,
     ),
     "TRAIN.USE_CHECKPOINT": _switch(
         False,
@@ -333,7 +362,10 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.EMA.DECAY": RunOption(0.9999, "Decay of the average per update.", share()),
     "TRAIN.LR_SCHEDULER.NAME": RunOption(
-        "cosine", "Learning rate schedule.", one_of("cosine", "linear", "poly", "step", "milestones")
+        "cosine",
+        "Learning rate schedule.",
+        one_of("cosine", "linear", "poly", "step", "milestones"),
+        elsewhere=("--sched", "--scheduler", "--lr-scheduler", "--lr-policy"),
     ),
     "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": _switch(
         False,
@@ -341,7 +373,10 @@ OPTIONS: dict[str, Option] = {
         "starts after the warm-up.",
     ),
     "TRAIN.LR_SCHEDULER.PLANNED_EPOCHS": RunOption(
-        0, "Length of the schedule in epochs, to train a finished run for longer; 0: TRAIN.EPOCHS.", not_negative()
+        0,
+        "Length of the schedule in epochs: less than TRAIN.EPOCHS to train a finished run for longer, more to stop "
+        "within the schedule; 0: TRAIN.EPOCHS.",
+        not_negative(),
     ),
     "TRAIN.LR_SCHEDULER.AFTER": RunOption(
         "hold",
@@ -357,7 +392,9 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.LR_SCHEDULER.POWER": RunOption(
         0.9, "poly, which ends at MIN_LR: exponent of the fraction of updates left.", _POSITIVE
     ),
-    "TRAIN.OPTIMIZER.NAME": RunOption("adamw", "adamw, sgd, or another optimizer of timm, such as lion or lamb."),
+    "TRAIN.OPTIMIZER.NAME": RunOption(
+        "adamw", "adamw, sgd, or another optimizer of timm, such as lion or lamb.", elsewhere=("--opt", "--optimizer")
+    ),
     "TRAIN.OPTIMIZER.EPS": RunOption(1e-8, "Epsilon of adamw.", not_negative()),
     "TRAIN.OPTIMIZER.BETAS": RunOption([0.9, 0.999], "Betas of adamw.", _BETAS),
     "TRAIN.OPTIMIZER.MOMENTUM": RunOption(0.9, "Nesterov momentum of sgd.", share()),
@@ -484,6 +521,7 @@ OPTIONS: dict[str, Option] = {
         "Mixed precision of training: off, fp16, bf16, or auto: bf16 if the device supports it, else fp16. Evaluation "
         "is float32, unless --amp is given with --eval.",
         one_of("off", "fp16", "bf16", "auto"),
+        elsewhere=("--fp16", "--bf16", "--half", "--mixed-precision"),
         flag="--amp",
         metavar="off|fp16|bf16",
         bare="auto",
@@ -501,11 +539,20 @@ OPTIONS: dict[str, Option] = {
         "output",
         "Results are written to OUTPUT/MODEL.NAME/TAG.",
         _FOLDER,
+        elsewhere=("--output-dir", "--save-dir", "--log-dir", "--out"),
         flag="--output",
         metavar="FOLDER",
         may_change=True,
     ),
-    "TAG": RunOption("default", "Name of this run.", _PLAIN_NAME, flag="--tag", metavar="NAME", may_change=True),
+    "TAG": RunOption(
+        "default",
+        "Name of this run.",
+        _PLAIN_NAME,
+        elsewhere=("--name", "--experiment", "--exp", "--exp-name"),
+        flag="--tag",
+        metavar="NAME",
+        may_change=True,
+    ),
     "PRINT_FREQ": RunOption(
         10, "Updates between log lines.", at_least(1), flag="--print-freq", metavar="N", may_change=True
     ),

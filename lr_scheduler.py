@@ -39,7 +39,7 @@ class Continued:
 
 def schedule_epochs(config: CfgNode) -> int:
     """Return the length of the schedule in epochs; later epochs hold its last value or repeat it."""
-    return min(config.TRAIN.LR_SCHEDULER.PLANNED_EPOCHS or config.TRAIN.EPOCHS, config.TRAIN.EPOCHS)
+    return config.TRAIN.LR_SCHEDULER.PLANNED_EPOCHS or config.TRAIN.EPOCHS
 
 
 def build_scheduler(
@@ -53,7 +53,7 @@ def build_scheduler(
     """
     epochs, shape = schedule_epochs(config), {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
     beyond = config.TRAIN.EPOCHS - epochs
-    if not beyond:
+    if beyond <= 0:
         return _cycle(config, optimizer, epochs, **shape)
     again = _cycle(config, optimizer, beyond, **shape) if config.TRAIN.LR_SCHEDULER.AFTER == "rewarm" else None
     return Continued(_cycle(config, optimizer, epochs, **shape), epochs * updates_per_epoch, again)
@@ -66,9 +66,8 @@ def _cycle(
     train, scale = config.TRAIN, learning_rate_scale(config, world_size)
     kind, warmup_updates = train.LR_SCHEDULER.NAME, _warmup_updates(config, updates_per_epoch)
     after_warmup = train.LR_SCHEDULER.WARMUP_PREFIX or kind == "linear"
-    updates = epochs * updates_per_epoch
-    if after_warmup:
-        updates = max(1, updates - warmup_updates)
+    updates = epochs * updates_per_epoch - (warmup_updates if after_warmup else 0)
+    updates = max(2, updates)  # a decay of one update is its first one, the peak; timm warns of such a schedule
     warmup = {
         "warmup_t": warmup_updates,
         "warmup_lr_init": train.WARMUP_LR * scale,
@@ -107,6 +106,41 @@ def planned_schedule(
     updates.add(schedule_epochs(config) * updates_per_epoch)
     rates = learning_rates(config, sorted(update for update in updates if update < total), **shape)
     return [(update / updates_per_epoch, rate) for update, rate in rates.items()]
+
+
+def schedule_doubts(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> list[str]:
+    """Return what about the schedule is probably not meant: a warm-up that never ends, a steep drop, no decay."""
+    shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
+    doubts = _endless_warmup(config, updates_per_epoch), doubtful_drop(config, **shape), _missing_decay(config, **shape)
+    return [doubt for doubt in doubts if doubt]
+
+
+def _endless_warmup(config: CfgNode, updates_per_epoch: int) -> str:
+    train, end = config.TRAIN, "the learning rate never reaches TRAIN.BASE_LR"
+    if _warmup_updates(config, updates_per_epoch) < train.EPOCHS * updates_per_epoch:
+        return ""
+    if train.WARMUP_UPDATES:
+        updates = train.EPOCHS * updates_per_epoch
+        return f"TRAIN.WARMUP_UPDATES {train.WARMUP_UPDATES} is not below the {updates} updates of the run: {end}"
+    return f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {train.EPOCHS}: {end}"
+
+
+def _missing_decay(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> str:
+    """Return a warning if a schedule of steps has none before the run ends, otherwise an empty string."""
+    schedule, warmup = config.TRAIN.LR_SCHEDULER, _warmup_updates(config, updates_per_epoch)
+    keys = {"step": "DECAY_EPOCHS", "milestones": "MILESTONES"}
+    last = config.TRAIN.EPOCHS * updates_per_epoch - 1
+    if schedule.NAME not in keys or warmup + 1 >= last or not schedule[keys[schedule.NAME]]:
+        return ""
+    shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
+    first, end = learning_rates(config, [warmup + 1, last], **shape).values()
+    if end < first:
+        return ""
+    key = keys[schedule.NAME]
+    return (
+        f"the learning rate does not decay within TRAIN.EPOCHS {config.TRAIN.EPOCHS}, by TRAIN.LR_SCHEDULER.{key} "
+        f"{schedule[key]}"
+    )
 
 
 def doubtful_drop(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> str:

@@ -259,7 +259,29 @@ def test_flags_set_their_options(flags: list[str], key: str, value: Any) -> None
     assert dict(flatten(config))[key] == value
 
 
-@pytest.mark.parametrize(("flag", "hint"), [("--epoch", "did you mean --epochs?"), ("--fast", "options of config.py")])
+@pytest.mark.parametrize(
+    ("flag", "hint"),
+    [
+        ("--epoch", "did you mean --epochs?"),
+        ("--batch_size", "did you mean --batch-size?"),
+        ("--learning-rate", "did you mean --lr?"),
+        ("--data", "did you mean --data-path?"),
+        ("--dataset", "did you mean --opts DATA.DATASET VALUE?"),
+        ("--num_workers", "did you mean --workers?"),
+        ("-j", "did you mean --workers?"),
+        ("--name", "did you mean --tag?"),
+        ("--fp16", "did you mean --amp?"),
+        ("--checkpoint", "did you mean --resume?"),
+        ("--momentum", "did you mean --opts TRAIN.OPTIMIZER.MOMENTUM VALUE?"),
+        ("--mixup", "did you mean --opts AUG.MIXUP VALUE?"),
+        ("--drop-path", "did you mean --opts MODEL.DAT.drop_path_rate VALUE?"),
+        ("--warmup", "did you mean --warmup-epochs?"),
+        ("--evaluate", "did you mean --eval?"),
+        ("--config", "did you mean --cfg?"),
+        ("--fast", "options of config.py"),
+        ("--gpus", "options of config.py"),
+    ],
+)
 def test_hints_for_flags_come_where_they_are_near(flag: str, hint: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"unknown argument {flag}; {hint}")):
         parse(["--cfg", str(ROOT / "configs/digits.yaml"), flag, "1"])
@@ -275,3 +297,16 @@ def test_what_is_evaluated_is_named_or_the_best_of_the_run(tmp_path: Path) -> No
     for flag in ("--resume", "--pretrained"):
         assert parse([*argv, flag, "other.pth"])[1].MODEL.RESUME == "other.pth"
     assert parse([*argv, "--opts", "MODEL.RESUME", "other.pth"])[1].MODEL.RESUME == "other.pth"
+
+
+def test_the_config_of_a_run_means_the_run_in_its_folder_though_it_was_moved(tmp_path: Path) -> None:
+    text = f"OUTPUT: {tmp_path}\nMODEL: {{NAME: run}}"
+    other = write(tmp_path / "run/default/best.pth", "")  # which has taken its place
+    path = write(tmp_path / "moved/config.yaml", text)
+    assert str(other) == parse(["--cfg", str(path), "--eval"])[1].MODEL.RESUME  # no run lies there
+    write(tmp_path / "moved/last.pth", "")
+    with pytest.raises(ValueError, match=r"pass it as --resume FILE; .*/moved has no best\.pth, but last\.pth"):
+        parse(["--cfg", str(path), "--eval"])
+    best = write(tmp_path / "moved/best.pth", "")
+    assert str(best) == parse(["--cfg", str(path), "--eval"])[1].MODEL.RESUME
+    assert str(other) == parse(["--cfg", str(path), "--eval", "--tag", "default"])[1].MODEL.RESUME

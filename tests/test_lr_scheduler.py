@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import load_config
-from lr_scheduler import build_scheduler, doubtful_drop, learning_rates, planned_schedule
+from lr_scheduler import build_scheduler, doubtful_drop, learning_rates, planned_schedule, schedule_doubts
 from optimizer import build_optimizer
 
 RECIPE = json.loads((Path(__file__).parent / "golden" / "recipe.json").read_text(encoding="utf-8"))
@@ -90,6 +90,48 @@ def test_a_steep_drop_after_the_warm_up_is_doubtful() -> None:
     for remedy in (["TRAIN.LR_SCHEDULER.WARMUP_PREFIX", True], ["TRAIN.WARMUP_EPOCHS", 2], ["TRAIN.WARMUP_EPOCHS", 0]):
         mended = load_config("configs/dat_tiny.yaml", ["TRAIN.EPOCHS", 30, *remedy])
         assert doubtful_drop(mended, **shape) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"WARMUP_EPOCHS": 20}, "TRAIN.WARMUP_EPOCHS 20 is not below TRAIN.EPOCHS 10: the learning rate never reaches"),
+        ({"WARMUP_UPDATES": 500}, "TRAIN.WARMUP_UPDATES 500 is not below the 100 updates of the run: the learning"),
+        ({"WARMUP_EPOCHS": 20, "WARMUP_UPDATES": 5}, ""),  # the updates count
+        ({"NAME": "step"}, "does not decay within TRAIN.EPOCHS 10, by TRAIN.LR_SCHEDULER.DECAY_EPOCHS 30"),
+        ({"NAME": "milestones", "MILESTONES": "[60, 80]"}, "within TRAIN.EPOCHS 10, by TRAIN.LR_SCHEDULER.MILESTONES"),
+        ({"NAME": "step", "DECAY_EPOCHS": 4}, ""),
+        ({"NAME": "milestones", "MILESTONES": "[]"}, ""),  # constant on purpose
+    ],
+)
+def test_a_schedule_that_is_probably_not_meant(options: dict[str, object], says: str) -> None:
+    words: list[object] = ["TRAIN.EPOCHS", 10]
+    for name, value in ({"WARMUP_EPOCHS": 1} | options).items():
+        words += [f"TRAIN.{'' if name.startswith('WARMUP') else 'LR_SCHEDULER.'}{name}", value]
+    doubts = schedule_doubts(load_config("configs/dat_tiny.yaml", words), updates_per_epoch=10, world_size=4)
+    assert len(doubts) == bool(says), doubts
+    assert says in "".join(doubts)
+
+
+def test_a_run_may_end_within_its_schedule() -> None:
+    words = ["TRAIN.WARMUP_EPOCHS", 1, "TRAIN.EPOCHS"]
+    shape = {"updates_per_epoch": 10, "world_size": 1}
+    whole = load_config("configs/dat_tiny.yaml", [*words, 6])
+    part = load_config("configs/dat_tiny.yaml", [*words, 3, "TRAIN.LR_SCHEDULER.PLANNED_EPOCHS", 6])
+    updates = list(range(30))
+    assert learning_rates(part, updates, **shape) == learning_rates(whole, updates, **shape)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "poly", "linear"])
+def test_a_schedule_of_one_update_is_its_peak_without_a_word(
+    schedule: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = ["TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.LR_SCHEDULER.NAME", schedule]
+    config = load_config("configs/dat_tiny.yaml", words)
+    rates = learning_rates(config, [0], updates_per_epoch=1, world_size=4)
+    assert rates == {0: pytest.approx(config.TRAIN.BASE_LR)}
+    assert not caplog.records
+    assert capfd.readouterr().err == ""
 
 
 def test_the_planned_schedule_is_the_one_that_a_run_has() -> None:

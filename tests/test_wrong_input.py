@@ -90,13 +90,13 @@ def folder(name: str, layout: dict[str, int], says: str, prepare: Callable[[Path
     return Wrong(name=f"data: {name}", says=says, flags=("--data-path", "wrong"), prepare=write)
 
 
-def table(name: str, content: str, says: str) -> Wrong:
+def table(name: str, content: str | bytes, says: str) -> Wrong:
     """Return a row of a wrong table of training images beside a good one of held-out images."""
 
     def write() -> None:
         Path("wrong").mkdir()
         Path("wrong/photos").symlink_to(Path("photos").absolute())
-        Path("wrong/train.csv").write_text(content)
+        Path("wrong/train.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
         Path("wrong/val.csv").write_text("photos/val/cat/0.jpg,cat\n")
 
     config = {"DATA": {"DATASET": "csv", "DATA_PATH": "wrong"}}
@@ -215,7 +215,16 @@ ROWS = [
     ),
     Wrong(name="flag: --amp", flags=("--amp", "fp32"), says="AMP must be one of off, fp16, bf16, auto, not 'fp32'"),
     Wrong(name="flag: --device", flags=("--device", "cuda:0"), says=r"DEVICE must be one of .*did you mean cuda\?"),
-    Wrong(name="flag: --tag", flags=("--tag", "a/b"), says="TAG must be a folder name without a path, not 'a/b'"),
+    Wrong(name="flag: --tag", flags=("--tag", "a/b"), says="TAG must be a folder name without a path, .*, not 'a/b'"),
+    Wrong(name="flag: --tag of a device", flags=("--tag", "CON"), says="not one that Windows reserves, not 'CON'"),
+    Wrong(
+        name="flag: of another trainer", flags=("--learning-rate", "1"), says=r"--learning-rate; did you mean --lr\?"
+    ),
+    Wrong(
+        name="flag: of an option without one",
+        flags=("--optimizer", "sgd"),
+        says=r"unknown argument --optimizer; did you mean --opts TRAIN.OPTIMIZER.NAME VALUE\?",
+    ),
     Wrong(
         name="flag: --weights",
         flags=("--weights", "best"),
@@ -268,7 +277,7 @@ ROWS = [
     opts("betas", "TRAIN.OPTIMIZER.BETAS", "[0.9, 1]", "BETAS must be two numbers from 0 to below 1, not"),
     opts("augmentation", "AUG.AUTO_AUGMENT", "rand-x9", "'rand-x9' is not a policy of timm; use one such as rand-m9-"),
     opts("control character", "OUTPUT", "a\nb", r"OUTPUT must be one line of text .*, not 'a\\nb'"),
-    opts("no name", "TAG", "..", r"TAG must be a folder name without a path, not '\.\.'"),
+    opts("no name", "TAG", "..", r"TAG must be a folder name without a path, .*, not '\.\.'"),
     opts("class map without weights", "MODEL.CLASS_MAP", "map.txt", "MODEL.CLASS_MAP needs .*--pretrained"),
     # The network.
     dat("three dims", r"dims = \[8, 16, 16\] must be a list of 4 entries, one per stage", dims=[8, 16, 16]),
@@ -394,6 +403,11 @@ ROWS = [
         r"wrong/train.csv, line 2: there is no file wrong/",
     ),
     table("label out of range", "photos/train/cat/0.jpg,-1\n", "wrong/train.csv, line 1: label -1 is out of range; "),
+    table(
+        "label of another encoding",
+        b"photos/train/cat/0.jpg,K\xe4tzchen\n",
+        r"wrong/train.csv, line 1: label 'K\\udce4tzchen' is not UTF-8 text; save the table as UTF-8",
+    ),
     table(
         "folder for a file", "photos/train/cat,cat\n", r"wrong/train.csv, line 1: there is no file .*/train/cat; paths"
     ),
@@ -661,6 +675,12 @@ ROWS = [
         *("--resume", "trained.pth", "--allow-config-change", "--opts", "TRAIN.OPTIMIZER.NAME", "sgd"),
     ),
     weights(
+        "averages to continue",
+        lambda: None,
+        "trained.pth holds no averaged weights to continue; leave out --ema, or start from its weights by --pretrain",
+        *("--resume", "trained.pth", "--ema", "--allow-config-change"),
+    ),
+    weights(
         "end of another run",
         lambda: save(trained(epoch=2, update=0)),
         "wrong.pth is the end of a run of 2 epochs, so nothing is left to train; evaluate it with --eval, or",
@@ -713,6 +733,24 @@ ROWS = [
         lambda: Path("map.txt").write_text("0\n2\n"),
         "class map map.txt, line 2: '2' is not a class of the weights; give 0 to 1, or -1",
         *("--pretrained", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
+    ),
+    weights(
+        "class map of another encoding",
+        lambda: Path("map.txt").write_bytes("cat 0\ndog 1\n".encode("utf-16")),
+        "class map map.txt is not UTF-8 text; save it as UTF-8",
+        *("--eval", "--resume", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
+    ),
+    weights(
+        "one class that the weights do not know",
+        lambda: write_folder(Path("wrong"), {"val/cat": 1, "val/emu": 1}),
+        "the weights have no class emu, but cat 0, dog 1: give a MODEL.CLASS_MAP, leave the images out, or fine-tune",
+        *("--data-path", "wrong", "--eval", "--resume", "trained.pth"),
+    ),
+    weights(
+        "TorchScript",
+        lambda: torch.jit.script(torch.nn.ReLU()).save("wrong.pth"),
+        "wrong.pth is a TorchScript program, which could run code; where you trust it, save its weights: torch.save",
+        *("--eval", "--resume", "wrong.pth"),
     ),
     weights(
         "class map, to evaluate",
@@ -779,6 +817,16 @@ ROWS = [
         "annotation without a box",
         r"instances_train.json: each of its annotations needs bbox, category_id, id, image_id, unlike \{.id.: 1\}",
         lambda root: write_instances(root, "train", [], [{"id": 1}]),
+    ),
+    annotated(
+        "box of two numbers",
+        r"instances_train.json: a bbox is \[x, y, width, height\], four numbers, unlike \[3, 3\] of annotation 5",
+        lambda root: write_instances(root, "train", [], [row(5, 1, 7, [3, 3, 4, 4]) | {"bbox": [3, 3]}]),
+    ),
+    annotated(
+        "box of text",
+        r"a bbox is \[x, y, width, height\], four numbers, unlike \['3', 3, 4, 4\] of annotation 5",
+        lambda root: write_instances(root, "train", [], [row(5, 1, 7, [3, 3, 4, 4]) | {"bbox": ["3", 3, 4, 4]}]),
     ),
     annotated(
         "boxes without an area",

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 
 from data.streams import Loader
 from logger import RunLog, check_recorders
-from lr_scheduler import build_scheduler, doubtful_drop
+from lr_scheduler import build_scheduler, schedule_doubts
 from models.build import arguments
 from models.contract import compile_parts
 from optimizer import build_optimizer, freeze
@@ -186,19 +186,12 @@ def assemble(config: CfgNode, world: World) -> Assembly:
 
 def suspicious_settings(config: CfgNode, state: TrainingState, images: int, world_size: int) -> list[str]:
     """Return warnings about settings that are probably unintended, for a run on `images` training images."""
-    found = []
-    if config.TRAIN.WARMUP_EPOCHS >= config.TRAIN.EPOCHS and not config.TRAIN.WARMUP_UPDATES:
-        found.append(
-            f"TRAIN.WARMUP_EPOCHS {config.TRAIN.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {config.TRAIN.EPOCHS}: the "
-            "learning rate never reaches TRAIN.BASE_LR"
-        )
+    found = schedule_doubts(config, updates_per_epoch=state.updates_per_epoch, world_size=world_size)
     if config.TRAIN.BASE_LR < config.TRAIN.MIN_LR and config.TRAIN.LR_SCHEDULER.NAME in ("cosine", "poly"):
         found.append(
             f"TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} is below TRAIN.MIN_LR {config.TRAIN.MIN_LR:g}, so the learning "
             "rate rises; lower TRAIN.MIN_LR, too"
         )
-    drop = doubtful_drop(config, updates_per_epoch=state.updates_per_epoch, world_size=world_size)
-    found += [drop] if drop else []
     dropped = images - state.updates_per_epoch * state.images_per_update
     if dropped > images / 10:
         found.append(
@@ -229,7 +222,8 @@ def _restore(state: TrainingState, config: CfgNode, resumed: Resumed) -> list[st
             f"{path} is the end of a run of {position.epoch} epochs, so nothing is left to train; "
             "evaluate it with --eval, or start from its weights with --pretrained"
         )
-    notes = [f"continuing from {path}: epoch {position.epoch + 1}, update {position.update}"]
+    left = "; nothing is left to train" if position.epoch >= config.TRAIN.EPOCHS else ""
+    notes = [f"continuing from {path}: epoch {position.epoch + 1}, update {position.update}{left}"]
     if config.MODEL.PRETRAINED:
         notes.append(f"the weights are those of {path}, not of --pretrained {config.MODEL.PRETRAINED}")
     return notes

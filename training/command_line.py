@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
 from config import OPTIONS, RunOption, load_config
 from training.weight_sets import EMA, RAW
+
+# Flags of other trainers for those that set no option.
+_ELSEWHERE = {"--config": "--cfg", "--config-file": "--cfg", "--evaluate": "--eval", "--test": "--eval"}
+# Options that name the output folder.
+_FOLDER = {"OUTPUT", "MODEL.NAME", "TAG"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -23,10 +29,32 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=1, cutoff=0.7)
-            hint = f"did you mean {near[0]}?" if near else "options of config.py are set by --opts KEY VALUE"
+            meant = _meant(unknown[0].partition("=")[0].replace("_", "-"), flags)
+            hint = f"did you mean {meant}?" if meant else "options of config.py are set by --opts KEY VALUE"
             self.error(f"unknown argument {unknown[0]}; {hint}")
         return parsed
+
+
+def _meant(flag: str, flags: Sequence[str]) -> str:
+    """Return the flag or the option that an unknown flag probably means; empty where none is near."""
+    words = {name.rpartition(".")[2].lower().replace("_", "-"): name for name in reversed(OPTIONS)}
+    known = {name: key for key in OPTIONS for name in getattr(OPTIONS[key], "elsewhere", ())}
+    known |= {f"--{word}": key for word, key in words.items() if f"--{word}" not in known}
+    if flag in flags or flag in _ELSEWHERE:
+        return _ELSEWHERE.get(flag, flag)
+    if flag in known:
+        return _as_flag(known[flag])
+    near = difflib.get_close_matches(
+        flag.lstrip("-"), [*(name.lstrip("-") for name in flags), *words], n=1, cutoff=0.75
+    )
+    if near:
+        return f"--{near[0]}" if f"--{near[0]}" in flags else _as_flag(words[near[0]])
+    return next(iter(difflib.get_close_matches(flag, flags, n=1, cutoff=0.7)), "")
+
+
+def _as_flag(key: str) -> str:
+    """Return how an option is set on the command line."""
+    return getattr(OPTIONS[key], "flag", "") or f"--opts {key} VALUE"
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
@@ -57,7 +85,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
         given["MODEL.TYPE"] = "timm"
     config = load_config(args.cfg, [*args.opts, *(word for option in given.items() for word in option)])
     if args.eval:
-        _choose_evaluated(config, {*args.opts[::2], *given})
+        _choose_evaluated(config, {*args.opts[::2], *given}, Path(args.cfg))
     return args, config
 
 
@@ -70,8 +98,10 @@ def _reading(option: RunOption) -> dict[str, Any]:
     return {"metavar": option.metavar, **meaning, **optional}
 
 
-def _choose_evaluated(config: CfgNode, given: set[str]) -> None:
+def _choose_evaluated(config: CfgNode, given: set[str], path: Path) -> None:
     """Set MODEL.RESUME to the checkpoint to evaluate: the one on the command line, or `best.pth` of the run.
+
+    The config.yaml of a run selects the run in its folder, which may have been moved.
 
     Files named in a config are what its run started from, so they are not evaluated. Likewise, only --weights or --ema
     on the command line select the weights of the checkpoint.
@@ -79,11 +109,15 @@ def _choose_evaluated(config: CfgNode, given: set[str]) -> None:
     Raises:
         ValueError: there is neither.
     """
-    best = config.run_folder / "best.pth"
+    folder = config.run_folder
+    if path.name == "config.yaml" and (path.parent / "last.pth").is_file() and not given & _FOLDER:
+        folder = path.parent
+    best = folder / "best.pth"
     named = [config.MODEL[name] for name in ("RESUME", "PRETRAINED") if f"MODEL.{name}" in given]
     if not any(named) and not best.is_file():
         start = config.MODEL.RESUME or config.MODEL.PRETRAINED
         hint = f"; {start}, which the config names, is what the run starts from" if start else ""
+        hint += f"; {folder} has no best.pth, but last.pth" if (folder / "last.pth").is_file() else ""
         raise ValueError(f"--eval needs a checkpoint: pass it as --resume FILE{hint}")
     config.MODEL.RESUME = next(filter(None, named), str(best))
     config.MODEL.PRETRAINED = ""

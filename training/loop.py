@@ -301,7 +301,8 @@ def result_in_words(run: Run) -> str:
         best = f"best {score.title} {score.show(position.best_accuracy)} in epoch {position.best_epoch} "
         best += f"of {position.epoch}"
     if (held := run.checkpoints.best_epoch()) != position.best_epoch:
-        best += ", which could not be saved" + (f": best.pth is of epoch {held}" if held else "")
+        # It could not be written, or is of the run that this one goes on from, in another folder.
+        best += f", while best.pth is of epoch {held}" if held else ", of which no best.pth lies here"
     files = [run.folder / name for name in RESULTS]
     there = [file.name for file in files if file.is_file() and file.stat().st_size]
     *most, last = there or ["no files"]

@@ -128,6 +128,11 @@ class TrainingState:
         Raises:
             ValueError: averaged weights are needed but missing, or the optimizer state does not match.
         """
+        if self.ema and state["ema"] is None:
+            raise ValueError(
+                f"{path} holds no averaged weights to continue; leave out --ema, or start from its weights by "
+                "--pretrained"
+            )
         if self.ema:
             averaged = pick_weights(state, path, self.ema.module, kind=EMA)
             load_strictly(self.ema.module, averaged.weights, path)

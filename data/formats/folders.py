@@ -144,7 +144,8 @@ def _scan(folder: Path) -> Listing:
     empty: dict[str, Counter[str]] = {}
     listing = Listing.of(_rows(folder, classes, about["folders"], skipped, empty), {"label": np.int32}, about)
     if empty:
-        held = f"they contain {_count(skipped)}; " if skipped else ""
+        others = sum(empty.values(), Counter())
+        held = f"they contain {count_endings(others)}; " if others else ""
         raise ValueError(
             f"no images in {shorten(list(empty))}; add some or remove the folder ({held}images end in .jpg, .png or "
             f"another of the {len(endings())} extensions that Pillow reads)"

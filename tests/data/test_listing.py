@@ -59,5 +59,5 @@ def test_damaged_file(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for content in (whole[:-10], whole[:30], b"text", b""):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"^index .*a\.index is damaged or of another program; delete it"):
+        with pytest.raises(ValueError, match=r"^index .*a\.index is damaged or not an index; delete it"):
             Listing.load(path)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
@@ -242,7 +244,7 @@ def test_a_disk_that_is_full_at_the_start_ends_no_run(tmp_path: Path, monkeypatc
     assert "config.yaml could not be written (No space left on device)" in (run.folder / "log.txt").read_text()
     for path in run.folder.iterdir():
         path.unlink()
-    assert result_in_words(run).endswith(f"; no files lie in {run.folder}")
+    assert result_in_words(run).endswith(f"; no files are in {run.folder}")
 
 
 def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path) -> None:
@@ -342,16 +344,32 @@ def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == "said\n"
 
 
+def test_rates_are_those_of_the_updates_on_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, take = [0.0], loop.take_update
+
+    def take_two_seconds(*arguments: object) -> loop.Update:
+        clock[0] += 2
+        return take(*arguments)
+
+    run = build(tmp_path, "--batch-size", "128", "--print-freq", "5")
+    monkeypatch.setattr(loop, "take_update", take_two_seconds)
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    assert train_one_epoch(run)
+    rows = [json.loads(line) for line in (run.folder / "speed.jsonl").read_text(encoding="utf-8").splitlines()]
+    found = [(row["update"], row["images_per_second"], row["seconds"]) for row in rows]
+    assert found == [(5, 64.0, 10.0), (10, 64.0, 10.0), (11, 64.0, 2.0)]
+
+
 def test_the_closing_line_names_what_lies_on_the_disk(tmp_path: Path) -> None:
     run = build(tmp_path)
     run.state.position.finish_epoch(50.0)
     folder = tmp_path / "output/tiny/default"
-    lost = "best accuracy 50.00 % in epoch 1 of 1, which could not be saved; last.pth, log.txt and config.yaml are in"
-    assert result_in_words(run) == f"{lost} {folder}"
+    lost = "best accuracy 50.00 % in epoch 1 of 1, of which no best.pth lies here"
+    assert result_in_words(run) == f"{lost}; last.pth, log.txt and config.yaml are in {folder}"
     run.save(best=True)
     assert result_in_words(run).startswith("best accuracy 50.00 % in epoch 1 of 1; best.pth, last.pth, log.txt and")
     run.state.position.finish_epoch(60.0)
-    assert "60.00 % in epoch 2 of 2, which could not be saved: best.pth is of epoch 1; best.pth" in result_in_words(run)
+    assert "60.00 % in epoch 2 of 2, while best.pth is of epoch 1; best.pth" in result_in_words(run)
 
 
 def test_a_run_without_finite_results_names_no_best(tmp_path: Path) -> None:

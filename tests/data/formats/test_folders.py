@@ -202,6 +202,7 @@ def test_folders_that_network_storage_leaves_are_no_classes(tmp_path: Path) -> N
 def test_class_of_nothing_but_skipped_files(tmp_path: Path) -> None:
     write_folder(tmp_path, {**GOOD, "train/emu": 0})
     (tmp_path / "train" / "emu" / "a.heic").write_text("no image")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("of another class")
     assert "no images in ROOT/train/emu; add some or remove the folder (they contain 1 .heic; " in refusal(tmp_path)
 
 

@@ -144,7 +144,7 @@ def test_damaged_index(root: Path) -> None:
     whole = (root / "train.index").read_bytes()
     for content in (whole[:-300], b"something else", b"", b"dat listing 1\n{}\n", b"dat listing 1\n[]\n"):
         (root / "train.index").write_bytes(content)
-        assert refusal(root) == "index ROOT/train.index is damaged or of another program; delete it, and it is built again"
+        assert refusal(root) == "index ROOT/train.index is damaged or not an index; delete it, and it is built again"
 
 
 def test_missing_shard(photos: Path, tmp_path: Path) -> None:
