@@ -57,6 +57,8 @@ def test_costs_of_rectangles(
     call(monkeypatch, complexity.main, config)
     call(monkeypatch, model.main, "--cfg", config, "--runs", 1, "--batch-size", 1)
     assert capsys.readouterr().out.count(f"{HEIGHT}x{WIDTH}") == 2
-    square = compare.measure(ROOT / "configs" / "digits.yaml", [], batch=1, runs=1)
-    wide = compare.measure(ROOT / "configs" / "digits.yaml", ["DATA.IMG_SIZE", "[32, 64]"], batch=1, runs=1)
+    square, wide = (
+        compare.measure(compare.Variant(str(ROOT / "configs" / "digits.yaml"), options, tmp_path), batch=1, runs=1)
+        for options in ([], ["DATA.IMG_SIZE", "[32, 64]"])
+    )
     assert wide.macs > 1.9 * square.macs
