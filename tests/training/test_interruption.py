@@ -309,7 +309,7 @@ def test_a_cut_off_checkpoint_gives_way_to_the_one_before(uninterrupted: Uninter
     last = trial.folder / "last.pth"
     os.truncate(last, last.stat().st_size // 2)
     assert first_difference(uninterrupted.of(1)[0], trial.finish()) is None
-    told = [line for line in job.console().splitlines() if line.startswith(str(last)) and "cut off" in line]
+    told = [line for line in job.console().splitlines() if line.startswith(str(last)) and "truncated" in line]
     assert len(told) == 1
     assert told[0].endswith(f"continuing from {trial.folder / 'previous.pth'} instead")
 

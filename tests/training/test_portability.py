@@ -56,6 +56,7 @@ print("status", *statuses)
 """
 
 
+@pytest.mark.slow
 def test_a_run_trains_resumes_and_is_evaluated_without_what_windows_lacks(tmp_path: Path) -> None:
     script = tmp_path / "windows.py"
     script.write_text(WINDOWS, encoding="utf-8")

@@ -61,7 +61,12 @@ def survives(
 
 
 @pytest.mark.parametrize(
-    ("setting", "moment"), [((1, 2), "any"), ((1, 0), "save"), ((2, 0), "any")], ids=["workers", "save", "two"]
+    ("setting", "moment"),
+    [
+        pytest.param((1, 2), "any", id="workers"),
+        pytest.param((1, 0), "save", id="save"),
+        pytest.param((2, 0), "any", id="two", marks=pytest.mark.slow),  # the toy task is killed on two by default
+    ],
 )
 def test_a_killed_run_ends_as_one_that_was_not(
     uninterrupted: Uninterrupted, tmp_path: Path, setting: tuple[int, int], moment: str

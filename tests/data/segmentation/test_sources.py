@@ -62,10 +62,10 @@ def test_palettes_count_by_their_indices_and_colours_are_refused(tmp_path: Path)
     with pytest.raises(UnreadableImage, match=r"has the value 2, which is none of the 2 classes; .* DATA\.LABEL_MAP"):
         read_mask(str(path), Labels().table(), 2)
     Image.new("RGB", (2, 2)).save(path)
-    with pytest.raises(UnreadableImage, match="mode RGB; a mask has one channel"):
+    with pytest.raises(UnreadableImage, match="mode is RGB; a mask has one channel"):
         read_mask(str(path), Labels().table(), 3)
     Image.fromarray(np.full((2, 2), 300, dtype=np.uint16)).save(path)
-    with pytest.raises(UnreadableImage, match="values of 300 to 300; they must be 0 to 255"):
+    with pytest.raises(UnreadableImage, match="values from 300 to 300; they must be 0 to 255"):
         read_mask(str(path), Labels().table(), 3)
 
 
