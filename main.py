@@ -55,9 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         refuse(f"{error}; repair or delete it, or leave such images out by --opts DATA.BAD_IMAGES skip", alone=True)
         return WRONG_INPUT if args.eval else FAILED
     except TrainingStopped as error:
-        if (
-            world.is_main or config.TRAIN.ANOMALY_REPORT
-        ):  # all ranks stop for the same reason, but each reports its own modules
+        # All ranks stop for the same reason, but each reports its own modules.
+        if world.is_main or config.TRAIN.ANOMALY_REPORT:
             logging.getLogger("dat").error(str(error))
         return FAILED
     except (RuntimeError, OSError, EOFError, MemoryError) as error:

@@ -74,8 +74,7 @@ class Variant(NamedTuple):
 
 def main() -> int:
     """Train the remaining runs and return the exit status."""
-    args = _parse_arguments()
-    variants, folder = choose(args.configs, args.variants, args.opts)
+    args, variants, folder = _parse_arguments()
     costs: dict[str, Cost] = {}
     for seed in args.seeds:
         for name, variant in variants.items():
@@ -96,7 +95,7 @@ def main() -> int:
     return 0
 
 
-def _parse_arguments() -> argparse.Namespace:
+def _parse_arguments() -> tuple[argparse.Namespace, dict[str, Variant], Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files; or one with MODEL.VIT and MODEL.DAT")
     parser.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these: attentions, or names of files")
@@ -104,10 +103,9 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override options of the configs")
     args = parser.parse_args()
     try:
-        choose(args.configs, args.variants, args.opts)
+        return args, *choose(args.configs, args.variants, args.opts)
     except ValueError as error:
         parser.error(str(error))
-    return args
 
 
 def choose(configs: Sequence[str], names: Sequence[str] | None, opts: Sequence[str]) -> tuple[dict[str, Variant], Path]:
