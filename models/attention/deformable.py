@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from ..fusing import may_fuse
 from ..layers import LayerNorm, WideConv, WideLinear, as_pair, pointwise
 from ..ops.deformable import attention, deformable_attention
-from ..ops.forms import is_checkpointed, needs_plain_operations
+from ..ops.forms import is_checkpointed, needs_plain_operations, without_autocast
 from ..ops.grids import COORDINATES, query_grid, reference_points
 from ..ops.position_bias import fixed_bias, log_continuous_bias, table_bias
 from ..ops.sampling import sample
@@ -247,7 +247,16 @@ class DeformableAttention(nn.Module):
         return samples, positions, key_size
 
     def _offsets(self, q: Tensor) -> Tensor:
-        """Return the offset network's output ``[B, Hk, Wk, g, 2]``, at least float32, for queries ``[B, C, H, W]``.
+        """Return the offset network's output ``[B, Hk, Wk, g, 2]``, at least float32, for queries ``[B, C, H, W]``."""
+        if not q.is_cpu:
+            return self._offset_network(q)
+        # In bfloat16, oneDNN's backward of a strided depthwise convolution takes 10 to 40 times as long as in float32,
+        # and with an even kernel on a small map it is wrong.
+        with without_autocast("cpu"):
+            return self._offset_network(q.to(self.conv_offset[0].weight.dtype))
+
+    def _offset_network(self, q: Tensor) -> Tensor:
+        """Return the output of `_offsets` in the current autocast.
 
         The groups share the network. Its depthwise convolution runs on all of them at once; after that, the
         groups are additional columns of the map.

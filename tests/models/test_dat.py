@@ -52,8 +52,6 @@ def test_half_precision_autocast_is_finite(variant: tuple[str, dict[str, Any]]) 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(torch.randn(2, 3, 50, 40))
     assert logits.isfinite().all()
-    if options.get("ksizes") == 4:
-        pytest.xfail("PyTorch's bfloat16 backward of an even depthwise convolution reads unset memory on tiny maps")
     logits.float().square().sum().backward()
     assert without_gradient(model) == []
 

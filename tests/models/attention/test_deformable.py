@@ -81,6 +81,15 @@ def test_positions_stay_float32_under_autocast() -> None:
     torch.testing.assert_close(positions, module.inspect(x).positions, atol=0.1, rtol=0)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_the_offset_network_runs_in_float32_under_autocast_on_a_cpu(groups: int) -> None:
+    module = build(groups=groups).float()
+    q = torch.randn(1, 16, 8, 8).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        offsets = module._offsets(q)
+    torch.testing.assert_close(offsets, module._offsets(q.float()), atol=0, rtol=0)
+
+
 def test_pooling_replaces_sampling_without_offsets() -> None:
     module = build(use_offsets=False, position_bias="none", map_size=8)
     x = torch.randn(1, 16, 8, 8, dtype=torch.float64)
