@@ -75,3 +75,12 @@ def bar(name: str, share: float) -> str:
         f'<div class="bar" style="background: linear-gradient(to right, #cfe0fb {100 * share:.1f}%, transparent 0)">'
         f"<span>{text(name)}</span><span>{100 * share:.1f} %</span></div>"
     )
+
+
+def free_name(stem: str, taken: set[str]) -> str:
+    """Return `stem`, numbered if it is one of the names in `taken`, to which the result is added."""
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    taken.add(name)
+    return name

@@ -88,16 +88,18 @@ def run(args: argparse.Namespace) -> int:
     if args.draw and task not in ("detection", "segmentation"):
         raise ValueError(f"--draw takes the checkpoint of a detector or segmenter; {args.checkpoint} is of {task}")
     settings = {name: getattr(args, name) for name in ("top", "threshold", "batch_size", "amp")}
+    for folder in filter(None, (args.draw, args.html and args.html.parent)):
+        folder.mkdir(parents=True, exist_ok=True)
     predictions = Predictor(model, on_unreadable=unreadable.append, **settings).predict(files)
     bar = tqdm(total=len(files), unit="image", disable=None, leave=False)
-    done = []
+    done, taken = [], set()
     columns = _OBJECTS if task == "detection" else _columns(min(args.top, len(model.classes)))
     write = WRITERS[args.format](sys.stdout, columns)
     for prediction in predictions:
         write(prediction)
         if args.draw:
-            args.draw.mkdir(parents=True, exist_ok=True)
-            prediction.drawn(model.read(prediction.path)).save(args.draw / f"{Path(prediction.path).name}.png")
+            name = pages.free_name(Path(prediction.path).name, taken)
+            prediction.drawn(model.read(prediction.path)).save(args.draw / f"{name}.png")
         if args.html:
             done.append(prediction)
         bar.update()
@@ -144,7 +146,7 @@ def _write_text(file: TextIO, columns: Sequence[str]) -> Callable[[Prediction], 
         if prediction.objects:
             places = [" ".join(f"{side:.0f}" for side in box) for box in prediction.objects.boxes]
             shown = [f"{words} at {place}" for words, place in zip(shown, places, strict=True)]
-        print(f"{_printable(prediction.path)}: {', '.join(shown)}", file=file)
+        print(f"{_printable(prediction.path)}: {', '.join(shown) or 'no objects'}", file=file)
 
     return write
 

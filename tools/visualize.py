@@ -101,7 +101,7 @@ def visualize(args: argparse.Namespace) -> None:
     entries, taken = [], set()
     for path in args.images:
         pixels, seen = look_at(path, networks, size, stages=args.stages, every_block=args.every_block)
-        target = args.output / f"{_free_name(Path(path).stem, taken)}.png"
+        target = args.output / f"{pages.free_name(Path(path).stem, taken)}.png"
         draw(pixels, seen, queries=queries, heads=[head - 1 for head in args.heads]).savefig(target, dpi=130)
         print(target)
         entries.append(page_entry(Path(path).name, pixels, seen))
@@ -217,15 +217,6 @@ def _size(size: Sequence[int]) -> tuple[int, int] | None:
     if len(size) > 2 or (size and min(size) < 1):
         raise ValueError(f"--size {' '.join(map(str, size))} must be one side, or height and width, in pixels")
     return (size[0], size[-1]) if size else None
-
-
-def _free_name(stem: str, taken: set[str]) -> str:
-    """Return `stem`, numbered if an earlier image has the same name."""
-    name, number = stem, 2
-    while name in taken:
-        name, number = f"{stem}-{number}", number + 1
-    taken.add(name)
-    return name
 
 
 if __name__ == "__main__":

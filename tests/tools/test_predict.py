@@ -137,7 +137,7 @@ def test_the_page_shows_each_picture(
     tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     photographs[0].write_bytes(b"no image")
-    page = tmp_path / "page.html"
+    page = tmp_path / "pages" / "page.html"
     predict(monkeypatch, capsys, "--checkpoint", write_checkpoint(tmp_path), "--html", page, tmp_path / "photos")
     with Browser(tmp_path / "profile") as browser:
         browser.open(page)
@@ -183,12 +183,14 @@ def test_a_segmenter_says_shares_of_pixels_and_draws_them(
         network.decode_head.conv_seg.bias[3] = 100
     checkpoint = tmp_path / "segmenter.pth"
     torch.save({"format": 1, "model": network.state_dict(), "classes": CLASSES, "config": config.dump()}, checkpoint)
+    same_name = write_photograph(photographs[0].parent / "more" / "a.png", seed=3)
     words = ("--checkpoint", checkpoint, photographs[0].parent, "--format", "jsonl", "--draw", tmp_path / "maps")
     status, out, _ = predict(monkeypatch, capsys, *words)
     assert status == 0
     for line in out.splitlines():
         assert json.loads(line)["top"][0] == {"class": "dog", "probability": 1.0}
-    assert {path.name for path in (tmp_path / "maps").iterdir()} == {f"{path.name}.png" for path in photographs}
+    names = {f"{path.name}.png" for path in photographs} | {f"{same_name.name}-2.png"}
+    assert {path.name for path in (tmp_path / "maps").iterdir()} == names
     drawn, photograph = read_image(tmp_path / "maps" / "a.png.png"), read_image(photographs[0])
     expected = 0.65 * palette()[3] + 0.35 * np.asarray(photograph)
     assert np.abs(np.asarray(drawn) - expected).max() <= 1
@@ -225,6 +227,8 @@ def test_a_detector_says_objects_and_draws_them(
     assert [float(row["x1"]) for row in rows] == pytest.approx(boxes[:, 0].tolist())
     _, out, _ = predict(monkeypatch, capsys, *words)
     assert out.count(" at ") == len(objects)
+    _, out, _ = predict(monkeypatch, capsys, *words, "--threshold", 2)
+    assert out == f"{photographs[0]}: no objects\n"
 
 
 def test_classifiers_do_not_draw(
