@@ -22,7 +22,7 @@ from yacs.config import CfgNode
 from models.build import FAMILIES
 from models.detection import DETECTORS
 from models.layers import as_pair
-from models.options import Check, Option, at_least, not_negative, one_of, share
+from models.options import Check, Option, at_least, not_negative, one_of, positive, share
 from models.segmentation import SEGMENTERS
 
 
@@ -70,7 +70,6 @@ _COUNTS = Check(
     lambda sides: all(isinstance(side, int) and side >= 1 for side in sides), "a list of positive whole numbers"
 )
 _PART = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
-_POSITIVE = Check(lambda value: value > 0, "above 0")
 _MILESTONES = Check(
     lambda epochs: epochs == sorted(epochs) and all(isinstance(epoch, int) and epoch >= 1 for epoch in epochs),
     "an increasing list of positive epochs",
@@ -347,10 +346,10 @@ OPTIONS: dict[str, Option] = {
         _NAMES,
     ),
     "TRAIN.LAYER_DECAY": RunOption(
-        1.0, "Factor on the learning rate from each layer to the preceding one; 1: none.", _POSITIVE
+        1.0, "Factor on the learning rate from each layer to the preceding one; 1: none.", positive()
     ),
     "TRAIN.HEAD_LR_SCALE": RunOption(
-        1.0, "Factor on the learning rate of the layer that computes the logits, such as 10 for a new one.", _POSITIVE
+        1.0, "Factor on the learning rate of the layer that computes the logits, such as 10 for a new one.", positive()
     ),
     "TRAIN.PATIENCE": RunOption(
         0, "Stop after this many consecutive epochs without a better score; 0: no early stopping.", not_negative()
@@ -390,7 +389,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.LR_SCHEDULER.DECAY_RATE": RunOption(0.1, "step and milestones: factor of each decay.", share()),
     "TRAIN.LR_SCHEDULER.POWER": RunOption(
-        0.9, "poly, which ends at MIN_LR: exponent of the fraction of updates left.", _POSITIVE
+        0.9, "poly, which ends at MIN_LR: exponent of the fraction of updates left.", positive()
     ),
     "TRAIN.OPTIMIZER.NAME": RunOption(
         "adamw", "adamw, sgd, or another optimizer of timm, such as lion or lamb.", elsewhere=("--opt", "--optimizer")
@@ -415,7 +414,7 @@ OPTIONS: dict[str, Option] = {
         one_of("soft", "hard"),
     ),
     "DISTILL.SHARE": RunOption(0.5, "Weight of the teacher's loss; the loss on the labels has the rest.", share()),
-    "DISTILL.TEMPERATURE": RunOption(1.0, "soft: temperature that the logits of both are divided by.", _POSITIVE),
+    "DISTILL.TEMPERATURE": RunOption(1.0, "soft: temperature that the logits of both are divided by.", positive()),
     # ---- augmentation
     "AUG.CROP": RunOption(
         "resized",

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from .fusing import is_depthwise, is_pointwise, may_fuse
 from .ops.depthwise import conv_mlp, depthwise_residual
-from .ops.forms import runs_by_hand
+from .ops.forms import suits_cpu_forms
 from .ops.linear import linear as multiply
+from .ops.precision import widen
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -54,7 +55,7 @@ class WideLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x = _widened(x)
+            x = widen(x)
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
@@ -63,13 +64,9 @@ class WideConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            x = _widened(x)
+            x = widen(x)
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return self._conv_forward(x, self.weight.to(x.dtype), bias)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -133,7 +130,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        if runs_by_hand(x) and may_fuse(self.chunk):
+        if suits_cpu_forms(x) and may_fuse(self.chunk):
             for layer in self.chunk:
                 x = linear(layer, x)
         else:

@@ -48,6 +48,11 @@ def not_negative() -> Check:
     return Check(lambda value: value >= 0, "0 or more")
 
 
+def positive() -> Check:
+    """Return the check that a number is above 0."""
+    return Check(lambda value: value > 0, "above 0")
+
+
 def share() -> Check:
     """Return the check that a number lies between 0 and 1."""
     return Check(lambda value: 0 <= value <= 1, "between 0 and 1")

@@ -17,7 +17,7 @@ from .attention.tokens import SoftmaxAttention
 from .contract import TakenOver
 from .ops.locality import KINDS, Window
 from .ops.random_features import KINDS as FEATURES
-from .options import DeclaredSignature, Option, at_least, complete, not_negative, one_of, share
+from .options import DeclaredSignature, Option, at_least, complete, not_negative, one_of, positive, share
 
 ATTENTIONS = ("softmax", "performer", "disentangled", "disentangled_performer", "deformable")
 LOCALITIES = ("none", *KINDS)
@@ -28,7 +28,7 @@ OPTIONS = {
     "embed_dim": Option(384, "Channels.", at_least(1)),
     "depth": Option(4, "Number of blocks.", at_least(1)),
     "num_heads": Option(6, "Attention heads.", at_least(1)),
-    "mlp_ratio": Option(4.0, "Width of the MLPs over `embed_dim`."),
+    "mlp_ratio": Option(4.0, "Hidden channels of the MLPs, as a multiple of `embed_dim`.", positive()),
     "global_pool": Option(
         "token",
         "Classify by a class token, or by the mean of the patches, without a class token.",
@@ -181,10 +181,10 @@ def _check(values: dict[str, Any]) -> None:
     reach, epochs = values["locality_reach"], values["locality_epochs"]
     if len(reach) != len(epochs):
         raise ValueError(
-            f"locality_reach has {len(reach)} windows and locality_epochs {len(epochs)} ends; give one for each"
+            f"locality_reach has {len(reach)} entries and locality_epochs {len(epochs)}; give one of each per window"
         )
-    if list(epochs) != sorted(set(epochs)) or min(epochs, default=1) < 1 or min(reach, default=0) < 0:
-        raise ValueError(
-            f"locality_epochs = {list(epochs)} and locality_reach = {list(reach)}: give ends that rise from 1 on, and "
-            "reaches from 0 on"
-        )
+    for name, numbers, smallest in (("locality_reach", reach, 0), ("locality_epochs", epochs, 1)):
+        if not all(type(number) is int and number >= smallest for number in numbers):
+            raise ValueError(f"{name} = {list(numbers)} must be whole numbers of at least {smallest}")
+    if list(epochs) != sorted(set(epochs)):
+        raise ValueError(f"locality_epochs = {list(epochs)} must increase from window to window")

@@ -17,6 +17,7 @@ from ..ops.deformable import attention, deformable_attention
 from ..ops.forms import is_checkpointed, needs_plain_operations, without_autocast
 from ..ops.grids import COORDINATES, query_grid, reference_points
 from ..ops.position_bias import fixed_bias, log_continuous_bias, table_bias
+from ..ops.precision import at_least_float32
 from ..ops.sampling import sample
 from ..options import Option, StageOption, StageOptions, at_least, one_of
 from ..tables import Resize, between_corners, per_query_and_key
@@ -241,7 +242,7 @@ class DeformableAttention(nn.Module):
         height, width = x.shape[-2:]
         samples = F.avg_pool2d(x, (min(self.stride, height), min(self.stride, width)), stride=self.stride)
         key_size = samples.shape[-2:]
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype = at_least_float32(x.dtype)
         reference = reference_points(key_size, coordinates=self.coordinates, dtype=dtype, device=x.device)
         positions = reference.flatten(0, 1).expand(x.shape[0], self.groups, -1, -1)
         return samples, positions, key_size

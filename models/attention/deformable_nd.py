@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.points import cell_grid, sample_points
+from ..ops.precision import widen
 
 COORDINATES = ("pixel", "package")
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -177,8 +178,7 @@ class _DeformableAttentionND(nn.Module):
             total = count * factor + kernel - factor - length
             first = (kernel - factor if package else total) // 2
             padding = [first, total - first, *padding]
-        offsets = self.to_offsets(F.pad(self._by_group(q), padding)).movedim(1, -1)
-        offsets = offsets.to(torch.promote_types(offsets.dtype, torch.float32))
+        offsets = widen(self.to_offsets(F.pad(self._by_group(q), padding))).movedim(1, -1)
         return self._cells(offsets.shape[1:-1], offsets) + offsets
 
     def _by_group(self, x: Tensor) -> Tensor:

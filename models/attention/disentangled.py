@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..ops.linear_attention import in_parts, normalized
 from ..ops.locality import range_sum
+from ..ops.precision import widen
 from ..ops.relative_positions import Buckets, Relation
 from .performer import PerformerAttention
 from .tokens import TokenAttention
@@ -100,12 +101,11 @@ class DisentangledPerformer(PerformerAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            dtype = torch.promote_types(q.dtype, torch.float32)
-            q, k, v = (x.to(dtype) for x in (q, k, v))
+            q, k, v = (widen(x) for x in (q, k, v))
             position_q, position_k = self.relative(self.qkv, self.heads)
             q_features, k_features = self.features(q, "query"), self.features(k, "key")
             by_query, by_key = (
-                x @ positions.to(dtype).mT * self.scale**2 for x, positions in ((q, position_k), (k, position_q))
+                x @ positions.to(x.dtype).mT * self.scale**2 for x, positions in ((q, position_k), (k, position_q))
             )  # [B, heads, N, rows]
             # Factors of a query, and one factor of all keys, are divided out.
             by_query = (by_query - by_query.detach().amax(-1, keepdim=True)).exp()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import ms_deform_attn
+from ..ops.precision import widen
 
 
 class MSDeformAttn(nn.Module):
@@ -112,10 +113,8 @@ class MSDeformAttn(nn.Module):
         self, query: Tensor, reference_points: Tensor, spatial_shapes: Tensor | Sequence[Sequence[int]]
     ) -> Tensor:
         """Return the sampling locations of the queries, ``[B, Q, heads, levels, points, 2]``, at least float32."""
-        offsets = self.sampling_offsets(query)
-        dtype = torch.promote_types(offsets.dtype, torch.float32)
-        offsets = offsets.to(dtype).unflatten(-1, (self.n_heads, self.n_levels, self.n_points, 2))
-        points = reference_points.to(dtype)[:, :, None, :, None]
+        offsets = widen(self.sampling_offsets(query)).unflatten(-1, (self.n_heads, self.n_levels, self.n_points, 2))
+        points = reference_points.to(offsets.dtype)[:, :, None, :, None]
         if points.shape[-1] == 2:
             sizes = torch.as_tensor(spatial_shapes, device=query.device).flip(-1)[:, None]  # [levels, 1, (w, h)]
             return points + offsets / sizes

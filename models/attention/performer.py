@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.forms import check_form
 from ..ops.linear_attention import FORMS, linear_attention
+from ..ops.precision import widen
 from ..ops.random_features import features, orthogonal_directions
 from .tokens import TokenAttention
 
@@ -16,56 +18,65 @@ from .tokens import TokenAttention
 class RandomDirections(nn.Module):
     """Orthogonal Gaussian directions that can be redrawn.
 
-    The checkpoint stores the seed instead of the directions, because averaging weights, for one, would corrupt them.
+    The state dict holds the seed instead of the directions: averaging the weights of a model, for example, would
+    destroy the distribution of the directions.
 
     Args:
         count: number of directions.
-        dim: length of each.
+        dim: size of a direction.
     """
 
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
         self.count, self.dim = count, dim
-        self.register_buffer("source", torch.tensor([int(torch.randint(2**31, ())), 0]))  # seed, drawing
+        self.register_buffer("source", torch.tensor([int(torch.randint(2**31, ())), 0]))  # seed, number of the draw
         self.register_buffer("directions", torch.empty(count, dim), persistent=False)
         self.draw(0)
-        self.register_load_state_dict_post_hook(lambda module, _: module.draw(int(module.source[1])))
+        self.register_load_state_dict_post_hook(_draw_loaded)
 
     @torch.no_grad()
-    def draw(self, drawing: int) -> None:
-        """Draw the directions of the given number, the same each time."""
-        self.source[1] = drawing
-        seed = int(self.source[0]) + 2**31 * drawing
+    def draw(self, number: int) -> None:
+        """Draw directions; the same number gives the same directions."""
+        self.source[1] = number
+        seed = int(self.source[0]) + 2**31 * number
         self.directions.copy_(orthogonal_directions(self.count, self.dim, seed))
 
     def forward(self) -> Tensor:
+        """Return the current directions ``[count, dim]``."""
         return self.directions
+
+
+def _draw_loaded(module: RandomDirections, _: object) -> None:
+    """Draw the directions that belong to loaded weights. A function, because lambdas cannot be pickled."""
+    module.draw(int(module.source[1]))
 
 
 class PerformerAttention(TokenAttention):
     """Attention with products of random features as weights.
 
     Args:
-        num_features: random features per head; ``d ln d`` if None, with d channels per head.
+        num_features: random features per head; 0 for ``d ln d``, with d channels per head.
         feature_kind: ``positive``, which approximates softmax attention, or ``relu``.
-        redraw_epochs: interval in epochs at which the features are redrawn; 0 for never; never in evaluation.
-        form: of sums over windows and position terms: ``sums`` in linear time, ``reference`` with a matrix of tokens,
-            or ``auto``, the cheaper.
+        redraw_epochs: interval in epochs at which `set_epoch` redraws the features; 0 for never.
+        form: how sums over windows and position terms are computed: ``sums`` in linear time, ``reference`` with an
+            N x N matrix, or ``auto``, the cheaper of both.
         **options: see `TokenAttention`.
+
+    Raises:
+        ValueError: the form is unknown.
     """
 
     def __init__(
         self,
         dim: int,
         *,
-        num_features: int | None = None,
+        num_features: int = 0,
         feature_kind: str = "positive",
         redraw_epochs: int = 1,
         form: str = "auto",
         **options: Any,
     ) -> None:
-        if form not in FORMS:
-            raise ValueError(f"form {form!r} of attention is unknown; choose one of {', '.join(FORMS)}")
+        check_form(form, FORMS, "linear attention")
         super().__init__(dim, **options)
         width = dim // self.heads
         self.form = form
@@ -74,7 +85,7 @@ class PerformerAttention(TokenAttention):
         self.random = RandomDirections(num_features or max(1, round(width * math.log(width))), width)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the features of this epoch."""
+        """Draw the features of an epoch, counted from 0."""
         if self.redraw_epochs:
             self.random.draw(epoch // self.redraw_epochs)
 
@@ -85,10 +96,9 @@ class PerformerAttention(TokenAttention):
 
     def features(self, x: Tensor, role: str) -> Tensor:
         """Return the features ``[B, heads, N, m]`` of queries or keys ``[B, heads, N, d]``, at least float32."""
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return features(x.to(dtype) * self.scale, self.random(), kind=self.feature_kind, role=role)
+        return features(widen(x) * self.scale, self.random(), kind=self.feature_kind, role=role)
 
     @property
     def scale(self) -> float:
-        """Factor of queries and keys."""
+        """Factor of queries and keys; its square is the usual scale of their products."""
         return (self.qkv.in_features // self.heads) ** -0.25

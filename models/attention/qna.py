@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import linear, pointwise
+from ..ops.precision import at_least_float32
 from ..options import Option, StageOption, StageOptions, at_least, odd, one_of
 from ..tables import Resize, square_along
 from .letters import Mixer, register
@@ -78,7 +79,7 @@ class QueryAndAttend(nn.Module):
         Returns:
             ``[B, heads * d, H, W]``. Always at least float32: a quotient of small sums needs the precision.
         """
-        dtype = torch.promote_types(v.dtype, torch.float32)
+        dtype = at_least_float32(v.dtype)
         scores = self._activate(scores.to(dtype), dims=(3, 4))
         prior = self._activate(self.rpb_table.to(dtype), dims=(0,))  # [K*K, queries * heads]
         values = scores.unsqueeze(3) * v.to(dtype).unsqueeze(1)  # [B, queries, heads, d, H, W]

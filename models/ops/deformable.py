@@ -6,7 +6,7 @@ from torch import Tensor
 
 from . import gpu
 from .cpu import deformable as cpu
-from .forms import needs_plain_operations
+from .forms import check_form, needs_plain_operations
 from .grids import query_grid, query_steps
 from .position_bias import table_bias
 from .products import dot_product_attention
@@ -73,8 +73,7 @@ def deformable_attention(
         ValueError: the form is unknown or does not support the arguments.
     """
     native = clamped and coordinates == "dat++" and _is_native(map_size, table)
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} of deformable attention is unknown; choose one of {', '.join(FORMS)}")
+    check_form(form, FORMS, "deformable attention")
     if form not in ("auto", "reference") and dropout:
         raise ValueError(f"form {form!r} of deformable attention has no dropout; choose auto or reference")
     if form == "crops" and not native:

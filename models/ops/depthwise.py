@@ -9,18 +9,19 @@ from torch.autograd.function import once_differentiable
 
 from . import gpu
 from .cpu.onednn import depthwise_gelu, product
-from .forms import products_of, runs_by_hand, without_autocast
+from .forms import check_form, suits_cpu_forms
 from .kept import made_once
+from .precision import autocast_disabled, cast_for_matmul, widen
 
 FORMS = ("auto", "reference", "by_hand", "triton")
-CACHED = 1 << 20  # hidden values processed at a time: 4 MiB, so that they stay in the cache
+CACHED = 1 << 20  # hidden values processed at a time: 4 MiB, which stay in the CPU cache
 
 
 def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return ``x + conv(x)`` of a depthwise convolution that keeps the size of the map.
 
-    On a GPU this is one kernel. On a CPU it is one convolution with 1 added to the centre weight, in at least float32,
-    as low precision would round that sum.
+    On a GPU this is one kernel. On a CPU it is one convolution with 1 added to the centre weight, in at least float32:
+    in lower precision the sum would lose small weights.
 
     Args:
         x: map ``[B, C, H, W]``.
@@ -32,9 +33,9 @@ def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """
     if x.is_cuda and gpu.suits(x):
         return _on_gpu(x.permute(0, 2, 3, 1), weight, bias, gelu=False).permute(0, 3, 1, 2)
-    if runs_by_hand(x):
-        with without_autocast("cpu"):
-            return _convolve(_widened(x), _with_skip(_widened(weight)), _widened(bias)).to(x.dtype)
+    if suits_cpu_forms(x):
+        with autocast_disabled("cpu"):
+            return _convolve(widen(x), _with_skip(widen(weight)), widen(bias)).to(x.dtype)
     return x + _convolve(x, weight, bias)
 
 
@@ -54,22 +55,24 @@ def conv_mlp(
 
     Args:
         x: ``[B, H, W, C]``.
-        weight1: of the first linear layer, ``[hidden, C]``.
-        bias1: ``[hidden]``.
-        kernel: of the depthwise convolution, ``[hidden, 1, k, k]``, k odd.
-        bias: ``[hidden]``.
-        weight2: of the second linear layer, ``[C, hidden]``.
-        bias2: ``[C]``.
-        dropout: rate of dropping values of ``h``.
-        form: ``reference``; ``by_hand``, which processes a few images at a time, keeps only ``h`` for the backward, and
-            has no dropout; or ``triton``, for GPUs, with one kernel between the two layers. ``auto`` uses
-            `choose_form`.
+        weight1: weight of the first linear layer, ``[hidden, C]``.
+        bias1: bias of the first linear layer, ``[hidden]``.
+        kernel: weight of the depthwise convolution, ``[hidden, 1, k, k]``, k odd.
+        bias: bias of the depthwise convolution, ``[hidden]``.
+        weight2: weight of the second linear layer, ``[C, hidden]``.
+        bias2: bias of the second linear layer, ``[C]``.
+        dropout: dropout rate of ``h``.
+        form: ``reference`` is PyTorch's own operations. ``by_hand`` processes a few images at a time and saves only
+            ``h`` for the backward pass; it has no dropout. ``triton`` runs one GPU kernel between the two layers.
+            ``auto`` uses `choose_form`.
 
     Returns:
         ``[B, H, W, C]``.
+
+    Raises:
+        ValueError: the form is unknown or does not support the arguments.
     """
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} of the convolutional MLP is unknown; choose one of {', '.join(FORMS)}")
+    check_form(form, FORMS, "the convolutional MLP")
     if form == "by_hand" and dropout:
         raise ValueError("form 'by_hand' of the convolutional MLP has no dropout; choose auto or reference")
     if form == "triton" and not gpu.suits(x):
@@ -79,8 +82,8 @@ def conv_mlp(
     if form == "auto":
         form = choose_form(x, dropout=dropout)
     if form == "by_hand":
-        with products_of(x, weight1, bias1, weight2, bias2) as (x, weight1, bias1, weight2, bias2):
-            arguments = x, weight1, bias1, _with_skip(_widened(kernel)), _widened(bias), weight2, bias2
+        with cast_for_matmul(x, weight1, bias1, weight2, bias2) as (x, weight1, bias1, weight2, bias2):
+            arguments = x, weight1, bias1, _with_skip(widen(kernel)), widen(bias), weight2, bias2
             keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in arguments)
             return _ConvMLP.apply(*arguments, keep)
     hidden = F.dropout(F.linear(x, weight1, bias1), dropout)
@@ -95,7 +98,7 @@ def choose_form(x: Tensor, *, dropout: float = 0.0) -> str:
     """Return the form that `conv_mlp` uses for ``auto``."""
     if x.is_cuda and gpu.suits(x):
         return "triton"
-    return "by_hand" if not dropout and runs_by_hand(x) else "reference"
+    return "by_hand" if not dropout and suits_cpu_forms(x) else "reference"
 
 
 def _on_gpu(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool) -> Tensor:
@@ -106,10 +109,6 @@ def _on_gpu(x: Tensor, weight: Tensor, bias: Tensor, *, gelu: bool) -> Tensor:
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=len(weight))
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _with_skip(weight: Tensor) -> Tensor:
@@ -124,14 +123,12 @@ def _skip(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 class _ConvMLP(torch.autograd.Function):
-    """The MLP, a few images at a time to stay in the cache.
+    """The form ``by_hand``: a few images at a time, so that the hidden values stay in the CPU cache.
 
-    With ``z = conv(h)``, whose kernel holds the skip connection, and ``y = linear2(gelu(z))``, the gradient of ``y``
-    goes back through ``linear2`` to ``gelu(z)``, by the derivative of GELU to ``z``, through the transposed convolution
-    to ``h`` and through ``linear1`` to ``x``. ``h`` is kept; ``z`` and ``gelu(z)``, cheap from it, are recomputed.
+    The kernel includes the skip connection: ``z = conv(h)`` and ``y = linear2(gelu(z))``. The backward pass saves ``h``
+    and recomputes ``z`` and ``gelu(z)``, which is cheap.
 
-    The kernel and its input are at least float32, as oneDNN fuses GELU best there; the linear layers may have lower
-    precision.
+    The convolution runs in at least float32, where oneDNN fuses GELU best; the linear layers may have lower precision.
     """
 
     @staticmethod
@@ -177,9 +174,9 @@ class _ConvMLP(torch.autograd.Function):
 
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """Return ``total + a b`` in at least float32; the first product is the sum, which saves a pass over zeros."""
+    """Return ``total + a b`` in at least float32, where a total of None stands for zero."""
     if total is None:
-        return _widened(a @ b)
+        return widen(a @ b)
     return total.addmm_(a, b) if a.dtype == total.dtype else total.add_(a @ b)
 
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu.onednn import multiply, product, suits
-from .forms import product_dtype, runs_by_hand
+from .forms import check_form, suits_cpu_forms
+from .precision import matmul_dtype
 
 FORMS = ("auto", "reference", "onednn")
 
@@ -19,8 +20,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
         x: ``[..., in]``.
         weight: ``[out, in]``.
         bias: ``[out]`` or None.
-        form: ``reference`` is PyTorch's own. ``onednn`` computes this product and the gradient of ``x`` with oneDNN;
-            it needs float32, or bfloat16 as tensor or autocast dtype, on an x86 CPU. ``auto`` uses `choose_form`.
+        form: ``reference`` is `F.linear`. ``onednn`` computes the output and the gradient of ``x`` with oneDNN; it
+            needs an x86 CPU and float32, or bfloat16 as tensor or autocast dtype. ``auto`` uses `choose_form`.
 
     Returns:
         ``[..., out]``.
@@ -28,8 +29,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
     Raises:
         ValueError: the form is unknown or does not support the arguments.
     """
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} of a linear layer is unknown; choose one of {', '.join(FORMS)}")
+    check_form(form, FORMS, "a linear layer")
     if form == "onednn" and not _is_possible(x, weight, bias):
         raise ValueError(
             "form 'onednn' of a linear layer needs matching shapes, float32 or bfloat16 and an x86 CPU; "
@@ -38,25 +38,25 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
     if (choose_form(x, weight, bias) if form == "auto" else form) == "reference":
         return F.linear(x, weight, bias)
     if torch.is_autocast_enabled(x.device.type):
-        x, weight, bias = (None if tensor is None else tensor.to(product_dtype(tensor)) for tensor in (x, weight, bias))
-    # Tensors created in inference mode are never differentiated.
+        x, weight, bias = (None if tensor is None else tensor.to(matmul_dtype(tensor)) for tensor in (x, weight, bias))
+    # In inference mode nothing is differentiated, and the call of the autograd function can be saved.
     return multiply(x, weight, bias) if torch.is_inference_mode_enabled() else _Linear.apply(x, weight, bias)
 
 
 def choose_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """Return the form that `linear` uses for ``auto``."""
-    return "onednn" if runs_by_hand(x) and _is_possible(x, weight, bias) else "reference"
+    return "onednn" if suits_cpu_forms(x) and _is_possible(x, weight, bias) else "reference"
 
 
 def _is_possible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    dtype = product_dtype(x)
+    dtype = matmul_dtype(x)
     if not suits(dtype, x, weight, bias) or x.dim() == 0 or x.shape[-1] != weight.shape[-1]:
         return False
-    return all(tensor is None or product_dtype(tensor) == dtype for tensor in (weight, bias))
+    return all(tensor is None or matmul_dtype(tensor) == dtype for tensor in (weight, bias))
 
 
 class _Linear(torch.autograd.Function):
-    """`F.linear` for every kind of derivative and `torch.func`."""
+    """`F.linear` by oneDNN, with reverse-mode, forward-mode and higher derivatives and `torch.func.vmap`."""
 
     generate_vmap_rule = True
 

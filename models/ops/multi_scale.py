@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .cpu import multi_scale as cpu
-from .forms import operator
+from .forms import check_form, operator
+from .precision import at_least_float32
 from .rows import neighbours
 
 FORMS = ("auto", "reference", "op")
@@ -25,20 +26,20 @@ def ms_deform_attn(
     *,
     form: str = "auto",
 ) -> Tensor:
-    """Sum, for every query and head, values sampled on several maps, each with its weight.
+    """Return, for every query and head, the weighted sum of values sampled from several feature maps.
 
     Args:
-        value: values of all levels in a row, ``[B, S, heads, C]``.
+        value: values of all levels, flattened and concatenated, ``[B, S, heads, C]``.
         spatial_shapes: height and width of every level, ``[levels, 2]``; a list avoids a GPU synchronisation.
         level_start_index: index of the first value of every level, ``[levels]``.
-        sampling_locations: ``[B, Q, heads, levels, points, 2]``, (x, y), 0 and 1 the edges of the level, so that the
-            centre of pixel i of n lies at (i + 0.5) / n. Outside, values are zero. Computed in at least float32.
+        sampling_locations: ``[B, Q, heads, levels, points, 2]``, (x, y). The edges of a level are at 0 and 1, the
+            centre of pixel i of n at (i + 0.5) / n. Values are zero outside. Cast to at least float32.
         attention_weights: ``[B, Q, heads, levels, points]``.
         im2col_step: number of images processed at a time, which bounds the memory; the result does not depend on it.
-        form: ``op`` is one operator, ``ms_deform_attn`` in `torch.ops`, for compiler, export and profiler: sums of rows
-            on a CPU, Triton kernels on a GPU; its sums have a fixed order, and it has no second derivatives.
-            ``reference`` is made of plain operations that can be differentiated any number of times. ``auto`` uses
-            ``op``, except for ONNX, which lacks this operator.
+        form: ``op`` is a custom operator, ``ms_deform_attn`` in `torch.ops`, which compiler, export and profiler see as
+            one node: sums of rows on a CPU, Triton kernels on a GPU. It is deterministic and has no second derivatives.
+            ``reference`` consists of PyTorch's own operations and can be differentiated any number of times. ``auto``
+            uses ``op``, except in an ONNX export, because ONNX has no such operator.
 
     Returns:
         ``[B, Q, heads * C]`` in the dtype of ``value``.
@@ -46,10 +47,9 @@ def ms_deform_attn(
     Raises:
         ValueError: shapes do not fit, or the form is unknown.
     """
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} of multi-scale attention is unknown; choose one of {', '.join(FORMS)}")
+    check_form(form, FORMS, "multi-scale attention")
     _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step)
-    dtype = torch.promote_types(sampling_locations.dtype, torch.float32)
+    dtype = at_least_float32(sampling_locations.dtype)
     sampling_locations, attention_weights = sampling_locations.to(dtype), attention_weights.to(dtype)
     if form == "reference" or (form == "auto" and torch.onnx.is_in_onnx_export()):
         levels, starts = _numbers(spatial_shapes), _numbers(level_start_index)
@@ -92,7 +92,7 @@ def _check(
         )
     if im2col_step < 1:
         raise ValueError(f"im2col_step = {im2col_step} is not allowed; give at least 1")
-    if isinstance(spatial_shapes, Tensor):  # read and check the numbers only if this needs no synchronisation
+    if isinstance(spatial_shapes, Tensor):  # reading it could synchronise with a GPU; the operator checks it
         return
     check_levels(spatial_shapes, _numbers(level_start_index), value.shape[1])
 
@@ -204,7 +204,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
 
 
 def _refuse(ctx, *grads: Tensor) -> None:  # noqa: ANN001, ARG001
-    raise RuntimeError("the operator ms_deform_attn has no second derivatives; take form='reference'")
+    raise RuntimeError("the operator ms_deform_attn has no second derivatives; use form='reference'")
 
 
 _op.register_autograd(_backward, setup_context=_keep)

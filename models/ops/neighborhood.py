@@ -8,7 +8,8 @@ from torch import Tensor
 
 from . import gpu
 from .cpu.neighborhood import TiledAttention
-from .forms import products_of, runs_by_hand
+from .forms import check_form, suits_cpu_forms
+from .precision import cast_for_matmul
 from .products import dot_product_attention
 from .tiles import tiles_of
 
@@ -37,15 +38,17 @@ def neighborhood_attention(
         scale: factor of the products.
         dropout: probability of dropping an attention weight.
         form: ``reference`` gathers every window. ``tiles`` is dense attention of small tiles of queries, with a mask.
-            ``tiles_by_hand`` is the same image by image, with a custom backward that keeps the weights and no bias;
-            it has no dropout. Neither has ``triton``, a GPU kernel that writes no weights to memory. ``auto``
-            uses `choose_form`.
+            ``tiles_by_hand`` does the same one image at a time, with a custom backward pass that saves the weights but
+            not their bias. ``triton`` is a GPU kernel that does not write the weights to memory. The last two have no
+            dropout. ``auto`` uses `choose_form`.
 
     Returns:
         ``[B, H, W, heads, d]``.
+
+    Raises:
+        ValueError: the form is unknown or does not support the arguments.
     """
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} of neighborhood attention is unknown; choose one of {', '.join(FORMS)}")
+    check_form(form, FORMS, "neighborhood attention")
     if form in ("tiles_by_hand", "triton") and dropout:
         raise ValueError(f"form {form!r} of neighborhood attention has no dropout; choose auto, reference or tiles")
     if form == "triton" and not gpu.suits_heads(q):
@@ -63,29 +66,26 @@ def neighborhood_attention(
         rpb = q.new_zeros(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
     if form == "tiles_by_hand":
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rpb))
-        with products_of(q, k, v) as (q, k, v):
+        with cast_for_matmul(q, k, v) as (q, k, v):
             return TiledAttention.apply(q, k, v, rpb, tiles, scale, keep)
     bias = tiles.of_every_tile(tiles.bias(rpb)).to(q.dtype)
     q_maps, k_maps, v_maps = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2) for x in (q, k, v))
     cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)
     cuts = (x.unflatten(0, (-1, len(bias))) for x in cuts)  # [B, heads * tiles, ...]
     x = dot_product_attention(*cuts, bias[None], scale=scale, dropout=dropout)  # fused kernels need four axes
-    x = tiles.join(x.flatten(0, 1)).view(q.shape[0], heads, *q.shape[1:3], -1)  # len(q) would be fixed in a graph
+    x = tiles.join(x.flatten(0, 1)).view(q.shape[0], heads, *q.shape[1:3], -1)  # len(q) would be a constant in a graph
     return x.permute(0, 2, 3, 1, 4)
 
 
 def choose_form(q: Tensor, *, dropout: float = 0.0) -> str:
-    """Return the form that `neighborhood_attention` uses for ``auto``.
-
-    The plain form if an exported graph has a dynamic map size, as the tiles depend on the size.
-    """
-    if any(isinstance(length, torch.SymInt) for length in q.shape[1:3]):
+    """Return the form that `neighborhood_attention` uses for ``auto``."""
+    if any(isinstance(length, torch.SymInt) for length in q.shape[1:3]):  # tiles need a map of known size
         return "reference"
     if dropout:
         return "tiles"
     if q.is_cuda and gpu.suits_heads(q):
         return "triton"
-    return "tiles_by_hand" if runs_by_hand(q) else "tiles"
+    return "tiles_by_hand" if suits_cpu_forms(q) else "tiles"
 
 
 def window_rows(length: int, kernel_size: int, device: torch.device) -> Tensor:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .precision import widen
+
 KINDS = ("positive", "relu")
-RELU_EPSILON = 1e-3  # keeps weights positive if no feature is
+RELU_EPSILON = 1e-3  # keeps weights positive if all features are zero
 
 
 def orthogonal_directions(count: int, dim: int, seed: int) -> Tensor:
@@ -19,7 +21,7 @@ def orthogonal_directions(count: int, dim: int, seed: int) -> Tensor:
     for first in range(0, count, dim):
         gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
         q, r = torch.linalg.qr(gaussian)
-        blocks.append((q * r.diagonal().sign()).t()[: count - first])  # of any direction alike
+        blocks.append((q * r.diagonal().sign()).t()[: count - first])  # the signs make q uniformly distributed
     norms = torch.randn(count, dim, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
     return (torch.cat(blocks) * norms).float()
 
@@ -27,19 +29,19 @@ def orthogonal_directions(count: int, dim: int, seed: int) -> Tensor:
 def features(x: Tensor, directions: Tensor, *, kind: str, role: str) -> Tensor:
     """Return features ``[..., N, m]`` of queries or keys ``[..., N, d]``, at least float32.
 
-    ``positive``: ``exp(w.x - |x|^2 / 2 - c) / sqrt(m)``. The products of queries' and keys' features are unbiased
-    estimates of ``exp(q.k)`` times factors that attention divides out: c is the largest exponent, of every query, and
-    of all the keys of one image and head. ``relu``: ``relu(w.x) + epsilon``, a kernel different from softmax's.
+    ``positive``: ``exp(w.x - |x|^2 / 2 - c) / sqrt(m)``. The dot product of a query's and a key's features is an
+    unbiased estimate of ``exp(q.k)``, up to factors that cancel in the attention: c is the largest exponent, taken per
+    query, and for keys over all keys of an image and head. ``relu``: ``relu(w.x) + epsilon``, which approximates a
+    kernel other than softmax's.
 
     Args:
         x: queries or keys, scaled by d^-1/4 for the usual scale of their products.
-        directions: ``[m, d]``.
+        directions: the vectors w, ``[m, d]``.
         kind: one of `KINDS`.
         role: ``query`` or ``key``.
     """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, directions = x.to(dtype), directions.to(dtype)
-    products = x @ directions.t()
+    x = widen(x)
+    products = x @ directions.to(x.dtype).t()
     if kind == "relu":
         return products.relu() + RELU_EPSILON
     exponents = products - x.square().sum(-1, keepdim=True) / 2

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import gpu
-from .forms import needs_plain_operations
+from .forms import check_form, needs_plain_operations
 from .rows import neighbours, weighted_rows
 
 FORMS = ("auto", "reference", "rows", "triton")
@@ -25,8 +25,7 @@ def sample(x: Tensor, positions: Tensor, *, form: str = "auto") -> Tensor:
     Returns:
         Samples ``[B, Ns, C]`` in the dtype of ``x``; zero outside the map.
     """
-    if form not in FORMS:
-        raise ValueError(f"form {form!r} of sampling is unknown; choose one of {', '.join(FORMS)}")
+    check_form(form, FORMS, "sampling")
     if form == "triton" and not gpu.suits(x):
         raise ValueError("form 'triton' of sampling needs a GPU and at most float32; choose auto")
     if form == "auto":

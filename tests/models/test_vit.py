@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -177,8 +178,11 @@ def test_export_with_any_number_of_images(attention: str) -> None:
         ({"locality": "circle"}, "locality = 'circle' must be one of none, sequence, box"),
         ({"depth": 0}, "depth = 0 must be at least 1"),
         ({"locality_epochs": 5}, "locality_epochs = 5 must be a list"),
-        ({"locality_reach": [1]}, "locality_reach has 1 windows and locality_epochs 4 ends"),
-        ({"locality_reach": [1, 2], "locality_epochs": [4, 2]}, "give ends that rise from 1 on"),
+        ({"mlp_ratio": -1.0}, "mlp_ratio = -1.0 must be above 0"),
+        ({"locality_reach": [1]}, "locality_reach has 1 entries and locality_epochs 4; give one of each per window"),
+        ({"locality_reach": [1, 2], "locality_epochs": [4, 2]}, r"locality_epochs = \[4, 2\] must increase"),
+        ({"locality_reach": [1], "locality_epochs": [0]}, r"locality_epochs = \[0\] must be whole numbers of at"),
+        ({"locality_reach": ["a"], "locality_epochs": [1]}, r"locality_reach = \['a'\] must be whole numbers of at"),
     ],
     ids=str,
 )
@@ -187,6 +191,13 @@ def test_options_that_are_not_allowed(options: dict[str, Any], message: str) -> 
         VisionTransformer(**{**SMALL, **options})
 
 
-def test_the_grid_stays() -> None:
+@pytest.mark.parametrize("attention", ATTENTIONS)
+def test_pickled_models_load(attention: str) -> None:
+    model = build(attention).eval()
+    x = images()
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
+def test_the_input_size_is_fixed() -> None:
     with pytest.raises(ValueError, match="the grid of patches is fixed"):
         build("softmax").set_input_size((32, 32))

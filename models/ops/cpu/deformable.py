@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from ..forms import without_autocast
 from ..grids import query_grid
+from ..precision import autocast_disabled
 from .table_rows import crop_bias, separable_bias, table_columns, table_crops
 
-KEPT = 1 << 22  # maximum attention weights of a batch saved for the backward pass: 16 MiB
-CACHED = 1 << 20  # weights computed at a time for larger batches: 4 MiB, so that they stay in the cache
+SAVED = 1 << 22  # most attention weights of a batch that are saved for the backward pass: 16 MiB
+CACHED = 1 << 20  # attention weights of larger batches computed at a time: 4 MiB, which stay in the CPU cache
 
 
 def attention(
@@ -42,16 +42,16 @@ def attention(
         x = _table_axis(grid[0, :, 1], x, table.shape[2])
         places = (y, x)
         to_matrix, bias = table_columns, separable_bias
-    with without_autocast(q.device.type):
+    with autocast_disabled(q.device.type):
         matrix = to_matrix(table)
 
         def attend(matrix: Tensor, q: Tensor, k: Tensor, v: Tensor, *places: Tensor) -> Tensor:
             return _BiasedAttention.apply(q, k, v, bias(matrix, *places), scale)
 
         # The intermediates of the separable bias need more memory than the weights.
-        if form == "crops" and len(q) * _weights_of_an_image(q, k) <= KEPT:
+        if form == "crops" and len(q) * _weights_per_image(q, k) <= SAVED:
             return attend(matrix, q, k, v, *places)
-        return _make_anew(attend, matrix, q, k, v, *places)
+        return _checkpointed(attend, matrix, q, k, v, *places)
 
 
 def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:
@@ -59,23 +59,24 @@ def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:
     return ((query - key) / 2 + 1) * ((length - 1) / 2)
 
 
-def _weights_of_an_image(q: Tensor, k: Tensor) -> int:
+def _weights_per_image(q: Tensor, k: Tensor) -> int:
     return k.shape[1] * q.shape[1:3].numel()
 
 
-def _make_anew(attend: Callable[..., Tensor], matrix: Tensor, q: Tensor, k: Tensor, *tensors: Tensor) -> Tensor:
+def _checkpointed(attend: Callable[..., Tensor], matrix: Tensor, q: Tensor, k: Tensor, *tensors: Tensor) -> Tensor:
     """Return ``attend(matrix, q, k, ...)``, computed for a few images at a time and recomputed in the backward pass."""
-    images = max(1, CACHED // _weights_of_an_image(q, k))
+    images = max(1, CACHED // _weights_per_image(q, k))
     parts = zip(*(tensor.split(images) for tensor in (q, k, *tensors)), strict=True)
-    anew = partial(checkpoint, attend, matrix, use_reentrant=False, preserve_rng_state=False)
-    return torch.cat([anew(*part) for part in parts])
+    return torch.cat(
+        [checkpoint(attend, matrix, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    )
 
 
 class _BiasedAttention(torch.autograd.Function):
     """Attention with a bias ``[B, heads, Ns, H*W]``, which is overwritten by the attention weights and saved.
 
-    Keys come before queries, as the bias of a key is a map of the queries. Images are processed one at a time, to stay
-    in the cache.
+    The axis of the keys comes before that of the queries, because the bias of a key is a map over the queries. Images
+    are processed one at a time, so that their weights stay in the CPU cache.
 
     With weights ``P = softmax(S)``, ``S = scale K Q^T + bias`` and output ``O = P^T V``, the gradient ``G`` of ``O``
     gives
@@ -91,7 +92,7 @@ class _BiasedAttention(torch.autograd.Function):
         weights, out = bias.detach(), torch.empty_like(q)
         for queries, keys, values, image_weights, result in zip(q, k, v, weights, out, strict=True):
             queries, keys, values, result = (x.transpose(0, 1) for x in (queries, keys, values, result))
-            _weigh(image_weights, queries, keys, scale)
+            _biased_softmax_(image_weights, queries, keys, scale)
             torch.bmm(image_weights.to(v.dtype).mT, values, out=result)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
@@ -115,7 +116,7 @@ class _BiasedAttention(torch.autograd.Function):
         return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, dbias, None
 
 
-def _weigh(bias: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
+def _biased_softmax_(bias: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
     """Replace a bias ``[heads, Ns, Nq]`` in place by the softmax over the keys of ``scale k q^T + bias``."""
     if bias.dtype == q.dtype:
         bias.baddbmm_(k, q.mT, alpha=scale)

@@ -79,6 +79,16 @@ def test_performer_with_a_window_equals_a_mask(kind: str, prefix: int, window: W
     torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-8)
 
 
+def test_an_unknown_form_is_refused() -> None:
+    q = torch.rand(1, 1, 4, 3)
+    for call in (
+        lambda: PerformerAttention(DIM, heads=2, grid=GRID, prefix=1, form="dense"),
+        lambda: linear_attention(q, q, q, grid=(2, 2), window=Window("box", 1), form="dense"),
+    ):
+        with pytest.raises(ValueError, match="form 'dense' of linear attention is unknown; choose one of auto"):
+            call()
+
+
 def test_few_tokens_have_a_matrix_and_many_have_none() -> None:
     assert choose_form(1 + 64, 266, 65) == "reference"
     assert choose_form(784, 64, 65) == choose_form(12544, 64, 65) == "sums"

@@ -121,7 +121,7 @@ def test_a_form_that_cannot_do_it_is_refused(form: str, options: dict[str, Any],
 
 @pytest.mark.parametrize("form", ["crops", "separable"])
 def test_weights_of_large_batches_are_made_anew_in_parts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_cpu, "KEPT", 0)
+    monkeypatch.setattr(on_cpu, "SAVED", 0)
     monkeypatch.setattr(on_cpu, "CACHED", 1)
     assert_same(form, inputs((6, 7), (6, 7)), (6, 7))
 
@@ -168,5 +168,5 @@ def test_the_weights_of_small_batches_alone_are_kept(
     assert kept_of_an_image("reference", native, (20, 20), 25) > 2 * weights
     if form == "crops":
         assert weights < kept_of_an_image(form, native, (20, 20), 25) < 1.5 * weights
-        monkeypatch.setattr(on_cpu, "KEPT", 0)
+        monkeypatch.setattr(on_cpu, "SAVED", 0)
     assert kept_of_an_image(form, native, (20, 20), 25) < 0.25 * weights

@@ -110,7 +110,7 @@ def test_second_derivatives() -> None:
 
     assert torch.autograd.gradgradcheck(attend, leaves)
     (gradient,) = torch.autograd.grad(attend(*leaves, form="op").square().sum(), value, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivatives; take form='reference'"):
+    with pytest.raises(RuntimeError, match="no second derivatives; use form='reference'"):
         gradient.sum().backward()
 
 
