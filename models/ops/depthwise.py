@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import gpu
+from .caching import cached_tensors
 from .cpu.onednn import depthwise_gelu, product
 from .forms import check_form, suits_cpu_forms
-from .kept import made_once
 from .precision import autocast_disabled, cast_for_matmul, widen
 
 FORMS = ("auto", "reference", "by_hand", "triton")
@@ -116,7 +116,7 @@ def _with_skip(weight: Tensor) -> Tensor:
     return weight + _skip(weight.shape[-1], weight.dtype, weight.device)
 
 
-@made_once
+@cached_tensors
 def _skip(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the identity kernel ``[1, 1, size, size]``."""
     return F.pad(torch.ones(1, 1, 1, 1, dtype=dtype, device=device), (size // 2,) * 4)

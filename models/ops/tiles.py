@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .kept import made_once
+from .caching import cached_tensors
 
 LARGEST_TILE = 8  # query rows of a tile if one or two tiles are enough
 INNER_TILE = 6  # otherwise: with windows of 7 a tile has 12 rows of keys, the fastest size measured on CPUs
@@ -91,7 +91,7 @@ class Tiles:
         return table[:, :-1].unflatten(1, (self._side, self._side))
 
 
-@made_once
+@cached_tensors
 def tiles_of(size: tuple[int, int], kernel_size: int, device: torch.device) -> Tiles:
     """Return the tiles of a map."""
     return Tiles(size, kernel_size, device)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..kept import made_once
+from ..caching import cached_tensors
 from ..tiles import Tiles
 
 
@@ -125,6 +125,6 @@ class TileRows:
         return x.as_strided(((pixels - 1) * self._pitch + heads, dim), (dim, 1))
 
 
-@made_once
+@cached_tensors
 def _tile_rows(tiles: Tiles, heads: int, pitch: int) -> TileRows:
     return TileRows(tiles, heads, pitch)

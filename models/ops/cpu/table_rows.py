@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kept import made_once
+from ..caching import cached_tensors
 from ..rows import neighbours, weighted_rows
 
 WHOLE_CROP = 256  # maximum pixels of a map whose crops are stored as a whole; otherwise they are stored by row
@@ -45,7 +45,7 @@ def crop_bias(crops: Tensor, positions: Tensor, *, map_size: tuple[int, int]) ->
     return weighted_rows(crops, taps, weights.expand_as(taps)).view(batch, heads, keys, height * width)
 
 
-@made_once
+@cached_tensors
 def _crop_taps(
     heads: int, groups: int, map_size: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:

@@ -151,7 +151,7 @@ def test_maps_in_any_memory_give_the_same(size: tuple[int, int], heads: int) -> 
 
 
 def test_tiles_made_in_inference_mode_serve_training() -> None:
-    tiles_of.forget()
+    tiles_of.cache_clear()
     tensors = inputs((8, 9), 3)
     with torch.inference_mode():
         neighborhood_attention(*tensors, kernel_size=3, scale=1, form="tiles")

@@ -1,4 +1,4 @@
-"""Tensors that depend on sizes alone are made once."""
+"""Tensors that depend only on sizes are computed once."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.ops.kept import made_once
+from models.ops.caching import cached_tensors
 
 
-@made_once
+@cached_tensors
 def steps(length: int, *, device: torch.device) -> Tensor:
     return torch.arange(length, device=device)
 
@@ -17,30 +17,30 @@ def steps(length: int, *, device: torch.device) -> Tensor:
 CPU = torch.device("cpu")
 
 
-def test_every_set_of_arguments_is_made_once() -> None:
+def test_results_are_cached_by_arguments() -> None:
     assert steps(5, device=CPU) is steps(5, device=CPU)
     assert steps(6, device=CPU).shape == (6,)
 
 
-def test_what_inference_makes_serves_training() -> None:
-    steps.forget()
+def test_tensors_cached_in_inference_mode_can_be_used_in_training() -> None:
+    steps.cache_clear()
     with torch.inference_mode():
-        made = steps(5, device=CPU)
-    assert made is steps(5, device=CPU)
-    assert not made.is_inference()
+        cached = steps(5, device=CPU)
+    assert cached is steps(5, device=CPU)
+    assert not cached.is_inference()
 
 
-def test_tensors_without_values_stay_with_their_mode() -> None:
-    steps.forget()
+def test_fake_tensors_are_cached_by_mode() -> None:
+    steps.cache_clear()
     with FakeTensorMode() as mode:
-        made = steps(5, device=CPU)
-        assert made is steps(5, device=CPU)
-        assert made.fake_mode is mode
+        fake = steps(5, device=CPU)
+        assert fake is steps(5, device=CPU)
+        assert fake.fake_mode is mode
     assert type(steps(5, device=CPU)) is Tensor
 
 
-def test_a_compiled_graph_makes_its_own() -> None:
-    steps.forget()
+def test_a_compiled_graph_does_not_use_the_cache() -> None:
+    steps.cache_clear()
 
     def add(x: Tensor) -> Tensor:
         return x + steps(5, device=x.device)

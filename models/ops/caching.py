@@ -1,0 +1,46 @@
+"""Cache for tensors that depend only on sizes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch._guards import detect_fake_mode
+
+T = TypeVar("T")
+
+MAX_ENTRIES = 128  # cached results per function; the least recently used one is evicted
+
+
+def cached_tensors(function: Callable[..., T]) -> Callable[..., T]:
+    """Cache the tensors that a function computes from sizes, dtypes and a device.
+
+    They are created outside inference mode, so that training can use them, too. A compiled graph calls the function
+    itself, and the compiler folds the result into a constant. Fake tensors are cached as long as their
+    `FakeTensorMode` exists.
+    """
+
+    @functools.wraps(function)
+    def compute(*args, **kwargs) -> T:
+        with torch.inference_mode(False):
+            return function(*args, **kwargs)
+
+    new_cache = functools.lru_cache(maxsize=MAX_ENTRIES)
+    cache, fake_caches = new_cache(compute), WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def look_up(*args, **kwargs) -> T:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        mode = detect_fake_mode() if torch._C._len_torch_dispatch_stack() else None
+        if mode is None:
+            return cache(*args, **kwargs)
+        if mode not in fake_caches:
+            fake_caches[mode] = new_cache(compute)
+        return fake_caches[mode](*args, **kwargs)
+
+    look_up.cache_clear = cache.cache_clear
+    return look_up
