@@ -1,4 +1,4 @@
-"""Pure functions on tensors: every operation has a plain reference form and, if worthwhile, faster forms."""
+"""Pure functions on tensors. Every operation has a reference form and may have faster ones."""
 
 from .multi_scale import ms_deform_attn
 

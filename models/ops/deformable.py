@@ -1,4 +1,4 @@
-"""Attention from every pixel to the keys sampled at deformed positions."""
+"""Attention of every pixel to keys that are sampled at deformed positions."""
 
 from __future__ import annotations
 
@@ -47,24 +47,24 @@ def deformable_attention(
     clamped: bool = False,
     form: str = "auto",
 ) -> Tensor:
-    """Attend to sampled keys with the relative position bias of a table (DAT, arXiv 2201.00520, section 3.2).
+    """Attend to sampled keys, with a relative position bias sampled from a table (DAT, arXiv 2201.00520, section 3.2).
 
     Args:
         q: queries ``[B, H*W, heads, d]``.
         k: keys ``[B, Ns, heads, d]``.
         v: values ``[B, Ns, heads, d]``.
-        positions: where the keys were sampled, ``[B, g, Ns, 2]``, (y, x), at least float32.
-        table: ``[heads, 2*H0-1, 2*W0-1]``, made for a map of H0 x W0.
+        positions: positions of the keys, ``[B, g, Ns, 2]``, (y, x), at least float32.
+        table: ``[heads, 2*H0-1, 2*W0-1]`` for a map of native size H0 x W0.
         map_size: ``(H, W)`` of the queries.
         coordinates: convention of the query grid, see `models.ops.grids`.
         scale: factor of the products.
         dropout: probability of dropping an attention weight.
         clamped: whether all positions are known to lie in [-1, 1], which ``crops`` needs.
-        form: ``reference`` samples the table at every displacement and keeps all of them for the backward pass.
-            ``separable`` and, on maps of the size that the table was made for, ``crops`` never store displacements, see
-            `models.ops.cpu.table_rows`, and recompute the attention weights in the backward pass; for small batches
-            ``crops`` keeps them. ``triton`` is a GPU kernel that writes neither weights nor bias to memory.
-            These three have no dropout. ``auto`` uses `choose_form`.
+        form: ``reference`` samples the table at every displacement and saves all of them for the backward pass.
+            ``separable`` and, on maps of native size, ``crops`` store no displacements, see
+            `models.ops.cpu.table_rows`. They recompute the attention weights in the backward pass, except ``crops`` on
+            small batches. ``triton`` is a GPU kernel that writes neither weights nor bias to memory. These three have
+            no dropout. ``auto`` uses `choose_form`.
 
     Returns:
         ``[B, H*W, heads, d]``.
@@ -77,7 +77,9 @@ def deformable_attention(
     if form not in ("auto", "reference") and dropout:
         raise ValueError(f"form {form!r} of deformable attention has no dropout; choose auto or reference")
     if form == "crops" and not native:
-        raise ValueError("form 'crops' of deformable attention needs clamped positions and a map as the table's")
+        raise ValueError(
+            "form 'crops' of deformable attention needs clamped positions, coordinates 'dat++' and a map of native size"
+        )
     if form == "triton" and not gpu.suits_heads(q):
         raise ValueError(f"form 'triton' of deformable attention {gpu.NEEDS}; choose auto or reference")
     if form == "auto":
@@ -95,12 +97,12 @@ def deformable_attention(
 def choose_form(q: Tensor, *, native: bool, dropout: float = 0.0) -> str:
     """Return the form that `deformable_attention` uses for ``auto``.
 
-    On GPUs, the form that keeps nothing. On CPUs, the fastest that keeps no displacement; in a compiled graph the plain
-    form, which the compiler fuses, choosing itself what to keep. The transforms of `torch.func` need the plain form.
+    GPUs use the fused kernel, CPUs the faster of the forms that store no displacements. In compiled graphs the compiler
+    fuses the plain form itself, and the transforms of `torch.func` need it.
 
     Args:
-        q: queries.
-        native: whether the map has the table's native size and no position lies outside.
+        q: queries ``[B, H*W, heads, d]``.
+        native: whether ``crops`` is possible: the map has the native size of the table, and no position lies outside.
         dropout: probability of dropping an attention weight.
     """
     if dropout:

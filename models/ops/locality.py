@@ -1,6 +1,6 @@
-"""Windows around the tokens of a grid: which tokens see each other, and sums over windows without a matrix of tokens.
+"""Windows around the patches of a grid: masks, and sums over windows in linear time.
 
-Tokens are some prefix tokens, which see and are seen by all, and the patches of a grid, row by row.
+Tokens are the prefix tokens, which attend to all tokens and are visible to all, and then the patches, row by row.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ KINDS = ("sequence", "box")
 
 
 class Window(NamedTuple):
-    """The patches visible to a patch.
+    """The patches visible to a patch: those within a distance.
 
     Attributes:
-        kind: ``sequence`` counts distances in the order of the tokens, ``box`` in rows and columns of the grid.
-        reach: largest distance.
+        kind: ``sequence`` measures the distance in the order of the tokens, ``box`` in rows and columns of the grid.
+        reach: largest visible distance in patches.
     """
 
     kind: str
@@ -38,9 +38,9 @@ def window_mask(grid: tuple[int, int], prefix: int, window: Window, *, device: t
 def range_sum(x: Tensor, low: int, high: int, dim: int) -> Tensor:
     """Return, for every i of an axis of a tensor of any shape, the sum of all ``x[j]`` with ``low <= i - j <= high``.
 
-    An axis is cut into blocks as long as the range, which then is the end of one block and the beginning of the next:
-    two running sums, whatever the length of the range. Nothing is subtracted, so that sums of positive numbers keep
-    their relative precision, unlike differences of one long running sum.
+    The axis is split into blocks as long as the range, so every range is the end of one block and the beginning of the
+    next: the sum of two running sums, whatever the length of the range. Nothing is subtracted, so sums of positive
+    numbers keep their relative precision, unlike differences of one long running sum.
     """
     n = x.shape[dim]
     low, high = max(low, 1 - n), min(high, n - 1)
@@ -51,7 +51,7 @@ def range_sum(x: Tensor, low: int, high: int, dim: int) -> Tensor:
     length = high - low + 1
     x = x.movedim(dim, 0)
     blocks = math.ceil((n + length - 1) / length)
-    x = F.pad(x, (0, 0) * (x.dim() - 1) + (high, blocks * length - n - high))  # from i = -high on; negative pads cut
+    x = F.pad(x, (0, 0) * (x.dim() - 1) + (high, blocks * length - n - high))  # a negative padding crops
     if length == 1:
         return x.movedim(0, dim)
     x = x.unflatten(0, (blocks, length))
@@ -61,7 +61,7 @@ def range_sum(x: Tensor, low: int, high: int, dim: int) -> Tensor:
 
 
 def window_sum(x: Tensor, grid: tuple[int, int], window: Window, dim: int) -> Tensor:
-    """Return the sum over the window of every patch, for a tensor of any shape; ``dim`` is the axis of the patches."""
+    """Return the sum over the window of every patch for a tensor of any shape, whose axis ``dim`` holds the patches."""
     if window.kind == "sequence":
         return range_sum(x, -window.reach, window.reach, dim)
     x = x.unflatten(dim, grid)

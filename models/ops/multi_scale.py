@@ -190,12 +190,12 @@ def _op_backward_fake(
     return tuple(x.new_empty(x.shape) for x in (value, locations, weights))
 
 
-def _keep(ctx, inputs, output) -> None:  # noqa: ANN001, ARG001
+def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001, ARG001
     *tensors, ctx.im2col_step = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
     value, shapes, starts, locations, weights = ctx.saved_tensors
     to_value, to_locations, to_weights = _op_backward(
         grad.contiguous(), value, shapes, starts, locations, weights, ctx.im2col_step
@@ -207,5 +207,5 @@ def _refuse(ctx, *grads: Tensor) -> None:  # noqa: ANN001, ARG001
     raise RuntimeError("the operator ms_deform_attn has no second derivatives; use form='reference'")
 
 
-_op.register_autograd(_backward, setup_context=_keep)
+_op.register_autograd(_differentiate, setup_context=_setup_context)
 _op_backward.register_autograd(_refuse)

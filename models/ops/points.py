@@ -1,7 +1,7 @@
 """Linear sampling of sequences, images and volumes at arbitrary positions.
 
-A position of -1 or +1 is the outer edge of an axis: the centre of cell i of n lies at ``(2 i + 1) / n - 1``. An axis of
-length one needs no special case.
+A position of -1 or +1 is the outer edge of an axis (``align_corners=False`` of `F.grid_sample`): the centre of cell i
+of n lies at ``(2 i + 1) / n - 1``.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def cell_grid(size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the index of every cell, ``[len(size), *size]``, one coordinate per axis in the order of the axes."""
+    """Return the indices of every cell, ``[len(size), *size]``, in the order of the axes."""
     steps = [torch.arange(length, dtype=dtype, device=device) for length in size]
     return torch.stack(torch.meshgrid(*steps, indexing="ij"))
 
@@ -22,14 +22,14 @@ def sample_points(x: Tensor, positions: Tensor) -> Tensor:
 
     Args:
         x: ``[B, C, *size]``.
-        positions: ``[B, *points, len(size)]`` with as many axes of points as the map has; one coordinate per axis of
-            the map, the last axis first as in `grid_sample`; at least float32.
+        positions: ``[B, *points, len(size)]``, at least float32, with as many axes of points as the map has. As in
+            `F.grid_sample`, the first coordinate belongs to the last axis of the map.
 
     Returns:
         Samples ``[B, C, *points]`` in the dtype of ``x``; values outside the map are zero.
     """
     sequence = x.dim() == 3
-    if sequence:  # an image one pixel wide, sampled at the centre of that pixel
+    if sequence:  # as an image one pixel wide, sampled at the centre of that pixel
         x, positions = x.unsqueeze(-1), F.pad(positions, (1, 0)).unsqueeze(2)
     samples = F.grid_sample(x.to(positions.dtype), positions, padding_mode="zeros", align_corners=False).to(x.dtype)
     return samples.squeeze(-1) if sequence else samples

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def displacements(grid: Tensor, positions: Tensor) -> Tensor:
-    """Return query minus key, ``[B, g, h*w, Ns, 2]`` of a ``grid [h, w, 2]`` and ``positions [B, g, Ns, 2]``."""
+    """Return query minus key, ``[B, g, h*w, Ns, 2]``, for a ``grid [h, w, 2]`` and ``positions [B, g, Ns, 2]``."""
     return grid.flatten(0, 1)[:, None] - positions[:, :, None]
 
 
@@ -19,7 +19,7 @@ def table_bias(table: Tensor, grid: Tensor, positions: Tensor) -> Tensor:
     """Sample a table of relative position biases at (query - position) / 2 (DAT, section 3.2).
 
     Args:
-        table: ``[heads, 2*H0-1, 2*W0-1]``, made for a map of H0 x W0.
+        table: ``[heads, 2*H0-1, 2*W0-1]`` for a map of native size H0 x W0.
         grid: query coordinates ``[h, w, 2]``.
         positions: key positions ``[B, g, Ns, 2]``; the heads of a group share them.
 
@@ -37,8 +37,7 @@ def log_continuous_bias(network: Callable[[Tensor], Tensor], grid: Tensor, posit
     """Return a small network's bias for log-spaced displacements (Swin V2, arXiv 2111.09883, section 3.3).
 
     Args:
-        network: from the two coordinates of a displacement, on the last axis, to the ``heads / g`` biases of one group;
-            the groups share it.
+        network: maps displacements ``[..., 2]`` to the biases ``[..., heads / g]`` of one group; shared by the groups.
         grid: query coordinates ``[h, w, 2]``.
         positions: key positions ``[B, g, Ns, 2]``.
 
@@ -56,12 +55,12 @@ def fixed_bias(
     native: tuple[tuple[int, int], tuple[int, int]],
     size: tuple[tuple[int, int], tuple[int, int]],
 ) -> Tensor:
-    """Return one bias per query and key, resized bilinearly if the map is not of the native size.
+    """Return one bias per query and key, resized bilinearly if the map does not have the native size.
 
     Args:
         table: ``[heads, H0*W0, Hk0*Wk0]``.
-        native: query and key grid that the table was made for, ``((H0, W0), (Hk0, Wk0))``.
-        size: current query and key grid.
+        native: sizes of the query and key grids of the table, ``((H0, W0), (Hk0, Wk0))``.
+        size: sizes of the current query and key grids, ``((h, w), (hk, wk))``.
 
     Returns:
         Bias ``[1, heads, h*w, hk*wk]``.

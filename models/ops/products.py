@@ -12,7 +12,7 @@ from .forms import is_transformed
 def dot_product_attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Return ``softmax(scale q k^T + bias) v``, also under every transform of `torch.func`.
+    """Return ``softmax(scale q k^T + bias) v``, with support for all transforms of `torch.func`.
 
     Args:
         q: queries ``[..., Nq, d]``.

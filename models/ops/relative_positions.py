@@ -1,4 +1,4 @@
-"""Relative positions on a grid in buckets that grow with the distance (as in DeBERTa, arXiv 2006.03654)."""
+"""Relative positions on a grid, in buckets that grow with the distance, as in DeBERTa (arXiv 2006.03654)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Relation(NamedTuple):
-    """Tokens that share one relative position: ``i - j`` lies between ``low`` and ``high`` on both axes.
+    """Pairs of patches i and j with the same relative position: ``low <= i - j <= high`` on both axes.
 
     Attributes:
         index: row of the table.
@@ -29,10 +29,9 @@ class Relation(NamedTuple):
 class Buckets:
     """Buckets of the displacements of a grid.
 
-    Displacements up to ``span`` have a bucket each; those up to ``farthest`` share ``span - 1`` buckets on a
-    logarithmic scale, on both sides, and larger ones have the last. The table has a row for each pair of buckets,
-    and three for the tokens before the patches: those as queries of patches, patches as queries of those, and among
-    themselves.
+    On each side of an axis, displacements up to ``span`` have a bucket each, those up to ``farthest`` share
+    ``span - 1`` buckets on a logarithmic scale, and larger ones use the last bucket. The table has a row for each pair
+    of buckets (y, x), and three more for the prefix tokens: prefix to patch, patch to prefix, and prefix to prefix.
 
     Args:
         span: largest displacement with its own bucket; at least 1.
@@ -54,7 +53,7 @@ class Buckets:
         return distance if displacement >= 0 else -distance
 
     def table_index(self, grid: tuple[int, int], prefix: int) -> Tensor:
-        """Return the row of query minus key for all tokens, ``[N, N]``."""
+        """Return the row of the table for every query and key, int64 ``[N, N]``."""
         y, x = (
             torch.tensor([[self.of(i - j) for j in range(length)] for i in range(length)]) + self.last
             for length in grid

@@ -9,14 +9,14 @@ from torch.autograd.function import once_differentiable
 
 
 def neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Return the two neighbouring cells of every position on an axis, and their weights, zero outside the axis.
+    """Return the two cells next to every position on an axis, and their interpolation weights, zero outside the axis.
 
     Args:
-        position: ``[...]``, 0 being the first cell of the axis.
-        length: cells of the axis.
+        position: ``[...]``, in cells; 0 is the first cell.
+        length: number of cells.
 
     Returns:
-        Cells and weights, ``[..., 2]`` each.
+        Indices, clamped to the axis, and weights, ``[..., 2]`` each.
     """
     first = position.detach().floor()
     fraction = position - first
@@ -27,7 +27,7 @@ def neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 def cell(position: Tensor, length: int) -> Tensor:
-    """Return the cells of an axis that contain positions of any shape; any cell for NaN, whose weights are NaN."""
+    """Return positions of any shape, rounded down and clamped to the axis; 0 for NaN, whose weights are NaN anyway."""
     return position.detach().floor().nan_to_num(0.0).clamp(0, length - 1)
 
 
@@ -36,7 +36,7 @@ def weighted_rows(matrix: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
 
     Args:
         matrix: ``[rows, columns]``.
-        taps: indices of rows, ``[..., n]``.
+        taps: indices of the summed rows, ``[..., n]``.
         weights: ``[..., n]``.
 
     Returns:
@@ -48,7 +48,7 @@ def weighted_rows(matrix: Tensor, taps: Tensor, weights: Tensor) -> Tensor:
 
 
 class _WeightedRows(torch.autograd.Function):
-    """`embedding_bag` with a backward that adds rows directly; torch's dense backward sorts them first."""
+    """`F.embedding_bag` with a backward pass that adds rows directly; PyTorch's dense one sorts the indices first."""
 
     @staticmethod
     def forward(ctx, matrix, taps, weights):  # noqa: ANN001

@@ -18,12 +18,16 @@ def sample(x: Tensor, positions: Tensor, *, form: str = "auto") -> Tensor:
 
     Args:
         x: map ``[B, H, W, C]``.
-        positions: ``[B, g, Ns, 2]``, (y, x), -1 and +1 being the centres of the corner pixels; at least float32.
-        form: ``reference`` is `grid_sample`, which needs and keeps a copy of the map with the channels first; ``rows``
-            sums the four pixels around every position; ``triton`` is a GPU kernel. ``auto`` uses `choose_form`.
+        positions: ``[B, g, Ns, 2]``, (y, x), at least float32; -1 and +1 are the centres of the corner pixels.
+        form: ``reference`` is `F.grid_sample`, which needs a copy of the map with the channels first and saves it for
+            the backward pass; ``rows`` sums the four pixels around every position; ``triton`` is a GPU kernel.
+            ``auto`` uses `choose_form`.
 
     Returns:
         Samples ``[B, Ns, C]`` in the dtype of ``x``; zero outside the map.
+
+    Raises:
+        ValueError: the form is unknown or does not support the arguments.
     """
     check_form(form, FORMS, "sampling")
     if form == "triton" and not gpu.suits(x):
@@ -47,8 +51,9 @@ def choose_form(x: Tensor) -> str:
     """Return the form that `sample` uses for ``auto``."""
     if x.is_cuda and gpu.suits(x):
         return "triton"
-    # For a single image, moving the channels first is a view, and `rows` would launch more operations.
-    if x.device.type != "cpu" or needs_plain_operations() or len(x) == 1:  # tracing would fix the number of images
+    if x.device.type != "cpu" or needs_plain_operations():
+        return "reference"
+    if len(x) == 1:  # `rows` has more overhead, and for a single image there is nothing to copy
         return "reference"
     return "rows"
 
@@ -56,9 +61,9 @@ def choose_form(x: Tensor) -> str:
 def _sample_rows(x: Tensor, positions: Tensor) -> Tensor:
     batch, height, width, _ = x.shape
     groups = positions.shape[1]
-    y, x_axis = (positions + 1).unbind(-1)
     (rows, row_weights), (columns, column_weights) = (
-        neighbours(axis * ((length - 1) / 2), length) for axis, length in ((y, height), (x_axis, width))
+        neighbours(axis * ((length - 1) / 2), length)
+        for axis, length in zip((positions + 1).unbind(-1), (height, width), strict=True)
     )
     image = torch.arange(batch, device=x.device).view(-1, 1, 1, 1, 1)
     group = torch.arange(groups, device=x.device).view(-1, 1, 1, 1)

@@ -1,4 +1,4 @@
-"""Cutting a map into tiles of queries and the overlapping windows of keys that they need."""
+"""Tiles of queries of a map, and the overlapping windows of keys that they attend to."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .caching import cached_tensors
 
-LARGEST_TILE = 8  # query rows of a tile if one or two tiles are enough
-INNER_TILE = 6  # otherwise: with windows of 7 a tile has 12 rows of keys, the fastest size measured on CPUs
+LARGEST_TILE = 8  # query rows of a tile, if one or two tiles cover the map
+INNER_TILE = 6  # otherwise; with windows of 7, a tile then has 12 rows of keys, the fastest size measured on CPUs
 
 
 class Tiles:
     """Tiles of a map for neighborhood attention.
 
-    The queries of a tile have different K x K windows, which together cover at most ``span`` rows and columns of keys:
-    the attention of a tile is a dense product with a mask, which is the same for all tiles except those at the border.
+    The K x K windows of a tile's queries together cover a few rows and columns of keys. The attention of a tile is
+    dense attention to these keys with a mask, which is the same for all tiles away from the border.
 
     Args:
         size: height and width of the map.
@@ -28,11 +28,11 @@ class Tiles:
         queries_per_tile: queries of a tile; tiles of the last row and column may reach beyond the map.
         keys_per_tile: keys of a tile.
         count: number of tiles.
-        queries: query pixels of every tile, ``[count * queries_per_tile]``; those beyond the map are the
-            last of their row or column.
-        places: position of every pixel among them, ``[H*W]``.
-        beyond: positions beyond the map.
-        keys: key pixels of every tile, ``[count * keys_per_tile]``.
+        queries: pixel of each query of each tile, ``[count * queries_per_tile]``; beyond the map, the last pixel of the
+            row or column is repeated.
+        places: index of every pixel in ``queries``, ``[H*W]``.
+        beyond: indices in ``queries`` that are beyond the map.
+        keys: pixel of each key of each tile, ``[count * keys_per_tile]``.
     """
 
     def __init__(self, size: tuple[int, int], kernel_size: int, device: torch.device) -> None:
@@ -80,9 +80,9 @@ class Tiles:
         return out
 
     def add_bias(self, x: Tensor, heads: int) -> Tensor:
-        """Return the sum over all tiles of the entries of each cell of the table, ``[heads, 2*K-1, 2*K-1]``.
+        """Sum the entries of all tiles by their cell of the table, ``[heads, 2*K-1, 2*K-1]``.
 
-        It is the transpose of `of_every_tile` after `bias`.
+        This is the gradient of the table, given that of the result of `bias` and `of_every_tile`.
         """
         x = x.view(heads, -1, *x.shape[1:])
         kinds = len(self.axes[0].examples) * len(self.axes[1].examples)
@@ -97,17 +97,16 @@ def tiles_of(size: tuple[int, int], kernel_size: int, device: torch.device) -> T
     return Tiles(size, kernel_size, device)
 
 
-@torch._dynamo.assume_constant_result  # computed in the graph, lists would be copied to the device in every update
+@torch._dynamo.assume_constant_result  # otherwise the graph would copy these lists to the device in every step
 def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> list[Tensor]:
-    """Return flat indices that relate tiles, map and table of position biases.
+    """Return flat indices between tiles, map and table of position biases.
 
     Returns:
-        The pixels that are the queries of every tile, ``[tiles, queries_per_tile]``, those beyond the map the last of
-        its row or column; the place of every pixel among them; the places beyond the map; the pixels that are the keys
-        of every tile, ``[tiles, keys_per_tile]``; the kind of every tile; the cell of the table for every kind,
-        ``[kinds, queries_per_tile, keys_per_tile]``, the one after the last for keys outside the window of a query.
+        ``queries``, ``places``, ``beyond`` and ``keys`` of `Tiles`; the kind of every tile, ``[count]``; and the cell
+        of the table for every kind of tile, ``[kinds * queries_per_tile * keys_per_tile]``, one past the last cell for
+        keys outside the window of a query.
     """
-    with _disable_current_modes():  # the number of pixels inside would be unknown for tensors without values
+    with _disable_current_modes():  # the number of pixels inside the map depends on values, which fake tensors lack
         axes = y, x = [_Axis(length, kernel_size) for length in size]
         rows, columns = (torch.arange(axis.count)[:, None] * axis.tile + torch.arange(axis.tile) for axis in axes)
         inside = ((rows < y.length)[:, None, :, None] & (columns < x.length)[:, None, :]).flatten()
@@ -128,7 +127,7 @@ _OUTSIDE = -1
 
 
 class _Axis:
-    """One axis of the tiles.
+    """One axis of the tiles, described by its rows.
 
     Attributes:
         length: rows of the map.
@@ -136,8 +135,8 @@ class _Axis:
         tile: query rows of a tile.
         starts: first key row of every tile.
         span: key rows of a tile.
-        kinds: index of the equivalent ``examples`` entry for every tile.
-        examples: first query row and first key row of a tile of every kind.
+        kinds: kind of every tile; tiles of one kind share a mask.
+        examples: first query row and first key row of one tile of every kind.
     """
 
     def __init__(self, length: int, kernel_size: int) -> None:
@@ -156,7 +155,7 @@ class _Axis:
         self.span = max(last - first for first, last in ends) + kernel_size
         self.starts = [min(first, length - self.span) for first, _ in ends]
 
-        # Tiles with the same distances from their queries to their keys and windows share one mask.
+        # Tiles share a mask if their keys and windows have the same offsets from their queries.
         tiles = zip(firsts, self.starts, ends, strict=True)
         seen = [(start - first, low - first, high - first) for first, start, (low, high) in tiles]
         distinct = list(dict.fromkeys(seen))

@@ -7,14 +7,14 @@ from torch import Tensor
 
 
 def partition(x: Tensor, window: int) -> Tensor:
-    """Cut ``[B, H, W, C]`` into windows ``[B*nh*nw, window*window, C]``; the window divides H and W."""
+    """Split ``[B, H, W, C]`` into windows ``[B*nh*nw, window*window, C]``; H and W are multiples of the window."""
     batch, height, width, channels = x.shape
     x = x.reshape(batch, height // window, window, width // window, window, channels)
     return x.transpose(2, 3).reshape(-1, window * window, channels)
 
 
 def merge(windows: Tensor, window: int, size: tuple[int, int]) -> Tensor:
-    """Put windows ``[B*nh*nw, window*window, C]`` back into a map ``[B, H, W, C]`` of ``size``."""
+    """Reassemble windows ``[B*nh*nw, window*window, C]`` into a map ``[B, H, W, C]`` of the given ``(H, W)``."""
     height, width = size
     x = windows.reshape(-1, height // window, width // window, window, window, windows.shape[-1])
     return x.transpose(2, 3).reshape(-1, height, width, windows.shape[-1])
@@ -29,12 +29,12 @@ def relative_position_index(window: int) -> Tensor:
 
 
 def shift_mask(size: tuple[int, int], window: int, shift: int, device: torch.device | None = None) -> Tensor:
-    """Return a mask of -100 for pixel pairs that only rolling put in one window, ``[windows, w*w, w*w]``.
+    """Return a mask of -100 for pixel pairs that share a window only because of the roll, ``[windows, w*w, w*w]``.
 
     Args:
         size: height and width of the rolled map, multiples of the window.
         window: side of the window.
-        shift: rows and columns that the map was rolled by.
+        shift: number of rows and columns by which the map is rolled.
         device: device of the mask.
     """
 
@@ -53,13 +53,13 @@ def padding_mask(
 ) -> Tensor:
     """Return a mask of minus infinity for pixels of the map attending to padding, ``[windows, w*w, w*w]``.
 
-    Padding may attend to anything: its rows are cropped afterwards, and a row of minus infinities has no softmax.
+    Padding may attend to everything: its rows are cropped afterwards, and the softmax of only minus infinities is NaN.
 
     Args:
         size: height and width of the map.
         padded: its size after padding on the right and bottom, multiples of the window.
         window: side of the window.
-        shift: rows and columns that the padded map is rolled by.
+        shift: number of rows and columns by which the padded map is rolled.
         device: device of the mask.
     """
     real = torch.zeros(padded, dtype=torch.bool, device=device)

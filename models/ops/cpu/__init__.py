@@ -1,1 +1,1 @@
-"""Forms optimised for CPU caches and libraries; the operations select among them."""
+"""Forms optimised for the caches and libraries of CPUs; the modules of `models.ops` choose among them."""

@@ -1,4 +1,4 @@
-"""Deformable attention for CPU caches: bias from rows of the table, attention weights one image at a time."""
+"""Deformable attention for CPUs: the bias as sums of rows of the table, the attention one image at a time."""
 
 from __future__ import annotations
 

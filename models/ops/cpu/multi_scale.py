@@ -1,9 +1,9 @@
-"""Multi-scale deformable attention as sums of rows, for CPU caches.
+"""Multi-scale deformable attention as weighted sums of rows, for CPUs.
 
-Every level is copied with a border of zeros, so that every sample is a sum of four rows: a location far outside is
-moved to where its four rows are zero. Queries are processed a few at a time, and the terms of a sample are recomputed
-in the backward pass. There, samples sorted by the pixel at their upper left are the rows of the transposed sum, so that
-every sum has a fixed order.
+Every level is copied with a border of zeros, so every sample is a weighted sum of four rows of a matrix; a location far
+outside is moved into the border. Queries are processed a few at a time, so that their samples stay in the CPU cache.
+The backward pass recomputes the samples. It sorts them by the pixel at their upper left, so that the gradient of the
+values is a weighted sum of rows, too, in a fixed order.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BORDER = 2  # zeros before each axis of a level and after the last row; those before a row also end the previous row
-AT_A_TIME = 1 << 15  # samples processed at a time, so that their terms stay in the cache
+BORDER = 2  # rows of zeros above and below a level, and columns left of it, which also follow the previous row
+AT_A_TIME = 1 << 15  # samples processed at a time
 CORNERS = ((0, 0), (0, 1), (1, 0), (1, 1))
 
 
 class _Samples(NamedTuple):
-    """The terms of the samples of some queries, ``[queries, heads, levels * points]`` each.
+    """The samples of some queries, ``[queries, heads, levels * points]`` each.
 
     Attributes:
-        queries: which queries of the batch.
-        base: row of the pixel at the upper left.
-        fx: position between left and right pixel.
-        fy: position between upper and lower pixel.
+        queries: slice of the queries of all images.
+        base: row of the matrix that holds the pixel at the upper left.
+        fx: fraction of the way from the left to the right pixel.
+        fy: fraction of the way from the upper to the lower pixel.
         weight: attention weight.
     """
 
@@ -39,7 +39,7 @@ class _Samples(NamedTuple):
     weight: Tensor
 
     def corners(self) -> Iterator[Tensor]:
-        """Return the weights of the four pixels, in the order of `CORNERS`."""
+        """Yield the weights of the four pixels, in the order of `CORNERS`."""
         return _corner_weights(self.fx, self.fy, self.weight)
 
 
@@ -52,7 +52,7 @@ def _corner_weights(fx: Tensor, fy: Tensor, weight: Tensor) -> Iterator[Tensor]:
 
 
 class _Layout:
-    """The layout of the pixels of all levels and images with their borders."""
+    """The matrix of all pixels with their borders: a row per image, pixel and head."""
 
     def __init__(self, levels: Sequence[Sequence[int]], starts: Sequence[int], value: Tensor) -> None:
         self.levels, self.starts = levels, starts
@@ -66,7 +66,7 @@ class _Layout:
         self.index = torch.int32 if self.rows + self.tail < 2**31 else torch.int64
 
     def pad(self, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return all values with a border of zeros, ``[rows, C]``."""
+        """Return the matrix of all values and their borders, ``[rows, C]``."""
         padded = torch.zeros(self.rows + self.tail, self.channels, dtype=dtype)
         planes = padded[: self.rows].view(self.batch, self.area, self.heads, self.channels)
         for level in range(len(self.levels)):
@@ -74,7 +74,7 @@ class _Layout:
         return padded
 
     def add_shifted(self, out: Tensor, sums: Tensor, corner: tuple[int, int]) -> None:
-        """Add the given corner of the samples at every row to ``out [B, S, heads, C]``."""
+        """Add sums per upper left pixel, ``[rows, C]``, to the pixels at one corner of it, ``out [B, S, heads, C]``."""
         planes = sums.view(self.batch, self.area, self.heads, self.channels)
         for level in range(len(self.levels)):
             self._map(out, level).add_(self._inner(planes, level, corner))
@@ -90,7 +90,7 @@ class _Layout:
         return plane.narrow(1, BORDER - dy, height).narrow(2, BORDER - dx, width)
 
     def samples(self, locations: Tensor, weights: Tensor) -> Iterator[_Samples]:
-        """Return the terms of the samples, a few queries at a time."""
+        """Yield the samples of a few queries at a time."""
         _, queries, heads, levels, points, _ = locations.shape
         each = heads * levels * points
         locations, weights = locations.reshape(-1, 2 * each), weights.reshape(-1, each)
@@ -181,7 +181,7 @@ def backward(
 
 
 def _products(taps: Tensor, matrix: Tensor, grad: Tensor, queries: slice) -> Tensor:
-    """Return the product of every summed row with the gradient of the sum, in the shape of ``taps``."""
+    """Return the dot product of every sampled row with the gradient of its query, in the shape of ``taps``."""
     heads, count = taps.shape[1], math.prod(taps.shape[2:])
     bag = torch.arange(taps.numel() // count, dtype=taps.dtype)
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
@@ -196,7 +196,7 @@ def _products(taps: Tensor, matrix: Tensor, grad: Tensor, queries: slice) -> Ten
 
 
 def _gradients_of_places(samples: _Samples, products: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of attention weight, ``fx`` and ``fy``."""
+    """Return the gradients of the attention weights, ``fx`` and ``fy``."""
     upper_left, upper_right, lower_left, lower_right = products.unbind(2)
     upper, lower = upper_right - upper_left, lower_right - lower_left
     above = torch.addcmul(upper_left, samples.fx, upper)
@@ -206,7 +206,7 @@ def _gradients_of_places(samples: _Samples, products: Tensor) -> tuple[Tensor, T
 
 
 def _add_to_values(out: Tensor, layout: _Layout, parts: Sequence[_Samples], grad: Tensor) -> None:
-    """Add the gradients of the values: every row sums the samples of which it is the upper left pixel, and so on."""
+    """Add the gradients of the values, one corner of the samples after another."""
     base, order = torch.cat([samples.base.flatten() for samples in parts]).sort(stable=True)
     counts = torch.bincount(base, minlength=layout.rows)
     first = (counts.cumsum(0) - counts).to(layout.index)

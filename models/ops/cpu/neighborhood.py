@@ -1,4 +1,4 @@
-"""Neighborhood attention of tiles for CPU caches, one image at a time."""
+"""Neighborhood attention of tiles for CPUs, one image at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..tiles import Tiles
 
 
 class TiledAttention(torch.autograd.Function):
-    """Attention of tiles, one image at a time to stay in the cache; saves arguments and attention weights for backward.
+    """Attention of tiles, one image at a time, so that it stays in the CPU cache. Saves its arguments and the weights.
 
     With weights ``P = softmax(S)``, ``S = scale Q K^T + bias`` and output ``O = P V`` of every tile, the gradient ``G``
     of ``O`` gives
@@ -20,7 +20,7 @@ class TiledAttention(torch.autograd.Function):
         dV = P^T G      dP = G V^T      dS = P * (dP - sum over keys of P * dP)
         dQ = scale dS K                 dK = scale dS^T Q               dbias = sum over images of dS
 
-    ``dK`` and ``dV`` of overlapping windows add up. Sums over images have the precision of the table.
+    ``dK`` and ``dV`` of overlapping windows are summed. Sums over images have the precision of the table.
     """
 
     @staticmethod
@@ -61,21 +61,21 @@ class TiledAttention(torch.autograd.Function):
 
 
 def _with_rows(x: Tensor) -> Tensor:
-    """Return a map ``[B, H, W, heads, d]`` as ``[B, H*W, heads, d]`` with every head of a pixel as a contiguous row.
+    """Return a map ``[B, H, W, heads, d]`` as ``[B, H*W, heads, d]``, where every head of a pixel is a contiguous row.
 
-    It is a view for contiguous tensors and for queries, keys or values computed by one layer.
+    This is a view if the map is contiguous, or one of the queries, keys and values that a joint layer computed.
     """
     x, dim = x.flatten(1, 2), x.shape[-1]
     return x if x.stride()[2:] == (dim, 1) and x.stride(1) % dim == 0 else x.contiguous()
 
 
 class TileRows:
-    """`Tiles` of one image ``[H*W, heads, d]`` whose heads are contiguous rows, which are copied as a whole.
+    """`Tiles` of one image ``[H*W, heads, d]`` for all heads at once: every head of a pixel is copied as a row.
 
     Args:
         tiles: the tiles of the map.
         heads: number of heads.
-        pitch: rows from a pixel to the next; `heads`, or more if other tensors lie between.
+        pitch: number of rows from one pixel to the next: ``heads``, or more if other tensors lie in between.
     """
 
     def __init__(self, tiles: Tiles, heads: int, pitch: int) -> None:
@@ -96,7 +96,7 @@ class TileRows:
     def cut(self, x: Tensor, *, zeros_beyond: bool = False) -> Tensor:
         """Return the queries of every tile, ``[heads * tiles, queries_per_tile, d]``.
 
-        Queries beyond the map are zero if requested, otherwise they repeat its last row and column. `join` drops them.
+        Queries beyond the map are zero with ``zeros_beyond``, otherwise they repeat its last row and column.
         """
         queries = self._rows(x).index_select(0, self._queries)
         if zeros_beyond and len(self._tiles.beyond):
@@ -104,7 +104,7 @@ class TileRows:
         return queries.view(-1, self._tiles.queries_per_tile, x.shape[-1])
 
     def join(self, x: Tensor, *, out: Tensor) -> None:
-        """Inverse of `cut`: write the tiles ``x`` to ``out``, a contiguous image."""
+        """Undo `cut`: write ``[heads * tiles, queries_per_tile, d]`` to ``out``, a contiguous ``[H*W, heads, d]``."""
         torch.index_select(x.view(-1, x.shape[-1]), 0, self._places, out=out.view(-1, x.shape[-1]))
 
     def windows(self, x: Tensor) -> Tensor:
@@ -112,15 +112,12 @@ class TileRows:
         return self._rows(x).index_select(0, self._keys).view(-1, self._tiles.keys_per_tile, x.shape[-1])
 
     def add_windows(self, x: Tensor) -> Tensor:
-        """Return the sum of all windows at their positions on the map, the transpose of `windows`.
-
-        A pixel is the sum of the rows of ``x`` that were copied from it.
-        """
+        """Sum the keys of all tiles by pixel, ``[H*W, heads, d]``: the gradient of `windows`."""
         dim = x.shape[-1]
         return F.embedding_bag(self._by_pixel, x.view(-1, dim), self._pixels, mode="sum").view(-1, self._heads, dim)
 
     def _rows(self, x: Tensor) -> Tensor:
-        """Return an image as rows ``[rows, d]``, including those in between."""
+        """Return an image as rows ``[rows, d]``, including those of other tensors in between."""
         pixels, heads, dim = x.shape
         return x.as_strided(((pixels - 1) * self._pitch + heads, dim), (dim, 1))
 

@@ -1,8 +1,8 @@
 """oneDNN in eager mode, through the operators that PyTorch provides for its compiler.
 
-On x86, PyTorch computes eager float32 products with MKL, and an activation after a convolution in a separate pass. Both
-are slower on the CPUs measured, see `benchmarks`. In bfloat16, PyTorch's layer has more overhead than the product. If
-these operators are not applicable, the functions use plain PyTorch. None of them has a gradient.
+On x86, eager PyTorch computes float32 matrix products with MKL, and an activation after a convolution in a separate
+pass. Both were slower on the CPUs measured, see `benchmarks`. In bfloat16, the overhead of `F.linear` exceeds the time
+of the product. Where these operators do not apply, the functions use plain PyTorch. None of them is differentiable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _BFLOAT16 = _BUILT_IN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def suits(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
-    """Return whether oneDNN is used for input, weights and optional bias of a type and of any shape."""
+    """Return whether oneDNN supports a dtype and tensors of any shape; a tensor may be None."""
     supported = dtype == torch.float32 or (dtype == torch.bfloat16 and _BFLOAT16)
     if not (_BUILT_IN and supported and torch._C._get_mkldnn_enabled()):
         return False
@@ -37,7 +37,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute `product` for tensors supported by oneDNN."""
+    """Return `product` of tensors that oneDNN supports, see `suits`."""
     bias = None if bias is None else bias.contiguous()  # the operator ignores strides
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 

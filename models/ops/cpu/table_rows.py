@@ -1,11 +1,11 @@
 """The table bias of deformable attention as weighted sums of rows, without a displacement per query and key.
 
-Bilinear sampling of a table is separable in y and x, and the queries are on a regular grid. Two methods use this; each
-of their passes is an `embedding_bag`, weighted sums of matrix rows:
+Bilinear sampling of a table is separable in y and x, and the queries form a regular grid. Two methods use this. Each of
+their passes computes weighted sums of the rows of a matrix with `F.embedding_bag`:
 
 * `crop_bias`, if neighbouring queries are one cell of the table apart: the bias of a key is a weighted sum of four
   crops of the table, whose corners and weights depend only on the key.
-* `separable_bias`, for any spacing: interpolate columns of the table for every query column, then rows for every query
+* `separable_bias`, for any spacing: interpolates columns of the table for every query column, then rows for every query
   row.
 """
 
@@ -18,16 +18,16 @@ from torch import Tensor
 from ..caching import cached_tensors
 from ..rows import neighbours, weighted_rows
 
-WHOLE_CROP = 256  # maximum pixels of a map whose crops are stored as a whole; otherwise they are stored by row
+WHOLE_CROP = 256  # largest map in pixels whose crops are stored as a whole; larger ones are stored row by row
 
 
 def crop_bias(crops: Tensor, positions: Tensor, *, map_size: tuple[int, int]) -> Tensor:
     """Return the bias of queries that are one cell of the table apart, the first at (-1, -1).
 
     Args:
-        crops: of the table, from `table_crops`.
-        positions: of the keys, ``[B, g, Ns, 2]``, (y, x) in [-1, 1]; the heads of a group share them.
-        map_size: ``(H, W)`` of the queries and of the map that the table was made for.
+        crops: crops of the table, from `table_crops`.
+        positions: key positions ``[B, g, Ns, 2]``, (y, x) in [-1, 1]; the heads of a group share them.
+        map_size: ``(H, W)`` of the queries, the native size of the table.
 
     Returns:
         Bias ``[B, heads, Ns, H*W]``.
@@ -36,8 +36,8 @@ def crop_bias(crops: Tensor, positions: Tensor, *, map_size: tuple[int, int]) ->
     batch, groups, keys, _ = positions.shape
     heads = len(crops) // (_crop_rows(map_size) * (width + 1))
     spans, taps = _crop_taps(heads, groups, map_size, positions.dtype, positions.device)
-    cells = (1 - positions) * spans  # of the table, for the bias of the first query
-    first = cells.detach().floor().nan_to_num(0.0)  # any cell for NaN, for which the weights are NaN
+    cells = (1 - positions) * spans  # positions on the table of the first query's bias
+    first = cells.detach().floor().nan_to_num(0.0)  # the weights of a NaN position are NaN anyway
     y, x = torch.stack((1 - (cells - first), cells - first), dim=-1).unbind(-2)
     weights = (y.unsqueeze(-1) * x.unsqueeze(-2)).view(batch, groups, 1, keys, *[1] * (taps.dim() - 4), 4)
     top, left = first.long().unbind(-1)
@@ -49,10 +49,10 @@ def crop_bias(crops: Tensor, positions: Tensor, *, map_size: tuple[int, int]) ->
 def _crop_taps(
     heads: int, groups: int, map_size: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Return the factor from 1 - position to cells of the table, ``[2]``, and the taps of the table's first cell.
+    """Return the factor from ``1 - position`` to cells of the table, ``[2]``, and the taps for the first cell.
 
-    The taps are the rows of `table_crops` for the four cells around, ``[g, heads/g, 1, 4]``; ``[g, heads/g, 1, H, 4]``
-    where a row is one of a crop.
+    The taps are the rows of `table_crops` for the cell and its three neighbours, ``[g, heads/g, 1, 4]``, or
+    ``[g, heads/g, 1, H, 4]`` if crops are stored row by row.
     """
     height, width = map_size
     pitch = width + 1
@@ -73,11 +73,10 @@ def _crop_rows(map_size: tuple[int, int]) -> int:
 
 
 def table_crops(table: Tensor, map_size: tuple[int, int]) -> Tensor:
-    """Return the rows summed by `crop_bias`: every crop of a table ``[heads, 2*H-1, 2*W-1]``, as rows of a matrix.
+    """Return all crops of a table ``[heads, 2*H-1, 2*W-1]`` as rows of a matrix, which `crop_bias` sums.
 
-    A row of the matrix is a complete crop, ``[heads * (H+1) * (W+1), H*W]``, or on large maps, where those would be
-    many, one row of a crop, ``[heads * 2*H * (W+1), W]``. A zero row and column follow the table, for taps of weight
-    zero.
+    A row of the matrix is a whole crop, ``[heads * (H+1) * (W+1), H*W]``, or on large maps, to save memory, one row of
+    a crop, ``[heads * 2*H * (W+1), W]``. The table gets one more row and column of zeros, for taps of weight zero.
     """
     height, width = map_size
     crops = F.pad(table, (0, 1, 0, 1)).unfold(2, width, 1)  # [heads, 2*H, W+1, W]
@@ -91,9 +90,9 @@ def separable_bias(columns: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Return the bias of queries at any spacing.
 
     Args:
-        columns: of the table, from `table_columns`, ``[heads * (2*W0-1), 2*H0-1]``; zero outside.
-        y: row of the table, ``[B, heads, Ns, H]``, for every key and query row.
-        x: column of the table, ``[B, heads, Ns, W]``, for every key and query column.
+        columns: columns of the table, from `table_columns`, ``[heads * (2*W0-1), 2*H0-1]``; zero outside.
+        y: position on the rows of the table for every key and query row, ``[B, heads, Ns, H]``.
+        x: position on the columns of the table for every key and query column, ``[B, heads, Ns, W]``.
 
     Returns:
         Bias ``[B, heads, Ns, H*W]``.

@@ -1,8 +1,8 @@
-"""Fused GPU kernels, written in Triton and registered as operators, so that each is one node in a graph.
+"""Fused GPU kernels in Triton, each behind a custom operator, so that an operation is one node in a graph.
 
-These modules import Triton, which comes with PyTorch on Linux; they are imported when a kernel is called.
-Every kernel sums in a fixed order, without atomics: results are reproducible bit for bit. None of them synchronises
-with the host, so they can be captured in CUDA graphs.
+The modules import Triton, which comes with PyTorch on Linux, so they are imported only when a kernel is called. The
+kernels sum in a fixed order, without atomics, so results are reproducible bit for bit. They do not synchronise with the
+host, so they can be captured in CUDA graphs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def suits(x: Tensor) -> bool:
-    """Return whether the kernels run where a tensor of any shape is: on a GPU, or under Triton's interpreter.
+    """Return whether the kernels can process a tensor of any shape: on a GPU, or under Triton's interpreter.
 
-    They have only a first derivative, which the transforms of `torch.func` do not support.
+    They have only first derivatives, in reverse mode, so they are not used under transforms of `torch.func`.
     """
     return _INSTALLED and x.dtype in TYPES and (x.is_cuda or INTERPRETED) and not is_transformed()
 

@@ -1,11 +1,13 @@
 """Deformable attention that samples the position bias inside the kernel: weights and bias are never written to memory.
 
 The forward pass iterates over blocks of keys with an online softmax (FlashAttention, arXiv 2205.14135) and saves the
-logsumexp of every query. The backward pass recomputes the weights three times: for the
-gradient of the queries, for those of keys, values and positions, and for that of the table. With weights ``P``, output
-``O``, its gradient ``G`` and ``dS = P * (G V^T - sum(G * O))``, the gradient of a cell of the table is the sum of all
-``dS``, weighted by how near the cell the displacement falls on each axis. Per key this is a product of three small
-matrices, ``Wy^T dS Wx`` with ``dS`` as a map of the queries, so every program sums its own cells.
+logsumexp of every query. The backward pass recomputes the weights three times: for the gradient of the queries, for
+those of keys, values and positions, and for that of the table.
+
+With weights ``P``, output ``O``, its gradient ``G`` and ``dS = P * (G V^T - sum(G * O))``, the gradient of a cell of
+the table is the sum of all ``dS``, weighted bilinearly by the distance of the displacement from the cell. Per key this
+is a product of three small matrices, ``Wy^T dS Wx`` with ``dS`` as a map of the queries, so every program sums the
+cells of its own tile.
 """
 
 from __future__ import annotations
@@ -20,17 +22,17 @@ from torch import Tensor
 from ..forms import operator
 from .blocks import dot, head_blocks
 
-QUERIES = 64  # a block, with 8 warps to keep the corners of the table in registers
-KEYS = 16
-SIDE = 16  # of the blocks of queries that are maps
-TILE = 64  # maximum rows and columns of the table per program
-LAUNCH = {"num_warps": 8, "num_stages": 1}
-PROGRAMS = 1024  # minimum number for the gradient of the table, if there are enough images, heads and tiles
+QUERIES = 64  # queries per block
+KEYS = 16  # keys per block
+SIDE = 16  # side of the square blocks of queries in `_backward_table`
+TILE = 64  # largest side of a tile of the table
+LAUNCH = {"num_warps": 8, "num_stages": 1}  # 8 warps keep the corners of the table in registers
+PROGRAMS = 1024  # programs of `_backward_table` to aim for: images are split into parts to reach this number
 
 
 @triton.jit
 def _cells(grid, position, length):
-    """Return the cells of a table's axis; positions far outside are moved closer, where the bias is zero, too."""
+    """Return positions on an axis of the table; those far outside are moved closer, where the bias is also zero."""
     cell = ((grid - position) / 2 + 1) * ((length - 1) / 2)
     return tl.minimum(tl.maximum(cell, -2.0), length + 1.0)
 
@@ -58,7 +60,7 @@ def _bias(table, y, x, rows, columns):
 
 @triton.jit
 def _rows(x, start, length, heads, head, HEAD: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """Return offsets and mask of rows of a head of ``[length, heads, d]``."""
+    """Return pointers to and mask of a block of rows of one head of ``[length, heads, d]``."""
     row, column = start + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
     place = x + (row[:, None] * heads + head) * HEAD + column[None, :]
     return place, (row[:, None] < length) & (column[None, :] < HEAD)
@@ -377,14 +379,14 @@ def _(grad, q, k, v, positions, table, out, sums, map_size, steps, scale) -> tup
     return tuple(torch.empty_like(tensor) for tensor in (q, k, v, positions, table))
 
 
-def _keep(ctx, inputs, output) -> None:
+def _setup_context(ctx, inputs, output) -> None:
     *tensors, ctx.map_size, ctx.steps, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
     gradients = attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.map_size, ctx.steps, ctx.scale)
     return (*gradients, None, None, None)
 
 
-attention.register_autograd(_backward, setup_context=_keep)
+attention.register_autograd(_differentiate, setup_context=_setup_context)

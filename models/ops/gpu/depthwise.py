@@ -1,7 +1,7 @@
-"""A depthwise convolution with skip connection and a following GELU, fused into one kernel.
+"""A depthwise convolution with a skip connection, optionally followed by GELU, in one kernel.
 
-The backward pass recomputes the convolution's output: one kernel writes the gradient at the GELU and partial sums of
-those of weight and bias, a second one convolves with the flipped weight.
+The backward pass recomputes the input of the GELU. One kernel writes its gradient and partial sums of the gradients of
+weight and bias; the forward kernel then convolves the gradient with the flipped weight.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..forms import operator
 
-PIXELS = 32  # a block
-CHANNELS = 64
-PROGRAMS = 1024  # for the gradient of the weight at most
+PIXELS = 32  # pixels per block
+CHANNELS = 64  # channels per block
+PROGRAMS = 1024  # most programs of `_backward`, each of which writes a partial sum
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 
@@ -34,7 +34,7 @@ def _with_skip(
     x, weight, pixel, channel, images, height, width, channels,
     SIZE: tl.constexpr, FLIPPED: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Return ``x + conv(x)`` at pixels, without the bias."""
+    """Return ``x + conv(x)`` at a block of pixels, without the bias."""
     result = tl.zeros([PIXELS, CHANNELS], tl.float32)
     for tap in tl.static_range(SIZE * SIZE):
         dy, dx = tap // SIZE - SIZE // 2, tap % SIZE - SIZE // 2
@@ -70,7 +70,7 @@ def _backward(
     x, weight, bias, grad, dz, by_part, parts, images, height, width, channels,
     SIZE: tl.constexpr, GELU: tl.constexpr, TAPS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient at the GELU, and partial sums of those of weight and bias, ``[parts, k*k + 1, C]``."""
+    """Write the gradient of the GELU's input, and partial sums of those of weight and bias, ``[parts, k*k + 1, C]``."""
     slices = tl.cdiv(channels, CHANNELS)
     part, channel = tl.program_id(0) // slices, (tl.program_id(0) % slices) * CHANNELS + tl.arange(0, CHANNELS)
     bias_block = tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
@@ -85,19 +85,19 @@ def _backward(
         if GELU:
             z = _with_skip(x, weight, pixel, channel, images, height, width, channels, SIZE, False, PIXELS, CHANNELS)
             z += bias_block[None, :]
-            below = 0.5 * (1 + tl.erf(z * 0.7071067811865476))  # the normal distribution, and its density
-            gradient *= below + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
+            cdf = 0.5 * (1 + tl.erf(z * 0.7071067811865476))  # of the standard normal distribution
+            gradient *= cdf + z * tl.exp(-0.5 * z * z) * 0.3989422804014327
             tl.store(dz + place, gradient.to(dz.dtype.element_ty), mask=mask)
         for tap in tl.static_range(SIZE * SIZE):
             dy, dx = tap // SIZE - SIZE // 2, tap % SIZE - SIZE // 2
-            beside = _tap(x, pixel, channel, dy, dx, images, height, width, channels)
-            sums += tl.where(row == tap, tl.sum(gradient * beside, 0)[None, :], 0.0)
+            shifted = _tap(x, pixel, channel, dy, dx, images, height, width, channels)
+            sums += tl.where(row == tap, tl.sum(gradient * shifted, 0)[None, :], 0.0)
         sums += tl.where(row == SIZE * SIZE, tl.sum(gradient, 0)[None, :], 0.0)
     place = by_part + (part * (SIZE * SIZE + 1) + row) * channels + channel[None, :]
     tl.store(place, sums, mask=(row <= SIZE * SIZE) & (channel[None, :] < channels))
 
 
-def _start(x: Tensor, weight: Tensor, bias: Tensor, *, flipped: bool, with_bias: bool, gelu: bool) -> Tensor:
+def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, *, flipped: bool, with_bias: bool, gelu: bool) -> Tensor:
     out, channels = torch.empty_like(x), x.shape[-1]
     block = min(CHANNELS, triton.next_power_of_2(channels))
     programs = triton.cdiv(x.numel() // channels, PIXELS) * triton.cdiv(channels, block)
@@ -111,15 +111,15 @@ def _start(x: Tensor, weight: Tensor, bias: Tensor, *, flipped: bool, with_bias:
 
 @torch.library.custom_op(operator("depthwise_residual"), mutates_args=())
 def depthwise_residual(x: Tensor, weight: Tensor, bias: Tensor, gelu: bool) -> Tensor:
-    """Return ``x + conv(x)`` of a depthwise convolution that keeps the size, or GELU of it.
+    """Return ``x + conv(x)`` of a depthwise convolution that keeps the size, or GELU of it. Tensors are contiguous.
 
     Args:
-        x: map ``[B, H, W, C]``, contiguous as everything here.
+        x: map ``[B, H, W, C]``.
         weight: ``[C, 1, k, k]``, k odd.
         bias: ``[C]``.
         gelu: whether a GELU follows.
     """
-    return _start(x, weight, bias, flipped=False, with_bias=True, gelu=gelu)
+    return _launch_forward(x, weight, bias, flipped=False, with_bias=True, gelu=gelu)
 
 
 @depthwise_residual.register_fake
@@ -145,7 +145,7 @@ def depthwise_residual_backward(
         TAPS=triton.next_power_of_2(size * size + 1), PIXELS=PIXELS, CHANNELS=block, **LAUNCH,
     )  # fmt: skip
     sums = by_part.sum(0)
-    dx = _start(dz, weight, bias, flipped=True, with_bias=False, gelu=False)
+    dx = _launch_forward(dz, weight, bias, flipped=True, with_bias=False, gelu=False)
     return dx, sums[:-1].t().reshape(weight.shape).to(weight.dtype), sums[-1].to(bias.dtype, copy=True)
 
 
@@ -154,13 +154,13 @@ def _(grad, x, weight, bias, gelu) -> tuple[Tensor, Tensor, Tensor]:  # noqa: AR
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
 
 
-def _keep(ctx, inputs, output) -> None:  # noqa: ARG001
+def _setup_context(ctx, inputs, output) -> None:  # noqa: ARG001
     *tensors, ctx.gelu = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _go_back(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
     return (*depthwise_residual_backward(grad.contiguous(), *ctx.saved_tensors, ctx.gelu), None)
 
 
-depthwise_residual.register_autograd(_go_back, setup_context=_keep)
+depthwise_residual.register_autograd(_differentiate, setup_context=_setup_context)

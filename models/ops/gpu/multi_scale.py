@@ -1,9 +1,10 @@
 """Multi-scale deformable attention as Triton kernels.
 
-A program of `_forward` and `_backward_places` handles some rows, each one query and head. The gradient of the values
-is a sum over all samples that touch a pixel. It uses no atomic additions, so its order is fixed: samples
-are sorted by the cell between four pixels that they fall into (a stable sort), and a program of `_backward_values`,
-which handles one pixel and head, iterates over the four cells around its pixel.
+A program of `_forward` and `_backward_locations` processes some rows, each of which is one query and head.
+
+The gradient of the values sums over all samples next to a pixel, in a fixed order, without atomic additions. Samples
+are sorted, stably, by the cell between four pixels in which they lie. A program of `_backward_values`, for one pixel
+and head, iterates over the samples of the four cells around its pixel.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def backward(
     pixels, channels, rows = value.shape[1], value.shape[3], batch * queries * heads
     to_value, to_locations, to_weights = (torch.empty_like(x) for x in (value, locations, weights))
     if rows and weights.numel():
-        _backward_places[(triton.cdiv(rows, ROWS),)](
+        _backward_locations[(triton.cdiv(rows, ROWS),)](
             value,
             shapes,
             starts,
@@ -96,13 +97,13 @@ def backward(
 
 
 def _by_cell(shapes: Tensor, locations: Tensor, pixels: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort samples by the cell that they fall into.
+    """Sort samples by the cell in which they lie.
 
-    A level of H x W pixels has (H + 1) x (W + 1) cells, those at its border included, at most four for each pixel.
+    A level of H x W pixels has (H + 1) x (W + 1) cells, including those at its border: at most four per pixel.
 
     Returns:
-        The sorted samples; the start of those of every image, cell and head, ``[B * 4 * pixels * heads + 1]``; the
-        first cell of every level.
+        The indices of the sorted samples; the start of the samples of every image, cell and head among them,
+        ``[B * 4 * pixels * heads + 1]``; and the first cell of every level, ``[levels]``.
     """
     batch, heads = locations.shape[0], locations.shape[2]
     sizes = shapes.flip(-1)[:, None]  # [levels, 1, (x, y)]
@@ -175,7 +176,7 @@ def _forward(
 
 
 @triton.jit
-def _backward_places(
+def _backward_locations(
     value,
     shapes,
     starts,

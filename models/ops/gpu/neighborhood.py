@@ -1,9 +1,9 @@
-"""Neighborhood attention with a table of position biases, tile by tile: no weights are written to memory.
+"""Neighborhood attention with a table of position biases, tile by tile: the weights are never written to memory.
 
 A program processes a tile of queries and iterates over the rectangle of their keys with an online softmax
 (FlashAttention, arXiv 2205.14135); keys outside the window of a query are masked. The backward pass recomputes the
-weights three times: for the gradient of the queries, for that of the keys and values of a tile, over the queries that
-attend to them, and for that of the table, where a program sums all pairs of query and key at one offset.
+weights three times: for the gradient of the queries; for those of the keys and values of a tile, over the queries that
+attend to them; and for that of the table, where a program sums over all pairs of query and key at one offset.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from torch import Tensor
 from ..forms import operator
 from .blocks import dot, head_blocks
 
-SIDE = 8  # of the tiles
-BLOCK = 32  # pixels of the other side processed at a time
-PIXELS = 128  # for the gradient of the table
+SIDE = 8  # side of a tile
+BLOCK = 32  # keys, or in `_backward_keys` queries, per block
+PIXELS = 128  # queries per block in `_backward_table`
 LAUNCH = {"num_warps": 4, "num_stages": 1}
-PROGRAMS = 4096  # minimum number for the gradient of the table, if there are enough images, heads and offsets
+PROGRAMS = 4096  # programs of `_backward_table` to aim for: images are split into parts to reach this number
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _logits(q_block, k_block, table, query_y, query_x, key_y, key_x, height, wid
 
 @triton.jit
 def _pixels(x, y, x_axis, height, width, row, step, HEAD: tl.constexpr, WIDTH: tl.constexpr):
-    """Return offsets and mask of the vectors of pixels in a map of one head."""
+    """Return pointers to and mask of the vectors of pixels in a map of one head."""
     dim = tl.arange(0, WIDTH)
     inside = (y < height) & (x_axis < width)
     return x + y[:, None] * row + x_axis[:, None] * step + dim[None, :], inside[:, None] & (dim[None, :] < HEAD)
@@ -55,7 +55,7 @@ def _pixels(x, y, x_axis, height, width, row, step, HEAD: tl.constexpr, WIDTH: t
 
 @triton.jit
 def _tile(height, width, heads, SIDE: tl.constexpr):
-    """Return image and head of a program, and the pixels of its tile."""
+    """Return image and head of a program, top and left of its tile, and the rows and columns of the tile's pixels."""
     across = tl.cdiv(width, SIDE)
     tiles = tl.cdiv(height, SIDE) * across
     tile, image_head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
@@ -158,6 +158,7 @@ def _backward_queries(
 @triton.jit
 def _viewers(first, last, length, KERNEL: tl.constexpr):
     """Return the first and the last query on one axis that attend to any of the keys from ``first`` to ``last``."""
+    # Windows at the border are moved inwards, so the keys next to it are visible to all queries up to the border.
     begin = tl.where(first < KERNEL, 0, first - KERNEL // 2)
     return begin, tl.where(last >= length - KERNEL, length - 1, last + KERNEL // 2)
 
@@ -223,7 +224,7 @@ def _backward_table(
     part, head = part_head // heads, part_head % heads
     offset_y, offset_x = cell // (2 * KERNEL - 1) - KERNEL + 1, cell % (2 * KERNEL - 1) - KERNEL + 1
     bias = tl.load(table + head * cells + cell).to(tl.float32)
-    # Offsets beyond half a window occur only at the border, where the windows are shifted inwards.
+    # Offsets beyond half a window occur only at the border, where windows are moved inwards.
     begin = tl.where(offset_y < -(KERNEL // 2), height - KERNEL // 2, 0) * width
     end = tl.where(offset_y > KERNEL // 2, KERNEL // 2, height) * width
     result = tl.zeros([PIXELS], tl.float32)
@@ -257,7 +258,7 @@ def _backward_table(
 
 
 def _strides(*maps: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
-    """Return maps ``[B, H, W, heads, d]`` with strides in common, and these but the last, which is 1."""
+    """Return maps ``[B, H, W, heads, d]`` with equal strides, and these strides without the last, which is 1."""
     if any(x.stride() != maps[0].stride() or x.stride(-1) != 1 for x in maps):
         maps = [x.contiguous() for x in maps]
     return list(maps), maps[0].stride()[:-1]
@@ -267,7 +268,8 @@ def _blocks(q: Tensor, kernel_size: int) -> dict[str, int | str | bool]:
     return {**head_blocks(q), "KERNEL": kernel_size, "SIDE": SIDE, "BLOCK": BLOCK, **LAUNCH}
 
 
-def _tiles(q: Tensor) -> int:
+def _programs(q: Tensor) -> int:
+    """Return the number of tiles of all images and heads."""
     return triton.cdiv(q.shape[1], SIDE) * triton.cdiv(q.shape[2], SIDE) * q.shape[0] * q.shape[3]
 
 
@@ -289,7 +291,7 @@ def attention(
     (q, k, v), strides = _strides(q, k, v)
     if q.numel():
         table = sums if rpb is None else rpb
-        _forward[(_tiles(q),)](
+        _forward[(_programs(q),)](
             q, k, v, table, out, sums, *q.shape[1:4], *strides, scale, TABLE=rpb is not None, **_blocks(q, kernel_size)
         )
     return out, sums
@@ -312,7 +314,7 @@ def attention_backward(
     kernel_size: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys, values and table, which has no rows without one.
+    """Return the gradients of queries, keys, values and table; the last is empty if there is no table.
 
     ``grad`` is that of the output ``[B, H, W, heads, d]``; the other shapes are those of `attention`.
     """
@@ -324,8 +326,8 @@ def attention_backward(
     shared = (*q.shape[1:4], *strides, scale)
     blocks = {"TABLE": rpb is not None, **_blocks(q, kernel_size)}
     table = sums if rpb is None else rpb
-    _backward_queries[(_tiles(q),)](q, k, v, table, out, sums, grad, dq, products, *shared, **blocks)
-    _backward_keys[(_tiles(q),)](q, k, v, table, sums, products, grad, dk, dv, *shared, **blocks)
+    _backward_queries[(_programs(q),)](q, k, v, table, out, sums, grad, dq, products, *shared, **blocks)
+    _backward_keys[(_programs(q),)](q, k, v, table, sums, products, grad, dk, dv, *shared, **blocks)
     if rpb is None:
         return dq, dk, dv, q.new_empty(0)
     parts = min(len(q), triton.cdiv(PROGRAMS, rpb.numel()))
@@ -343,14 +345,14 @@ def _(grad, q, k, v, rpb, out, sums, kernel_size, scale) -> tuple[Tensor, ...]: 
     return *maps, q.new_empty(0) if rpb is None else torch.empty_like(rpb)
 
 
-def _keep(ctx, inputs: Sequence, output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx, inputs: Sequence, output: tuple[Tensor, Tensor]) -> None:
     *tensors, ctx.kernel_size, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
 
 
-def _backward(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, grad: Tensor, _) -> tuple[Tensor | None, ...]:
     *gradients, to_table = attention_backward(grad.contiguous(), *ctx.saved_tensors, ctx.kernel_size, ctx.scale)
     return (*gradients, to_table if ctx.saved_tensors[3] is not None else None, None, None)
 
 
-attention.register_autograd(_backward, setup_context=_keep)
+attention.register_autograd(_differentiate, setup_context=_setup_context)

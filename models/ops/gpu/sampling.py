@@ -1,8 +1,8 @@
-"""Bilinear sampling of a map, forward and backward, one kernel for each gradient.
+"""Bilinear sampling of a map, with one kernel for each gradient.
 
-The weight of a pixel in a sample is the product of two hat functions, ``max(0, 1 - distance)``, one on each axis. The
-gradient of the map is therefore a matrix product, hats ``[pixels, samples]`` times the gradient ``[samples,
-channels]``, instead of atomic additions to four pixels per sample.
+The weight of a pixel in a sample is the product of two hat functions ``max(0, 1 - distance)``, one per axis. The
+gradient of the map is therefore a matrix product, weights ``[pixels, samples]`` times the gradient of the samples
+``[samples, channels]``, and needs no atomic additions.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from ..forms import operator
 from .blocks import dot
 
-SAMPLES = 16  # a block
-PIXELS = 64
-CHANNELS = 64
+SAMPLES = 16  # samples per block
+PIXELS = 64  # pixels per block
+CHANNELS = 64  # channels per block
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 
 @triton.jit
 def _places(positions, sample, samples, height, width):
-    """Return sample positions in pixels; those far outside are moved closer, where the map is also zero."""
+    """Return sample positions in pixels; those far outside are moved closer, where samples are also zero."""
     there = sample < samples
     y = (tl.load(positions + sample * 2, mask=there, other=0.0) + 1) * ((height - 1) / 2)
     x = (tl.load(positions + sample * 2 + 1, mask=there, other=0.0) + 1) * ((width - 1) / 2)
@@ -175,12 +175,12 @@ def _(grad, x, positions) -> tuple[Tensor, Tensor]:  # noqa: ARG001
     return torch.empty_like(x), torch.empty_like(positions)
 
 
-def _keep(ctx, inputs, output) -> None:  # noqa: ARG001
+def _setup_context(ctx, inputs, output) -> None:  # noqa: ARG001
     ctx.save_for_backward(*inputs)
 
 
-def _go_back(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _differentiate(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
     return sample_backward(grad.contiguous(), *ctx.saved_tensors)
 
 
-sample.register_autograd(_go_back, setup_context=_keep)
+sample.register_autograd(_differentiate, setup_context=_setup_context)

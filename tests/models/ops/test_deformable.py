@@ -105,9 +105,9 @@ def test_an_unknown_form_is_refused() -> None:
 @pytest.mark.parametrize(
     ("form", "options", "message"),
     [
-        ("crops", {"clamped": False}, "needs clamped positions and a map as the table's"),
-        ("crops", {"map_size": (9, 4)}, "needs clamped positions and a map as the table's"),
-        ("crops", {"coordinates": "cvpr22"}, "needs clamped positions and a map as the table's"),
+        ("crops", {"clamped": False}, "needs clamped positions, coordinates .* and a map of native size"),
+        ("crops", {"map_size": (9, 4)}, "needs clamped positions, coordinates .* and a map of native size"),
+        ("crops", {"coordinates": "cvpr22"}, "needs clamped positions, coordinates .* and a map of native size"),
         ("crops", {"dropout": 0.1}, "has no dropout; choose auto or reference"),
         ("separable", {"dropout": 0.1}, "has no dropout; choose auto or reference"),
         ("triton", {}, "needs a GPU, heads of at most 128 values and at most float32; choose auto or reference"),

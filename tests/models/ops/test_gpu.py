@@ -107,7 +107,7 @@ def test_every_kernel_of_multi_scale_attention_compiles(value: str) -> None:
     types |= dict.fromkeys(("locations", "weights", "to_locations", "to_weights"), "*fp32")
     types |= dict.fromkeys(("shapes", "starts", "origins", "order", "first"), "*i64") | dict.fromkeys(integers, "i32")
     constants = {"CHANNELS": 24, "LEVELS": 3, "POINTS": 4, "ROWS": 16, "SAMPLES": 16, "BLOCK": 32}
-    for kernel in (kernels._forward, kernels._backward_places, kernels._backward_values):
+    for kernel in (kernels._forward, kernels._backward_locations, kernels._backward_values):
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         constexprs = {name: constants[name] for name in kernel.arg_names if name in constants}
         source = triton.compiler.ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
