@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from models.contract import classifier, undecayed
+from models.contract import classifier, no_weight_decay
 
 # Optimizers of timm that the training loop cannot use, by name prefix.
 _UNUSABLE = {
@@ -92,7 +92,7 @@ def parameter_groups(
     Raises:
         ValueError: a factor is given, but the network does not define its layers or its classifier.
     """
-    exceptions = undecayed(model)
+    exceptions = no_weight_decay(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if layer_decay == head_scale == 1:
         keep = [(decays(name, parameter, exceptions), parameter) for name, parameter in trained]

@@ -1,4 +1,4 @@
-"""Headless networks for detectors and segmenters: images in, one feature map per stride out."""
+"""Backbones of detectors and segmenters: from images to one feature map per stride."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from .contract import TakenOver, undecayed
+from .contract import ConvertedWeights, no_weight_decay
 from .dat import DAT
 from .layers import LayerNorm
 from .options import NUM_STAGES
@@ -20,15 +20,20 @@ class DATBackbone(DAT):
     """A `DAT` with a layer norm on each stage output, as published for dense prediction.
 
     Parameter names follow the published detection weights: those of `DAT` without the classifier, plus
-    ``norms.<stage>.norm``. Classification weights lack these norms, which start at 1 and 0.
+    ``norms.<stage>.norm``.
 
     Args:
-        out_indices: the stages whose outputs are returned, in order; negative ones from the end.
+        out_indices: stages whose outputs are returned, in ascending order; negative ones count from the end.
+        use_checkpoint: recompute the activations of each block in the backward pass instead of saving them.
         **options: options of `DAT`.
 
     Attributes:
         channels: number of channels of each returned map.
         strides: stride of each returned map in image pixels.
+
+    Raises:
+        TypeError: an option is unknown.
+        ValueError: an option or index is not allowed.
     """
 
     def __init__(
@@ -46,23 +51,23 @@ class DATBackbone(DAT):
             for i, info in enumerate(self.feature_info)
         )
 
-    def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
+    def convert_weights(self, weights: dict[str, Tensor]) -> ConvertedWeights:
         """Convert the weights of a classifier, which has no output norms, or of a backbone."""
-        beyond = range(len(self.stages), NUM_STAGES)
-        absent = [
+        pruned = range(len(self.stages), NUM_STAGES)
+        absent = (
             "cls_norm.",
             "cls_head.",
-            *(f"stages.{i}." for i in beyond),
-            *(f"down_projs.{i - 1}." for i in beyond),
-        ]
-        unused = {name for name in weights if name.startswith(tuple(absent))}
+            *(f"stages.{i}." for i in pruned),
+            *(f"down_projs.{i - 1}." for i in pruned),
+        )
+        unused = {name for name in weights if name.startswith(absent)}
         new = {name for name in self.state_dict().keys() - weights.keys() if name.startswith("norms.")}
-        return TakenOver({name: value for name, value in weights.items() if name not in unused}, new, unused)
+        return ConvertedWeights({name: value for name, value in weights.items() if name not in unused}, new, unused)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the normalised maps ``[B, channels[i], H / strides[i], W / strides[i]]`` of images ``[B, 3, H, W]``.
 
-        If a side is not divisible by the last stride, its last pixels are ignored; pad such images.
+        Pixels at the right and bottom beyond a multiple of the last stride may be ignored; pad such images.
         """
         maps = self.forward_intermediates(x, self.out_indices, intermediates_only=True)
         return [self.norms[i](x) for i, x in zip(self.out_indices, maps, strict=True)]
@@ -72,8 +77,8 @@ class TimmBackbone(nn.Module):
     """A timm model as feature extractor, with the interface of `DATBackbone`.
 
     Args:
-        name: any model name that `timm.create_model` accepts.
-        out_indices: indices of the returned features.
+        name: name of a model for `timm.create_model`.
+        out_indices: indices of the returned maps.
         **arguments: arguments of the model.
 
     Attributes:
@@ -83,7 +88,7 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name: str, *, out_indices: Sequence[int] = (0, 1, 2, 3), **arguments: Any) -> None:
         super().__init__()
-        # Extracted features are channels first for every model.
+        # This kind of feature extractor returns [B, C, H, W] for all models.
         getter = {"features_only": True, "feature_cls": "getter"}
         self.body = timm.create_model(name, out_indices=tuple(out_indices), **getter, **arguments)
         self.channels: list[int] = self.body.feature_info.channels()
@@ -95,16 +100,16 @@ class TimmBackbone(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that timm exempts from weight decay."""
-        return {f"{_TIMM_PREFIX}{name}" for name in undecayed(self.body.model)}
+        return {f"{_TIMM_PREFIX}{name}" for name in no_weight_decay(self.body.model)}
 
-    def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
+    def convert_weights(self, weights: dict[str, Tensor]) -> ConvertedWeights:
         """Convert the weights of the full timm model, or of a backbone."""
         own = self.state_dict().keys()
         if own <= weights.keys():
-            return TakenOver(weights)
+            return ConvertedWeights(weights)
         unused = {name for name in weights if f"{_TIMM_PREFIX}{name}" not in own}
         kept = {f"{_TIMM_PREFIX}{name}": value for name, value in weights.items() if name not in unused}
-        return TakenOver(kept, unused=unused)
+        return ConvertedWeights(kept, unused=unused)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return maps ``[B, channels[i], H / strides[i], W / strides[i]]`` of images ``[B, 3, H, W]``."""

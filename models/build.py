@@ -1,4 +1,4 @@
-"""Build models from a configuration; the only module under `models` that depends on the config."""
+"""Building models from a config. No other module of `models` depends on the config."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Family:
     """The models of one ``MODEL.TYPE``.
 
     Attributes:
-        build: the classifier of a config.
-        backbone: the same without head, from a config and the keyword ``out_indices``; None if there is none.
-        options: what the section of the family in the config holds, ``MODEL.DAT`` for ``dat``.
+        build: returns the classifier for a config.
+        backbone: returns the backbone for a config and the keyword ``out_indices``; None if the family has none.
+        options: options in the family's section of the config, such as ``MODEL.DAT``.
     """
 
     build: Callable[[Any], nn.Module]
@@ -35,13 +35,12 @@ class Family:
 
 
 def build_model(config: Any) -> nn.Module:
-    """Build the model that ``config.MODEL`` describes, on the CPU and in training mode.
+    """Build the model of a config, on the CPU and in training mode.
 
     Args:
-        config: configuration with ``MODEL.TYPE``, one of `FAMILIES`: ``dat`` and ``vit`` are built from ``MODEL.DAT``
-            and ``MODEL.VIT``, the arguments of `DAT` and `VisionTransformer` by name, ``timm`` from ``MODEL.TIMM``; all
-            with ``TRAIN.USE_CHECKPOINT``. With ``TASK`` ``detection`` or ``segmentation`` it is the backbone of a
-            detector or segmenter.
+        config: configuration. ``MODEL.TYPE`` is one of `FAMILIES`, whose section (``MODEL.DAT``, ``MODEL.VIT`` or
+            ``MODEL.TIMM``) holds the arguments of the model. If ``TASK`` is ``detection`` or ``segmentation``, the
+            model becomes the backbone of ``MODEL.DETECTOR`` or ``MODEL.SEGMENTER``.
 
     Raises:
         ValueError: the model is unknown, one of its options is not allowed, or images are too small for it.
@@ -62,7 +61,7 @@ def build_model(config: Any) -> nn.Module:
 
 
 def _family(config: Any) -> Family:
-    """Return the family of the configured model, whose channels are checked."""
+    """Return the family of the configured model, after checking its type and its image channels."""
     if config.MODEL.TYPE not in FAMILIES:
         raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of {', '.join(FAMILIES)}")
     if (channels := arguments(config).get("in_chans", 3)) != 3:
@@ -71,12 +70,12 @@ def _family(config: Any) -> Family:
 
 
 def build_backbone(config: Any, *, out_indices: Sequence[int]) -> DATBackbone | TimmBackbone:
-    """Build the model that ``config.MODEL`` describes without its head, for a detector or segmenter.
+    """Build the model of a config without its head, for a detector or segmenter.
 
     Args:
         config: configuration, as for `build_model`.
-        out_indices: indices of the returned maps: stages of a DAT, features of a timm model; negative ones from the
-            end.
+        out_indices: indices of the returned maps: stages of a DAT, features of a timm model; negative ones count from
+            the end.
 
     Raises:
         ValueError: the model cannot be a backbone, or one of its options is not allowed.
@@ -92,7 +91,7 @@ def build_backbone(config: Any, *, out_indices: Sequence[int]) -> DATBackbone | 
 
 
 def build_detector(config: Any) -> Detector:
-    """Build the detector ``MODEL.DETECTOR`` on the backbone that the rest of ``config.MODEL`` describes.
+    """Build the detector ``MODEL.DETECTOR`` on the model of a config as its backbone.
 
     Raises:
         ValueError: the model cannot be a backbone, or the detector has no such option.
@@ -107,7 +106,7 @@ def build_detector(config: Any) -> Detector:
 
 
 def build_segmenter(config: Any) -> Segmenter:
-    """Build the segmenter ``MODEL.SEGMENTER`` on the backbone that the rest of ``config.MODEL`` describes.
+    """Build the segmenter ``MODEL.SEGMENTER`` on the model of a config as its backbone.
 
     Raises:
         ValueError: the model cannot be a backbone, the segmenter has no such option, or the backbone has no maps of
@@ -144,7 +143,7 @@ def _timm_name(config: Any) -> str:
     name = config.MODEL.TIMM.NAME
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "timm.list_models() names them"
+        hint = f"did you mean {near[0]}?" if near else "timm.list_models() lists them"
         raise ValueError(f"MODEL.TIMM.NAME: timm has no model {name!r}; {hint}")
     return name
 
@@ -164,7 +163,7 @@ FAMILIES: Mapping[str, Family] = {
 
 
 def arguments(config: Any) -> Any:
-    """Return the config section with the model's arguments, including ``num_classes``."""
+    """Return the section of a config with the arguments of the model, including ``num_classes``."""
     return config.MODEL.TIMM.ARGS if config.MODEL.TYPE == "timm" else config.MODEL[config.MODEL.TYPE.upper()]
 
 

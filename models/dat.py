@@ -17,6 +17,7 @@ from .attention.letters import MIXERS, check_letters, declared_options
 from .layers import MLP, ConvMLP, LayerNorm, LayerScale, Residual, as_pair, pointwise, residual_depthwise
 from .options import (
     NUM_STAGES,
+    OFF,
     Check,
     DeclaredSignature,
     Option,
@@ -30,51 +31,48 @@ from .options import (
 )
 from .tables import Resize
 
-NOWHERE = (False, False, False, False)
-# Options of the network; mixers declare theirs in their own files. A StageOption has one entry per stage.
+# Options of the network; the mixers declare theirs in their own modules.
 OPTIONS = {
     "img_size": Option(
         224,
-        "Images that the position tables are made for, one number or [height, width]; any size can be run.",
+        "Image size that determines the position tables: one number or [height, width]. Images may have any size.",
         Check(lambda size: len(as_pair(size)) == 2 and min(as_pair(size)) >= 1, "at least 1, or [height, width]"),
         also_list=True,
     ),
-    "patch_size": Option(4, "Pixels per pixel of the first map on each axis.", at_least(1)),
+    "patch_size": Option(4, "Stride of the stem: pixels of the image per pixel of the first map.", at_least(1)),
     "in_chans": Option(3, "Channels of the images.", at_least(1)),
-    "num_classes": Option(1000, "Size of the logits; 0 for a network without a head.", at_least(0)),
+    "num_classes": Option(1000, "Number of classes; 0: no classifier, the output is the pooled map.", at_least(0)),
     "global_pool": Option(
         "avg",
-        "How the last map becomes one vector; empty for none, in a network without a head.",
+        "Pooling of the last map; empty: no pooling, which requires `num_classes: 0`.",
         one_of("avg", "max", "avgmax", ""),
     ),
-    "expansion": Option(4, "Width of the MLPs over that of the stage.", at_least(1)),
+    "expansion": Option(4, "Hidden channels of the MLPs, as a multiple of `dims`.", at_least(1)),
     "dim_stem": Option(96, "Channels of the stem.", at_least(1)),
     "dims": StageOption((96, 192, 384, 768), "Channels.", each=at_least(1)),
     "depths": StageOption((2, 2, 6, 2), "Number of blocks.", each=at_least(1)),
     "stage_spec": StageOption(
         (("L", "D"), ("L", "D"), ("L", "D", "L", "D", "L", "D"), ("L", "D")),
-        "The letter of the mixer of each block; a stage is a string or a list of letters.",
+        "Letters of the mixers, one per block; a stage is a string or a list of letters.",
     ),
     "heads": StageOption((3, 6, 12, 24), "Attention heads."),
-    "use_dwc_mlps": StageOption(NOWHERE, "MLPs with a depthwise convolution."),
-    "use_lpus": StageOption(
-        NOWHERE, "A local perception unit, a depthwise convolution with a residual, before each block."
-    ),
-    "use_conv_patches": Option(False, "Stem and downsampling of overlapping 3x3 convolutions."),
-    "layer_scale_values": StageOption((-1.0, -1.0, -1.0, -1.0), "Initial layer scale; none where not positive."),
+    "use_dwc_mlps": StageOption(OFF, "The MLPs have a depthwise convolution."),
+    "use_lpus": StageOption(OFF, "A local perception unit, a depthwise convolution with a skip, before each block."),
+    "use_conv_patches": Option(False, "Stem and downsampling use overlapping 3x3 convolutions."),
+    "layer_scale_values": StageOption((-1.0,) * NUM_STAGES, "Initial layer scale; 0 or less: no layer scale."),
     "drop_rate": Option(0.0, "Dropout rate of projections and MLPs.", rate()),
     "attn_drop_rate": Option(0.0, "Probability of dropping an attention weight.", rate()),
     "drop_path_rate": Option(
-        0.0, "Stochastic-depth rate of the last block; rises linearly from 0 at the first.", rate()
+        0.0, "Stochastic-depth rate of the last block; increases linearly from 0 in the first.", rate()
     ),
 }
 
 
 class Stage(nn.Module):
-    """Blocks of one width: each a mixer and an MLP with residual connections, or one ConvNeXt block.
+    """A sequence of blocks of the same width, each a mixer and an MLP with residual connections, or a ConvNeXt block.
 
-    Maps ``[B, dim_in, H, W]`` to ``[B, C, H, W]``. The parts of block ``d`` are at index ``d`` of parallel lists,
-    following the names of the published weights.
+    Maps ``[B, dim_in, H, W]`` to ``[B, C, H, W]``. The modules of block ``d`` are at index ``d`` of parallel lists, as
+    in the published weights.
 
     Args:
         options: options of the stage.
@@ -90,23 +88,23 @@ class Stage(nn.Module):
         dim, depth, letters = options["dims"], options["depths"], options.letters
         expansion, drop = options["expansion"], options["drop_rate"]
         mixers = [MIXERS[letter] for letter in letters]
-        self.lone = [mixer.lone for mixer in mixers]
+        self.single_residual = [mixer.single_residual for mixer in mixers]
         self.use_checkpoint = use_checkpoint
 
         mlp = ConvMLP if options["use_dwc_mlps"] else MLP
         init = options["layer_scale_values"]
         self.proj = nn.Conv2d(dim_in, dim, kernel_size=1) if dim_in != dim else nn.Identity()
-        self.ln_cnvnxt = nn.ModuleDict({str(d): LayerNorm(dim) for d in range(depth) if self.lone[d]})
+        self.ln_cnvnxt = nn.ModuleDict({str(d): LayerNorm(dim) for d in range(depth) if self.single_residual[d]})
         self.layer_norms = nn.ModuleList(
-            nn.Identity() if lone else LayerNorm(dim) for lone in self.lone for _ in range(2)
+            nn.Identity() if single else LayerNorm(dim) for single in self.single_residual for _ in range(2)
         )
         self.mlps = nn.ModuleList(mlp(dim, expansion=expansion, drop=drop) for _ in range(depth))
         self.attns = nn.ModuleList(mixer.build(options) for mixer in mixers)
         self.residuals = nn.ModuleList(Residual(rate) for rate in drop_paths)
-        # ConvNeXt blocks do not use layer scale; the untrained entries exist because the published weights have them.
+        # ConvNeXt blocks do not use layer scale; the published weights contain it, so it exists and is not trained.
         self.layer_scales = nn.ModuleList(
-            LayerScale(dim, init).requires_grad_(not lone) if init > 0 else nn.Identity()
-            for lone in self.lone
+            LayerScale(dim, init).requires_grad_(not single) if init > 0 else nn.Identity()
+            for single in self.single_residual
             for _ in range(2)
         )
         self.local_perception_units = nn.ModuleList(
@@ -128,7 +126,7 @@ class Stage(nn.Module):
         add = self.residuals[d]
         if self.local_perception_units:
             x = residual_depthwise(self.local_perception_units[d], x)
-        if self.lone[d]:
+        if self.single_residual[d]:
             return add(x, self.mlps[d](self.ln_cnvnxt[str(d)](self.attns[d](x))))
         x = add(x, self.layer_scales[2 * d](self.attns[d](self.layer_norms[2 * d](x))))
         return add(x, self.layer_scales[2 * d + 1](self.mlps[d](self.layer_norms[2 * d + 1](x))))
@@ -137,13 +135,13 @@ class Stage(nn.Module):
 class DAT(nn.Module):
     """A Vision Transformer with deformable attention, from images ``[B, 3, H, W]`` to logits ``[B, num_classes]``.
 
-    The network accepts any image whose last map has at least one pixel, whatever ``img_size`` it was built for. It has
+    Images may have any size for which the last map has at least one pixel, whatever ``img_size`` is. The network has
     the methods of timm's models.
 
     Args:
-        **options: by keyword, under their published names; `options` declares them, and ``docs/model.md`` lists them.
+        **options: the options under their published names; `options` declares them, and ``docs/model.md`` lists them.
             Options with four values have one per stage.
-        use_checkpoint: recompute the activations of each block in the backward pass instead of keeping them.
+        use_checkpoint: recompute the activations of each block in the backward pass instead of saving them.
 
     Attributes:
         num_features: channels of the last map.
@@ -199,7 +197,7 @@ class DAT(nn.Module):
 
     @staticmethod
     def options() -> dict[str, Option]:
-        """Return all options by name: first those of the network, then those of the mixers."""
+        """Return the declarations of all options by name: those of the network, then those of the mixers."""
         return OPTIONS | declared_options()
 
     def get_classifier(self) -> nn.Module:
@@ -207,19 +205,20 @@ class DAT(nn.Module):
         return self.cls_head
 
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that the mixers exempt from weight decay."""
-        return {name for mixer in self._mixers("no_weight_decay") for name in mixer}
+        """Return the names of the parameters exempt from weight decay: the position biases of the mixers."""
+        return {f"{path}.{name}" for path, names in self._ask_mixers("no_weight_decay") for name in names}
 
     def position_tables(self) -> dict[str, Resize]:
         """Return the resize function of each position table, by name."""
-        return {name: resize for mixer in self._mixers("position_tables") for name, resize in mixer.items()}
+        tables = self._ask_mixers("position_tables")
+        return {f"{path}.{name}": resize for path, functions in tables for name, resize in functions.items()}
 
     def input_convs(self) -> set[str]:
-        """Return the convolutions applied to the image channels."""
+        """Return the names of the convolutions applied to the image."""
         return {"patch_proj.0"}
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the layer that computes the logits.
+        """Replace the classifier by a new one.
 
         Args:
             num_classes: number of logits; 0 removes the layer.
@@ -246,9 +245,9 @@ class DAT(nn.Module):
             stage.use_checkpoint = enable
 
     def set_input_size(self, img_size: int | Sequence[int]) -> None:
-        """Resize the position tables bicubically to another image size.
+        """Resize the position tables bicubically to another image size, for fine-tuning at that size.
 
-        The network accepts any size without this; use it before fine-tuning at another size.
+        Images of other sizes can be processed without this.
 
         Args:
             img_size: height and width in pixels, or both as one number.
@@ -262,9 +261,12 @@ class DAT(nn.Module):
         update_model_input_size(self, size)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Group the parameters into layers, in timm's format: the stem, then every stage or every block.
+        """Return patterns that group the parameters into layers, in timm's format: the stem, then the blocks.
 
-        A downsampling belongs to the first block after it.
+        A downsampling layer belongs to the block that follows it.
+
+        Args:
+            coarse: group by stage instead of by block.
         """
         stem = r"^patch_proj|^stages\.0\.proj"
         down = [(rf"^down_projs\.{i}\.", (i + 1, 0)) for i in range(len(self.down_projs))]
@@ -278,25 +280,25 @@ class DAT(nn.Module):
         ]
         return {"stem": stem, "blocks": [*down, *blocks]}
 
-    def _mixers(self, method: str) -> Iterator[dict[str, Any]]:
-        """Call a method on all mixers that have it and yield the results, with full parameter names."""
+    def _ask_mixers(self, method: str) -> Iterator[tuple[str, Any]]:
+        """Yield the path of each mixer that has a method, and the result of the method."""
         for path, module in self.named_modules():
             if module is not self and hasattr(module, method):
-                answer = getattr(module, method)()
-                values = answer if isinstance(answer, dict) else dict.fromkeys(answer)
-                yield {f"{path}.{name}": value for name, value in values.items()}
+                yield path, getattr(module, method)()
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
         """Compile every mixer and MLP separately, for inputs of fixed size; parameters keep their names.
 
-        Blocks of the same kind and width share code, so this takes a fraction of the time for the whole network.
-        Raises the process's limit of recompilations, `torch._dynamo.config.recompile_limit`, to the number of shapes.
-        Compiled blocks keep the same activations as the plain operations; use ``use_checkpoint`` to save memory.
+        Blocks of the same kind and width share code, so this is much faster than compiling the whole network. Compiled
+        blocks save all activations for the backward pass; use ``use_checkpoint`` to save memory.
+
+        Side effect: raises `torch._dynamo.config.recompile_limit` of the process to at least 64.
 
         Args:
             backend: backend of `torch.compile`.
         """
-        # Modules of one class share the limit: 4 stages, training and evaluation, whole and partial batches.
+        # All modules of a class share the limit, and each shape counts: 4 stages, training and evaluation, full and
+        # partial batches.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for stage in self.stages:
             for module in (*stage.attns, *stage.mlps):
@@ -310,8 +312,8 @@ class DAT(nn.Module):
         return self.cls_norm(self._maps(x, len(self.stages))[-1])
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return the logits of a map of `forward_features`, or with ``pre_logits`` the classifier's input."""
-        # An explicit mean: torch.func.vmap does not support adaptive pooling.
+        """Return logits ``[B, num_classes]`` for a map of `forward_features`, or with ``pre_logits`` the pooled map."""
+        # Not adaptive pooling, which torch.func.vmap does not support.
         x = x.mean(dim=(2, 3)) if self.global_pool.pool_type == "avg" else self.global_pool(x)
         return x if pre_logits else self.cls_head(x)
 
@@ -335,8 +337,11 @@ class DAT(nn.Module):
             intermediates_only: return only the list.
 
         Returns:
-            The result of `forward_features` and the outputs in the order of `indices`. With ``stop_early``, the former
-            is the last computed output.
+            The result of `forward_features` and the outputs in the order of ``indices``. With ``stop_early``, the
+            former is the output of the last stage that was computed.
+
+        Raises:
+            ValueError: ``output_fmt`` is not NCHW, or an image is too small.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt = {output_fmt!r} must be NCHW; permute the maps for another layout")
@@ -350,15 +355,15 @@ class DAT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the modules not needed for the outputs of the given stages.
+        """Remove the modules that the outputs of the given stages do not need.
 
         Args:
             indices: stage indices, as in `forward_intermediates`.
-            prune_norm: also remove the classifier's norm; it is always removed with the last stage.
-            prune_head: also remove pooling and classifier; they are always removed with the last stage.
+            prune_norm: also remove the classifier's norm; always removed if the last stage is.
+            prune_head: also remove pooling and classifier; always removed if the last stage is.
 
         Returns:
-            The indices, counted from the first stage.
+            The indices as numbers from 0.
         """
         take, last = feature_take_indices(len(self.stages), indices)
         cut = last + 1 < len(self.stages)
@@ -392,7 +397,7 @@ def _check_image(img_size: int | Sequence[int], *, smallest: int) -> None:
 
 
 def _check_stem(values: dict[str, Any]) -> None:
-    """Check that the last map is not empty and that the stem can be built."""
+    """Check that the last map has at least one pixel and that the stem can be built."""
     patch_size, dim_stem = values["patch_size"], values["dim_stem"]
     _check_image(values["img_size"], smallest=patch_size << (NUM_STAGES - 1))
     if values["use_conv_patches"] and (patch_size % 2 or dim_stem % 2):

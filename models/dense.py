@@ -1,11 +1,19 @@
-"""Dense prediction networks: heads on a backbone, which implements the trainer's interface."""
+"""The base class of detectors and segmenters, which implements the trainer's interface for the backbone."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from .backbone import DATBackbone, TimmBackbone
-from .contract import TakenOver, compile_parts, input_convs, position_tables, set_epoch, taken_over, undecayed
+from .contract import (
+    ConvertedWeights,
+    compile_parts,
+    convert_weights,
+    input_convs,
+    no_weight_decay,
+    position_tables,
+    set_epoch,
+)
 from .tables import Resize
 
 _PREFIX = "backbone."
@@ -15,7 +23,7 @@ class DenseModel(nn.Module):
     """A detector or segmenter on ``backbone``, see `models.contract`.
 
     Args:
-        backbone: returns maps ``[B, channels[i], H / strides[i], W / strides[i]]``.
+        backbone: maps images to feature maps ``[B, channels[i], H / strides[i], W / strides[i]]``.
     """
 
     def __init__(self, backbone: DATBackbone | TimmBackbone) -> None:
@@ -23,36 +31,36 @@ class DenseModel(nn.Module):
         self.backbone = backbone
 
     def no_weight_decay(self) -> set[str]:
-        """Return the backbone parameters exempt from weight decay."""
-        return {f"{_PREFIX}{name}" for name in undecayed(self.backbone)}
+        """Return the names of the backbone's parameters exempt from weight decay."""
+        return {f"{_PREFIX}{name}" for name in no_weight_decay(self.backbone)}
 
     def position_tables(self) -> dict[str, Resize]:
         """Return the resize function of each position table of the backbone, by name."""
         return {f"{_PREFIX}{name}": resize for name, resize in position_tables(self.backbone).items()}
 
     def input_convs(self) -> set[str]:
-        """Return the convolutions applied to the image channels."""
+        """Return the names of the convolutions applied to the image."""
         return {f"{_PREFIX}{name}" for name in input_convs(self.backbone)}
 
     def set_epoch(self, epoch: int) -> None:
-        """Notify the backbone that an epoch begins."""
+        """Notify the backbone of the start of an epoch, counted from 0."""
         set_epoch(self.backbone, epoch)
 
     def compile_blocks(self) -> None:
-        """Compile the backbone; the heads run on maps of many sizes and are not compiled."""
+        """Compile the backbone. The heads process maps of many sizes and are not compiled."""
         compile_parts(self.backbone)
 
-    def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
-        """Convert the weights of the same network, or only those of the backbone from a classifier or dense network."""
+    def convert_weights(self, weights: dict[str, Tensor]) -> ConvertedWeights:
+        """Convert the weights of the same network, or of the backbone alone: of a classifier or another dense model."""
         heads = {name for name in self.state_dict() if not name.startswith(_PREFIX)}
         if heads <= weights.keys():
-            return TakenOver(weights)
-        inside = {name[len(_PREFIX) :]: value for name, value in weights.items() if name.startswith(_PREFIX)}
-        others = weights.keys() - {f"{_PREFIX}{name}" for name in inside} if inside else set()
-        taken = taken_over(self.backbone, inside or weights)
-        there = _PREFIX if inside else ""
-        return TakenOver(
-            {f"{_PREFIX}{name}": value for name, value in taken.weights.items()},
-            heads | {f"{_PREFIX}{name}" for name in taken.new},
-            others | {f"{there}{name}" for name in taken.unused},
+            return ConvertedWeights(weights)
+        backbone = {name[len(_PREFIX) :]: value for name, value in weights.items() if name.startswith(_PREFIX)}
+        other_heads = {name for name in weights if backbone and not name.startswith(_PREFIX)}
+        source_prefix = _PREFIX if backbone else ""
+        converted = convert_weights(self.backbone, backbone or weights)
+        return ConvertedWeights(
+            {f"{_PREFIX}{name}": value for name, value in converted.weights.items()},
+            heads | {f"{_PREFIX}{name}" for name in converted.new},
+            other_heads | {f"{source_prefix}{name}" for name in converted.unused},
         )

@@ -1,8 +1,8 @@
-"""Checks whether a fused form may replace module calls.
+"""Checks whether a fused operation may replace the calls of modules.
 
-Hooks, adapters, pruning, weight normalisation, quantization and counters of operations take effect when a module is
-called. A form that reads the parameters of modules instead of calling them is used only if the difference cannot be
-observed: the modules are unmodified torch layers with ordinary parameters and nothing attached.
+Hooks, adapters, pruning, weight normalisation, quantization and operation counters take effect when a module is called.
+A fused operation reads the parameters of modules instead. It is used only if the difference cannot be observed: if the
+modules are PyTorch's own, with ordinary parameters and nothing attached.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from torch.nn.modules import module as _torch_module
 
 from .ops.forms import is_transformed
 
-_LAYERS = (nn.Conv2d, nn.Linear, nn.Sequential, nn.Dropout)  # a parametrized layer has a class of its own
-_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # quantized and distributed parameters have classes of their own
+_LAYERS = (nn.Conv2d, nn.Linear, nn.Sequential, nn.Dropout)  # parametrized layers have other classes
+_TENSORS = (nn.Parameter, Tensor, FakeTensor)  # quantized and distributed parameters have other classes
 
 
 def may_fuse(*layers: nn.Module) -> bool:
-    """Return whether reading the parameters of these layers is equivalent to calling them."""
+    """Return whether using the parameters of layers is equivalent to calling the layers."""
     watched = (
         _torch_module._global_forward_pre_hooks
         or _torch_module._global_forward_hooks
@@ -37,7 +37,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def is_pointwise(conv: nn.Conv2d) -> bool:
-    """Return whether a layer is a plain 1x1 convolution: stride 1, no padding, no groups."""
+    """Return whether a layer is a 1x1 convolution with stride 1, without padding and groups."""
     return (
         type(conv) is nn.Conv2d
         and conv.kernel_size == (1, 1)
@@ -49,7 +49,7 @@ def is_pointwise(conv: nn.Conv2d) -> bool:
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
-    """Return whether a layer is a depthwise convolution with a bias that keeps the size."""
+    """Return whether a layer is a depthwise convolution with a bias that keeps the size of the map."""
     return (
         type(conv) is nn.Conv2d
         and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[1] // 2)

@@ -1,6 +1,6 @@
-"""Backbones for Hugging Face transformers; importing this module registers them with `AutoConfig` and `AutoBackbone`.
+"""Backbones for Hugging Face transformers, registered with `AutoConfig` and `AutoBackbone` by importing this module.
 
-Pass the config to transformers' detectors and segmenters as their ``backbone_config``.
+The detectors and segmenters of transformers take the config as ``backbone_config``.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ class DATConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of a `DATBackbone`.
 
     Args:
-        architecture: a name of `models.registry`, such as ``dat_tiny``.
-        options: options of `models.dat.DAT` that override it. The config, also when saved, holds the complete options.
-        out_features: names of the returned maps, some of ``stage1`` to ``stage4``; the last by default.
-        out_indices: the same as indices, from 0.
+        architecture: name of a published model, such as ``dat_tiny``, see `models.registry`.
+        options: options of `models.dat.DAT` that replace those of the architecture. The config then holds, and saves,
+            the options of both.
+        out_features: names of the returned maps, from ``stage1`` to ``stage4``; the last one by default.
+        out_indices: the same as indices from 0.
     """
 
     model_type = "dat"
@@ -47,9 +48,9 @@ class DATConfig(BackboneConfigMixin, PreTrainedConfig):
 
 
 class DATBackbone(BackboneMixin, PreTrainedModel):
-    """A `models.backbone.DATBackbone`, with a layer norm for each returned map, as a backbone of transformers.
+    """A `models.backbone.DATBackbone` with the interface of transformers' backbones.
 
-    Weights of a classifier are loaded into ``backbone`` by `models.weights.adapt`.
+    To start from the weights of a classifier, load them into the attribute ``backbone`` with `models.weights.adapt`.
     """
 
     config_class = DATConfig
@@ -59,13 +60,12 @@ class DATBackbone(BackboneMixin, PreTrainedModel):
 
     def __init__(self, config: DATConfig) -> None:
         super().__init__(config)
-        taken = [i % NUM_STAGES for i in config.out_indices]
         self.num_features = list(config.options["dims"])
-        self.backbone = backbone.DATBackbone(**config.options, out_indices=taken)
+        self.backbone = backbone.DATBackbone(**config.options, out_indices=config.out_indices)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise norms missing from a file; all other modules initialise themselves."""
+        """Initialise norms that a file does not contain; all other modules initialise themselves."""
         if isinstance(module, nn.LayerNorm):
             super()._init_weights(module)
 
@@ -75,7 +75,7 @@ class DATBackbone(BackboneMixin, PreTrainedModel):
 
         Args:
             pixel_values: images.
-            output_hidden_states: also return the outputs of all stages up to the last map, without norms.
+            output_hidden_states: also return the outputs, before the norms, of all stages up to the last returned map.
         """
         stages = self.backbone.forward_intermediates(pixel_values, intermediates_only=True)
         maps = tuple(self.backbone.norms[i](stages[i]) for i in self.backbone.out_indices)

@@ -1,10 +1,10 @@
-"""Layers shared by every stage.
+"""Layers shared by all stages.
 
-Maps between modules are logical ``[B, C, H, W]`` tensors in channels-last memory, so that ``permute(0, 2, 3, 1)`` is a
+Maps between modules have the shape ``[B, C, H, W]`` and channels-last memory, so that ``permute(0, 2, 3, 1)`` is a
 contiguous view whose last axis holds the channels. Norms and 1x1 convolutions work on that view.
 
-Linear layers and convolutions are torch's own. `linear`, `pointwise` and `residual_depthwise` call them or, if
-the difference cannot be observed, use a faster form.
+Linear layers and convolutions are PyTorch's own. `linear`, `pointwise` and `residual_depthwise` call them or, if the
+difference cannot be observed (see `models.fusing`), use a faster operation.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class LayerScale(nn.Module):
 
 
 class WideLinear(nn.Linear):
-    """A linear layer on coordinates ``[..., in]``, computed in at least float32, whatever the autocast."""
+    """A linear layer on coordinates ``[..., in]``, computed in at least float32 even under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -60,7 +60,7 @@ class WideLinear(nn.Linear):
 
 
 class WideConv(nn.Conv2d):
-    """A convolution of a map ``[B, C, H, W]`` to coordinates, computed in at least float32, whatever the autocast."""
+    """A convolution from a map ``[B, C, H, W]`` to coordinates, computed in at least float32 even under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
@@ -77,7 +77,7 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Apply a 1x1 convolution to a map ``[B, C, H, W]``, if possible as a linear layer on the channels."""
+    """Apply a 1x1 convolution to a map ``[B, C, H, W]``, if possible as a matrix product over the channels."""
     if is_pointwise(conv) and may_fuse(conv):
         return multiply(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
     return conv(x)
@@ -109,7 +109,7 @@ class Residual(nn.Module):
         return torch.addcmul(x, branch, branch.new_empty(x.shape[0], 1, 1, 1).bernoulli_(keep).div_(keep))
 
     def extra_repr(self) -> str:
-        """Return the rate, for the printed network."""
+        """Return the rate for the printed representation."""
         return f"rate={self.rate:.3f}"
 
 
@@ -139,12 +139,12 @@ class MLP(nn.Module):
 
 
 class ConvMLP(nn.Module):
-    """An MLP with a depthwise 3x3 convolution and its skip between the two layers (DAT++, section 4.2).
+    """An MLP with a depthwise 3x3 convolution and a skip connection between its layers (DAT++, section 4.2).
 
     Maps ``[B, dim, H, W]`` to ``[B, dim, H, W]``.
 
     Attributes:
-        form: form of the operation, see `models.ops.depthwise`; ``reference`` if something is attached to a layer.
+        form: form of the operation, see `models.ops.depthwise`; not used if something is attached to a layer.
     """
 
     def __init__(self, dim: int, *, expansion: int, drop: float) -> None:

@@ -1,7 +1,7 @@
-"""Options, each declared once: default, type, meaning and check.
+"""Declarations of options: default, type, meaning and check.
 
-Each option is declared next to the code that uses it. Constructor, config, messages and documentation are derived
-from the declaration.
+An option is declared once, next to the code that uses it. Constructors, the config, error messages and the
+documentation are derived from the declaration.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 NUM_STAGES = 4
+OFF = (False,) * NUM_STAGES  # default of a switch per stage
 
 _TYPES = {
     bool: (bool, "true or false"),
@@ -28,8 +29,8 @@ class Check:
     """The allowed values of an option.
 
     Attributes:
-        holds: whether a value, of the right type, is allowed.
-        words: what is allowed, after "must be".
+        holds: returns whether a value of the right type is allowed.
+        words: description of the allowed values, as it follows "must be".
         choices: the allowed values, if they can be listed.
     """
 
@@ -39,7 +40,7 @@ class Check:
 
 
 def at_least(smallest: float) -> Check:
-    """Return the check that a number is not below ``smallest``."""
+    """Return the check that a number is at least ``smallest``."""
     return Check(lambda value: value >= smallest, f"at least {smallest}")
 
 
@@ -59,12 +60,12 @@ def share() -> Check:
 
 
 def rate() -> Check:
-    """Return the check of a probability of dropping something, which cannot be 1."""
+    """Return the check of a dropout probability, which cannot be 1."""
     return Check(lambda value: 0 <= value < 1, "a number in [0, 1)")
 
 
 def odd() -> Check:
-    """Return the check of a kernel or window that has a pixel at its centre."""
+    """Return the check that a kernel or window size is positive and odd."""
     return Check(lambda value: value >= 1 and value % 2 == 1, "odd")
 
 
@@ -78,10 +79,10 @@ class Option:
     """An option.
 
     Attributes:
-        default: default value; also determines the type.
+        default: default value, which also determines the type.
         meaning: one or two sentences for the documentation.
-        check: allowed values, or None for all values of the type.
-        also_list: also accept a list of values.
+        check: allowed values; None allows all values of the type.
+        also_list: whether a list of such values is also accepted.
     """
 
     default: Any
@@ -95,26 +96,28 @@ class StageOption(Option):
     """An option with one entry per stage.
 
     Attributes:
-        each: allowed entries in stages that use the option.
+        each: allowed entries, checked only in stages that use the option.
     """
 
     each: Check | None = None
 
 
 class DeclaredSignature:
-    """Shows the options that a class declares as its keyword-only arguments, to `inspect.signature` and `help`."""
+    """Descriptor for ``__signature__``: `inspect.signature` and `help` show a class's options as keyword arguments."""
 
     def __get__(self, instance: object, owner: Any) -> inspect.Signature:
         if instance is not None:
             raise AttributeError("__signature__")
         kind = inspect.Parameter.KEYWORD_ONLY
         declared = [inspect.Parameter(name, kind, default=o.default) for name, o in owner.options().items()]
-        written = inspect.signature(owner.__init__).parameters.values()
-        return inspect.Signature([*declared, *(parameter for parameter in written if parameter.kind is kind)])
+        others = inspect.signature(owner.__init__).parameters.values()
+        return inspect.Signature([*declared, *(parameter for parameter in others if parameter.kind is kind)])
 
 
 def complete(given: Mapping[str, Any], declared: Mapping[str, Option]) -> dict[str, Any]:
-    """Return the values of all declared options, and check those that do not depend on a stage.
+    """Return the values of all declared options: the given ones, otherwise the defaults.
+
+    Entries of a `StageOption` are checked by `split_stages`, all other values here.
 
     Raises:
         TypeError: an option is unknown.
@@ -150,10 +153,10 @@ class StageOptions:
     """The options of one stage: ``stage["dims"]`` is its own entry, ``stage["coordinates"]`` is shared by all stages.
 
     Attributes:
-        index: number of the stage.
-        map_size: native height and width of its map.
-        letters: letter of each block.
-        values: value of every option by name.
+        index: index of the stage, from 0.
+        map_size: native height and width of its map in pixels.
+        letters: letters of its blocks, in order.
+        values: values of all options by name.
         lists: names of the options with one entry per stage.
     """
 
@@ -167,23 +170,23 @@ class StageOptions:
         return self.values[name]
 
     def show(self, name: str) -> str:
-        """Return an option as the user wrote it, for example ``heads[2] = 5``."""
+        """Return an option and its value for a message, for example ``heads[2] = 5``."""
         return f"{name}[{self.index}] = {self[name]!r}" if name in self.lists else f"{name} = {self[name]!r}"
 
     def require(self, name: str, check: Check) -> None:
-        """Raise a ValueError unless a check holds for an option."""
+        """Raise a ValueError if a check fails for an option."""
         if not check.holds(self[name]):
             raise ValueError(f"{self.show(name)} must be {check.words} for the blocks {self.letters!r}")
 
     def divides(self, divisor: str, number: str, *, factor: int = 1) -> None:
-        """Raise a ValueError unless one option, ``factor`` times, divides another."""
+        """Raise a ValueError unless ``factor`` times the first option divides the second."""
         self.require(divisor, at_least(1))
         if self[number] % (factor * self[divisor]):
             times = f"{factor} times " if factor > 1 else ""
             raise ValueError(f"{times}{self.show(divisor)} does not divide {self.show(number)}; change one of them")
 
     def at_most_one(self, *names: str, of: str) -> None:
-        """Raise a ValueError if more than one of several switches is on."""
+        """Raise a ValueError if more than one of some switches is on; ``of`` names what they choose from."""
         chosen = [self.show(name) for name in names if self[name]]
         if len(chosen) > 1:
             raise ValueError(f"{' and '.join(chosen)} exclude each other; choose one {of}")
@@ -192,15 +195,15 @@ class StageOptions:
 def split_stages(
     values: Mapping[str, Any], declared: Mapping[str, Option], *, map_size: tuple[int, int]
 ) -> list[StageOptions]:
-    """Split completed options into those of the four stages, and check the type of every entry.
+    """Split options into those of the four stages, and check the type of every entry.
 
     Args:
-        values: from `complete`; ``stage_spec`` holds strings (``"ND"``) or lists of letters.
-        declared: the options.
-        map_size: native size of the first stage's map; it halves from stage to stage.
+        values: values of all options, from `complete`; ``stage_spec`` holds strings (``"ND"``) or lists of letters.
+        declared: declarations of the options.
+        map_size: native size of the first stage's map, which halves from stage to stage.
 
     Raises:
-        ValueError: an entry has the wrong type, or the number of letters of a stage differs from its number of blocks.
+        ValueError: an entry has the wrong type, or a stage does not have one letter per block.
     """
     lists = {name: option for name, option in declared.items() if isinstance(option, StageOption)}
     stages = []
@@ -227,7 +230,7 @@ def _letters(spec: Sequence, index: int) -> str:
 
 
 def as_table(options: Mapping[str, Option]) -> str:
-    """Return options as a table for the documentation."""
+    """Return options as a Markdown table for the documentation."""
     rows = ["| option | default | meaning |", "|---|---|---|"]
     for name, option in options.items():
         check = getattr(option, "each", None) or option.check

@@ -1,7 +1,8 @@
 """The published models, registered with timm: ``timm.create_model("dat_tiny.in1k")``.
 
-A name consists of the architecture and, after the dot, the data and image size of the published weights. Each name is
-defined by a YAML file in ``configs/``. Importing this module registers all names; `torch.hub` uses ``hubconf.py``.
+A name consists of the architecture and, after the dot, a tag for the data and image size of the published weights. A
+YAML file in ``configs/`` defines each model. Importing this module registers all names; ``hubconf.py`` does so for
+`torch.hub`.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ PAPERS = {
     True: ("arXiv:2201.00520", "Vision Transformer with Deformable Attention"),
 }
 EVALUATION = {"CROP": True, "CROP_RATIO": 0.875}  # the defaults of `config`
-# In an installed package the configs are next to this file, in the repository next to its folder.
+# The configs are next to this file in an installed package, and next to its folder in the repository.
 _HERE = Path(__file__).resolve().parent
 FOLDER = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 
-# The published files contain a yacs `CfgNode`; reading it as a plain dict executes no code.
+# The published files contain a yacs `CfgNode`. It is read as a plain dict, which executes no code.
 torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 
 @cache
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the options that a published config and the file under its ``BASE`` set, in sections."""
+    """Return the options of a config file and of its ``BASE`` file, as nested sections."""
     loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     base = loaded.pop("BASE", None)
     return _merged(read_config(path.parent / base), loaded) if base else loaded
@@ -60,10 +61,10 @@ def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_options(name: str) -> dict[str, Any]:
-    """Return the options of `DAT` for a name; stochastic depth, part of the recipe, is left at 0.
+    """Return the options of `DAT` for a published model, without stochastic depth, which belongs to the recipe.
 
     Args:
-        name: model name with its tag; without a tag, the first one is used.
+        name: name of the model, with or without a tag; without, its first tag in `CONFIGS` is used.
 
     Raises:
         ValueError: there is no such name.
@@ -99,9 +100,9 @@ default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in CONFI
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Convert weights for `model`: a published file, a checkpoint of the trainer, or their ``model`` entry.
+    """Return the weights of a published file, a checkpoint of the trainer, or a state dict, adapted to ``model``.
 
-    Position tables are resized to those of the model. timm itself handles other numbers of classes and channels.
+    Position tables are resized. timm itself handles other numbers of classes and image channels.
     """
     return fit_tables(state_dict.get("model", state_dict), model)
 
@@ -136,8 +137,8 @@ def _entrypoint(variant: str) -> Callable[..., nn.Module]:
     create.__doc__ = f"""Return the network of {" or ".join(files)}, a `DAT`.
 
     Args:
-        pretrained: load the weights that ``pretrained_cfg_overlay={{"file": PATH}}`` names.
-        **arguments: those of `timm.create_model`, and options of `DAT` that differ from the file's.
+        pretrained: load the weights that are given as ``pretrained_cfg_overlay={{"file": PATH}}``.
+        **arguments: arguments of `timm.create_model`, and options of `DAT` that replace those of the config.
     """
     return create
 

@@ -1,7 +1,7 @@
 """Resizing position tables to other image or window sizes.
 
-A mixer's `position_tables` returns the resize function of each of its tables. The function takes the table and the
-target shape, and returns a table of that shape, or of a different shape if this is not possible.
+A mixer's method ``position_tables`` returns a resize function for each of its tables. The function takes a table and a
+target shape, and returns the resized table, or a table of another shape if resizing is not possible.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ Resize = Callable[[Tensor, torch.Size], Tensor]
 
 
 def between_corners(table: Tensor, shape: torch.Size) -> Tensor:
-    """Resize a table ``[heads, 2*H-1, 2*W-1]`` that is sampled from corner to corner, whatever the map.
+    """Resize a table ``[heads, 2*H-1, 2*W-1]`` that is sampled at positions relative to its corners.
 
-    Interpolating between its corner centres preserves the function.
+    The corners stay aligned, so the resized table represents the same function of position.
     """
-    if table.shape[1] % 2 == 0 or table.shape[2] % 2 == 0:  # one value per query and key
+    if table.shape[1] % 2 == 0 or table.shape[2] % 2 == 0:  # another kind of table, with a value per query and key
         return table
     return _bicubic(table, shape[1:], align_corners=True)
 
 
 def by_cells(table: Tensor, shape: torch.Size) -> Tensor:
-    """Resize a table ``[heads, rows, columns]`` of one value per displacement."""
+    """Resize a table ``[heads, rows, columns]`` with one value per displacement in pixels."""
     return _bicubic(table, shape[1:])
 
 
 def square_along(axis: int) -> Resize:
-    """Return the function that resizes a table whose ``axis`` lists the cells of a square."""
+    """Return the function that resizes a table whose ``axis`` is a flattened square."""
 
     def resize(table: Tensor, shape: torch.Size) -> Tensor:
         side = isqrt(shape[axis])
@@ -42,7 +42,7 @@ def square_along(axis: int) -> Resize:
 
 
 def per_query_and_key(queries: tuple[int, int], keys: tuple[int, int]) -> Resize:
-    """Return the function that resizes ``[heads, H*W, Hk*Wk]`` to these grids of queries and keys."""
+    """Return the function that resizes a table ``[heads, H*W, Hk*Wk]`` to other grids of queries and keys."""
 
     def resize(table: Tensor, shape: torch.Size) -> Tensor:  # noqa: ARG001
         return _resize_axis(_resize_axis(table, 1, queries), 2, keys)
@@ -51,9 +51,9 @@ def per_query_and_key(queries: tuple[int, int], keys: tuple[int, int]) -> Resize
 
 
 def _resize_axis(table: Tensor, axis: int, grid: tuple[int, int]) -> Tensor:
-    """Resize a grid flattened along an axis, from a square or else from a grid of the same aspect ratio.
+    """Resize a grid that is flattened along an axis: a square, or else a grid with the aspect ratio of the target.
 
-    An axis that is neither is left unchanged.
+    Other axes are not changed.
     """
     cells = table.shape[axis]
     height = isqrt(cells)
@@ -66,7 +66,7 @@ def _resize_axis(table: Tensor, axis: int, grid: tuple[int, int]) -> Tensor:
 
 
 def _bicubic(grids: Tensor, size: tuple[int, int], *, align_corners: bool = False) -> Tensor:
-    """Resize the last two axes, aligned at the edges of the corner cells or, with `align_corners`, at their centres."""
+    """Resize the last two axes, in float32, and return the dtype of the input."""
     flat = grids.reshape(1, -1, *grids.shape[-2:]).float()
     resized = F.interpolate(flat, tuple(size), mode="bicubic", align_corners=align_corners)
     return resized.reshape(*grids.shape[:-2], *size).to(grids.dtype)

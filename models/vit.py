@@ -14,76 +14,90 @@ from .attention.disentangled import DisentangledAttention, DisentangledPerformer
 from .attention.patch_deformable import PatchDeformableAttention
 from .attention.performer import PerformerAttention
 from .attention.tokens import SoftmaxAttention
-from .contract import TakenOver
+from .contract import ConvertedWeights
 from .ops.locality import KINDS, Window
 from .ops.random_features import KINDS as FEATURES
 from .options import DeclaredSignature, Option, at_least, complete, not_negative, one_of, positive, share
 
 ATTENTIONS = ("softmax", "performer", "disentangled", "disentangled_performer", "deformable")
 LOCALITIES = ("none", *KINDS)
-INITS = {"timm": "", "jax": "jax"}  # timm's names
+INITS = {"timm": "", "jax": "jax"}  # timm's names of the initialisations
 OPTIONS = {
-    "patch_size": Option(4, "Pixels per patch on each axis.", at_least(1)),
-    "num_classes": Option(10, "Size of the logits; 0 for a network without a head.", at_least(0)),
+    "patch_size": Option(4, "Side of a patch in pixels.", at_least(1)),
+    "num_classes": Option(10, "Number of classes; 0: no classifier, the output is the features.", at_least(0)),
     "embed_dim": Option(384, "Channels.", at_least(1)),
     "depth": Option(4, "Number of blocks.", at_least(1)),
     "num_heads": Option(6, "Attention heads.", at_least(1)),
     "mlp_ratio": Option(4.0, "Hidden channels of the MLPs, as a multiple of `embed_dim`.", positive()),
     "global_pool": Option(
         "token",
-        "Classify by a class token, or by the mean of the patches, without a class token.",
+        "Classify a class token (`token`), or the mean of the patches, without a class token (`avg`).",
         one_of("token", "avg"),
     ),
     "drop_rate": Option(0.1, "Dropout rate of tokens, projections and MLPs.", share()),
     "attn_drop_rate": Option(
         0.0, "Probability of dropping an attention weight; `softmax` and `disentangled` only.", share()
     ),
-    "drop_path_rate": Option(0.0, "Stochastic-depth rate of the last block; rises linearly from 0.", share()),
+    "drop_path_rate": Option(
+        0.0, "Stochastic-depth rate of the last block; increases linearly from 0 in the first.", share()
+    ),
     "weight_init": Option(
         "timm",
-        "First weights of linear layers. `timm`: normal, of standard deviation 0.02. `jax`: by the number of channels "
-        "(Xavier), as in the original code; narrow networks learn much faster from these.",
+        "Initialisation of linear layers. `timm`: normal distribution with standard deviation 0.02. `jax`: Xavier, as "
+        "in the original code; narrow networks learn much faster with it.",
         one_of(*INITS),
     ),
-    "attention": Option("softmax", "What mixes the tokens.", one_of(*ATTENTIONS)),
+    "attention": Option("softmax", "Attention of the blocks.", one_of(*ATTENTIONS)),
     "num_features": Option(
         0,
         "Random features per head of the Performers; 0 for d ln d, with d channels per head.",
         not_negative(),
     ),
-    "feature_kind": Option("positive", "`positive` approximates softmax, `relu` does not.", one_of(*FEATURES)),
+    "feature_kind": Option(
+        "positive", "Random features: `positive` ones approximate softmax, `relu` ones do not.", one_of(*FEATURES)
+    ),
     "redraw_epochs": Option(
         1, "Interval in epochs at which the Performers redraw their features; 0 for never.", not_negative()
     ),
     "span": Option(
         4,
-        "Largest displacement in patches with its own relative position, for disentangled attention.",
+        "Largest displacement in patches with its own position embedding, for disentangled attention.",
         at_least(1),
     ),
     "points": Option(4, "Sampling points per head and grid of `deformable`.", at_least(1)),
-    "scales": Option(1, "Grids of `deformable`, each half as large as the previous one.", at_least(1)),
+    "scales": Option(1, "Number of grids of `deformable`, each half as large as the previous one.", at_least(1)),
     "locality": Option(
         "none",
-        "Window around each patch in the first epochs: in the order of the tokens, or in the plane.",
+        "Window around each patch in the first epochs: `sequence` in the order of the tokens, `box` in the plane.",
         one_of(*LOCALITIES),
     ),
-    "locality_reach": Option((8, 12, 18, 20), "Reach of the successive windows to each side, in patches."),
+    "locality_reach": Option((8, 12, 18, 20), "Reach of each successive window to each side, in patches."),
     "locality_epochs": Option(
-        (5, 10, 15, 20), "The epoch before which each window ends; no window is used after the last."
+        (5, 10, 15, 20), "First epoch, from 0, without each window; there is no window after the last."
     ),
 }
-# Options that timm's network takes under the same names.
-OF_TIMM = ("patch_size", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio", "global_pool", "drop_path_rate")
-OF_OUR_ATTENTIONS = re.compile(r"\.attn\.(random|relative|sampling_offsets|attention_weights)\.")
+# Options that timm's Vision Transformer has under the same names.
+TIMM_OPTIONS = (
+    "patch_size",
+    "num_classes",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "global_pool",
+    "drop_path_rate",
+)
+# Entries that timm's attention does not have.
+NEW_ENTRIES = re.compile(r"\.attn\.(random|relative|sampling_offsets|attention_weights)\.")
 
 
 class VisionTransformer(timm_vit.VisionTransformer):
     """timm's Vision Transformer (arXiv 2010.11929) with configurable attention in its blocks.
 
     Args:
-        img_size: height and width of the images, or their side.
-        use_checkpoint: recompute the activations of each block in the backward pass instead of keeping them.
-        **options: by keyword; `options` declares them, and ``docs/family.md`` lists them.
+        img_size: height and width of the images in pixels, or one number for both.
+        use_checkpoint: recompute the activations of each block in the backward pass instead of saving them.
+        **options: `options` declares them, and ``docs/family.md`` lists them.
 
     Raises:
         TypeError: an option is unknown.
@@ -103,7 +117,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
             class_token=values["global_pool"] == "token",
             pos_drop_rate=drop_rate,
             proj_drop_rate=drop_rate,
-            **{name: values[name] for name in OF_TIMM},
+            **{name: values[name] for name in TIMM_OPTIONS},
         )
         self.locality = values["locality"]
         self.schedule = list(zip(values["locality_epochs"], values["locality_reach"], strict=True))
@@ -111,7 +125,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
         grid, prefix = self.patch_embed.grid_size, self.num_prefix_tokens
         random = {name: values[name] for name in ("num_features", "feature_kind", "redraw_epochs")}
         span, attn_drop = values["span"], values["attn_drop_rate"]
-        makers: dict[str, Callable[..., nn.Module]] = {
+        build: dict[str, Callable[..., nn.Module]] = {
             "softmax": partial(SoftmaxAttention, attn_drop=attn_drop),
             "performer": partial(PerformerAttention, **random),
             "disentangled": partial(DisentangledAttention, span=span, attn_drop=attn_drop),
@@ -119,43 +133,41 @@ class VisionTransformer(timm_vit.VisionTransformer):
             "deformable": partial(PatchDeformableAttention, points=values["points"], scales=values["scales"]),
         }
         for block in self.blocks:
-            block.attn = makers[attention](embed_dim, heads=num_heads, grid=grid, prefix=prefix, proj_drop=drop_rate)
-            if attention != "deformable":  # which has its own initialisation
+            block.attn = build[attention](embed_dim, heads=num_heads, grid=grid, prefix=prefix, proj_drop=drop_rate)
+            if attention != "deformable":  # it has its own initialisation
                 block.attn.apply(timm_vit.get_init_weights_vit(weight_init, needs_reset=False))
 
     @staticmethod
     def options() -> dict[str, Option]:
-        """Return the config options by name, without image size and checkpointing, which are set elsewhere."""
+        """Return the declarations of all options by name, except image size and checkpointing."""
         return OPTIONS
 
     def window_at(self, epoch: int) -> Window | None:
-        """Return the window of a patch in an epoch, counted from 0, or None for all patches."""
+        """Return the window around a patch in an epoch, counted from 0, or None if there is none."""
         if self.locality == "none":
             return None
         return next((Window(self.locality, reach) for end, reach in self.schedule if epoch < end), None)
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the window and random features of an epoch, counted from 0.
+        """Set the window and the random features for an epoch, counted from 0.
 
-        The result depends only on the epoch, so a resumed run matches an uninterrupted one.
+        They depend only on the epoch, so a resumed run is the same as an uninterrupted one.
         """
         for block in self.blocks:
             block.attn.window = self.window_at(epoch)
             block.attn.set_epoch(epoch)
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the embeddings and tables exempt from weight decay."""
+        """Return the names of the embeddings exempt from weight decay."""
         tables = {name for name, _ in self.named_parameters() if name.endswith(".relative.table")}
         return super().no_weight_decay() | tables
 
-    def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
-        """Convert weights of a timm Vision Transformer, or of another `VisionTransformer`, to the names of this one.
+    def convert_weights(self, weights: dict[str, Tensor]) -> ConvertedWeights:
+        """Convert weights of timm's Vision Transformer, or of another `VisionTransformer`, to the names of this one.
 
-        Patch and position embeddings are resized to its grid. Value and output projections of ``deformable`` are
-        initialised from softmax attention.
-
-        Tables of relative positions, directions of random features, and sampling offsets and weights of ``deformable``
-        are new.
+        Patch and position embeddings are resized. ``deformable`` takes the value and output projections of softmax
+        attention. Embeddings of relative positions, random features, and the sampling offsets and attention weights of
+        ``deformable`` are newly initialised.
         """
         weights = timm_vit.checkpoint_filter_fn(dict(weights), self)
         if isinstance(self.blocks[0].attn, PatchDeformableAttention):
@@ -163,15 +175,15 @@ class VisionTransformer(timm_vit.VisionTransformer):
                 weights[name.replace("qkv", "value_proj")] = weights.pop(name).chunk(3)[2]
             weights = {name.replace(".attn.proj.", ".attn.output_proj."): x for name, x in weights.items()}
         missing = self.state_dict().keys() - weights.keys()
-        return TakenOver(weights, {name for name in missing if OF_OUR_ATTENTIONS.search(name)})
+        return ConvertedWeights(weights, {name for name in missing if NEW_ENTRIES.search(name)})
 
     def set_input_size(self, *_: Any, **__: Any) -> None:
-        """Not supported, as attentions are built for a fixed grid; build another network and convert the weights."""
-        raise ValueError("the grid of patches is fixed; build a network of the new img_size and take over the weights")
+        """Raise a ValueError: the attentions are built for a fixed grid."""
+        raise ValueError("the grid of patches is fixed; build a network with the new img_size and load the weights")
 
 
 def _check(values: dict[str, Any]) -> None:
-    """Check the options that depend on each other."""
+    """Check options that depend on each other, and lists."""
     embed_dim, num_heads, attention = (values[name] for name in ("embed_dim", "num_heads", "attention"))
     if embed_dim % num_heads:
         raise ValueError(f"embed_dim = {embed_dim} is not divisible by num_heads = {num_heads}; change one of them")

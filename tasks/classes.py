@@ -40,7 +40,7 @@ def labels_of(classes: Sequence[str], known: Sequence[str], number: int, class_m
 
 def _find(classes: Sequence[str], known: Sequence[str], number: int, class_map: str) -> tuple[list[int], str]:
     if class_map:
-        return read_class_map(Path(class_map), there=number, classes=classes, names=known), f"by {class_map}"
+        return read_class_map(Path(class_map), num_classes=number, classes=classes, names=known), f"by {class_map}"
     if known:
         labels = find_labels(classes, known)
         unknown = [name for name in classes if name not in set(known)]

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from config import load_config
 from lr_scheduler import build_scheduler, learning_rates
 from models import build_model
-from models.contract import undecayed
+from models.contract import no_weight_decay
 from optimizer import (
     OPTIMIZERS,
     build_optimizer,
@@ -38,7 +38,7 @@ def test_the_published_parameters_are_not_decayed(name: str) -> None:
     config = load_config(f"configs/{name}.yaml")
     with torch.device("meta"):
         model = build_model(config)
-    exceptions = undecayed(model)
+    exceptions = no_weight_decay(model)
     kept = [name for name, value in model.named_parameters() if not decays(name, value, exceptions)]
     assert sorted(kept) == sorted(RECIPE[name]["no_decay"])
     groups = build_optimizer(config, model, 1).param_groups
@@ -51,7 +51,7 @@ def test_tables_of_windows_are_not_decayed_and_frozen_weights_are_left_out() -> 
         model = build_model(load_config("configs/cvpr22/dat_tiny.yaml"))
     tables = [name for name, _ in model.named_parameters() if name.endswith("relative_position_bias_table")]
     assert tables
-    assert not any(decays(name, dict(model.named_parameters())[name], undecayed(model)) for name in tables)
+    assert not any(decays(name, dict(model.named_parameters())[name], no_weight_decay(model)) for name in tables)
     model.cls_head.requires_grad_(False)
     groups = build_optimizer(load_config("configs/cvpr22/dat_tiny.yaml"), model, 1).param_groups
     trained = sum(parameter.requires_grad for parameter in model.parameters())

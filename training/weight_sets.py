@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.contract import takes_over
+from models.contract import converts_weights
 
 # Sets of weights in a file: raw, and their exponential moving average.
 RAW, EMA = "raw", "ema"
@@ -96,7 +96,7 @@ def pick_weights(checkpoint: dict[str, Any], path: str | Path, network: nn.Modul
     best = max(one.found for one in candidates)
     if best >= _RECOGNISED * len(names):
         sets = [one for one in candidates if one.found >= _ALTERNATIVE * best]
-    elif not takes_over(network):
+    elif not converts_weights(network):
         raise ValueError(
             f"{path} contains no weights of this architecture, which has names such as {next(iter(names))}; it "
             f"contains {layout(checkpoint)}"

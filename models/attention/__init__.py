@@ -1,6 +1,6 @@
-"""The mixers of a stage, by the letter that names them in ``stage_spec``.
+"""The token mixers, each of which ``stage_spec`` names by a letter.
 
-A mixer maps ``[B, C, H, W]`` to ``[B, C, H, W]``. To add one, write a file that registers its letter, see `letters`,
+A mixer maps ``[B, C, H, W]`` to ``[B, C, H, W]``. To add one, write a module that registers its letter (see `letters`)
 and import it here.
 """
 

@@ -1,4 +1,4 @@
-"""The depthwise convolution of a ConvNeXt block (arXiv 2201.03545), the letter X."""
+"""The depthwise convolution of a ConvNeXt block (arXiv 2201.03545), letter X."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ register(
         build=_build,
         options={"window_sizes": WINDOW_SIZES},
         check=lambda stage: stage.require("window_sizes", odd()),
-        lone=True,
+        single_residual=True,
     ),
 )

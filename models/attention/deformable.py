@@ -1,8 +1,9 @@
-"""Deformable attention (DAT, arXiv 2201.00520; DAT++, arXiv 2309.01430), the letter D."""
+"""Deformable attention (DAT, arXiv 2201.00520; DAT++, arXiv 2309.01430), letter D."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,47 +15,49 @@ from torch.utils.checkpoint import checkpoint
 from ..fusing import may_fuse
 from ..layers import LayerNorm, WideConv, WideLinear, as_pair, pointwise
 from ..ops.deformable import attention, deformable_attention
-from ..ops.forms import is_checkpointed, needs_plain_operations, without_autocast
+from ..ops.forms import is_checkpointed, needs_plain_operations
 from ..ops.grids import COORDINATES, query_grid, reference_points
 from ..ops.position_bias import fixed_bias, log_continuous_bias, table_bias
-from ..ops.precision import at_least_float32
+from ..ops.precision import at_least_float32, autocast_disabled
 from ..ops.sampling import sample
-from ..options import Option, StageOption, StageOptions, at_least, one_of
+from ..options import OFF, Option, StageOption, StageOptions, at_least, one_of
 from ..tables import Resize, between_corners, per_query_and_key
 from .letters import Mixer, register
 
 Size = tuple[int, int]
 
-NOWHERE = (False, False, False, False)
 OPTIONS = {
-    "groups": StageOption((1, 1, 3, 6), "Groups of channels of D that share their offsets.", each=at_least(1)),
-    "strides": StageOption((1, 1, 1, 1), "Pixels per key of D on each axis.", each=at_least(1)),
-    "ksizes": StageOption((9, 7, 5, 3), "Kernel of the offset network of D.", each=at_least(1)),
+    "groups": StageOption((1, 1, 3, 6), "Offset groups of D; the channels of a group share offsets.", each=at_least(1)),
+    "strides": StageOption((1, 1, 1, 1), "Stride of the offset network of D: pixels per key.", each=at_least(1)),
+    "ksizes": StageOption((9, 7, 5, 3), "Kernel size of the offset network of D.", each=at_least(1)),
     "offset_range_factor": StageOption(
-        (1.0, 2.0, 3.0, 4.0), "Bound of the offsets of D in key cells; negative: unbounded, positions stay on the map."
+        (1.0, 2.0, 3.0, 4.0),
+        "Largest offset of D in key cells; if negative, offsets are unbounded and positions are limited to the map.",
     ),
-    "no_offs": StageOption(NOWHERE, "D pools the map instead of sampling it at deformed positions."),
-    "use_pes": StageOption(NOWHERE, "Whether D has a position bias; a sampled table unless one of the next is set."),
-    "dwc_pes": StageOption(NOWHERE, "The position bias of D is a depthwise convolution of the queries."),
-    "fixed_pes": StageOption(NOWHERE, "The position bias of D is one value per query and key."),
-    "log_cpb": StageOption(NOWHERE, "The position bias of D is a small network of log-spaced displacements."),
+    "no_offs": StageOption(OFF, "D pools the map instead of sampling it; no offsets and no position bias."),
+    "use_pes": StageOption(OFF, "D has a position bias: a sampled table, unless one of the next three is set."),
+    "dwc_pes": StageOption(OFF, "The position bias of D is a depthwise convolution of the queries."),
+    "fixed_pes": StageOption(OFF, "The position bias of D is a table with one value per query and key."),
+    "log_cpb": StageOption(OFF, "The position bias of D is an MLP of log-spaced displacements."),
     "coordinates": Option(
         "dat++",
-        "Reference points and query grid of D; `cvpr22` for the weights of the first paper.",
+        "Convention of reference points and query grid of D; `cvpr22` for the weights of the CVPR 2022 paper.",
         one_of(*COORDINATES),
     ),
 }
 
-# Number of sampled values per batch, 1 MiB in float32, above which recomputing the keys in the backward pass pays off.
-WORTH_MAKING_ANEW = 1 << 18
+# Sampled values of a batch, 1 MiB in float32, from which on the keys are recomputed in the backward pass.
+RECOMPUTE_FROM = 1 << 18
 
 
 class Deformation(NamedTuple):
-    """Sampling positions and weights of one deformable attention; in (y, x), -1 and +1 are the corner pixel centres.
+    """Sampling positions and attention weights of a deformable attention.
+
+    Positions are (y, x), where -1 and +1 are the centres of the corner pixels.
 
     Attributes:
-        key_size: height and width of the grid of keys, ``Hk * Wk = Ns``.
-        reference: undeformed positions ``[Ns, 2]``.
+        key_size: height and width of the key grid, ``Hk * Wk = Ns``.
+        reference: reference points ``[Ns, 2]``, the positions without offsets.
         positions: sampling positions ``[B, g, Ns, 2]``.
         weights: attention weights ``[B, heads, H*W, Ns]``.
     """
@@ -66,16 +69,16 @@ class Deformation(NamedTuple):
 
 
 class DeformableAttention(nn.Module):
-    """Every pixel attends to keys sampled from the map at positions predicted from the map.
+    """Every pixel attends to keys that are sampled from the map, at positions predicted from the queries.
 
     Args:
         dim: channels C.
         heads: attention heads; divides ``dim``.
         groups: offset groups g; divides ``heads``. Each group samples its C/g channels at its own positions.
-        map_size: native height and width of the map, which sizes the position tables.
+        map_size: native height and width of the map, which determine the size of the position tables.
         stride: pixels per key on each axis.
         kernel_size: kernel of the depthwise convolution of the offset network.
-        offset_range_factor: bound of the offsets in key cells; negative for unbounded ones.
+        offset_range_factor: largest offset in key cells; negative for unbounded offsets.
         use_offsets: False pools the map instead of sampling it.
         position_bias: ``table``, ``log_cpb``, ``fixed``, ``dwc`` or ``none``.
         coordinates: ``dat++`` or ``cvpr22``, see `models.ops.grids`.
@@ -83,9 +86,9 @@ class DeformableAttention(nn.Module):
         proj_drop: dropout rate of the output.
 
     Attributes:
-        form: form of the attention with a table, see `models.ops.deformable`. ``reference`` also samples the map in the
-            plain form and keeps the inputs of the keys; the other forms recompute the keys of larger batches in the
-            backward pass, so weights must not change between forward and backward.
+        form: form of the attention with a table, see `models.ops.deformable`. Unless it is ``reference``, the keys of
+            larger batches are recomputed in the backward pass, so the weights must not change between forward and
+            backward.
     """
 
     def __init__(
@@ -153,8 +156,8 @@ class DeformableAttention(nn.Module):
         """Map ``[B, C, H, W]`` to the same shape."""
         size = x.shape[-2:]
         q = pointwise(self.proj_q, x)
-        if self._makes_keys_anew(x):
-            # Keeps only k, v and positions for the backward: their inputs are cheap to recompute from x and q.
+        if self._recomputes_keys(x):
+            # Saves k, v and positions, but not what they are computed from, which is cheap to recompute from x and q.
             k, v, positions, key_size = checkpoint(self._keys, x, q, use_reentrant=False)
         else:
             k, v, positions, key_size = self._keys(x, q)
@@ -189,7 +192,7 @@ class DeformableAttention(nn.Module):
         return {"rpe_table": between_corners} if self.position_bias == "table" else {}
 
     def set_map_size(self, size: Size) -> None:
-        """Resize the position table to maps of another height and width."""
+        """Resize the position table to maps of another native height and width."""
         self.native_size = size
         for name, resize in self.position_tables().items():
             table = getattr(self, name)
@@ -202,7 +205,7 @@ class DeformableAttention(nn.Module):
 
     @torch.no_grad()
     def inspect(self, x: Tensor) -> Deformation:
-        """Return where the keys of a map ``[B, C, H, W]`` are sampled, and how much each pixel attends to each key."""
+        """Return the sampling positions and attention weights for a map ``[B, C, H, W]``."""
         size = x.shape[-2:]
         q = pointwise(self.proj_q, x)
         samples, positions, key_size = self._sample_keys(x, q)
@@ -215,16 +218,16 @@ class DeformableAttention(nn.Module):
         )
         return Deformation(key_size, reference.flatten(0, 1), positions, weights)
 
-    def _makes_keys_anew(self, x: Tensor) -> bool:
+    def _recomputes_keys(self, x: Tensor) -> bool:
         if needs_plain_operations() or self.form == "reference" or not torch.is_grad_enabled():
             return False
-        if is_checkpointed():  # the block is recomputed anyway; another recomputation gains nothing
+        if is_checkpointed():  # the whole block is recomputed anyway
             return False
         batch, channels, height, width = x.shape
-        return batch * math.prod(self._key_size((height, width))) * channels >= WORTH_MAKING_ANEW
+        return batch * math.prod(self._key_size((height, width))) * channels >= RECOMPUTE_FROM
 
     def _keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Size]:
-        """Return keys and values ``[B, Ns, heads, d]``, their positions ``[B, g, Ns, 2]`` and their grid's size."""
+        """Return keys and values ``[B, Ns, heads, d]``, positions ``[B, g, Ns, 2]`` and the size of the key grid."""
         samples, positions, key_size = self._sample_keys(x, q)
         k, v = (self._split_heads(pointwise(proj, samples)) for proj in (self.proj_k, self.proj_v))
         return k, v, positions, key_size
@@ -233,7 +236,7 @@ class DeformableAttention(nn.Module):
         return x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(-1, (self.heads, -1))  # [B, H*W, heads, d]
 
     def _sample_keys(self, x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Size]:
-        """Return the inputs of the keys, ``[B, C, Hk, Wk]``, positions ``[B, g, Ns, 2]`` and the grid's size."""
+        """Return samples ``[B, C, Hk, Wk]``, positions ``[B, g, Ns, 2]`` and the size of the key grid."""
         if self.use_offsets:
             positions, key_size = self._positions(self._offsets(q))
             form = "reference" if self.form == "reference" else "auto"
@@ -248,31 +251,31 @@ class DeformableAttention(nn.Module):
         return samples, positions, key_size
 
     def _offsets(self, q: Tensor) -> Tensor:
-        """Return the offset network's output ``[B, Hk, Wk, g, 2]``, at least float32, for queries ``[B, C, H, W]``."""
+        """Return the offsets ``[B, Hk, Wk, g, 2]``, unbounded and at least float32, for queries ``[B, C, H, W]``."""
         if not q.is_cpu:
             return self._offset_network(q)
         # In bfloat16, oneDNN's backward of a strided depthwise convolution takes 10 to 40 times as long as in float32,
         # and with an even kernel on a small map it is wrong.
-        with without_autocast("cpu"):
+        with autocast_disabled("cpu"):
             return self._offset_network(q.to(self.conv_offset[0].weight.dtype))
 
     def _offset_network(self, q: Tensor) -> Tensor:
-        """Return the output of `_offsets` in the current autocast.
+        """Return the output of the offset network, ``[B, Hk, Wk, g, 2]``, for queries ``[B, C, H, W]``.
 
-        The groups share the network. Its depthwise convolution runs on all of them at once; after that, the
-        groups are additional columns of the map.
+        The groups share the network. Its depthwise convolution runs on all groups at once; after it, they become
+        additional columns of the map.
         """
         conv, *rest = self.conv_offset
         height, width = q.shape[-2:]
         (kernel, _), (padding, _) = conv.kernel_size, conv.padding
         smallest = kernel - 2 * padding
-        if min(height, width) < smallest:  # zero padding would still copy the map
+        if min(height, width) < smallest:  # F.pad would copy the map even without padding
             q = F.pad(q, (0, max(smallest - width, 0), 0, max(smallest - height, 0)))
-        if self.groups > 1 and not may_fuse(self.conv_offset, conv):
-            offsets = self.conv_offset(rearrange(q, "b (g c) h w -> (b g) c h w", g=self.groups))
-            return rearrange(offsets, "(b g) yx h w -> b h w g yx", g=self.groups)
         if self.groups == 1:
             return rearrange(self.conv_offset(q), "b yx h w -> b h w 1 yx")
+        if not may_fuse(self.conv_offset, conv):
+            offsets = self.conv_offset(rearrange(q, "b (g c) h w -> (b g) c h w", g=self.groups))
+            return rearrange(offsets, "(b g) yx h w -> b h w g yx", g=self.groups)
         weight, bias = conv.weight.repeat(self.groups, 1, 1, 1), conv.bias.repeat(self.groups)
         x = F.conv2d(q, weight, bias, conv.stride, conv.padding, groups=q.shape[1])
         x = x.permute(0, 2, 3, 1).unflatten(-1, (self.groups, -1)).flatten(2, 3).permute(0, 3, 1, 2)
@@ -298,12 +301,13 @@ class DeformableAttention(nn.Module):
             positions = (reference + offsets).clamp(-1, 1)
         return positions.flatten(1, 2).transpose(1, 2), key_size
 
-    def _bounded(self, offsets: Tensor, cells: Size) -> Tensor:
+    def _bounded(self, offsets: Tensor, cells: Sequence[int]) -> Tensor:
+        """Bound offsets ``[..., 2]`` to a factor of the size of a key cell, given the number of cells per axis."""
         y, x = (offsets.tanh() * self.offset_range_factor).unbind(-1)
         return torch.stack((y / cells[0], x / cells[1]), dim=-1)
 
     def _additive_bias(self, positions: Tensor, size: Size, key_size: Size) -> Tensor | None:
-        """Return what is added to the logits, broadcastable to ``[B, heads, H*W, Ns]``, or None."""
+        """Return the bias of the logits, broadcastable to ``[B, heads, H*W, Ns]``, or None."""
         if self.position_bias == "fixed":
             native = (self.native_size, self._key_size(self.native_size))
             return fixed_bias(self.rpe_table, native=native, size=(size, key_size))

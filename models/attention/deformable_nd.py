@@ -1,7 +1,8 @@
 """Deformable attention for sequences, images and volumes.
 
 The attention of DAT (arXiv 2201.00520, section 3) with the continuous position bias of Swin V2 (arXiv 2111.09883,
-section 3.3) instead of a table, so it supports any size, and the names of the package ``deformable-attention``.
+section 3.3) instead of a table, so inputs may have any size. Arguments and parameter names are those of the package
+``deformable-attention``.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from ..ops.precision import widen
 
 COORDINATES = ("pixel", "package")
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-# The axis of the map that each coordinate of an offset belongs to: (n), (x, y), (frame, y, x). Trained weights fix it.
-AXES = {1: (0,), 2: (1, 0), 3: (0, 1, 2)}
+# The axis of the map to which each coordinate of an offset belongs. Trained weights depend on this order.
+AXES = {1: (0,), 2: (1, 0), 3: (0, 1, 2)}  # (n), (x, y), (frame, y, x)
 
 
 class OffsetScale(nn.Module):
-    """One factor per coordinate of an offset ``[B, axes, ...]``."""
+    """Multiplies offsets ``[B, axes, ...]`` by one factor per coordinate."""
 
     def __init__(self, scale: Sequence[float], *, saved: bool) -> None:
         super().__init__()
@@ -33,12 +34,12 @@ class OffsetScale(nn.Module):
 
 
 class ContinuousPositionBias(nn.Module):
-    """A small network from the displacement of query and key to the biases of the heads of a group.
+    """An MLP from the displacement between query and key to the biases of the heads of a group.
 
     Args:
         dim: width of the hidden layers.
-        axes: coordinates of a displacement.
-        heads: biases of a displacement.
+        axes: number of coordinates of a displacement.
+        heads: number of heads per group.
         log_distance: whether displacements are spaced logarithmically.
     """
 
@@ -60,25 +61,25 @@ class ContinuousPositionBias(nn.Module):
 
 
 class _DeformableAttentionND(nn.Module):
-    """Every place of a map attends to keys sampled from it at positions predicted from the map.
+    """Every cell of a map attends to keys that are sampled from the map, at positions predicted from the queries.
 
     Args:
         dim: channels C.
-        dim_head: channels of a head.
+        dim_head: channels per head.
         heads: attention heads.
         dropout: probability of dropping an attention weight.
-        downsample_factor: places per key, one number or one per axis.
-        offset_scale: bound of the offsets in key cells, one number or one per axis; ``downsample_factor`` if None.
-        offset_groups: groups g of channels, each sampled at its own positions; divides ``heads`` and ``dim``. One per
-            head if None.
+        downsample_factor: cells of the map per key, one number or one per axis.
+        offset_scale: largest offset in key cells, one number or one per axis; ``downsample_factor`` if None.
+        offset_groups: offset groups g, each of which samples its channels at its own positions; divides ``heads`` and
+            ``dim``. One group per head if None.
         offset_kernel_size: kernel of the offset network, one number or one per axis; at least ``downsample_factor``.
         cpb_log_distance: whether the position bias spaces displacements logarithmically.
-        group_queries: whether a group computes its queries from its own channels only.
+        group_queries: whether a group computes its queries only from its own channels.
         group_key_values: the same for keys and values.
-        coordinates: ``pixel`` spreads the keys evenly, each in the middle of its share of the map, whatever its size.
-            ``package`` repeats the numbers of the package ``deformable-attention`` 0.0.20, whose positions are those of
-            corner pixels, sampled as those of edges; on rectangles it divides x by the height, and on volumes it
-            samples at (frame, y, x) where (x, y, frame) is meant.
+        coordinates: ``pixel`` places every key at the centre of its part of the map, whatever the size of the map.
+            ``package`` reproduces the package ``deformable-attention`` 0.0.20, which normalises positions for aligned
+            corners but samples without. On rectangles it also divides x by the height, and on volumes it passes
+            (frame, y, x) where `F.grid_sample` expects (x, y, frame).
 
     Raises:
         ValueError: an argument is not allowed or contradicts another.
@@ -136,8 +137,8 @@ class _DeformableAttentionND(nn.Module):
 
         Args:
             x: sequence, image or volume.
-            return_vgrid: also return the key positions, in key cells: ``[B*g, Nk]`` of a sequence; (x, y) of an image,
-                ``[B*g, 2, Hk, Wk]``; (frame, y, x) of a volume, ``[B*g, 3, Fk, Hk, Wk]``.
+            return_vgrid: also return the key positions in key cells: ``[B*g, Nk]`` for a sequence; (x, y) for an image,
+                ``[B*g, 2, Hk, Wk]``; (frame, y, x) for a volume, ``[B*g, 3, Fk, Hk, Wk]``.
 
         Raises:
             ValueError: the input has the wrong number of axes or channels.
@@ -167,9 +168,9 @@ class _DeformableAttentionND(nn.Module):
         return out
 
     def _key_cells(self, q: Tensor) -> Tensor:
-        """Return the places of the keys in key cells, ``[B*g, *key_size, axes]``, at least float32.
+        """Return the key positions in key cells, ``[B*g, *key_size, axes]``, at least float32.
 
-        The map of queries is padded or cut so that the kernel of the offset network lies around each cell.
+        The map of queries is padded or cropped so that the kernels of the offset network are centred on the key cells.
         """
         kernels, package = self.to_offsets[0].kernel_size, self.coordinates == "package"
         padding = []
@@ -185,19 +186,19 @@ class _DeformableAttentionND(nn.Module):
         return x.unflatten(1, (self.offset_groups, -1)).flatten(0, 1)
 
     def _cells(self, size: Sequence[int], like: Tensor) -> Tensor:
-        """Return the coordinates of all cells of a map, ``[*size, axes]``."""
+        """Return the indices of all cells of a map, ``[*size, axes]``."""
         grid = cell_grid(tuple(size), dtype=like.dtype, device=like.device)
         return torch.stack([grid[axis] for axis in AXES[self.axes]], dim=-1)
 
     def _positions(self, cells: Tensor) -> Tensor:
-        """Scale places ``[..., *size, axes]`` on a map of that size to [-1, 1]."""
+        """Scale positions ``[..., *size, axes]``, in cells of a map of that size, to [-1, 1]."""
         size = cells.shape[-1 - self.axes : -1]
         if self.coordinates == "package":
             return cells * cells.new_tensor([2 / max(length - 1, 1) for length in size]) - 1
         return (2 * cells + 1) * cells.new_tensor([1 / size[axis] for axis in AXES[self.axes]]) - 1
 
     def _as_sampled(self, positions: Tensor) -> Tensor:
-        """Return positions with the last axis of the map first."""
+        """Return positions in the order of `F.grid_sample`: the coordinate of the last axis first."""
         in_order = self.axes < 3 or self.coordinates == "package"
         return positions if in_order else positions.flip(-1)
 

@@ -1,4 +1,4 @@
-"""Disentangled attention (DeBERTa, arXiv 2006.03654, section 3.1) on a grid, exact and with random features."""
+"""Disentangled attention (DeBERTa, arXiv 2006.03654, section 3.1) on a grid: exact, and with random features."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from ..ops.relative_positions import Buckets, Relation
 from .performer import PerformerAttention
 from .tokens import TokenAttention
 
-DENSE_SHARE = 8  # CPU cost of a number in a sum over patches, relative to one in a matrix of tokens
+DENSE_SHARE = 8  # cost on a CPU of a number in the sums over patches, relative to one in an N x N matrix
 
 
 class RelativeKeys(nn.Module):
-    """The table of relative positions and its contribution to the logits.
+    """The embeddings of relative positions, and their contribution to the logits.
 
     Args:
-        dim: channels per row.
-        grid: rows and columns of patches.
-        prefix: tokens before the patches.
-        span: largest displacement with its own row, see `models.ops.relative_positions.Buckets`.
+        dim: channels of an embedding.
+        grid: number of rows and columns of patches.
+        prefix: number of tokens before the patches.
+        span: largest displacement with its own embedding, see `models.ops.relative_positions.Buckets`.
     """
 
     def __init__(self, dim: int, *, grid: tuple[int, int], prefix: int, span: int) -> None:
@@ -37,7 +37,7 @@ class RelativeKeys(nn.Module):
         self.register_buffer("index", self.buckets.table_index(grid, prefix), persistent=False)
 
     def forward(self, qkv: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
-        """Return positions as queries and as keys, ``[heads, rows, d]``, by the projections of the content."""
+        """Return the embeddings as queries and as keys, ``[heads, rows, d]``, projected like the content."""
         dim = self.table.shape[1]
         both = F.linear(self.table, qkv.weight[: 2 * dim], qkv.bias[: 2 * dim])
         q, k = both.unflatten(-1, (2, heads, -1)).permute(1, 2, 0, 3)
@@ -51,12 +51,13 @@ class RelativeKeys(nn.Module):
 
 
 class DisentangledAttention(TokenAttention):
-    """Attention whose logits are ``(q_i k_j + q_i k(i - j) + k_j q(j - i)) / sqrt(3 d)``.
+    """Attention whose logits are ``(q_i . k_j + q_i . k(i - j) + k_j . q(j - i)) / sqrt(3 d)``.
 
-    Positions go through the projections of the content (``share_att_key``).
+    Positions are projected like the content (``share_att_key`` in DeBERTa's code).
 
     Args:
-        span: largest displacement with its own row.
+        dim: channels.
+        span: largest displacement with its own embedding.
         **options: see `TokenAttention`.
     """
 
@@ -76,17 +77,19 @@ class DisentangledAttention(TokenAttention):
 class DisentangledPerformer(PerformerAttention):
     """Disentangled attention whose content term is approximated by random features; its position terms are exact.
 
-    With features f and the rows r of the table, the weight of key j for query i is
+    With features f and the relative position r = r(i - j), the weight of key j for query i is
 
-        f(q_i) . f(k_j)  exp(q_i . k(r) / s)  exp(k_j . q(-r) / s),        r = r(i - j), s = sqrt(3 d).
+        f(q_i) . f(k_j)  exp(q_i . k(r) / s)  exp(k_j . q(-r) / s),        s = sqrt(3 d).
 
-    The first exponential depends on i and r alone, the second on j and r. All keys of one r lie in a rectangle of the
-    grid, displaced from i, over which sums of ``f(k_j) exp(k_j . q(-r) / s) v_j^T`` are running sums, see
-    `models.ops.locality`. One such sum for each of the R rows: time and memory are linear in tokens, with R, the number
-    of features and that of channels as factors. On small grids a matrix of tokens is cheaper and gives the same result.
+    The first exponential depends only on i and r, the second only on j and r. All keys with the same r lie in a
+    rectangle of the grid, displaced from i, so sums of ``f(k_j) exp(k_j . q(-r) / s) v_j^T`` over them are computed
+    from running sums, see `models.ops.locality`. There is one such sum for each of the R embeddings: time and memory
+    are linear in the number of tokens, times R, the number of features and the number of channels. On small grids an
+    N x N matrix is cheaper and gives the same result.
 
     Args:
-        span: largest displacement with its own row; R is at most ``(4 * span - 1)^2 + 3``.
+        dim: channels.
+        span: largest displacement with its own embedding; R is at most ``(4 * span - 1)^2 + 3``.
         **options: see `PerformerAttention`.
     """
 
@@ -107,14 +110,14 @@ class DisentangledPerformer(PerformerAttention):
             by_query, by_key = (
                 x @ positions.to(x.dtype).mT * self.scale**2 for x, positions in ((q, position_k), (k, position_q))
             )  # [B, heads, N, rows]
-            # Factors of a query, and one factor of all keys, are divided out.
+            # Subtracting a maximum per query, and one per head for all keys, cancels in the quotient.
             by_query = (by_query - by_query.detach().amax(-1, keepdim=True)).exp()
             by_key = (by_key - by_key.detach().amax((-2, -1), keepdim=True)).exp()
             attend = self._sums if self.choose_form(v.shape[2]) == "sums" else self._reference
             return normalized(attend(q_features, k_features, F.pad(v, (0, 1), value=1.0), by_query, by_key))
 
     def choose_form(self, tokens: int) -> str:
-        """Return the form used for this number of tokens."""
+        """Return the form that is used for a number of tokens."""
         if self.form != "auto":
             return self.form
         dense = tokens <= DENSE_SHARE * self.relative.buckets.rows * min(self.random.dim, self.random.count)
@@ -130,7 +133,7 @@ class DisentangledPerformer(PerformerAttention):
         rows, prefix = self.relative.buckets.rows, self.prefix
         sums = torch.zeros_like(v[:, :, prefix:])
         patches = [x[:, :, prefix:] for x in (q, k, v, by_query, by_key)]
-        for relation in self._seen():
+        for relation in self._visible_relations():
             sums = sums + in_parts(partial(self._box, relation), *patches)
         if not prefix:
             return sums
@@ -140,13 +143,13 @@ class DisentangledPerformer(PerformerAttention):
 
     @staticmethod
     def _pair(queries: Sequence[Tensor], keys: Sequence[Tensor], row: int, opposite: int) -> Tensor:
-        """Return the weighted sums of all keys for all queries, which have one relation."""
+        """Return the weighted sums over all keys for all queries, where all pairs have the same relative position."""
         q, _, _, by_query, _ = queries
         _, k, v, _, by_key = keys
         return q @ ((k * by_key[..., opposite, None]).mT @ v) * by_query[..., row, None]
 
     def _box(self, relation: Relation, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
-        """Return the contribution of the keys of one relation to the sums of the patches."""
+        """Return the weighted sums over the keys of one relation, for the patches."""
         k = k * by_key[..., relation.opposite, None]
         around = (k.unsqueeze(-1) * v.unsqueeze(-2)).unflatten(-3, self.grid)  # [..., H, W, m, d + 1]
         for axis in (0, 1):
@@ -154,20 +157,23 @@ class DisentangledPerformer(PerformerAttention):
         around = around.flatten(-4, -3)
         return (q.unsqueeze(-2) @ around).squeeze(-2) * by_query[..., relation.index, None]
 
-    def _seen(self) -> Iterator[Relation]:
-        """Return the relations of the grid, cut to the window; a band of the sequence is cut row by row."""
+    def _visible_relations(self) -> Iterator[Relation]:
+        """Yield the relations of the grid, restricted to the window."""
         for relation in self.relative.buckets.relations(self.grid):
             if self.window is None:
                 yield relation
-                continue
-            kind, reach = self.window
-            for y, y_high in [(relation.low[0], relation.high[0])] if kind == "box" else _rows(relation):
-                shift = 0 if kind == "box" else y * self.grid[1]
-                low = max(y, -reach) if kind == "box" else y, max(relation.low[1], -reach - shift)
-                high = min(y_high, reach) if kind == "box" else y, min(relation.high[1], reach - shift)
-                if low[0] <= high[0] and low[1] <= high[1]:
-                    yield relation._replace(low=low, high=high)
+            elif self.window.kind == "box":
+                yield from _within(relation, *[(-self.window.reach, self.window.reach)] * 2)
+            else:  # a distance in the sequence allows other columns in every row
+                for y in range(relation.low[0], relation.high[0] + 1):
+                    nearest = -y * self.grid[1]
+                    columns = nearest - self.window.reach, nearest + self.window.reach
+                    yield from _within(relation, (y, y), columns)
 
 
-def _rows(relation: Relation) -> list[tuple[int, int]]:
-    return [(y, y) for y in range(relation.low[0], relation.high[0] + 1)]
+def _within(relation: Relation, rows: tuple[int, int], columns: tuple[int, int]) -> Iterator[Relation]:
+    """Yield a relation restricted to displacements within ranges, unless it is empty."""
+    low = max(relation.low[0], rows[0]), max(relation.low[1], columns[0])
+    high = min(relation.high[0], rows[1]), min(relation.high[1], columns[1])
+    if low[0] <= high[0] and low[1] <= high[1]:
+        yield relation._replace(low=low, high=high)

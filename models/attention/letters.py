@@ -1,7 +1,7 @@
-"""The registry of the letters of ``stage_spec``.
+"""The registry of mixers by their letter in ``stage_spec``.
 
-A mixer's file registers its letters with the options that it declares. To add a letter, import its file in
-`models.attention`; nothing else is needed.
+The module of a mixer registers its letter together with the options that it declares, and is imported in
+`models.attention`.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ class Mixer:
     """The definition of one letter.
 
     Attributes:
-        build: builds the mixer from a stage's options, a module from ``[B, C, H, W]`` to ``[B, C, H, W]``.
-        options: declared options; an option shared by several letters is one object.
-        check: raises a ValueError if the stage's options contradict each other; None if they cannot.
-        lone: whether mixer and MLP share one residual, as in ConvNeXt, instead of having one each.
+        build: builds the mixer, a module from ``[B, C, H, W]`` to ``[B, C, H, W]``, from the options of a stage.
+        options: the options that it declares; letters that share an option declare the same object.
+        check: raises a ValueError if options of a stage contradict each other; None if they cannot.
+        single_residual: whether mixer and MLP form one residual branch, as in ConvNeXt, instead of one each.
     """
 
     build: Callable[[StageOptions], nn.Module]
     options: Mapping[str, Option] = field(default_factory=dict)
     check: Callable[[StageOptions], None] | None = None
-    lone: bool = False
+    single_residual: bool = False
 
 
 MIXERS: dict[str, Mixer] = {}
@@ -36,20 +36,20 @@ MIXERS: dict[str, Mixer] = {}
 
 def register(letter: str, mixer: Mixer) -> None:
     """Register a letter for ``stage_spec``, and the options of its mixer for `models.dat.DAT`."""
-    assert len(letter) == 1, f"{letter!r} is more than a letter"
+    assert len(letter) == 1, f"{letter!r} is not one letter"
     assert letter not in MIXERS, f"the letter {letter!r} is taken"
     known = declared_options()
-    assert all(known.get(name, option) is option for name, option in mixer.options.items()), "declared twice"
+    assert all(known.get(name, option) is option for name, option in mixer.options.items()), "option declared twice"
     MIXERS[letter] = mixer
 
 
 def declared_options() -> dict[str, Option]:
-    """Return the options that the mixers declare, by name."""
+    """Return the options of all mixers by name."""
     return {name: option for mixer in MIXERS.values() for name, option in mixer.options.items()}
 
 
 def check_letters(stage: StageOptions) -> None:
-    """Check the options of a stage that its letters use.
+    """Check the options of a stage that its mixers use.
 
     Raises:
         ValueError: a letter is unknown, or an option is not allowed or contradicts another.

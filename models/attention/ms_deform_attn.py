@@ -13,11 +13,11 @@ from ..ops.precision import widen
 
 
 class MSDeformAttn(nn.Module):
-    """Every query attends to a few points around its reference on each of several maps.
+    """Every query attends to a few points around its reference point on each of several feature maps.
 
     Args:
         d_model: channels.
-        n_levels: maps.
+        n_levels: number of feature maps.
         n_heads: attention heads; divides ``d_model``.
         n_points: points per head and level.
 
@@ -49,10 +49,10 @@ class MSDeformAttn(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Initialise with points in one direction per head, the p-th p pixels away, all with the same weight."""
+        """Initialise: the points of a head lie in one direction, the p-th p pixels away, all with the same weight."""
         angles = torch.arange(self.n_heads) * (2 * math.pi / self.n_heads)
         directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
-        directions /= directions.abs().amax(dim=-1, keepdim=True)  # onto the border of the unit square
+        directions /= directions.abs().amax(dim=-1, keepdim=True)  # to the border of the unit square
         distances = torch.arange(1, self.n_points + 1)
         bias = directions[:, None, None] * distances[:, None]  # [heads, 1, points, 2]
         nn.init.zeros_(self.sampling_offsets.weight)
@@ -72,17 +72,16 @@ class MSDeformAttn(nn.Module):
         input_level_start_index: Tensor | Sequence[int],
         input_padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """Attend to maps.
+        """Attend to the maps.
 
         Args:
             query: ``[B, Q, C]``.
-            reference_points: ``[B, Q, levels, 2]``, (x, y), 0 and 1 the edges of the map; or ``[B, Q, levels, 4]``,
-                boxes (cx, cy, w, h), in halves of which offsets are counted.
-            input_flatten: pixels of all maps in a row, ``[B, S, C]``.
-            input_spatial_shapes: height and width of every map, ``[levels, 2]``; a list where it is known outside the
-                device.
+            reference_points: points ``[B, Q, levels, 2]``, (x, y), where 0 and 1 are the edges of the map; or boxes
+                ``[B, Q, levels, 4]``, (cx, cy, w, h), which scale the offsets by half their width and height.
+            input_flatten: pixels of all maps, flattened and concatenated, ``[B, S, C]``.
+            input_spatial_shapes: height and width of every map, ``[levels, 2]``; a list avoids a GPU synchronisation.
             input_level_start_index: index of the first pixel of every map, ``[levels]``.
-            input_padding_mask: ``[B, S]``, true where a pixel is padding, whose value counts as zero.
+            input_padding_mask: ``[B, S]``, true for padding, whose values are set to zero.
 
         Returns:
             ``[B, Q, C]``.

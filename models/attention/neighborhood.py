@@ -1,4 +1,4 @@
-"""Neighborhood attention (arXiv 2204.07143), the letter N."""
+"""Neighborhood attention (arXiv 2204.07143), letter N."""
 
 from __future__ import annotations
 
@@ -16,17 +16,24 @@ from ..tables import Resize, by_cells
 from .letters import Mixer, register
 
 OPTIONS = {
-    "nat_ksizes": StageOption((3, 3, 3, 3), "Side of the window of N.", each=odd()),
-    "nat_rpb": Option(True, "Whether N has a table of relative position biases."),
+    "nat_ksizes": StageOption((3, 3, 3, 3), "Window size of N.", each=odd()),
+    "nat_rpb": Option(True, "N has a table of relative position biases."),
 }
 
 
 class NeighborhoodAttention(nn.Module):
-    """Every pixel attends to the ``kernel_size`` squared window around it, moved inwards at the border.
+    """Every pixel attends to the square window around it, which is moved inwards at the border.
 
-    A map smaller than the window is zero-padded on the right and bottom; the padding then takes part, as published.
+    A map smaller than the window is zero-padded on the right and bottom, and the padding is attended to, as in the
+    published code. Without a position bias, a GPU uses NATTEN if it is installed.
 
-    Without a position bias, NATTEN is used on a GPU if it is installed.
+    Args:
+        dim: channels C.
+        heads: attention heads; divides ``dim``.
+        kernel_size: side of the window in pixels, odd.
+        use_rpb: whether there is a table of relative position biases.
+        attn_drop: probability of dropping an attention weight.
+        proj_drop: dropout rate of the output.
 
     Attributes:
         form: form of the operation, see `models.ops.neighborhood`; or ``natten``.
@@ -60,12 +67,12 @@ class NeighborhoodAttention(nn.Module):
         """Map ``[B, C, H, W]`` to the same shape."""
         height, width = x.shape[-2:]
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        if min(height, width) < self.kernel_size:  # zero padding would still copy the map
+        if min(height, width) < self.kernel_size:  # F.pad would copy the map even without padding
             bottom, right = max(self.kernel_size - height, 0), max(self.kernel_size - width, 0)
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # [B, H, W, heads, d]
         dropout = self.attn_drop if self.training else 0.0
-        if self._takes_natten(q, dropout):
+        if self._uses_natten(q, dropout):
             x = natten_attention()(q, k, v, self.kernel_size, scale=self.scale)
         else:
             x = neighborhood_attention(
@@ -78,18 +85,18 @@ class NeighborhoodAttention(nn.Module):
         """Return the resize function of each position table, by name."""
         return {} if self.rpb is None else {"rpb": by_cells}
 
-    def _takes_natten(self, q: Tensor, dropout: float) -> bool:
-        """NATTEN has no position bias and no dropout, and brings kernels for GPUs."""
-        able = self.rpb is None and not dropout and natten_attention() is not None
-        if self.form == "natten" and not able:
+    def _uses_natten(self, q: Tensor, dropout: float) -> bool:
+        """Return whether to use NATTEN, which supports neither a position bias nor dropout."""
+        possible = self.rpb is None and not dropout and natten_attention() is not None
+        if self.form == "natten" and not possible:
             raise ValueError("form 'natten' needs NATTEN installed, nat_rpb: false and attn_drop_rate: 0")
-        on_gpu = self.form == "auto" and q.is_cuda and not torch.compiler.is_compiling()
-        return able and (self.form == "natten" or on_gpu)
+        chosen = self.form == "auto" and q.is_cuda and not torch.compiler.is_compiling()
+        return possible and (self.form == "natten" or chosen)
 
 
 @functools.cache
 def natten_attention() -> Callable[..., Tensor] | None:
-    """Return NATTEN's operation on queries, keys and values ``[B, H, W, heads, d]``, or None if not installed."""
+    """Return NATTEN's function of queries, keys and values ``[B, H, W, heads, d]``, or None if it is not installed."""
     try:
         from natten import na2d
     except ImportError:

@@ -14,23 +14,24 @@ from .ms_deform_attn import MSDeformAttn
 
 
 class PatchDeformableAttention(MSDeformAttn):
-    """Every token attends to a few points of the grid of patches, and of smaller grids pooled from it by averaging.
+    """Every token attends to a few points of the grid of patches, and of smaller grids that are average-pooled from it.
 
-    The reference of a patch is its own position, that of a prefix token the centre; prefix tokens are not attended to.
+    The reference point of a patch is its own position, that of a prefix token the centre of the grid. Prefix tokens are
+    not attended to.
 
     Args:
         dim: channels.
         heads: attention heads; divides ``dim``.
-        grid: rows and columns of patches.
-        prefix: tokens before the patches.
+        grid: number of rows and columns of patches.
+        prefix: number of tokens before the patches.
         points: points per head and grid.
-        scales: grids, each half as high and wide as the one before, rounded up.
+        scales: number of grids, each half as high and wide as the one before, rounded up.
         proj_drop: dropout rate of the output.
 
     Attributes:
-        window: how far from itself a patch looks; anywhere where None. Its points are moved into the window, and it
-            looks at the finest grid alone. In the order of the sequence, the window is the highest rectangle around the
-            patch that lies within the band.
+        window: window of a patch, or None for the whole grid. The points of a patch are clamped to its window and lie
+            only on the finest grid. A window of the kind ``sequence`` is replaced by the highest rectangle around the
+            patch whose patches are all within reach.
     """
 
     def __init__(
@@ -50,24 +51,24 @@ class PatchDeformableAttention(MSDeformAttn):
         self.shapes = [tuple(-(-length // 2**scale) for length in grid) for scale in range(scales)]
         self.starts = [0, *accumulate(height * width for height, width in self.shapes)][:-1]
         self.proj_drop = nn.Dropout(proj_drop)
-        self.register_buffer("places", _places(grid, prefix), persistent=False)
+        self.register_buffer("reference_points", _reference_points(grid, prefix), persistent=False)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch; does nothing."""
+        """Do nothing; other attentions prepare for an epoch here."""
 
     def forward(self, x: Tensor, **_: None) -> Tensor:
         """Map tokens ``[B, N, C]`` to the same shape; timm's blocks pass masks, which are None here."""
-        reference = self.places[:, None].expand(x.shape[0], -1, self.n_levels, -1)
+        reference = self.reference_points[:, None].expand(x.shape[0], -1, self.n_levels, -1)
         return self.proj_drop(super().forward(x, reference, self._pyramid(x), self.shapes, self.starts))
 
     def _pyramid(self, x: Tensor) -> Tensor:
-        """Return the pixels of all grids in a row, ``[B, S, C]``."""
+        """Return the pixels of all grids, flattened and concatenated, ``[B, S, C]``."""
         patches = x[:, self.prefix :]
         if self.n_levels == 1:
             return patches
-        plane = patches.mT.unflatten(-1, self.grid)
-        planes = [plane, *(F.adaptive_avg_pool2d(plane, shape) for shape in self.shapes[1:])]
-        return torch.cat([plane.flatten(2).mT for plane in planes], dim=1)
+        finest = patches.mT.unflatten(-1, self.grid)
+        grids = [finest, *(F.adaptive_avg_pool2d(finest, shape) for shape in self.shapes[1:])]
+        return torch.cat([grid.flatten(2).mT for grid in grids], dim=1)
 
     def sampling_locations(
         self, query: Tensor, reference_points: Tensor, spatial_shapes: Sequence[Sequence[int]]
@@ -76,10 +77,10 @@ class PatchDeformableAttention(MSDeformAttn):
         if self.window is None:
             return locations
         of_prefix, of_patches = locations.split((self.prefix, query.shape[1] - self.prefix), dim=1)
-        y, x = self._reach(self.window)
-        reach = locations.new_tensor([x / self.grid[1], y / self.grid[0]])
-        middle = reference_points[:, self.prefix :, None, :, None].to(locations.dtype)
-        return torch.cat((of_prefix, middle + torch.clamp(of_patches - middle, -reach, reach)), dim=1)
+        rows, columns = self._reach(self.window)
+        reach = locations.new_tensor([columns / self.grid[1], rows / self.grid[0]])
+        centre = reference_points[:, self.prefix :, None, :, None].to(locations.dtype)
+        return torch.cat((of_prefix, centre + torch.clamp(of_patches - centre, -reach, reach)), dim=1)
 
     def sampling_logits(self, query: Tensor) -> Tensor:
         logits = super().sampling_logits(query)
@@ -90,14 +91,14 @@ class PatchDeformableAttention(MSDeformAttn):
         return logits.masked_fill(patch & coarse, float("-inf"))
 
     def _reach(self, window: Window) -> tuple[int, int]:
-        """Return the reach of a patch in rows and columns."""
+        """Return the reach of a window in rows and columns."""
         if window.kind == "box":
             return window.reach, window.reach
         rows = window.reach // self.grid[1]
         return rows, window.reach - rows * self.grid[1]
 
 
-def _places(grid: tuple[int, int], prefix: int) -> Tensor:
+def _reference_points(grid: tuple[int, int], prefix: int) -> Tensor:
     """Return the reference point of every token, ``[N, 2]``, (x, y)."""
     y, x = ((torch.arange(length) + 0.5) / length for length in grid)
     patches = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Attention in linear time by random features: Performer, FAVOR+ (arXiv 2009.14794)."""
+"""Attention in linear time with random features: the Performer's FAVOR+ (arXiv 2009.14794)."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ def _draw_loaded(module: RandomDirections, _: object) -> None:
 
 
 class PerformerAttention(TokenAttention):
-    """Attention with products of random features as weights.
+    """Attention whose weights are dot products of random features.
 
     Args:
+        dim: channels.
         num_features: random features per head; 0 for ``d ln d``, with d channels per head.
         feature_kind: ``positive``, which approximates softmax attention, or ``relu``.
         redraw_epochs: interval in epochs at which `set_epoch` redraws the features; 0 for never.

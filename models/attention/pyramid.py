@@ -1,4 +1,4 @@
-"""Spatial-reduction attention of the Pyramid Vision Transformer (arXiv 2102.12122), the letter P."""
+"""Spatial-reduction attention of the Pyramid Vision Transformer (arXiv 2102.12122), letter P."""
 
 from __future__ import annotations
 
@@ -11,11 +11,21 @@ from ..ops.products import dot_product_attention
 from ..options import StageOption, StageOptions, at_least
 from .letters import Mixer, register
 
-OPTIONS = {"sr_ratios": StageOption((8, 4, 2, 1), "Reduction of the keys of P on each axis.", each=at_least(1))}
+OPTIONS = {
+    "sr_ratios": StageOption((8, 4, 2, 1), "Factor by which P reduces the map of its keys per axis.", each=at_least(1))
+}
 
 
 class PyramidAttention(nn.Module):
-    """Global attention whose keys and values come from a map reduced ``sr_ratio`` times on each axis."""
+    """Global attention whose keys and values come from a map reduced by a strided convolution.
+
+    Args:
+        dim: channels C.
+        heads: attention heads; divides ``dim``.
+        sr_ratio: factor by which the map is reduced on each axis.
+        attn_drop: probability of dropping an attention weight.
+        proj_drop: dropout rate of the output.
+    """
 
     def __init__(self, dim: int, *, heads: int, sr_ratio: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
         super().__init__()
@@ -34,7 +44,7 @@ class PyramidAttention(nn.Module):
         """Map ``[B, C, H, W]`` to the same shape."""
         height, width = x.shape[-2:]
         reduced = x
-        if min(height, width) < self.sr_ratio:  # zero padding would still copy the map
+        if min(height, width) < self.sr_ratio:  # F.pad would copy the map even without padding
             reduced = F.pad(x, (0, max(self.sr_ratio - width, 0), 0, max(self.sr_ratio - height, 0)))
         q = rearrange(pointwise(self.q, x), "b (heads d) h w -> b heads (h w) d", heads=self.heads)
         kv = pointwise(self.kv, self.proj_ds(reduced))

@@ -1,4 +1,4 @@
-"""Learned queries for local attention (QnA, arXiv 2112.11435), the letter Q."""
+"""Local attention with learned queries (QnA, arXiv 2112.11435), letter Q."""
 
 from __future__ import annotations
 
@@ -14,20 +14,27 @@ from .letters import Mixer, register
 
 OPTIONS = {
     "heads_q": StageOption((6, 12, 24, 48), "Attention heads of Q."),
-    "nqs": StageOption((2, 2, 2, 2), "Learned queries of Q.", each=at_least(1)),
-    "ksize_qnas": StageOption((3, 3, 3, 3), "Side of the window of Q.", each=odd()),
-    "qna_activation": Option("exp", "Function of the scores of Q.", one_of("exp", "sigmoid", "linear")),
+    "nqs": StageOption((2, 2, 2, 2), "Number of learned queries of Q.", each=at_least(1)),
+    "ksize_qnas": StageOption((3, 3, 3, 3), "Window size of Q.", each=odd()),
+    "qna_activation": Option("exp", "Activation of the scores of Q.", one_of("exp", "sigmoid", "linear")),
 }
 
-# Keeps the sums of a window from vanishing if all its scores are far below the map's largest.
-SCORE_FLOOR = -40.0
+SCORE_FLOOR = -40.0  # keeps sums over a window above 0 if all its scores are far below the largest of the map
 
 
 class QueryAndAttend(nn.Module):
-    """Attention of a few learned queries, the same everywhere, to the ``kernel_size`` squared pixels around each pixel.
+    """A few learned queries, the same for every pixel, attend to the square window around each pixel.
 
-    As the queries do not depend on the position, numerator and denominator of the attention are depthwise convolutions.
-    Windows end at the border of the map. The learned factors ``attn_scale`` of the weights start at one.
+    Because the queries do not depend on the pixel, numerator and denominator of the attention are depthwise
+    convolutions. Windows are cropped at the border of the map. ``attn_scale`` holds learned factors of the weights.
+
+    Args:
+        dim: channels C.
+        heads: attention heads; divides ``dim``.
+        num_queries: number of learned queries.
+        kernel_size: side of the window in pixels, odd.
+        activation: ``exp``, ``sigmoid`` or ``linear``, applied to the scores of queries and keys.
+        proj_drop: dropout rate of the output.
     """
 
     def __init__(
@@ -70,14 +77,14 @@ class QueryAndAttend(nn.Module):
         return {"rpb_table": square_along(0), "attn_scale": square_along(2)}
 
     def _attend(self, scores: Tensor, v: Tensor) -> Tensor:
-        """Return the sum over queries of the weighted means of ``v``.
+        """Return the sum over the queries of the weighted means of ``v``.
 
         Args:
             scores: ``[B, queries, heads, H, W]``.
             v: ``[B, heads, d, H, W]``.
 
         Returns:
-            ``[B, heads * d, H, W]``. Always at least float32: a quotient of small sums needs the precision.
+            ``[B, heads * d, H, W]``, computed in at least float32, because it is a quotient of small sums.
         """
         dtype = at_least_float32(v.dtype)
         scores = self._activate(scores.to(dtype), dims=(3, 4))
@@ -90,7 +97,7 @@ class QueryAndAttend(nn.Module):
         return (numerator / denominator).sum(1).flatten(1, 2).to(v.dtype)
 
     def _window_sum(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Sum maps ``[B, queries, heads, d, H, W]`` over each window with ``weight [K*K, queries * heads]``."""
+        """Return sums of ``[B, queries, heads, d, H, W]`` over each window with ``weight [K*K, queries * heads]``."""
         kernel = weight.t().reshape(-1, 1, self.kernel_size, self.kernel_size).repeat_interleave(x.shape[3], dim=0)
         maps = F.conv2d(x.flatten(1, 3), kernel, padding=self.kernel_size // 2, groups=kernel.shape[0])
         return maps.unflatten(1, x.shape[1:4])

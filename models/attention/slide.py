@@ -1,4 +1,4 @@
-"""Slide attention (Slide-Transformer, arXiv 2304.04237), the letter E."""
+"""Slide attention (Slide-Transformer, arXiv 2304.04237), letter E."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ REDUCTION = 4
 
 
 class SlideAttention(nn.Module):
-    """Attention to the 3 x 3 neighbours, which depthwise convolutions bring to every pixel.
+    """Every pixel attends to its 3 x 3 neighbours, which depthwise convolutions shift to the pixel.
 
-    The channels are reduced four-fold. Keys and values at the nine shifts are the sum of a fixed one-hot convolution
-    (``dep_conv``, only its bias is trained) and a trained one (``dep_conv1``), shared by keys and values.
+    Attention runs on a quarter of the channels. Each of the nine shifts is the sum of a fixed one-hot convolution
+    (``dep_conv``, of which only the bias is trained) and a trained one (``dep_conv1``). Keys and values share them.
+
+    Args:
+        dim: channels C.
+        heads: attention heads; four times this number divides ``dim``.
+        attn_drop: probability of dropping an attention weight.
+        proj_drop: dropout rate of the output.
     """
 
     def __init__(self, dim: int, *, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
@@ -64,7 +70,7 @@ class SlideAttention(nn.Module):
         return {"relative_position_bias_table"}
 
     def _shifted(self, x: Tensor) -> Tensor:
-        """Return the nine shifts of maps ``[N, c, H, W]`` as ``[N, c * 9, H, W]``."""
+        """Return maps ``[N, c, H, W]`` at the nine shifts, ``[N, c * 9, H, W]``."""
         if not may_fuse(self.dep_conv, self.dep_conv1):
             return self.dep_conv(x) + self.dep_conv1(x)
         weight = self.dep_conv.weight + self.dep_conv1.weight

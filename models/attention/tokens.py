@@ -1,4 +1,4 @@
-"""Base class of the Vision Transformer's attentions: projections and an optional window."""
+"""Self-attention of the Vision Transformer: the base class with projections and an optional window, and softmax."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from ..ops.locality import Window, window_mask
 
 
 class TokenAttention(nn.Module):
-    """Self-attention of tokens: some prefix tokens, then the patches of a grid, row by row.
+    """Self-attention of the prefix tokens and the patches of a grid, row by row.
 
-    Parameter names are those of timm's attention, so weights of its Vision Transformers load.
+    Parameter names are those of timm's attention, so that weights of its Vision Transformers load.
 
     Args:
         dim: channels.
         heads: attention heads; divides ``dim``.
-        grid: rows and columns of patches.
-        prefix: tokens before the patches.
+        grid: number of rows and columns of patches.
+        prefix: number of tokens before the patches.
         attn_drop: probability of dropping an attention weight.
         proj_drop: dropout rate of the output.
 
     Attributes:
-        window: patches visible to a patch, or None for all.
+        window: window of a patch, or None for the whole grid.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class TokenAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch."""
+        """Prepare for an epoch, counted from 0; does nothing here."""
 
     def forward(self, x: Tensor, **_: None) -> Tensor:
         """Map tokens ``[B, N, C]`` to the same shape; timm's blocks pass masks, which are None here."""
@@ -57,14 +57,14 @@ class TokenAttention(nn.Module):
         raise NotImplementedError
 
     def mask(self, like: Tensor) -> Tensor | None:
-        """Return which key each query sees, bool ``[N, N]``, or None if it sees all."""
+        """Return a mask of the keys visible to each query, bool ``[N, N]``, or None if all keys are visible."""
         if self.window is None:
             return None
         return window_mask(self.grid, self.prefix, self.window, device=like.device)
 
 
 class SoftmaxAttention(TokenAttention):
-    """The attention of the Vision Transformer (arXiv 2010.11929)."""
+    """Scaled dot-product attention, as in the Vision Transformer (arXiv 2010.11929)."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.attn_drop if self.training else 0.0

@@ -1,4 +1,4 @@
-"""Window and shifted-window attention (Swin, arXiv 2103.14030), the letters L and S."""
+"""Window and shifted-window attention (Swin, arXiv 2103.14030), letters L and S."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from ..options import StageOption, StageOptions, at_least
 from ..tables import Resize, square_along
 from .letters import Mixer, register
 
-WINDOW_SIZES = StageOption((7, 7, 7, 7), "Side of the windows of L and S, kernel of X.", each=at_least(1))
+WINDOW_SIZES = StageOption((7, 7, 7, 7), "Window size of L and S, kernel size of X.", each=at_least(1))
 
 
 class WindowAttention(nn.Module):
-    """Self-attention inside windows of ``window_size`` squared pixels, on a map rolled by half one if ``shifted``.
+    """Self-attention within square windows, which ``shifted`` moves by half a window.
 
-    A map that the window does not divide is padded on the right and bottom; padding is never attended to.
+    A map whose sides are not multiples of the window is padded on the right and bottom; padding is never attended to.
+
+    Args:
+        dim: channels C.
+        heads: attention heads; divides ``dim``.
+        window_size: side of the windows in pixels.
+        map_size: native height and width of the map, for which the mask of shifted windows is stored.
+        shifted: whether the windows are shifted.
+        attn_drop: probability of dropping an attention weight.
+        proj_drop: dropout rate of the output.
     """
 
     def __init__(
@@ -38,7 +47,7 @@ class WindowAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.window_size = window_size
-        self.shift = (window_size + 1) // 2 if shifted else 0
+        self.shift = (window_size + 1) // 2 if shifted else 0  # rounded up, as in the published code
         self.attn_drop = attn_drop
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.01)
@@ -49,7 +58,7 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def set_map_size(self, size: tuple[int, int]) -> None:
-        """Recompute the mask of shifted windows for maps of another height and width."""
+        """Recompute the mask of shifted windows for maps of another native height and width."""
         self.native_size = self._padded(size)
         if self.shift:
             device = self.relative_position_index.device
@@ -60,7 +69,7 @@ class WindowAttention(nn.Module):
         batch, _, height, width = x.shape
         size = self._padded((height, width))
         x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        if size != (height, width):  # zero padding would still copy the map
+        if size != (height, width):  # F.pad would copy the map even without padding
             x = F.pad(x, (0, 0, 0, size[1] - width, 0, size[0] - height))
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
@@ -88,7 +97,7 @@ class WindowAttention(nn.Module):
         return height, width
 
     def _bias(self, size: tuple[int, int], padded: tuple[int, int], batch: int, dtype: torch.dtype) -> Tensor:
-        """Return position bias plus masks, ``[1 or B * windows, heads, w*w, w*w]``."""
+        """Return the sum of position bias and masks, ``[1, heads, w*w, w*w]`` or ``[B * windows, heads, w*w, w*w]``."""
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)[None]
         masks = []
         if self.shift and padded == self.native_size:

@@ -1,4 +1,4 @@
-"""The interface of detectors, and padding images of different sizes to one tensor."""
+"""The interface of detectors, and the padding of images of different sizes to a batch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
-from ..contract import TakenOver
+from ..contract import ConvertedWeights
 from ..dense import DenseModel
 from .mmdetection import from_mmdetection, is_mmdetection
 
 
 class Detector(DenseModel):
-    """Base class of detectors: the interface between the task and all kinds of detectors."""
+    """Base class of detectors: the interface to the task."""
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
@@ -24,31 +24,31 @@ class Detector(DenseModel):
         """Return losses in training, detections in evaluation.
 
         Args:
-            images: normalised, `[3, h, w]` each, of any sizes; or `[b, 3, h, w]`.
-            targets: in training; for each image, `boxes` `[n, 4]` (x1, y1, x2, y2 in pixels), `labels` `[n]` from 0 on,
-                and for those that learn masks `masks` `[n, h, w]`, uint8. There may be no object.
+            images: normalised images ``[3, h, w]`` of any sizes, or a batch ``[b, 3, h, w]``.
+            targets: only in training; for each image, ``boxes`` ``[n, 4]`` (x1, y1, x2, y2 in pixels), ``labels``
+                ``[n]`` from 0, and for detectors with masks ``masks`` ``[n, h, w]``, uint8. n may be 0.
 
         Returns:
-            In training named losses, whose sum is minimised. In evaluation, of each image, `boxes`, `labels` and
-            `scores`, the most probable first; those that find masks add `masks` `[n, m, m]`: probabilities on a grid
-            over the box of each.
+            In training, named losses, whose sum is minimised. In evaluation, for each image, ``boxes``, ``labels`` and
+            ``scores``, the most probable first, and for detectors with masks ``masks`` ``[n, m, m]``, probabilities on
+            a grid over each box.
         """
         raise NotImplementedError
 
     def run_layers(self, images: Tensor) -> None:
-        """Run all layers on images `[B, 3, H, W]` and a fixed number of regions, without selecting them.
+        """Run all layers on images ``[B, 3, H, W]`` and a fixed number of regions.
 
-        Used by `tools.complexity`: unlike that of `forward`, the cost does not depend on the detections.
+        Used by `tools.complexity`: the cost of `forward` depends on the detections, this one does not.
         """
         raise NotImplementedError
 
-    def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
-        """Convert weights of mmdetection, of the same detector, or of a classifier for the backbone."""
-        return super().take_over(from_mmdetection(weights) if is_mmdetection(weights) else weights)
+    def convert_weights(self, weights: dict[str, Tensor]) -> ConvertedWeights:
+        """Convert weights of mmdetection, of the same detector, or of a classifier (for the backbone)."""
+        return super().convert_weights(from_mmdetection(weights) if is_mmdetection(weights) else weights)
 
 
 def pad_images(images: Sequence[Tensor], divisor: int) -> ImageList:
-    """Pad images `[3, h, w]` with zeros at the right and bottom to one tensor with sides divisible by `divisor`."""
+    """Pad images ``[3, h, w]`` with zeros at the right and bottom to a batch whose sides ``divisor`` divides."""
     sizes = [tuple(image.shape[-2:]) for image in images]
     height, width = (math.ceil(max(sides) / divisor) * divisor for sides in zip(*sizes, strict=True))
     padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, sizes, strict=True)]

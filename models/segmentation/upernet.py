@@ -8,22 +8,22 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import DATBackbone, TimmBackbone
-from ..dense import TakenOver
+from ..contract import ConvertedWeights
 from .parts import ConvModule, Segmenter, classifier_layer, cross_entropy, resize
 
 _AUXILIARY_LOGITS = "auxiliary_head.conv_seg."
 
 
 class UperNet(Segmenter):
-    """A feature pyramid with a pyramid pooling module (PSPNet, arXiv 1612.01105), and an auxiliary head for training.
+    """A feature pyramid with a pyramid pooling module (PSPNet, arXiv 1612.01105), and an auxiliary head in training.
 
     Args:
-        backbone: returns four maps.
-        num_classes: size of the logits.
-        channels: of the head.
+        backbone: maps images to four feature maps.
+        num_classes: number of classes.
+        channels: channels of the head.
         pools: sides of the pooled maps.
-        auxiliary_channels: of the auxiliary fully convolutional head on the third map (stage 2).
-        auxiliary_weight: of its loss.
+        auxiliary_channels: channels of the auxiliary fully convolutional head, on the third map.
+        auxiliary_weight: weight of the auxiliary loss.
         dropout: probability of dropping a channel before the logits.
     """
 
@@ -40,7 +40,7 @@ class UperNet(Segmenter):
     ) -> None:
         super().__init__(backbone)
         self.auxiliary_weight = auxiliary_weight
-        # The global mean is a single pixel, and the following batch norm needs several values.
+        # A global pool has a single pixel, and the batch norm after it needs at least two values per channel.
         self.smallest_batch = 2 if 1 in pools else 1
         self.decode_head = UPerHead(backbone.channels, channels, pools, num_classes, dropout)
         self.auxiliary_head = FCNHead(backbone.channels[2], auxiliary_channels, num_classes, dropout)
@@ -49,13 +49,12 @@ class UperNet(Segmenter):
         """Return the layer that computes the logits."""
         return self.decode_head.conv_seg
 
-    def take_over(self, weights: dict[str, Tensor]) -> TakenOver:
-        """Convert weights; for other classes, the auxiliary head's last layer is newly initialised."""
-        weights, new, unused = super().take_over(weights)
-        own = self.state_dict()
-        others = {name for name in weights if name.startswith(_AUXILIARY_LOGITS)}
-        others = {name for name in others if weights[name].shape != own[name].shape}
-        return TakenOver({name: x for name, x in weights.items() if name not in others}, new | others, unused)
+    def convert_weights(self, weights: dict[str, Tensor]) -> ConvertedWeights:
+        """Convert weights; if the classes differ, the last layer of the auxiliary head is newly initialised."""
+        weights, new, unused = super().convert_weights(weights)
+        auxiliary = {name: x for name, x in self.state_dict().items() if name.startswith(_AUXILIARY_LOGITS)}
+        reset = {name for name, x in auxiliary.items() if name in weights and weights[name].shape != x.shape}
+        return ConvertedWeights({name: x for name, x in weights.items() if name not in reset}, new | reset, unused)
 
     def logits(self, maps: list[Tensor]) -> Tensor:
         return self.decode_head(maps)
@@ -66,9 +65,9 @@ class UperNet(Segmenter):
 
 
 class UPerHead(nn.Module):
-    """The last map with its pools, a feature pyramid over all maps, and their fusion at the first one's size.
+    """Pyramid pooling of the last map, a feature pyramid over all maps, and their fusion at the size of the first map.
 
-    Maps ``[B, C, h, w]`` become logits ``[B, classes, H, W]`` of the first map's size.
+    Maps feature maps ``[B, C, h, w]`` to logits ``[B, classes, H, W]`` of the size of the first one.
     """
 
     def __init__(
@@ -99,7 +98,7 @@ class UPerHead(nn.Module):
 
 
 class FCNHead(nn.Module):
-    """A convolution and the logits ``[B, classes, H, W]`` of a map ``[B, C, H, W]`` (Long et al., arXiv 1411.4038)."""
+    """A convolution and a classifier, ``[B, C, H, W]`` to ``[B, classes, H, W]`` (Long et al., arXiv 1411.4038)."""
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float) -> None:
         super().__init__()

@@ -81,7 +81,7 @@ def test_sizes(
 def test_attention(
     flags: list[str], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(deformable_layer, "WORTH_MAKING_ANEW", 1 << 15)  # as for 128 images instead of 16
+    monkeypatch.setattr(deformable_layer, "RECOMPUTE_FROM", 1 << 15)  # as for 128 images instead of 16
     monkeypatch.setattr(deformable_operation, "SAVED", 1 << 19)
     argv = ["attention", "--models", "T", "--sizes", "224", *flags, "--operations"]
     monkeypatch.setattr(sys, "argv", [*argv, "neighborhood", "deformable", "mlp", "linear", "layer"])

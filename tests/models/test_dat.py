@@ -114,7 +114,7 @@ def test_checkpointing_changes_nothing() -> None:
 
 
 def test_a_block_that_is_recomputed_computes_its_keys_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deformable, "WORTH_MAKING_ANEW", 0)
+    monkeypatch.setattr(deformable, "RECOMPUTE_FROM", 0)
     model = build_small("D")
     model.set_grad_checkpointing()
     calls = []

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from models.backbone import DATBackbone, TimmBackbone
-from models.contract import input_convs, position_tables, undecayed
+from models.contract import input_convs, no_weight_decay, position_tables
 from models.dat import DAT
 from models.dense import DenseModel
 from models.weights import adapt
@@ -26,9 +26,9 @@ class Headed(DenseModel):
 def test_it_answers_for_its_backbone() -> None:
     model = Headed(DATBackbone(**OPTIONS))
     names = dict(model.named_parameters())
-    assert position_tables(model).keys() | undecayed(model) <= names.keys()
+    assert position_tables(model).keys() | no_weight_decay(model) <= names.keys()
     assert position_tables(model)
-    assert undecayed(model)
+    assert no_weight_decay(model)
     assert input_convs(model) == {"backbone.patch_proj.0"}
 
 

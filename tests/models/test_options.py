@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.letters import MIXERS, Mixer, register
-from models.contract import undecayed
+from models.contract import no_weight_decay
 from models.dat import DAT
 from models.options import StageOption, as_table, odd
 from models.tables import Resize, by_cells
@@ -158,7 +158,7 @@ def test_a_new_letter_brings_its_options_and_table() -> None:
     with pytest.raises(ValueError, match=r"toy_sizes\[0\] = 3 does not divide dims\[0\] = 8"):
         DAT(**SMALL, stage_spec=["T"] * 4, toy_sizes=[3] * 4)
     DAT(**SMALL, stage_spec=["N"] * 4, toy_sizes=[4] * 4)
-    assert "stages.1.attns.0.table" in undecayed(model)
+    assert "stages.1.attns.0.table" in no_weight_decay(model)
     larger = DAT(**{**SMALL, "img_size": 128}, stage_spec=["T"] * 4, toy_sizes=[1] * 4)
     _, report = adapt(model.state_dict(), larger)
     assert report.resized["stages.1.attns.0.table"] == ((1, 8, 8), (1, 16, 16))

@@ -111,7 +111,7 @@ def test_pretrained_weights_of_timm(attention: str) -> None:
     torch.manual_seed(1)
     state = timm_model(img_size=32, patch_size=8, num_classes=7).state_dict()
     model = build(attention, num_classes=7)
-    weights, new, _ = model.take_over(state)
+    weights, new, _ = model.convert_weights(state)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert unexpected == []
     assert set(missing) == new
@@ -140,7 +140,7 @@ def test_pretrained_weights_of_timm_load_strictly_and_the_report_says_what_is_ne
 
 def test_a_performer_with_many_features_computes_what_pretrained_softmax_does() -> None:
     softmax, performer = build("softmax").eval(), build("performer", num_features=4096).eval()
-    performer.load_state_dict(performer.take_over(softmax.state_dict())[0], strict=False)
+    performer.load_state_dict(performer.convert_weights(softmax.state_dict())[0], strict=False)
     x = images()
     torch.testing.assert_close(performer(x), softmax(x), atol=0.01, rtol=0.01)
 

@@ -197,7 +197,7 @@ def test_weights_of_colour_images_are_adapted_to_other_channels(in_chans: int) -
     source, target = build_small("N"), build_small("N", in_chans=in_chans)
     state, report = adapt(weights_of(source), target)
     target.load_state_dict(state)
-    assert f"adapted from 3 to {in_chans} channels of the images: patch_proj.0.weight" in report.lines()
+    assert f"adapted from 3 to {in_chans} image channels: patch_proj.0.weight" in report.lines()
     before, after = source.patch_proj[0].weight, target.patch_proj[0].weight
     expected = before.sum(1, keepdim=True) if in_chans == 1 else before.repeat(1, 2, 1, 1)[:, :in_chans] * 3 / in_chans
     torch.testing.assert_close(after, expected)

@@ -247,7 +247,7 @@ def test_a_class_map_names_places_numbers_or_wordnet_ids(tmp_path: Path, text: s
     ("classes", "text", "says"),
     [
         (["cat", "dog"], "cat 0\n", "has no line for dog; give each class one, with -1 where"),
-        (["cat", "dog"], "cat 0\ncat 1\ndog 1\n", "line 2: cat has another line already; give it one"),
+        (["cat", "dog"], "cat 0\ncat 1\ndog 1\n", "line 2: cat already has another line; keep one of them"),
         (["cat", "dog"], "cat 10\ndog 1\n", "line 1: '10' is not a class of the weights; give 0 to 9, or -1"),
         (["cat", "dog"], "cat ant\ndog -1\n", "no class of the weights for dog; leave its images out"),
         (["cat", "dog"], "3\n3\n", "classes cat, dog share label 3 of the weights by .*; merge their images"),

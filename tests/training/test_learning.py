@@ -76,7 +76,7 @@ def test_a_short_run_learns_what_it_should(tmp_path: Path) -> None:
 def decay_tables() -> None:
     import optimizer
 
-    optimizer.undecayed = lambda model: set()
+    optimizer.no_weight_decay = lambda model: set()
 
 
 def invert_drop_path() -> None:

@@ -103,7 +103,7 @@ def test_pooling_replaces_sampling_without_offsets() -> None:
 
 def test_keys_are_made_anew_with_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build()
-    monkeypatch.setattr(deformable, "WORTH_MAKING_ANEW", 0)
+    monkeypatch.setattr(deformable, "RECOMPUTE_FROM", 0)
     module.proj_k.register_forward_pre_hook(lambda _, inputs: F.dropout(inputs[0]))
     x = torch.randn(2, 16, 8, 8, dtype=torch.float64, requires_grad=True)
 

@@ -220,7 +220,7 @@ def test_a_patch_that_looks_at_itself_and_at_the_mean() -> None:
     x = tokens()
     assert module.shapes == [(4, 5), (2, 3)]
     planes = [nn.functional.adaptive_avg_pool2d(x[:, 1:].mT.unflatten(-1, GRID), shape) for shape in module.shapes]
-    places = (2 * module.places - 1).expand(2, 1, -1, -1)
+    places = (2 * module.reference_points - 1).expand(2, 1, -1, -1)
     samples = [nn.functional.grid_sample(plane, places, align_corners=False).squeeze(2) for plane in planes]
     # Where a sample lies partly beyond the border, its value is a part of a value, bias included.
     inside = [nn.functional.grid_sample(p[:, :1] * 0 + 1, places, align_corners=False).squeeze(2) for p in planes]
