@@ -1,4 +1,4 @@
-"""Object detection: the detectors by name. Their interface is `detector.Detector`."""
+"""Object detection: the detectors by name, all with the interface `detector.Detector`."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class DetectorKind:
     """An entry of `DETECTORS`, selected by `MODEL.DETECTOR.NAME`.
 
     Attributes:
-        build: constructs it from a backbone, the keyword `num_classes` (without background), and its own options.
-        maps: number of feature maps of the backbone it uses, the coarsest ones.
-        masks: whether it predicts masks, which the data set must then have.
+        build: builds it from a backbone, the keyword ``num_classes`` (without background), and its own options.
+        maps: number of feature maps that it uses, the coarsest of the backbone.
+        masks: whether it predicts masks; the data set must then have masks.
     """
 
     build: Callable[..., Detector]
@@ -33,7 +33,7 @@ class DetectorKind:
     masks: bool = False
 
 
-# Importing transformers takes seconds, so its detectors are imported when they are built.
+# Importing transformers takes seconds, so detectors that need it are imported when they are built.
 def _of_transformers(kind: str, backbone: nn.Module, **options: Any) -> Detector:
     from .transformers_detectors import TransformersDetector
 

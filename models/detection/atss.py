@@ -1,6 +1,8 @@
-"""A head with adaptive training sample selection (ATSS, arXiv 1912.02424), only for training."""
+"""A head with adaptive training sample selection (ATSS, arXiv 1912.02424), used only in training."""
 
 from __future__ import annotations
+
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -11,18 +13,18 @@ from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_los
 from .initial_weights import set_prior
 from .positives import Positives
 
-CANDIDATES = 9  # nearest anchors of each level considered for an object
+CANDIDATES = 9  # anchors per level that are considered for an object, the nearest ones
 ANCHOR = 8  # side of an anchor in pixels of its map
 BOX_WEIGHT = 2.0
-_NOTHING = -1
+_NO_OBJECT = -1
 
 
 class ATSSHead(nn.Module):
-    """One square anchor at each pixel of each map, which predicts class, box and centerness.
+    """Predicts class, box and centerness for one square anchor per pixel of each map.
 
     Args:
         width: channels of the maps.
-        num_classes: classes, without one for "no object".
+        num_classes: number of classes, without "no object".
     """
 
     def __init__(self, width: int, num_classes: int) -> None:
@@ -40,51 +42,51 @@ class ATSSHead(nn.Module):
     def forward(
         self, maps: list[Tensor], strides: list[float], targets: list[dict[str, Tensor]]
     ) -> tuple[dict[str, Tensor], list[Positives]]:
-        """Return the losses of maps `[B, C, h, w]`, and the positive samples of each image.
+        """Return the losses for maps ``[B, C, h, w]``, and the positive samples of each image.
 
         Args:
-            maps: of the encoder, finest first.
-            strides: pixels of the image per pixel of each map.
-            targets: for each image, `boxes` (x1, y1, x2, y2) in pixels and `labels`.
+            maps: maps of the encoder, finest first.
+            strides: strides of the maps in pixels.
+            targets: for each image, ``boxes`` (x1, y1, x2, y2) in pixels and ``labels``.
         """
         towers = [self.tower(x) for x in maps]
-        logits = _in_a_row([self.class_logits(x) for x in towers])
-        changes = _in_a_row([self.changes(x) for x in towers])
-        centerness = _in_a_row([self.centerness(x) for x in towers]).squeeze(-1)
-        features = _in_a_row(maps)
+        logits = _flatten([self.class_logits(x) for x in towers])
+        changes = _flatten([self.changes(x) for x in towers])
+        centerness = _flatten([self.centerness(x) for x in towers]).squeeze(-1)
+        features = _flatten(maps)
         anchors = square_anchors(maps, strides)
         counts = [x.shape[-2] * x.shape[-1] for x in maps]
         assigned = torch.stack([assign(anchors, counts, target["boxes"]) for target in targets])  # [B, S]
-        positive = assigned != _NOTHING
-        found = [Positives(anchors[p], a[p], f[p]) for p, a, f in zip(positive, assigned, features, strict=True)]
-        labels, wanted = (
-            torch.cat([target[name][one.objects] for target, one in zip(targets, found, strict=True)])
+        positive = assigned != _NO_OBJECT
+        positives = [Positives(anchors[p], a[p], f[p]) for p, a, f in zip(positive, assigned, features, strict=True)]
+        labels, boxes = (
+            torch.cat([target[name][one.objects] for target, one in zip(targets, positives, strict=True)])
             for name in ("labels", "boxes")
         )
         classes = torch.zeros_like(logits, dtype=torch.float32)
         classes[positive] = F.one_hot(labels, logits.shape[-1]).float()
-        at = torch.cat([one.boxes for one in found])
-        boxes = self.coder.decode_single(changes[positive].float(), at)
-        central = _centerness(at, wanted)
+        positive_anchors = torch.cat([one.boxes for one in positives])
+        predicted = self.coder.decode_single(changes[positive].float(), positive_anchors)
+        wanted = _centerness(positive_anchors, boxes)
         number = positive.sum().clamp(min=1)
         focal = sigmoid_focal_loss(logits.float(), classes, alpha=0.25, gamma=2.0, reduction="sum")
-        overlap = generalized_box_iou_loss(boxes, wanted) * central
-        off_centre = F.binary_cross_entropy_with_logits(centerness[positive].float(), central, reduction="sum")
+        giou = generalized_box_iou_loss(predicted, boxes) * wanted
+        entropy = F.binary_cross_entropy_with_logits(centerness[positive].float(), wanted, reduction="sum")
         losses = {
             "class": focal / number,
-            "box": BOX_WEIGHT * overlap.sum() / central.sum().clamp(min=1e-6),
-            "centerness": off_centre / number,
+            "box": BOX_WEIGHT * giou.sum() / wanted.sum().clamp(min=1e-6),
+            "centerness": entropy / number,
         }
-        return losses, found
+        return losses, positives
 
 
-def _in_a_row(maps: list[Tensor]) -> Tensor:
-    """Return the pixels of maps `[B, C, h, w]`, level after level, `[B, S, C]`."""
+def _flatten(maps: list[Tensor]) -> Tensor:
+    """Return the pixels of maps ``[B, C, h, w]``, level after level, ``[B, S, C]``."""
     return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
 
 
 def square_anchors(maps: list[Tensor], strides: list[float]) -> Tensor:
-    """Return anchors (x1, y1, x2, y2) in pixels around the pixels of all maps, `[S, 4]`."""
+    """Return an anchor (x1, y1, x2, y2) in image pixels around each pixel of all maps ``[B, C, h, w]``, ``[S, 4]``."""
     anchors = []
     for x, stride in zip(maps, strides, strict=True):
         rows, columns = (torch.arange(side, device=x.device) + 0.5 for side in x.shape[-2:])
@@ -95,22 +97,22 @@ def square_anchors(maps: list[Tensor], strides: list[float]) -> Tensor:
 
 
 def assign(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tensor:
-    """Assign an object to each anchor, -1 for none (section 3.2).
+    """Assign the index of an object to each anchor, or -1 (section 3.2).
 
-    Of the anchors nearest to the centre of an object on each level, those are positive that overlap it by more than
-    mean and standard deviation of all these, and whose centre it contains.
+    The candidates of an object are the nearest anchors of each level. A candidate is positive if its IoU with the
+    object is at least mean plus standard deviation over all candidates, and if its centre lies within the object.
 
     Args:
-        anchors: `[S, 4]`, level after level.
-        counts: anchors of each level.
-        boxes: of the objects, `[n, 4]`.
+        anchors: anchors (x1, y1, x2, y2) of all levels, ``[S, 4]``.
+        counts: number of anchors of each level.
+        boxes: boxes (x1, y1, x2, y2) of the objects, ``[n, 4]``.
     """
     if not len(boxes):
-        return torch.full((len(anchors),), _NOTHING, device=anchors.device)
+        return torch.full((len(anchors),), _NO_OBJECT, device=anchors.device)
     overlaps = box_iou(anchors, boxes)  # [S, n]
     centers = (anchors[:, :2] + anchors[:, 2:]) / 2
     distances = torch.cdist(centers, (boxes[:, :2] + boxes[:, 2:]) / 2)
-    starts = torch.tensor([0, *counts[:-1]]).cumsum(0).tolist()
+    starts = accumulate(counts[:-1], initial=0)
     nearest = torch.cat(
         [
             start + level.topk(min(CANDIDATES, count), dim=0, largest=False).indices
@@ -122,7 +124,7 @@ def assign(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tensor:
     chosen = (candidates >= candidates.mean(0) + candidates.std(0)) & inside
     kept = torch.full_like(overlaps, -1.0).scatter(0, nearest, candidates.where(chosen, -1.0))
     best = kept.max(dim=1)
-    return best.indices.where(best.values >= 0, _NOTHING)
+    return best.indices.where(best.values >= 0, _NO_OBJECT)
 
 
 def _centerness(anchors: Tensor, boxes: Tensor) -> Tensor:

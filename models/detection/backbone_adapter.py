@@ -1,4 +1,4 @@
-"""Adapters to use this project's backbones and attention in detectors of Hugging Face transformers."""
+"""Adapters that let detectors of Hugging Face transformers use this project's backbones and attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..ops import ms_deform_attn
 
 
 class AdapterConfig(BackboneConfigMixin, PretrainedConfig):
-    """The backbone configuration that transformers needs: names and channels of its maps."""
+    """The backbone config that transformers needs: names and channels of the maps."""
 
     model_type = "dat_detection_adapter"
 
@@ -26,10 +26,10 @@ class AdapterConfig(BackboneConfigMixin, PretrainedConfig):
 
 
 class BackboneAdapter(BackboneMixin, PreTrainedModel):
-    """Replaces the backbone of a transformers model and calls the one of the detector, on images `[B, 3, H, W]`.
+    """Takes the place of the backbone in a model of transformers, and calls that of the detector.
 
-    The backbone is not a submodule: transformers therefore does not reinitialise its weights, and they appear only
-    once in the state dict of the detector.
+    Maps images ``[B, 3, H, W]`` to feature maps ``[B, C, h, w]``. The detector's backbone is not a submodule of the
+    adapter, so transformers does not reinitialise it, and the state dict of the detector contains it only once.
     """
 
     config_class = AdapterConfig
@@ -54,7 +54,7 @@ AutoBackbone.register(AdapterConfig, BackboneAdapter)
 
 
 class Sampling(nn.Module):
-    """Multi-scale deformable sampling by `models.ops.ms_deform_attn`, with the arguments of transformers' module.
+    """Multi-scale deformable attention by `models.ops.ms_deform_attn`, with the arguments of transformers' module.
 
     Attributes:
         form: form of the operation, see `models.ops.ms_deform_attn`.
@@ -74,13 +74,13 @@ class Sampling(nn.Module):
         attention_weights: Tensor,
         im2col_step: int,
     ) -> Tensor:
-        levels = value_spatial_shapes_list  # Python numbers, which need no synchronisation with a GPU
+        levels = value_spatial_shapes_list  # Python numbers, which avoid a GPU synchronisation
         starts = [0, *accumulate(height * width for height, width in levels[:-1])]
         return ms_deform_attn(value, levels, starts, sampling_locations, attention_weights, im2col_step, form=self.form)
 
 
 def adapt(model: nn.Module, backbone: nn.Module) -> None:
-    """Make a model of transformers use `backbone` and this project's multi-scale deformable attention."""
+    """Let a model of transformers use ``backbone`` and this project's multi-scale deformable attention."""
     for module in list(model.modules()):
         if isinstance(module, BackboneAdapter):
             module.hold(backbone)

@@ -1,4 +1,4 @@
-"""Cascade Mask R-CNN: three stages, each trained on the boxes refined by the previous one (arXiv 1906.09756)."""
+"""Cascade Mask R-CNN: three stages, each trained on the boxes that the previous one refined (arXiv 1906.09756)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torchvision.ops import clip_boxes_to_image
 from .mask_rcnn import TwoStageDetector
 from .pyramid import AlignedPool
 
-# Per stage: IoU threshold of positive regions, standard deviations of the box encoding, and loss weight.
+# Per stage: IoU threshold of positive regions, standard deviations of the box encoding, loss weight.
 _IOUS = (0.5, 0.6, 0.7)
 _DEVIATIONS = ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
 _WEIGHTS = (1.0, 0.5, 0.25)
 
 
 class CascadeMaskRCNN(TwoStageDetector):
-    """Cascade Mask R-CNN on a backbone with four maps; box regression is class-agnostic."""
+    """Cascade Mask R-CNN with class-agnostic box regression."""
 
     def build_heads(
         self,
@@ -44,7 +44,7 @@ class CascadeMaskRCNN(TwoStageDetector):
 
 
 class _Stage(nn.Module):
-    """The heads of a stage: class logits, box offsets and mask logits of pooled regions."""
+    """The heads of a stage, for class logits, box offsets and mask logits of pooled regions."""
 
     def __init__(self, channels: int, hidden: int, classes: int) -> None:
         super().__init__()
@@ -55,12 +55,12 @@ class _Stage(nn.Module):
         self.mask_predictor = MaskRCNNPredictor(channels, channels, classes)
 
     def forward(self, regions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return logits `[n, classes]`, the background first, and offsets `[n, 4]`."""
+        """Return logits ``[n, classes]``, background first, and box offsets ``[n, 4]``."""
         x = self.box_head(regions)
         return self.cls_score(x).float(), self.bbox_pred(x).float()
 
     def masks(self, regions: Tensor) -> Tensor:
-        """Return logits `[n, classes, 28, 28]`."""
+        """Return mask logits ``[n, classes, 28, 28]``."""
         return self.mask_predictor(self.mask_head(regions)).float()
 
 
@@ -68,9 +68,9 @@ class CascadeHeads(RoIHeads):
     """The stages, with torchvision's assignment, sampling and NMS of regions.
 
     Args:
-        stages: from the first to the last.
-        box_pool: regions to `[n, channels, 7, 7]`.
-        mask_pool: regions to `[n, channels, 14, 14]`.
+        stages: heads of the stages, in order.
+        box_pool: pools regions to ``[n, channels, 7, 7]``.
+        mask_pool: pools regions to ``[n, channels, 14, 14]``.
         **settings: further arguments of `RoIHeads`.
     """
 
@@ -81,7 +81,7 @@ class CascadeHeads(RoIHeads):
         self._coders = [BoxCoder(tuple(1 / deviation for deviation in of_stage)) for of_stage in _DEVIATIONS]
 
     def has_mask(self) -> bool:
-        """Return whether targets have masks."""
+        """Return True: there are always masks."""
         return True
 
     def forward(
@@ -91,12 +91,12 @@ class CascadeHeads(RoIHeads):
         image_shapes: Sequence[tuple[int, int]],
         targets: list[dict[str, Tensor]] | None = None,
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
-        """Return detections and losses: in evaluation losses are empty, in training detections."""
+        """Return detections and losses. Detections are empty in training, losses in evaluation."""
         if self.training:
-            return [], self._learn(features, proposals, image_shapes, targets)
+            return [], self._losses(features, proposals, image_shapes, targets)
         return self._detect(features, proposals, image_shapes), {}
 
-    def _learn(
+    def _losses(
         self,
         maps: dict[str, Tensor],
         regions: list[Tensor],
@@ -110,23 +110,23 @@ class CascadeHeads(RoIHeads):
             regions, matched, labels, wanted = self.select_training_samples(list(regions), targets)
             logits, offsets = stage(self.box_roi_pool(maps, regions))
             label, positive = torch.cat(labels), torch.cat(labels) > 0
-            of_boxes = F.smooth_l1_loss(offsets[positive], torch.cat(wanted)[positive], reduction="sum")
-            shown = [(where > 0) for where in labels]
-            boxes = [region[where] for region, where in zip(regions, shown, strict=True)]
-            of_masks = maskrcnn_loss(
+            box_loss = F.smooth_l1_loss(offsets[positive], torch.cat(wanted)[positive], reduction="sum")
+            has_object = [region_labels > 0 for region_labels in labels]
+            boxes = [region[mask] for region, mask in zip(regions, has_object, strict=True)]
+            mask_loss = maskrcnn_loss(
                 stage.masks(self.mask_roi_pool(maps, boxes)),
                 boxes,
                 [target["masks"] for target in targets],
                 [target["labels"] for target in targets],
-                [match[where] for match, where in zip(matched, shown, strict=True)],
+                [match[mask] for match, mask in zip(matched, has_object, strict=True)],
             )
             losses |= {
                 f"classifier_{number}": weight * F.cross_entropy(logits, label),
-                f"box_reg_{number}": weight * of_boxes / len(label),
-                f"mask_{number}": weight * of_masks,
+                f"box_reg_{number}": weight * box_loss / len(label),
+                f"mask_{number}": weight * mask_loss,
             }
             refined = self._refined(coder, offsets.detach(), regions, sizes)
-            # The true boxes are added again in each stage; they are not regions of the previous stage.
+            # `select_training_samples` added the true boxes, and does so again in the next stage.
             regions = [
                 box[~_is_one_of(region, target["boxes"])]
                 for box, region, target in zip(refined, regions, targets, strict=True)
@@ -136,16 +136,16 @@ class CascadeHeads(RoIHeads):
     def _detect(
         self, maps: dict[str, Tensor], regions: list[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        votes = []
+        stage_logits = []
         for stage, coder in zip(self.stages, self._coders, strict=True):
-            before = regions
+            last_regions = regions
             logits, offsets = stage(self.box_roi_pool(maps, regions))
             regions = self._refined(coder, offsets, regions, sizes)
-            votes.append(logits)
+            stage_logits.append(logits)
         self.box_coder = coder
-        mean = torch.stack(votes).mean(0)
-        # torchvision expects one box per class.
-        boxes, scores, labels = self.postprocess_detections(mean, offsets.repeat(1, mean.shape[1]), before, sizes)
+        mean = torch.stack(stage_logits).mean(0)
+        offsets = offsets.repeat(1, mean.shape[1])  # torchvision expects a box per class
+        boxes, scores, labels = self.postprocess_detections(mean, offsets, last_regions, sizes)
         pooled = self.mask_roi_pool(maps, boxes)
         masks = [maskrcnn_inference(stage.masks(pooled), labels) for stage in self.stages]
         return [
@@ -161,5 +161,5 @@ class CascadeHeads(RoIHeads):
 
 
 def _is_one_of(regions: Tensor, boxes: Tensor) -> Tensor:
-    """Return which of the regions `[n, 4]` are among the boxes `[m, 4]`, `[n]`."""
+    """Return which regions ``[n, 4]`` are equal to one of the boxes ``[m, 4]``, bool ``[n]``."""
     return (regions[:, None] == boxes[None]).all(-1).any(1)

@@ -1,8 +1,8 @@
-"""Co-DETR: collaborative hybrid assignments (Zong et al., arXiv 2211.12860), over DINO.
+"""Co-DETR: DINO with collaborative hybrid assignments (Zong et al., arXiv 2211.12860).
 
-In training, auxiliary heads with one-to-many assignment, ATSS and Faster R-CNN, on the encoder's maps also train the
-encoder (section 3.1); their positive samples are additional queries of the decoder (section 3.2).
-In evaluation it is DINO.
+In training, two auxiliary heads with one-to-many assignment, ATSS and Faster R-CNN, process the maps of the encoder
+(section 3.1), and their positive samples become additional queries of the decoder (section 3.2). In evaluation,
+Co-DETR is the same as DINO.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..backbone import DATBackbone, TimmBackbone
 from .atss import ATSSHead
 from .dino import DINO, Memory
 from .faster_rcnn_head import FasterRCNNHead
-from .positives import positive_queries
+from .positives import as_queries
 from .queries import ALONE, Assignment, Queries, Targets
 
 
@@ -24,11 +24,11 @@ class CoDETR(DINO):
     """DINO with auxiliary heads in training.
 
     Args:
-        backbone: images to maps, with `channels` and `strides`.
-        num_classes: classes, without one for "no object".
-        positive_queries: maximum number of positive samples of a head that become queries, per image.
-        head_weight: of the losses of the heads; the paper's second lambda. The first is 1.
-        **options: of `DINO`.
+        backbone: maps images to feature maps; has ``channels`` and ``strides``.
+        num_classes: number of classes, without "no object".
+        positive_queries: largest number of positive samples per head and image that become queries.
+        head_weight: weight of the losses of the heads: the second lambda of the paper, whose first lambda is 1.
+        **options: options of `DINO`.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class CoDETR(DINO):
         }
         for i, (name, (named, positives)) in enumerate(found.items()):
             some = [one.at_most(self.positive_queries) for one in positives]
-            queries, assignment = positive_queries(some, batch.image_sizes, self.positive_contents[i], ALONE - 1 - i)
+            queries, assignment = as_queries(some, batch.image_sizes, self.positive_contents[i], ALONE - 1 - i)
             extra.append(queries)
             assignments[f"{name}_queries"] = assignment
             losses[name] = self.head_weight * sum(named.values())

@@ -17,13 +17,14 @@ def noised_queries(
     Args:
         truth: the objects, at least one.
         label_contents: content of a query by label.
-        number: approximate number of positives per image; each image gets complete groups of its objects, at least one.
-        label_noise: half of it is the probability that a label is drawn at random.
-        box_noise: the corners of positives move by at most this many halves of the box's sides, those of negatives by
-            at least as many and at most one more.
+        number: approximate number of positives per image: every image gets complete groups of its objects, at least
+            one.
+        label_noise: twice the probability that a label is replaced by a random one.
+        box_noise: scale of the box noise, in halves of the box's sides: corners of positives move by up to 1 times this
+            scale, those of negatives by 1 to 2 times.
 
     Returns:
-        The queries, group after group, and what they stand for.
+        The queries, group after group, and their assigned objects.
     """
     device, longest = truth.boxes.device, max(truth.counts)
     groups = max(number // longest, 1)

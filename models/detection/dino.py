@@ -1,8 +1,8 @@
 """DINO: DETR with improved denoising anchor boxes (arXiv 2203.03605), based on transformers' Deformable DETR.
 
-Backbone, projections, encoder and decoder layers are those of two-stage Deformable DETR with box refinement. DINO's
-additions, each of which can be switched off, are: contrastive denoising (section 3.3), mixed query selection (3.4),
-look forward twice (3.5), and the positions of DAB-DETR that it builds on. With all of them off, it is Deformable DETR.
+Projections, encoder and decoder layers are those of two-stage Deformable DETR with box refinement. DINO adds
+contrastive denoising (section 3.3), mixed query selection (3.4), look forward twice (3.5), and positions from anchors
+as in DAB-DETR. Each addition can be switched off; without any, the model is Deformable DETR.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class Memory(NamedTuple):
     """The output of the encoder, all levels concatenated.
 
     Attributes:
-        features: `[B, S, C]`.
-        mask: `[B, S]`, true within the image.
+        features: ``[B, S, C]``.
+        mask: ``[B, S]``, true within the image.
         shapes: height and width of every level.
-        ratios: `[B, levels, 2]`, the fractions of width and height of every level covered by the image.
+        ratios: fractions of the width and height of every level that the image covers, ``[B, levels, 2]``.
     """
 
     features: Tensor
@@ -44,33 +44,33 @@ class Memory(NamedTuple):
     shapes: list[tuple[int, int]]
     ratios: Tensor
 
-    def where(self) -> dict[str, Any]:
-        """Return the levels as arguments of transformers' layers."""
+    def level_arguments(self) -> dict[str, Any]:
+        """Return the levels as keyword arguments of transformers' layers."""
         shapes = torch.tensor(self.shapes, device=self.features.device)
         starts = F.pad(shapes.prod(1).cumsum(0)[:-1], (1, 0))
         return {"spatial_shapes": shapes, "spatial_shapes_list": self.shapes, "level_start_index": starts}
 
     def maps(self) -> list[Tensor]:
-        """Return the features of every level as maps `[B, C, h, w]`."""
+        """Return the features of every level as maps ``[B, C, h, w]``."""
         levels = self.features.transpose(1, 2).split([height * width for height, width in self.shapes], dim=-1)
         return [level.unflatten(-1, shape) for level, shape in zip(levels, self.shapes, strict=True)]
 
 
 class DINO(SetDetector):
-    """DINO: trained with denoising queries; its queries start from the encoder's best proposals.
+    """A DETR whose queries start from the encoder's best proposals, trained with denoising queries.
 
     Args:
-        backbone: images to maps, with `channels`.
-        num_classes: classes, without one for "no object".
-        num_queries: number of matched queries, at most one per pixel of the maps.
-        denoising: number of positive noised queries per training image, and of negatives. 0: none.
-        label_noise: half of it is the probability that a noised query gets a label at random.
-        box_noise: how far the corners of a noised box move, in halves of its sides.
-        mixed_query_selection: learnt query contents at the positions of the best proposals, instead of contents
-            computed from these positions.
-        anchor_positions: positions of queries follow their boxes from layer to layer, as in DAB-DETR.
-        look_forward_twice: the loss of a layer's boxes also trains the layer before.
-        **arguments: of transformers' `DeformableDetrConfig`, such as `d_model`.
+        backbone: maps images to feature maps; has ``channels``.
+        num_classes: number of classes, without "no object".
+        num_queries: number of matched queries; fewer if the maps have fewer pixels.
+        denoising: number of positive denoising queries per training image, and of negative ones; 0 for none.
+        label_noise: twice the probability that a denoising query gets a random label.
+        box_noise: scale of the noise of the corners of a box, in halves of its sides.
+        mixed_query_selection: whether the contents of queries are learned; otherwise they are computed from the
+            positions of the best proposals.
+        anchor_positions: whether the positions of queries follow their boxes from layer to layer, as in DAB-DETR.
+        look_forward_twice: whether the loss of a layer's boxes also trains the previous layer.
+        **arguments: arguments of transformers' `DeformableDetrConfig`, such as ``d_model``.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class DINO(SetDetector):
         )
         self.transformer = DeformableDetrModel(config)
         adapt(self.transformer, backbone)
-        width, heads = config.d_model, config.decoder_layers + 1  # the last ones are for the encoder's proposals
+        width, heads = config.d_model, config.decoder_layers + 1  # the last one is for the encoder's proposals
         self.transformer.decoder.class_embed = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(heads))
         self.transformer.decoder.bbox_embed = nn.ModuleList(_box_head(width, width, 4, 3) for _ in range(heads))
         draw_weights(self.transformer)
@@ -108,7 +108,7 @@ class DINO(SetDetector):
         self.anchor_position = _box_head(2 * width, width, width, 2) if anchor_positions else None
         self.label_contents = nn.Embedding(num_classes, width) if denoising else None
         if mixed_query_selection and anchor_positions:
-            # Contents and positions are no longer computed from the positions of proposals.
+            # These layers compute contents and positions from proposals.
             del self.transformer.pos_trans, self.transformer.pos_trans_norm
 
     def forward(
@@ -136,7 +136,7 @@ class DINO(SetDetector):
         truth: Targets,
         batch: ImageList,  # noqa: ARG002
     ) -> tuple[list[Queries], dict[str, Assignment], dict[str, Tensor]]:
-        """Return additional training queries with known objects, these objects, and additional losses."""
+        """Return additional queries for training whose objects are known, these objects, and additional losses."""
         if not self.denoising or not truth.total:
             return [], {}, {}
         noised, assignment = noised_queries(
@@ -145,10 +145,10 @@ class DINO(SetDetector):
         return [noised], {"denoising": assignment}, {}
 
     def encode(self, images: Tensor, inside: Tensor) -> Memory:
-        """Return the maps of images `[B, 3, H, W]` after the encoder; `inside` is as for `predict`."""
+        """Return the output of the encoder for images ``[B, 3, H, W]``; ``inside`` is that of `predict`."""
         parts, maps, sources, masks, positions = self.transformer, self.backbone(images), [], [], []
         for level, project in enumerate(parts.input_proj):
-            # Additional levels are computed by consecutive strided convolutions.
+            # Levels beyond the maps of the backbone are computed from the last map, each from the previous one.
             above = maps[min(level, len(maps) - 1)] if level <= len(maps) else sources[-1]
             source = project(above)
             mask = F.interpolate(inside[None].float(), size=source.shape[-2:])[0].bool()
@@ -167,16 +167,16 @@ class DINO(SetDetector):
             attention_mask=memory.mask,
             spatial_position_embeddings=torch.cat(positions, 1),
             valid_ratios=memory.ratios,
-            **memory.where(),
+            **memory.level_arguments(),
         )
         return memory._replace(features=encoded.last_hidden_state)
 
     def select_queries(self, memory: Memory) -> tuple[tuple[Tensor, Tensor], Queries]:
-        """Return the encoder's proposals as logits and boxes, and the queries initialised from the best ones."""
+        """Return logits and boxes of the encoder's proposals, and the queries initialised from the best proposals."""
         decoder = self.transformer.decoder
         features, priors = self.transformer.gen_encoder_output_proposals(memory.features, ~memory.mask, memory.shapes)
         logits, boxes = decoder.class_embed[-1](features), decoder.bbox_embed[-1](features) + priors
-        # Proposals of Deformable DETR have one class, "object"; those of DINO have all classes.
+        # Proposals have the classes of the data set in DINO, but only one class, "object", in Deformable DETR.
         score = logits[..., 0] if self.contents is None else logits.amax(-1)
         best = score.topk(min(self.num_queries, score.shape[1]), dim=1).indices.unsqueeze(-1)
         anchors = boxes.gather(1, best.expand(-1, -1, 4)).detach()
@@ -187,9 +187,9 @@ class DINO(SetDetector):
         return (logits, boxes.sigmoid()), Queries.matched(contents, anchors.sigmoid())
 
     def decode(self, memory: Memory, queries: Queries) -> list[tuple[Tensor, Tensor]]:
-        """Return logits `[B, Q, classes]` and boxes `[B, Q, 4]` (cx, cy, w, h) of queries after each layer."""
+        """Return logits ``[B, Q, classes]`` and boxes ``[B, Q, 4]`` (cx, cy, w, h) of the queries after each layer."""
         decoder, content, reference = self.transformer.decoder, queries.contents, queries.boxes
-        where, ratios = memory.where(), memory.ratios.repeat(1, 1, 2)[:, None]  # [B, 1, levels, 4]
+        levels, ratios = memory.level_arguments(), memory.ratios.repeat(1, 1, 2)[:, None]  # [B, 1, levels, 4]
         # In evaluation there are only matched queries, which attend to each other.
         mask, previous, found = queries.attention_mask() if self.training else None, reference, []
         static = None if self.anchor_position else self._from_positions(inverse_sigmoid(reference))[0]
@@ -202,7 +202,7 @@ class DINO(SetDetector):
                 encoder_hidden_states=memory.features,
                 encoder_attention_mask=memory.mask,
                 attention_mask=mask,
-                **where,
+                **levels,
             )
             change = box_head(content)
             found.append((class_head(content), (change + inverse_sigmoid(previous)).sigmoid()))
@@ -218,13 +218,13 @@ class DINO(SetDetector):
         truth: Targets,
         extra: dict[str, Assignment],
     ) -> dict[str, Tensor]:
-        """Return the losses of proposals, matched queries and those of known objects, summed over layers.
+        """Return the losses of proposals, matched queries and additional queries, summed over layers.
 
         Args:
-            proposals: logits `[B, Q, classes]` and boxes `[B, Q, 4]` of the encoder.
-            layers: the same of each layer of the decoder.
+            proposals: logits ``[B, Q, classes]`` and boxes ``[B, Q, 4]`` of the encoder.
+            layers: logits and boxes of each layer of the decoder, the additional queries first.
             truth: the objects.
-            extra: which object each query of a known group stands for, by the group's name.
+            extra: assigned objects of each set of additional queries, by name, in the order of the queries.
         """
         objects = truth if self.contents is not None else truth.without_classes()
         losses = {"encoder": sum(set_losses(*proposals, match(*proposals, objects), objects).values())}
@@ -241,11 +241,11 @@ class DINO(SetDetector):
         return losses
 
     def _sine(self, logits: Tensor) -> Tensor:
-        """Return the sine embedding `[B, Q, 2 C]` of boxes `[B, Q, 4]` before their sigmoid."""
+        """Return the sine embedding ``[B, Q, 2 C]`` of boxes ``[B, Q, 4]``, which are given before the sigmoid."""
         return self.transformer.get_proposal_pos_embed(logits)
 
     def _from_positions(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Return query positions and contents computed from boxes before the sigmoid, as in Deformable DETR."""
+        """Return positions and contents of queries, computed from boxes before the sigmoid as in Deformable DETR."""
         parts = self.transformer
         return parts.pos_trans_norm(parts.pos_trans(self._sine(logits))).chunk(2, dim=-1)
 

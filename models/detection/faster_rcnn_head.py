@@ -1,4 +1,4 @@
-"""Faster R-CNN (arXiv 1506.01497) on the encoder's maps, built from torchvision, only for training."""
+"""Faster R-CNN (arXiv 1506.01497) as an auxiliary head, built from torchvision, used only in training."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ RATIOS = (0.5, 1.0, 2.0)
 
 
 class FasterRCNNHead(nn.Module):
-    """Proposals on every map, and a class and a box for each.
+    """Predicts proposals on every map, and a class and a box for each proposal.
 
     Args:
         width: channels of the maps.
-        num_classes: classes, without one for "no object".
-        strides: pixels of the image per pixel of each map.
+        num_classes: number of classes, without "no object".
+        strides: strides of the maps in pixels.
     """
 
     def __init__(self, width: int, num_classes: int, strides: list[int]) -> None:
@@ -55,12 +55,12 @@ class FasterRCNNHead(nn.Module):
     def forward(
         self, maps: list[Tensor], images: ImageList, targets: list[dict[str, Tensor]]
     ) -> tuple[dict[str, Tensor], list[Positives]]:
-        """Return the losses of maps `[B, C, h, w]`, and the positive samples of each image.
+        """Return the losses for maps ``[B, C, h, w]``, and the positive samples of each image.
 
         Args:
-            maps: of the encoder, finest first.
-            images: in torchvision's format.
-            targets: for each image, `boxes` (x1, y1, x2, y2) in pixels and `labels`.
+            maps: maps of the encoder, finest first.
+            images: the batch, in torchvision's format.
+            targets: for each image, ``boxes`` (x1, y1, x2, y2) in pixels and ``labels``.
         """
         features = {str(level): x.float() for level, x in enumerate(maps)}
         targets = [{"boxes": target["boxes"], "labels": target["labels"] + 1} for target in targets]  # 0: no object
@@ -69,10 +69,9 @@ class FasterRCNNHead(nn.Module):
         proposals, objects, labels, changes = heads.select_training_samples(proposals, targets)
         seen = heads.box_head(heads.box_roi_pool(features, proposals, images.image_sizes))
         class_loss, box_loss = fastrcnn_loss(*heads.box_predictor(seen), labels, changes)
-        found = [
-            Positives(boxes[label > 0], which[label > 0], part[label > 0])
-            for boxes, which, label, part in zip(
-                proposals, objects, labels, seen.split([len(boxes) for boxes in proposals]), strict=True
-            )
+        by_image = seen.split([len(boxes) for boxes in proposals])
+        positives = [
+            Positives(boxes[label > 0], objects_of[label > 0], features_of[label > 0])
+            for boxes, objects_of, label, features_of in zip(proposals, objects, labels, by_image, strict=True)
         ]
-        return {"class": class_loss, "box": box_loss, **losses}, found
+        return {"class": class_loss, "box": box_loss, **losses}, positives

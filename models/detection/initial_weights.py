@@ -6,21 +6,22 @@ import math
 
 from torch import nn
 
-_PRIOR = 0.01  # initial probability, so that the many queries without an object do not dominate the loss
+_PRIOR = 0.01  # initial class probability, so that the many queries without an object do not dominate the loss
 
 
 def draw_weights(detector: nn.Module) -> None:
     """Initialise a detector of transformers as in the authors' code of DETR and its successors.
 
-    transformers draws matrices and embeddings from a normal distribution of deviation 0.01 or 0.02, and RT-DETR's
-    scales of batch norms likewise, to be replaced by those of a checkpoint. Here matrices are Xavier's, embeddings have
-    deviation 1, scales are 1, and boxes begin at their references. Other biases, and what begins at 0, stay.
+    transformers relies on checkpoints: it draws matrices, embeddings and RT-DETR's batch norm scales from a normal
+    distribution with standard deviation 0.01 or 0.02. Here, matrices get Xavier's initialisation, embeddings a standard
+    deviation of 1, batch norm scales are 1, and the last layers of box heads are 0, so that boxes start at their
+    references. Other biases, and matrices that transformers initialises to 0, are not changed.
     """
     for name, module in detector.named_modules():
         if isinstance(module, (nn.Embedding, nn.BatchNorm2d)):
             module.reset_parameters()
         elif isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.any():
-            if "bbox" in name and len(module.weight) == len("xywh"):
+            if "bbox" in name and len(module.weight) == 4:  # (cx, cy, w, h)
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)
             else:

@@ -1,4 +1,4 @@
-"""Mask R-CNN: region proposals, then boxes, classes and masks of the regions (He et al., arXiv 1703.06870)."""
+"""Mask R-CNN: region proposals, then classes, boxes and masks of the regions (He et al., arXiv 1703.06870)."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from .pyramid import AlignedPool, Anchors, Pyramid
 
 
 class TwoStageDetector(Detector):
-    """Region proposals over a feature pyramid, and heads on the regions, with the settings of mmdetection 2.
+    """Region proposals from a feature pyramid, and heads for the regions, with the settings of mmdetection 2.
 
     Internally, class 0 is the background, as in torchvision.
 
     Args:
-        backbone: returns maps of strides 4, 8, 16 and 32.
-        num_classes: classes of objects.
-        channels: of the pyramid and the heads.
-        hidden: of the two layers on each region.
+        backbone: maps images to feature maps of strides 4, 8, 16 and 32.
+        num_classes: number of classes, without the background.
+        channels: channels of the pyramid and of the mask head.
+        hidden: width of the two hidden layers of the box head.
         anchor_scale: side of a square anchor, as a multiple of the stride.
-        proposals: regions per image.
-        samples: regions per image used for training.
-        detection: `score_thresh`, `nms_thresh` and `detections_per_img` of torchvision's `RoIHeads`.
+        proposals: number of proposals per image.
+        samples: number of proposals per image that train the heads.
+        detection: ``score_thresh``, ``nms_thresh`` and ``detections_per_img`` of torchvision's `RoIHeads`.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class TwoStageDetector(Detector):
         mask_pool: AlignedPool,
         settings: dict[str, Any],
     ) -> RoIHeads:
-        """Return the heads for classes, boxes and masks of the regions.
+        """Build the heads for classes, boxes and masks of the regions.
 
         Args:
-            channels: of the maps and of the convolutions for masks.
-            hidden: of the two layers on each region.
-            classes: among them the background.
-            box_pool: regions to `[n, channels, 7, 7]`.
-            mask_pool: regions to `[n, channels, 14, 14]`.
+            channels: channels of the maps and of the mask head.
+            hidden: width of the two hidden layers of the box head.
+            classes: number of classes, including the background.
+            box_pool: pools regions to ``[n, channels, 7, 7]``.
+            mask_pool: pools regions to ``[n, channels, 14, 14]``.
             settings: further arguments of `RoIHeads`.
         """
         raise NotImplementedError
@@ -115,12 +115,12 @@ class TwoStageDetector(Detector):
         self.run_heads(for_boxes, for_masks)
 
     def run_heads(self, for_boxes: Tensor, for_masks: Tensor) -> None:
-        """Run all layers on pooled regions `[n, channels, 7, 7]` and `[m, channels, 14, 14]`."""
+        """Run all layers on pooled regions ``[n, channels, 7, 7]`` and ``[m, channels, 14, 14]``."""
         raise NotImplementedError
 
 
 class MaskRCNN(TwoStageDetector):
-    """Mask R-CNN on a backbone of four maps."""
+    """Mask R-CNN with one box and one mask per class."""
 
     def build_heads(
         self,

@@ -1,4 +1,4 @@
-"""Conversion of published weights of mmdetection 2 to these detectors."""
+"""Conversion of weights of mmdetection 2 to the names and layouts of these detectors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import torch
 from torch import Tensor
 
-# Mapping of mmdetection's names; `{}` is replaced by the matched groups.
+# mmdetection's names and ours; `{}` stands for a matched group.
 _NAMES = (
     (r"neck\.lateral_convs\.(\d+)\.conv", "neck.fpn.inner_blocks.{}.0"),
     (r"neck\.fpn_convs\.(\d+)\.conv", "neck.fpn.layer_blocks.{}.0"),
@@ -41,9 +41,9 @@ def is_mmdetection(weights: dict[str, Tensor]) -> bool:
 
 
 def from_mmdetection(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename weights of mmdetection; unknown names are kept.
+    """Convert weights of mmdetection; unknown names are not changed.
 
-    The background, the last class in mmdetection, is the first one here, with an unused box and mask.
+    The background is the last class in mmdetection. Here it is the first, with an unused box and mask.
     """
     laterals = sum(bool(re.fullmatch(r"neck\.lateral_convs\.\d+\.conv\.weight", name)) for name in weights)
     renamed = {}

@@ -1,4 +1,4 @@
-"""Positive samples of one-to-many heads on the encoder's maps, as queries (Co-DETR, arXiv 2211.12860)."""
+"""Positive samples of heads with one-to-many assignment, as queries of the decoder (Co-DETR, arXiv 2211.12860)."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Positives(NamedTuple):
     """The positive samples of an image.
 
     Attributes:
-        boxes: `[n, 4]` (x1, y1, x2, y2) in pixels: anchors or proposals.
-        objects: `[n]`, the object of the image that each is assigned to.
-        features: `[n, C]`.
+        boxes: anchors or proposals (x1, y1, x2, y2) in pixels, ``[n, 4]``.
+        objects: index of the assigned object of the image, ``[n]``.
+        features: features at the samples, ``[n, C]``.
     """
 
     boxes: Tensor
@@ -26,23 +26,23 @@ class Positives(NamedTuple):
     features: Tensor
 
     def at_most(self, number: int) -> Positives:
-        """Return a random subset if there are more than `number`."""
+        """Return the samples, or a random subset of ``number`` if there are more."""
         if len(self.boxes) <= number:
             return self
         kept = torch.randperm(len(self.boxes), device=self.boxes.device)[:number]
         return Positives(*(tensor[kept] for tensor in self))
 
 
-def positive_queries(
+def as_queries(
     positives: list[Positives], sizes: list[tuple[int, int]], content: nn.Module, group: int
 ) -> tuple[Queries, Assignment]:
-    """Return positive samples as queries (section 3.2, equation 4), and the objects they stand for.
+    """Return positive samples as queries (section 3.2, equation 4), and their assigned objects.
 
     Args:
-        positives: of each image.
+        positives: positive samples of each image.
         sizes: height and width of each image in pixels.
-        content: from features to contents of queries.
-        group: of the queries, below MATCHED, so that they only attend to each other.
+        content: maps features to contents of queries.
+        group: group of the queries; below MATCHED, so that they attend only to each other.
     """
     boxes = [
         box_convert(one.boxes, "xyxy", "cxcywh") / one.boxes.new_tensor([width, height] * 2)

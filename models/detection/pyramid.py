@@ -1,7 +1,7 @@
-"""Feature pyramids, anchors and pooling of regions over torchvision's, with the arithmetic of mmdetection 2.
+"""Feature pyramids, anchors and pooling of regions, based on torchvision, with the arithmetic of mmdetection 2.
 
-torchvision rounds anchors to integers, derives strides from sizes, and pools with a half-pixel offset; weights trained
-without this would lose accuracy.
+torchvision rounds anchors to integers, derives strides from sizes, and pools with a half-pixel offset, which would cost
+accuracy with weights from mmdetection.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid (Lin et al., arXiv 1612.03144) with coarser maps on top.
+    """A feature pyramid network (Lin et al., arXiv 1612.03144) with additional coarser maps.
 
     Args:
-        channels: of the backbone's maps.
-        strides: of the backbone's maps.
-        width: channels of every map of the pyramid.
-        convolved: two more maps, each a convolution of the previous one, as in RetinaNet; otherwise one, the last map
-            subsampled by 2.
+        channels: channels of the backbone's maps.
+        strides: strides of the backbone's maps.
+        width: channels of the maps of the pyramid.
+        convolved: whether to add two maps by strided convolutions, as in RetinaNet, instead of one map by subsampling
+            the last one.
 
     Attributes:
-        strides: of its maps.
+        strides: strides of the maps of the pyramid.
     """
 
     def __init__(self, channels: Sequence[int], strides: Sequence[int], *, width: int, convolved: bool) -> None:
@@ -37,12 +37,12 @@ class Pyramid(nn.Module):
         self.strides = [*strides, *(strides[-1] << level for level in range(1, 3 if convolved else 2))]
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Return maps `[b, width, h, w]` by name, finest first."""
+        """Return maps ``[b, width, h, w]`` by name, finest first."""
         return self.fpn({str(level): x for level, x in enumerate(maps)})
 
 
 class _Convolutions(ExtraFPNBlock):
-    """Two coarser maps from the last map of the backbone, without an activation between them."""
+    """Adds two coarser maps, computed from the last map of the backbone without an activation in between."""
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
@@ -58,12 +58,12 @@ class _Convolutions(ExtraFPNBlock):
 
 
 class Anchors(AnchorGenerator):
-    """Anchors of exact sizes at exact strides.
+    """Anchors whose sizes and positions are not rounded.
 
     Args:
-        strides: of the maps.
-        scales: side of a square anchor, as multiples of the stride.
-        ratios: height / width.
+        strides: strides of the maps.
+        scales: sides of a square anchor, as multiples of the stride.
+        ratios: height divided by width.
     """
 
     def __init__(
@@ -78,16 +78,16 @@ class Anchors(AnchorGenerator):
         scales: Sequence[float],
         aspect_ratios: Sequence[float],
         dtype: torch.dtype = torch.float32,
-        device: torch.device = torch.device("cpu"),  # noqa: B008 - as the method that it replaces
+        device: torch.device = torch.device("cpu"),  # noqa: B008 - the default of the overridden method
     ) -> Tensor:
-        """Return `[len(aspect_ratios) * len(scales), 4]` around the origin, not rounded."""
+        """Return anchors ``[len(aspect_ratios) * len(scales), 4]``, (x1, y1, x2, y2), around the origin."""
         sizes = torch.tensor(scales, dtype=dtype, device=device)
         roots = torch.tensor(aspect_ratios, dtype=dtype, device=device).sqrt()[:, None]
         widths, heights = (sizes / roots).flatten(), (sizes * roots).flatten()
         return torch.stack([-widths, -heights, widths, heights], dim=1) / 2
 
     def forward(self, image_list: ImageList, feature_maps: Sequence[Tensor]) -> list[Tensor]:
-        """Return the anchors `[n, 4]` of all maps for each image; those of one pixel are consecutive."""
+        """Return the anchors ``[n, 4]`` of all maps ``[B, C, h, w]``, for each image, in the order of the pixels."""
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
         strides = [[torch.tensor(stride, device=feature_maps[0].device)] * 2 for stride in self.strides]
         anchors = self.grid_anchors([list(x.shape[-2:]) for x in feature_maps], strides)
@@ -95,22 +95,21 @@ class Anchors(AnchorGenerator):
 
 
 class AlignedPool(nn.Module):
-    """RoIAlign without an offset (He et al., arXiv 1703.06870), from the level that matches the size of each region.
+    """RoIAlign (He et al., arXiv 1703.06870) without a half-pixel offset, on the level that fits the size of a region.
 
     Args:
         size: side of the result.
-        strides: of the maps to pool from; others are not used.
+        strides: strides of the maps to pool from, the first ones of the pyramid.
     """
 
     def __init__(self, size: int, strides: Sequence[int]) -> None:
         super().__init__()
         self._size = size
         self._strides = tuple(strides)
-        # Side from which on a region is pooled from the second map: 112 for strides from 4 on.
-        self._second = 28 * strides[0]
+        self._second = 28 * strides[0]  # smallest side of a region on the second level: 112 pixels if it has stride 8
 
     def forward(self, maps: dict[str, Tensor], boxes: Sequence[Tensor], _image_sizes: object = None) -> Tensor:
-        """Return `[regions, channels, size, size]` for the boxes `[n, 4]` of each image."""
+        """Return ``[regions, channels, size, size]`` for the boxes ``[n, 4]`` of each image."""
         levels = list(maps.values())[: len(self._strides)]
         image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
         regions = torch.cat([image, torch.cat(list(boxes))], dim=1)

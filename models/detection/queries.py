@@ -1,4 +1,4 @@
-"""Queries of a decoder, their assigned objects, and set prediction losses (DETR, arXiv 2005.12872)."""
+"""Queries of a decoder, the assignment of objects to them, and set prediction losses (DETR, arXiv 2005.12872)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
 
-# The object assigned to each query, [B, Q]; or one of the two constants below.
+# [B, Q]: the index of the object of the image that is assigned to each query, or NO_OBJECT or PADDING.
 Assignment = Tensor
 NO_OBJECT, PADDING = -1, -2
 MATCHED, ALONE = 0, -1  # groups of queries, see `Queries`
@@ -23,10 +23,10 @@ class Queries(NamedTuple):
     """Queries of a batch of images.
 
     Attributes:
-        contents: `[B, Q, C]`.
-        boxes: `[B, Q, 4]` (cx, cy, w, h), relative to the sides of the image.
-        groups: `[B, Q]`. Queries attend to those of their group; those of groups above MATCHED also attend to the
-            matched ones, but not vice versa. The padding of shorter sets has the group ALONE.
+        contents: ``[B, Q, C]``.
+        boxes: ``[B, Q, 4]`` (cx, cy, w, h), relative to the sides of the image.
+        groups: ``[B, Q]``. Queries attend to the queries of their own group; those of groups above MATCHED also attend
+            to the matched queries, but not vice versa. Padding has the group ALONE.
     """
 
     contents: Tensor
@@ -44,7 +44,7 @@ class Queries(NamedTuple):
         return cls(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
     def attention_mask(self) -> Tensor:
-        """Return the self-attention mask `[B, 1, Q, Q]`, added to the logits, so that known objects do not leak."""
+        """Return the additive mask of the self-attention, ``[B, 1, Q, Q]``, which hides known objects from queries."""
         seeing, seen = self.groups.unsqueeze(-1), self.groups.unsqueeze(-2)
         visible = (seeing == seen) | ((seen == MATCHED) & (seeing > MATCHED))
         mask = torch.zeros(visible.shape, dtype=self.contents.dtype, device=visible.device)
@@ -55,23 +55,31 @@ class Targets:
     """The objects of a batch of images.
 
     Args:
-        images: of each image, `boxes` `[n, 4]` (cx, cy, w, h), relative to its sides, and `class_labels` `[n]`.
+        images: for each image, ``boxes`` ``[n, 4]`` (cx, cy, w, h), relative to its sides, and ``class_labels``
+            ``[n]``.
+
+    Attributes:
+        counts: number of objects of each image.
+        total: number of objects of all images.
+        boxes: boxes of all images, concatenated, ``[total, 4]``.
+        labels: labels of all images, concatenated, ``[total]``.
+        starts: index of the first object of each image in ``boxes`` and ``labels``, ``[B]``.
     """
 
     def __init__(self, images: list[dict[str, Tensor]]) -> None:
         self.images = images
         self.counts = [len(image["boxes"]) for image in images]
         self.total = sum(self.counts)
-        self.boxes = torch.cat([image["boxes"] for image in images])  # [total, 4]
-        self.labels = torch.cat([image["class_labels"] for image in images])  # [total]
-        self.starts = torch.tensor([0, *self.counts[:-1]], device=self.labels.device).cumsum(0)  # [B]
+        self.boxes = torch.cat([image["boxes"] for image in images])
+        self.labels = torch.cat([image["class_labels"] for image in images])
+        self.starts = torch.tensor([0, *self.counts[:-1]], device=self.labels.device).cumsum(0)
 
     def without_classes(self) -> Targets:
-        """Return the same objects, all of the first class."""
+        """Return the same objects, all with the label 0."""
         return Targets([{**image, "class_labels": torch.zeros_like(image["class_labels"])} for image in self.images])
 
     def in_pixels(self, sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Return of each image `boxes` `[n, 4]` (x1, y1, x2, y2) in pixels and `labels` `[n]`."""
+        """Return for each image ``boxes`` ``[n, 4]`` (x1, y1, x2, y2) in pixels and ``labels`` ``[n]``."""
         return [
             {
                 "boxes": box_convert(image["boxes"], "cxcywh", "xyxy") * image["boxes"].new_tensor([width, height] * 2),
@@ -85,7 +93,10 @@ class Targets:
 def match(logits: Tensor, boxes: Tensor, truth: Targets) -> Assignment:
     """Return the matching of queries and objects with the lowest cost, by transformers' Hungarian matcher.
 
-    Logits are `[B, Q, classes]`, boxes `[B, Q, 4]` (cx, cy, w, h) relative to the image size.
+    Args:
+        logits: ``[B, Q, classes]``.
+        boxes: ``[B, Q, 4]`` (cx, cy, w, h), relative to the sides of the image.
+        truth: the objects.
     """
     matcher = DeformableDetrHungarianMatcher(CLASS_COST, L1_COST, GIOU_COST)
     pairs = matcher({"logits": logits.float(), "pred_boxes": boxes.float()}, truth.images)
@@ -96,9 +107,13 @@ def match(logits: Tensor, boxes: Tensor, truth: Targets) -> Assignment:
 
 
 def set_losses(logits: Tensor, boxes: Tensor, assignment: Assignment, truth: Targets) -> dict[str, Tensor]:
-    """Return focal, L1 and GIoU loss, divided by the number of queries with an object.
+    """Return focal, L1 and GIoU loss, divided by the number of queries with an object, averaged over ranks.
 
-    The number is averaged over ranks. Shapes as in `match`.
+    Args:
+        logits: ``[B, Q, classes]``.
+        boxes: ``[B, Q, 4]`` (cx, cy, w, h), relative to the sides of the image.
+        assignment: the object of each query.
+        truth: the objects.
     """
     logits, boxes = logits.float(), boxes.float()
     positive = assignment >= 0

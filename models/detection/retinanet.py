@@ -1,4 +1,4 @@
-"""RetinaNet: one stage with a focal loss (Lin et al., arXiv 1708.02002)."""
+"""RetinaNet: a one-stage detector with focal loss (Lin et al., arXiv 1708.02002)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ _SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 
 
 class RetinaNet(Detector):
-    """RetinaNet on a backbone with three maps, with the settings of mmdetection 2.
+    """RetinaNet with the settings of mmdetection 2.
 
     Args:
-        backbone: returns maps of strides 8, 16 and 32.
-        num_classes: classes of objects.
-        channels: of the pyramid and the heads.
-        anchor_scale: side of the smallest anchor, as a multiple of the stride.
-        norm_groups: groups of a group norm after each convolution of the head, without which training from random
-            weights is slow; 0: no norm, as published.
-        score_threshold: detections below are dropped.
+        backbone: maps images to feature maps of strides 8, 16 and 32.
+        num_classes: number of classes, without the background.
+        channels: channels of the pyramid and the head.
+        anchor_scale: side of the smallest square anchor, as a multiple of the stride.
+        norm_groups: groups of the group norm after each convolution of the head, which speeds up training from random
+            weights; 0 for no norm, as in the paper.
+        score_threshold: smallest score of a detection.
         nms_threshold: IoU threshold of NMS.
-        candidates: maximum number of detections per map before NMS.
-        detections: maximum number of detections per image.
+        candidates: largest number of detections per map before NMS.
+        detections: largest number of detections per image.
     """
 
     def __init__(
@@ -66,8 +66,7 @@ class RetinaNet(Detector):
         batch = pad_images(images, self.backbone.strides[-1])
         maps = list(self.neck(self.backbone(batch.tensors)).values())
         out = self.head(maps)
-        # [b, anchors, classes] and [b, anchors, 4], maps concatenated
-        logits, deltas = out["cls_logits"].float(), out["bbox_regression"].float()
+        logits, deltas = out["cls_logits"].float(), out["bbox_regression"].float()  # [B, anchors, classes or 4]
         anchors = self.anchors(batch, maps)
         if self.training:
             return self.losses(logits, deltas, anchors, targets)
@@ -82,13 +81,13 @@ class RetinaNet(Detector):
     def losses(
         self, logits: Tensor, deltas: Tensor, anchors: list[Tensor], targets: Sequence[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """Return focal loss and L1 loss of the boxes, each divided by the positive anchors of the batch.
+        """Return the focal loss and the L1 loss of the boxes, each divided by the number of positive anchors.
 
         Args:
-            logits: `[B, anchors, classes]`, map after map.
-            deltas: encoded boxes `[B, anchors, 4]`.
-            anchors: boxes `[anchors, 4]` (x1, y1, x2, y2 in pixels) of each image.
-            targets: `boxes` `[n, 4]` and `labels` `[n]` of each image.
+            logits: ``[B, anchors, classes]``, map after map.
+            deltas: encoded boxes ``[B, anchors, 4]``.
+            anchors: boxes ``[anchors, 4]`` (x1, y1, x2, y2 in pixels) for each image.
+            targets: ``boxes`` ``[n, 4]`` and ``labels`` ``[n]`` for each image.
         """
         matches = torch.stack([self._match(a, t["boxes"]) for a, t in zip(anchors, targets, strict=True)])
         positive = matches >= 0
@@ -106,7 +105,7 @@ class RetinaNet(Detector):
         }
 
     def _match(self, anchors: Tensor, boxes: Tensor) -> Tensor:
-        """Return which box each anchor has; negative where none."""
+        """Return the index of the box that each anchor matches, ``[anchors]``; negative for none."""
         if not len(boxes):
             return torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
         return self._matcher(box_iou(boxes, anchors))
@@ -115,7 +114,7 @@ class RetinaNet(Detector):
         return self.anchors.num_anchors_per_location()
 
     def _candidates_of(self, logits: Tensor, deltas: Tensor, anchors: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return boxes, scores and labels of the best anchors of one map, for each image."""
+        """Return boxes, scores and labels of the best detections of one map, for each image."""
         found = []
         for scores, offsets in zip(logits.sigmoid(), deltas, strict=True):
             best, place = scores.flatten().topk(min(self._candidates, scores.numel()))

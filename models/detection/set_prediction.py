@@ -1,4 +1,4 @@
-"""Shared code of the DETR family: padding masks, relative boxes, selection of the best boxes."""
+"""Common parts of the DETR family: padding masks, relative boxes, selection of the best boxes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torchvision.ops import box_convert
 
 from .detector import Detector
 
-DIVISOR = 32  # divides the sides of a batch
-DETECTIONS = 100  # per image, as in COCO
+DIVISOR = 32  # images are padded to multiples of it
+DETECTIONS = 100  # largest number of detections per image, as in COCO's metrics
 
 
 class SetDetector(Detector):
-    """A detector whose queries predict one box each, without NMS."""
+    """A detector whose queries predict one box each and which needs no NMS."""
 
     def predict(self, images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predictions of all queries.
 
         Args:
-            images: `[B, 3, H, W]`, normalised; `DIVISOR` divides H and W.
-            inside: `[B, H, W]`, true within the image, false in its padding.
+            images: normalised batch ``[B, 3, H, W]``; H and W are multiples of `DIVISOR`.
+            inside: ``[B, H, W]``, true within the image, false in its padding.
 
         Returns:
-            Probabilities `[B, Q, classes]`, and boxes `[B, Q, 4]` (cx, cy, w, h), relative to the sides.
+            Probabilities ``[B, Q, classes]``, and boxes ``[B, Q, 4]`` (cx, cy, w, h), relative to the sides.
         """
         raise NotImplementedError
 
@@ -35,10 +35,10 @@ class SetDetector(Detector):
 
 
 class AllQueries(nn.Module):
-    """A detector as one tensor function, for export; of images without padding.
+    """A detector as a function from tensor to tensor, for export. Images have no padding.
 
     Args:
-        detector: in evaluation mode.
+        detector: the detector, in evaluation mode.
     """
 
     def __init__(self, detector: SetDetector) -> None:
@@ -46,7 +46,7 @@ class AllQueries(nn.Module):
         self.detector = detector
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images `[B, 3, H, W]` to boxes and probabilities `[B, Q, 4 + classes]`, see `SetDetector.predict`."""
+        """Map images ``[B, 3, H, W]`` to boxes and probabilities ``[B, Q, 4 + classes]``, see `SetDetector.predict`."""
         scores, boxes = self.detector.predict(images, _without_padding(images))
         return torch.cat([boxes, scores], -1)
 
@@ -56,13 +56,13 @@ def _without_padding(images: Tensor) -> Tensor:
 
 
 def image_mask(batch: ImageList) -> Tensor:
-    """Return a mask `[B, H, W]` of the pixels of a batch that are not padding."""
+    """Return a mask of the pixels of a batch that are not padding, bool ``[B, H, W]``."""
     rows, columns = (torch.arange(side, device=batch.tensors.device) for side in batch.tensors.shape[-2:])
     return torch.stack([(rows[:, None] < height) & (columns < width) for height, width in batch.image_sizes])
 
 
 def padded_sizes(batch: ImageList) -> list[tuple[int, int]]:
-    """Return height and width of the batch for every image."""
+    """Return height and width of the padded batch, once for every image."""
     return [tuple(batch.tensors.shape[-2:])] * len(batch.image_sizes)
 
 
@@ -70,11 +70,11 @@ def relative_targets(targets: Sequence[dict[str, Tensor]], sizes: Sequence[tuple
     """Convert targets to transformers' format.
 
     Args:
-        targets: for each image, `boxes` `[n, 4]` (x1, y1, x2, y2) in pixels and `labels` `[n]`.
-        sizes: height and width that the boxes are divided by.
+        targets: for each image, ``boxes`` ``[n, 4]`` (x1, y1, x2, y2) in pixels and ``labels`` ``[n]``.
+        sizes: for each image, height and width by which its boxes are divided.
 
     Returns:
-        Of each image, `boxes` `[n, 4]` (cx, cy, w, h), relative to the sides, and `class_labels` `[n]`.
+        For each image, ``boxes`` ``[n, 4]`` (cx, cy, w, h), relative to the sides, and ``class_labels`` ``[n]``.
     """
     return [
         {
@@ -89,14 +89,14 @@ def best_boxes(scores: Tensor, boxes: Tensor, batch: ImageList, *, of_padded: bo
     """Return the most probable pairs of box and class of every image.
 
     Args:
-        scores: `[B, Q, classes]`.
-        boxes: `[B, Q, 4]` (cx, cy, w, h), relative to the sides.
+        scores: ``[B, Q, classes]``.
+        boxes: ``[B, Q, 4]`` (cx, cy, w, h), relative to the sides.
         batch: the images.
-        of_padded: boxes are relative to the padded batch, not to the image.
+        of_padded: whether boxes are relative to the padded batch instead of the image.
 
     Returns:
-        Of each image, `boxes` `[n, 4]` (x1, y1, x2, y2) in pixels within the image, `labels` and `scores` `[n]`,
-        the most probable first.
+        For each image, ``boxes`` ``[n, 4]`` (x1, y1, x2, y2) in pixels within the image, ``labels`` and ``scores``
+        ``[n]``, the most probable first.
     """
     top = scores.flatten(1).topk(min(DETECTIONS, scores[0].numel()))
     queries, labels = top.indices // scores.shape[-1], top.indices % scores.shape[-1]

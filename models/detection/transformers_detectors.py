@@ -25,10 +25,10 @@ class TransformersDetector(SetDetector):
     """A detector of transformers, with its losses.
 
     Args:
-        kind: a name of `KINDS`.
-        backbone: images to maps, with `channels` and `strides`.
-        num_classes: classes, without one for "no object".
-        **arguments: of the detector's configuration in transformers, such as `num_queries`.
+        kind: a name in `KINDS`.
+        backbone: maps images to feature maps; has ``channels`` and ``strides``.
+        num_classes: number of classes, without "no object".
+        **arguments: arguments of the detector's config in transformers, such as ``num_queries``.
 
     Raises:
         ValueError: the kind or an argument is unknown, or arguments contradict each other.
@@ -79,9 +79,9 @@ class TransformersDetector(SetDetector):
         return sums
 
     def _proposal_loss(self, out: Any, labels: list[dict[str, Tensor]]) -> Tensor:
-        """Return the proposal loss of two-stage models, which transformers omits (section A.4 of the paper).
+        """Return the loss of the proposals of two-stage models, which transformers omits (section A.4 of the paper).
 
-        Proposals have one class, "object": the first.
+        Proposals have only one class, "object", whose label is 0.
         """
         config = self.config
         matcher = DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
@@ -92,7 +92,7 @@ class TransformersDetector(SetDetector):
 
 
 def _configuration(kind: str, backbone: DATBackbone | TimmBackbone, num_classes: int, arguments: dict[str, Any]) -> Any:
-    """Return the configuration of a detector; transformers would silently ignore a misspelt argument."""
+    """Return the config of a detector. Unknown arguments are an error; transformers would ignore them."""
     cls = getattr(transformers, f"{KINDS[kind].name}Config")
     known = set(cls.__dataclass_fields__)
     for name in arguments:
@@ -121,7 +121,7 @@ def _configuration(kind: str, backbone: DATBackbone | TimmBackbone, num_classes:
 
 
 def _weights(config: Any, classes: float) -> dict[str, float]:
-    """Return the loss weights by name; RT-DETR and D-FINE already apply them."""
+    """Return the loss weights by name. RT-DETR and D-FINE apply them themselves."""
     return {
         "loss_ce": classes,
         "loss_bbox": config.bbox_loss_coefficient,

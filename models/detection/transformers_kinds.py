@@ -12,9 +12,9 @@ class Kind:
     """A detector of transformers.
 
     Attributes:
-        name: prefix of its classes, before `Config` and `ForObjectDetection`.
-        maps: number of maps of the backbone it uses, the last ones.
-        defaults: arguments that differ from those of transformers.
+        name: prefix of its classes ``...Config`` and ``...ForObjectDetection``.
+        maps: number of feature maps that it uses, the coarsest of the backbone.
+        defaults: arguments whose default differs from that of transformers.
         background: whether it has a class "no object" and a softmax, instead of a sigmoid per class.
         masked: whether it uses a padding mask; boxes are then relative to the image without padding.
         pyramid: whether it is configured with channels and strides of its maps and sets its own prior probability.

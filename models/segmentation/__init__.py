@@ -19,7 +19,7 @@ def _mask2former(backbone: DATBackbone | TimmBackbone, num_classes: int, **optio
     return Mask2Former(backbone, num_classes, **options)
 
 
-# Each takes a backbone with four maps, the number of classes, and its own options.
+# Arguments: a backbone with four feature maps, the number of classes, and options as keywords.
 SEGMENTERS: Mapping[str, Callable[..., Segmenter]] = {
     "fpn": SemanticFPN,
     "upernet": UperNet,

@@ -12,13 +12,13 @@ from .parts import ConvModule, Segmenter, classifier_layer, resize
 
 
 class SemanticFPN(Segmenter):
-    """A feature pyramid whose levels are upsampled step by step to the first stride and added.
+    """A feature pyramid whose levels are upsampled step by step to the size of the first one and added.
 
     Args:
-        backbone: returns four maps.
-        num_classes: size of the logits.
-        channels: of the head.
-        pyramid_channels: of the pyramid.
+        backbone: maps images to four feature maps.
+        num_classes: number of classes.
+        channels: channels of the head.
+        pyramid_channels: channels of the pyramid.
         dropout: probability of dropping a channel before the logits.
     """
 
@@ -44,7 +44,7 @@ class SemanticFPN(Segmenter):
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid network (Lin et al., arXiv 1612.03144): each map plus the resized one above it."""
+    """A feature pyramid network (Lin et al., arXiv 1612.03144) for maps ``[B, C, h, w]``, finest first."""
 
     def __init__(self, channels: Sequence[int], out_channels: int) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class Pyramid(nn.Module):
 
 
 class _Conv(nn.Module):
-    """A convolution with its parameter name in mmsegmentation."""
+    """A convolution under the parameter names of mmsegmentation."""
 
     def __init__(self, channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__()
@@ -72,9 +72,9 @@ class _Conv(nn.Module):
 
 
 class FPNHead(nn.Module):
-    """Each level is convolved and upsampled by 2 until it has the size of the first; the sum is classified.
+    """Convolves each level and upsamples it by 2 until it has the size of the first one; classifies the sum.
 
-    Maps levels ``[B, in_channels, h, w]`` to logits ``[B, classes, H, W]`` of the size of the first level.
+    Maps the levels ``[B, in_channels, h, w]`` to logits ``[B, classes, H, W]`` of the size of the first level.
     """
 
     def __init__(self, in_channels: int, channels: int, num_classes: int, dropout: float) -> None:

@@ -21,14 +21,14 @@ _LOSSES = {"class": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dic
 
 
 class Mask2Former(Segmenter):
-    """Queries that predict masks and their classes; the class of a pixel combines the masks over it.
+    """Queries that predict masks and their classes, which are combined to the class of each pixel.
 
-    The library's model builds its backbone from a config; its parts accept any feature maps.
+    Built from parts of transformers' model, which accept any feature maps; the model itself builds its own backbone.
 
     Args:
-        backbone: returns four maps.
+        backbone: maps images to four feature maps.
         num_classes: number of classes, without "no object".
-        **options: of `transformers.Mask2FormerConfig`.
+        **options: options of `transformers.Mask2FormerConfig`.
 
     Raises:
         ValueError: an option is unknown.
@@ -49,14 +49,14 @@ class Mask2Former(Segmenter):
         return torch.einsum("bqk,bqhw->bkhw", classes[-1].softmax(-1)[..., :-1], resize(masks[-1], size).sigmoid())
 
     def losses(self, maps: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Return the losses of classes, masks and dice, each summed over all layers of the decoder."""
+        """Return classification, mask and dice loss for labels ``[B, H, W]``, each summed over the decoder's layers."""
         masks, classes = self.decode_head(maps)
         with torch.autocast(labels.device.type, enabled=False):
             return self.decode_head.losses([x.float() for x in masks], [x.float() for x in classes], labels)
 
 
 class Mask2FormerHead(Mask2FormerPreTrainedModel):
-    """Pixel decoder, transformer decoder, classes of the queries, and the loss, initialised as in the library."""
+    """Pixel decoder, transformer decoder, classifier of the queries, and the loss, initialised as in transformers."""
 
     def __init__(self, config: Mask2FormerConfig, channels: list[int]) -> None:
         super().__init__(config)
@@ -68,14 +68,14 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
         self.post_init()
 
     def forward(self, maps: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Return masks ``[B, queries, h, w]`` and classes ``[B, queries, classes + 1]`` of each layer in turn."""
+        """Return mask logits ``[B, queries, h, w]`` and class logits ``[B, queries, classes + 1]`` of each layer."""
         pixels = self.pixel_decoder(maps)
         found = self.transformer(pixels.multi_scale_features, pixels.mask_features, output_hidden_states=True)
         classes = [self.class_predictor(x.transpose(0, 1)) for x in found.intermediate_hidden_states]
         return list(found.masks_queries_logits), classes
 
     def losses(self, masks: list[Tensor], classes: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Return the weighted losses for labels ``[B, H, W]``, of which each class of an image is one mask."""
+        """Return the weighted losses for labels ``[B, H, W]``; every class of an image is one target mask."""
         present = [found[found != IGNORED] for found in (image.unique() for image in labels)]
         wanted = [(image == found[:, None, None]).float() for image, found in zip(labels, present, strict=True)]
         earlier = [

@@ -1,4 +1,4 @@
-"""Parts of the segmenters, with the parameter names of mmsegmentation 0, as in published weights."""
+"""Common parts of the segmenters, with the parameter names of mmsegmentation 0, as in published weights."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.distributed.nn.functional import all_reduce
 from ..backbone import DATBackbone, TimmBackbone
 from ..dense import DenseModel
 
-IGNORED = 255  # label of pixels that are ignored
+IGNORED = 255  # label of pixels that losses and metrics ignore
 
 
 class Segmenter(DenseModel):
-    """Base class of segmenters: a backbone with maps of four strides, and a head that computes logits.
+    """Base class of segmenters: a backbone with four feature maps, and a head that computes logits.
 
     Args:
-        backbone: returns four maps, each half as large as the one before.
+        backbone: maps images to four feature maps, each half as large as the previous one.
 
     Attributes:
-        smallest_batch: minimum images of a micro-batch over all processes in training.
+        smallest_batch: smallest number of images per micro-batch in training, over all processes.
 
     Raises:
-        ValueError: the backbone returns other maps.
+        ValueError: the backbone has maps of other strides.
     """
 
     smallest_batch = 1
@@ -44,11 +44,11 @@ class Segmenter(DenseModel):
         """Return logits, or losses if labels are given.
 
         Args:
-            images: ``[B, 3, H, W]``, of any size.
-            labels: classes ``[B, H, W]``, `IGNORED` where unknown.
+            images: normalised images ``[B, 3, H, W]`` of any size.
+            labels: labels ``[B, H, W]``, `IGNORED` where unknown.
 
         Returns:
-            ``[B, classes, H, W]``; with labels, named losses, whose sum is minimised.
+            Logits ``[B, classes, H, W]``; with labels, named losses, whose sum is minimised.
         """
         height, width = images.shape[-2:]
         maps = self.backbone(pad_to(images, self.backbone.strides[-1]))
@@ -59,11 +59,11 @@ class Segmenter(DenseModel):
         return self.losses(maps, labels)
 
     def logits(self, maps: list[Tensor]) -> Tensor:
-        """Return ``[B, classes, h, w]`` of any size, for the whole of the padded images."""
+        """Return logits ``[B, classes, h, w]`` of any size for the maps of the padded images."""
         raise NotImplementedError
 
     def losses(self, maps: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Return named losses for labels ``[B, H, W]`` of the padded images."""
+        """Return named losses for the maps and labels ``[B, H, W]`` of the padded images."""
         return {"ce": cross_entropy(self.logits(maps), labels)}
 
 
@@ -80,10 +80,10 @@ class ConvModule(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm of ``[B, C, H, W]`` with statistics of the micro-batch over all processes, on any device.
+    """Batch norm of ``[B, C, H, W]`` whose statistics are computed over the micro-batches of all processes.
 
-    All processes have the same running statistics, and results do not depend on the number of processes.
-    `torch.nn.SyncBatchNorm` only supports GPUs.
+    All processes have the same running statistics, and results do not depend on the number of processes. Works on any
+    device; `torch.nn.SyncBatchNorm` supports only GPUs.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def pad_to(images: Tensor, stride: int) -> Tensor:
-    """Pad images ``[B, 3, H, W]`` with zeros (the mean) at the bottom and right to multiples of ``stride``."""
+    """Pad images ``[B, 3, H, W]`` at the bottom and right with zeros, the mean colour, to multiples of ``stride``."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % stride, 0, -height % stride))
 
@@ -115,17 +115,17 @@ def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of logits ``[B, classes, h, w]``, resized to labels ``[B, H, W]``.
+    """Return the cross-entropy of logits ``[B, classes, h, w]``, resized to the size of labels ``[B, H, W]``.
 
-    It is the mean over all pixels, where ignored pixels contribute 0, as in mmsegmentation 0. The mean over processes
-    therefore does not depend on which of them has the ignored pixels.
+    As in mmsegmentation 0, this is the mean over all pixels, to which ignored ones contribute 0. The mean over
+    processes therefore does not depend on how the ignored pixels are distributed.
     """
     logits = resize(logits.float(), labels.shape[-2:])
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
 
 
 def classifier_layer(channels: int, num_classes: int) -> nn.Conv2d:
-    """Return the 1x1 convolution that computes the logits."""
+    """Return the 1x1 convolution from maps ``[B, channels, H, W]`` to logits ``[B, num_classes, H, W]``."""
     conv = nn.Conv2d(channels, num_classes, 1)
     nn.init.normal_(conv.weight, std=0.01)
     nn.init.zeros_(conv.bias)

@@ -11,7 +11,7 @@ from models.detection.atss import assign, square_anchors
 from models.detection.co_detr import CoDETR
 from models.detection.detector import pad_images
 from models.detection.dino import DINO
-from models.detection.positives import Positives, positive_queries
+from models.detection.positives import Positives, as_queries
 from models.detection.queries import ALONE, PADDING, Queries, Targets
 from models.detection.set_prediction import image_mask, relative_targets
 from tests.models.detection.small import CLASSES, DECODER, small_backbone, two_images
@@ -90,9 +90,7 @@ def test_anchors_are_assigned_near_the_centres_of_objects_and_by_overlap() -> No
 def test_positive_samples_become_queries_at_their_boxes() -> None:
     one = Positives(torch.tensor([[0.0, 0.0, 32.0, 16.0]] * 3), torch.tensor([1, 0, 1]), torch.ones(3, 4))
     none = Positives(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 4))
-    queries, assignment = positive_queries(
-        [one.at_most(2), none.at_most(2)], [(64, 64)] * 2, torch.nn.Identity(), group=-2
-    )
+    queries, assignment = as_queries([one.at_most(2), none.at_most(2)], [(64, 64)] * 2, torch.nn.Identity(), group=-2)
     assert queries.boxes[0].tolist() == [[0.25, 0.125, 0.5, 0.25]] * 2
     assert queries.groups.tolist() == [[-2, -2], [ALONE, ALONE]]
     assert assignment[1].tolist() == [PADDING, PADDING]
