@@ -1,4 +1,4 @@
-"""Small networks of every letter and option."""
+"""Small networks with every letter and option."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SMALL = {
     "use_conv_patches": True,
 }
 
-# Letter and options beyond SMALL; lists of four are written as their one entry.
+# Letters and options that differ from SMALL; an option per stage is given as one value for all stages.
 VARIANTS = [
     ("L", {}),
     ("S", {}),
@@ -68,7 +68,7 @@ def variant_id(variant: tuple[str, dict[str, Any]]) -> str:
 
 
 def build_small(letters: str, **options: Any) -> DAT:
-    """Build a network whose stages all have the blocks ``letters``; an option is one value for every stage."""
+    """Build a network with the same letters and options in all stages."""
     spread = {name: value if name in SCALARS else [value] * 4 for name, value in options.items()}
     return DAT(**{**SMALL, "depths": [len(letters)] * 4, "stage_spec": [letters] * 4, **spread})
 

@@ -1,4 +1,4 @@
-"""Every config of the repository builds, and trains all of its parameters."""
+"""Building models from configs: all configs, families and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from models.options import Option, at_least
 from tests.models.small import without_gradient
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# Those of dense prediction are built beside their models.
+# Configs of dense prediction are tested with their models.
 OTHERS = {"_base", "detection", "segmentation"}
 FILES = sorted(
     path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml") if path.parent.name not in OTHERS
@@ -24,7 +24,7 @@ FILES = sorted(
 
 
 def narrow(config: CfgNode) -> CfgNode:
-    """Make the widths of a config as small as its heads allow."""
+    """Reduce the channels of a config to four per head."""
     dat = config.MODEL.DAT
     dat.dims = [4 * heads for heads in dat.heads]
     dat.dim_stem = dat.dims[0]
@@ -44,18 +44,18 @@ def test_every_config_trains_every_parameter(file: str) -> None:
 
 
 @pytest.mark.parametrize("options", [["MODEL.DAT.in_chans", 1], ["MODEL.TYPE", "timm", "MODEL.TIMM.ARGS.in_chans", 4]])
-def test_images_of_a_run_are_rgb(options: list[object]) -> None:
+def test_other_image_channels_are_rejected(options: list[object]) -> None:
     with pytest.raises(ValueError, match=r"in_chans = \d: images are read as RGB"):
         build_model(load_config(CONFIGS / "digits.yaml", options))
 
 
-def test_checkpointing_comes_from_the_training_section() -> None:
+def test_use_checkpoint_of_the_config_is_applied() -> None:
     for use_checkpoint in (False, True):
         config = load_config(CONFIGS / "digits.yaml", ["TRAIN.USE_CHECKPOINT", str(use_checkpoint)])
         assert {stage.use_checkpoint for stage in build_model(config).stages} == {use_checkpoint}
 
 
-def test_unknown_type_is_refused() -> None:
+def test_unknown_model_types_are_rejected() -> None:
     config = default_config()
     config.MODEL.TYPE = "dit"
     with pytest.raises(ValueError, match=f"MODEL.TYPE = 'dit' is unknown; choose one of {', '.join(FAMILIES)}"):
@@ -63,7 +63,7 @@ def test_unknown_type_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["resnet10t", "inception_v3"])
-def test_models_that_cannot_recompute_activations_say_so(name: str) -> None:
+def test_models_without_activation_checkpointing_are_rejected(name: str) -> None:
     options = ["MODEL.TYPE", "timm", "MODEL.TIMM.NAME", name, "TRAIN.USE_CHECKPOINT", "True"]
     config = load_config(CONFIGS / "digits.yaml", options)
     if name == "resnet10t":
@@ -85,10 +85,10 @@ class Toy(torch.nn.Module):
         return self.head(self.stem(x).mean((2, 3)))
 
 
-def test_a_new_family_brings_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_config_has_the_options_of_a_new_family(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"width": Option(8, "Channels.", at_least(1)), "num_classes": Option(10, "Size of the logits.")}
     monkeypatch.setitem(FAMILIES, "toy", Family(lambda config: Toy(**config.MODEL.TOY), options=options))
-    load = runpy.run_path(str(CONFIGS.parent / "config.py"))["load_config"]  # which asks the families when it is loaded
+    load = runpy.run_path(str(CONFIGS.parent / "config.py"))["load_config"]  # it reads the families at import
     config = load(CONFIGS / "digits.yaml", ["MODEL.TYPE", "toy", "MODEL.TOY.width", "4"])
     set_num_classes(config, 7)
     assert build_model(config)(torch.randn(2, 3, 32, 32)).shape == (2, 7)
@@ -98,7 +98,7 @@ def test_a_new_family_brings_its_options(monkeypatch: pytest.MonkeyPatch) -> Non
         load(CONFIGS / "digits.yaml", ["MODEL.TOY.widht", "4"])
 
 
-def test_a_model_of_timm_is_built_for_the_classes_of_the_data() -> None:
+def test_timm_models_are_built_for_the_configured_classes() -> None:
     config = load_config(CONFIGS / "digits.yaml", ["MODEL.TYPE", "timm", "MODEL.TIMM.NAME", "test_resnet"])
     config.MODEL.TIMM.ARGS.drop_rate = 0.25
     assert num_classes(config) == 1000
@@ -116,12 +116,12 @@ def test_a_model_of_timm_is_built_for_the_classes_of_the_data() -> None:
         (["MODEL.TIMM.NAME", "test_resnet", "MODEL.TIMM.ARGS.deep", "3"], r"MODEL\.TIMM\.ARGS: .*deep"),
     ],
 )
-def test_what_timm_does_not_have_is_said(options: list[str], says: str) -> None:
+def test_unknown_timm_models_and_arguments_are_rejected(options: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         build_model(load_config(CONFIGS / "digits.yaml", ["MODEL.TYPE", "timm", *options]))
 
 
-def test_a_pair_of_sides_is_an_image_size() -> None:
+def test_image_sizes_may_be_rectangular() -> None:
     config = load_config(CONFIGS / "digits.yaml", ["DATA.IMG_SIZE", "[32, 64]"])
     assert config.image_size == (32, 64)
     build_model(config)

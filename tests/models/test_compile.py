@@ -1,4 +1,4 @@
-"""Compiled and low-precision networks give what the plain ones give."""
+"""Compiled, exported and low-precision networks agree with eager ones in full precision."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_compile_blocks_changes_nothing_and_shares_code() -> None:
     torch.testing.assert_close(compiled, eager)
     torch.testing.assert_close(gradients(compiled, model), expected)
     assert list(model.state_dict()) == names
-    # Three kinds of module in four stages; the second N, D and MLPs of a stage find the code of the first.
+    # Three kinds of module in each of four stages; further modules of a kind reuse the code of the first.
     assert counter.frame_count == 12
 
 
 @pytest.mark.parametrize("kind", [pytest.param("D", marks=pytest.mark.slow), "MLP"])
 def test_generated_code_equals_eager(kind: str) -> None:
-    """The default compiler, which writes and compiles C++ here."""
+    """The default backend, which generates C++ on a CPU."""
     module = {
         "D": lambda: DeformableAttention(8, heads=2, groups=1, map_size=6, stride=2, kernel_size=3),
         "MLP": lambda: ConvMLP(8, expansion=2, drop=0.0),
@@ -61,8 +61,8 @@ def test_generated_code_equals_eager(kind: str) -> None:
     torch.testing.assert_close(gradients(compiled, module), gradients(eager, module), atol=1e-5, rtol=1e-3)
 
 
-def test_the_graph_of_neighborhood_attention_makes_no_index() -> None:
-    """On a GPU each would be a copy from the host, in every step."""
+def test_the_graph_of_neighborhood_attention_computes_no_index() -> None:
+    """On a GPU, each index would be copied from the host in every step."""
     module = NeighborhoodAttention(8, heads=2, kernel_size=3)
     graphs = []
 

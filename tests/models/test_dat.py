@@ -1,4 +1,4 @@
-"""The network on any input, with any letter, in every mode."""
+"""DAT with any image size, letter, option and precision."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZES = [(32, 32), (33, 47), (40, 132), (64, 64)]
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_any_size_gives_finite_values_and_every_gradient(variant: tuple[str, dict[str, Any]], size: tuple) -> None:
+def test_any_size_gives_finite_values_and_gradients(variant: tuple[str, dict[str, Any]], size: tuple) -> None:
     letter, options = variant
     torch.manual_seed(0)
     model = build_small(letter, **options)
@@ -58,7 +58,7 @@ def test_half_precision_autocast_is_finite(variant: tuple[str, dict[str, Any]]) 
 
 def test_the_backward_pass_may_run_under_autocast() -> None:
     model = build_small("ND", use_dwc_mlps=True, use_lpus=True)
-    x = torch.randn(2, 3, 64, 64)  # native maps, for which all forms are fast ones
+    x = torch.randn(2, 3, 64, 64)  # maps of native size use the fast forms
     gradients = []
     for inside in (True, False):
         model.zero_grad()
@@ -91,8 +91,8 @@ def test_half_precision_weights_run(variant: tuple[str, dict[str, Any]]) -> None
         ("D", {"no_offs": True}, {f"conv_offset.{name}" for name in OFFSET_NETWORK}),
     ],
 )
-def test_only_what_takes_no_part_is_frozen(letter: str, options: dict[str, Any], frozen: set[str]) -> None:
-    """Published weights name these; frozen, they are not missed by a step in which every parameter needs a gradient."""
+def test_only_unused_parameters_are_frozen(letter: str, options: dict[str, Any], frozen: set[str]) -> None:
+    """Published weights contain unused parameters; they are frozen, so all trainable parameters get a gradient."""
     names = {
         name for name, parameter in build_small(letter, **options).named_parameters() if not parameter.requires_grad
     }
@@ -137,7 +137,7 @@ def test_dropout_is_random_in_training_and_off_in_evaluation() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64)
     for letter in "LSNDPQE":
-        # Attention weights of Q are not formed; its output is dropped like that of the others.
+        # Q does not compute attention weights; it only has dropout of its output.
         options = {"drop_rate": 0.5} if letter == "Q" else {"attn_drop_rate": 0.5}
         model = DAT(**SMALL, stage_spec=[letter] * 4, **options)
         assert not torch.equal(model(x), model(x)), letter
@@ -154,18 +154,18 @@ def test_maps_stay_channels_last() -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
-def test_a_pixel_that_is_no_number_gives_logits_that_are_none(variant: tuple[str, dict[str, Any]]) -> None:
+def test_nan_pixels_give_nan_logits_for_their_image_only(variant: tuple[str, dict[str, Any]]) -> None:
     letter, options = variant
     model = build_small(letter, **options)
     images = torch.randn(2, 3, 64, 64)
     images[0, 0, 0, 0] = torch.nan
-    logits = model(images)  # an error here would end a run that skips updates which are not finite
+    logits = model(images)  # no error: the trainer skips non-finite updates
     logits.sum().backward()
     assert not logits[0].isfinite().any()
     assert logits[1].isfinite().all()
 
 
-def test_too_small_an_image_is_refused() -> None:
+def test_images_that_are_too_small_are_rejected() -> None:
     model = build_small("L", use_conv_patches=False)
     with pytest.raises(ValueError, match=r"31 x 64 pixels .* at least 32 x 32"):
         model(torch.zeros(1, 3, 31, 64))

@@ -1,4 +1,4 @@
-"""The building block: the numbers of the package that fixed its interface, and what the package gets wrong."""
+"""Deformable attention with the interface of `deformable-attention`: its numbers, and what the package gets wrong."""
 
 from __future__ import annotations
 
@@ -65,14 +65,14 @@ def test_parity_with_the_package(seed: int) -> None:
     torch.manual_seed(seed)
     axes, options, shape = random_case(seed)
     theirs = getattr(package, NAMES[axes])(**options).double()
-    nn.init.normal_(theirs.to_offsets[2].weight)  # offsets beyond the border
+    nn.init.normal_(theirs.to_offsets[2].weight)  # large offsets, also beyond the border
     module = getattr(ours, NAMES[axes])(**options, coordinates="package").double()
     module.load_state_dict(theirs.state_dict())
     x = torch.randn(shape, dtype=torch.float64)
     torch.testing.assert_close(with_gradients(module, x), with_gradients(theirs, x), atol=1e-6, rtol=1e-6)
 
 
-def test_the_defaults_are_those_of_the_package() -> None:
+def test_defaults_equal_those_of_the_package() -> None:
     for axes in (1, 2):
         module = getattr(ours, NAMES[axes])(dim=32)
         getattr(package, NAMES[axes])(dim=32).load_state_dict(module.state_dict())
@@ -81,8 +81,8 @@ def test_the_defaults_are_those_of_the_package() -> None:
 
 
 @pytest.mark.parametrize("size", [(7,), (5, 8), (2, 3, 5)], ids=str)
-def test_undeformed_keys_are_the_map_itself(size: tuple[int, ...]) -> None:
-    """With one projection and no bias, the output is a mean of values with weights from keys that we know."""
+def test_without_offsets_keys_are_the_map(size: tuple[int, ...]) -> None:
+    """Without offsets and position bias, the layer is plain attention between all cells of the map."""
     torch.manual_seed(0)
     axes = len(size)
     options = {"dim": 4, "dim_head": 4, "heads": 2, "offset_groups": 1, "downsample_factor": 1}
@@ -104,7 +104,7 @@ def test_undeformed_keys_are_the_map_itself(size: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("coordinates", ["pixel", "package"])
 @pytest.mark.parametrize("size", [(9,), (4, 9), (2, 3, 9)], ids=str)
 def test_where_keys_are_sampled(size: tuple[int, ...], coordinates: str) -> None:
-    """Values that are the coordinates of the map say where each key comes from."""
+    """If the values of the map are its coordinates, the samples are the positions of the keys."""
     axes = len(size)
     options = {"dim": axes, "dim_head": axes, "heads": 1, "downsample_factor": 1, "coordinates": coordinates}
     module = without_offsets(getattr(ours, NAMES[axes])(**options, offset_kernel_size=(3,) * axes).double())
@@ -122,7 +122,7 @@ def test_where_keys_are_sampled(size: tuple[int, ...], coordinates: str) -> None
     ids=str,
 )
 @pytest.mark.parametrize("coordinates", ["pixel", "package"])
-def test_what_the_package_refuses(size: tuple[int, ...], factor: int, kernel: int, coordinates: str) -> None:
+def test_sizes_that_the_package_rejects(size: tuple[int, ...], factor: int, kernel: int, coordinates: str) -> None:
     torch.manual_seed(0)
     axes = len(size)
     options = {"dim": 8, "dim_head": 4, "heads": 2, "downsample_factor": factor, "offset_kernel_size": kernel}
@@ -136,7 +136,7 @@ def test_what_the_package_refuses(size: tuple[int, ...], factor: int, kernel: in
     assert all(tensor.grad.isfinite().all() for tensor in (x, *module.parameters()))
 
 
-def test_keys_are_spread_over_the_whole_of_any_map() -> None:
+def test_keys_are_spread_evenly_over_any_map() -> None:
     module = without_offsets(ours.DeformableAttention1D(dim=1, dim_head=1, heads=1, offset_kernel_size=4))
     for length in range(1, 14):
         seen = []
@@ -160,7 +160,7 @@ def test_lower_precision_keeps_positions() -> None:
     assert module.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_compiled_and_exported() -> None:
+def test_compiled_and_exported_equal_eager() -> None:
     torch.manual_seed(0)
     module = ours.DeformableAttention2D(dim=8, dim_head=4, heads=2).eval()
     x = torch.randn(2, 8, 9, 6)
@@ -182,12 +182,12 @@ def test_compiled_and_exported() -> None:
     ],
     ids=str,
 )
-def test_arguments_that_contradict_each_other(options: dict[str, Any], message: str) -> None:
+def test_contradictory_arguments_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ours.DeformableAttention2D(**{"dim": 8, **options})
 
 
-def test_an_input_of_another_shape_is_refused() -> None:
+def test_inputs_of_the_wrong_shape_are_rejected() -> None:
     module = ours.DeformableAttention1D(dim=8)
     with pytest.raises(ValueError, match=r"shape \[1, 8, 4, 4\] does not fit; give \[batch, 8, length\]"):
         module(torch.zeros(1, 8, 4, 4))

@@ -1,4 +1,4 @@
-"""Networks on a backbone: they answer for it by its names, and start from weights of classifiers and of each other."""
+"""Dense models: the interface of their backbone, and weights of classifiers and other dense models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Headed(DenseModel):
         self.add_module(head, nn.Conv2d(backbone.channels[-1], 2, 1))
 
 
-def test_it_answers_for_its_backbone() -> None:
+def test_dense_models_expose_the_interface_of_their_backbone() -> None:
     model = Headed(DATBackbone(**OPTIONS))
     names = dict(model.named_parameters())
     assert position_tables(model).keys() | no_weight_decay(model) <= names.keys()
@@ -33,7 +33,7 @@ def test_it_answers_for_its_backbone() -> None:
 
 
 @pytest.mark.parametrize("kind", ["dat", "timm", "dense"])
-def test_every_key_of_other_weights_is_accounted_for(kind: str) -> None:
+def test_the_report_covers_all_entries(kind: str) -> None:
     if kind == "timm":
         model, weights = (
             Headed(TimmBackbone("resnet18", out_indices=(-3, -2, -1))),
@@ -57,7 +57,7 @@ def test_every_key_of_other_weights_is_accounted_for(kind: str) -> None:
         assert torch.equal(state[f"{prefix}{name}"], weights[name])
 
 
-def test_weights_of_another_architecture_are_refused() -> None:
+def test_weights_of_another_architecture_are_rejected() -> None:
     with pytest.raises(ValueError, match=r"another architecture: .*backbone\."):
         adapt(
             DAT(**OPTIONS).state_dict(),

@@ -1,4 +1,4 @@
-"""The published implementation's own outputs, number for number."""
+"""Outputs, gradients and parameter names equal those of the published implementation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CASES = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in gol
 CHEAP_CASES = ["cvpr22_mini", "mini_d_logcpb", "mini_ls", "mini_mixed", "mini_nd"]
 
 
-@functools.lru_cache(maxsize=2)  # of one case in float64 and float32; of all they would take two gigabytes
+@functools.lru_cache(maxsize=2)  # one case in float64 and float32; all cases would take two gigabytes
 def build(name: str, dtype: torch.dtype = torch.float64) -> DAT:
     """Return the model of a case with its weights, in evaluation mode."""
     description, _ = golden.load("cases", name)
@@ -33,7 +33,7 @@ def images(name: str) -> Tensor:
 
 
 def assert_close(actual: Tensor, expected: np.ndarray, tolerance: float) -> None:
-    """Compare against ``tolerance`` of the largest expected value."""
+    """Assert that errors are at most ``tolerance`` times the largest expected value."""
     error = np.abs(actual.detach().double().numpy() - expected).max()
     assert error <= tolerance * np.abs(expected).max(), f"{error:.3g} against {np.abs(expected).max():.3g}"
 
@@ -84,7 +84,7 @@ def test_forward_equals_the_published_logits_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("name", CHEAP_CASES)
 def test_bfloat16_autocast_stays_near(name: str) -> None:
-    """Values within 3 % of the largest logit, the input's gradient within 3 %; bfloat16 keeps 8 binary digits."""
+    """bfloat16 has 8 binary digits: logits are within 3 % of the largest one, the norm of the gradient within 3 %."""
     _, arrays = golden.load("cases", name)
     model = build(name, torch.float32)
     x = images(name).float().requires_grad_()
@@ -97,7 +97,7 @@ def test_bfloat16_autocast_stays_near(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", golden.MODULES)
-def test_learned_queries_alone(name: str) -> None:
+def test_learned_queries_equal_the_published_module(name: str) -> None:
     description, arrays = golden.load("modules", name)
     kwargs = description["kwargs"]
     module = QueryAndAttend(

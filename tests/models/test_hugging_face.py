@@ -1,4 +1,4 @@
-"""Backbones for transformers: registered, saved with their norms, and trained below its detectors and segmenters."""
+"""Backbones for transformers: building, saving, loading and the maps that they return."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def config(**arguments: object) -> hugging_face.DATConfig:
     return hugging_face.DATConfig(options=TINY, **arguments)
 
 
-def test_it_is_built_by_the_auto_classes_and_saved_and_loaded_with_its_norms(tmp_path: Path) -> None:
+def test_auto_classes_build_and_save_and_load_backbones_with_norms(tmp_path: Path) -> None:
     model = AutoBackbone.from_config(config(out_features=["stage2", "stage4"])).eval()
     assert isinstance(model, hugging_face.DATBackbone)
     assert model.channels == [16, 64]
@@ -32,7 +32,7 @@ def test_it_is_built_by_the_auto_classes_and_saved_and_loaded_with_its_norms(tmp
     saved = load_file(tmp_path / "model.safetensors")
     assert {"backbone.norms.1.norm.weight", "backbone.patch_proj.0.weight"} <= saved.keys()
 
-    again = hugging_face.DATBackbone.from_pretrained(tmp_path).eval()  # AutoBackbone takes no folder
+    again = hugging_face.DATBackbone.from_pretrained(tmp_path).eval()  # AutoBackbone does not load from folders
     assert AutoConfig.from_pretrained(tmp_path).options == again.config.options
     assert all(torch.equal(value, saved[name]) for name, value in again.state_dict().items())
     images = torch.rand(1, 3, 70, 107)
@@ -41,7 +41,7 @@ def test_it_is_built_by_the_auto_classes_and_saved_and_loaded_with_its_norms(tmp
     assert all(torch.equal(x, y) for x, y in zip(maps, expected, strict=True))
 
 
-def test_the_maps_are_those_of_the_network_and_hidden_states_come_without_norms() -> None:
+def test_maps_have_norms_and_hidden_states_do_not() -> None:
     model = AutoBackbone.from_config(config(out_indices=[0, 2]))
     output = model(torch.rand(2, 3, 64, 64), output_hidden_states=True)
     assert [tuple(x.shape) for x in output.feature_maps] == [(2, 8, 16, 16), (2, 32, 4, 4)]
@@ -52,7 +52,7 @@ def test_the_maps_are_those_of_the_network_and_hidden_states_come_without_norms(
     assert without_gradient(model) == []
 
 
-def test_the_constructor_initialises_as_the_network_does() -> None:
+def test_initial_weights_equal_those_of_the_network() -> None:
     torch.manual_seed(0)
     expected = hugging_face.backbone.DATBackbone(**TINY).state_dict()
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def test_the_constructor_initialises_as_the_network_does() -> None:
     assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
-def test_weights_of_a_classifier_start_it() -> None:
+def test_weights_of_a_classifier_load() -> None:
     weights = DAT(**TINY).state_dict()
     model = AutoBackbone.from_config(config(out_indices=[0, 1, 2, 3]))
     state, report = adapt(weights, model.backbone)
@@ -69,7 +69,7 @@ def test_weights_of_a_classifier_start_it() -> None:
     assert torch.equal(model.backbone.patch_proj[0].weight, weights["patch_proj.0.weight"])
 
 
-def test_published_names_are_architectures_and_others_are_refused() -> None:
+def test_architectures_are_the_published_names() -> None:
     full = hugging_face.DATConfig(architecture="dat_cvpr22_base.in1k_384")
     assert full.options["window_sizes"] == [12, 12, 12, 12]
     assert full.out_features == ["stage4"]
@@ -78,7 +78,7 @@ def test_published_names_are_architectures_and_others_are_refused() -> None:
         hugging_face.DATConfig(architecture="dat_tinny")
 
 
-def test_transformers_own_way_to_a_model_of_timm_finds_the_names() -> None:
+def test_transformers_timm_backbone_finds_the_names() -> None:
     model = AutoBackbone.from_config(TimmBackboneConfig(backbone="dat_tiny", out_indices=[1, 2, 3]))
     maps = model(torch.rand(1, 3, 64, 64)).feature_maps
     assert [x.shape[1] for x in maps] == model.channels == [128, 256, 512]

@@ -19,7 +19,7 @@ def test_stochastic_depth_keeps_the_mean_and_drops_whole_samples() -> None:
     assert torch.equal(Residual(0.25).eval()(x, x), x + x)
 
 
-def test_a_pointwise_convolution_is_the_convolution() -> None:
+def test_pointwise_equals_the_convolution() -> None:
     conv = nn.Conv2d(5, 7, kernel_size=1)
     x = torch.randn(2, 5, 4, 3)
     torch.testing.assert_close(pointwise(conv, x), conv(x))

@@ -1,4 +1,4 @@
-"""Modules behave like modules: what is attached to them takes effect, and copies and transforms work."""
+"""Hooks, adapters, pruning and quantization take effect, and copies and transforms of `torch.func` work."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_lora_on_every_linear_and_pointwise_layer(letters: str, options: dict[st
     ]
     expected = model(images())
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=names, init_lora_weights=True))
-    torch.testing.assert_close(adapted(images()), expected, atol=1e-5, rtol=1e-4)  # the second factor starts at zero
+    torch.testing.assert_close(adapted(images()), expected, atol=1e-5, rtol=1e-4)  # LoRA's second factor starts at zero
     second = {name: p for name, p in adapted.named_parameters() if "lora_B" in name}
     assert len(second) == len(names)
     for parameter in second.values():
@@ -165,7 +165,7 @@ def test_dynamic_quantization_replaces_the_linear_layers(letters: str, options: 
     torch.testing.assert_close(logits, expected, atol=0.1 * expected.std().item(), rtol=0.1)
 
 
-def test_quantized_parameters_are_left_to_their_layers() -> None:
+def test_layers_with_quantized_parameters_are_not_fused() -> None:
     class Packed(Tensor):
         pass
 
@@ -175,7 +175,7 @@ def test_quantized_parameters_are_left_to_their_layers() -> None:
     assert not may_fuse(layer)
 
 
-def test_a_counter_sees_every_product() -> None:
+def test_flop_counters_see_all_products() -> None:
     model = build_small("NDLP", **DAT_PP)
     counts = []
     for form in ("auto", "reference"):
@@ -198,7 +198,7 @@ def pure(model: nn.Module) -> tuple[Callable[[dict, Tensor], Tensor], dict[str, 
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
-def test_transforms_of_functions(variant: tuple[str, dict[str, Any]]) -> None:
+def test_transforms_of_torch_func(variant: tuple[str, dict[str, Any]]) -> None:
     letter, options = variant
     torch.manual_seed(0)
     model = build_small(letter, **options).double().eval()
@@ -240,7 +240,7 @@ def test_vectorized_over_images_and_networks(letters: str) -> None:
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_are_networks_of_their_own(duplicate: Callable[[nn.Module], nn.Module]) -> None:
+def test_copies_are_independent(duplicate: Callable[[nn.Module], nn.Module]) -> None:
     model = build_small("NDLSPQEX", **DAT_PP)
     twin = duplicate(model)
     expected = model(images())
@@ -252,7 +252,7 @@ def test_copies_are_networks_of_their_own(duplicate: Callable[[nn.Module], nn.Mo
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-def test_traces_take_plain_forms() -> None:
+def test_traces_use_plain_forms() -> None:
     model = build_small("NDL", **DAT_PP).eval()
     with torch.no_grad():
         traced = torch.jit.trace(model, images(), check_trace=False)

@@ -1,4 +1,4 @@
-"""Contradictory options are refused with a message that names the value and what is allowed."""
+"""Options of DAT: errors name the value and what is allowed, and declarations reach signature and documentation."""
 
 from __future__ import annotations
 
@@ -70,12 +70,12 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("options", "message"), WRONG, ids=[message[:40] for _, message in WRONG])
-def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DAT(**{**SMALL, "stage_spec": ["D"] * 4, **options})
 
 
-def test_misspelt_option_is_refused() -> None:
+def test_misspelt_options_are_rejected() -> None:
     with pytest.raises(TypeError, match=r"unknown option 'use_pe'; did you mean use_pes\?"):
         DAT(**SMALL, use_pe=[True] * 4)
 
@@ -89,7 +89,7 @@ def test_the_signature_shows_the_declared_options() -> None:
         DAT(224)
 
 
-def test_a_rectangular_size_gives_rectangular_tables() -> None:
+def test_rectangular_image_sizes_give_rectangular_tables() -> None:
     model = DAT(**{**SMALL, "img_size": [64, 96]}, stage_spec=["D"] * 4)
     assert model.stages[1].attns[0].rpe_table.shape == (2, 15, 23)
     assert model(torch.randn(1, 3, 64, 96)).isfinite().all()
@@ -107,11 +107,11 @@ def test_no_classes_give_features() -> None:
     assert features.shape == (2, 64)
 
 
-def test_options_of_absent_letters_do_not_matter() -> None:
+def test_options_of_unused_letters_are_not_checked() -> None:
     DAT(**{**SMALL, "stage_spec": ["L"] * 4, "groups": [-1] * 4, "strides": [-1] * 4, "sr_ratios": [-1] * 4})
 
 
-def test_strings_and_lists_of_letters_are_the_same() -> None:
+def test_strings_and_lists_of_letters_are_equivalent() -> None:
     options = {**SMALL, "depths": [2] * 4}
     one = DAT(**options, stage_spec=["ND", "ND", "LS", "DD"])
     other = DAT(**options, stage_spec=[["N", "D"], ["N", "D"], ["L", "S"], ["D", "D"]])
@@ -120,7 +120,7 @@ def test_strings_and_lists_of_letters_are_the_same() -> None:
 
 @pytest.fixture
 def toy_letter() -> Iterator[None]:
-    """A ninth letter, as a contributor would add it in a file of its own."""
+    """Register another letter, as a contributor would do in a new module."""
 
     class Toy(nn.Conv2d):
         def __init__(self, dim: int, kernel: int, cells: int) -> None:
@@ -149,7 +149,7 @@ def toy_letter() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("toy_letter")
-def test_a_new_letter_brings_its_options_and_table() -> None:
+def test_options_and_tables_of_a_new_letter_are_used() -> None:
     assert "toy_sizes" in inspect.signature(DAT).parameters
     model = DAT(**SMALL, stage_spec=["T"] * 4, toy_sizes=[1] * 4)
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 10)

@@ -1,4 +1,4 @@
-"""The published models as timm's own tests have it of a model, for every name."""
+"""The registered models do what timm's own tests require of a model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.models.small import SMALL, without_gradient
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(CONFIGS)
 LARGE = ("small", "base")
-# A network of a registered name that takes no time; options of DAT are arguments of timm's factory.
+# Options that make a registered model small; `timm.create_model` accepts options of DAT.
 ON = [True] * 4
 TINY = {**SMALL, "num_classes": 1000, "stage_spec": ["N", "N", "D", "D"], "use_dwc_mlps": ON, "use_lpus": ON}
 LINEAR = "stages.3.mlps.0.linear1.0.weight"
@@ -35,7 +35,7 @@ def rgb(height: int = 64, width: int = 64, *, batch: int = 1) -> torch.Tensor:
     return torch.rand(batch, 3, height, width)
 
 
-def test_names_are_those_of_the_published_configs() -> None:
+def test_registered_names_match_the_published_configs() -> None:
     files = [*(ROOT / "configs").glob("dat_*.yaml"), *(ROOT / "configs" / "cvpr22").glob("*.yaml")]
     assert set(CONFIGS.values()) == {path.relative_to(ROOT / "configs").as_posix() for path in files}
     assert set(NAMES) <= set(timm.list_models(module="registry", include_tags=True))
@@ -47,7 +47,7 @@ def test_names_are_those_of_the_published_configs() -> None:
         assert default.crop_pct == (config.TEST.CROP_RATIO if config.TEST.CROP else 1.0), name
 
 
-def test_images_are_prepared_as_in_the_trainers_evaluation() -> None:
+def test_timm_preprocesses_images_like_the_trainer() -> None:
     y, x = np.mgrid[:300, :200]
     image = Image.fromarray(np.stack((y * 255 // 300, x * 255 // 200, (x + y) % 256), axis=-1).astype(np.uint8))
     for name in ("dat_tiny.in1k", "dat_base.in1k_384"):
@@ -57,7 +57,7 @@ def test_images_are_prepared_as_in_the_trainers_evaluation() -> None:
         cfg = timm.get_pretrained_cfg(name).to_dict()
         theirs = create_transform(**resolve_data_config(pretrained_cfg=cfg), is_training=False)(image)
         assert theirs.shape == ours.shape
-        assert (theirs - ours).abs().mean() < 0.01  # a grey level is 0.017
+        assert (theirs - ours).abs().mean() < 0.01  # one grey level is 0.017
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,7 +97,7 @@ def test_backward_gives_every_parameter_a_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_features_of_a_rectangle_whose_sides_no_stride_divides(name: str) -> None:
+def test_features_of_images_of_odd_size(name: str) -> None:
     model = timm.create_model(name, features_only=True)
     info = model.feature_info
     assert info.reduction() == [4, 8, 16, 32]
@@ -111,7 +111,7 @@ def test_features_of_a_rectangle_whose_sides_no_stride_divides(name: str) -> Non
     assert without_gradient(model) == []
 
 
-def test_fewer_features_come_without_the_stages_after_them() -> None:
+def test_stages_after_the_last_feature_are_not_built() -> None:
     model = timm.create_model("dat_tiny", features_only=True, out_indices=(-3, 0), **TINY)
     assert model.feature_info.channels() == [16, 8]
     maps = model(rgb())
@@ -121,7 +121,7 @@ def test_fewer_features_come_without_the_stages_after_them() -> None:
     assert without_gradient(model) == []
 
 
-def test_a_network_is_made_where_and_of_the_numbers_that_are_asked_for() -> None:
+def test_models_are_created_on_the_given_device_in_the_given_dtype() -> None:
     model = timm.create_model("dat_tiny", device="meta", dtype=torch.bfloat16, **TINY)
     assert {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} == {("meta", torch.bfloat16)}
 
@@ -152,7 +152,7 @@ def test_intermediates_are_the_outputs_of_the_stages() -> None:
     assert torch.equal(model(images), pruned)
 
 
-def test_pooling_that_cannot_be_is_refused() -> None:
+def test_impossible_pooling_is_rejected() -> None:
     with pytest.raises(
         ValueError, match="global_pool = '' leaves a map, for which there is no classifier of 5 classes"
     ):
@@ -165,7 +165,7 @@ def test_pooling_that_cannot_be_is_refused() -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=pytest.mark.slow if any(size in n for size in LARGE) else ()) for n in NAMES]
 )
-def test_a_script_that_knows_timm_alone(name: str, tmp_path: Path) -> None:
+def test_the_fine_tuning_example_of_timm_runs(name: str, tmp_path: Path) -> None:
     again = fine_tune.main(name, str(tmp_path), size=64)
     assert again.num_classes == again.get_classifier().out_features == 3
     assert again.default_cfg["tag"] == name.partition(".")[2]
@@ -175,7 +175,7 @@ def test_a_script_that_knows_timm_alone(name: str, tmp_path: Path) -> None:
     assert other.get_classifier().out_features == 5
 
 
-def test_a_published_file_loads_for_other_classes_channels_and_sizes(tmp_path: Path) -> None:
+def test_published_files_load_for_other_classes_channels_and_sizes(tmp_path: Path) -> None:
     weights = DAT(**TINY).state_dict()
     published = {"model": weights, "config": CfgNode({"MODEL": {"TYPE": "dat"}}), "epoch": 299}
     torch.save(published, tmp_path / "published.pth")
@@ -197,7 +197,7 @@ def test_a_published_file_loads_for_other_classes_channels_and_sizes(tmp_path: P
         timm.create_model("dat_tiny", **load, **TINY)
 
 
-def test_a_checkpoint_of_the_trainer_loads_by_its_path(tmp_path: Path) -> None:
+def test_checkpoints_of_the_trainer_load_by_path(tmp_path: Path) -> None:
     weights = DAT(**TINY).state_dict()
     torch.save({"format": 1, "model": weights, "ema": None, "epoch": 3, "config": "MODEL: {}"}, tmp_path / "best.pth")
     model = timm.create_model("dat_small", checkpoint_path=str(tmp_path / "best.pth"), **TINY)
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_the_trainer_loads_by_its_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("letter", ["D", "S"])
-def test_another_input_size_gives_other_tables_and_is_saved(letter: str, tmp_path: Path) -> None:
+def test_set_input_size_resizes_tables_and_is_saved(letter: str, tmp_path: Path) -> None:
     options = {**TINY, "stage_spec": [letter] * 4, "window_sizes": [4, 4, 2, 2]}
     model = timm.create_model("dat_tiny", **options).eval()
     model.set_input_size((64, 128))
@@ -225,7 +225,7 @@ def test_another_input_size_gives_other_tables_and_is_saved(letter: str, tmp_pat
 @pytest.mark.parametrize(
     ("name", "linear"), [("dat_tiny", "linear1.0.bias"), ("dat_cvpr22_tiny", "chunk.linear1.bias")]
 )
-def test_layers_are_told_from_the_stem_to_the_head(name: str, linear: str) -> None:
+def test_layers_are_grouped_from_the_stem_to_the_head(name: str, linear: str) -> None:
     model = timm.create_model(name, layer_scale_values=[0.1] * 4)
     blocks = sum(len(stage.attns) for stage in model.stages)
     fine = group_parameters(model, model.group_matcher(), reverse=True)
@@ -246,7 +246,7 @@ def test_layers_are_told_from_the_stem_to_the_head(name: str, linear: str) -> No
     assert min(scales) == 0.5 ** (blocks + 1)
 
 
-def test_torch_hub_has_the_names() -> None:
+def test_torch_hub_has_all_architectures() -> None:
     assert ENTRYPOINTS.keys() == {name.partition(".")[0] for name in NAMES}
     assert "configs/dat_base.yaml or configs/dat_base_384.yaml" in ENTRYPOINTS["dat_base"].__doc__
     model = torch.hub.load(str(ROOT), "dat_plus", source="local", num_classes=3)

@@ -1,4 +1,4 @@
-"""Segmenters: shapes, names, losses, and batch norms over processes."""
+"""Segmenters: shapes, parameter names, losses, and batch norms over processes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def small(name: str, classes: int = 3, **options: Any) -> Segmenter:
 
 
 @pytest.mark.parametrize("name", SEGMENTERS)
-def test_every_pixel_of_any_image_gets_logits_and_every_parameter_a_gradient(name: str) -> None:
+def test_any_image_size_gives_logits_and_all_gradients(name: str) -> None:
     model = small(name)
     images, labels = torch.rand(2, 3, 50, 70), torch.randint(3, (2, 50, 70))
     labels[0] = IGNORED
@@ -54,19 +54,19 @@ def test_every_pixel_of_any_image_gets_logits_and_every_parameter_a_gradient(nam
 
 
 @pytest.mark.parametrize("name", SEGMENTERS)
-def test_a_segmenter_stands_on_any_backbone_of_timm(name: str) -> None:
+def test_segmenters_run_on_timm_backbones(name: str) -> None:
     backbone = TimmBackbone("test_resnet", out_indices=(-4, -3, -2, -1))
     model = SEGMENTERS[name](backbone, 3, **ARGS[name]).eval()
     assert model(torch.rand(1, 3, 64, 32)).shape == (1, 3, 64, 32)
 
 
-def test_a_backbone_of_other_maps_is_refused() -> None:
+def test_backbones_with_other_strides_are_rejected() -> None:
     backbone = DATBackbone(**SMALL, stage_spec=list("NNDD"), out_indices=(1, 3))
     with pytest.raises(ValueError, match=r"needs maps of four strides.*; the backbone gives 8, 32"):
         SEGMENTERS["fpn"](backbone, 3)
 
 
-def test_names_are_those_of_published_weights() -> None:
+def test_parameter_names_are_those_of_published_weights() -> None:
     names = {"fpn": small("fpn").state_dict(), "upernet": small("upernet").state_dict()}
     pyramid = {f"neck.{kind}_convs.{i}.conv.{part}" for kind in ("lateral", "fpn") for i in range(4) for part in WB}
     assert pyramid <= names["fpn"].keys()
@@ -79,7 +79,7 @@ def test_names_are_those_of_published_weights() -> None:
 
 
 @pytest.mark.parametrize("name", ["fpn", "upernet"])
-def test_every_entry_of_a_file_of_mmsegmentation_finds_its_place(name: str) -> None:
+def test_all_entries_of_mmsegmentation_files_load(name: str) -> None:
     theirs = {key: torch.rand_like(x) if x.is_floating_point() else x for key, x in small(name).state_dict().items()}
     heads = {"fpn": {"neck", "decode_head"}, "upernet": {"decode_head", "auxiliary_head"}}[name]
     assert {key.partition(".")[0] for key in theirs} == {"backbone"} | heads
@@ -92,7 +92,7 @@ def test_every_entry_of_a_file_of_mmsegmentation_finds_its_place(name: str) -> N
     assert all(torch.equal(state[key], x) for key, x in theirs.items())
 
 
-def test_fine_tuning_for_other_classes_makes_the_logits_new() -> None:
+def test_fine_tuning_for_other_classes_resets_the_classifiers() -> None:
     state, report = adapt(small("upernet", 3).state_dict(), small("upernet", 5))
     new = {f"{head}.conv_seg.{part}" for head in ("decode_head", "auxiliary_head") for part in WB}
     assert set(report.reinitialised) | set(report.new) == new
@@ -116,7 +116,7 @@ def test_every_config_trains_every_parameter(path: Path) -> None:
     assert without_gradient(model) == []
 
 
-def test_the_loss_is_the_mean_over_all_pixels_of_which_ignored_ones_count_nothing() -> None:
+def test_the_loss_is_the_mean_over_all_pixels_with_zero_for_ignored_ones() -> None:
     logits, labels = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 4, 4))
     labels[0, :2] = IGNORED
     each = F.cross_entropy(logits, labels.where(labels != IGNORED, 0), reduction="none")
@@ -148,7 +148,7 @@ def norm_in_process(rank: int, port: int, folder: Path) -> None:
 
 
 @pytest.mark.xdist_group("serial")
-def test_a_batch_norm_sees_the_batch_of_all_processes(tmp_path: Path) -> None:
+def test_batch_norm_statistics_cover_all_processes(tmp_path: Path) -> None:
     port = free_port()
     processes = [CONTEXT.Process(target=norm_in_process, args=(rank, port, tmp_path)) for rank in range(2)]
     for process in processes:

@@ -1,4 +1,4 @@
-"""The Vision Transformer: timm's own with softmax attention, and what every attention in it must do."""
+"""The Vision Transformer: it equals timm's with softmax attention, and works with every attention."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def timm_model(**options: Any) -> TimmViT:
     return TimmViT(**{**settings, **options})
 
 
-def test_softmax_is_the_transformer_of_timm() -> None:
+def test_softmax_equals_timms_transformer() -> None:
     for pooling in ("token", "avg"):
         model = build("softmax", global_pool=pooling).eval()
         theirs = timm_model(global_pool=pooling, class_token=pooling == "token").eval()
@@ -43,7 +43,7 @@ def test_softmax_is_the_transformer_of_timm() -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_first_weights(attention: str) -> None:
+def test_weights_are_initialised_as_configured(attention: str) -> None:
     for weight_init in ("timm", "jax"):
         block = build(attention, weight_init=weight_init).blocks[0]
         assert float(block.mlp.fc1.weight.detach().std()) == pytest.approx(
@@ -76,7 +76,7 @@ def test_checkpointed_blocks_change_nothing(attention: str) -> None:
     torch.testing.assert_close(*results)
 
 
-def test_the_window_widens_and_is_gone() -> None:
+def test_the_window_grows_and_then_ends() -> None:
     model = build("softmax", locality="box", locality_reach=[1, 2], locality_epochs=[2, 3])
     assert [model.window_at(epoch) for epoch in range(5)] == [
         Window("box", 1),
@@ -85,7 +85,7 @@ def test_the_window_widens_and_is_gone() -> None:
         None,
         None,
     ]
-    assert all(block.attn.window is None for block in model.blocks)  # weights alone are evaluated without
+    assert all(block.attn.window is None for block in model.blocks)  # no window before set_epoch
     model.set_epoch(2)
     assert all(block.attn.window == Window("box", 2) for block in model.blocks)
     model.set_epoch(3)
@@ -94,7 +94,7 @@ def test_the_window_widens_and_is_gone() -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_an_epoch_begins_the_same_in_a_resumed_run(attention: str) -> None:
+def test_a_resumed_run_starts_an_epoch_in_the_same_state(attention: str) -> None:
     model = build(attention, locality="box", locality_reach=[1, 2], locality_epochs=[2, 4]).eval()
     for epoch in range(4):
         model.set_epoch(epoch)
@@ -106,8 +106,8 @@ def test_an_epoch_begins_the_same_in_a_resumed_run(attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_pretrained_weights_of_timm(attention: str) -> None:
-    """Of another size, with another number of classes."""
+def test_timm_weights_of_other_sizes_and_classes_convert(attention: str) -> None:
+    """The weights are for another image and patch size and another number of classes."""
     torch.manual_seed(1)
     state = timm_model(img_size=32, patch_size=8, num_classes=7).state_dict()
     model = build(attention, num_classes=7)
@@ -125,7 +125,7 @@ def test_pretrained_weights_of_timm(attention: str) -> None:
     assert model.eval()(images()).isfinite().all()
 
 
-def test_pretrained_weights_of_timm_load_strictly_and_the_report_says_what_is_new() -> None:
+def test_timm_weights_load_strictly_and_new_entries_are_reported() -> None:
     state = timm_model(img_size=32, patch_size=8, num_classes=7).state_dict()
     model = build("deformable")
     weights, report = adapt(state, model)
@@ -138,7 +138,7 @@ def test_pretrained_weights_of_timm_load_strictly_and_the_report_says_what_is_ne
         adapt(state, model)
 
 
-def test_a_performer_with_many_features_computes_what_pretrained_softmax_does() -> None:
+def test_a_performer_with_many_features_approximates_pretrained_softmax() -> None:
     softmax, performer = build("softmax").eval(), build("performer", num_features=4096).eval()
     performer.load_state_dict(performer.convert_weights(softmax.state_dict())[0], strict=False)
     x = images()
@@ -186,7 +186,7 @@ def test_export_with_any_number_of_images(attention: str) -> None:
     ],
     ids=str,
 )
-def test_options_that_are_not_allowed(options: dict[str, Any], message: str) -> None:
+def test_options_that_are_not_allowed_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VisionTransformer(**{**SMALL, **options})
 

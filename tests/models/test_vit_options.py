@@ -1,4 +1,4 @@
-"""The config and the documentation know the options of the Vision Transformer as the network declares them."""
+"""The config and the documentation contain the options that the Vision Transformer declares."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_the_config_has_the_arguments_and_their_defaults() -> None:
     declared = {
         name: list(parameter.default) if isinstance(parameter.default, tuple) else parameter.default
         for name, parameter in parameters.items()
-        if name not in ("img_size", "use_checkpoint")  # of DATA and TRAIN
+        if name not in ("img_size", "use_checkpoint")  # set in DATA and TRAIN
     }
     assert dict(default_config().MODEL.VIT) == declared
 

@@ -1,4 +1,4 @@
-"""Weights made to fit a network of other sizes and classes."""
+"""Adapting weights to networks of other sizes, classes and channels."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_adapted(source: nn.Module, target: nn.Module, class_map: Path | None = None) -> list[str]:
-    """Load the weights of one network into another, strictly, run it once and return the report's lines."""
+    """Load the weights of one network strictly into another, run it, and return the lines of the report."""
     state, report = adapt(weights_of(source), target, class_map=class_map)
     target.load_state_dict(state)
     assert target.eval()(torch.randn(1, 3, 64, 64)).isfinite().all()
     return report.lines()
 
 
-def test_weights_of_the_same_network_are_taken_as_they_are() -> None:
+def test_weights_of_the_same_network_load_unchanged() -> None:
     source, target = build_small("LSND"), build_small("LSND")
     images = torch.randn(2, 3, 64, 64)
     entries = len(target.state_dict())
@@ -37,7 +37,7 @@ def test_weights_of_the_same_network_are_taken_as_they_are() -> None:
     torch.testing.assert_close(target(images), source.eval()(images), rtol=0, atol=0)
 
 
-def test_the_arguments_are_not_changed() -> None:
+def test_adapt_does_not_modify_its_arguments() -> None:
     source, target = build_small("LSD"), build_small("LSD", img_size=128, window_sizes=4, num_classes=3)
     weights, own = weights_of(source), weights_of(target)
     adapt(weights, target)
@@ -45,7 +45,7 @@ def test_the_arguments_are_not_changed() -> None:
     assert all(torch.equal(value, target.state_dict()[name]) for name, value in own.items())
 
 
-def test_another_number_of_classes_gives_a_new_head() -> None:
+def test_the_head_is_new_for_another_number_of_classes() -> None:
     source, target = build_small("N"), build_small("N", num_classes=3)
     own = weights_of(target)
     lines = load_adapted(source, target)
@@ -56,8 +56,8 @@ def test_another_number_of_classes_gives_a_new_head() -> None:
     assert sum("cls_head.weight" in line for line in lines) == 1
 
 
-def test_a_table_of_another_map_size_keeps_its_values_between_the_corners() -> None:
-    """It is sampled from corner to corner, so that every third cell of the larger one is a cell of the smaller."""
+def test_sampled_tables_keep_their_values_when_resized() -> None:
+    """The corners stay aligned, so every third cell of the larger table is a cell of the smaller one."""
     source, target = build_small("D"), build_small("D", img_size=128)
     lines = load_adapted(source, target)
     before, after = source.stages[3].attns[0].rpe_table, target.stages[3].attns[0].rpe_table
@@ -76,10 +76,10 @@ def test_a_table_of_another_map_size_keeps_its_values_between_the_corners() -> N
         ("Q", "attn_scale", "ksize_qnas", (3, 9), (3, 9)),
     ],
 )
-def test_a_table_of_another_window_keeps_its_values_at_the_centres(
+def test_window_tables_keep_their_values_at_the_centres_when_resized(
     letter: str, leaf: str, option: str, windows: tuple[int, int], sides: tuple[int, int]
 ) -> None:
-    """A cell becomes so many smaller ones on each axis; the middle one has its value."""
+    """A cell is divided into several cells per axis, of which the middle one has its value."""
     networks = [build_small(letter, **{option: window}) for window in windows]
     before, after = (getattr(network.stages[2].attns[0], leaf) for network in networks)
     nn.init.normal_(before)
@@ -92,7 +92,7 @@ def test_a_table_of_another_window_keeps_its_values_at_the_centres(
     torch.testing.assert_close(after[:, factor // 2 :: factor, factor // 2 :: factor], before)
 
 
-def test_a_fixed_table_is_resized_over_queries_and_keys() -> None:
+def test_fixed_tables_are_resized_over_queries_and_keys() -> None:
     source, target = build_small("D", fixed_pes=True), build_small("D", fixed_pes=True, img_size=192)
     load_adapted(source, target)
     before = source.stages[1].attns[0].rpe_table.reshape(2, 8, 8, 2, 2)
@@ -100,7 +100,7 @@ def test_a_fixed_table_is_resized_over_queries_and_keys() -> None:
     torch.testing.assert_close(after[:, 1::3, 1::3, 1::3, 1::3], before)
 
 
-def test_indices_and_masks_are_the_networks_own() -> None:
+def test_index_and_mask_buffers_are_the_models_own() -> None:
     source, target = build_small("LS"), build_small("LS", window_sizes=4)
     own = weights_of(target)
     lines = load_adapted(source, target)
@@ -109,13 +109,13 @@ def test_indices_and_masks_are_the_networks_own() -> None:
         assert any(line.startswith("left out") and f"stages.0.attns.1.{leaf}" in line for line in lines)
 
 
-def test_sizes_that_no_entry_depends_on_change_nothing() -> None:
+def test_networks_without_tables_load_at_any_size() -> None:
     letters = "NPEDX"
     source, target = (build_small(letters, log_cpb=True, img_size=size) for size in (64, 128))
     assert len(load_adapted(source, target)) == 1
 
 
-def test_an_imagenet_22k_head_gives_the_rows_of_the_same_synsets() -> None:
+def test_rows_of_an_imagenet_22k_head_are_selected_by_synset() -> None:
     large = ImageNetInfo("imagenet-22k").label_names()
     source, target = build_small("N", num_classes=21841), build_small("N", num_classes=1000)
     own = weights_of(target)
@@ -124,11 +124,11 @@ def test_an_imagenet_22k_head_gives_the_rows_of_the_same_synsets() -> None:
         for name in ("cls_head.weight", "cls_head.bias"):
             there = source.state_dict()[name][large.index(synset)] if synset in large else own[name][row]
             assert torch.equal(target.state_dict()[name][row], there), synset
-    # The teddy bear, n04399382, is no class of ImageNet-22K.
+    # ImageNet-22K has no teddy bear, n04399382.
     assert any("999 of 1000 classes out of 21841" in line and "class 850" in line for line in lines)
 
 
-def test_a_class_map_overrides(tmp_path: Path) -> None:
+def test_a_class_map_selects_the_rows_of_the_head(tmp_path: Path) -> None:
     class_map = tmp_path / "map.txt"
     class_map.write_text("7\n-1\n0\n")
     source, target = build_small("N"), build_small("N", num_classes=3)
@@ -150,7 +150,7 @@ def test_a_class_map_overrides(tmp_path: Path) -> None:
         (None, "cannot be read"),
     ],
 )
-def test_a_class_map_that_does_not_fit_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
+def test_class_maps_that_do_not_fit_are_rejected(tmp_path: Path, text: str | None, message: str) -> None:
     class_map = tmp_path / "map.txt"
     if text is not None:
         class_map.write_text(text)
@@ -168,18 +168,18 @@ def test_a_class_map_that_does_not_fit_is_refused(tmp_path: Path, text: str | No
         ("N", {"heads": 4}, "stages.0.attns.0.rpb is (4, 13, 13) instead of (1, 13, 13)"),
     ],
 )
-def test_weights_of_another_architecture_are_refused(letters: str, options: dict, message: str) -> None:
+def test_weights_of_another_architecture_are_rejected(letters: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"another architecture: .*{re.escape(message)}"):
         adapt(weights_of(build_small(letters, **options)), build_small("N"))
 
 
-def test_weights_of_another_width_are_refused() -> None:
+def test_weights_of_another_width_are_rejected() -> None:
     wide = DAT(**{**SMALL, "stage_spec": ["N"] * 4, "dims": [8, 16, 32, 128]})
     with pytest.raises(ValueError, match=re.escape("cls_head.weight is (10, 128) instead of (10, 64)")):
         adapt(weights_of(wide), build_small("N"))
 
 
-def test_weights_without_a_head_are_refused() -> None:
+def test_incomplete_heads_are_rejected() -> None:
     model = build_small("N")
     weights = weights_of(model)
     del weights["cls_head.bias"]
@@ -187,7 +187,7 @@ def test_weights_without_a_head_are_refused() -> None:
         adapt(weights, model)
 
 
-def test_a_fixed_table_does_not_become_a_sampled_one() -> None:
+def test_fixed_tables_do_not_load_as_sampled_tables() -> None:
     with pytest.raises(ValueError, match="rpe_table"):
         adapt(weights_of(build_small("D", fixed_pes=True)), build_small("D"))
 
@@ -201,7 +201,7 @@ def test_weights_of_colour_images_are_adapted_to_other_channels(in_chans: int) -
     before, after = source.patch_proj[0].weight, target.patch_proj[0].weight
     expected = before.sum(1, keepdim=True) if in_chans == 1 else before.repeat(1, 2, 1, 1)[:, :in_chans] * 3 / in_chans
     torch.testing.assert_close(after, expected)
-    if in_chans != 4:  # the same image in every channel gives what it gave in three
+    if in_chans != 4:  # grey images give the same logits with any number of channels
         grey = torch.randn(2, 1, 64, 64)
         logits = target(grey.expand(-1, in_chans, -1, -1))
         torch.testing.assert_close(logits, source(grey.expand(-1, 3, -1, -1)), atol=1e-5, rtol=1e-4)
@@ -215,12 +215,12 @@ def test_tables_of_a_square_become_those_of_a_rectangle() -> None:
     torch.testing.assert_close(after[:, :, ::3], before)
 
 
-def test_a_network_without_a_head_leaves_it_out() -> None:
+def test_headless_networks_do_not_load_the_head() -> None:
     lines = load_adapted(build_small("N"), build_small("N", num_classes=0))
     assert "left out of the weights: cls_head.bias, cls_head.weight" in lines
 
 
-def test_weights_of_a_model_of_timm_fit_other_classes_and_channels() -> None:
+def test_timm_weights_fit_other_classes_and_channels() -> None:
     source, target = timm.create_model("test_resnet"), timm.create_model("test_resnet", num_classes=7, in_chans=1)
     state, report = adapt(weights_of(source), target)
     target.load_state_dict(state)
@@ -228,7 +228,7 @@ def test_weights_of_a_model_of_timm_fit_other_classes_and_channels() -> None:
     assert torch.equal(target.conv1[0].weight, source.conv1[0].weight.sum(1, keepdim=True))
 
 
-def test_a_class_that_the_weights_do_not_name_takes_no_row_of_another_one() -> None:
+def test_a_class_unknown_to_the_weights_gets_a_new_row() -> None:
     source, target = build_small("N", num_classes=3), build_small("N", num_classes=3)
     state, _ = adapt(weights_of(source), target, classes=["ant", "cat", "emu"], names=["cat", "emu", "owl"])
     rows = state["cls_head.weight"]
@@ -243,7 +243,7 @@ def test_a_class_that_the_weights_do_not_name_takes_no_row_of_another_one() -> N
     [
         (["0", "10", "11", "1", *map(str, range(2, 10))], [], [0, 10, 11, 1, *range(2, 10)]),  # by number
         (["cat", "ant"], ["ant", "bee", "cat", *"abcdefghi"], [2, 0]),  # by name
-        ([*"abcdefghijkl"], [], list(range(12))),  # nothing known: as they are
+        ([*"abcdefghijkl"], [], list(range(12))),  # no names: unchanged
     ],
 )
 def test_rows_of_the_head_follow_the_classes(classes: list[str], names: list[str], rows: list[int]) -> None:

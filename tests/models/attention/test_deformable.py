@@ -1,4 +1,4 @@
-"""Deformable attention: what `inspect` reports is what the forward pass did."""
+"""Deformable attention: `inspect`, offsets, precision and recomputation of the keys."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_inspect_reports_what_forward_does(position_bias: str, size: tuple[int, 
         ({"offset_range_factor": -1.0, "coordinates": "cvpr22"}, None),
     ],
 )
-def test_offsets_keep_their_range(options: dict[str, Any], largest: float | None) -> None:
+def test_offsets_are_bounded(options: dict[str, Any], largest: float | None) -> None:
     module = build(**options)
     with torch.no_grad():
         module.conv_offset[3].weight.mul_(100)
@@ -67,7 +67,7 @@ def test_offsets_keep_their_range(options: dict[str, Any], largest: float | None
         assert offsets == pytest.approx(largest, abs=1e-3)
 
 
-def test_groups_of_channels_move_apart() -> None:
+def test_groups_have_different_positions() -> None:
     positions = build().inspect(torch.randn(1, 16, 8, 8, dtype=torch.float64)).positions
     assert not torch.allclose(positions[:, 0], positions[:, 1])
 
@@ -97,11 +97,14 @@ def test_pooling_replaces_sampling_without_offsets() -> None:
     reference = reference_points((4, 4), coordinates="dat++", dtype=torch.float64, device=x.device).flatten(0, 1)
     assert torch.equal(seen.positions[0, 0], reference)
     other = x.clone()
-    other[..., 0, 0], other[..., 0, 1] = x[..., 0, 1], x[..., 0, 0]  # within one pooling cell: the keys are the same
+    other[..., 0, 0], other[..., 0, 1] = (
+        x[..., 0, 1],
+        x[..., 0, 0],
+    )  # within one pooling cell: same keys
     torch.testing.assert_close(module(other)[..., 1:, :], module(x)[..., 1:, :])
 
 
-def test_keys_are_made_anew_with_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_are_recomputed_with_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build()
     monkeypatch.setattr(deformable, "RECOMPUTE_FROM", 0)
     module.proj_k.register_forward_pre_hook(lambda _, inputs: F.dropout(inputs[0]))
@@ -116,7 +119,7 @@ def test_keys_are_made_anew_with_the_same_random_numbers(monkeypatch: pytest.Mon
     torch.testing.assert_close(anew, gradients())
 
 
-def test_the_plain_form_is_open_to_functional_transforms() -> None:
+def test_the_plain_form_supports_functional_transforms() -> None:
     module = build()
     module.form = "reference"
     x = torch.randn(2, 16, 8, 8, dtype=torch.float64, requires_grad=True)

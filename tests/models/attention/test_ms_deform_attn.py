@@ -1,4 +1,4 @@
-"""The layer: the numbers of Deformable DETR's in `transformers`, its initialisation, and where it looks."""
+"""The layer of multi-scale deformable attention: parity with transformers, initialisation and positions."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ def test_the_first_points_lie_in_one_direction_per_head() -> None:
     torch.testing.assert_close(eighth, torch.ones(2))  # scaled to the unit square, not to the unit circle
 
 
-def test_every_pixel_can_look_at_itself() -> None:
-    """With offsets of zero a query sees the value at its own place, on every level of the same size."""
+def test_without_offsets_a_query_gets_the_value_at_its_own_position() -> None:
+    """A query gets the value at its own position from every level of the same size."""
     torch.manual_seed(0)
     layer = MSDeformAttn(8, n_levels=2, n_heads=2, n_points=2).double()
     nn.init.zeros_(layer.sampling_offsets.bias)
@@ -122,7 +122,7 @@ def test_autocast_keeps_positions(dtype: torch.dtype) -> None:
     assert without_gradient(layer) == []
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_arguments_that_do_not_fit_are_rejected() -> None:
     with pytest.raises(ValueError, match="d_model = 10 is not divisible by n_heads = 4; change one of them"):
         MSDeformAttn(10, n_heads=4)
     with pytest.raises(ValueError, match="n_points = 0 is not allowed; give at least 1"):

@@ -1,4 +1,4 @@
-"""Learned-query attention against a loop over positions."""
+"""Attention with learned queries compared with a loop over pixels, and extreme scores."""
 
 from __future__ import annotations
 

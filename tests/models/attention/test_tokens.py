@@ -1,4 +1,4 @@
-"""The attentions of the Vision Transformer: windows, precision, and what each approximates."""
+"""The attentions of the Vision Transformer: windows, precision and approximation."""
 
 from __future__ import annotations
 
@@ -43,17 +43,17 @@ def tokens(prefix: int = 1, batch: int = 2) -> Tensor:
 
 
 def seen(module: nn.Module, prefix: int) -> Tensor:
-    """Return which tokens have an influence on which, ``[N, N]``."""
+    """Return which output depends on which input token, ``[N, N]``."""
     x = tokens(prefix, batch=1)
     out = module(x)[0]
-    # The places where deformable attention looks are rounded.
+    # Sampling positions of deformable attention have rounding errors.
     rows = [torch.autograd.grad(row.sum(), x, retain_graph=True)[0][0].abs().sum(-1) > 1e-5 for row in out]
     return torch.stack(rows)
 
 
 @pytest.mark.parametrize("window", WINDOWS, ids=str)
 @pytest.mark.parametrize("kind", [k for k in KINDS if "erformer" not in k])
-def test_nothing_outside_the_window_has_an_influence(kind: str, window: Window) -> None:
+def test_tokens_outside_the_window_have_no_influence(kind: str, window: Window) -> None:
     module = build(kind)
     module.window = window
     mask = window_mask(GRID, 1, window)
@@ -79,7 +79,7 @@ def test_performer_with_a_window_equals_a_mask(kind: str, prefix: int, window: W
     torch.testing.assert_close(*gradients, atol=1e-8, rtol=1e-8)
 
 
-def test_an_unknown_form_is_refused() -> None:
+def test_unknown_forms_are_rejected() -> None:
     q = torch.rand(1, 1, 4, 3)
     for call in (
         lambda: PerformerAttention(DIM, heads=2, grid=GRID, prefix=1, form="dense"),
@@ -89,7 +89,7 @@ def test_an_unknown_form_is_refused() -> None:
             call()
 
 
-def test_few_tokens_have_a_matrix_and_many_have_none() -> None:
+def test_the_form_depends_on_the_number_of_tokens() -> None:
     assert choose_form(1 + 64, 266, 65) == "reference"
     assert choose_form(784, 64, 65) == choose_form(12544, 64, 65) == "sums"
     results = []
@@ -115,7 +115,7 @@ def test_windows_in_single_precision(window: Window) -> None:
 
 
 @pytest.mark.parametrize("kind", ["performer", "disentangled performer, sums"])
-def test_a_few_heads_and_features_at_a_time(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_computing_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     module = build(kind)
     module.window = Window("box", 1)
     x = tokens()
@@ -142,7 +142,7 @@ def test_position_terms_in_linear_time_are_exact(prefix: int, window: Window | N
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_a_window_as_wide_as_the_map_is_none(kind: str) -> None:
+def test_a_window_over_the_whole_map_changes_nothing(kind: str) -> None:
     if kind == "deformable, scales":
         pytest.skip("looks at the finest grid alone while it has a window")
     module, x = build(kind), tokens()
@@ -151,7 +151,7 @@ def test_a_window_as_wide_as_the_map_is_none(kind: str) -> None:
     expected = module(x)
     for window in (Window("sequence", 19), Window("box", 4)):
         if kind == "deformable" and window.kind == "sequence":
-            continue  # its window is a rectangle within the band
+            continue  # its window is only a part of the band
         module.window = window
         torch.testing.assert_close(module(x), expected)
 
@@ -175,14 +175,14 @@ def test_disentangled_attention_by_its_formula() -> None:
 
 
 def _row(buckets: Any, i: int, j: int) -> int:
-    """Return the row of two tokens of which the first stands before the patches."""
+    """Return the row of the table for two tokens; token 0 is the prefix token."""
     if i == 0 or j == 0:
         return buckets.rows - (1 if i == j else 3 if i == 0 else 2)
     (y, x), (v, u) = divmod(i - 1, GRID[1]), divmod(j - 1, GRID[1])
     return (buckets.of(y - v) + buckets.last) * buckets.side + buckets.of(x - u) + buckets.last
 
 
-def test_performers_approach_what_they_approximate() -> None:
+def test_performers_approximate_exact_attention() -> None:
     torch.manual_seed(0)
     x = tokens(batch=1).detach() / 2
     pairs = [(SoftmaxAttention, PerformerAttention, {}), (DisentangledAttention, DisentangledPerformer, {"span": 2})]
@@ -193,7 +193,7 @@ def test_performers_approach_what_they_approximate() -> None:
         assert (performer(x) - reference(x)).abs().max() < 0.03 * reference(x).abs().max()
 
 
-def test_features_are_drawn_on_request_alone() -> None:
+def test_features_are_redrawn_only_by_set_epoch() -> None:
     module, x = build("performer"), tokens()
     first = module(x)
     torch.testing.assert_close(module(x), first)
@@ -206,13 +206,13 @@ def test_features_are_drawn_on_request_alone() -> None:
     nn.init.zeros_(other.random.source)
     module.set_epoch(1)
     other.load_state_dict(module.state_dict())
-    torch.testing.assert_close(other(x), second)  # loaded weights bring their features
+    torch.testing.assert_close(other(x), second)  # loaded weights have the same features
     module.redraw_epochs = 0
     module.set_epoch(7)
     torch.testing.assert_close(module(x), second)
 
 
-def test_a_patch_that_looks_at_itself_and_at_the_mean() -> None:
+def test_without_offsets_a_patch_attends_to_its_own_position_on_every_grid() -> None:
     module = build("deformable, scales")
     for projection in (module.sampling_offsets, module.attention_weights):
         nn.init.zeros_(projection.weight)
@@ -222,7 +222,7 @@ def test_a_patch_that_looks_at_itself_and_at_the_mean() -> None:
     planes = [nn.functional.adaptive_avg_pool2d(x[:, 1:].mT.unflatten(-1, GRID), shape) for shape in module.shapes]
     places = (2 * module.reference_points - 1).expand(2, 1, -1, -1)
     samples = [nn.functional.grid_sample(plane, places, align_corners=False).squeeze(2) for plane in planes]
-    # Where a sample lies partly beyond the border, its value is a part of a value, bias included.
+    # Beyond the border values are zero, so the bias of the projection counts only for the part of a sample inside.
     inside = [nn.functional.grid_sample(p[:, :1] * 0 + 1, places, align_corners=False).squeeze(2) for p in planes]
     values = sum(
         nn.functional.linear(y.mT, module.value_proj.weight) + part.mT * module.value_proj.bias
@@ -233,7 +233,7 @@ def test_a_patch_that_looks_at_itself_and_at_the_mean() -> None:
 
 @pytest.mark.parametrize("window", [None, Window("box", 1)], ids=str)
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_low_precision(kind: str, window: Window | None) -> None:
+def test_low_precision_is_close_to_float32(kind: str, window: Window | None) -> None:
     module, x = build(kind).float(), tokens().float()
     module.window = window
     expected = module(x)
@@ -247,7 +247,7 @@ def test_low_precision(kind: str, window: Window | None) -> None:
 
 @pytest.mark.parametrize("window", [None, Window("box", 1)], ids=str)
 @pytest.mark.parametrize("kind", ["softmax", "performer", "disentangled performer", "deformable, scales"])
-def test_compiled(kind: str, window: Window | None) -> None:
+def test_compiled_equals_eager(kind: str, window: Window | None) -> None:
     torch._dynamo.reset()
     module, x = build(kind), tokens()
     module.window = window
@@ -255,6 +255,6 @@ def test_compiled(kind: str, window: Window | None) -> None:
     torch.testing.assert_close(compiled(x), module(x))
 
 
-def test_the_template_is_abstract() -> None:
+def test_the_base_class_is_abstract() -> None:
     with pytest.raises(NotImplementedError):
         TokenAttention(DIM, heads=2, grid=GRID, prefix=1)(tokens().float())

@@ -1,4 +1,4 @@
-"""Window attention against a loop over pixels, on maps the window does and does not divide."""
+"""Window attention compared with a loop over pixels, for any map size."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from models.attention import WindowAttention
 
 
 def attend_by_loops(module: WindowAttention, x: Tensor) -> Tensor:
-    """Return the module's output on ``[1, C, H, W]``, each pixel attending to the pixels of its own window alone."""
+    """Return the module's output on ``[1, C, H, W]``, where each pixel attends to the pixels of its own window."""
     window, shift, heads = module.window_size, module.shift, module.heads
     height, width = x.shape[-2:]
     qkv = module.proj_qkv(x[0].permute(1, 2, 0)).unflatten(-1, (3, heads, -1))
     table = module.relative_position_bias_table
 
     def side(position: int, length: int) -> tuple[int, int]:
-        """Return the window of a rolled coordinate, and whether the roll brought it from the other side."""
+        """Return the window of a coordinate after the roll, and whether the roll wrapped it around."""
         rolled = (position - shift) % (math.ceil(length / window) * window)
         return rolled // window, position < shift
 

@@ -1,4 +1,4 @@
-"""Small detectors of the DETR line, and images with their objects."""
+"""Arguments of small DETR detectors, and images with objects."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DECODER = {
 
 
 def small_arguments(name: str) -> dict[str, Any]:
-    """Return the arguments of a small detector, whose width is called differently here and there."""
+    """Return the arguments of a small detector; some detectors name the width differently."""
     arguments = dict(DECODER)
     if name == "dab_detr":
         arguments["hidden_size"] = arguments.pop("d_model")

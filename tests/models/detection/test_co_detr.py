@@ -1,4 +1,4 @@
-"""Co-DETR: heads on the encoder's maps, and their positive samples as queries."""
+"""Co-DETR: auxiliary heads, and their positive samples as queries."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_images_without_objects_train() -> None:
 
 
 @torch.no_grad()
-def test_in_evaluation_it_is_dino() -> None:
+def test_evaluation_equals_dino() -> None:
     detector = small_co_detr().eval()
     dino = DINO(small_backbone(1, 2, 3), num_classes=CLASSES, num_queries=20, **DECODER).eval()
     dino.load_state_dict({name: x for name, x in detector.state_dict().items() if not name.startswith(HEADS)})
@@ -52,7 +52,7 @@ def test_in_evaluation_it_is_dino() -> None:
 
 
 @torch.no_grad()
-def test_positive_queries_change_neither_matched_ones_nor_those_of_another_head() -> None:
+def test_positive_queries_do_not_influence_other_queries() -> None:
     detector = small_co_detr(denoising=0)
     images, targets = two_images()
     batch = pad_images(images, 32)
@@ -71,7 +71,7 @@ def test_positive_queries_change_neither_matched_ones_nor_those_of_another_head(
     assert not torch.equal(one[0, :known], other[0, :known])
 
 
-def test_anchors_are_assigned_near_the_centres_of_objects_and_by_overlap() -> None:
+def test_anchors_are_assigned_by_distance_and_overlap() -> None:
     maps = [torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 8, 8)]
     anchors = square_anchors(maps, [8, 16])
     assert anchors[0].tolist() == [4 - 32, 4 - 32, 4 + 32, 4 + 32]
@@ -82,7 +82,7 @@ def test_anchors_are_assigned_near_the_centres_of_objects_and_by_overlap() -> No
         assert 1 <= len(found) <= 18
         centers = (found[:, :2] + found[:, 2:]) / 2
         assert bool(((centers > box[:2]) & (centers < box[2:])).all())
-        assert bool((found[:, 2] - found[:, 0] == 64).all())  # those of the other level overlap too little
+        assert bool((found[:, 2] - found[:, 0] == 64).all())  # anchors of the other level have too small an IoU
     assert (assigned == -1).sum() >= len(anchors) - 36
     assert bool((assign(anchors, [256, 64], boxes[:0]) == -1).all())
 

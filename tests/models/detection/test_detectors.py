@@ -1,4 +1,4 @@
-"""Every detector learns and finds: losses and gradients in training, boxes inside of the image in evaluation."""
+"""Detectors from torchvision: losses and gradients in training, detections in evaluation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def images() -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_losses_are_finite_and_reach_every_parameter(name: str) -> None:
+def test_losses_are_finite_and_train_every_parameter(name: str) -> None:
     detector = build(name)
     losses = detector(images(), TARGETS)
     assert all(loss.ndim == 0 and loss.isfinite() for loss in losses.values())
@@ -57,7 +57,7 @@ def test_losses_are_finite_and_reach_every_parameter(name: str) -> None:
 
 @pytest.mark.parametrize("name", OURS)
 @pytest.mark.parametrize("timm", [False, True], ids=["dat", "resnet18"])
-def test_detections_lie_in_their_image_the_best_first(name: str, timm: bool) -> None:
+def test_detections_lie_in_their_image_and_are_sorted(name: str, timm: bool) -> None:
     detector = build(name, timm=timm).eval()
     with torch.inference_mode():
         found = detector(images())

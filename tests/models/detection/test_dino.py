@@ -1,4 +1,4 @@
-"""DINO: Deformable DETR underneath, and what it adds."""
+"""DINO: parity with transformers' Deformable DETR, and each of its additions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def small_dino(**options: Any) -> DINO:
 
 
 def deformable_detr(dino: DINO) -> DeformableDetrForObjectDetection:
-    """Return transformers' Deformable DETR with the weights of `dino`, moved from where training would begin."""
+    """Return transformers' Deformable DETR with the weights of `dino`, after perturbing them."""
     config = DeformableDetrConfig(
         backbone_config=AdapterConfig(channels=dino.backbone.channels),
         num_labels=CLASSES,
@@ -53,8 +53,8 @@ def deformable_detr(dino: DINO) -> DeformableDetrForObjectDetection:
     "added", [{}, {"denoising": 100}, {"look_forward_twice": True}, {"denoising": 100, "look_forward_twice": True}]
 )
 @torch.no_grad()
-def test_without_its_additions_it_is_transformers_deformable_detr(added: dict[str, Any]) -> None:
-    # Denoising and looking forward twice change what is learnt, not what is computed.
+def test_without_additions_dino_equals_transformers_deformable_detr(added: dict[str, Any]) -> None:
+    # Denoising and looking forward twice change only training.
     dino = small_dino(**{**OFF, **added}).eval()
     theirs = deformable_detr(dino)
     batch = pad_images(two_images()[0], 32)
@@ -75,7 +75,7 @@ def test_without_its_additions_it_is_transformers_deformable_detr(added: dict[st
 
 @pytest.mark.parametrize("added", [{"mixed_query_selection": True}, {"anchor_positions": True}])
 @torch.no_grad()
-def test_each_addition_that_computes_something_else_shares_all_before_it(added: dict[str, Any]) -> None:
+def test_query_initialisations_share_the_encoder_and_its_proposals(added: dict[str, Any]) -> None:
     dino = small_dino(**{**OFF, **added}).eval()
     theirs = deformable_detr(dino)
     batch = pad_images(two_images()[0], 32)
@@ -105,7 +105,7 @@ def test_every_parameter_gets_a_gradient(off: tuple[str, ...]) -> None:
     assert without_gradient(dino) == []
 
 
-def test_images_without_objects_train_and_small_ones_have_fewer_queries() -> None:
+def test_images_without_objects_train_and_small_images_have_fewer_queries() -> None:
     dino = small_dino(num_queries=50)
     images, targets = two_images()
     losses = dino(images, targets[1:] * 2)
@@ -116,7 +116,7 @@ def test_images_without_objects_train_and_small_ones_have_fewer_queries() -> Non
 
 
 @torch.no_grad()
-def test_matched_queries_do_not_see_noised_objects_nor_groups_each_other() -> None:
+def test_denoising_groups_are_hidden_from_matched_queries_and_each_other() -> None:
     dino = small_dino().train()
     images, targets = two_images()
     batch = pad_images(images, 32)
@@ -138,7 +138,7 @@ def test_matched_queries_do_not_see_noised_objects_nor_groups_each_other() -> No
     assert torch.equal(moved, first[0])
 
 
-def test_noise_is_as_large_as_it_is_said() -> None:
+def test_noise_has_the_documented_scale() -> None:
     torch.manual_seed(0)
     images = [{"boxes": torch.tensor([[0.5, 0.5, 0.2, 0.1]] * 2), "class_labels": torch.tensor([1, 2])}]
     images.append({"boxes": images[0]["boxes"][:1], "class_labels": images[0]["class_labels"][:1]})
@@ -152,12 +152,12 @@ def test_noise_is_as_large_as_it_is_said() -> None:
     moved = (corners - torch.tensor([0.4, 0.45, 0.6, 0.55])).abs() / torch.tensor([0.1, 0.05, 0.1, 0.05])
     positive, negative = moved[assignment >= 0], moved[assignment == NO_OBJECT]
     assert 0.9 < positive.max() <= 1.0001
-    # A corner that moves beyond the other one is the other one of the turned box.
+    # A corner that moves beyond the opposite one swaps with it.
     assert negative.max() <= 2.0001
     assert negative.mean() > positive.mean() + 0.5
 
 
-def test_losses_are_those_of_transformers() -> None:
+def test_losses_equal_those_of_transformers() -> None:
     torch.manual_seed(0)
     logits, boxes = torch.randn(2, 20, CLASSES), torch.rand(2, 20, 4) / 2 + 0.25
     truth = Targets(relative_targets(two_images()[1], [(64, 48), (60, 64)]))

@@ -1,4 +1,4 @@
-"""Weights of mmdetection: every entry of a file with its names and shapes finds its place."""
+"""Weights of mmdetection: all entries of a file load."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def published(name: str, backbone: dict[str, Tensor], channels: list[int]) -> di
 
 
 @pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade"])
-def test_every_entry_finds_its_place(name: str) -> None:
+def test_all_entries_of_published_weights_load(name: str) -> None:
     detector = build(name)
     weights = published(name, detector.backbone.state_dict(), detector.backbone.channels)
     file = {"meta": {"epoch": 12}, "state_dict": weights}
@@ -61,7 +61,7 @@ def test_every_entry_finds_its_place(name: str) -> None:
         assert not boxes[:4].any()
 
 
-def test_an_entry_that_is_not_known_is_an_error() -> None:
+def test_unknown_entries_are_an_error() -> None:
     detector = build("retinanet")
     weights = published("retinanet", detector.backbone.state_dict(), detector.backbone.channels)
     weights["bbox_head.more.weight"] = torch.zeros(1)

@@ -1,4 +1,4 @@
-"""Detectors of transformers on our backbones."""
+"""Detectors of transformers on this project's backbones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def small_detector(kind: str) -> TransformersDetector:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_losses_reach_every_parameter_and_boxes_lie_in_their_images(kind: str) -> None:
+def test_losses_train_every_parameter_and_boxes_lie_in_their_images(kind: str) -> None:
     detector = small_detector(kind)
     images, targets = two_images()
     losses = detector(images, targets)
@@ -42,7 +42,7 @@ def test_losses_reach_every_parameter_and_boxes_lie_in_their_images(kind: str) -
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "deformable_detr_two_stage"])
-def test_the_losses_sum_to_what_transformers_minimises_but_for_the_weight_of_classes(kind: str) -> None:
+def test_losses_sum_to_the_loss_of_transformers_except_for_the_class_weight(kind: str) -> None:
     detector = small_detector(kind)
     images, targets = two_images()
     torch.manual_seed(1)
@@ -57,7 +57,7 @@ def test_the_losses_sum_to_what_transformers_minimises_but_for_the_weight_of_cla
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_begin_at_a_scale_that_signals_pass(kind: str) -> None:
+def test_initial_weights_have_xaviers_scale(kind: str) -> None:
     for name, module in small_detector(kind).detector.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             assert bool((module.weight == 1).all())
@@ -66,7 +66,7 @@ def test_weights_begin_at_a_scale_that_signals_pass(kind: str) -> None:
             assert module.weight.abs().max() > 0.8 * (6 / (inputs + outputs)) ** 0.5, name  # Xavier's bound
 
 
-def test_the_backbone_has_one_place_and_keeps_its_weights() -> None:
+def test_the_backbone_is_stored_once_and_keeps_its_weights() -> None:
     torch.manual_seed(3)
     backbone = small_backbone(1, 2, 3)
     before = {name: value.clone() for name, value in backbone.state_dict().items()}
@@ -79,7 +79,7 @@ def test_the_backbone_has_one_place_and_keeps_its_weights() -> None:
     assert all(torch.equal(value, before[name]) for name, value in detector.backbone.state_dict().items())
 
 
-def test_networks_of_timm_are_backbones() -> None:
+def test_timm_models_are_backbones() -> None:
     backbone = TimmBackbone("resnet18", out_indices=(2, 3, 4))
     detector = TransformersDetector(
         "deformable_detr", backbone, num_classes=CLASSES, **small_arguments("deformable_detr")
@@ -95,14 +95,14 @@ def test_networks_of_timm_are_backbones() -> None:
         ({"d_model": "wide"}, "detr: .*d_model"),
     ],
 )
-def test_wrong_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+def test_wrong_arguments_are_rejected(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TransformersDetector("detr", small_backbone(3), num_classes=CLASSES, **arguments)
 
 
 @pytest.mark.parametrize("kind", ["detr", "deformable_detr_two_stage", "rt_detr"])
 @torch.no_grad()
-def test_what_all_queries_find_holds_the_best_boxes(kind: str) -> None:
+def test_all_queries_contain_the_best_boxes(kind: str) -> None:
     detector = small_detector(kind).eval()
     images = torch.rand(2, 3, 64, 96)
     out, found = AllQueries(detector)(images), detector(list(images))

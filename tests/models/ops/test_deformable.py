@@ -1,4 +1,4 @@
-"""Deformable attention: every form is the same function, and the fast ones keep little for the backward pass."""
+"""Deformable attention: all forms agree, and the fast ones save little for the backward pass."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def assert_same(form: str, tensors: list[Tensor], size: tuple[int, int], coordin
     plain = with_gradients("reference", tensors, size, coordinates)
     names = ("output", "q", "k", "v", "positions", "table")
     for name, one, other in zip(names, with_gradients(form, tensors, size, coordinates), plain, strict=True):
-        # At a corner of the map a bilinear function has a kink, and the forms may take either side's derivative.
+        # At a corner of the map the bilinear function has a kink, where forms may use the derivative of either side.
         edge = (tensors[3].abs() < 1).all(-1, keepdim=True) if name == "positions" else torch.ones(())
         torch.testing.assert_close(
             one * edge, other * edge, atol=1e-10, rtol=1e-9, msg=lambda text, n=name: f"{n}: {text}"
@@ -50,7 +50,7 @@ def assert_same(form: str, tensors: list[Tensor], size: tuple[int, int], coordin
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-@pytest.mark.parametrize("size", [(7, 7), (6, 9), (20, 17)], ids=str)  # whole crops, and crops by row
+@pytest.mark.parametrize("size", [(7, 7), (6, 9), (20, 17)], ids=str)  # the last size stores crops row by row
 def test_crops_on_native_maps(size: tuple[int, int], groups: int) -> None:
     assert_same("crops", inputs(size, size, groups=groups), size)
 
@@ -70,12 +70,12 @@ def test_separable_on_any_map(size: tuple[int, int], native: tuple[int, int], re
     ("size", "clamped", "coordinates", "expected"),
     [
         ((6, 6), True, "dat++", "crops"),
-        ((6, 6), False, "dat++", "separable"),  # positions beyond the map, whose crops would leave the table
-        ((6, 6), True, "cvpr22", "separable"),  # queries that are not a cell of the table apart
+        ((6, 6), False, "dat++", "separable"),  # crops at positions beyond the map would exceed the table
+        ((6, 6), True, "cvpr22", "separable"),  # queries are not one cell of the table apart
         ((6, 7), True, "dat++", "separable"),
     ],
 )
-def test_the_choice_of_the_form_on_a_cpu(
+def test_the_form_on_a_cpu_depends_on_the_positions(
     size: tuple[int, int], clamped: bool, coordinates: str, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tensors = inputs(size, (6, 6))
@@ -85,7 +85,7 @@ def test_the_choice_of_the_form_on_a_cpu(
     assert taken == [expected]
 
 
-def test_the_choice_follows_device_type_and_shape() -> None:
+def test_the_form_depends_on_device_dtype_and_shape() -> None:
     q = torch.zeros(1, 4, 2, 8)
     assert choose_form(q, native=True, dropout=0.1) == "reference"
     assert choose_form(q.to("meta"), native=True) == "reference"
@@ -97,7 +97,7 @@ def test_the_choice_follows_device_type_and_shape() -> None:
         assert choose_form(on_gpu.new_empty(1, 4, 2, 160), native=True) == "reference"
 
 
-def test_an_unknown_form_is_refused() -> None:
+def test_unknown_forms_are_rejected() -> None:
     with pytest.raises(ValueError, match="form 'rows' of deformable attention is unknown; choose one of auto"):
         deformable_attention(*inputs((3, 3), (3, 3)), map_size=(3, 3), coordinates="dat++", scale=1.0, form="rows")
 
@@ -113,21 +113,21 @@ def test_an_unknown_form_is_refused() -> None:
         ("triton", {}, "needs a GPU, heads of at most 128 values and at most float32; choose auto or reference"),
     ],
 )
-def test_a_form_that_cannot_do_it_is_refused(form: str, options: dict[str, Any], message: str) -> None:
+def test_forms_reject_what_they_do_not_support(form: str, options: dict[str, Any], message: str) -> None:
     options = {"map_size": (6, 6), "coordinates": "dat++", "clamped": True} | options
     with pytest.raises(ValueError, match=f"form '{form}' of deformable attention {message}"):
         deformable_attention(*inputs((6, 6), (6, 6)), scale=1.0, form=form, **options)
 
 
 @pytest.mark.parametrize("form", ["crops", "separable"])
-def test_weights_of_large_batches_are_made_anew_in_parts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_weights_of_large_batches_are_recomputed_in_parts(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_cpu, "SAVED", 0)
     monkeypatch.setattr(on_cpu, "CACHED", 1)
     assert_same(form, inputs((6, 7), (6, 7)), (6, 7))
 
 
 @pytest.mark.parametrize("form", ["crops", "separable"])
-def test_a_batch_without_images(form: str) -> None:
+def test_empty_batch(form: str) -> None:
     tensors = [x[:0] for x in inputs((6, 7), (6, 7))[:4]] + inputs((6, 7), (6, 7))[4:]
     out = deformable_attention(*tensors, map_size=(6, 7), coordinates="dat++", scale=1.0, clamped=True, form=form)
     assert out.shape == (0, 42, HEADS, 6)
@@ -136,21 +136,21 @@ def test_a_batch_without_images(form: str) -> None:
 @pytest.mark.parametrize("form", ["crops", "separable"])
 def test_low_precision_does_not_round_the_logits(form: str) -> None:
     tensors = inputs((7, 7), (7, 7))
-    tensors[0].data *= 9  # logits far apart, of which bfloat16 has two digits
+    tensors[0].data *= 9  # large logits, of which bfloat16 would keep two digits
     low = [tensor.detach().bfloat16().requires_grad_() for tensor in tensors[:3]]
     low += [tensor.detach().float().requires_grad_() for tensor in tensors[3:]]
     exact = [tensor.detach().double().requires_grad_() for tensor in low]
 
     def error(form: str) -> float:
-        """Return the error of the gradient of the queries, in shares of it."""
+        """Return the relative error of the gradient of the queries."""
         low_dq, dq = with_gradients(form, low, (7, 7))[1], with_gradients("reference", exact, (7, 7))[1]
         return ((low_dq - dq).norm() / dq.norm()).item()
 
     assert error(form) < 1.5 * error("reference") < 0.01
 
 
-def kept_of_an_image(form: str, native: tuple[int, int], size: tuple[int, int], keys: int) -> int:
-    """Return the values that autograd keeps of an image beyond queries, keys, values and positions."""
+def saved_per_image(form: str, native: tuple[int, int], size: tuple[int, int], keys: int) -> int:
+    """Return the number of values that autograd saves per image, besides queries, keys, values and positions."""
     options = {"map_size": size, "coordinates": "dat++", "scale": 1.0, "clamped": form == "crops", "form": form}
     tensors = inputs(size, native, keys=keys)
     one, two = (
@@ -161,12 +161,12 @@ def kept_of_an_image(form: str, native: tuple[int, int], size: tuple[int, int], 
 
 
 @pytest.mark.parametrize(("form", "native"), [("crops", (20, 20)), ("separable", (14, 14))])
-def test_the_weights_of_small_batches_alone_are_kept(
+def test_attention_weights_are_saved_only_for_small_batches(
     form: str, native: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = HEADS * 20 * 20 * 25
-    assert kept_of_an_image("reference", native, (20, 20), 25) > 2 * weights
+    assert saved_per_image("reference", native, (20, 20), 25) > 2 * weights
     if form == "crops":
-        assert weights < kept_of_an_image(form, native, (20, 20), 25) < 1.5 * weights
+        assert weights < saved_per_image(form, native, (20, 20), 25) < 1.5 * weights
         monkeypatch.setattr(on_cpu, "SAVED", 0)
-    assert kept_of_an_image(form, native, (20, 20), 25) < 0.25 * weights
+    assert saved_per_image(form, native, (20, 20), 25) < 0.25 * weights

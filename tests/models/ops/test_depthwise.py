@@ -1,4 +1,4 @@
-"""Depthwise convolutions with a skip connection: every form is the same function."""
+"""Depthwise convolutions with a skip connection: all forms agree."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_mlp_of_a_map_in_any_layout() -> None:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_mlp_in_inference_keeps_nothing(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mlp_saves_nothing_without_gradients(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(depthwise, "CACHED", 1)
     hidden, alive = [], []
 
@@ -71,11 +71,11 @@ def test_mlp_in_inference_keeps_nothing(grad: bool, monkeypatch: pytest.MonkeyPa
         expected = conv_mlp(*tensors, form="reference")
         monkeypatch.setattr(depthwise, "product", recorded)
         torch.testing.assert_close(conv_mlp(*tensors), expected)
-    assert len(alive) == 5  # images, one by one
-    assert max(alive) == (5 if grad else 2)  # the next one is made before the last one goes
+    assert len(alive) == 5  # one per image
+    assert max(alive) == (5 if grad else 2)  # an image's values are freed after those of the next one are computed
 
 
-def test_a_gpu_takes_the_kernel() -> None:
+def test_gpus_use_triton() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.zeros(1, 2, 2, 8).to("cuda")
         assert choose_form(x) == choose_form(x, dropout=0.1) == choose_form(x.half()) == "triton"
@@ -95,13 +95,13 @@ def test_dropout_of_the_mlp_falls_back() -> None:
     torch.testing.assert_close(out, F.linear(F.gelu(kernel_bias), weight2, bias2).expand_as(out))
 
 
-def test_the_choice_of_the_form() -> None:
+def test_the_form_depends_on_device_dtype_and_dropout() -> None:
     x = torch.zeros(1)
     assert choose_form(x) == choose_form(x.bfloat16()) == "by_hand"
     assert choose_form(x, dropout=0.1) == choose_form(x.half()) == "reference"
 
 
-def test_an_unknown_form_is_refused() -> None:
+def test_unknown_forms_are_rejected() -> None:
     with pytest.raises(ValueError, match="form 'fused' of the convolutional MLP is unknown; choose one of auto"):
         conv_mlp(*inputs(), form="fused")
 

@@ -1,4 +1,4 @@
-"""The kernels for GPUs: their tests run in a process of their own, under Triton's interpreter."""
+"""GPU kernels: their tests run in a separate process under Triton's interpreter, and they compile for GPUs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ OPERATIONS = {
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_it_is_one_node_on_a_gpu(name: str) -> None:
+def test_operations_are_one_node_on_a_gpu(name: str) -> None:
     with FakeTensorMode(), Launches() as launches:
         OPERATIONS[name]("cuda", torch.bfloat16)
     assert launches.kernels[name] == 1
@@ -84,7 +84,7 @@ def test_it_is_one_node_on_a_gpu(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_kernel_compiles_for_gpus(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton brings the assembler of NVIDIA, which needs no GPU."""
+    """Triton includes NVIDIA's assembler, which needs no GPU."""
     started = []
     monkeypatch.setattr(
         triton.JITFunction, "run", lambda kernel, *args, **options: started.append((kernel, args, options))

@@ -9,7 +9,7 @@ DOUBLE = {"dtype": torch.float64, "device": torch.device("cpu")}
 
 
 def axes(grid: torch.Tensor) -> tuple[list[float], list[float]]:
-    """Return the y and the x coordinates of a grid, and check that it is a grid."""
+    """Return the y and the x coordinates of a grid, after checking that it is the product of both."""
     y, x = grid[:, 0, 0], grid[0, :, 1]
     assert torch.equal(grid, torch.cartesian_prod(y, x).reshape(len(y), len(x), 2))
     return y.tolist(), x.tolist()
@@ -33,6 +33,6 @@ def test_cvpr22() -> None:
 
 @pytest.mark.parametrize("coordinates", ["dat++", "cvpr22"])
 @pytest.mark.parametrize("grid", [reference_points, query_grid])
-def test_an_axis_of_length_one_lies_at_zero(grid: object, coordinates: str) -> None:
+def test_axes_of_length_one_have_the_coordinate_zero(grid: object, coordinates: str) -> None:
     y, x = axes(grid((1, 1), coordinates=coordinates, **DOUBLE))
     assert y == x == [0.0]

@@ -1,4 +1,4 @@
-"""Linear layers: every form is the same function."""
+"""Linear layers: all forms agree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(not suits(torch.float32), reason="PyTorch withou
 
 
 class Quantized(Tensor):
-    """Stands for tensors that bring products of their own."""
+    """A stand-in for tensor subclasses that implement their own products."""
 
 
 def inputs(*leading: int) -> list[Tensor]:
@@ -55,7 +55,7 @@ def test_forms_agree_in_any_layout() -> None:
 
 
 @pytest.mark.parametrize("trained", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)])
-def test_nothing_is_kept_for_frozen_weights(trained: tuple[int, int, int]) -> None:
+def test_inputs_are_not_saved_for_frozen_weights(trained: tuple[int, int, int]) -> None:
     kept, gradients = [], []
     for form in ("onednn", "reference"):
         tensors = [tensor.detach().requires_grad_(bool(flag)) for tensor, flag in zip(inputs(3), trained, strict=True)]
@@ -97,7 +97,7 @@ def test_vectorized_over_a_strided_bias() -> None:
     torch.testing.assert_close(fast, plain)
 
 
-def test_the_choice_of_the_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_form_depends_on_device_dtype_and_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, bias = inputs(3)
     assert choose_form(x, weight, bias) == choose_form(x, weight, None) == "onednn"
     for other, form in ((torch.float64, "reference"), (torch.bfloat16, "onednn")):
@@ -138,7 +138,7 @@ def test_layers_are_fused_unless_something_is_attached(
     assert len(calls) == 1
 
 
-def test_autocast_is_that_of_pytorch() -> None:
+def test_autocast_equals_that_of_pytorch() -> None:
     tensors = inputs(4)
     with torch.autocast("cpu", torch.bfloat16):
         fast, plain = (with_gradients(form, tensors) for form in ("onednn", "reference"))
@@ -152,7 +152,7 @@ def test_wrong_shapes_are_named_by_pytorch() -> None:
         linear(x[:, :6], weight, bias)
 
 
-def test_what_a_form_cannot_do_is_refused() -> None:
+def test_forms_reject_what_they_do_not_support() -> None:
     x, weight, bias = inputs(1)
     with pytest.raises(
         ValueError, match="form 'mkl' of a linear layer is unknown; choose one of auto, reference, onednn"
@@ -166,7 +166,7 @@ def test_what_a_form_cannot_do_is_refused() -> None:
 
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_both_libraries_compute_the_same(kernel_size: int) -> None:
-    """What oneDNN is not taken for goes the plain way."""
+    """The functions use oneDNN for float32 and plain PyTorch for float64."""
     x, weight, bias = (tensor.detach() for tensor in inputs(2, 3))
     torch.testing.assert_close(product(x, weight, bias), product(x.double(), weight.double(), bias.double()).float())
     maps = torch.randn(2, 6, 7, 8).contiguous(memory_format=torch.channels_last)
@@ -176,7 +176,7 @@ def test_both_libraries_compute_the_same(kernel_size: int) -> None:
     assert fast.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_convolutional_mlp_by_onednn() -> None:
+def test_the_convolutional_mlp_by_onednn_equals_the_plain_form() -> None:
     torch.manual_seed(0)
     shapes = (5, 6, 7, 8), (16, 8), (16,), (16, 1, 3, 3), (16,), (8, 16), (8,)
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention: its forms agree, on any shape and in any precision."""
+"""Multi-scale deformable attention: all forms agree, for any shape and precision."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_operator_equals_the_plain_form(seed: int, reach: float) -> None:
     torch.testing.assert_close(with_gradients(arguments, form="op", im2col_step=1), expected)
 
 
-def test_many_queries_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_computing_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = random_arguments(3)
     expected = with_gradients(arguments)
     monkeypatch.setattr("models.ops.cpu.multi_scale.AT_A_TIME", 20)
@@ -79,7 +79,7 @@ def test_empty_input(empty: str, form: str) -> None:
     assert not any(gradient.any() for gradient in gradients)
 
 
-def test_shapes_as_tensors_and_input_that_is_not_contiguous() -> None:
+def test_shapes_as_tensors_and_strided_inputs() -> None:
     value, shapes, starts, locations, weights = random_arguments(4)
     expected = ms_deform_attn(value, shapes, starts, locations, weights)
     strided = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in (value, locations, weights)]
@@ -90,7 +90,7 @@ def test_shapes_as_tensors_and_input_that_is_not_contiguous() -> None:
 @pytest.mark.parametrize("form", ["op", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_precision(dtype: torch.dtype, form: str) -> None:
-    """Sums are float32 whatever the values are; gradients have the dtype of what they belong to."""
+    """Sums are computed in float32; gradients have the dtype of their tensor."""
     arguments = random_arguments(5, dtype=torch.float32)
     value = arguments[0].to(dtype)
     expected = with_gradients((value.double(), *arguments[1:3], *(x.double() for x in arguments[3:])))
@@ -115,7 +115,7 @@ def test_second_derivatives() -> None:
 
 
 @pytest.mark.parametrize("seed", [0, 5])
-def test_the_operator_is_registered_in_full(seed: int) -> None:
+def test_the_operator_passes_opcheck(seed: int) -> None:
     value, shapes, starts, locations, weights = random_arguments(seed)
     leaves = [x.requires_grad_() for x in (value, locations, weights)]
     arguments = (leaves[0], torch.tensor(shapes), torch.tensor(starts), *leaves[1:], 64)
@@ -142,13 +142,13 @@ def test_compiler_and_export_see_one_node() -> None:
 
 
 @pytest.mark.parametrize("form", ["op", "reference"])
-def test_gradients_do_not_depend_on_the_run(form: str) -> None:
+def test_gradients_are_deterministic(form: str) -> None:
     arguments = random_arguments(7, dtype=torch.float32)
     first, again = (with_gradients(arguments, form=form) for _ in range(2))
     torch.testing.assert_close(first, again, rtol=0, atol=0)
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_arguments_that_do_not_fit_are_rejected() -> None:
     value, shapes, starts, locations, weights = random_arguments(8)
     with pytest.raises(ValueError, match="does not fit into"):
         ms_deform_attn(value, [[9, 9], *shapes[1:]], starts, locations, weights)

@@ -1,4 +1,4 @@
-"""Neighborhood attention: every form is the same function, and NATTEN's."""
+"""Neighborhood attention: all forms agree, also with NATTEN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models.ops.neighborhood import FORMS, choose_form, neighborhood_attention
 from models.ops.tiles import Tiles, tiles_of
 
 HEADS = 2
-FAST = [form for form in FORMS if form not in ("reference", "triton")]  # `gpu` has the tests of the last
+FAST = [form for form in FORMS if form not in ("reference", "triton")]  # `gpu.test_neighborhood` tests triton
 
 
 def inputs(size: tuple[int, int], kernel_size: int) -> list[Tensor]:
@@ -68,8 +68,8 @@ def test_forms_agree_without_a_table(form: str) -> None:
         torch.testing.assert_close(fast, plain, atol=1e-11, rtol=1e-10)
 
 
-def test_a_query_sees_its_window_alone() -> None:
-    """Changing a key changes the queries whose window holds it, and no other."""
+def test_a_query_attends_only_to_its_window() -> None:
+    """Changing a key changes exactly the queries whose window contains it."""
     q, k, v, table = inputs((11, 12), 5)
     far = k.detach().clone()
     far[:, 4, 7] += 1
@@ -82,7 +82,7 @@ def test_a_query_sees_its_window_alone() -> None:
         .any(-1)[0]
     )
     rows, columns = changed.nonzero().T
-    # Windows start at clamp(i - 2, 0, n - 5): row 4 lies in those of rows 0 to 6, column 7 in those of columns 5 to 11.
+    # Windows start at clamp(i - 2, 0, n - 5): those of rows 0 to 6 contain row 4, those of columns 5 to 11 column 7.
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (0, 6, 5, 11)
     assert len(rows) == 7 * 7
 
@@ -93,8 +93,8 @@ def test_cut_and_join_are_inverse() -> None:
     torch.testing.assert_close(tiles.join(tiles.cut(x)), x, rtol=0, atol=0)
 
 
-def test_join_takes_tiles_whose_heads_come_last_in_memory() -> None:
-    """The layout that the memory-efficient kernel of a GPU returns for one image."""
+def test_join_supports_tiles_with_heads_last_in_memory() -> None:
+    """The memory-efficient attention of a GPU returns this layout for one image."""
     tiles = Tiles((19, 10), 5, torch.device("cpu"))
     cut = tiles.cut(torch.randn(3, 19 * 10, 4))
     torch.testing.assert_close(tiles.join(cut.transpose(0, 1).contiguous().transpose(0, 1)), tiles.join(cut))
@@ -134,8 +134,8 @@ def test_add_windows_is_the_transpose_of_windows() -> None:
 
 @pytest.mark.parametrize("size", [(5, 1), (1, 5), (9, 1)])
 @pytest.mark.parametrize("heads", [1, 2])
-def test_maps_in_any_memory_give_the_same(size: tuple[int, int], heads: int) -> None:
-    """Strides of axes of length 1 say nothing, and a map may repeat one value or lie transposed in memory."""
+def test_any_memory_layout_gives_the_same_result(size: tuple[int, int], heads: int) -> None:
+    """Maps may be transposed or expanded, and axes of length 1 may have any stride."""
     make = torch.Generator().manual_seed(0)
     plain = torch.randn(2, *size, heads, 4, generator=make)
     odd = [99 if length == 1 else stride for length, stride in zip(plain.shape, plain.stride(), strict=True)]
@@ -159,7 +159,7 @@ def test_tiles_made_in_inference_mode_serve_training() -> None:
     assert tensors[3].grad is not None
 
 
-def test_the_choice_of_the_form() -> None:
+def test_the_form_depends_on_device_dtype_and_dropout() -> None:
     x = torch.zeros(1)
     assert choose_form(x) == choose_form(x.double()) == choose_form(x.bfloat16()) == "tiles_by_hand"
     assert choose_form(x, dropout=0.1) == choose_form(x.half()) == "tiles"
@@ -181,28 +181,28 @@ def test_tiles_by_hand_have_no_dropout() -> None:
         neighborhood_attention(*inputs((5, 5), 3), kernel_size=3, scale=1.0, dropout=0.1, form="tiles_by_hand")
 
 
-def test_a_mixer_with_a_table_cannot_run_on_natten() -> None:
+def test_natten_is_rejected_with_a_position_bias() -> None:
     mixer = NeighborhoodAttention(8, heads=2, kernel_size=3)
     mixer.form = "natten"
     with pytest.raises(ValueError, match="form 'natten' needs NATTEN installed, nat_rpb: false and attn_drop_rate: 0"):
         mixer(torch.randn(1, 8, 5, 5))
 
 
-def test_an_unknown_form_is_refused() -> None:
+def test_unknown_forms_are_rejected() -> None:
     with pytest.raises(ValueError, match="form 'fastest' of neighborhood attention is unknown; choose one of auto"):
         neighborhood_attention(*inputs((3, 3), 3), kernel_size=3, scale=1, form="fastest")
 
 
 @pytest.mark.parametrize("size", [(14, 11), (7, 20)], ids=str)
-def test_the_windows_are_those_of_natten(size: tuple[int, int]) -> None:
+def test_windows_equal_those_of_natten(size: tuple[int, int]) -> None:
     natten = pytest.importorskip("natten")
     q, k, v = (tensor.detach().float() for tensor in inputs(size, 7)[:3])
-    q, k, v = (torch.nn.functional.pad(tensor, (0, 28)) for tensor in (q, k, v))  # 32 values a head, as it asks for
+    q, k, v = (torch.nn.functional.pad(tensor, (0, 28)) for tensor in (q, k, v))  # NATTEN needs 32 values per head
     ours = neighborhood_attention(q, k, v, None, kernel_size=7, scale=0.7)
     torch.testing.assert_close(natten.na2d(q, k, v, 7, scale=0.7), ours, atol=1e-5, rtol=1e-4)
 
 
-def test_a_mixer_without_a_table_can_run_on_natten() -> None:
+def test_natten_equals_the_other_forms_without_a_position_bias() -> None:
     pytest.importorskip("natten")
     mixer = NeighborhoodAttention(64, heads=2, kernel_size=5, use_rpb=False).eval()
     x = torch.randn(1, 64, 9, 8)
@@ -212,8 +212,8 @@ def test_a_mixer_without_a_table_can_run_on_natten() -> None:
         torch.testing.assert_close(mixer(x), plain, atol=1e-5, rtol=1e-4)
 
 
-def test_an_exported_graph_with_open_sizes_equals_eager() -> None:
-    """Tiles depend on the size, so that such a graph gathers every window."""
+def test_exported_graphs_with_dynamic_map_sizes_equal_eager() -> None:
+    """Tiles need a known map size, so such a graph uses the plain form."""
 
     class Attend(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Random features: what they estimate, how fast, and in which range of numbers."""
+"""Random features: what they approximate, how fast the error decreases, and large and small inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def approximation(q: Tensor, k: Tensor, v: Tensor, count: int, seed: int) -> Ten
     return linear_attention(q, k, v)
 
 
-def test_the_error_falls_as_one_over_the_root_of_the_number_of_features() -> None:
+def test_the_error_decreases_with_the_root_of_the_number_of_features() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 2, 40, 16, dtype=torch.float64) for _ in range(3))
     q, k = q / 2, k / 2  # the variance grows exponentially with the square of their length
@@ -73,7 +73,7 @@ def test_images_and_heads_do_not_influence_each_other() -> None:
 
 
 @pytest.mark.parametrize("kind", ["positive", "relu"])
-def test_any_size_of_numbers(kind: str) -> None:
+def test_features_are_finite_at_any_magnitude(kind: str) -> None:
     for size in (1e-3, 1.0, 30.0, 1e3):
         torch.manual_seed(0)
         x = (size * torch.randn(2, 3, 50, 16)).bfloat16().requires_grad_()
@@ -86,11 +86,11 @@ def test_any_size_of_numbers(kind: str) -> None:
         assert gradient.isfinite().all()
 
 
-def test_one_feature_by_hand() -> None:
+def test_one_feature_equals_its_formula() -> None:
     x, w = torch.tensor([[1.0, 2.0], [0.5, -1.0]]), torch.tensor([[0.3, 0.4]])
     exponents = [0.3 + 0.8 - 2.5, 0.15 - 0.4 - 0.625]
     keys = features(x, w, kind="positive", role="key")
     torch.testing.assert_close(keys[:, 0], torch.tensor([math.exp(exponents[0] - max(exponents)), 1.0]))
     queries = features(x, w, kind="positive", role="query")
-    torch.testing.assert_close(queries[:, 0], torch.ones(2))  # each by its own largest
+    torch.testing.assert_close(queries[:, 0], torch.ones(2))  # a single feature is the largest of its query
     torch.testing.assert_close(features(x, w, kind="relu", role="key")[:, 0], torch.tensor([1.101, 0.001]))

@@ -19,7 +19,7 @@ def test_buckets_grow_with_the_distance() -> None:
 
 @pytest.mark.parametrize("span", [1, 2, 3])
 @pytest.mark.parametrize("grid", [(5, 7), (1, 4), (9, 2)], ids=str)
-def test_relations_are_the_table(grid: tuple[int, int], span: int) -> None:
+def test_relations_reproduce_the_table_index(grid: tuple[int, int], span: int) -> None:
     buckets = Buckets(span, max(grid) - 1)
     index = buckets.table_index(grid, 2)
     assert (index[:2, 2:] == buckets.rows - 3).all()

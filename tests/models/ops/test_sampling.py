@@ -1,4 +1,4 @@
-"""Sampling a map: every form is the same function."""
+"""Sampling a map: all forms agree."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_positions_keep_their_precision() -> None:
     assert sample(x.bfloat16(), positions).item() == pytest.approx(expected, rel=2**-8)
 
 
-def test_the_choice_follows_the_device() -> None:
+def test_the_form_depends_on_device_and_batch() -> None:
     x = torch.zeros(2, 4, 4, 2)
     assert choose_form(x) == "rows"
     assert choose_form(x[:1]) == "reference"
@@ -46,6 +46,6 @@ def test_triton_needs_a_gpu() -> None:
         sample(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 2), form="triton")
 
 
-def test_an_unknown_form_is_refused() -> None:
+def test_unknown_forms_are_rejected() -> None:
     with pytest.raises(ValueError, match="form 'nearest' of sampling is unknown; choose one of auto"):
         sample(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1, 2), form="nearest")

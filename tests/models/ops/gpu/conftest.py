@@ -1,4 +1,4 @@
-"""Tests of Triton's kernels: on a GPU where there is one, else on the CPU by Triton's interpreter, see `..test_gpu`."""
+"""Tests of the Triton kernels: on a GPU if there is one, otherwise under Triton's interpreter, see `..test_gpu`."""
 
 from __future__ import annotations
 

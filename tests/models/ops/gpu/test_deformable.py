@@ -1,4 +1,4 @@
-"""The kernels of deformable attention are the plain operation, forward and backward."""
+"""The kernels of deformable attention equal the plain form, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models.ops.deformable import deformable_attention
 from models.ops.gpu import deformable as kernels
 
 NAMES = ("output", "q", "k", "v", "positions", "table")
-# Error of the kernels in shares of the largest value; low precision rounds the weights and what is returned.
+# Error relative to the largest value; in low precision, weights and outputs are rounded.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -50,7 +50,7 @@ def assert_same(tensors: list[Tensor], size: tuple[int, int], coordinates: str =
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_types(dtype: torch.dtype) -> None:
+def test_dtypes(dtype: torch.dtype) -> None:
     assert_same(inputs((5, 7), (5, 7), dtype=dtype), (5, 7))
 
 
@@ -60,7 +60,7 @@ def test_types(dtype: torch.dtype) -> None:
     ids=str,
 )
 def test_sizes(size: tuple[int, int], native: tuple[int, int], keys: int) -> None:
-    """One pixel; more than a block of queries and of keys; maps smaller and larger than the table's."""
+    """One pixel; several blocks of queries and keys; maps smaller and larger than the native size."""
     assert_same(inputs(size, native, keys=keys), size)
 
 
@@ -74,13 +74,13 @@ def test_head_dimensions(head_dim: int) -> None:
     assert_same(inputs((4, 4), (4, 4), head_dim=head_dim), (4, 4))
 
 
-def test_a_table_of_several_tiles_and_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_several_tiles_and_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "TILE", 16)
     monkeypatch.setattr(kernels, "PROGRAMS", 8)  # 4 tiles of 2 heads: one part
     assert_same(inputs((9, 10), (9, 10), keys=4, images=3), (9, 10))
 
 
-def test_a_batch_without_images() -> None:
+def test_empty_batch() -> None:
     tensors = inputs((4, 5), (4, 5), images=0)
     out, *gradients = with_gradients("triton", tensors, (4, 5), "dat++")
     assert out.shape == (0, 20, 2, 16)
@@ -88,13 +88,13 @@ def test_a_batch_without_images() -> None:
 
 
 @pytest.mark.slow
-def test_the_operator_is_well_formed() -> None:
-    """Schema, pretended results and gradients agree with what the kernels do; torch's own check."""
+def test_the_operator_passes_opcheck() -> None:
+    """PyTorch's own check of schema, fake results and gradients."""
     tensors = [*inputs((3, 4), (3, 4)), [3, 4], [1.0, -1.0, 2 / 3, -1.0], 0.3]
     torch.library.opcheck(kernels.attention, tensors)
 
 
-def test_the_same_bits_again() -> None:
+def test_results_are_deterministic() -> None:
     tensors = inputs((3, 7), (3, 7))
     for one, other in zip(*(with_gradients("triton", tensors, (3, 7), "dat++") for _ in range(2)), strict=True):
         assert torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""The kernels of the depthwise convolution with its skip are the plain operations, forward and backward."""
+"""The kernels of the depthwise convolution with a skip connection equal the plain form, forward and backward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from models.ops.depthwise import conv_mlp
 from models.ops.gpu import depthwise as kernels
 
 NAMES = ("output", "x", "weight", "bias")
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # in shares of the largest value
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative to the largest value
 
 
 def inputs(shape: tuple[int, ...], size: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -39,11 +39,11 @@ def assert_same(tensors: list[Tensor], gelu: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_types(dtype: torch.dtype) -> None:
+def test_dtypes(dtype: torch.dtype) -> None:
     assert_same(inputs((2, 4, 5, 8), dtype=dtype), gelu=True)
 
 
-# One pixel; channels beyond a block; maps smaller than the kernel; a 1x1 kernel.
+# One pixel; several blocks of channels; maps smaller than the kernel; a 1x1 kernel.
 @pytest.mark.parametrize(
     ("shape", "size"), [((1, 1, 1, 3), 3), ((1, 2, 9, 70), 3), ((2, 2, 3, 5), 5), ((1, 3, 4, 6), 1)], ids=str
 )
@@ -52,17 +52,17 @@ def test_sizes(shape: tuple[int, ...], size: int, gelu: bool) -> None:
     assert_same(inputs(shape, size), gelu)
 
 
-def test_a_batch_without_images() -> None:
+def test_empty_batch() -> None:
     x, weight, bias = inputs((0, 3, 4, 6))
     kernels.depthwise_residual(x, weight, bias, True).sum().backward()
     assert not weight.grad.any()
 
 
-def test_the_operator_is_well_formed() -> None:
+def test_the_operator_passes_opcheck() -> None:
     torch.library.opcheck(kernels.depthwise_residual, (*inputs((1, 2, 3, 4)), True))
 
 
-def test_the_convolutional_mlp() -> None:
+def test_the_convolutional_mlp_equals_the_plain_form() -> None:
     torch.manual_seed(0)
     arguments = [torch.randn(*shape) for shape in ((2, 3, 4, 6), (10, 6), (10,), (10, 1, 3, 3), (10,), (6, 10), (6,))]
     torch.testing.assert_close(conv_mlp(*arguments, form="triton"), conv_mlp(*arguments, form="reference"))

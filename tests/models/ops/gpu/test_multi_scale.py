@@ -1,4 +1,4 @@
-"""The kernels of multi-scale deformable attention are the plain operation, forward and backward."""
+"""The kernels of multi-scale deformable attention equal the plain form, forward and backward."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_precision() -> None:
     torch.testing.assert_close(run(arguments), results, rtol=0, atol=0)
 
 
-def test_what_is_no_number() -> None:
+def test_nan_and_infinite_locations() -> None:
     value, shapes, starts, locations, weights = random_arguments(1)
     locations[0, 0], locations[:, 1] = float("nan"), float("inf")
     out = kernels.forward(torch.tensor(shapes), torch.tensor(starts), value, locations, weights)

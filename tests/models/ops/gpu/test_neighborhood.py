@@ -1,4 +1,4 @@
-"""The kernels of neighborhood attention are the plain operation, forward and backward."""
+"""The kernels of neighborhood attention equal the plain form, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models.ops.gpu import neighborhood as kernels
 from models.ops.neighborhood import neighborhood_attention
 
 NAMES = ("output", "q", "k", "v", "table")
-# Error of the kernels in shares of the largest value; low precision rounds the weights and what is returned.
+# Error relative to the largest value; in low precision, weights and outputs are rounded.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 
 
@@ -28,7 +28,7 @@ def inputs(
     head_dim: int = 16,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """Return queries, keys and values that lie in one tensor, as a layer makes them, and a table."""
+    """Return queries, keys and values as views of one tensor, as a layer computes them, and a table."""
     torch.manual_seed(0)
     q, k, v = torch.randn(images, *size, 3, heads, head_dim, dtype=dtype).unbind(3)
     table = torch.randn(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
@@ -51,7 +51,7 @@ def assert_same(tensors: list[Tensor], kernel_size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_types(dtype: torch.dtype) -> None:
+def test_dtypes(dtype: torch.dtype) -> None:
     assert_same(inputs((5, 6), 3, dtype=dtype), 3)
 
 
@@ -70,28 +70,28 @@ def test_head_dimensions(head_dim: int) -> None:
     assert_same(inputs((4, 4), 3, head_dim=head_dim), 3)
 
 
-def test_without_a_table() -> None:
+def test_without_a_position_bias() -> None:
     assert_same(inputs((5, 6), 3)[:3], 3)
 
 
-def test_images_in_parts_and_maps_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_in_parts_and_maps_with_different_strides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "PROGRAMS", 100)  # 25 cells of 2 heads: two parts
     q, k, v, table = inputs((4, 5), 3, images=3, heads=2)
     assert_same([q.detach().contiguous().requires_grad_(), k, v, table], 3)
 
 
-def test_a_batch_without_images() -> None:
+def test_empty_batch() -> None:
     out, *gradients = with_gradients("triton", inputs((4, 5), 3, images=0), 3)
     assert out.shape == (0, 4, 5, 1, 16)
     assert not gradients[-1].any()
 
 
-def test_the_operator_is_well_formed() -> None:
-    """Schema, pretended results and gradients agree with what the kernels do; torch's own check."""
+def test_the_operator_passes_opcheck() -> None:
+    """PyTorch's own check of schema, fake results and gradients."""
     torch.library.opcheck(kernels.attention, [*inputs((3, 4), 3), 3, 0.3])
 
 
-def test_the_same_bits_again() -> None:
+def test_results_are_deterministic() -> None:
     tensors = inputs((3, 4), 3, images=2)
     for one, other in zip(*(with_gradients("triton", tensors, 3) for _ in range(2)), strict=True):
         assert torch.equal(one, other)

@@ -1,4 +1,4 @@
-"""The kernels of bilinear sampling are the plain operation, forward and backward."""
+"""The kernels of bilinear sampling equal the plain form, forward and backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models.ops.gpu import sampling as kernels
 from models.ops.sampling import sample
 
 NAMES = ("samples", "map", "positions")
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # in shares of the largest value
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}  # relative to the largest value
 
 
 def inputs(
@@ -39,11 +39,11 @@ def assert_same(tensors: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_types(dtype: torch.dtype) -> None:
+def test_dtypes(dtype: torch.dtype) -> None:
     assert_same(inputs((2, 5, 6, 8), groups=2, dtype=dtype))
 
 
-# One pixel; blocks of pixels, samples and channels that are not full; more than one of each.
+# One pixel; partial blocks of pixels, samples and channels; several blocks of each.
 @pytest.mark.parametrize(
     ("shape", "samples"), [((1, 1, 1, 4), 1), ((1, 4, 7, 20), 17), ((2, 9, 8, 140), 3), ((1, 1, 5, 6), 4)], ids=str
 )
@@ -52,12 +52,12 @@ def test_sizes_and_positions_beyond_the_map(shape: tuple[int, ...], samples: int
     assert_same(inputs(shape, groups=2, samples=samples, reach=reach))
 
 
-def test_a_batch_without_images() -> None:
+def test_empty_batch() -> None:
     x, positions = inputs((0, 3, 4, 6))
     assert sample(x, positions, form="triton").shape == (0, 5, 6)
 
 
-def test_the_operator_is_well_formed() -> None:
+def test_the_operator_passes_opcheck() -> None:
     torch.library.opcheck(kernels.sample, inputs((1, 3, 4, 6)))
 
 
