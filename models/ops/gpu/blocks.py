@@ -18,6 +18,15 @@ def dot(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
+def launch(kernel, programs: int, *arguments, **options) -> None:
+    """Run a kernel on the device of its first argument, which is a tensor.
+
+    Triton would use the current device, which need not be the device of the tensors.
+    """
+    with torch.cuda.device_of(arguments[0]):
+        kernel[(programs,)](*arguments, **options)
+
+
 def head_blocks(q: Tensor) -> dict[str, int | str]:
     """Return kernel parameters for the heads of ``[..., heads, d]``: size, padded size and precision of products.
 

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..forms import operator
-from .blocks import dot, head_blocks
+from .blocks import dot, head_blocks, launch
 
 QUERIES = 64  # queries per block
 KEYS = 16  # keys per block
@@ -321,7 +321,7 @@ def attention(
     if q.numel():
         programs = triton.cdiv(q.shape[1], QUERIES) * len(q) * q.shape[2]
         sizes = _sizes(q, k, positions, table, map_size)
-        _forward[(programs,)](q, k, v, positions, table, out, sums, *sizes, *steps, scale, **_blocks(q))
+        launch(_forward, programs, q, k, v, positions, table, out, sums, *sizes, *steps, scale, **_blocks(q))
     return out, sums
 
 
@@ -356,17 +356,20 @@ def attention_backward(
     per_head = positions.new_empty(images, heads, keys, 2)
     shared = (*_sizes(q, k, positions, table, map_size), *steps, scale)
     blocks = _blocks(q)
-    _backward_queries[(triton.cdiv(q.shape[1], QUERIES) * images * heads,)](
-        q, k, v, positions, table, out, sums, grad, dq, products, *shared, **blocks
-    )
-    _backward_keys[(triton.cdiv(keys, KEYS) * images * heads,)](
-        q, k, v, positions, table, sums, products, grad, dk, dv, per_head, *shared, **blocks
-    )
+    launch(
+        _backward_queries, triton.cdiv(q.shape[1], QUERIES) * images * heads,
+        q, k, v, positions, table, out, sums, grad, dq, products, *shared, **blocks,
+    )  # fmt: skip
+    launch(
+        _backward_keys, triton.cdiv(keys, KEYS) * images * heads,
+        q, k, v, positions, table, sums, products, grad, dk, dv, per_head, *shared, **blocks,
+    )  # fmt: skip
     tile = min(TILE, max(16, triton.next_power_of_2(max(table.shape[1:]))))
     tiles = triton.cdiv(table.shape[1], tile) * triton.cdiv(table.shape[2], tile)
     parts = min(images, triton.cdiv(PROGRAMS, tiles * heads))
     by_part = table.new_empty(parts, *table.shape, dtype=torch.float32)
-    _backward_table[(tiles * parts * heads,)](
+    launch(
+        _backward_table, tiles * parts * heads,
         q, k, v, positions, table, sums, products, grad, by_part, images, parts, *shared,
         HEAD=blocks["HEAD"], WIDTH=blocks["WIDTH"], SIDE=SIDE, TILE=tile, **LAUNCH,
     )  # fmt: skip

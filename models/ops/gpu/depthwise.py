@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..forms import operator
+from .blocks import launch
 
 PIXELS = 32  # pixels per block
 CHANNELS = 64  # channels per block
@@ -102,7 +103,8 @@ def _launch_forward(x: Tensor, weight: Tensor, bias: Tensor, *, flipped: bool, w
     block = min(CHANNELS, triton.next_power_of_2(channels))
     programs = triton.cdiv(x.numel() // channels, PIXELS) * triton.cdiv(channels, block)
     if programs:
-        _forward[(programs,)](
+        launch(
+            _forward, programs,
             x, weight, bias, out, *x.shape, SIZE=weight.shape[-1], FLIPPED=flipped, BIAS=with_bias, GELU=gelu,
             PIXELS=PIXELS, CHANNELS=block, **LAUNCH,
         )  # fmt: skip
@@ -140,7 +142,8 @@ def depthwise_residual_backward(
         return torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
     dz = torch.empty_like(x) if gelu else grad
     by_part = x.new_empty(parts, size * size + 1, channels, dtype=torch.float32)
-    _backward[(parts * slices,)](
+    launch(
+        _backward, parts * slices,
         x, weight, bias, grad, dz, by_part, parts, *x.shape, SIZE=size, GELU=gelu,
         TAPS=triton.next_power_of_2(size * size + 1), PIXELS=PIXELS, CHANNELS=block, **LAUNCH,
     )  # fmt: skip

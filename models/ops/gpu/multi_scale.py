@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .blocks import launch
+
 ROWS = 16  # rows per program
 SAMPLES = 16  # samples of a cell loaded at a time
 
@@ -25,23 +27,11 @@ def forward(shapes: Tensor, starts: Tensor, value: Tensor, locations: Tensor, we
     channels, rows = value.shape[3], batch * queries * heads
     out = value.new_empty(batch, queries, heads * channels)
     if out.numel():
-        _forward[(triton.cdiv(rows, ROWS),)](
-            value,
-            shapes,
-            starts,
-            locations,
-            weights,
-            out,
-            rows,
-            value.shape[1],
-            queries,
-            heads,
-            channels,
-            levels,
-            points,
-            ROWS,
-            triton.next_power_of_2(channels),
-        )
+        launch(
+            _forward, triton.cdiv(rows, ROWS),
+            value, shapes, starts, locations, weights, out, rows, value.shape[1], queries, heads,
+            channels, levels, points, ROWS, triton.next_power_of_2(channels),
+        )  # fmt: skip
     return out
 
 
@@ -54,45 +44,18 @@ def backward(
     pixels, channels, rows = value.shape[1], value.shape[3], batch * queries * heads
     to_value, to_locations, to_weights = (torch.empty_like(x) for x in (value, locations, weights))
     if rows and weights.numel():
-        _backward_locations[(triton.cdiv(rows, ROWS),)](
-            value,
-            shapes,
-            starts,
-            locations,
-            weights,
-            grad,
-            to_locations,
-            to_weights,
-            rows,
-            pixels,
-            queries,
-            heads,
-            channels,
-            levels,
-            points,
-            ROWS,
-            triton.next_power_of_2(channels),
-        )
+        launch(
+            _backward_locations, triton.cdiv(rows, ROWS),
+            value, shapes, starts, locations, weights, grad, to_locations, to_weights, rows, pixels, queries, heads,
+            channels, levels, points, ROWS, triton.next_power_of_2(channels),
+        )  # fmt: skip
     if value.numel():
         order, first, origins = _by_cell(shapes, locations, pixels)
-        _backward_values[(batch * pixels * heads,)](
-            shapes,
-            starts,
-            origins,
-            order,
-            first,
-            locations,
-            weights,
-            grad,
-            to_value,
-            pixels,
-            heads,
-            channels,
-            levels,
-            points,
-            SAMPLES,
-            triton.next_power_of_2(channels),
-        )
+        launch(
+            _backward_values, batch * pixels * heads,
+            shapes, starts, origins, order, first, locations, weights, grad, to_value, pixels, heads,
+            channels, levels, points, SAMPLES, triton.next_power_of_2(channels),
+        )  # fmt: skip
     return to_value, to_locations, to_weights
 
 

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..forms import operator
-from .blocks import dot, head_blocks
+from .blocks import dot, head_blocks, launch
 
 SIDE = 8  # side of a tile
 BLOCK = 32  # keys, or in `_backward_keys` queries, per block
@@ -291,9 +291,10 @@ def attention(
     (q, k, v), strides = _strides(q, k, v)
     if q.numel():
         table = sums if rpb is None else rpb
-        _forward[(_programs(q),)](
-            q, k, v, table, out, sums, *q.shape[1:4], *strides, scale, TABLE=rpb is not None, **_blocks(q, kernel_size)
-        )
+        launch(
+            _forward, _programs(q),
+            q, k, v, table, out, sums, *q.shape[1:4], *strides, scale, TABLE=rpb is not None, **_blocks(q, kernel_size),
+        )  # fmt: skip
     return out, sums
 
 
@@ -326,13 +327,14 @@ def attention_backward(
     shared = (*q.shape[1:4], *strides, scale)
     blocks = {"TABLE": rpb is not None, **_blocks(q, kernel_size)}
     table = sums if rpb is None else rpb
-    _backward_queries[(_programs(q),)](q, k, v, table, out, sums, grad, dq, products, *shared, **blocks)
-    _backward_keys[(_programs(q),)](q, k, v, table, sums, products, grad, dk, dv, *shared, **blocks)
+    launch(_backward_queries, _programs(q), q, k, v, table, out, sums, grad, dq, products, *shared, **blocks)
+    launch(_backward_keys, _programs(q), q, k, v, table, sums, products, grad, dk, dv, *shared, **blocks)
     if rpb is None:
         return dq, dk, dv, q.new_empty(0)
     parts = min(len(q), triton.cdiv(PROGRAMS, rpb.numel()))
     by_part = rpb.new_empty(parts, *rpb.shape, dtype=torch.float32)
-    _backward_table[(by_part.numel(),)](
+    launch(
+        _backward_table, by_part.numel(),
         q, k, v, rpb, sums, products, grad, by_part, len(q), parts, *shared,
         HEAD=blocks["HEAD"], WIDTH=blocks["WIDTH"], KERNEL=kernel_size, PIXELS=PIXELS, **LAUNCH,
     )  # fmt: skip

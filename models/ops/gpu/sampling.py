@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..forms import operator
-from .blocks import dot
+from .blocks import dot, launch
 
 SAMPLES = 16  # samples per block
 PIXELS = 64  # pixels per block
@@ -141,9 +141,10 @@ def sample(x: Tensor, positions: Tensor) -> Tensor:
     images, groups, samples, _ = positions.shape
     out = x.new_empty(images, samples, x.shape[-1])
     if out.numel():
-        _forward[(triton.cdiv(samples, SAMPLES) * images * groups,)](
-            x, positions, out, *_sizes(x, positions), SAMPLES=SAMPLES, CHANNELS=_channels(x, positions), **LAUNCH
-        )
+        launch(
+            _forward, triton.cdiv(samples, SAMPLES) * images * groups,
+            x, positions, out, *_sizes(x, positions), SAMPLES=SAMPLES, CHANNELS=_channels(x, positions), **LAUNCH,
+        )  # fmt: skip
     return out
 
 
@@ -161,12 +162,14 @@ def sample_backward(grad: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor,
         sizes, channels = _sizes(x, positions), _channels(x, positions)
         slices = triton.cdiv(x.shape[-1] // groups, channels)
         pixels = triton.cdiv(x.shape[1] * x.shape[2], PIXELS)
-        _backward_map[(slices * pixels * images * groups,)](
-            positions, grad, to_map, *sizes, SAMPLES=SAMPLES, PIXELS=PIXELS, CHANNELS=channels, **LAUNCH
-        )
-        _backward_positions[(triton.cdiv(samples, SAMPLES) * images * groups,)](
-            x, positions, grad, to_positions, *sizes, SAMPLES=SAMPLES, CHANNELS=channels, **LAUNCH
-        )
+        launch(
+            _backward_map, slices * pixels * images * groups,
+            positions, grad, to_map, *sizes, SAMPLES=SAMPLES, PIXELS=PIXELS, CHANNELS=channels, **LAUNCH,
+        )  # fmt: skip
+        launch(
+            _backward_positions, triton.cdiv(samples, SAMPLES) * images * groups,
+            x, positions, grad, to_positions, *sizes, SAMPLES=SAMPLES, CHANNELS=channels, **LAUNCH,
+        )  # fmt: skip
     return to_map, to_positions
 
 

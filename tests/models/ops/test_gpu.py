@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -79,6 +81,26 @@ def test_operations_are_one_node_on_a_gpu(name: str) -> None:
     with FakeTensorMode(), Launches() as launches:
         OPERATIONS[name]("cuda", torch.bfloat16)
     assert launches.kernels[name] == 1
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_kernels_are_launched_on_the_device_of_their_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, which may be another GPU."""
+    current, launched = [], []
+
+    @contextmanager
+    def device_of(tensor: Tensor) -> Iterator[None]:
+        current.append(tensor.device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(triton.JITFunction, "run", lambda *_, **__: launched.append(list(current)))
+    monkeypatch.setattr("models.ops.gpu.INTERPRETED", True)
+    out, tensors = OPERATIONS[name]("cpu", torch.float32)
+    torch.autograd.grad(out, tensors, torch.ones_like(out))
+    assert launched
+    assert all(devices == [torch.device("cpu")] for devices in launched)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
