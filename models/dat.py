@@ -78,7 +78,7 @@ class Stage(nn.Module):
         options: options of the stage.
         dim_in: number of input channels.
         drop_paths: stochastic-depth rate of each block.
-        use_checkpoint: recompute the activations of each block in the backward pass instead of keeping them.
+        use_checkpoint: recompute the activations of each block in the backward pass instead of saving them.
     """
 
     def __init__(

@@ -50,7 +50,7 @@ class LayerScale(nn.Module):
         return x * self.weight[:, None, None]
 
 
-class WideLinear(nn.Linear):
+class Float32Linear(nn.Linear):
     """A linear layer on coordinates ``[..., in]``, computed in at least float32 even under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class WideLinear(nn.Linear):
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
 
-class WideConv(nn.Conv2d):
+class Float32Conv2d(nn.Conv2d):
     """A convolution from a map ``[B, C, H, W]`` to coordinates, computed in at least float32 even under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ class DeclaredSignature:
     """Descriptor for ``__signature__``: `inspect.signature` and `help` show a class's options as keyword arguments."""
 
     def __get__(self, instance: object, owner: Any) -> inspect.Signature:
-        if instance is not None:
+        if instance is not None:  # the signature is that of the constructor, not of an instance's `__call__`
             raise AttributeError("__signature__")
         kind = inspect.Parameter.KEYWORD_ONLY
         declared = [inspect.Parameter(name, kind, default=o.default) for name, o in owner.options().items()]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..fusing import may_fuse
-from ..layers import LayerNorm, WideConv, WideLinear, as_pair, pointwise
+from ..layers import Float32Conv2d, Float32Linear, LayerNorm, as_pair, pointwise
 from ..ops.deformable import attention, deformable_attention
 from ..ops.forms import is_checkpointed, needs_plain_operations
 from ..ops.grids import COORDINATES, query_grid, reference_points
@@ -126,7 +126,7 @@ class DeformableAttention(nn.Module):
             nn.Conv2d(width, width, kernel_size, stride, padding, groups=width),
             LayerNorm(width),
             nn.GELU(),
-            WideConv(width, 2, kernel_size=1, bias=False),
+            Float32Conv2d(width, 2, kernel_size=1, bias=False),
         ).requires_grad_(use_offsets)
         self.proj_q = nn.Conv2d(dim, dim, kernel_size=1)
         self.proj_k = nn.Conv2d(dim, dim, kernel_size=1)
@@ -141,7 +141,9 @@ class DeformableAttention(nn.Module):
         if self.position_bias == "dwc":
             return nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim)
         if self.position_bias == "log_cpb":
-            return nn.Sequential(WideLinear(2, 32), nn.ReLU(), WideLinear(32, self.heads // self.groups, bias=False))
+            return nn.Sequential(
+                Float32Linear(2, 32), nn.ReLU(), Float32Linear(32, self.heads // self.groups, bias=False)
+            )
         table = torch.empty(self._table_shape())
         return nn.Parameter(nn.init.trunc_normal_(table, std=0.01))
 

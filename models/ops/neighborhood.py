@@ -68,7 +68,7 @@ def neighborhood_attention(
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rpb))
         with cast_for_matmul(q, k, v) as (q, k, v):
             return TiledAttention.apply(q, k, v, rpb, tiles, scale, keep)
-    bias = tiles.of_every_tile(tiles.bias(rpb)).to(q.dtype)
+    bias = tiles.expand_bias(tiles.bias(rpb)).to(q.dtype)
     q_maps, k_maps, v_maps = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2) for x in (q, k, v))
     cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)
     cuts = (x.unflatten(0, (-1, len(bias))) for x in cuts)  # [B, heads * tiles, ...]

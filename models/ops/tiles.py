@@ -72,17 +72,22 @@ class Tiles:
         cells = F.pad(rpb.flatten(1), (0, 1), value=float("-inf")).index_select(1, self._cells)
         return cells.view(len(rpb), -1, self.queries_per_tile, self.keys_per_tile)
 
-    def of_every_tile(self, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
-        """Return the bias of every tile, ``[heads * tiles, queries_per_tile, keys_per_tile]``, in ``out`` if given."""
+    def expand_bias(self, bias: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """Repeat the bias of every kind for its tiles, ``[heads * tiles, queries_per_tile, keys_per_tile]``.
+
+        Args:
+            bias: result of `bias`.
+            out: tensor for the result, or None for a new one.
+        """
         if out is None:
             return bias.index_select(1, self._kinds).flatten(0, 1)
         torch.index_select(bias, 1, self._kinds, out=out.unflatten(0, (len(bias), -1)))
         return out
 
-    def add_bias(self, x: Tensor, heads: int) -> Tensor:
+    def sum_by_cell(self, x: Tensor, heads: int) -> Tensor:
         """Sum the entries of all tiles by their cell of the table, ``[heads, 2*K-1, 2*K-1]``.
 
-        This is the gradient of the table, given that of the result of `bias` and `of_every_tile`.
+        This is the gradient of the table, given that of the result of `bias` and `expand_bias`.
         """
         x = x.view(heads, -1, *x.shape[1:])
         kinds = len(self.axes[0].examples) * len(self.axes[1].examples)

@@ -30,7 +30,7 @@ class TiledAttention(torch.autograd.Function):
         weights = q.new_empty(len(q) if keep else 1, len(bias) * tiles.count, *bias.shape[2:])
         q_rows, k_rows, v_rows, out_rows = (TileRows.of(tiles, x) for x in (q, k, v, results))
         for image in range(len(q)):
-            logits = tiles.of_every_tile(bias, out=weights[image if keep else 0])
+            logits = tiles.expand_bias(bias, out=weights[image if keep else 0])
             logits.baddbmm_(q_rows.cut(q[image]), k_rows.windows(k[image]).mT, alpha=scale)
             torch.softmax(logits, dim=-1, out=logits)
             out_rows.join(torch.bmm(logits, v_rows.windows(v[image])), out=results[image])
@@ -50,14 +50,14 @@ class TiledAttention(torch.autograd.Function):
         q_rows, k_rows, v_rows, grad_rows, rows = (TileRows.of(tiles, x) for x in (q, k, v, grad, dq))
         for image, weights in enumerate(kept):
             grads = grad_rows.cut(grad[image], zeros_beyond=True)
-            dv[image] = rows.add_windows(torch.bmm(weights.mT, grads))
+            dv[image] = rows.sum_windows(torch.bmm(weights.mT, grads))
             dweights = torch.bmm(grads, v_rows.windows(v[image]).mT)
             dlogits = torch._softmax_backward_data(dweights, weights, 2, weights.dtype)
             rows.join(torch.bmm(dlogits, k_rows.windows(k[image])), out=dq[image])
-            dk[image] = rows.add_windows(torch.bmm(dlogits.mT, q_rows.cut(q[image])))
+            dk[image] = rows.sum_windows(torch.bmm(dlogits.mT, q_rows.cut(q[image])))
             dbias += dlogits
         dq, dk, dv = (x.unflatten(1, tiles.size) for x in (dq.mul_(scale), dk.mul_(scale), dv))
-        return dq, dk, dv, tiles.add_bias(dbias, q.shape[2]), None, None, None
+        return dq, dk, dv, tiles.sum_by_cell(dbias, q.shape[2]), None, None, None
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class TileRows:
         """Return the keys of every tile, ``[heads * tiles, keys_per_tile, d]``."""
         return self._rows(x).index_select(0, self._keys).view(-1, self._tiles.keys_per_tile, x.shape[-1])
 
-    def add_windows(self, x: Tensor) -> Tensor:
+    def sum_windows(self, x: Tensor) -> Tensor:
         """Sum the keys of all tiles by pixel, ``[H*W, heads, d]``: the gradient of `windows`."""
         dim = x.shape[-1]
         return F.embedding_bag(self._by_pixel, x.view(-1, dim), self._pixels, mode="sum").view(-1, self._heads, dim)

@@ -125,11 +125,11 @@ def test_cut_with_zeros_is_the_transpose_of_join() -> None:
     torch.testing.assert_close((cut * y).sum(), (x * joined).sum())
 
 
-def test_add_windows_is_the_transpose_of_windows() -> None:
+def test_sum_windows_is_the_transpose_of_windows() -> None:
     rows, x = rows_and_image(parts=1)
     windows = rows.windows(x)
     y = torch.randn_like(windows)
-    torch.testing.assert_close((windows * y).sum(), (x * rows.add_windows(y)).sum())
+    torch.testing.assert_close((windows * y).sum(), (x * rows.sum_windows(y)).sum())
 
 
 @pytest.mark.parametrize("size", [(5, 1), (1, 5), (9, 1)])
