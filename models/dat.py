@@ -313,7 +313,7 @@ class DAT(nn.Module):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Return logits ``[B, num_classes]`` for a map of `forward_features`, or with ``pre_logits`` the pooled map."""
-        # Not adaptive pooling, which torch.func.vmap does not support.
+        # torch.func.vmap does not support adaptive pooling.
         x = x.mean(dim=(2, 3)) if self.global_pool.pool_type == "avg" else self.global_pool(x)
         return x if pre_logits else self.cls_head(x)
 

@@ -28,6 +28,14 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else tuple(size)
 
 
+def pad_small(x: Tensor, smallest: int) -> Tensor:
+    """Zero-pad a map ``[B, C, H, W]`` on the right and bottom to at least ``smallest`` pixels on each side."""
+    height, width = x.shape[-2:]
+    if min(height, width) >= smallest:  # F.pad would copy the map even without padding
+        return x
+    return F.pad(x, (0, max(smallest - width, 0), 0, max(smallest - height, 0)))
+
+
 class LayerNorm(nn.Module):
     """Layer norm over the channels of a map ``[B, C, H, W]``."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..fusing import may_fuse
-from ..layers import Float32Conv2d, Float32Linear, LayerNorm, as_pair, pointwise
+from ..layers import Float32Conv2d, Float32Linear, LayerNorm, as_pair, pad_small, pointwise
 from ..ops.deformable import attention, deformable_attention
 from ..ops.forms import is_checkpointed, needs_plain_operations
 from ..ops.grids import COORDINATES, query_grid, reference_points
@@ -268,11 +268,7 @@ class DeformableAttention(nn.Module):
         additional columns of the map.
         """
         conv, *rest = self.conv_offset
-        height, width = q.shape[-2:]
-        (kernel, _), (padding, _) = conv.kernel_size, conv.padding
-        smallest = kernel - 2 * padding
-        if min(height, width) < smallest:  # F.pad would copy the map even without padding
-            q = F.pad(q, (0, max(smallest - width, 0), 0, max(smallest - height, 0)))
+        q = pad_small(q, conv.kernel_size[0] - 2 * conv.padding[0])
         if self.groups == 1:
             return rearrange(self.conv_offset(q), "b yx h w -> b h w 1 yx")
         if not may_fuse(self.conv_offset, conv):

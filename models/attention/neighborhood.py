@@ -6,10 +6,9 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers import linear
+from ..layers import linear, pad_small
 from ..ops.neighborhood import neighborhood_attention
 from ..options import Option, StageOption, StageOptions, odd
 from ..tables import Resize, by_cells
@@ -66,10 +65,7 @@ class NeighborhoodAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
         height, width = x.shape[-2:]
-        x = x.permute(0, 2, 3, 1)  # [B, H, W, C]
-        if min(height, width) < self.kernel_size:  # F.pad would copy the map even without padding
-            bottom, right = max(self.kernel_size - height, 0), max(self.kernel_size - width, 0)
-            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        x = pad_small(x, self.kernel_size).permute(0, 2, 3, 1)  # [B, H, W, C]
         q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # [B, H, W, heads, d]
         dropout = self.attn_drop if self.training else 0.0
         if self._uses_natten(q, dropout):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..layers import LayerNorm, pointwise
+from ..layers import LayerNorm, pad_small, pointwise
 from ..ops.products import dot_product_attention
 from ..options import StageOption, StageOptions, at_least
 from .letters import Mixer, register
@@ -42,12 +41,9 @@ class PyramidAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
-        height, width = x.shape[-2:]
-        reduced = x
-        if min(height, width) < self.sr_ratio:  # F.pad would copy the map even without padding
-            reduced = F.pad(x, (0, max(self.sr_ratio - width, 0), 0, max(self.sr_ratio - height, 0)))
+        height = x.shape[-2]
         q = rearrange(pointwise(self.q, x), "b (heads d) h w -> b heads (h w) d", heads=self.heads)
-        kv = pointwise(self.kv, self.proj_ds(reduced))
+        kv = pointwise(self.kv, self.proj_ds(pad_small(x, self.sr_ratio)))
         k, v = rearrange(kv, "b (two heads d) h w -> two b heads (h w) d", two=2, heads=self.heads)
         x = dot_product_attention(q, k, v, dropout=self.attn_drop if self.training else 0.0)
         x = rearrange(x, "b heads (h w) d -> b h w (heads d)", h=height)

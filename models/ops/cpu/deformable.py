@@ -14,7 +14,7 @@ from ..grids import query_grid
 from ..precision import autocast_disabled
 from .table_rows import crop_bias, separable_bias, table_columns, table_crops
 
-SAVED = 1 << 22  # most attention weights of a batch that are saved for the backward pass: 16 MiB
+SAVED = 1 << 22  # largest number of attention weights of a batch that is saved for the backward pass: 16 MiB
 CACHED = 1 << 20  # attention weights of larger batches computed at a time: 4 MiB, which stay in the CPU cache
 
 

@@ -16,7 +16,7 @@ from .blocks import launch
 
 PIXELS = 32  # pixels per block
 CHANNELS = 64  # channels per block
-PROGRAMS = 1024  # most programs of `_backward`, each of which writes a partial sum
+PROGRAMS = 1024  # largest number of programs of `_backward`, each of which writes a partial sum
 LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 
