@@ -65,7 +65,7 @@ def _family(config: Any) -> Family:
     if config.MODEL.TYPE not in FAMILIES:
         raise ValueError(f"MODEL.TYPE = {config.MODEL.TYPE!r} is unknown; choose one of {', '.join(FAMILIES)}")
     if (channels := arguments(config).get("in_chans", 3)) != 3:
-        raise ValueError(f"in_chans = {channels}: images are read as RGB here; other channels need code of your own")
+        raise ValueError(f"in_chans = {channels} is not supported here: data sets give RGB images, with 3 channels")
     return FAMILIES[config.MODEL.TYPE]
 
 

@@ -380,7 +380,7 @@ class DAT(nn.Module):
         height, width = self.smallest_image
         if x.shape[-2] < height or x.shape[-1] < width:
             raise ValueError(
-                f"an image of {x.shape[-2]} x {x.shape[-1]} pixels leaves nothing for the last stage; "
+                f"an image of {x.shape[-2]} x {x.shape[-1]} pixels is too small for the last stage; "
                 f"give at least {height} x {width}"
             )
         x = self.patch_proj(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))  # channels last in memory

@@ -216,7 +216,7 @@ def split_stages(
         for name in ("dims", "depths"):
             stage.require(name, lists[name].each)
         if len(stage.letters) != stage["depths"]:
-            raise ValueError(f"{stage.show('stage_spec')} does not name as many blocks as {stage.show('depths')}")
+            raise ValueError(f"{stage.show('stage_spec')} must have one letter per block; {stage.show('depths')}")
         stages.append(stage)
     return stages
 

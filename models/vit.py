@@ -189,7 +189,7 @@ def _check(values: dict[str, Any]) -> None:
         raise ValueError(f"embed_dim = {embed_dim} is not divisible by num_heads = {num_heads}; change one of them")
     rate = values["attn_drop_rate"]
     if rate and attention not in ("softmax", "disentangled"):
-        raise ValueError(f"attn_drop_rate = {rate} has no meaning for attention = {attention!r}; set it to 0")
+        raise ValueError(f"attn_drop_rate = {rate} cannot be used with attention = {attention!r}; set it to 0")
     reach, epochs = values["locality_reach"], values["locality_epochs"]
     if len(reach) != len(epochs):
         raise ValueError(

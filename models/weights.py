@@ -53,7 +53,7 @@ class Report:
 
     def lines(self) -> list[str]:
         """Return the report as text, one line per kind of change."""
-        lines = [f"loaded as they are: {len(self.loaded)} of {self.entries} entries"]
+        lines = [f"loaded unchanged: {len(self.loaded)} of {self.entries} entries"]
         tables = defaultdict(list)
         for name, shapes in self.resized.items():
             tables[shapes].append(name)
@@ -64,7 +64,7 @@ class Report:
         for words, names in (
             (f"rows selected ({self.head})", self.remapped),
             (f"newly initialised ({self.head})", self.reinitialised),
-            ("newly initialised, as such weights have none", self.new),
+            ("newly initialised, not in weights of this kind", self.new),
             ("left out of the weights", [name for name in self.left_out if name not in self.reinitialised]),
         ):
             if names:

@@ -289,8 +289,14 @@ ROWS = [
     dat("negative dims", r"dims\[0\] = -8 must be at least 1", dims=[-8, 16, 16, 16]),
     dat("heads", r"heads\[1\] = 3 does not divide dims\[1\] = 16; change one of them", heads=[1, 3, 2, 2]),
     dat("groups", r"groups\[1\] = 3 does not divide heads\[1\] = 2; change one of them", groups=[1, 3, 1, 1]),
-    dat("letter", r"stage_spec\[0\] = 'Z' holds 'Z'; the letters are D, E, L, N, P, Q, S, X", stage_spec=list("ZDDD")),
-    dat("letters and depth", r"stage_spec\[0\] = 'ND' does not name as many .* depths\[0\]", stage_spec=["ND", *"DDD"]),
+    dat(
+        "letter", r"stage_spec\[0\] = 'Z' contains 'Z'; the letters are D, E, L, N, P, Q, S, X", stage_spec=list("ZDDD")
+    ),
+    dat(
+        "letters and depth",
+        r"stage_spec\[0\] = 'ND' must have one letter per block; depths\[0\]",
+        stage_spec=["ND", *"DDD"],
+    ),
     dat("no letters", r"stage_spec\[0\] = 1 must be letters, such as 'ND'", stage_spec=[1, 2, 3, 4]),
     dat(
         "even kernel",

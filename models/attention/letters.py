@@ -57,7 +57,7 @@ def check_letters(stage: StageOptions) -> None:
     for letter in dict.fromkeys(stage.letters):
         if letter not in MIXERS:
             known = ", ".join(sorted(MIXERS))
-            raise ValueError(f"{stage.show('stage_spec')} holds {letter!r}; the letters are {known}")
+            raise ValueError(f"{stage.show('stage_spec')} contains {letter!r}; the letters are {known}")
         mixer = MIXERS[letter]
         for name, option in mixer.options.items():
             if isinstance(option, StageOption) and option.each:

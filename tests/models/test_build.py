@@ -45,7 +45,7 @@ def test_every_config_trains_every_parameter(file: str) -> None:
 
 @pytest.mark.parametrize("options", [["MODEL.DAT.in_chans", 1], ["MODEL.TYPE", "timm", "MODEL.TIMM.ARGS.in_chans", 4]])
 def test_other_image_channels_are_rejected(options: list[object]) -> None:
-    with pytest.raises(ValueError, match=r"in_chans = \d: images are read as RGB"):
+    with pytest.raises(ValueError, match=r"in_chans = \d is not supported here: data sets give RGB images"):
         build_model(load_config(CONFIGS / "digits.yaml", options))
 
 

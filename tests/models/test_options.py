@@ -30,9 +30,9 @@ WRONG = [
     ({"stage_spec": [["D"], ["D"], 5, ["D"]]}, r"stage_spec\[2\] = 5 must be letters, such as 'ND'"),
     (
         {"stage_spec": ["D", "?", "D", "D"]},
-        r"stage_spec\[1\] = '\?' holds '\?'; the letters are " + ", ".join(sorted(MIXERS)),
+        r"stage_spec\[1\] = '\?' contains '\?'; the letters are " + ", ".join(sorted(MIXERS)),
     ),
-    ({"depths": [1, 2, 1, 1]}, r"stage_spec\[1\] = 'D' does not name as many blocks as depths\[1\] = 2"),
+    ({"depths": [1, 2, 1, 1]}, r"stage_spec\[1\] = 'D' must have one letter per block; depths\[1\] = 2"),
     ({"depths": [1, 1, 0, 1]}, r"depths\[2\] = 0 must be at least 1"),
     ({"dims": [0, 16, 32, 64]}, r"dims\[0\] = 0 must be at least 1"),
     ({"heads": [1, 3, 4, 8]}, r"heads\[1\] = 3 does not divide dims\[1\] = 16; change one of them"),

@@ -132,7 +132,7 @@ def test_timm_weights_load_strictly_and_new_entries_are_reported() -> None:
     model.load_state_dict(weights)
     lines = "\n".join(report.lines())
     assert "newly initialised (7 classes in the weights, 10 here): head.weight, head.bias" in lines
-    assert "newly initialised, as such weights have none: blocks.0.attn.sampling_offsets.weight" in lines
+    assert "newly initialised, not in weights of this kind: blocks.0.attn.sampling_offsets.weight" in lines
     state.pop("norm.weight")
     with pytest.raises(ValueError, match=r"the weights are of another architecture: norm\.weight is missing"):
         adapt(state, model)
@@ -172,7 +172,7 @@ def test_export_with_any_number_of_images(attention: str) -> None:
         ({"embed_dim": 25}, "embed_dim = 25 is not divisible by num_heads = 2"),
         (
             {"attention": "performer", "attn_drop_rate": 0.1},
-            "attn_drop_rate = 0.1 has no meaning for attention = 'perf",
+            "attn_drop_rate = 0.1 cannot be used with attention = 'perf",
         ),
         ({"weight_init": "moco"}, "weight_init = 'moco' must be one of timm, jax"),
         ({"locality": "circle"}, "locality = 'circle' must be one of none, sequence, box"),

@@ -33,7 +33,7 @@ def test_weights_of_the_same_network_load_unchanged() -> None:
     source, target = build_small("LSND"), build_small("LSND")
     images = torch.randn(2, 3, 64, 64)
     entries = len(target.state_dict())
-    assert load_adapted(source, target) == [f"loaded as they are: {entries} of {entries} entries"]
+    assert load_adapted(source, target) == [f"loaded unchanged: {entries} of {entries} entries"]
     torch.testing.assert_close(target(images), source.eval()(images), rtol=0, atol=0)
 
 
