@@ -206,11 +206,11 @@ class DAT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters exempt from weight decay: the position biases of the mixers."""
-        return {f"{path}.{name}" for path, names in self._ask_mixers("no_weight_decay") for name in names}
+        return {f"{path}.{name}" for path, names in self._mixer_results("no_weight_decay") for name in names}
 
     def position_tables(self) -> dict[str, Resize]:
         """Return the resize function of each position table, by name."""
-        tables = self._ask_mixers("position_tables")
+        tables = self._mixer_results("position_tables")
         return {f"{path}.{name}": resize for path, functions in tables for name, resize in functions.items()}
 
     def input_convs(self) -> set[str]:
@@ -280,7 +280,7 @@ class DAT(nn.Module):
         ]
         return {"stem": stem, "blocks": [*down, *blocks]}
 
-    def _ask_mixers(self, method: str) -> Iterator[tuple[str, Any]]:
+    def _mixer_results(self, method: str) -> Iterator[tuple[str, Any]]:
         """Yield the path of each mixer that has a method, and the result of the method."""
         for path, module in self.named_modules():
             if module is not self and hasattr(module, method):
