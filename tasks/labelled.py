@@ -14,6 +14,10 @@ from tasks.base import Task
 from utils import World
 
 
+# Options that only the loaders and losses of classification implement.
+CLASSIFICATION_ONLY = ("DATA.BALANCE", "DATA.CACHE", "DATA.MULTI_LABEL")
+
+
 class LabelledTask(Task):
     """A task on images of a data set whose classes have names.
 

@@ -16,7 +16,7 @@ from data.segmentation.sources import IGNORED, MaskedDataset
 from data.transforms import as_pixels, normalize
 from models.segmentation.parts import resize
 from tasks.base import Evaluation, Meter, Score, check_counts
-from tasks.labelled import LabelledTask
+from tasks.labelled import CLASSIFICATION_ONLY, LabelledTask
 from tasks.pictures import SAMPLES, paint, stack_rows
 from utils import sum_over_ranks
 
@@ -38,6 +38,7 @@ class Segmentation(LabelledTask):
     """One class for each pixel."""
 
     score = Score("miou", "mIoU", digits=3)
+    unsupported = CLASSIFICATION_ONLY
 
     def open_dataset(self, needs: Sequence[str]) -> MaskedDataset:
         return open_dataset(self.config, needs)

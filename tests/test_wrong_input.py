@@ -518,7 +518,7 @@ ROWS = [
         Wrong(
             name=f"data: balanced {task}",
             config={"TASK": task, "DATA": {"DATASET": "digit_scenes", "BALANCE": "sampling"}},
-            says=f"DATA.BALANCE is only for TASK classification; leave it at none for {task}",
+            says=f"DATA.BALANCE is not supported by TASK {task}; leave it at none",
         )
         for task in ("detection", "segmentation")
     ),
