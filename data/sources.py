@@ -258,30 +258,49 @@ class Dataset:
             )
 
 
-def classes_of(labels: Iterable[str], most: int, bearer: Callable[[str], str]) -> list[str]:
-    """Return the classes that labels stand for: their names in order, or the whole numbers from 0 to the largest.
+def classes_of(labels: Iterable[str], limit: int, locate: Callable[[str], str]) -> list[str]:
+    """Return the classes of a data set: the sorted label names, or the whole numbers from 0 to the largest label.
 
     Args:
-        labels: as they are written.
-        most: how many classes there may be.
-        bearer: says where a label stands, for messages.
+        labels: the text of each label.
+        limit: maximum number of classes, if the labels are numbers.
+        locate: returns where a label occurs, for messages.
 
     Raises:
-        ValueError: for an empty label, and a number that is negative or too large.
+        ValueError: a label is empty, or a number that is negative or too large.
     """
     names = set(labels)
     if "" in names:
-        raise ValueError(f"{bearer('')}: the label is empty; give the image a class, or leave it out")
+        raise ValueError(f"{locate('')}: the label is empty; give the image a class, or leave it out")
     if not names or not all(re.fullmatch("-?(0|[1-9][0-9]*)", name) for name in names):
         return sorted(names)
     numbers = sorted(map(int, names))
     wrong = numbers[0] if numbers[0] < 0 else numbers[-1]
-    if not 0 <= wrong < most:
+    if not 0 <= wrong < limit:
         raise ValueError(
-            f"{bearer(str(wrong))}: label {wrong} is out of range; labels count from 0, or are names, or stand in "
-            f"classes.txt"
+            f"{locate(str(wrong))}: label {wrong} is out of range; labels count from 0; for other labels, list the "
+            "classes in classes.txt"
         )
     return [str(number) for number in range(numbers[-1] + 1)]
+
+
+def check_no_decimals(names: Mapping[str, Sequence[str]], where: Mapping[str, object]) -> None:
+    """Check that classes are not whole numbers with decimals, as pandas writes integers of a column with gaps.
+
+    They would be sorted as text: 0.0, 1.0, 10.0, 2.0.
+
+    Args:
+        names: the classes of "train" and "val"; those of "train" are checked if known.
+        where: paths of the splits, for messages.
+
+    Raises:
+        ValueError: all classes are whole numbers, and some have decimals.
+    """
+    part = "train" if "train" in names else "val"
+    decimals = [name for name in names[part] if "." in name]
+    if decimals and all(re.fullmatch(r"-?[0-9]+(\.0*)?", name) for name in names[part]):
+        whole = decimals[0].partition(".")[0]
+        raise ValueError(f"{where[part]}: label {decimals[0]} is a whole number with decimals; write it as {whole}")
 
 
 def join_classes(

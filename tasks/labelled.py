@@ -13,7 +13,6 @@ from models.build import num_classes, set_num_classes
 from tasks.base import Task
 from utils import World
 
-
 # Options that only the loaders and losses of classification implement.
 CLASSIFICATION_ONLY = ("DATA.BALANCE", "DATA.CACHE", "DATA.MULTI_LABEL")
 

@@ -415,7 +415,7 @@ ROWS = [
         "no file of all", "a.jpg,cat\nb.jpg,dog\n", r"line 1: there is no file wrong/a\.jpg, nor those of 1 more line"
     ),
     table("empty label", "photos/train/cat/0.jpg,cat\nphotos/train/dog/0.jpg,\n", "line 2: the label is empty; give"),
-    table("huge label", "photos/train/cat/0.jpg,7000\n", "line 1: label 7000 is out of range; labels count from 0, or"),
+    table("huge label", "photos/train/cat/0.jpg,7000\n", "line 1: label 7000 is out of range; labels count from 0"),
     table(
         "classes in other letters",
         "photos/train/cat/0.jpg,Cat\n",

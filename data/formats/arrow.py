@@ -15,7 +15,17 @@ import numpy as np
 from data.formats.series import check_series
 from data.images import StoredImage, read_file
 from data.listing import cache_folder
-from data.sources import PARTS, Dataset, ImageSource, Request, join_classes, relabel, shorten, to_matrix
+from data.sources import (
+    PARTS,
+    Dataset,
+    ImageSource,
+    Request,
+    check_no_decimals,
+    join_classes,
+    relabel,
+    shorten,
+    to_matrix,
+)
 
 SAVED_LAYOUT = "DATA_PATH is a folder that save_to_disk of a DatasetDict with train and validation wrote"
 PARQUET_LAYOUT = (
@@ -133,6 +143,7 @@ def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layo
     for part, table in tables.items():
         if part == "train" or part in request.needs:
             labels[part], names[part] = _labels(table, request, where[part])
+    check_no_decimals(names, where)
     classes, lookups = join_classes(names, where, layout)
     sources = {}
     for part in request.needs:

@@ -16,6 +16,7 @@ from data.sources import (
     PARTS,
     Dataset,
     Request,
+    check_no_decimals,
     classes_of,
     join_classes,
     read_class_list,
@@ -63,7 +64,9 @@ def open_table(request: Request) -> Dataset:
         names = {part: _names(path, rows[part]) for part, path in tables.items()}
         if "train" not in names and (train := root if root.is_file() else _table(request, "train", root)):
             names["train"] = _names(train, read_rows(train, "train", multi_label=request.multi_label))
-        classes, _ = join_classes(names, tables | {"train": "train"} | tables, LAYOUT)
+        where = {"train": "train"} | tables
+        check_no_decimals(names, where)
+        classes, _ = join_classes(names, where, LAYOUT)
         place = {name: label for label, name in enumerate(classes)}
         named = {part: [tuple(place[name] for name in row.labels) for row in rows[part]] for part in rows}
     sources = {
@@ -146,10 +149,10 @@ def _columns(titles: Sequence[str]) -> tuple[int, int, int | None] | None:
 def _names(path: Path, rows: Sequence[Row]) -> list[str]:
     """Return the classes of a table without a list of them."""
 
-    def bearer(label: str) -> str:
+    def locate(label: str) -> str:
         return f"{path}, line {next(row.line for row in rows if label in row.labels)}"
 
-    return classes_of((name for row in rows for name in row.labels), max(1000, len(rows)), bearer)
+    return classes_of((name for row in rows for name in row.labels), max(1000, len(rows)), locate)
 
 
 def _listed_label(path: Path, row: Row, places: Mapping[str, int]) -> tuple[int, ...]:

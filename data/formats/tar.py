@@ -288,11 +288,11 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
         raise ValueError(f"{shards[0]} has several labels for an image, {joined!r}; set DATA.MULTI_LABEL True")
     names = {name for one in sets.values() for name in one}
 
-    def bearer(label: str) -> str:
+    def locate(label: str) -> str:
         image = next(image for image, text in zip(images, written, strict=True) if label in sets[text])
         return f"{shards[image.shard]}, {image.name}"
 
-    classes = classes_of(names, _MOST_CLASSES, bearer) if labels else sorted(names)
+    classes = classes_of(names, _MOST_CLASSES, locate) if labels else sorted(names)
     place = {name: label for label, name in enumerate(classes)}
     number = {text: number if several else place[text] for number, text in enumerate(sets)}
     rows = (

@@ -67,6 +67,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
         ([0, -1], [0], Value("int64"), "label -1 is out of range"),
         ([0, 5000], [0], Value("int64"), "label 5000 is out of range"),
         ([0, None], [0], Value("int64"), "row 1: label None is out of range"),
+        ([0.0, 1.0], [0.0], Value("float32"), "train: label 0.0 is a whole number with decimals; write it as 0"),
         ([0, 1], [3], Value("int64"), "has classes that .* does not have: 2, 3"),
         (["a", "b"], ["B"], Value("string"), r"has classes that .* does not have: B \(train has b\)"),
     ],

@@ -45,6 +45,11 @@ def test_numbers_with_zeros_before_them_are_names(root: Path) -> None:
     assert (dataset.classes, dataset.train.labels.tolist()) == (["00", "01"], [1, 0])
 
 
+def test_decimal_numbers_are_names(root: Path) -> None:
+    dataset = opened(root, "images/0.jpg,1.0\nimages/1.jpg,0.5\n", "images/5.jpg,1.0\n")
+    assert (dataset.classes, labels(dataset)) == (["0.5", "1.0"], [1, 0])
+
+
 def test_several_labels(root: Path) -> None:
     dataset = opened(root, "path,labels\nimages/0.jpg,dog; cat\nimages/1.jpg,\nimages/2.jpg,emu\n", multi_label=True)
     assert dataset.classes == ["cat", "dog", "emu"]
@@ -94,6 +99,12 @@ def test_several_labels(root: Path) -> None:
             "images/5.jpg,cat\n",
             "",
             "ROOT/train.csv, line 2: the label is empty; give",
+        ),
+        (
+            "images/0.jpg,0\nimages/1.jpg,10.0\n",
+            "images/5.jpg,0\n",
+            "",
+            "ROOT/train.csv: label 10.0 is a whole number with decimals; write it as 10",
         ),
         ("images,cat\n", "images/5.jpg,cat\n", "", "ROOT/train.csv, line 1: there is no file ROOT/images; paths are"),
         ("i\0m\0a\0,\0c\0", "images/5.jpg,cat\n", "", "table ROOT/train.csv is not UTF-8 text; convert it"),
