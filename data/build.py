@@ -178,9 +178,18 @@ def _source(config: CfgNode, source: ImageSource, part: str, rank: int) -> Image
     if not SHARED_MEMORY.is_dir():
         raise ValueError(f"DATA.CACHE needs {SHARED_MEMORY}, which this system does not have; leave it off")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Processes of one run on one machine share port and parent process; a single process uses its own id.
-    job = f"{os.environ.get('MASTER_PORT', '')}-{os.getppid()}" if processes > 1 else str(os.getpid())
-    return CachedSource(source, SHARED_MEMORY, f"{job}-{part}", processes=processes, is_main=rank == 0)
+    key = f"{_launch_id(processes)}-{part}"
+    return CachedSource(source, SHARED_MEMORY, key, processes=processes, is_main=rank == 0)
+
+
+def _launch_id(processes: int) -> str:
+    """Return a name that only the processes of one start of a run on this machine have in common."""
+    env = os.environ
+    if processes == 1:
+        return str(os.getpid())
+    if "RANK" in env:  # torchrun is the parent of its processes
+        return f"{env.get('MASTER_PORT', '')}-{os.getppid()}"
+    return f"slurm-{env['SLURM_JOB_ID']}-{env['SLURM_STEP_ID']}"
 
 
 def build_erasing(config: CfgNode) -> Erase | None:

@@ -33,7 +33,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in TORCHRUN:
             monkeypatch.delenv(name)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
@@ -45,6 +45,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ({}, (0, 1, 0, 1)),
         (TORCHRUN, (5, 8, 1, 4)),
         (SRUN, (4, 6, 1, 3)),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x2),1,3", "SLURM_NODEID": "2"}, (4, 6, 1, 1)),
         (BATCH_SCRIPT, (0, 1, 0, 1)),  # a process of the batch script itself is alone
         ({**SRUN, **TORCHRUN}, (5, 8, 1, 4)),  # torchrun inside a SLURM job
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0, 1)),
@@ -87,6 +88,7 @@ def test_the_first_host_of_a_slurm_job_is_the_meeting_point(environment: pytest.
     )
     world = utils.init_world("cpu")
     assert (world.rank, world.size, world.is_main) == (4, 6, False)
+    assert os.environ["LOCAL_WORLD_SIZE"] == "3"
     assert joined == {
         "backend": "gloo",
         "MASTER_ADDR": "n1",

@@ -65,6 +65,23 @@ def test_batches_are_the_same(source: ImageSource, tmp_path: Path, monkeypatch: 
     np.testing.assert_array_equal(*(batch.images.numpy() for batch in batches))
 
 
+def test_tasks_of_a_slurm_step_share_the_cache(
+    source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setattr(build, "SHARED_MEMORY", folder)
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in {"LOCAL_WORLD_SIZE": "2", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    config = small_config(tmp_path / "photos", CACHE=True, BATCH_SIZE=2)
+    for parent in (10, 11):  # each task has a shell of its own as its parent
+        monkeypatch.setattr(build.os, "getppid", lambda parent=parent: parent)
+        assert len(list(folder.iterdir())) == (0 if parent == 10 else 3)
+        build_train_loader(config, open_dataset(config), rank=parent - 10, world_size=2)
+    assert list(folder.iterdir()) == []
+
+
 def test_a_system_without_such_memory(source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "SHARED_MEMORY", tmp_path / "none")
     config = small_config(tmp_path / "photos", CACHE=True)
