@@ -37,14 +37,14 @@ class RunOption(Option):
         flag: the command-line flag that sets it.
         metavar: name of the flag's value in `--help`.
         bare: value of the flag when it is given without one; None if a value is required.
-        elsewhere: flags of other trainers with the same meaning; the hint for them is this option.
+        synonyms: flags of other trainers with the same meaning; the hint for them is this option.
     """
 
     may_change: bool = False
     flag: str = ""
     metavar: str = ""
     bare: Any = None
-    elsewhere: Sequence[str] = ()
+    synonyms: Sequence[str] = ()
 
 
 def _switch(default: bool, meaning: str, *, flag: str = "", may_change: bool = False) -> RunOption:
@@ -100,7 +100,7 @@ OPTIONS: dict[str, Option] = {
     "DATA.DATA_PATH": RunOption(
         "",
         "Root of the data set; empty: the environment variable DATA_PATH.",
-        elsewhere=("--data", "--data-dir", "--dataset-path", "--root"),
+        synonyms=("--data", "--data-dir", "--dataset-path", "--root"),
         flag="--data-path",
         metavar="FOLDER",
         may_change=True,
@@ -147,7 +147,7 @@ OPTIONS: dict[str, Option] = {
         128,
         "Images per process and micro-batch; an update uses BATCH_SIZE x processes x TRAIN.ACCUMULATION_STEPS images.",
         at_least(1),
-        elsewhere=("-b", "--bs"),
+        synonyms=("-b", "--bs"),
         flag="--batch-size",
         metavar="N",
         may_change=True,
@@ -157,7 +157,7 @@ OPTIONS: dict[str, Option] = {
         "Size of the network's input in pixels: one side, or [height, width].",
         _SIZE,
         also_list=True,
-        elsewhere=("--input-size", "--image-size", "--resolution", "--imgsz"),
+        synonyms=("--input-size", "--image-size", "--resolution", "--imgsz"),
         flag="--img-size",
         metavar="N",
     ),
@@ -166,7 +166,7 @@ OPTIONS: dict[str, Option] = {
         8,
         "Data loader workers per training process, at most one per core; 0: images are loaded in the training process.",
         not_negative(),
-        elsewhere=("-j", "--num-workers"),
+        synonyms=("-j", "--num-workers"),
         flag="--workers",
         metavar="N",
         may_change=True,
@@ -212,7 +212,7 @@ OPTIONS: dict[str, Option] = {
     "MODEL.PRETRAINED": RunOption(
         "",
         "Weights to start from (fine-tuning), with a new optimizer state.",
-        elsewhere=("--finetune", "--weights-from", "--init-checkpoint"),
+        synonyms=("--finetune", "--weights-from", "--init-checkpoint"),
         flag="--pretrained",
         metavar="FILE",
         may_change=True,
@@ -236,16 +236,16 @@ OPTIONS: dict[str, Option] = {
     "MODEL.RESUME": RunOption(
         "",
         "Checkpoint to resume or to evaluate.",
-        elsewhere=("--checkpoint", "--ckpt", "--continue", "--load", "--resume-from"),
+        synonyms=("--checkpoint", "--ckpt", "--continue", "--load", "--resume-from"),
         flag="--resume",
         metavar="FILE",
         may_change=True,
     ),
-    "MODEL.LABEL_SMOOTHING": RunOption(0.1, "Label smoothing.", share(), elsewhere=("--smoothing",)),
+    "MODEL.LABEL_SMOOTHING": RunOption(0.1, "Label smoothing.", share(), synonyms=("--smoothing",)),
     "MODEL.TIMM.NAME": RunOption(
         "",
         "A timm model, such as resnet50; the flag also sets MODEL.TYPE.",
-        elsewhere=("--arch", "-a"),
+        synonyms=("--arch", "-a"),
         flag="--model",
         metavar="NAME",
     ),
@@ -282,7 +282,7 @@ OPTIONS: dict[str, Option] = {
         20,
         "Epochs over which the learning rate rises from WARMUP_LR to BASE_LR.",
         not_negative(),
-        elsewhere=("--warmup",),
+        synonyms=("--warmup",),
         flag="--warmup-epochs",
         metavar="N",
     ),
@@ -291,7 +291,7 @@ OPTIONS: dict[str, Option] = {
         0.05,
         "Weight decay of matrices; biases and norms have none.",
         not_negative(),
-        elsewhere=("--wd",),
+        synonyms=("--wd",),
         flag="--weight-decay",
         metavar="X",
     ),
@@ -299,7 +299,7 @@ OPTIONS: dict[str, Option] = {
         5e-4,
         "Peak learning rate for 512 images per update; it and the next two are multiplied by images per update / 512.",
         not_negative(),
-        elsewhere=("--learning-rate", "--base-lr"),
+        synonyms=("--learning-rate", "--base-lr"),
         flag="--lr",
         metavar="X",
     ),
@@ -317,7 +317,7 @@ OPTIONS: dict[str, Option] = {
         1,
         "Micro-batches per update.",
         at_least(1),
-        elsewhere=("--grad-accum-steps", "--gradient-accumulation-steps", "--accum-iter"),
+        synonyms=("--grad-accum-steps", "--gradient-accumulation-steps", "--accum-iter"),
         flag="--accumulation-steps",
         metavar="N",
         may_change=True,
@@ -365,7 +365,7 @@ OPTIONS: dict[str, Option] = {
         "cosine",
         "Learning rate schedule.",
         one_of("cosine", "linear", "poly", "step", "milestones"),
-        elsewhere=("--sched", "--scheduler", "--lr-scheduler", "--lr-policy"),
+        synonyms=("--sched", "--scheduler", "--lr-scheduler", "--lr-policy"),
     ),
     "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": _switch(
         False,
@@ -393,7 +393,7 @@ OPTIONS: dict[str, Option] = {
         0.9, "poly, which ends at MIN_LR: exponent of the fraction of updates left.", _POSITIVE
     ),
     "TRAIN.OPTIMIZER.NAME": RunOption(
-        "adamw", "adamw, sgd, or another optimizer of timm, such as lion or lamb.", elsewhere=("--opt", "--optimizer")
+        "adamw", "adamw, sgd, or another optimizer of timm, such as lion or lamb.", synonyms=("--opt", "--optimizer")
     ),
     "TRAIN.OPTIMIZER.EPS": RunOption(1e-8, "Epsilon of adamw.", not_negative()),
     "TRAIN.OPTIMIZER.BETAS": RunOption([0.9, 0.999], "Betas of adamw.", _BETAS),
@@ -521,7 +521,7 @@ OPTIONS: dict[str, Option] = {
         "Mixed precision of training: off, fp16, bf16, or auto: bf16 if the device supports it, else fp16. Evaluation "
         "is float32, unless --amp is given with --eval.",
         one_of("off", "fp16", "bf16", "auto"),
-        elsewhere=("--fp16", "--bf16", "--half", "--mixed-precision"),
+        synonyms=("--fp16", "--bf16", "--half", "--mixed-precision"),
         flag="--amp",
         metavar="off|fp16|bf16",
         bare="auto",
@@ -539,7 +539,7 @@ OPTIONS: dict[str, Option] = {
         "output",
         "Results are written to OUTPUT/MODEL.NAME/TAG.",
         _FOLDER,
-        elsewhere=("--output-dir", "--save-dir", "--log-dir", "--out"),
+        synonyms=("--output-dir", "--save-dir", "--log-dir", "--out"),
         flag="--output",
         metavar="FOLDER",
         may_change=True,
@@ -548,7 +548,7 @@ OPTIONS: dict[str, Option] = {
         "default",
         "Name of this run.",
         _PLAIN_NAME,
-        elsewhere=("--name", "--experiment", "--exp", "--exp-name"),
+        synonyms=("--name", "--experiment", "--exp", "--exp-name"),
         flag="--tag",
         metavar="NAME",
         may_change=True,

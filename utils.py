@@ -189,7 +189,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def agree_on(number: int) -> bool:
+def equal_on_all_ranks(number: int) -> bool:
     """Return whether `number` is the same in all processes; a collective call."""
     extremes = torch.tensor([number, -number])
     if dist.is_initialized():
@@ -217,7 +217,7 @@ def fail_together() -> Iterator[None]:
         raise ValueError(found) from error
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a kill or a full disk leaves either the old file or the new one."""
     staged = path.with_name(f"{path.name}{STAGED}")
     staged.write_text(text, encoding="utf-8")

@@ -47,8 +47,8 @@ def main() -> None:
     print("| task | transformers, ms | ours, ms | ratio | transformers, MiB | ours, MiB | ratio |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for task in TASKS:
-        rivals = {name: partial(TASKS[task], *_layer(name, args, device)) for name in RIVALS}
-        seconds = take_turns(rivals, runs=args.runs, device=device)
+        candidates = {name: partial(TASKS[task], *_layer(name, args, device)) for name in RIVALS}
+        seconds = take_turns(candidates, runs=args.runs, device=device)
         times = {name: min(runs) * 1e3 for name, runs in seconds.items()}
         peaks = {name: float(_in_fresh_process(name, task)) for name in RIVALS}
         cells = [f"{times[name]:.0f} ({spread(seconds[name])})" for name in RIVALS]

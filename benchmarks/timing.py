@@ -15,14 +15,14 @@ AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def take_turns(
-    rivals: Mapping[str, Callable[[], object]], *, runs: int, device: torch.device
+    candidates: Mapping[str, Callable[[], object]], *, runs: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Return the seconds of every run of every function, after one warm-up run each."""
-    seconds = {name: [] for name in rivals}
+    seconds = {name: [] for name in candidates}
     for run in range(runs + 1):
-        for name, rival in rivals.items():
+        for name, candidate in candidates.items():
             start = _now(device)
-            rival()
+            candidate()
             elapsed = _now(device) - start
             if run > 0:
                 seconds[name].append(elapsed)

@@ -31,7 +31,7 @@ class ImageSource(ABC):
 
     Attributes:
         labels: class of every image, `[n]`, integers; `[n, classes]` of 0 and 1 for multi-label data.
-        remarks: warnings for the log about how they are read.
+        remarks: warnings for the log.
     """
 
     labels: np.ndarray
@@ -101,11 +101,11 @@ class Request:
 
     Attributes:
         path: location of the data set; empty if none was given.
-        path_by_variable: the same from the environment, for formats that need a path if none was given.
+        path_by_variable: the location given by the environment; used by formats that need one if `path` is empty.
         needs: the splits to open, of "train" and "val".
         train: name or path of the training split; empty for the usual names.
         val: likewise for the held-out split.
-        turn: whether to apply the EXIF orientation.
+        exif: whether to apply the EXIF orientation.
         multi_label: whether an image may have several labels, or none.
         image_column: for tables with named columns; empty for the usual names.
         label_column: likewise.
@@ -119,7 +119,7 @@ class Request:
     needs: Sequence[str] = ("train", "val")
     train: str = ""
     val: str = ""
-    turn: bool = False
+    exif: bool = False
     multi_label: bool = False
     image_column: str = ""
     label_column: str = ""
@@ -165,7 +165,7 @@ class Request:
         return found
 
     def find_if_any(self, part: str, root: Path, there: Sequence[str], ending: str = "") -> Path | None:
-        """Return the path of a split from its option or a usual name; None if there is neither."""
+        """Return the path of a split from its option or a usual name; None if neither exists."""
         given = getattr(self, part)
         if given:
             return root / Path(given).expanduser()
@@ -195,7 +195,7 @@ class Dataset:
             return source.labels.sum(0, dtype=np.int64).tolist()
         return np.bincount(source.labels, minlength=len(self.classes)).tolist()
 
-    def doubts(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Return warnings about the data set, one line each."""
         found = list(self.remarks)
         if len(self.classes) == 1 and not self._has_several_labels():
@@ -374,12 +374,12 @@ def read_class_list(folder: Path) -> list[str]:
 
 
 def with_similar(names: Sequence[str], known: Sequence[str], where: str) -> list[str]:
-    """Return those of `names` that differ from a known name only in case, spaces and punctuation; all if none does.
+    """Return the names that differ from a known one only in case, spaces and punctuation, with that one; else all.
 
     Args:
-        names: names that are not known.
+        names: unknown names.
         known: known names.
-        where: who knows the similar name, such as "train has".
+        where: words before the known name, such as "train has".
     """
     plain = {_plain(name): name for name in known}
     return [f"{name} ({where} {plain[_plain(name)]})" for name in names if _plain(name) in plain] or list(names)

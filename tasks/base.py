@@ -193,7 +193,7 @@ class Task(ABC):
         """Return a short description of the data."""
         return self.config.TASK
 
-    def doubts(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Return warnings about the data."""
         return []
 

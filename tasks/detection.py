@@ -59,10 +59,10 @@ class Detection(LabelledTask):
         return largest_image(self.config)
 
     def train_loader(self) -> DataLoader:
-        return build_train_loader(self.config, self._dataset, masks=self._masks, **self._share)
+        return build_train_loader(self.config, self._dataset, masks=self._masks, **self._rank)
 
     def eval_loader(self) -> DataLoader:
-        return build_eval_loader(self.config, self._dataset, **self._share)
+        return build_eval_loader(self.config, self._dataset, **self._rank)
 
     def prepare(self, batch: Batch, device: torch.device) -> Images:
         moved = on_device(batch, lambda tensor: tensor.to(device, non_blocking=True))

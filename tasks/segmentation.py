@@ -53,10 +53,10 @@ class Segmentation(LabelledTask):
         return model
 
     def train_loader(self) -> DataLoader:
-        return build_train_loader(self.config, self._dataset, **self._share)
+        return build_train_loader(self.config, self._dataset, **self._rank)
 
     def eval_loader(self) -> DataLoader:
-        return build_eval_loader(self.config, self._dataset, **self._share)
+        return build_eval_loader(self.config, self._dataset, **self._rank)
 
     def prepare(self, batch: Batch, device: torch.device) -> LabelledPixels:
         images = batch.images.to(device, non_blocking=True)

@@ -13,7 +13,7 @@ import main
 import utils
 from config import load_config
 from tests.runs import ROOT, run_command
-from training.build import settle
+from training.build import resolve_options
 from training.command_line import parse
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -138,7 +138,7 @@ def test_automatic_precision_is_what_the_device_has(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
     config = load_config(ROOT / "configs" / "digits.yaml", ["AMP", amp])
-    settle(config, torch.device(device))
+    resolve_options(config, torch.device(device))
     assert expected == config.AMP
 
 
@@ -153,6 +153,6 @@ def test_the_check_before_a_launch_settles_the_precision_of_the_gpu(monkeypatch:
 @pytest.mark.parametrize("option", [("COMPILE", True), ("MODEL.DAT.attn_drop_rate", 0.1)])
 def test_what_has_no_deterministic_kernel_is_refused(option: tuple[str, object]) -> None:
     config = load_config(ROOT / "configs" / "digits.yaml", ["DETERMINISTIC", True, *option])
-    settle(config, torch.device("cpu"))
+    resolve_options(config, torch.device("cpu"))
     with pytest.raises(ValueError, match="--deterministic cannot be combined with --compile or attn_drop_rate on CUDA"):
-        settle(config, torch.device("cuda"))
+        resolve_options(config, torch.device("cuda"))

@@ -433,7 +433,7 @@ ROWS = [
     archive(
         "stale index",
         lambda root: (index(root), (root / "train.tar").open("ab").write(bytes(512))),
-        r"index wrong/train\.index is not of these archives: train\.tar had \d+ bytes and has \d+; ",
+        r"index wrong/train\.index does not match the archives: train\.tar had \d+ bytes and has \d+; ",
     ),
     archive(
         "shard missing",
@@ -453,12 +453,12 @@ ROWS = [
     archive(
         "several in a row",
         lambda root: change(root / "train.tar", lambda content: content + content),
-        r"archive wrong/train\.tar goes on after its end: it is several archives in a row, or damaged; keep",
+        r"archive wrong/train\.tar has data after its end: several archives were joined, or it is damaged; use",
     ),
     archive(
         "index of another program",
         lambda root: (root / "train.index").write_text("dat listing 1\n{}\n"),
-        r"index wrong/train\.index is damaged or not an index; delete it, and it is built again",
+        r"index wrong/train\.index is damaged or not an index; delete it to rebuild it",
     ),
     archive(
         "index of members of other names",
@@ -467,12 +467,12 @@ ROWS = [
             index(root),
             repack(root / "train.tar", lambda name, content: (name.replace("cat", "cow"), content)),
         ),
-        r"index wrong/train\.index is not of these archives: train\.tar holds no cat/\d\.jpg where the index says; ",
+        r"index wrong/train\.index does not match the archives: train\.tar does not contain cat/\d\.jpg at the ",
     ),
     archive(
         "last shard missing beside an index",
         lambda root: (index(root), (root / "train-000002.tar").unlink()),
-        r"index wrong/train\.index is not of these archives: it lists train-000002\.tar, not there; ",
+        r"index wrong/train\.index does not match the archives: train-000002\.tar is missing; ",
         write_shards,
     ),
     archive(
@@ -749,7 +749,7 @@ ROWS = [
     weights(
         "TorchScript",
         lambda: torch.jit.script(torch.nn.ReLU()).save("wrong.pth"),
-        "wrong.pth is a TorchScript program, which could run code; where you trust it, save its weights: torch.save",
+        "wrong.pth is a TorchScript program, which could execute code; if you trust it, save its weights: torch.save",
         *("--eval", "--resume", "wrong.pth"),
     ),
     weights(

@@ -75,8 +75,8 @@ def check(dataset: Dataset, parts: Sequence[str], *, workers: int, show: int) ->
     """Print the statistics of the splits of a data set and return the problems for training."""
     faults = []
     places: dict[bytes, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for doubt in dataset.doubts():
-        print(f"note: {doubt}")
+    for warning in dataset.warnings():
+        print(f"note: {warning}")
     for part in parts:
         source = dataset.train if part == "train" else dataset.held_out
         seen = list(tqdm(_look(source, workers), total=len(source), unit="image", desc=part, disable=None))

@@ -224,7 +224,7 @@ def _encode(stored: StoredImage, plan: Plan) -> tuple[bytes, str]:
         scale = plan.short_side / min(image.size)
         size = tuple(max(plan.short_side, round(side * scale)) for side in image.size)
         return _save(image.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=plan.quality), "jpg"
-    if isinstance(stored.data, bytes) and not stored.turn:
+    if isinstance(stored.data, bytes) and not stored.exif:
         with Image.open(io.BytesIO(stored.data)) as kept:
             if kept.format in _ENDINGS:
                 return stored.data, _ENDINGS[kept.format]

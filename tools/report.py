@@ -40,7 +40,7 @@ from tools.confusion import Predictions, predict_all
 from tools.plot import plot_curves
 from training.environment import read_environment
 from training.trained_model import load_trained
-from utils import World, write_whole
+from utils import World, write_atomically
 
 FILE = "report.html"
 WORST = 24  # mistakes shown as pictures
@@ -101,7 +101,7 @@ def write_report(
         options=_table([(key, now) for key, _, now in differences(default_config(), config)]),
         config=pages.text(config.dump()),
     )
-    write_whole(folder / FILE, page)
+    write_atomically(folder / FILE, page)
     return folder / FILE
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from utils import World, write_whole
+from utils import World, write_atomically
 
 FILE = "environment.json"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "triton")
@@ -29,7 +29,9 @@ def write_environment(folder: Path, world: World) -> None:
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
     }
-    write_whole(folder / FILE, json.dumps({name: value for name, value in found.items() if value}, indent=1) + "\n")
+    write_atomically(
+        folder / FILE, json.dumps({name: value for name, value in found.items() if value}, indent=1) + "\n"
+    )
 
 
 def read_environment(folder: Path) -> dict[str, object]:

@@ -102,13 +102,13 @@ class ArrowSource(ImageSource):
         column: the column of images.
         name: name of the table in messages.
         labels: classes of the rows.
-        turn: whether to apply the EXIF orientation.
+        exif: whether to apply the EXIF orientation.
     """
 
-    def __init__(self, table: Any, column: str, name: str, labels: np.ndarray, *, turn: bool = False) -> None:
+    def __init__(self, table: Any, column: str, name: str, labels: np.ndarray, *, exif: bool = False) -> None:
         self._table = table.select_columns(column).with_format("arrow")
         self._name = name
-        self._turn = turn
+        self._exif = exif
         self.labels = labels
 
     def get(self, index: int) -> StoredImage:
@@ -117,7 +117,7 @@ class ArrowSource(ImageSource):
         name = f"{self._name}, row {index}"
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else read_file(value["path"])
-        return StoredImage(value or b"", name, turn=self._turn)
+        return StoredImage(value or b"", name, exif=self._exif)
 
 
 def _library() -> ModuleType:
@@ -154,7 +154,7 @@ def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layo
         else:
             known = relabel(known, lookups[part])
         name = str(where[part])
-        sources[part] = ArrowSource(_undecoded(tables[part], column), column, name, known, turn=request.turn)
+        sources[part] = ArrowSource(_undecoded(tables[part], column), column, name, known, exif=request.exif)
     return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
 
 

@@ -48,7 +48,7 @@ def open_table(request: Request) -> Dataset:
     """Open a data set of tables; every file in them must exist.
 
     Raises:
-        ValueError: for a table that is missing or malformed, a file that is not there, and a label out of range.
+        ValueError: a table is missing or malformed, a file does not exist, or a label is out of range.
     """
     root = request.root(LAYOUT)
     tables = dict.fromkeys(request.needs, root) if root.is_file() else _tables(request, root)
@@ -70,7 +70,7 @@ def open_table(request: Request) -> Dataset:
         place = {name: label for label, name in enumerate(classes)}
         named = {part: [tuple(place[name] for name in row.labels) for row in rows[part]] for part in rows}
     sources = {
-        part: _source(tables[part], rows[part], named[part], len(classes) if request.multi_label else 0, request.turn)
+        part: _source(tables[part], rows[part], named[part], len(classes) if request.multi_label else 0, request.exif)
         for part in rows
     }
     return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
@@ -193,8 +193,8 @@ def _check_files(path: Path, rows: Sequence[Row]) -> None:
         )
 
 
-def _source(path: Path, rows: Sequence[Row], labels: Sequence[tuple[int, ...]], width: int, turn: bool) -> FileSource:
+def _source(path: Path, rows: Sequence[Row], labels: Sequence[tuple[int, ...]], width: int, exif: bool) -> FileSource:
     listing = Listing.of(((os.fsencode(row.path),) for row in rows), {}, {})
     if width:
-        return FileSource(path.parent, listing, to_matrix(labels, width), turn=turn)
-    return FileSource(path.parent, listing, np.array([label for (label,) in labels], dtype=np.int32), turn=turn)
+        return FileSource(path.parent, listing, to_matrix(labels, width), exif=exif)
+    return FileSource(path.parent, listing, np.array([label for (label,) in labels], dtype=np.int32), exif=exif)

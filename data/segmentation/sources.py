@@ -102,7 +102,7 @@ def read_mask(path: str, table: np.ndarray, classes: int) -> np.ndarray:
         classes: their number.
 
     Raises:
-        UnreadableImage: for a file that is no such image, and a label that is no class.
+        UnreadableImage: the file is no such image, or a label is no class.
     """
     values = StoredImage(read_file(path), path).values()
     if not 0 <= values.min() <= values.max() <= 255:

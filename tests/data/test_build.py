@@ -15,7 +15,7 @@ import torch
 from yacs.config import CfgNode
 
 from config import set_option
-from data.build import build_erasing, build_mixup, loader_doubts, open_dataset
+from data.build import build_erasing, build_mixup, loader_warnings, open_dataset
 from data.datasets import Batch
 from data.formats import FORMATS
 from data.generators import seed_generators
@@ -233,8 +233,8 @@ def test_more_workers_than_cores(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3})
     for build in (build_train_loader, build_eval_loader):
         assert build(small_config(root, NUM_WORKERS=32), rank=0, world_size=1).num_workers == 2
-    assert loader_doubts(small_config(root, NUM_WORKERS=2), (32, 32)) == []
-    assert loader_doubts(small_config(root, NUM_WORKERS=32), (32, 32)) == [
+    assert loader_warnings(small_config(root, NUM_WORKERS=2), (32, 32)) == []
+    assert loader_warnings(small_config(root, NUM_WORKERS=32), (32, 32)) == [
         "DATA.NUM_WORKERS 32 is more than the 2 cores here; 2 are used"
     ]
 
@@ -244,17 +244,17 @@ def test_small_shared_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     wanted = train_batches(config)
     needed = 3 * 4 * 32 * 32 * 3  # three batches of four images
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed))
-    assert loader_doubts(config, (32, 32)) == []
+    assert loader_warnings(config, (32, 32)) == []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    (doubt,) = loader_doubts(config, (32, 32))
-    assert "/dev/shm has 0 MiB free" in doubt
-    assert "with --shm-size or --ipc=host" in doubt
+    (warning,) = loader_warnings(config, (32, 32))
+    assert "/dev/shm has 0 MiB free" in warning
+    assert "with --shm-size or --ipc=host" in warning
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", lambda *_: pytest.fail("shared memory is used"))
     batches = train_batches(config)
     assert equal(batches, wanted)
     assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in batches)
     config.DATA.NUM_WORKERS = 0
-    assert loader_doubts(config, (32, 32)) == []
+    assert loader_warnings(config, (32, 32)) == []
 
 
 def test_image_that_vanishes_during_training(root: Path) -> None:
@@ -301,9 +301,9 @@ def test_parts_that_are_not_needed_are_not_opened(root: Path) -> None:
 
 
 def test_classes_without_held_out_images(root: Path) -> None:
-    assert open_dataset(small_config(root)).doubts() == ["1 of 3 classes have no held-out images: dog"]
-    assert open_dataset(small_config(root), ("train",)).doubts() == []
-    assert open_dataset(small_config()).doubts() == []
+    assert open_dataset(small_config(root)).warnings() == ["1 of 3 classes have no held-out images: dog"]
+    assert open_dataset(small_config(root), ("train",)).warnings() == []
+    assert open_dataset(small_config()).warnings() == []
 
 
 @pytest.mark.parametrize(("train", "val"), [("val", "train"), ("test.csv", ""), ("", "training")])

@@ -26,7 +26,7 @@ def source(tmp_path: Path) -> ImageSource:
 def test_processes_share_what_is_read_once(
     tmp_path: Path, source: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [(image.data, image.name, image.turn) for image in map(source.get, range(7))]
+    expected = [(image.data, image.name, image.exif) for image in map(source.get, range(7))]
     folder = tmp_path / "memory"
     folder.mkdir()
     first = CachedSource(source, folder, "run", processes=2, is_main=True)
@@ -34,7 +34,7 @@ def test_processes_share_what_is_read_once(
     second = CachedSource(source, folder, "run", processes=2, is_main=False)
     assert list(folder.iterdir()) == []
     for one in (first, second):
-        assert [(image.data, image.name, image.turn) for image in map(one.get, range(7))] == expected
+        assert [(image.data, image.name, image.exif) for image in map(one.get, range(7))] == expected
         np.testing.assert_array_equal(one.labels, source.labels)
         assert (one.cached(), one.remarks) == (7, ())
 

@@ -147,7 +147,7 @@ def test_weights_are_evaluated_on_some_of_their_classes(
     evaluation = build_evaluation(config, CPU)
     batch = next(iter(evaluation.loader))
     assert batch.targets.tolist() == labels
-    how = "by name" if known else "as the numbers that they are"
+    how = "by name" if known else "by their numbers"
     assert evaluation.notes[0].startswith(f"classes and their labels, found {how}: {folders[0]} {labels[0]}, ")
     assert not any("in the checkpoint" in warning for warning in evaluation.warnings)
     meter = evaluation.task.meter(len(labels), CPU.device)
@@ -172,9 +172,9 @@ def test_numbers_within_names_may_mean_another_order(
     images = write_folder(tmp_path / "images", {f"val/{name}": 1 for name in folders})
     config = tiny_config(tmp_path)
     config.DATA.DATASET, config.DATA.DATA_PATH, config.MODEL.RESUME = "imagenet", str(images), str(path)
-    doubts = [doubt for doubt in build_evaluation(config, CPU).warnings if "sorted as text" in doubt]
-    assert len(doubts) == bool(says)
-    assert all(re.search(says, doubt) for doubt in doubts)
+    warnings = [warning for warning in build_evaluation(config, CPU).warnings if "sorted as text" in warning]
+    assert len(warnings) == bool(says)
+    assert all(re.search(says, warning) for warning in warnings)
 
 
 def test_a_single_class_that_alone_may_be_predicted_is_doubtful(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_a_single_class_that_alone_may_be_predicted_is_doubtful(tmp_path: Path) 
     config = tiny_config(tmp_path)
     config.DATA.DATASET, config.DATA.DATA_PATH = "imagenet", str(images)
     config.MODEL.RESUME, config.TEST.CLASSES = str(write_checkpoint(tmp_path)), "present"
-    assert any("every image counts as right" in doubt for doubt in build_evaluation(config, CPU).warnings)
+    assert any("every image is correct" in warning for warning in build_evaluation(config, CPU).warnings)
 
 
 def test_a_class_map_labels_the_images_to_evaluate(tmp_path: Path) -> None:
@@ -254,7 +254,7 @@ def test_a_class_map_names_places_numbers_or_wordnet_ids(tmp_path: Path, text: s
         (["cat", "zebra"], "", "the weights have no class zebra, but ant 0, "),
         ([*CLASSES[:9], "zebra"], "", "the weights have no class zebra, but ant 0, "),
         (["Cat", "DOG"], "", r"have no class Cat \(the weights have cat\), DOG \(the weights have dog\), but ant 0"),
-        (["1", "01"], "", "classes 1, 01 share label 1 of the weights as the numbers that they are; merge"),
+        (["1", "01"], "", "classes 1, 01 share label 1 of the weights by their numbers; merge"),
         (["1", "10", "2"], "", "numbers up to 10, and the weights have 10 classes without names: .* MODEL.CLASS_MAP"),
     ],
 )
@@ -304,7 +304,7 @@ def test_any_label_of_an_image_counts_as_right(tmp_path: Path) -> None:
         ("{}", "must be a list with a list of labels for each image"),
         ("[3, 4]", "must be a list with a list of labels"),
         ("[[10], [0]]", r"\[10\] of image 1 are not labels of the weights, 0 to 9"),
-        ("[[1]]", "are of 1 images, named by number; '2.jpg' is none of them"),
+        ("[[1]]", "are for images numbered 1 to 1; '2.jpg' is not one of them"),
         ("no JSON", "cannot be read: Expecting value"),
     ],
 )

@@ -257,7 +257,7 @@ def test_a_run_whose_checkpoints_cannot_be_written_goes_on(uninterrupted: Uninte
     assert "finished: best accuracy" in job.console()
     last = trial.folder / "last.pth"
     best, files = job.console().partition("finished: ")[2].splitlines()[0].split("; ")
-    assert re.search(", of which no best.pth lies here$|, while best.pth is of epoch [0-9]+$", best), best
+    assert re.search(", without a best.pth in this folder$|, while best.pth is of epoch [0-9]+$", best), best
     assert all(
         (trial.folder / name).is_file() for name in re.findall(r"[a-z]+\.[a-z]+", files.partition(" are in ")[0])
     )

@@ -27,7 +27,7 @@ from training import build as build_module
 from training import loop
 from training.build import assemble, build_run
 from training.command_line import parse
-from training.loop import result_in_words, train, train_one_epoch
+from training.loop import describe_result, train, train_one_epoch
 from training.run import Run
 from utils import LateReader, World, seed_everything
 
@@ -239,12 +239,12 @@ def test_a_disk_that_is_full_at_the_start_ends_no_run(tmp_path: Path, monkeypatc
     def refuse(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(build_module, "write_whole", refuse)
+    monkeypatch.setattr(build_module, "write_atomically", refuse)
     run = build(tmp_path)
     assert "config.yaml could not be written (No space left on device)" in (run.folder / "log.txt").read_text()
     for path in run.folder.iterdir():
         path.unlink()
-    assert result_in_words(run).endswith(f"; no files are in {run.folder}")
+    assert describe_result(run).endswith(f"; no files are in {run.folder}")
 
 
 def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_the_end_of_an_epoch_is_not_the_beginning_of_the_next(tmp_path: Path, mo
     run = build(tmp_path)
     run.state.position.epoch, run.state.position.update = 1, 0
     others = {1: 0, 0: run.state.updates_per_epoch}
-    monkeypatch.setattr(build_module, "agree_on", lambda number: number == others[number])
+    monkeypatch.setattr(build_module, "equal_on_all_ranks", lambda number: number == others[number])
     with pytest.raises(ValueError, match="the processes do not see the same checkpoints in"):
         build_module._check_agreement(run.state, run.folder)
 
@@ -364,15 +364,15 @@ def test_the_closing_line_names_what_lies_on_the_disk(tmp_path: Path) -> None:
     run = build(tmp_path)
     run.state.position.finish_epoch(50.0)
     folder = tmp_path / "output/tiny/default"
-    lost = "best accuracy 50.00 % in epoch 1 of 1, of which no best.pth lies here"
-    assert result_in_words(run) == f"{lost}; last.pth, log.txt and config.yaml are in {folder}"
+    lost = "best accuracy 50.00 % in epoch 1 of 1, without a best.pth in this folder"
+    assert describe_result(run) == f"{lost}; last.pth, log.txt and config.yaml are in {folder}"
     run.save(best=True)
-    assert result_in_words(run).startswith("best accuracy 50.00 % in epoch 1 of 1; best.pth, last.pth, log.txt and")
+    assert describe_result(run).startswith("best accuracy 50.00 % in epoch 1 of 1; best.pth, last.pth, log.txt and")
     run.state.position.finish_epoch(60.0)
-    assert "60.00 % in epoch 2 of 2, while best.pth is of epoch 1; best.pth" in result_in_words(run)
+    assert "60.00 % in epoch 2 of 2, while best.pth is of epoch 1; best.pth" in describe_result(run)
 
 
 def test_a_run_without_finite_results_names_no_best(tmp_path: Path) -> None:
     run = build(tmp_path)
     run.state.position.finish_epoch(-math.inf)
-    assert result_in_words(run).startswith("no evaluation gave finite numbers; last.pth, log.txt and")
+    assert describe_result(run).startswith("no evaluation gave finite numbers; last.pth, log.txt and")

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from tests.runs import ROOT
-from training.output_folder import LOCK, hold_folder, open_folder, set_aside, try_folder
+from training.output_folder import LOCK, lock_folder, open_folder, set_aside, try_folder
 
-HOLD = "import sys, time; from pathlib import Path; from training.output_folder import hold_folder; "
-HOLD += "file = hold_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from training.output_folder import lock_folder; "
+HOLD += "file = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
 def other_run(folder: Path) -> subprocess.Popen[str]:
@@ -50,21 +50,21 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path, capsys:
             with pytest.raises(
                 ValueError, match=rf"{holder}; stop it, or give another --tag; .*, remove {tmp_path}/.lock"
             ):
-                hold_folder(tmp_path, patience=0)
+                lock_folder(tmp_path, patience=0)
             assert capsys.readouterr().err == ""
             with pytest.raises(ValueError, match=holder):
-                hold_folder(tmp_path, patience=0.3)
+                lock_folder(tmp_path, patience=0.3)
             assert re.fullmatch(rf"{holder}; waiting for it to end\n", capsys.readouterr().err)
         finally:
             first.kill()
-    with hold_folder(tmp_path, patience=0) as file:
+    with lock_folder(tmp_path, patience=0) as file:
         assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
         assert not file.closed
 
 
 def test_files_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:
     assert set_aside(tmp_path) is None
-    with hold_folder(tmp_path):
+    with lock_folder(tmp_path):
         assert set_aside(tmp_path) is None
         for number in (1, 2):
             (tmp_path / "last.pth").write_text(str(number))

@@ -80,7 +80,7 @@ def test_a_lock_of_windows_keeps_a_second_run_out_and_can_be_read(tmp_path: Path
     script.write_text(WINDOWS.split("if __name__")[0], encoding="utf-8")
     holder = (
         "import subprocess, sys; from windows import *; pretend(); from pathlib import Path; "
-        "from training.output_folder import hold_folder; held = hold_folder(Path(sys.argv[1]), patience=0); "
+        "from training.output_folder import lock_folder; held = lock_folder(Path(sys.argv[1]), patience=0); "
         "print(sys.argv[2], flush=True); "
         "sys.argv[2] == 'first' and subprocess.run([sys.executable, '-c', sys.argv[3], sys.argv[1], 'second', ''])"
     )

@@ -71,7 +71,7 @@ def test_weights_are_found_and_said_to_be(checkpoint: dict[str, Any], place: str
 
 def test_what_stands_beside_a_prefix_is_named() -> None:
     notes = pick_weights({"state_dict": state(prefix="model.") | EXTRA}, "x.pth", network()).notes
-    assert notes[1:] == ["x.pth: left out are 2 entries without that prefix, loss.weight, projector.0.weight"]
+    assert notes[1:] == ["x.pth: not used: 2 entries without that prefix, loss.weight, projector.0.weight"]
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_files_are_read_by_what_they_hold_not_by_their_names(tmp_path: Path) -> 
         load_checkpoint(path)
     with path.open("wb") as file:
         np.savez(file, **{name: tensor.numpy() for name, tensor in state().items()})
-    with pytest.raises(ValueError, match=r"model\.pth is an archive of NumPy; save its arrays as tensors"):
+    with pytest.raises(ValueError, match=r"model\.pth is a NumPy archive; save its arrays as tensors"):
         load_checkpoint(path)
 
 

@@ -189,7 +189,7 @@ def test_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
     write_folder(tmp_path, GOOD)
     for name in ("a.HEIC", "b.heic", "notes.txt", "README", ".DS_Store"):
         (tmp_path / "train" / "cat" / name).write_text("no image")
-    assert opened(tmp_path).doubts() == [
+    assert opened(tmp_path).warnings() == [
         f"4 files in {tmp_path}/train are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt, 1 without ending"
     ]
 
@@ -215,7 +215,7 @@ def test_folders_that_systems_leave(tmp_path: Path, name: str) -> None:
         (folder / "0.txt").write_text("no image")
     dataset = opened(tmp_path)
     assert dataset.classes == ["cat", "dog"]
-    assert dataset.doubts() == [] or name == ".ipynb_checkpoints"
+    assert dataset.warnings() == [] or name == ".ipynb_checkpoints"
     assert len(dataset.train) == 5
 
 
@@ -232,7 +232,7 @@ def test_names_in_two_forms_of_unicode_are_one_class(tmp_path: Path) -> None:
 
 def test_names_that_differ_in_case(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/dog": 1, "train/Dog": 1, "val/dog": 1, "val/Dog": 1})
-    assert opened(tmp_path).doubts() == ["classes Dog and dog differ only in case"]
+    assert opened(tmp_path).warnings() == ["classes Dog and dog differ only in case"]
     shutil.rmtree(tmp_path / "train" / "Dog")
     assert "val has classes that ROOT/train does not have: Dog (train has dog); " in refusal(tmp_path)
 
@@ -241,15 +241,15 @@ def test_numeric_folders(tmp_path: Path) -> None:
     write_folder(tmp_path, {f"{split}/{name}": 1 for split in ("train", "val") for name in ("0", "2", "10", "1")})
     dataset = opened(tmp_path)
     assert dataset.classes == ["0", "1", "10", "2"]  # as torchvision sorts them
-    assert "the classes are numbers, but labels follow their order as text (0, 1, 10, ...)" in dataset.doubts()[0]
+    assert "the classes are numbers, but labels follow their order as text (0, 1, 10, ...)" in dataset.warnings()[0]
     ordered = dataset.by_number()
     assert ordered.classes == ["0", "1", "2", "10"]
-    assert ordered.doubts() == []
+    assert ordered.warnings() == []
     for source, other in ((dataset.train, ordered.train), (dataset.held_out, ordered.held_out)):
         for index in range(4):
             assert dataset.classes[source.label(index)] == ordered.classes[other.label(index)]
     write_folder(tmp_path / "padded", {f"{split}/{name}": 1 for split in ("train", "val") for name in ("00", "01")})
-    assert opened(tmp_path / "padded").doubts() == []
+    assert opened(tmp_path / "padded").warnings() == []
 
 
 def test_usual_names_of_the_held_out_part(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_all_classes_at_the_root_and_a_part_of_them_elsewhere(tmp_path: Path) ->
 
 def test_one_class(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/cat": 2, "val/cat": 1})
-    assert opened(tmp_path).doubts() == ["the data set has only one class, cat"]
+    assert opened(tmp_path).warnings() == ["the data set has only one class, cat"]
 
 
 def test_long_lists_are_kept_until_a_folder_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +362,7 @@ def test_orientation(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     photograph().save(tmp_path / "train/cat/0.jpg", exif=exif)
     assert opened(tmp_path).train.read(0).size == (48, 36)
-    turned = open_folders(Request(path=str(tmp_path), turn=True)).train.read(0)
+    turned = open_folders(Request(path=str(tmp_path), exif=True)).train.read(0)
     assert turned.size == ((36, 48) if orientation > 4 else (48, 36))
 
 

@@ -46,7 +46,7 @@ def test_a_format_holds_what_the_folders_hold(photos: Path, stored: tuple[str, P
     assert other.classes == folders.classes == ["cat", "dog", "emu"]
     assert content(other.train) == content(folders.train)
     assert content(other.held_out) == content(folders.held_out)
-    assert other.doubts() == folders.doubts() == ["1 of 3 classes have no held-out images: dog"]
+    assert other.warnings() == folders.warnings() == ["1 of 3 classes have no held-out images: dog"]
 
 
 def test_evaluation_alone_labels_alike(stored: tuple[str, Path]) -> None:

@@ -72,7 +72,7 @@ def test_archive_that_is_cut_off_between_two_members(root: Path) -> None:
         last = archive.getmembers()[-1]
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(content[: last.offset])
-    assert refusal(root) == "archive ROOT/train.tar is truncated or damaged (it has no end); copy it again"
+    assert refusal(root) == "archive ROOT/train.tar is truncated or damaged (its end is missing); copy it again"
 
 
 def test_archive_that_is_cut_off_after_it_was_indexed(root: Path) -> None:
@@ -86,8 +86,8 @@ def test_archive_that_is_cut_off_after_it_was_indexed(root: Path) -> None:
 
 def is_stale(message: str, what: str) -> bool:
     return message == (
-        f"index ROOT/train.index is not of these archives: {what}; if they are right, delete the index, and it is "
-        "built again"
+        f"index ROOT/train.index does not match the archives: {what}; if these are correct, delete the index to "
+        "rebuild it"
     )
 
 
@@ -106,7 +106,7 @@ def test_index_of_another_archive_of_the_same_size(root: Path) -> None:
     opened(root)
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(bytes(512) + content[:-512])
-    assert is_stale(refusal(root), "train.tar holds no cat/0.jpg where the index says")
+    assert is_stale(refusal(root), "train.tar does not contain cat/0.jpg at the indexed offset")
 
 
 def test_index_of_members_of_other_names(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_index_of_members_of_other_names(tmp_path: Path) -> None:
         (tmp_path / "new").replace(tmp_path / "train.tar")
         if names[0] == "cat":
             opened(tmp_path, "train")
-    assert is_stale(refusal(tmp_path, "train"), "train.tar holds no cat/0.jpg where the index says")
+    assert is_stale(refusal(tmp_path, "train"), "train.tar does not contain cat/0.jpg at the indexed offset")
 
 
 def test_archive_in_space_that_was_set_aside(root: Path) -> None:
@@ -134,7 +134,7 @@ def test_archive_in_space_that_was_set_aside(root: Path) -> None:
 def test_archives_in_a_row(root: Path) -> None:
     (root / "train.tar").write_bytes((root / "train.tar").read_bytes() * 2)
     assert refusal(root) == (
-        "archive ROOT/train.tar goes on after its end: it is several archives in a row, or damaged; keep them apart as "
+        "archive ROOT/train.tar has data after its end: several archives were joined, or it is damaged; use separate "
         "shards (train-000000.tar, ...), or copy it again"
     )
 
@@ -144,7 +144,7 @@ def test_damaged_index(root: Path) -> None:
     whole = (root / "train.index").read_bytes()
     for content in (whole[:-300], b"something else", b"", b"dat listing 1\n{}\n", b"dat listing 1\n[]\n"):
         (root / "train.index").write_bytes(content)
-        assert refusal(root) == "index ROOT/train.index is damaged or not an index; delete it, and it is built again"
+        assert refusal(root) == "index ROOT/train.index is damaged or not an index; delete it to rebuild it"
 
 
 def test_missing_shard(photos: Path, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_shard_that_is_missing_after_it_was_indexed(photos: Path, tmp_path: Path
     root = write_shards(photos, tmp_path / "shards", size=2)
     opened(root)
     (root / "train-000004.tar").unlink()
-    assert "index ROOT/train.index is not of these archives: it lists train-000004.tar, not there" in refusal(root)
+    assert "index ROOT/train.index does not match the archives: train-000004.tar is missing" in refusal(root)
 
 
 def test_shards_that_say_how_many_they_are(photos: Path, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_files_that_are_skipped_are_counted(root: Path, photos: Path) -> None:
         dataset = opened(root)
         assert len(dataset.train) == 3
         skipped = "3 files in ROOT/train.tar are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt"
-        assert [line.replace(str(root), "ROOT") for line in dataset.doubts()] == [skipped]
+        assert [line.replace(str(root), "ROOT") for line in dataset.warnings()] == [skipped]
     with tarfile.open(root / "val.tar", "w") as archive:
         archive.add(photos / "train/cat/0.jpg", "cat/0.heic")
     (root / "val.index").unlink()
@@ -290,7 +290,7 @@ def test_shards_that_count_from_1(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards", size=2)
     (root / "train-000000.tar").unlink()
     first = root / "train-000001.tar"
-    assert opened(root).doubts() == [f"the shards begin with {first}: if they count from 0, the first one is missing"]
+    assert opened(root).warnings() == [f"the first shard is {first}; if they are numbered from 0, one is missing"]
 
 
 @pytest.mark.parametrize("content", ['{"shards": 5}', '{"shards": {', "{}", "[]"])

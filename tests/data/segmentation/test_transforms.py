@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import ByValue, Draw
+from data.datasets import Draw, PipedCollate
 from data.images import StoredImage
 from data.segmentation.datasets import MaskedImages, stack
 from data.segmentation.sources import IGNORED, MaskedSource
@@ -101,5 +101,5 @@ def test_samples_depend_on_seed_and_draw_alone_and_batches_go_through_pipes() ->
     again = stack([images[draw] for draw in draws])
     assert torch.equal(batch.images, again.images)
     assert torch.equal(batch.labels, again.labels)
-    rebuild, arguments = ByValue(stack)(images.__getitems__(draws)).__reduce__()
+    rebuild, arguments = PipedCollate(stack)(images.__getitems__(draws)).__reduce__()
     assert torch.equal(rebuild(*arguments).images, batch.images)
