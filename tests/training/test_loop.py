@@ -199,7 +199,7 @@ def test_another_size_of_updates_continues_at_the_same_image(tmp_path: Path) -> 
 
 def test_other_options_are_allowed_once_and_a_jump_of_the_learning_rate_is_said(tmp_path: Path) -> None:
     run = build(tmp_path)
-    run.hold.close()
+    run.lock.close()
     for update in range(run.state.updates_per_epoch * 2):
         run.state.scheduler.step_update(update)
     for parameter in run.model.parameters():
@@ -208,10 +208,10 @@ def test_other_options_are_allowed_once_and_a_jump_of_the_learning_rate_is_said(
     run.state.position.epoch = 2
     run.save()
     longer = build(tmp_path, "--epochs", "4", "--allow-config-change")
-    longer.hold.close()
+    longer.lock.close()
     assert "the learning rate goes from " in (run.folder / "log.txt").read_text()
     again = build(tmp_path, "--epochs", "4")
-    again.hold.close()
+    again.lock.close()
     own = load_config(run.folder / "config.yaml")  # in which the run remembers what it was told
     assert (own.TRAIN.EPOCHS, own.TRAIN.ALLOW_CONFIG_CHANGE) == (4, False)
     with pytest.raises(
@@ -249,7 +249,7 @@ def test_a_disk_that_is_full_at_the_start_ends_no_run(tmp_path: Path, monkeypatc
 
 def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path) -> None:
     first = build(tmp_path)
-    first.hold.close()
+    first.lock.close()
     elsewhere = tmp_path / "elsewhere.pth"
     shutil.copy(first.folder / "last.pth", elsewhere)
     (first.folder / "bad_images.txt").write_text("broken.jpg\n")
