@@ -47,7 +47,7 @@ class Operation(NamedTuple):
 
     Attributes:
         name: its name in the tables.
-        run: takes the form and the arguments.
+        run: called with the form and the arguments.
         arguments: tensors that require a gradient.
         chosen: the form selected by default.
     """

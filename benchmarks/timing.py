@@ -1,4 +1,4 @@
-"""Fair timings on a shared machine: functions take turns in one process, and the best of several runs counts."""
+"""Timings on a shared machine: functions take turns in one process, and the best of several runs counts."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import timm
 import torch
+
+from training.environment import processor
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -51,14 +52,5 @@ def environment(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
-        where = f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+        where = f"{processor()}, {threads} thread{'s' * (threads > 1)}"
     return f"{where}; Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

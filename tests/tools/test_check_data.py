@@ -31,7 +31,7 @@ def test_a_good_data_set(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert status == 0
     assert "train: 8 images, 0 unreadable\nclasses: 2, of 3 (cat) to 5 (dog) images, median 4\n" in said
     assert "width x height: 48 x 36 at least, 48 x 36 at most, 48 x 36 on average\n" in said
-    assert said.endswith("verdict: nothing found that a run would suffer from\n")
+    assert said.endswith("verdict: no problems found\n")
 
 
 def test_faults(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
