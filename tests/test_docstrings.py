@@ -90,11 +90,11 @@ def gives_shapes(one: Public) -> bool:
 
 
 @pytest.mark.parametrize("file", sorted({one.file for one in PUBLIC}))
-def test_what_is_public_is_described(file: str) -> None:
+def test_public_names_have_docstrings(file: str) -> None:
     assert [str(one) for one in PUBLIC if one.file == file and not description(one).strip()] == []
 
 
-def test_whoever_takes_tensors_says_their_shapes() -> None:
+def test_functions_of_tensors_document_shapes() -> None:
     takers = [
         one
         for one in PUBLIC

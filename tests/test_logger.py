@@ -35,7 +35,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_clocks_and_rates_have_a_file_of_their_own(tmp_path: Path) -> None:
+def test_times_and_rates_are_in_a_separate_file(tmp_path: Path) -> None:
     write_twice(tmp_path, options())
     assert rows(tmp_path / "metrics.jsonl") == [
         {"kind": "train", "epoch": 1, "update": 1, "loss": 1.0},

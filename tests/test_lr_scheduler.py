@@ -81,7 +81,7 @@ def test_milestones_decay_after_their_epochs() -> None:
     assert list(rates.values()) == pytest.approx([peak, peak, peak / 10, peak / 10, peak / 100])
 
 
-def test_a_steep_drop_after_the_warm_up_is_doubtful() -> None:
+def test_steep_drop_after_the_warm_up_gives_a_warning() -> None:
     shape = {"updates_per_epoch": 100, "world_size": 4}
     published = load_config("configs/dat_tiny.yaml")
     assert drop_warning(published, **shape) == ""
@@ -104,7 +104,7 @@ def test_a_steep_drop_after_the_warm_up_is_doubtful() -> None:
         ({"NAME": "milestones", "MILESTONES": "[]"}, ""),  # constant on purpose
     ],
 )
-def test_a_schedule_that_is_probably_not_meant(options: dict[str, object], says: str) -> None:
+def test_schedule_that_is_probably_unintended(options: dict[str, object], says: str) -> None:
     words: list[object] = ["TRAIN.EPOCHS", 10]
     for name, value in ({"WARMUP_EPOCHS": 1} | options).items():
         words += [f"TRAIN.{'' if name.startswith('WARMUP') else 'LR_SCHEDULER.'}{name}", value]
@@ -123,7 +123,7 @@ def test_a_run_may_end_within_its_schedule() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "poly", "linear"])
-def test_a_schedule_of_one_update_is_its_peak_without_a_word(
+def test_schedule_of_one_update_is_its_peak_without_a_warning(
     schedule: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.LR_SCHEDULER.NAME", schedule]
@@ -149,7 +149,7 @@ def test_the_planned_schedule_is_the_one_that_a_run_has() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "step"])
-def test_a_finished_schedule_is_held_or_begun_anew(schedule: str) -> None:
+def test_finished_schedule_is_held_or_restarted(schedule: str) -> None:
     shape = {"updates_per_epoch": 10, "world_size": 1}
     options = ["TRAIN.WARMUP_EPOCHS", 2, "TRAIN.LR_SCHEDULER.NAME", schedule, "TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 3]
     finished = load_config("configs/dat_tiny.yaml", [*options, "TRAIN.EPOCHS", 6])

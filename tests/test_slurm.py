@@ -170,9 +170,7 @@ def run_batch_script(folder: Path, *starts: str, **env: str) -> tuple[int, int, 
         (["-6,75", "gone,gone", "0,0"], 0, 3),
     ],
 )
-def test_the_task_that_failed_decides_not_those_that_lost_it(
-    starts: list[str], status: int, started: int, tmp_path: Path
-) -> None:
+def test_failed_task_decides_the_exit_status(starts: list[str], status: int, started: int, tmp_path: Path) -> None:
     assert run_batch_script(tmp_path, *starts, MAX_RESTARTS="2") == (status, started, "")
 
 
@@ -180,9 +178,7 @@ def test_the_task_that_failed_decides_not_those_that_lost_it(
     ("number", "status", "called"),
     [(signal.SIGUSR1, 0, "requeue 7"), (signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "")],
 )
-def test_signals_reach_the_run_which_is_given_time_to_save(
-    number: int, status: int, called: str, tmp_path: Path
-) -> None:
+def test_signals_reach_the_run_and_leave_time_to_save(number: int, status: int, called: str, tmp_path: Path) -> None:
     ended = run_batch_script(tmp_path, "saves,saves", SIGNAL=str(int(number)))
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
     assert ended == (status, 1, called)

@@ -68,7 +68,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         utils.pick_device("", 3, 4)
 
 
-def test_the_first_host_of_a_slurm_job_is_the_meeting_point(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_first_host_of_a_slurm_job_is_the_master_address(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$3" = "n[1-2]" ] && printf "n1\\nn2\\n"\n', encoding="utf-8")
     scontrol.chmod(0o755)
@@ -98,7 +98,7 @@ def test_the_first_host_of_a_slurm_job_is_the_meeting_point(environment: pytest.
     }
 
 
-def test_a_given_meeting_point_is_kept(environment: pytest.MonkeyPatch) -> None:
+def test_given_master_address_is_kept(environment: pytest.MonkeyPatch) -> None:
     for name, value in {**SRUN, "MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "29999"}.items():
         environment.setenv(name, value)
     environment.setattr(utils.dist, "init_process_group", lambda *_, **__: None)
@@ -119,7 +119,7 @@ print(stop.received)
 """
 
 
-def test_the_end_of_a_child_process_is_no_request_to_stop() -> None:
+def test_exit_of_a_child_process_is_not_a_request_to_stop() -> None:
     done = run_command(sys.executable, "-c", _OTHER_SIGNAL)
     assert done.stdout == "None\n", done.stderr
 
@@ -133,7 +133,7 @@ def test_the_end_of_a_child_process_is_no_request_to_stop() -> None:
         ("off", "cuda", True, "off"),
     ],
 )
-def test_automatic_precision_is_what_the_device_has(
+def test_automatic_precision_depends_on_the_device(
     monkeypatch: pytest.MonkeyPatch, amp: str, device: str, native: bool, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
@@ -142,7 +142,7 @@ def test_automatic_precision_is_what_the_device_has(
     assert expected == config.AMP
 
 
-def test_the_check_before_a_launch_settles_the_precision_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_before_a_launch_resolves_the_precision_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "pick_device", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     args, config = parse(["--cfg", str(ROOT / "configs" / "digits.yaml"), "--amp"])
@@ -151,7 +151,7 @@ def test_the_check_before_a_launch_settles_the_precision_of_the_gpu(monkeypatch:
 
 
 @pytest.mark.parametrize("option", [("COMPILE", True), ("MODEL.DAT.attn_drop_rate", 0.1)])
-def test_what_has_no_deterministic_kernel_is_refused(option: tuple[str, object]) -> None:
+def test_options_without_deterministic_kernels_are_rejected(option: tuple[str, object]) -> None:
     config = load_config(ROOT / "configs" / "digits.yaml", ["DETERMINISTIC", True, *option])
     resolve_options(config, torch.device("cpu"))
     with pytest.raises(ValueError, match="--deterministic cannot be combined with --compile or attn_drop_rate on CUDA"):

@@ -936,7 +936,7 @@ def test_wrong_input_is_refused(
     assert files_in(here) == before
 
 
-def test_the_good_input_would_have_been_trained(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_correct_input_is_accepted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StopSignal, "listen", lambda self: None)
     monkeypatch.setattr(main, "train", lambda run: 0)
     for flags in (
@@ -948,7 +948,7 @@ def test_the_good_input_would_have_been_trained(here: Path, monkeypatch: pytest.
         assert main.main(Wrong(name="good", says="", flags=flags).command()) == 0, flags
 
 
-def test_more_gpus_than_there_are(
+def test_more_processes_than_gpus(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -961,7 +961,7 @@ def test_more_gpus_than_there_are(
     )
 
 
-def test_a_good_check_leaves_nothing_behind(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_successful_check_writes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StopSignal, "listen", lambda self: None)
     argv = Wrong(name="good", says="", flags=("--check",)).command()
     before = files_in(here)
@@ -995,7 +995,7 @@ def test_a_network_larger_than_the_memory(here: Path, monkeypatch: pytest.Monkey
         (["train_slurm.sh", "two", "tiny.yaml", "x"], "the number of GPUs must be a positive whole number, not 'two'"),
     ],
 )
-def test_launchers_say_how_they_are_used(command: list[str], says: str) -> None:
+def test_launchers_print_their_usage(command: list[str], says: str) -> None:
     done = run_command("bash", *command)
     assert done.returncode == 2
     assert re.fullmatch(f"{says}[^\n]*\n", done.stderr)
@@ -1016,7 +1016,7 @@ def test_launchers_say_how_they_are_used(command: list[str], says: str) -> None:
         (["evaluate.sh", "2", "{tiny}", "{tiny}"], "tiny.yaml is damaged"),
     ],
 )
-def test_launchers_refuse_wrong_input_once_and_start_nothing(command: list[str], says: str, tmp_path: Path) -> None:
+def test_launchers_reject_wrong_input_once_and_start_nothing(command: list[str], says: str, tmp_path: Path) -> None:
     tiny = write_config(tmp_path, OUTPUT=str(tmp_path / "out"))
     started = tmp_path / "started"
     python = tmp_path / "python"

@@ -73,7 +73,7 @@ def test_augmentation_does_not_depend_on_workers(root: Path) -> None:
     assert not equal(inline, train_batches(small_config(root), epoch=4))
 
 
-def test_resuming_gives_the_batches_that_were_left(root: Path) -> None:
+def test_resuming_gives_the_remaining_batches(root: Path) -> None:
     config = small_config(root, NUM_WORKERS=2)
     config.TRAIN.ACCUMULATION_STEPS = 2
     loader = build_train_loader(config, rank=0, world_size=1)
@@ -199,7 +199,7 @@ def test_unreadable_images_are_named_in_one_line(root: Path, policy: str, split:
     assert message == f"cannot read image '{broken}': cannot identify image file"
 
 
-def test_trouble_of_the_machine_is_no_unreadable_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_errors_are_not_unreadable_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> None:
         raise OSError(errno.EMFILE, "Too many open files", str(path))
 
@@ -287,7 +287,7 @@ def test_classes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_dataset(small_config(root, DATA_PATH="~/data"), ("val",)).classes == ["cat", "dog", "emu"]
 
 
-def test_digits_take_no_path_but_do_not_mind_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_reject_a_path_but_ignore_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_PATH", "elsewhere")
     assert len(open_dataset(small_config()).held_out) == 360
     with pytest.raises(ValueError, match="the digits are part of scikit-learn and take no --data-path"):
@@ -341,7 +341,7 @@ def test_unknown_format() -> None:
         open_dataset(small_config(DATASET="digit"))
 
 
-def test_a_format_of_ones_own_needs_its_line_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_format_needs_only_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_squares(request: Request) -> Dataset:
         assert request.root("DATA_PATH holds squares") == tmp_path
         pixels = np.full((6, 5, 5, 3), 40, np.uint8) * np.arange(6, dtype=np.uint8)[:, None, None, None]

@@ -39,7 +39,7 @@ def test_processes_share_what_is_read_once(
         assert (one.cached(), one.remarks) == (7, ())
 
 
-def test_what_does_not_fit_or_cannot_be_read_comes_from_the_source(
+def test_images_that_do_not_fit_or_are_unreadable_come_from_the_source(
     tmp_path: Path, source: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [len(source.get(index).data) for index in range(7)]
@@ -82,14 +82,14 @@ def test_tasks_of_a_slurm_step_share_the_cache(
     assert list(folder.iterdir()) == []
 
 
-def test_a_system_without_such_memory(source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_system_without_shared_memory(source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "SHARED_MEMORY", tmp_path / "none")
     config = small_config(tmp_path / "photos", CACHE=True)
     with pytest.raises(ValueError, match="leave it off"):
         build_train_loader(config, open_dataset(config), rank=0, world_size=1)
 
 
-def test_a_memory_that_takes_nothing_is_said_in_one_line(
+def test_full_shared_memory_is_reported_in_one_line(
     tmp_path: Path, source: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:

@@ -88,7 +88,7 @@ def test_animations_show_their_first_frame(tmp_path: Path, name: str) -> None:
     assert np.abs(pixels(tmp_path / name) - (255, 0, 0)).max() <= 3
 
 
-def test_damaged_metadata_is_no_matter(tmp_path: Path) -> None:
+def test_damaged_metadata_is_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x010E] = "a description of some length"
     photograph().save(tmp_path / "a.jpg", exif=exif.tobytes()[:-20])
@@ -172,7 +172,7 @@ def test_forbidden_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("name", ["EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "ETIMEDOUT"])
-def test_trouble_of_the_machine_is_not_the_file_s(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_machine_errors_are_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     number = getattr(errno, name)
 
     def fail(path: str) -> None:

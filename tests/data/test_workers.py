@@ -111,7 +111,7 @@ pytestmark = [
 ]
 
 
-def test_signals_to_the_whole_job_leave_the_workers_at_work(start: Start) -> None:
+def test_workers_ignore_signals_to_the_whole_job(start: Start) -> None:
     process, workers = start(PROGRAM, "fork")
     for number in SIGNALS:
         os.killpg(process.pid, number)

@@ -26,7 +26,9 @@ def run(
     return left.value.code, capsys.readouterr().out.replace(str(root), "ROOT")
 
 
-def test_a_good_data_set(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_set_without_problems(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, said = run(monkeypatch, capsys, root)
     assert status == 0
     assert "train: 8 images, 0 unreadable\nclasses: 2, of 3 (cat) to 5 (dog) images, median 4\n" in said

@@ -144,7 +144,9 @@ def test_another_plan_is_refused(photos: Path, tmp_path: Path, monkeypatch: pyte
         (("--dataset", "tgz"), "DATA.DATASET must be one of"),
     ],
 )
-def test_wrong_words(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple, says: str) -> None:
+def test_wrong_arguments(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple, says: str
+) -> None:
     with pytest.raises(SystemExit, match=f"^error: {says}"):
         run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", *words)
 

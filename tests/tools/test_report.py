@@ -83,7 +83,7 @@ def test_the_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         (Stopped(), "to stop; tools/"),
     ],
 )
-def test_a_report_that_fails_is_said(
+def test_failed_report_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception, says: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -94,7 +94,7 @@ def test_a_report_that_fails_is_said(
     assert says in capsys.readouterr().out
 
 
-def test_a_folder_that_is_no_run(
+def test_folder_that_is_not_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])

@@ -34,7 +34,7 @@ def page_data(page: Path) -> dict:
     return json.loads(found[1])
 
 
-def test_offsets_of_nothing_leave_the_keys_on_their_reference(tmp_path: Path) -> None:
+def test_zero_offsets_leave_the_keys_at_their_reference(tmp_path: Path) -> None:
     network = build_model(tiny_config(tmp_path)).eval()
     for stage in list(network.stages)[1:]:
         torch.nn.init.zeros_(stage.attns[0].conv_offset[3].weight)
@@ -50,7 +50,7 @@ def test_offsets_of_nothing_leave_the_keys_on_their_reference(tmp_path: Path) ->
     assert middle.weights.shape == (4, 6, 6)
 
 
-def test_places_are_shares_of_the_image_measured_from_pixel_edges(tmp_path: Path) -> None:
+def test_positions_are_fractions_of_the_image(tmp_path: Path) -> None:
     network = build_model(tiny_config(tmp_path)).eval()
     attention = network.stages[1].attns[0]
     kept = {}
@@ -134,7 +134,7 @@ def test_large_maps_keep_some_of_their_queries(tmp_path: Path, monkeypatch: pyte
         (["--stages", "1"], "stage 1 has no deformable attention"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(
+def test_error_if_nothing_can_be_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str], said: str
 ) -> None:
     image, checkpoint = write_photograph(tmp_path / "one.png"), write_checkpoint(tmp_path)
@@ -143,7 +143,7 @@ def test_what_cannot_be_drawn_is_said(
     assert said in capsys.readouterr().err
 
 
-def test_the_command_needs_a_network(tmp_path: Path) -> None:
+def test_command_without_a_network_is_an_error(tmp_path: Path) -> None:
     result = run_command(sys.executable, "tools/visualize.py", "photo.jpg")
     assert result.returncode == 2
     assert "give --checkpoint FILE, or --cfg FILE" in result.stderr

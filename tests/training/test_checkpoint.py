@@ -110,7 +110,7 @@ def test_a_hostile_pickle_is_refused_before_it_runs(
         (Path("x"), "Path"),
     ],
 )
-def test_any_other_class_is_refused_by_name(tmp_path: Path, value: Any, name: str) -> None:
+def test_other_pickled_class_is_rejected_by_name(tmp_path: Path, value: Any, name: str) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"model": {"weight": torch.ones(2)}, "extra": value}, path)
     message = refusal(path)
@@ -141,31 +141,31 @@ def test_a_truncated_file_is_called_damaged(tmp_path: Path, share: float, zipped
         (bytes(1000), "damaged"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_that_are_not_checkpoints_are_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     assert message in refusal(path)
 
 
 @pytest.mark.parametrize("value", [[torch.ones(2)], torch.ones(2), "text", 3])
-def test_what_is_no_dict_is_refused(tmp_path: Path, value: Any) -> None:
+def test_checkpoint_that_is_not_a_dict_is_rejected(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "weights.pth"
     torch.save(value, path)
     assert f"contains a {type(value).__name__}, not a dict" in refusal(path)
 
 
-def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path: Path) -> None:
+def test_missing_file_suggests_a_similar_name(tmp_path: Path) -> None:
     near = tmp_path / "dat_pp_tiny_in1k_224.pth"
     near.touch()
     assert refusal(tmp_path / "dat_tiny_in1k_224.pth").endswith(f"does not exist; did you mean {near}?")
     assert refusal(tmp_path / "nowhere" / "x.pth").endswith("does not exist")
 
 
-def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert "is a folder; name a file in it" in refusal(tmp_path)
 
 
-def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_without_read_permission_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -198,7 +198,7 @@ def test_strict_loading_says_that_the_classes_differ() -> None:
         load_strictly(Classifier(8, 5), Classifier(8, 1000).state_dict(), "x.pth")
 
 
-def test_strict_loading_lists_what_is_of_another_architecture() -> None:
+def test_strict_loading_lists_the_differences_of_architecture() -> None:
     model = Classifier(8, 5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     weights = Classifier(8, 5).state_dict()
@@ -274,7 +274,7 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     assert newest(tmp_path) == ("last.pth", 3, [])
 
 
-def test_pruning_keeps_the_newest_and_neither_best_nor_last_nor_foreign_files(tmp_path: Path) -> None:
+def test_pruning_only_removes_the_oldest_epochs(tmp_path: Path) -> None:
     (tmp_path / "epoch_best_of_all.pth").write_text("mine")
     folder = CheckpointFolder(tmp_path, keep=2)
     for epoch in (8, 9, 10, 11):
@@ -317,7 +317,7 @@ def killed_before_step(step: int) -> Iterator[None]:
         yield
 
 
-def test_a_killed_write_leaves_whole_checkpoints_and_its_leftovers_do_no_harm(tmp_path: Path) -> None:
+def test_killed_write_leaves_complete_checkpoints_and_harmless_files(tmp_path: Path) -> None:
     deaths = 0
     for step in range(30):
         path = tmp_path / str(step)
@@ -346,7 +346,7 @@ def test_a_killed_write_leaves_whole_checkpoints_and_its_leftovers_do_no_harm(tm
     assert 8 < deaths < 30  # every step had its turn
 
 
-def test_two_names_of_one_file_leave_no_third(tmp_path: Path) -> None:
+def test_hard_links_leave_no_temporary_file(tmp_path: Path) -> None:
     """A kill between the two leaves `last.pth` and `previous.pth` as one file, which a rename does nothing to."""
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.save(state(1))
@@ -390,7 +390,7 @@ def test_a_truncated_last_checkpoint_falls_back_to_the_previous_one_with_a_warni
     assert str(previous) in warnings[0]
 
 
-def test_the_newest_epoch_is_the_last_resort(tmp_path: Path) -> None:
+def test_newest_epoch_is_the_last_fallback(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=0)
     for epoch in (9, 10, 11):
         folder.save(state(epoch), epoch=epoch)
@@ -416,7 +416,7 @@ def test_the_newest_epoch_is_the_last_resort(tmp_path: Path) -> None:
         ("https://example.org/a.pth#sha256=" + 64 * "x", "needs the file's hash"),
     ],
 )
-def test_an_address_needs_https_and_a_hash(address: str, message: str) -> None:
+def test_url_needs_https_and_a_hash(address: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_checkpoint(address)
 

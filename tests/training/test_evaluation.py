@@ -45,7 +45,7 @@ def own_config(folder: Path) -> Path:
         (("--opts", "AMP", "bf16"), torch.float32),  # the precision of training, as in the config.yaml of a run
     ],
 )
-def test_an_evaluation_has_the_precision_that_its_flag_names(
+def test_evaluation_has_the_precision_of_its_flag(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -177,7 +177,7 @@ def test_numbers_within_names_may_mean_another_order(
     assert all(re.search(says, warning) for warning in warnings)
 
 
-def test_a_single_class_that_alone_may_be_predicted_is_doubtful(tmp_path: Path) -> None:
+def test_single_predictable_class_gives_a_warning(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", {"val/cat": 1})
     config = tiny_config(tmp_path)
     config.DATA.DATASET, config.DATA.DATA_PATH = "imagenet", str(images)
@@ -258,7 +258,7 @@ def test_a_class_map_names_places_numbers_or_wordnet_ids(tmp_path: Path, text: s
         (["1", "10", "2"], "", "numbers up to 10, and the weights have 10 classes without names: .* MODEL.CLASS_MAP"),
     ],
 )
-def test_classes_that_no_weights_have_are_refused(tmp_path: Path, classes: list[str], text: str, says: str) -> None:
+def test_classes_missing_in_the_weights_are_rejected(tmp_path: Path, classes: list[str], text: str, says: str) -> None:
     path = tmp_path / "map.txt"
     path.write_text(text)
     known = [] if classes[0] == "1" else CLASSES
@@ -266,14 +266,14 @@ def test_classes_that_no_weights_have_are_refused(tmp_path: Path, classes: list[
         labels_of(classes, known, 10, str(path) if text else "")
 
 
-def test_a_class_map_is_that_of_the_command_line_alone(tmp_path: Path) -> None:
+def test_evaluation_ignores_the_class_map_of_the_config(tmp_path: Path) -> None:
     config = write_config(tmp_path, MODEL={"CLASS_MAP": "of the start file.txt"})
     flags = ["--cfg", str(config), "--eval", "--resume", "x.pth"]
     assert parse(flags)[1].MODEL.CLASS_MAP == ""
     assert parse([*flags, "--opts", "MODEL.CLASS_MAP", "given.txt"])[1].MODEL.CLASS_MAP == "given.txt"
 
 
-def test_any_label_of_an_image_counts_as_right(tmp_path: Path) -> None:
+def test_any_label_of_an_image_is_correct(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", {"val/x": 2, "val/y": 1})
     for number, name in enumerate(("x/1", "y/0", "x/0"), start=1):
         (images / f"val/{name}.jpg").rename(images / f"val/{name[0]}/ILSVRC2012_val_0000000{number}.JPEG")

@@ -97,13 +97,13 @@ def flip_rows() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [decay_tables, invert_drop_path, flip_rows], ids=lambda fault: fault.__name__)
-def test_a_planted_fault_leaves_the_bounds(tmp_path: Path, fault: Callable[[], None]) -> None:
+def test_planted_fault_exceeds_the_bounds(tmp_path: Path, fault: Callable[[], None]) -> None:
     assert outside(learn(tmp_path, prepare=fault))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.1, 10])
-def test_a_wrong_learning_rate_leaves_the_bounds(tmp_path: Path, factor: float) -> None:
+def test_wrong_learning_rate_exceeds_the_bounds(tmp_path: Path, factor: float) -> None:
     measured = learn(tmp_path, "--opts", "TRAIN.BASE_LR", str(2e-2 * factor))
     assert outside(measured)
     assert all(math.isfinite(value) for value in measured.values())

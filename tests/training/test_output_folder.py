@@ -25,7 +25,7 @@ def other_run(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_runs_that_start_at_once_make_the_folders_above_theirs(tmp_path: Path) -> None:
+def test_simultaneous_runs_create_their_parent_folders(tmp_path: Path) -> None:
     def start(tag: int) -> bool:
         folder = tmp_path / str(tag // 4) / "tiny" / str(tag % 4)
         try_folder(folder)
@@ -35,7 +35,7 @@ def test_runs_that_start_at_once_make_the_folders_above_theirs(tmp_path: Path) -
         assert all(runs.map(start, range(400)))
 
 
-def test_trying_a_folder_makes_none(tmp_path: Path) -> None:
+def test_try_folder_creates_nothing(tmp_path: Path) -> None:
     try_folder(tmp_path / "tiny" / "default")
     assert not list(tmp_path.iterdir())
     (tmp_path / "tiny").symlink_to(tmp_path / "nowhere")

@@ -57,7 +57,7 @@ print("status", *statuses)
 
 
 @pytest.mark.slow
-def test_a_run_trains_resumes_and_is_evaluated_without_what_windows_lacks(tmp_path: Path) -> None:
+def test_run_trains_resumes_and_is_evaluated_with_the_modules_of_windows(tmp_path: Path) -> None:
     script = tmp_path / "windows.py"
     script.write_text(WINDOWS, encoding="utf-8")
     config = write_config(tmp_path, TRAIN={"EPOCHS": 1}, OUTPUT=str(tmp_path / "output"), DATA={"NUM_WORKERS": 1})
@@ -91,7 +91,7 @@ def test_a_lock_of_windows_keeps_a_second_run_out_and_can_be_read(tmp_path: Path
     assert "(process " in done.stderr
 
 
-def test_a_thread_of_another_program_can_train(tmp_path: Path) -> None:
+def test_training_in_a_thread(tmp_path: Path) -> None:
     config = write_config(tmp_path, TRAIN={"EPOCHS": 1}, OUTPUT=str(tmp_path / "output"))
     done = run_command(sys.executable, "-c", IN_A_THREAD, "--cfg", config)
     assert done.stdout.splitlines()[-1] == "status 0", done.stderr

@@ -54,9 +54,7 @@ def test_training_images_that_cannot_be_read_are_substituted(tmp_path: Path) -> 
         assert len(sample.target["labels"]) == len(sample.target["masks"]) == 2
 
 
-def test_batches_go_through_pipes_where_their_images_do_not_fit_into_shared_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_that_exceed_shared_memory_go_through_pipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(write_coco(tmp_path), DATASET="coco", NUM_WORKERS=1)
     config.DETECTION.SHORT_SIDES, config.DETECTION.TEST_SHORT_SIDE, config.DETECTION.LONG_SIDE = [48], 48, 60
     dataset = open_dataset(config, ("train", "val"))

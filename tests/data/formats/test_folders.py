@@ -97,7 +97,7 @@ def test_many_classes_without_images(tmp_path: Path) -> None:
     assert "ROOT/train/empty3, ROOT/train/empty4 and 2 more; add some" in refusal(tmp_path)
 
 
-def test_classes_of_val_that_train_has_not(tmp_path: Path) -> None:
+def test_classes_of_val_that_train_does_not_have(tmp_path: Path) -> None:
     write_folder(tmp_path, {**GOOD, **{f"val/new{number}": 1 for number in range(6)}})
     expected = f"ROOT/val has classes that ROOT/train does not have: new0, new1, new2, new3, new4 and 1 more; {LAYOUT}"
     assert refusal(tmp_path) == refusal(tmp_path, "val") == expected
@@ -117,7 +117,7 @@ def test_unreadable_folder(tmp_path: Path, unreadable: str, monkeypatch: pytest.
     assert refusal(tmp_path) == f"cannot read folder ROOT{unreadable}: Permission denied; {LAYOUT}"
 
 
-def test_class_that_is_a_link_to_nothing(tmp_path: Path) -> None:
+def test_class_that_is_a_broken_link(tmp_path: Path) -> None:
     write_folder(tmp_path, GOOD)
     (tmp_path / "train" / "emu").symlink_to(tmp_path / "gone")
     assert refusal(tmp_path) == "ROOT/train/emu is a broken link; repair or remove it"
@@ -167,7 +167,7 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path) -> None:
     assert read == [f"{folder}/{name}.jpg" for folder in "klmn" for name in sorted(names)]
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/cat": 1})
     (tmp_path / "train" / "cat" / "0.jpg").rename(
         os.fsdecode(bytes(tmp_path / "train" / "cat") + b"/\xff \xc3\xa4.jpg")
@@ -194,12 +194,12 @@ def test_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
     ]
 
 
-def test_folders_that_network_storage_leaves_are_no_classes(tmp_path: Path) -> None:
+def test_folders_of_network_storage_are_not_classes(tmp_path: Path) -> None:
     write_folder(tmp_path, {**GOOD, "train/#recycle": 1, "train/@Recycle": 0, "val/@eaDir": 1})
     assert len(opened(tmp_path).classes) == len({name.partition("/")[2] for name in GOOD})
 
 
-def test_class_of_nothing_but_skipped_files(tmp_path: Path) -> None:
+def test_class_with_only_skipped_files(tmp_path: Path) -> None:
     write_folder(tmp_path, {**GOOD, "train/emu": 0})
     (tmp_path / "train" / "emu" / "a.heic").write_text("no image")
     (tmp_path / "train" / "cat" / "notes.txt").write_text("of another class")
@@ -207,7 +207,7 @@ def test_class_of_nothing_but_skipped_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", ".ipynb_checkpoints"])
-def test_folders_that_systems_leave(tmp_path: Path, name: str) -> None:
+def test_folders_of_operating_systems_are_ignored(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path, GOOD)
     for folder in (tmp_path / name, tmp_path / "train" / name, tmp_path / "train" / "cat" / name):
         folder.mkdir()
@@ -350,7 +350,7 @@ def test_validation_images_in_one_folder(tmp_path: Path, where: str, name: str, 
         ("ILSVRC2012_validation_ground_truth.txt", "1 2 3", "needs meta.mat of the same development kit next to it"),
     ],
 )
-def test_lists_of_classes_that_do_not_fit(tmp_path: Path, name: str, content: str, says: str) -> None:
+def test_lists_of_classes_that_do_not_match(tmp_path: Path, name: str, content: str, says: str) -> None:
     truth(tmp_path, "", name, content)
     assert says in refusal(tmp_path)
 
@@ -366,7 +366,7 @@ def test_orientation(tmp_path: Path, orientation: int) -> None:
     assert turned.size == ((36, 48) if orientation > 4 else (48, 36))
 
 
-def test_a_link_to_a_folder_above_it_is_not_followed(tmp_path: Path) -> None:
+def test_link_to_a_parent_folder_is_not_followed(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {"train/cat/near": 2, "elsewhere": 3})
     (root / "train/cat/near/loop").symlink_to(root / "train/cat")
     (root / "train/cat/linked").symlink_to(root / "elsewhere")

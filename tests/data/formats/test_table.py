@@ -40,7 +40,7 @@ def test_a_list_of_classes(root: Path) -> None:
     assert (dataset.classes, labels(dataset)) == (["emu", "cat", "dog"], [2, 0])
 
 
-def test_numbers_with_zeros_before_them_are_names(root: Path) -> None:
+def test_numbers_with_leading_zeros_are_names(root: Path) -> None:
     dataset = opened(root, "images/0.jpg,01\nimages/1.jpg,00\n", "images/5.jpg,01\n")
     assert (dataset.classes, dataset.train.labels.tolist()) == (["00", "01"], [1, 0])
 
@@ -135,7 +135,7 @@ def test_missing_tables(root: Path) -> None:
         open_table(Request(path=str(root / "gone")))
 
 
-def test_a_column_of_parts_without_rows(root: Path) -> None:
+def test_split_column_without_rows(root: Path) -> None:
     (root / "all.csv").write_text("path,label,split\nimages/0.jpg,cat,train\n")
     with pytest.raises(ValueError, match=r"all.csv has no images whose split is val or validation or valid or test"):
         open_table(Request(path=str(root / "all.csv")))

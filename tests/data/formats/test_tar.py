@@ -51,7 +51,7 @@ def test_the_index_is_built_once(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [len(dataset.train), len(dataset.held_out)] == [9, 4]
 
 
-def test_a_folder_that_is_not_ours_to_write(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_without_write_permission(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
     assert len(opened(root).train) == 9
@@ -60,14 +60,14 @@ def test_a_folder_that_is_not_ours_to_write(root: Path, tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("left", [0.1, 0.3, 0.5])
-def test_archive_that_is_cut_off(root: Path, left: float) -> None:
+def test_truncated_archive(root: Path, left: float) -> None:
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(content[: int(len(content) * left)])
     assert refusal(root).startswith("archive ROOT/train.tar is truncated or damaged (")
     assert [path.name for path in root.iterdir() if path.suffix == ".index"] == []
 
 
-def test_archive_that_is_cut_off_between_two_members(root: Path) -> None:
+def test_archive_truncated_between_two_members(root: Path) -> None:
     with tarfile.open(root / "train.tar") as archive:
         last = archive.getmembers()[-1]
     content = (root / "train.tar").read_bytes()
@@ -75,7 +75,7 @@ def test_archive_that_is_cut_off_between_two_members(root: Path) -> None:
     assert refusal(root) == "archive ROOT/train.tar is truncated or damaged (its end is missing); copy it again"
 
 
-def test_archive_that_is_cut_off_after_it_was_indexed(root: Path) -> None:
+def test_archive_truncated_after_indexing(root: Path) -> None:
     images = opened(root).train
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(content[:2000])
@@ -120,7 +120,7 @@ def test_index_of_members_of_other_names(tmp_path: Path) -> None:
     assert is_stale(refusal(tmp_path, "train"), "train.tar does not contain cat/0.jpg at the indexed offset")
 
 
-def test_archive_in_space_that_was_set_aside(root: Path) -> None:
+def test_archive_in_preallocated_space(root: Path) -> None:
     """Programs that copy in pieces give a file its size first; zeros behind the last piece look like an end."""
     with tarfile.open(root / "train.tar") as archive:
         end = archive.getmembers()[4].offset
@@ -131,7 +131,7 @@ def test_archive_in_space_that_was_set_aside(root: Path) -> None:
     )
 
 
-def test_archives_in_a_row(root: Path) -> None:
+def test_concatenated_archives(root: Path) -> None:
     (root / "train.tar").write_bytes((root / "train.tar").read_bytes() * 2)
     assert refusal(root) == (
         "archive ROOT/train.tar has data after its end: several archives were joined, or it is damaged; use separate "
@@ -163,7 +163,7 @@ def test_shard_that_is_missing_after_it_was_indexed(photos: Path, tmp_path: Path
     assert "index ROOT/train.index does not match the archives: train-000004.tar is missing" in refusal(root)
 
 
-def test_shards_that_say_how_many_they_are(photos: Path, tmp_path: Path) -> None:
+def test_shards_with_their_number_in_the_name(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards", size=5)
     for number in (0, 1):
         (root / f"train-{number:06}.tar").rename(root / f"train-{number:05}-of-00003.tar")
@@ -255,7 +255,7 @@ def test_files_that_are_skipped_are_counted(root: Path, photos: Path) -> None:
     assert "no images in ROOT/val.tar, but 1 .heic; the layout is" in refusal(root)
 
 
-def test_archives_may_move(root: Path, tmp_path: Path) -> None:
+def test_moved_archives(root: Path, tmp_path: Path) -> None:
     opened(root)
     shutil.copytree(root, tmp_path / "elsewhere")
     assert len(opened(tmp_path / "elsewhere").train) == 9
@@ -274,7 +274,7 @@ def test_labels_out_of_range(tmp_path: Path, labels: list[str], says: str) -> No
     assert says in refusal(tmp_path, "train")
 
 
-def test_numbers_with_zeros_before_them_are_names(tmp_path: Path) -> None:
+def test_numbers_with_leading_zeros_are_names(tmp_path: Path) -> None:
     write_labels(tmp_path / "train.tar", ["00", "07"])
     assert opened(tmp_path, "train").classes == ["00", "07"]
 
@@ -286,7 +286,7 @@ def write_labels(path: Path, labels: list[str]) -> None:
             add_bytes(archive, f"{number}.cls", label.encode())
 
 
-def test_shards_that_count_from_1(photos: Path, tmp_path: Path) -> None:
+def test_shards_numbered_from_1(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards", size=2)
     (root / "train-000000.tar").unlink()
     first = root / "train-000001.tar"

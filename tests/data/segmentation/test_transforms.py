@@ -80,13 +80,11 @@ def test_a_crop_of_mostly_one_class_is_drawn_again() -> None:
 @pytest.mark.parametrize(
     ("size", "short", "expected"), [((480, 640), 512, [512, 683]), ((100, 900), 512, [228, 2048]), ((3, 3), 1, [1, 1])]
 )
-def test_the_short_side_decides_unless_the_long_one_becomes_too_long(
-    size: tuple[int, int], short: int, expected: list[int]
-) -> None:
+def test_short_side_is_limited_by_the_long_side(size: tuple[int, int], short: int, expected: list[int]) -> None:
     assert resized(size, short) == expected
 
 
-def test_held_out_masks_stay_as_they_are() -> None:
+def test_held_out_masks_are_unchanged() -> None:
     image, mask = Stripes().pair(1)
     pixels, labels = EvalTransform((32, 64))(image, torch.from_numpy(mask))
     assert pixels.shape == (3, 32, round(64 * 32 / 41))
