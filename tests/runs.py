@@ -1,4 +1,4 @@
-"""A training run small enough for tests: real digits, a network of a few thousand parameters, seconds an epoch."""
+"""A training run small enough for tests: real digits, a few thousand parameters, seconds per epoch."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY = {
 
 
 class Killed(BaseException):
-    """Ends a write as a kill does: no handler of the writer runs."""
+    """Interrupts a write like a kill: no exception handler of the writer runs."""
 
 
 def write_config(folder: Path, **sections: Any) -> Path:
@@ -45,7 +45,7 @@ def write_config(folder: Path, **sections: Any) -> Path:
 
 
 def run_command(*command: str | Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the repository with one thread a process and return what it printed."""
+    """Run a command in the repository with one thread per process and return its result."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env}
     return subprocess.run(
         [str(word) for word in command], cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""The config: what overrides what, what a written config gives back, and the files in configs/."""
+"""The config: precedence, writing and reading, and the files in configs/."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MODELS = [path for path in CONFIGS if path.parent.name != "_base"]
 
 
 def write(path: Path, content: str) -> Path:
-    """Write a config file, and the folders it lies in."""
+    """Write a config file and create its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="utf-8")
     return path
 
 
 def refusal(*overrides: Any) -> str:
-    """Return with which message options are refused."""
+    """Return the error message for options."""
     with pytest.raises(ValueError, match="option") as error:
         load_config(ROOT / "configs/digits.yaml", overrides)
     return str(error.value)

@@ -1,4 +1,4 @@
-"""Which file may import which: the layout of the repository, kept."""
+"""The allowed imports, and the layout of the repository."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OURS = SMALL | PACKAGES | {"main"}
 WRITTEN = [path for path in ROOT.rglob("*.py") if not {".venv", "build", "output"} & set(path.relative_to(ROOT).parts)]
 FILES = [path for path in WRITTEN if path.relative_to(ROOT).parts[0] != "tests"]
 
-# What the files of a place may import of ours; `config` takes the options of the models from where they are declared.
+# Allowed imports within the repository; `config` takes the options of the models from where they are declared.
 ALLOWED = {
     "main": {"training", "data", *SMALL},
     "training": {"training", "tasks", "models", "data", "tools", *SMALL},

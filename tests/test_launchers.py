@@ -1,4 +1,4 @@
-"""The launchers for one machine: folders as data, processes, ports and the published checkpoint layout."""
+"""The launchers for one machine: class folders, several processes, ports and the published checkpoint layout."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_check_of_several_processes_prints_once() -> None:
 
 @pytest.fixture
 def queue(tmp_path: Path) -> Path:
-    """Return a folder whose sbatch, found where the folder is in PATH, writes its words into a file there."""
+    """Return a folder for PATH with an sbatch that writes its arguments into a file there."""
     for name, script in (("sbatch", 'echo "$@" >"$0.txt"'), ("check", 'echo "$LOCAL_WORLD_SIZE $@"; exit $FOUND')):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""The log of a run and the programs that record it, each in its current release and without a network."""
+"""The log of a run, and the recorders in their current releases, offline."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def options(*recorders: str) -> CfgNode:
 
 
 def write_twice(folder: Path, config: CfgNode) -> None:
-    """Log two lines as a run that was continued after the first one does."""
+    """Log two lines like a run that was resumed after the first one."""
     for update in (1, 2):
         log = RunLog(folder, config, is_main=True, updates_done=update - 1)
         log.metrics("train", epoch=1, update=update, loss=1.0 / update)
@@ -101,7 +101,7 @@ def test_weights_and_biases_records_one_run_offline(tmp_path: Path, monkeypatch:
     assert [(run.id, run.project, run.name) for run in begun] == [(identity, "birds", "first try")] * 2
     assert begun[0].config["TRAIN"]["EPOCHS"] == config.TRAIN.EPOCHS
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{identity}.wandb"))
-    assert any(b"train/loss" in file.read_bytes() for file in files)  # two of one second share a folder
+    assert any(b"train/loss" in file.read_bytes() for file in files)  # files of the same second share a folder
 
 
 def test_mlflow_records_one_run_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +120,7 @@ def test_mlflow_records_one_run_in_a_folder(tmp_path: Path, monkeypatch: pytest.
 
 
 class Broken:
-    """A recorder whose service goes away."""
+    """A recorder whose service fails after some time."""
 
     def __init__(self, *_: object) -> None:
         self.asked = 0

@@ -1,4 +1,4 @@
-"""The learning rate of every update against the numbers of the published training."""
+"""The learning rate of every update, compared with the published training."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def small_network() -> torch.nn.Module:
 
 
 def take_updates(network: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    """Train as the loop does, with a rate that changes; update 1 is not finite and is skipped."""
+    """Train like the loop, with a changing learning rate; update 1 is not finite and is skipped."""
     for update in range(first, last):
         torch.manual_seed(update)
         for group in optimizer.param_groups:
@@ -167,7 +167,7 @@ def test_custom_optimizer_needs_only_its_line(monkeypatch: pytest.MonkeyPatch) -
 
 
 def check_that_it_skips_and_resumes(name: str) -> None:
-    """Train in one go and with a checkpoint in between, with an update to skip, to the same weights."""
+    """Check that training with and without resuming gives the same weights, with a skipped update."""
     whole, broken = small_network(), small_network()
     optimizer, first = (build_optimizer(named(name), network, 1) for network in (whole, broken))
     take_updates(whole, optimizer, 0, 5)

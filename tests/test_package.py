@@ -1,4 +1,4 @@
-"""The distribution: what its wheel holds, and that it works where nothing of this repository is."""
+"""The wheel: its contents, and that it works outside the repository."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ assert torch.equal(first, second) and torch.equal(first, again)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a wheel, built of a copy so that nothing is left in the tree."""
+    """Return a wheel, built from a copy of the tree."""
     folder = tmp_path_factory.mktemp("package")
     for name in ("models", "configs"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=IGNORED)

@@ -1,4 +1,4 @@
-"""How a process finds out which one it is, and what it computes on."""
+"""Ranks, devices and precision of a process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BATCH_SCRIPT = {"SLURM_NTASKS": "6", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Return a monkeypatch under which no launcher's variable is set, and what is set goes again."""
+    """Return a monkeypatch without launcher variables; variables set by the test are removed afterwards."""
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in TORCHRUN:
             monkeypatch.delenv(name)

@@ -1,4 +1,4 @@
-"""Every kind of wrong input gets one line that says what is wrong and what to do, status 2, and writes nothing."""
+"""Wrong input of every kind: one line with the fault and what to do, exit status 2, and no files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WITHOUT_STATE = "has no training state that can be resumed; to start from its we
 
 @dataclass(kw_only=True)
 class Wrong:
-    """A wrong input: flags beside a good config, or a whole command line; or sections merged over the good config."""
+    """A wrong input: flags or a whole command line, files, or sections merged over a valid config."""
 
     name: str
     says: str
@@ -79,7 +79,7 @@ def text(name: str, content: str | bytes, says: str) -> Wrong:
 
 
 def folder(name: str, layout: dict[str, int], says: str, prepare: Callable[[Path], Any] | None = None) -> Wrong:
-    """Return a row of a data folder that is not laid out as it should be."""
+    """Return a row of a data folder with a wrong layout."""
 
     def write() -> None:
         Path("wrong").mkdir()
@@ -91,7 +91,7 @@ def folder(name: str, layout: dict[str, int], says: str, prepare: Callable[[Path
 
 
 def table(name: str, content: str | bytes, says: str) -> Wrong:
-    """Return a row of a wrong table of training images beside a good one of held-out images."""
+    """Return a row of a wrong table of training images with a valid one of held-out images."""
 
     def write() -> None:
         Path("wrong").mkdir()
@@ -106,7 +106,7 @@ def table(name: str, content: str | bytes, says: str) -> Wrong:
 def archive(
     name: str, damage: Callable[[Path], Any], says: str, pack: Callable[[Path, Path], Path] = write_tar
 ) -> Wrong:
-    """Return a row of archives that are good but for a `damage`."""
+    """Return a row of valid archives after `damage`."""
 
     def write() -> None:
         damage(pack(Path("photos"), Path("wrong")))
@@ -121,7 +121,7 @@ def change(path: Path, edit: Callable[[bytes], bytes]) -> None:
 
 
 def repack(path: Path, edit: Callable[[str, bytes], tuple[str, bytes]]) -> None:
-    """Write an archive anew with other names or contents of its members."""
+    """Rewrite an archive with changed names or contents of its members."""
     with tarfile.open(path) as archive:
         members = [edit(member.name, archive.extractfile(member).read()) for member in archive]
     with tarfile.open(path, "w") as archive:
@@ -130,7 +130,7 @@ def repack(path: Path, edit: Callable[[str, bytes], tuple[str, bytes]]) -> None:
 
 
 def index(root: Path) -> None:
-    """Leave the indexes of archives beside them, as an earlier run does."""
+    """Write the indexes of archives like an earlier run."""
     with suppress(ValueError):
         open_tar(Request(path=str(root)))
 
@@ -143,7 +143,7 @@ def swap(root: Path) -> None:
 
 
 def annotated(name: str, says: str, damage: Callable[[Path], Any] = lambda root: None, **model: Any) -> Wrong:
-    """Return a row of a detector on a data set in the layout of COCO that is good but for a `damage`."""
+    """Return a row of a detector on a valid data set in the layout of COCO after `damage`."""
     config = {"TASK": "detection", "DATA": {"DATASET": "coco", "DATA_PATH": "wrong"}, "MODEL": {"DETECTOR": model}}
     return Wrong(
         name=f"data: detection, {name}", says=says, config=config, prepare=lambda: damage(write_coco(Path("wrong")))
@@ -157,7 +157,7 @@ def without_boxes(root: Path, category: int = 7, width: int = 0) -> None:
 
 
 def masked(name: str, says: str, damage: Callable[[Path], Any]) -> Wrong:
-    """Return a row of a segmenter on images with masks that are good but for a `damage`."""
+    """Return a row of a segmenter on valid images and masks after `damage`."""
     config = {"TASK": "segmentation", "DATA": {"DATASET": "masks", "DATA_PATH": "wrong"}}
     return Wrong(
         name=f"data: segmentation, {name}", says=says, config=config, prepare=lambda: damage(write_masks(Path("wrong")))
@@ -170,7 +170,7 @@ def weights(name: str, write: Callable[[], Any], says: str, *flags: str) -> Wron
 
 
 def trained(**changes: Any) -> dict[str, Any]:
-    """Return what trained.pth holds, with changes."""
+    """Return the content of trained.pth with changes."""
     return torch.load("trained.pth", weights_only=True) | changes
 
 
@@ -187,7 +187,7 @@ def optimizer_of(value: Any) -> dict[str, Any]:
 
 
 class Hostile:
-    """Unpickles as a call of the shell."""
+    """Runs a shell command when unpickled."""
 
     def __reduce__(self) -> tuple:
         return os.system, ("touch victim",)
@@ -894,7 +894,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with photos, and trained.pth of a run of two epochs that has one to go."""
+    """A folder with photos, and trained.pth of a run after the first of its two epochs."""
     root = tmp_path_factory.mktemp("wrong")
     write_folder(root / "photos", PHOTOS)
     config = write_config(root, OUTPUT=str(root), DATA={**DATA, "DATA_PATH": str(root / "photos")})
@@ -906,7 +906,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder but for links to what `place` holds."""
+    """A current folder with only links to the files of `place`."""
     for name in ("photos", "trained.pth"):
         (tmp_path / name).symlink_to(place / name)
     monkeypatch.chdir(tmp_path)
@@ -915,7 +915,7 @@ def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def files_in(root: Path) -> dict[str, tuple[int, int]]:
-    """Return size and time of change of everything below a folder."""
+    """Return size and modification time of everything in a folder."""
     return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in root.rglob("*")}
 
 

@@ -1,4 +1,4 @@
-"""The prepared run on a GPU, as far as it goes without one."""
+"""The GPU benchmark, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The count of kernels and bytes on a pretended GPU."""
+"""The number of kernels and bytes, counted on fake tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets, loaders and mixup as a config asks for them."""
+"""Data sets, loaders and mixup built from a config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images from memory are those of their source, shared by processes, and leave nothing behind."""
+"""Cached images equal those of their source, are shared by processes, and leave no files behind."""
 
 from __future__ import annotations
 

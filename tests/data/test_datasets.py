@@ -1,4 +1,4 @@
-"""Augmentation as a function of seed, epoch and index; what becomes of unreadable images."""
+"""Augmentation as a function of seed, epoch and index; handling of unreadable images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The global generators, seeded and put back."""
+"""Seeding and restoring the global generators."""
 
 from __future__ import annotations
 

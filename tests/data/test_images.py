@@ -1,4 +1,4 @@
-"""Every kind of file a folder of images may hold."""
+"""All kinds of image files."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_forbidden_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # the superuser, as whom containers run tests, may read anything
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root, as in containers, can read every file
     with pytest.raises(UnreadableImage, match=r"^cannot read image 'a\.jpg': Permission denied$"):
         read_image("a.jpg")
 

@@ -1,4 +1,4 @@
-"""Every image once, in an order that depends on the seed and the epoch alone."""
+"""Every image once, in an order that depends only on seed and epoch."""
 
 from __future__ import annotations
 

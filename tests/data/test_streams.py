@@ -1,4 +1,4 @@
-"""Shards out of commands: what is kept of the promises of other formats, and what is wrong with a stream."""
+"""Shards from commands: guarantees and error messages."""
 
 from __future__ import annotations
 

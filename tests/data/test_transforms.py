@@ -1,4 +1,4 @@
-"""Each transform, against an expectation computed another way."""
+"""Each transform, compared with an independent computation."""
 
 from __future__ import annotations
 

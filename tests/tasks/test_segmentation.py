@@ -29,7 +29,7 @@ from utils import World
 
 
 class Colours(nn.Module):
-    """Gives logits that are functions of the colours."""
+    """Returns logits that are functions of the colours."""
 
     def __init__(self) -> None:
         super().__init__()

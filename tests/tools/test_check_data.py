@@ -1,4 +1,4 @@
-"""What check_data finds, on photographs with known faults."""
+"""The faults that check_data finds, on images with known ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported files give what the network gives, and a file that does not is an error."""
+"""Exported files have the output of the network; a difference is an error."""
 
 from __future__ import annotations
 

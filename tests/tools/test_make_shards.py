@@ -1,4 +1,4 @@
-"""Shards hold what the data set holds, whole or not at all, the same bytes after an interruption."""
+"""Shards have all images of the data set, are complete or absent, and equal after an interruption."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the rows of a run lie on the axis of epochs, and what the pictures show."""
+"""Positions of rows on the axis of epochs, and the curves."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_run(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
-    """Return a list that takes the figures that are saved."""
+    """Return a list that collects the saved figures."""
     figures = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures.append(self))
     return figures

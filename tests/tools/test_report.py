@@ -1,4 +1,4 @@
-"""The page of a finished run: what a classifier confuses, and that a report which fails does not fail the run."""
+"""The page of a finished run: the mistakes of a classifier; a failed report does not fail the run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of deformable attention: the numbers in them, the files, and the page in a browser."""
+"""Pictures of deformable attention: their numbers, the files, and the page in a browser."""
 
 from __future__ import annotations
 

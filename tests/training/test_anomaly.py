@@ -1,4 +1,4 @@
-"""The first module whose output is not finite is named, not the ones that follow or contain it."""
+"""The first module with a non-finite output is named, not those that follow or contain it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read and what is refused, and files that survive whatever interrupts their writing."""
+"""Checkpoints: which files are read and rejected, and that interrupted writes leave complete files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def published() -> dict[str, Any]:
 
 
 def refusal(path: Path) -> str:
-    """Return the one-line message with which a file is refused; it begins with the path."""
+    """Return the one-line error message for a file, which begins with its path."""
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value)
@@ -55,7 +55,7 @@ def refusal(path: Path) -> str:
 
 
 class Hostile:
-    """Pickles as a call of a function on the text of a shell command."""
+    """Calls a function with a shell command when unpickled."""
 
     def __init__(self, function: Any, command: str) -> None:
         self.call = function, (command,)
@@ -97,7 +97,7 @@ def test_a_hostile_pickle_is_refused_before_it_runs(
     torch.save(published() | {"config": config}, path, _use_new_zipfile_serialization=zipped)
     assert f"contains a pickled {name}, which could execute code when loaded; it is rejected" in refusal(path)
     assert victim.exists()
-    torch.load(path, weights_only=False)  # what would have happened
+    torch.load(path, weights_only=False)  # for comparison: it would execute code
     assert not victim.exists()
 
 
@@ -176,7 +176,7 @@ def test_file_without_read_permission_is_not_called_damaged(tmp_path: Path, monk
 
 
 class Classifier(nn.Module):
-    """The least network with a head of the published name."""
+    """The smallest network with a head of the published name."""
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
@@ -242,7 +242,7 @@ def names(folder: Path) -> set[str]:
 
 
 def newest(folder: Path) -> tuple[str, float, list[str]]:
-    """Return name, value and warnings of what a run would continue from."""
+    """Return name, value and warnings of the checkpoint that a run would resume from."""
     warnings: list[str] = []
     found = CheckpointFolder(folder, keep=0).newest(warnings.append)
     assert found is not None
@@ -252,7 +252,7 @@ def newest(folder: Path) -> tuple[str, float, list[str]]:
 
 @contextmanager
 def full_disk(limit: int = 4096) -> Iterator[None]:
-    """Let no file grow beyond `limit` bytes, so that a write breaks off in its middle as on a full disk."""
+    """Limit the size of files, so that a write fails in the middle as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_every_file_as_it_was(tmp_path: Path) -> None:
 
 @contextmanager
 def killed_before_step(step: int) -> Iterator[None]:
-    """Break off before the given step on the file system, counted from 0."""
+    """Interrupt before the given file system operation, counted from 0."""
     left = step
 
     def counted(call: Any) -> Any:
@@ -343,11 +343,11 @@ def test_killed_write_leaves_complete_checkpoints_and_harmless_files(tmp_path: P
         folder.save(state(4), best=True, epoch=4)
         assert names(path) == {"last.pth", "previous.pth", "best.pth", "epoch_4.pth"}
         assert newest(path) == ("last.pth", 4, [])
-    assert 8 < deaths < 30  # every step had its turn
+    assert 8 < deaths < 30  # every operation was interrupted
 
 
 def test_hard_links_leave_no_temporary_file(tmp_path: Path) -> None:
-    """A kill between the two leaves `last.pth` and `previous.pth` as one file, which a rename does nothing to."""
+    """After a kill `last.pth` and `previous.pth` may be links to one file, which a rename does not change."""
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.save(state(1))
     os.link(tmp_path / "last.pth", tmp_path / "previous.pth")
@@ -422,7 +422,7 @@ def test_url_needs_https_and_a_hash(address: str, message: str) -> None:
 
 
 class Internet:
-    """Stands in for `urllib`'s: answers every request with a file, and counts."""
+    """Replaces `urllib`'s: answers every request with a file, and counts."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content

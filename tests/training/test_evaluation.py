@@ -1,4 +1,4 @@
-"""Evaluation from the command line: the precision that is asked for."""
+"""Evaluation from the command line: precision, checkpoints and classes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def own_config(folder: Path) -> Path:
-    """Write the config of what `write_checkpoint` writes."""
+    """Write the config of the network of `write_checkpoint`."""
     path = folder / "own.yaml"
     path.write_text(tiny_config(folder).dump(), encoding="utf-8")
     return path

@@ -1,4 +1,4 @@
-"""What is said about the end of a run, and who is told to continue it."""
+"""Exit statuses and the messages at the end of a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people switch on when they fine-tune: each does what it says and resumes bit for bit."""
+"""The options of fine-tuning: their effects and exact resuming."""
 
 from __future__ import annotations
 

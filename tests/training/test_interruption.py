@@ -1,4 +1,4 @@
-"""Signals, hung and dead processes, full disks, broken files and broken numbers: nothing that was learned is lost."""
+"""Signals, hung and dead processes, full disks, damaged files and non-finite numbers: no progress is lost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def start_and_wait_for_rows(trial: Trial, rows: int, *flags: str | Path) -> Job:
-    """Start the command with more flags, and return when it has logged so many lines more."""
+    """Start the command with more flags, and return after it has logged this number of further lines."""
     before = trial.rows()
     job = trial.start(*flags)
     job.wait_until(lambda: trial.rows() >= before + rows)
@@ -344,7 +344,7 @@ def test_restart_resumes_a_run_without_auto_resume(tmp_path: Path) -> None:
 
 
 def _break_losses_of_rank_1() -> None:
-    """Break updates 2, 4 and 5 and whatever follows; check that each such update changes nothing."""
+    """Make update 2 and all from 4 on non-finite; check that they change nothing."""
     from training import loop
 
     take_update = loop.take_update

@@ -35,7 +35,7 @@ CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def build(folder: Path, *flags: str) -> Run:
-    """Return the tiny run under `flags`, built but not trained."""
+    """Return the tiny run with `flags`, built but not trained."""
     _, config = parse(["--cfg", str(write_config(folder)), "--output", str(folder / "output"), *flags])
     return build_run(config, CPU)
 
@@ -108,7 +108,7 @@ def test_compiled_blocks_train_and_evaluate_batches_of_every_size(
 
 
 def test_only_finite_weights_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three updates before the end of the second epoch the weights break: what is saved stays as it was before."""
+    """The weights become non-finite near the end of the second epoch; the checkpoint from before is kept."""
     run = build(tmp_path, "--opts", "SAVE_EVERY_UPDATES", "7")
     take_update = loop.take_update
 
@@ -212,7 +212,7 @@ def test_changed_options_are_allowed_once_and_a_rate_jump_gives_a_warning(tmp_pa
     assert "the learning rate goes from " in (run.folder / "log.txt").read_text()
     again = build(tmp_path, "--epochs", "4")
     again.lock.close()
-    own = load_config(run.folder / "config.yaml")  # in which the run remembers what it was told
+    own = load_config(run.folder / "config.yaml")  # with the changed options
     assert (own.TRAIN.EPOCHS, own.TRAIN.ALLOW_CONFIG_CHANGE) == (4, False)
     with pytest.raises(
         ValueError, match=r"TRAIN.EPOCHS: 4 in the checkpoint, 2 now.*config.yaml next to the checkpoint"
@@ -274,7 +274,7 @@ def test_the_end_of_an_epoch_is_not_the_beginning_of_the_next(tmp_path: Path, mo
 
 
 class _Constant(nn.Module):
-    """Says class 0 with certainty, whatever it sees."""
+    """Always predicts class 0 with certainty."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.tensor([20.0] + 9 * [0.0]).expand(len(images), -1)

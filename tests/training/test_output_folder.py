@@ -1,4 +1,4 @@
-"""The output folder: one run at a time writes into it, and a run that was killed holds it no longer."""
+"""The output folder: one run at a time writes into it, and a killed run releases it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HOLD += "file = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.
 
 
 def other_run(folder: Path) -> subprocess.Popen[str]:
-    """Start a process that holds the folder."""
+    """Start a process that locks the folder."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process

@@ -1,4 +1,4 @@
-"""What a run does without: the modules and signals that Windows lacks, simulated here, and the main thread."""
+"""Runs without the modules and signals that Windows lacks, simulated here, and in other threads."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 from tests.runs import run_command, write_config
 
-pytestmark = pytest.mark.xdist_group("portability")  # groups start first, single tests as long as these last
+pytestmark = pytest.mark.xdist_group("portability")  # groups start before single tests, and these are long
 
-# Windows as far as our code can tell: no fcntl, resource, SIGUSR1 and SIGHUP; no descriptors of folders; locks by
-# msvcrt, here on top of those of this system; processes that are spawned.
+# Windows, as far as it concerns this code: no fcntl, resource, SIGUSR1 and SIGHUP; folders cannot be opened; locks by
+# msvcrt, here implemented with those of this system; processes are spawned.
 WINDOWS = """
 import errno, fcntl, multiprocessing, os, shutil, signal, sys, types
 import torch, timm, torchvision, sklearn.datasets, matplotlib.figure  # which see the system that they are on

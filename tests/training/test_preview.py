@@ -1,4 +1,4 @@
-"""What --check says: what the run itself would, its schedule, and what its checkpoints take."""
+"""The output of --check: warnings of the run, its schedule, and the size of its checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer knows nothing of classes: a task of another kind trains, is killed and resumes, bit for bit."""
+"""The trainer does not depend on classes: another task trains and resumes exactly after a kill."""
 
 from __future__ import annotations
 

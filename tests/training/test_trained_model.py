@@ -1,4 +1,4 @@
-"""A network from a checkpoint alone: its config, classes and weights."""
+"""Loading a network from a checkpoint: its config, classes and weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One real training run in a process of its own, and what it leaves behind."""
+"""One complete training run in a separate process, and its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weights in files of other trainers: found by the names of the network, whatever they are stored under."""
+"""Weights in files of other trainers, found by the parameter names of the network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.weight_sets import pick_weights
 
 
 def network(value: float = 0.0) -> nn.Module:
-    """Return a network with a child that is called like a wrapper, all of whose weights are `value`."""
+    """Return a network with a child named like a wrapper and all weights set to `value`."""
     made = nn.ModuleDict({"stem": nn.Linear(2, 2), "blocks": nn.ModuleDict({"module": nn.Linear(2, 2)})})
     made.add_module("cls_head", nn.Linear(2, 3))
     for weight in made.parameters():
@@ -31,7 +31,7 @@ def state(value: float = 1.0, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def value_of(checkpoint: dict[str, Any], kind: str = "") -> tuple[float, str]:
-    """Return the value of the weights that are taken, whose names must be the network's, and their kind."""
+    """Return value and kind of the selected weights, whose names must be the network's."""
     picked = pick_weights(checkpoint, "x.pth", network(), kind=kind)
     assert picked.weights.keys() == state().keys()
     return next(iter(picked.weights.values())).max().item(), picked.kind

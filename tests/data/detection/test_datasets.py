@@ -1,4 +1,4 @@
-"""Samples of detection: what becomes of images that cannot be read."""
+"""Detection samples, and the handling of unreadable images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Readers of detection data: boxes, masks and crowds as they were written; what is broken is left out and named."""
+"""Readers of detection data: boxes, masks and crowds; invalid annotations are skipped and named."""
 
 from __future__ import annotations
 

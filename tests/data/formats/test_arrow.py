@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face and Parquet files: columns, labels and what is wrong with them."""
+"""Data sets of Hugging Face and Parquet files: columns, labels and error messages."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_wrong_labels(tmp_path: Path, train: list, val: list, label: object, say
 
 
 def test_number_beyond_the_names(tmp_path: Path) -> None:
-    """The library refuses to write one, but not to read it."""
+    """The library rejects it when writing, but not when reading."""
     labels = table(tmp_path, [0, 1], ClassLabel(names=["a", "b"]))
     labels.info.features["label"] = ClassLabel(names=["a"])
     labels.to_parquet(tmp_path / "train.parquet")

@@ -27,7 +27,7 @@ def test_sizes(digits: dict[bool, ArraySource]) -> None:
 def test_splits_are_complete_and_disjoint(digits: dict[bool, ArraySource]) -> None:
     whole = [image.astype(np.uint8).tobytes() for image in load_digits().images]
     assert sorted(grey_levels(digits[True]) + grey_levels(digits[False])) == sorted(whole)
-    assert len(set(whole)) == 1797  # so that no overlap hides behind equal images
+    assert len(set(whole)) == 1797  # duplicates would hide an overlap
 
 
 def test_each_class_is_split_in_the_same_ratio(digits: dict[bool, ArraySource]) -> None:

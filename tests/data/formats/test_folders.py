@@ -1,4 +1,4 @@
-"""The layout of an image folder, and one clear line for each way to get it wrong."""
+"""The layout of class folders, and an error message for each wrong layout."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LAYOUT = "the layout is DATA_PATH/train/<class>/*.jpg and DATA_PATH/val/<class>/
 
 
 def opened(root: Path, *splits: str) -> Dataset:
-    """Open a folder, both of its parts where none is named."""
+    """Open a folder, by default both splits."""
     return open_folders(Request(path=str(root), needs=splits or ("train", "val")))
 
 
 def refusal(root: Path, *splits: str) -> str:
-    """Return the one line that a folder is refused with, its root written as ROOT."""
+    """Return the one-line error message for a folder, with its root replaced by ROOT."""
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
         opened(root, *splits)
     return str(caught.value).replace(str(root), "ROOT")
@@ -108,7 +108,7 @@ def test_unreadable_folder(tmp_path: Path, unreadable: str, monkeypatch: pytest.
     write_folder(tmp_path, GOOD)
     scandir = os.scandir
 
-    def refuse(path: str | Path) -> object:  # the superuser, as whom containers run tests, may read anything
+    def refuse(path: str | Path) -> object:  # root, as in containers, can read every file
         if str(path) == f"{tmp_path}{unreadable}":
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)

@@ -1,4 +1,4 @@
-"""Tables of paths and labels, and what is wrong with them by line."""
+"""Tables of paths and labels, and error messages that name the line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Archives and their index: what is cut off, stale or missing has its clear error."""
+"""Archives and their index: truncated, stale and missing files are clear errors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_index_is_built_once(root: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_folder_without_write_permission(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root can write everywhere
     assert len(opened(root).train) == 9
     assert sorted(path.name for path in root.iterdir()) == ["train.tar", "val.tar"]
     assert len(list((tmp_path / "cache/dat/tar").iterdir())) == 2

@@ -1,4 +1,4 @@
-"""Images and masks in folders: which belong together, and what the values of masks mean."""
+"""Images and masks in folders: pairing, and the mapping from mask values to classes."""
 
 from __future__ import annotations
 

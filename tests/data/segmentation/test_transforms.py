@@ -1,4 +1,4 @@
-"""Augmentation: a pixel and its class stay together."""
+"""Augmentation: image and mask are transformed together."""
 
 from __future__ import annotations
 
