@@ -639,13 +639,37 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> Config:
     """
     config = default_config()
     _merge_file(config, Path(path))
-    if len(overrides) % 2:
-        raise ValueError(f"--opts takes pairs of KEY VALUE; {overrides[-1]!r} has no value")
+    config.BASE = []
+    apply_overrides(config, overrides)
+    return config
+
+
+def apply_overrides(config: CfgNode, overrides: Sequence[Any]) -> None:
+    """Set options and check the values of all.
+
+    Args:
+        config: changed in place.
+        overrides: alternating keys and values, see `load_config`.
+
+    Raises:
+        ValueError: a key has no value or is unknown, or a value has the wrong type or is out of range.
+    """
+    check_pairs(overrides)
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         set_option(config, str(key), value)
-    config.BASE = []
     _validate(config)
-    return config
+
+
+def check_pairs(overrides: Sequence[Any]) -> None:
+    """Check that there are as many values as keys.
+
+    Raises:
+        ValueError: the last key has no value.
+    """
+    if len(overrides) % 2:
+        last = str(overrides[-1])
+        hint = f": write {last.replace('=', ' ', 1)}" if "=" in last else ""
+        raise ValueError(f"--opts takes pairs of KEY VALUE; {last!r} has no value{hint}")
 
 
 def set_option(config: CfgNode, key: str, value: Any) -> None:

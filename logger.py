@@ -216,6 +216,12 @@ class _Lines:
             write_atomically(self._path, "".join(f"{line}\n" for line in lines if _holds(wanted, line)))
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file of JSON lines, without a truncated last line; empty if there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if _holds(lambda row: isinstance(row, dict), line)]
+
+
 def _holds(wanted: Callable[[dict[str, Any]], bool], line: str) -> bool:
     try:
         return wanted(json.loads(line))

@@ -184,7 +184,7 @@ def _source(config: CfgNode, source: ImageSource, part: str, rank: int) -> Image
 
 
 def _launch_id(processes: int) -> str:
-    """Return a name that only the processes of one start of a run on this machine have in common."""
+    """Return a name that is unique to the processes of this launch on this machine."""
     env = os.environ
     if processes == 1:
         return str(os.getpid())

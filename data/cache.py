@@ -78,7 +78,7 @@ def _make(source: ImageSource, content: Path, table: Path, *, show: bool) -> Non
     """Write the files of images and their table.
 
     Raises:
-        ValueError: there is no room even for the table.
+        ValueError: the folder has no space even for the table.
     """
     try:
         Listing.of(_fill(source, content, show=show), _COLUMNS, {}).save(table)

@@ -44,10 +44,10 @@ class Segmentation(LabelledTask):
         return open_dataset(self.config, needs)
 
     def build_model(self) -> nn.Module:
-        model, images = super().build_model(), self.config.DATA.BATCH_SIZE * self.world.size
-        if self.training and images < model.smallest_batch:
+        model, batch_size, processes = super().build_model(), self.config.DATA.BATCH_SIZE, self.world.size
+        if self.training and batch_size * processes < model.smallest_batch:
             raise ValueError(
-                f"DATA.BATCH_SIZE {self.config.DATA.BATCH_SIZE} on {self.world.size} process is too small for "
+                f"DATA.BATCH_SIZE {batch_size} on {processes} process{'es' * (processes > 1)} is too small for "
                 f"{self.config.MODEL.SEGMENTER.NAME}, whose batch norms need {model.smallest_batch} images"
             )
         return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from logger import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,8 +55,7 @@ def run_command(*command: str | Path, timeout: float = 240, **env: str) -> subpr
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Return the rows of `kind` in the metrics of a run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["kind"] == kind]
+    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

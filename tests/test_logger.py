@@ -11,7 +11,7 @@ import pytest
 from yacs.config import CfgNode
 
 from config import default_config
-from logger import RECORDERS, RunLog, check_recorders, recorder_names
+from logger import RECORDERS, RunLog, check_recorders, read_rows, recorder_names
 
 
 def options(*recorders: str) -> CfgNode:
@@ -48,6 +48,12 @@ def test_times_and_rates_are_in_a_separate_file(tmp_path: Path) -> None:
         "update": 2,
         "images_per_second": 10.0,
     }
+
+
+def test_rows_are_read_without_a_truncated_last_line(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "loss": 1.0}\n{"kind": "tr')
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"kind": "train", "loss": 1.0}]
 
 
 def test_rewinding_keeps_finished_epochs_however_updates_are_counted(tmp_path: Path) -> None:

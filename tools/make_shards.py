@@ -36,7 +36,7 @@ from PIL import Image
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from config import default_config, set_option
+from config import apply_overrides, default_config
 from data.build import is_stream, open_dataset
 from data.formats.tar import MANIFEST, build_index, index_name
 from data.images import StoredImage
@@ -141,16 +141,13 @@ def dataset_config(dataset: str, path: str, options: Sequence[str]) -> CfgNode:
     """Return a config for a data set.
 
     Raises:
-        ValueError: an option does not exist, or the data set is a stream.
+        ValueError: an option does not exist, a value is invalid, or the data set is a stream.
     """
     if is_stream(dataset):
         raise ValueError(f"--dataset {dataset} has no random access; read its shards as tar")
     config = default_config()
     config.DATA.DATASET, config.DATA.DATA_PATH = dataset, path
-    if len(options) % 2:
-        raise ValueError(f"--opts takes pairs of KEY VALUE; {options[-1]!r} has no value")
-    for key, value in zip(options[::2], options[1::2], strict=True):
-        set_option(config, key, value)
+    apply_overrides(config, options)
     return config
 
 

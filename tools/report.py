@@ -11,7 +11,6 @@ class, the confusion matrix, and the worst mistakes as pictures.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -33,6 +32,7 @@ from yacs.config import CfgNode
 from config import default_config, differences, load_config
 from data.build import is_stream
 from data.images import StoredImage
+from logger import read_rows
 from tasks import TASKS, build_task
 from tasks.classification import Classification
 from tools import pages
@@ -82,7 +82,7 @@ def write_report(
         tools.confusion.Stopped: the report is not wanted any more.
     """
     config = load_config(folder / "config.yaml", ["DATA.DATA_PATH", data_path] if data_path else [])
-    rows, speed = (_rows(folder / f"{name}.jsonl") for name in ("metrics", "speed"))
+    rows, speed = (read_rows(folder / f"{name}.jsonl") for name in ("metrics", "speed"))
     evaluations = [row for row in rows if row["kind"] in ("eval", "eval_ema")]
     kind = TASKS.get(config.TASK)
     classifies = kind is not None and issubclass(kind, Classification) and not config.DATA.MULTI_LABEL
@@ -103,10 +103,6 @@ def write_report(
     )
     write_atomically(folder / FILE, page)
     return folder / FILE
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _tiles(config: CfgNode, evaluations: Sequence[dict[str, Any]], speed: Sequence[dict[str, Any]]) -> str:

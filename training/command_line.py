@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
-from config import OPTIONS, RunOption, load_config
+from config import OPTIONS, RunOption, check_pairs, load_config
 from training.weight_sets import EMA, RAW
 
 # Flags of other trainers for flags that set no option.
@@ -82,9 +82,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     empty = next((flag for flag, key in flags.items() if given.get(key) == ""), None)
     if empty:
         parser.error(f"{empty} is empty; give it a value or leave it out")
-    if len(args.opts) % 2:
-        hint = f": write {args.opts[-1].replace('=', ' ', 1)}" if "=" in args.opts[-1] else ""
-        raise ValueError(f"--opts takes pairs of KEY VALUE; {args.opts[-1]!r} has no value{hint}")
+    check_pairs(args.opts)  # before the flags are appended
     if "MODEL.TIMM.NAME" in given:
         given["MODEL.TYPE"] = "timm"
     config = load_config(args.cfg, [*args.opts, *(word for option in given.items() for word in option)])

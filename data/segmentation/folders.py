@@ -97,7 +97,7 @@ class FolderSource(MaskedSource):
         pairs: paths of images and masks.
         table: class by value of the masks.
         classes: their number.
-        exif: whether to apply the EXIF orientation; masks stay as they are.
+        exif: whether to apply the EXIF orientation; masks are not rotated.
     """
 
     def __init__(self, pairs: list[tuple[str, str]], table: np.ndarray, classes: int, *, exif: bool) -> None:

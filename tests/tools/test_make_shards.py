@@ -141,6 +141,7 @@ def test_another_plan_is_refused(photos: Path, tmp_path: Path, monkeypatch: pyte
         (("--per-shard", "0"), "--per-shard must be at least 1, not 0"),
         (("--quality", "101"), "--quality 101 must be 1 to 100"),
         (("--opts", "DATA.VAL"), "--opts takes pairs of KEY VALUE; 'DATA.VAL' has no value"),
+        (("--opts", "DATA.EXIF", "applied"), "DATA.EXIF must be .*, not 'applied'; did you mean apply?"),
         (("--dataset", "tgz"), "DATA.DATASET must be one of"),
     ],
 )
