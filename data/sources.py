@@ -144,33 +144,20 @@ class Request:
         except RuntimeError:
             raise ValueError(f"data path {path}: there is no such user; give the full path") from None
 
-    def find(self, part: str, root: Path, there: Sequence[str], *, kind: str, layout: str, ending: str = "") -> Path:
-        """Return the path of a split.
+    def find_split(self, part: str, root: Path, names: Sequence[str], extension: str = "") -> Path | None:
+        """Return the path of a split; None if it has no option and no usual name.
 
         Args:
             part: "train" or "val".
             root: the folder of the data set.
-            there: names of its contents.
-            kind: "folder" or "file".
-            layout: expected layout, for the message.
-            ending: extension of the usual names.
-
-        Raises:
-            ValueError: there is no such split.
+            names: names of its contents.
+            extension: extension of the usual names.
         """
-        found = self.find_if_any(part, root, there, ending)
-        if found is None:
-            held = f"it contains {shorten(there)}" if there else f"it contains no {kind}s"
-            raise ValueError(f"no {kind} {part + ending!r} in data path {root}: {held}; {layout}")
-        return found
-
-    def find_if_any(self, part: str, root: Path, there: Sequence[str], ending: str = "") -> Path | None:
-        """Return the path of a split from its option or a usual name; None if neither exists."""
         given = getattr(self, part)
         if given:
             return root / Path(given).expanduser()
-        name = next((name + ending for name in PARTS[part] if name + ending in there), None)
-        return root / name if name else None
+        found = next((name + extension for name in PARTS[part] if name + extension in names), None)
+        return root / found if found else None
 
 
 @dataclass(frozen=True, kw_only=True)

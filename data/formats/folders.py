@@ -46,10 +46,10 @@ def open_folders(request: Request) -> Dataset:
     """
     root = request.root(LAYOUT)
     there = sorted(entry.name for entry in _entries(root) if entry.is_dir())
-    folders = {part: request.find(part, root, there, kind="folder", layout=LAYOUT) for part in request.needs}
+    folders = {part: _split_folder(request, part, root, there) for part in request.needs}
     listings = {part: list_images(folder) for part, folder in folders.items()}
     names = {part: listing.about["classes"] for part, listing in listings.items()}
-    if "train" not in folders and (train := request.find_if_any("train", root, there)):
+    if "train" not in folders and (train := request.find_split("train", root, there)):
         folders["train"], names["train"] = train, class_folders(train)
     if "val" in names and "train" in names and listings["val"].about.get("numbered"):
         names["val"] = _by_number(names["val"], names["train"], folders["val"])
@@ -64,6 +64,14 @@ def open_folders(request: Request) -> Dataset:
     return Dataset(
         classes=classes, train=sources.get("train"), held_out=sources.get("val"), remarks=list(filter(None, skipped))
     )
+
+
+def _split_folder(request: Request, part: str, root: Path, names: Sequence[str]) -> Path:
+    found = request.find_split(part, root, names)
+    if found is None:
+        held = shorten(names) if names else "no folders"
+        raise ValueError(f"no folder {part!r} in data path {root}: it contains {held}; {LAYOUT}")
+    return found
 
 
 class FileSource(ImageSource):

@@ -121,7 +121,7 @@ def _table(request: Request, part: str, root: Path) -> Path | None:
         there = [entry.name for entry in root.iterdir()]
     except OSError as error:
         raise ValueError(f"cannot read folder {error.filename}: {error.strerror}; {LAYOUT}") from None
-    return next(filter(None, (request.find_if_any(part, root, there, ending) for ending in _ENDINGS)), None)
+    return next(filter(None, (request.find_split(part, root, there, ending) for ending in _ENDINGS)), None)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
