@@ -142,7 +142,7 @@ def accuracies(folder: Path) -> list[float]:
 
 
 def measure(variant: Variant, *, batch: int = 64, runs: int = 5) -> Cost:
-    """Return the cost of a variant; images a second on this machine, the best of some runs."""
+    """Return the cost of a variant; images per second on this machine are the best of several runs."""
     config = load_config(variant.config, variant.options)
     model, size = build_model(config).eval(), config.image_size
     images, seconds = torch.randn(batch, 3, *size), []

@@ -66,7 +66,7 @@ def test_the_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         browser.wait_for("[...document.images].every(image => image.complete && image.naturalWidth)")
         text = browser.evaluate("document.body.innerText")
         right = round(best * 8 / 100)
-        assert f"{right} of 8 right: {best:.2f} %" in text
+        assert f"{right} of 8 correct: {best:.2f} %" in text
         assert f"{best:.2f} %\nbest accuracy, in epoch" in text
         for words in ("<cat>", "2 of 2", "TRAIN.EMA.DECAY", f"torch\t{torch.__version__.partition('+')[0]}"):
             assert words in text
