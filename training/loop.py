@@ -255,7 +255,7 @@ def evaluate_weights(run: Run) -> list[Evaluation] | None:
     return results
 
 
-def report(run: Run) -> None:
+def write_html_report(run: Run) -> None:
     """Write report.html from the files of the run; errors are logged as warnings."""
     if not run.config.REPORT:
         return
@@ -284,7 +284,7 @@ def finish_run(run: Run, saved: bool) -> int:
         except OSError as error:
             run.log.warning(f"{curves} could not be written ({error.strerror})")
             curves.unlink(missing_ok=True)  # a partial file
-        report(run)
+        write_html_report(run)
         if position.epoch < run.config.TRAIN.EPOCHS:
             run.log.info(
                 f"{early_stop_reason(run)}: the run ends after epoch {position.epoch} of {run.config.TRAIN.EPOCHS}"
