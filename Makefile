@@ -34,7 +34,7 @@ test-long: setup
 	@.venv/bin/python -m pytest -m slow
 
 test-slurm: setup
-	@echo "test-slurm: train_slurm.sh on a SLURM of two nodes on this machine, two minutes; skipped where there is none"
+	@echo "test-slurm: train_slurm.sh on a SLURM of two nodes on this machine, two minutes; skipped without SLURM"
 	@.venv/bin/python -m pytest -m slow -rs tests/test_slurm.py
 
 bench-gpu: setup

@@ -37,14 +37,14 @@ class RunOption(Option):
         flag: the command-line flag that sets it.
         metavar: name of the flag's value in `--help`.
         bare: value of the flag when it is given without one; None if a value is required.
-        elsewhere: flags of other trainers with the same meaning; the hint for them is this option.
+        synonyms: flags of other trainers with the same meaning; the hint for them is this option.
     """
 
     may_change: bool = False
     flag: str = ""
     metavar: str = ""
     bare: Any = None
-    elsewhere: Sequence[str] = ()
+    synonyms: Sequence[str] = ()
 
 
 def _switch(default: bool, meaning: str, *, flag: str = "", may_change: bool = False) -> RunOption:
@@ -99,7 +99,7 @@ OPTIONS: dict[str, Option] = {
     "DATA.DATA_PATH": RunOption(
         "",
         "Root of the data set; empty: the environment variable DATA_PATH.",
-        elsewhere=("--data", "--data-dir", "--dataset-path", "--root"),
+        synonyms=("--data", "--data-dir", "--dataset-path", "--root"),
         flag="--data-path",
         metavar="FOLDER",
         may_change=True,
@@ -146,7 +146,7 @@ OPTIONS: dict[str, Option] = {
         128,
         "Images per process and micro-batch; an update uses BATCH_SIZE x processes x TRAIN.ACCUMULATION_STEPS images.",
         at_least(1),
-        elsewhere=("-b", "--bs"),
+        synonyms=("-b", "--bs"),
         flag="--batch-size",
         metavar="N",
         may_change=True,
@@ -156,7 +156,7 @@ OPTIONS: dict[str, Option] = {
         "Size of the network's input in pixels: one side, or [height, width].",
         _SIZE,
         also_list=True,
-        elsewhere=("--input-size", "--image-size", "--resolution", "--imgsz"),
+        synonyms=("--input-size", "--image-size", "--resolution", "--imgsz"),
         flag="--img-size",
         metavar="N",
     ),
@@ -165,7 +165,7 @@ OPTIONS: dict[str, Option] = {
         8,
         "Data loader workers per training process, at most one per core; 0: images are loaded in the training process.",
         not_negative(),
-        elsewhere=("-j", "--num-workers"),
+        synonyms=("-j", "--num-workers"),
         flag="--workers",
         metavar="N",
         may_change=True,
@@ -211,7 +211,7 @@ OPTIONS: dict[str, Option] = {
     "MODEL.PRETRAINED": RunOption(
         "",
         "Weights to start from (fine-tuning), with a new optimizer state.",
-        elsewhere=("--finetune", "--weights-from", "--init-checkpoint"),
+        synonyms=("--finetune", "--weights-from", "--init-checkpoint"),
         flag="--pretrained",
         metavar="FILE",
         may_change=True,
@@ -235,16 +235,16 @@ OPTIONS: dict[str, Option] = {
     "MODEL.RESUME": RunOption(
         "",
         "Checkpoint to resume or to evaluate.",
-        elsewhere=("--checkpoint", "--ckpt", "--continue", "--load", "--resume-from"),
+        synonyms=("--checkpoint", "--ckpt", "--continue", "--load", "--resume-from"),
         flag="--resume",
         metavar="FILE",
         may_change=True,
     ),
-    "MODEL.LABEL_SMOOTHING": RunOption(0.1, "Label smoothing.", share(), elsewhere=("--smoothing",)),
+    "MODEL.LABEL_SMOOTHING": RunOption(0.1, "Label smoothing.", share(), synonyms=("--smoothing",)),
     "MODEL.TIMM.NAME": RunOption(
         "",
         "A timm model, such as resnet50; the flag also sets MODEL.TYPE.",
-        elsewhere=("--arch", "-a"),
+        synonyms=("--arch", "-a"),
         flag="--model",
         metavar="NAME",
     ),
@@ -281,7 +281,7 @@ OPTIONS: dict[str, Option] = {
         20,
         "Epochs over which the learning rate rises from WARMUP_LR to BASE_LR.",
         not_negative(),
-        elsewhere=("--warmup",),
+        synonyms=("--warmup",),
         flag="--warmup-epochs",
         metavar="N",
     ),
@@ -290,7 +290,7 @@ OPTIONS: dict[str, Option] = {
         0.05,
         "Weight decay of matrices; biases and norms have none.",
         not_negative(),
-        elsewhere=("--wd",),
+        synonyms=("--wd",),
         flag="--weight-decay",
         metavar="X",
     ),
@@ -298,7 +298,7 @@ OPTIONS: dict[str, Option] = {
         5e-4,
         "Peak learning rate for 512 images per update; it and the next two are multiplied by images per update / 512.",
         not_negative(),
-        elsewhere=("--learning-rate", "--base-lr"),
+        synonyms=("--learning-rate", "--base-lr"),
         flag="--lr",
         metavar="X",
     ),
@@ -316,7 +316,7 @@ OPTIONS: dict[str, Option] = {
         1,
         "Micro-batches per update.",
         at_least(1),
-        elsewhere=("--grad-accum-steps", "--gradient-accumulation-steps", "--accum-iter"),
+        synonyms=("--grad-accum-steps", "--gradient-accumulation-steps", "--accum-iter"),
         flag="--accumulation-steps",
         metavar="N",
         may_change=True,
@@ -364,7 +364,7 @@ OPTIONS: dict[str, Option] = {
         "cosine",
         "Learning rate schedule.",
         one_of("cosine", "linear", "poly", "step", "milestones"),
-        elsewhere=("--sched", "--scheduler", "--lr-scheduler", "--lr-policy"),
+        synonyms=("--sched", "--scheduler", "--lr-scheduler", "--lr-policy"),
     ),
     "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": _switch(
         False,
@@ -392,7 +392,7 @@ OPTIONS: dict[str, Option] = {
         0.9, "poly, which ends at MIN_LR: exponent of the fraction of updates left.", positive()
     ),
     "TRAIN.OPTIMIZER.NAME": RunOption(
-        "adamw", "adamw, sgd, or another optimizer of timm, such as lion or lamb.", elsewhere=("--opt", "--optimizer")
+        "adamw", "adamw, sgd, or another optimizer of timm, such as lion or lamb.", synonyms=("--opt", "--optimizer")
     ),
     "TRAIN.OPTIMIZER.EPS": RunOption(1e-8, "Epsilon of adamw.", not_negative()),
     "TRAIN.OPTIMIZER.BETAS": RunOption([0.9, 0.999], "Betas of adamw.", _BETAS),
@@ -520,7 +520,7 @@ OPTIONS: dict[str, Option] = {
         "Mixed precision of training: off, fp16, bf16, or auto: bf16 if the device supports it, else fp16. Evaluation "
         "is float32, unless --amp is given with --eval.",
         one_of("off", "fp16", "bf16", "auto"),
-        elsewhere=("--fp16", "--bf16", "--half", "--mixed-precision"),
+        synonyms=("--fp16", "--bf16", "--half", "--mixed-precision"),
         flag="--amp",
         metavar="off|fp16|bf16",
         bare="auto",
@@ -538,7 +538,7 @@ OPTIONS: dict[str, Option] = {
         "output",
         "Results are written to OUTPUT/MODEL.NAME/TAG.",
         _FOLDER,
-        elsewhere=("--output-dir", "--save-dir", "--log-dir", "--out"),
+        synonyms=("--output-dir", "--save-dir", "--log-dir", "--out"),
         flag="--output",
         metavar="FOLDER",
         may_change=True,
@@ -547,7 +547,7 @@ OPTIONS: dict[str, Option] = {
         "default",
         "Name of this run.",
         _PLAIN_NAME,
-        elsewhere=("--name", "--experiment", "--exp", "--exp-name"),
+        synonyms=("--name", "--experiment", "--exp", "--exp-name"),
         flag="--tag",
         metavar="NAME",
         may_change=True,
@@ -638,13 +638,37 @@ def load_config(path: str | Path, overrides: Sequence[Any] = ()) -> Config:
     """
     config = default_config()
     _merge_file(config, Path(path))
-    if len(overrides) % 2:
-        raise ValueError(f"--opts takes pairs of KEY VALUE; {overrides[-1]!r} has no value")
+    config.BASE = []
+    apply_overrides(config, overrides)
+    return config
+
+
+def apply_overrides(config: CfgNode, overrides: Sequence[Any]) -> None:
+    """Set options and check the values of all.
+
+    Args:
+        config: changed in place.
+        overrides: alternating keys and values, see `load_config`.
+
+    Raises:
+        ValueError: a key has no value or is unknown, or a value has the wrong type or is out of range.
+    """
+    check_pairs(overrides)
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         set_option(config, str(key), value)
-    config.BASE = []
     _validate(config)
-    return config
+
+
+def check_pairs(overrides: Sequence[Any]) -> None:
+    """Check that there are as many values as keys.
+
+    Raises:
+        ValueError: the last key has no value.
+    """
+    if len(overrides) % 2:
+        last = str(overrides[-1])
+        hint = f": write {last.replace('=', ' ', 1)}" if "=" in last else ""
+        raise ValueError(f"--opts takes pairs of KEY VALUE; {last!r} has no value{hint}")
 
 
 def set_option(config: CfgNode, key: str, value: Any) -> None:

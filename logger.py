@@ -22,7 +22,7 @@ from tqdm import tqdm
 from yacs.config import CfgNode
 
 from config import flatten
-from utils import write_whole
+from utils import write_atomically
 
 _LINE = "%(asctime)s %(levelname)s %(message)s"
 _TIME = "%Y-%m-%d %H:%M:%S"
@@ -44,15 +44,16 @@ class _Console(logging.Handler):
 
 
 class RunLog:
-    """The log of a run, written by rank 0; other ranks log only what rank 0 cannot know."""
+    """The log of a run, written by rank 0; other ranks log only what rank 0 cannot know.
 
-    def __init__(self, folder: Path | None, config: CfgNode, *, is_main: bool, updates_done: int = 0) -> None:
-        """Args:
+    Args:
         folder: folder of the files, or None for no files.
         config: the run's options.
         is_main: whether this is the main process.
         updates_done: number of updates done so far.
-        """
+    """
+
+    def __init__(self, folder: Path | None, config: CfgNode, *, is_main: bool, updates_done: int = 0) -> None:
         self._logger = logging.getLogger("dat")
         self._logger.propagate = False
         self._logger.handlers.clear()
@@ -145,15 +146,16 @@ class RunLog:
                 Image.fromarray(pixels).save(path)
             except OSError as error:
                 self.warning(f"{path} could not be written ({error.strerror})")
-            self._tell(lambda recorder, name=name, pixels=pixels: recorder.picture(f"{kind}/{name}", pixels, update))
+            title = f"{kind}/{name}"
+            self._call_recorders(lambda recorder, title=title, pixels=pixels: recorder.picture(title, pixels, update))
 
     def _record(self, values: dict[str, float], update: int) -> None:
-        self._tell(lambda recorder: recorder.record(values, update))
+        self._call_recorders(lambda recorder: recorder.record(values, update))
 
-    def _tell(self, say: Callable[[Recorder], object]) -> None:
+    def _call_recorders(self, call: Callable[[Recorder], object]) -> None:
         for name, recorder in list(self._recorders.items()):
             try:
-                say(recorder)
+                call(recorder)
             except Exception as error:  # the run continues without it
                 del self._recorders[name]
                 self.warning(f"{name} stopped recording this run: {' '.join(str(error).split())}")
@@ -211,7 +213,13 @@ class _Lines:
         """Drop the rows that are not `wanted`, and a truncated last line."""
         if self._path.exists():
             lines = self._path.read_text(encoding="utf-8").splitlines()
-            write_whole(self._path, "".join(f"{line}\n" for line in lines if _holds(wanted, line)))
+            write_atomically(self._path, "".join(f"{line}\n" for line in lines if _holds(wanted, line)))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file of JSON lines, without a truncated last line; empty if there is no file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return [json.loads(line) for line in lines if _holds(lambda row: isinstance(row, dict), line)]
 
 
 def _holds(wanted: Callable[[dict[str, Any]], bool], line: str) -> bool:
@@ -319,7 +327,7 @@ def _name(config: CfgNode) -> str:
 def _remembered(file: Path, make: Callable[[], str]) -> str:
     """Return the text in `file`, which is created on the first call, so a resumed run keeps its id."""
     if not file.exists():
-        write_whole(file, make())
+        write_atomically(file, make())
     return file.read_text(encoding="utf-8").strip()
 
 

@@ -108,11 +108,11 @@ def planned_schedule(
     return [(update / updates_per_epoch, rate) for update, rate in rates.items()]
 
 
-def schedule_doubts(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> list[str]:
-    """Return what about the schedule is probably not meant: a warm-up that never ends, a steep drop, no decay."""
+def schedule_warnings(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> list[str]:
+    """Return warnings about a schedule that is probably unintended: an endless warm-up, a steep drop, no decay."""
     shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
-    doubts = _endless_warmup(config, updates_per_epoch), doubtful_drop(config, **shape), _missing_decay(config, **shape)
-    return [doubt for doubt in doubts if doubt]
+    checks = _endless_warmup(config, updates_per_epoch), drop_warning(config, **shape), _missing_decay(config, **shape)
+    return [warning for warning in checks if warning]
 
 
 def _endless_warmup(config: CfgNode, updates_per_epoch: int) -> str:
@@ -126,7 +126,7 @@ def _endless_warmup(config: CfgNode, updates_per_epoch: int) -> str:
 
 
 def _missing_decay(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> str:
-    """Return a warning if a schedule of steps has none before the run ends, otherwise an empty string."""
+    """Return a warning if a step schedule has no step before the run ends, otherwise an empty string."""
     schedule, warmup = config.TRAIN.LR_SCHEDULER, _warmup_updates(config, updates_per_epoch)
     keys = {"step": "DECAY_EPOCHS", "milestones": "MILESTONES"}
     last = config.TRAIN.EPOCHS * updates_per_epoch - 1
@@ -138,12 +138,12 @@ def _missing_decay(config: CfgNode, *, updates_per_epoch: int, world_size: int) 
         return ""
     key = keys[schedule.NAME]
     return (
-        f"the learning rate does not decay within TRAIN.EPOCHS {config.TRAIN.EPOCHS}, by TRAIN.LR_SCHEDULER.{key} "
+        f"the learning rate does not decay within TRAIN.EPOCHS {config.TRAIN.EPOCHS} with TRAIN.LR_SCHEDULER.{key} "
         f"{schedule[key]}"
     )
 
 
-def doubtful_drop(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> str:
+def drop_warning(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> str:
     """Return a warning if the learning rate falls steeply when the warm-up ends, otherwise an empty string."""
     warmup = _warmup_updates(config, updates_per_epoch)
     if not warmup or warmup >= schedule_epochs(config) * updates_per_epoch:

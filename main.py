@@ -10,7 +10,7 @@ from training import startup
 
 if __name__ == "__main__":
     startup.require_packages()
-    startup.end_quietly()  # before the imports below, which take seconds
+    startup.handle_early_signals()  # before the imports below, which take seconds
 
 import argparse
 import logging
@@ -24,10 +24,10 @@ from yacs.config import CfgNode
 
 from data.images import UnreadableImage
 from logger import RunLog
-from training.build import assemble, build_run, settle
+from training.build import assemble, build_run, resolve_options
 from training.command_line import parse
 from training.evaluation import build_evaluation, build_throughput
-from training.exit_status import FAILED, WRONG_INPUT, refuse, report_failure
+from training.exit_status import FAILED, WRONG_INPUT, report_failure, report_wrong_input
 from training.loop import TrainingStopped, train
 from training.output_folder import try_folder
 from training.preview import preview
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.check:
             return check(args, config)
         world = init_world(config.DEVICE)
-        settle(config, world.device)
+        resolve_options(config, world.device)
         job = build_job(args, config, world)
     except (ValueError, OSError) as error:
-        return refuse(error)
+        return report_wrong_input(error)
     except RuntimeError as error:
         return report_failure(error)
     try:
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         close_world()
         return status
     except UnreadableImage as error:
-        refuse(f"{error}; repair or delete it, or leave such images out by --opts DATA.BAD_IMAGES skip", alone=True)
+        hint = "repair or delete it, or leave such images out by --opts DATA.BAD_IMAGES skip"
+        report_wrong_input(f"{error}; {hint}", alone=True)
         return WRONG_INPUT if args.eval else FAILED
     except TrainingStopped as error:
         # All ranks stop for the same reason, but each reports its own modules.
@@ -85,7 +86,7 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     """
     launch = launched_as()
     size = max(launch.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a launcher that has started none yet
-    settle(config, pick_device(config.DEVICE, 0, size if launch.size == 1 else launch.local_size))
+    resolve_options(config, pick_device(config.DEVICE, 0, size if launch.size == 1 else launch.local_size))
     world, lines, warnings = World(0, size, 0, torch.device("cpu")), [], []
     config.DATA.CACHE = False  # it would read all images
     if args.throughput:

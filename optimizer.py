@@ -95,24 +95,24 @@ def parameter_groups(
     exceptions = no_weight_decay(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if layer_decay == head_scale == 1:
-        keep = [(decays(name, parameter, exceptions), parameter) for name, parameter in trained]
+        decayed = {name: decays(name, parameter, exceptions) for name, parameter in trained}
         return [
-            {"params": [parameter for decayed, parameter in keep if decayed], "weight_decay": weight_decay},
-            {"params": [parameter for decayed, parameter in keep if not decayed], "weight_decay": 0.0},
+            {"params": [parameter for name, parameter in trained if decayed[name]], "weight_decay": weight_decay},
+            {"params": [parameter for name, parameter in trained if not decayed[name]], "weight_decay": 0.0},
         ]
     depths = _depths(model) if layer_decay != 1 else {}
     head = _head(model) if head_scale != 1 else None
-    groups = defaultdict(list)
+    groups = defaultdict(list)  # by depth, not in the head, not decayed: in this order
     for name, parameter in trained:
         in_head = head is not None and name.startswith(f"{head}.")
         groups[depths.get(name, 0), not in_head, not decays(name, parameter, exceptions)].append(parameter)
     return [
         {
-            "params": groups[depth, body, spared],
-            "weight_decay": 0.0 if spared else weight_decay,
-            "lr_scale": layer_decay**depth * (1.0 if body else head_scale),
+            "params": groups[depth, in_body, undecayed_group],
+            "weight_decay": 0.0 if undecayed_group else weight_decay,
+            "lr_scale": layer_decay**depth * (1.0 if in_body else head_scale),
         }
-        for depth, body, spared in sorted(groups)
+        for depth, in_body, undecayed_group in sorted(groups)
     ]
 
 
@@ -190,9 +190,9 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
 
 def _own_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return TRAIN.OPTIMIZER.ARGS in the form the constructors expect."""
-    elsewhere = {"lr": "TRAIN.BASE_LR", "weight_decay": "TRAIN.WEIGHT_DECAY"}
-    for name in elsewhere.keys() & given.keys():
-        raise ValueError(f"TRAIN.OPTIMIZER.ARGS.{name} is set by {elsewhere[name]}; remove it")
+    set_by = {"lr": "TRAIN.BASE_LR", "weight_decay": "TRAIN.WEIGHT_DECAY"}
+    for name in set_by.keys() & given.keys():
+        raise ValueError(f"TRAIN.OPTIMIZER.ARGS.{name} is set by {set_by[name]}; remove it")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
 
 

@@ -59,7 +59,7 @@ if [[ ${CHECK_FIRST:-1} != 0 ]]; then
     [[ " $* " != *" --check "* ]] || exit 0
 fi
 cpu_only=false
-[[ " $* " != *" --device cpu "* ]] || cpu_only=true
+[[ " $* " != *" --device"[\ =]"cpu "* ]] || cpu_only=true
 
 flags=(--job-name "$name" --ntasks "$gpus" --ntasks-per-node "$per_node" --nodes $((gpus / per_node)))
 flags+=(--cpus-per-task "${CPUS_PER_TASK:-10}" --time "${TIME_LIMIT:-2-00:00:00}" --requeue --open-mode append)

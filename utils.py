@@ -67,10 +67,18 @@ def _launched_as(env: Mapping[str, str]) -> Launch:
         rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
         return Launch(rank, size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size)))
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this srun; the batch script itself has only the job's number
-        tasks = env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(",")[0].split("(")[0]
         size = int(env["SLURM_STEP_NUM_TASKS"])
-        return Launch(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), int(tasks))
+        return Launch(int(env["SLURM_PROCID"]), size, int(env["SLURM_LOCALID"]), _slurm_tasks_on_node(env))
     return Launch()
+
+
+def _slurm_tasks_on_node(env: Mapping[str, str]) -> int:
+    """Return the number of tasks on this node, from a list such as `4(x2),2`: 4 on two nodes, 2 on the third."""
+    counts: list[int] = []
+    for group in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        tasks, _, nodes = group.rstrip(")").partition("(x")
+        counts += [int(tasks)] * int(nodes or 1)
+    return counts[int(env.get("SLURM_NODEID", "0"))]
 
 
 def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
@@ -109,6 +117,7 @@ def init_world(device_name: str) -> World:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if size > 1:
+        os.environ["LOCAL_WORLD_SIZE"] = str(local_size)  # srun does not set it, unlike torchrun
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _first_slurm_host()
         if "MASTER_PORT" not in os.environ:  # the same on every node, different for every job
@@ -180,7 +189,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def agree_on(number: int) -> bool:
+def equal_on_all_ranks(number: int) -> bool:
     """Return whether `number` is the same in all processes; a collective call."""
     extremes = torch.tensor([number, -number])
     if dist.is_initialized():
@@ -208,7 +217,7 @@ def fail_together() -> Iterator[None]:
         raise ValueError(found) from error
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a kill or a full disk leaves either the old file or the new one."""
     staged = path.with_name(f"{path.name}{STAGED}")
     staged.write_text(text, encoding="utf-8")

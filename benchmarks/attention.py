@@ -47,7 +47,7 @@ class Operation(NamedTuple):
 
     Attributes:
         name: its name in the tables.
-        run: takes the form and the arguments.
+        run: called with the form and the arguments.
         arguments: tensors that require a gradient.
         chosen: the form selected by default.
     """
@@ -197,8 +197,8 @@ def _times(operation: Operation, runs: int, device: torch.device) -> str:
 
     cells = []
     for task in (inference, training):
-        rivals = {form: partial(task, form) for form in ("reference", operation.chosen)}
-        plain, fast = (min(seconds) * 1e3 for seconds in take_turns(rivals, runs=runs, device=device).values())
+        candidates = {form: partial(task, form) for form in ("reference", operation.chosen)}
+        plain, fast = (min(seconds) * 1e3 for seconds in take_turns(candidates, runs=runs, device=device).values())
         cells.append(f"{plain:.1f} | {fast:.1f} | {fast / plain:.2f}")
     return " | ".join(cells)
 

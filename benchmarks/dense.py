@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.detection.coco import open_coco
 from data.detection.sources import DetectionDataset
 from data.sources import Request
+from logger import read_rows
 from training.startup import stop_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,8 +144,7 @@ def measure(config: Path, data: Path, size: tuple[int, int], *, batch_size: int)
         _, status, usage = os.wait4(run.pid, 0)
         if status:
             raise RuntimeError(f"{' '.join(command)}:\n{said}")
-        lines = next(Path(output).glob("*/measured/metrics.jsonl")).read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+        rows = read_rows(next(Path(output).glob("*/measured/metrics.jsonl")))
     evaluated = next(row for row in rows if row["kind"] == "eval")
     return Measured(
         losses=[row["loss"] for row in rows if row["kind"] == "train"],

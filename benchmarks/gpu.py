@@ -96,12 +96,12 @@ def table(made: dict[str, nn.Module], size: int, batch: int, device: torch.devic
         "|---|---|---:|---:|---:|",
     ]
     for task, step in (("inference", infer), ("training", train)):
-        rivals = {name: partial(step, network, images, "bf16") for name, network in made.items()}
-        rivals = {name: rival for name, rival in rivals.items() if _fits(rival)}
-        for name, seconds in take_turns(rivals, runs=runs, device=device).items():
-            memory = peak_memory(rivals[name], made[name], device)
+        candidates = {name: partial(step, network, images, "bf16") for name, network in made.items()}
+        candidates = {name: candidate for name, candidate in candidates.items() if _fits(candidate)}
+        for name, seconds in take_turns(candidates, runs=runs, device=device).items():
+            memory = peak_memory(candidates[name], made[name], device)
             lines.append(f"| {name} | {task} | {batch / min(seconds):.0f} | +{spread(seconds)} | {memory:.0f} |")
-        lines += [f"| {name} | {task} | out of memory | | |" for name in made if name not in rivals]
+        lines += [f"| {name} | {task} | out of memory | | |" for name in made if name not in candidates]
     return lines
 
 

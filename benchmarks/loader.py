@@ -20,7 +20,8 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+from itertools import chain, repeat
 from pathlib import Path
 
 import numpy as np
@@ -110,7 +111,7 @@ def print_listing(count: int) -> None:
     names = (f"n{number // 640:08}/n{number // 640:08}_{number % 640:05}.JPEG".encode() for number in range(count))
     rows = ((name, number // 640) for number, name in enumerate(names))
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "made up.index"
+        path = Path(folder) / "synthetic.index"
         Listing.of(rows, {"label": np.int32}, {}).save(path)
         size = path.stat().st_size
         begin = time.perf_counter()
@@ -178,16 +179,11 @@ def _print_decoders(args: argparse.Namespace) -> None:
 
 
 def _rate(loader: Iterable, images: int) -> float:
-    batches, seen = _again_and_again(loader), 0
+    batches, seen = chain.from_iterable(repeat(loader)), 0
     begin = time.perf_counter()
     while seen < images:
         seen += len(next(batches)[0])
     return seen / (time.perf_counter() - begin)
-
-
-def _again_and_again(loader: Iterable) -> Iterator:
-    while True:
-        yield from loader
 
 
 def _seconds(run: Callable[[], object]) -> float:

@@ -75,8 +75,8 @@ def _print_table(args: argparse.Namespace) -> None:
         rates = {amp: _mac_rate(amp, device) for amp in args.amp}
         for batch, amp, task in product(args.batch_size, args.amp, [args.only] if args.only else TASKS):
             images = torch.randn(batch, 3, *size, device=device)
-            rivals = {name: partial(TASKS[task], network, images, amp) for name, network in running.items()}
-            seconds = take_turns(rivals, runs=args.runs, device=device)
+            candidates = {name: partial(TASKS[task], network, images, amp) for name, network in running.items()}
+            seconds = take_turns(candidates, runs=args.runs, device=device)
             floor = batch * macs * (1 if task == "inference" else 3) / rates[amp]
             cells = [threads, batch, amp, task, "compiled" if compiled else "eager", f"{floor * 1e3:.0f}"]
             for name, runs in seconds.items():

@@ -30,7 +30,7 @@ from models.attention import MSDeformAttn
 
 LEVELS = [(76, 106), (38, 53), (19, 27), (10, 14)]
 DIM, HEADS, POINTS = 256, 8, 4
-RIVALS = ("transformers", "ours")
+LAYERS = ("transformers", "ours")
 
 
 def main() -> None:
@@ -47,12 +47,12 @@ def main() -> None:
     print("| task | transformers, ms | ours, ms | ratio | transformers, MiB | ours, MiB | ratio |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for task in TASKS:
-        rivals = {name: partial(TASKS[task], *_layer(name, args, device)) for name in RIVALS}
-        seconds = take_turns(rivals, runs=args.runs, device=device)
+        candidates = {name: partial(TASKS[task], *_layer(name, args, device)) for name in LAYERS}
+        seconds = take_turns(candidates, runs=args.runs, device=device)
         times = {name: min(runs) * 1e3 for name, runs in seconds.items()}
-        peaks = {name: float(_in_fresh_process(name, task)) for name in RIVALS}
-        cells = [f"{times[name]:.0f} ({spread(seconds[name])})" for name in RIVALS]
-        memory = [f"{peaks[name]:.0f}" for name in RIVALS]
+        peaks = {name: float(_in_fresh_process(name, task)) for name in LAYERS}
+        cells = [f"{times[name]:.0f} ({spread(seconds[name])})" for name in LAYERS]
+        memory = [f"{peaks[name]:.0f}" for name in LAYERS]
         ratios = [f"{values['ours'] / values['transformers']:.2f}" for values in (times, peaks)]
         print(f"| {task} | {' | '.join((*cells, ratios[0], *memory, ratios[1]))} |", flush=True)
 

@@ -36,8 +36,8 @@ def main() -> None:
     print(f"{title}\n\n| task | side | ms | time per pixel, relative to the first |\n|---|---:|---:|---:|")
     best = {}
     for task, step in (("inference", infer), ("forward and backward", train)):
-        rivals = {size: partial(step, network, batch, "none") for size, batch in images.items()}
-        seconds = take_turns(rivals, runs=args.runs, device=device)
+        candidates = {size: partial(step, network, batch, "none") for size, batch in images.items()}
+        seconds = take_turns(candidates, runs=args.runs, device=device)
         best[task] = {size: min(runs) for size, runs in seconds.items()}
         first = args.sizes[0]
         for size, value in best[task].items():

@@ -1,4 +1,4 @@
-"""Fair timings on a shared machine: functions take turns in one process, and the best of several runs counts."""
+"""Timings on a shared machine: functions take turns in one process, and the best of several runs counts."""
 
 from __future__ import annotations
 
@@ -6,23 +6,24 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 
 import timm
 import torch
+
+from training.environment import processor
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def take_turns(
-    rivals: Mapping[str, Callable[[], object]], *, runs: int, device: torch.device
+    candidates: Mapping[str, Callable[[], object]], *, runs: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Return the seconds of every run of every function, after one warm-up run each."""
-    seconds = {name: [] for name in rivals}
+    seconds = {name: [] for name in candidates}
     for run in range(runs + 1):
-        for name, rival in rivals.items():
+        for name, candidate in candidates.items():
             start = _now(device)
-            rival()
+            candidate()
             elapsed = _now(device) - start
             if run > 0:
                 seconds[name].append(elapsed)
@@ -51,14 +52,5 @@ def environment(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
-        where = f"{_processor()}, {threads} thread{'s' * (threads > 1)}"
+        where = f"{processor()}, {threads} thread{'s' * (threads > 1)}"
     return f"{where}; Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -39,8 +39,8 @@ def main() -> None:
     print(f"|---:|{'---:|' * len(KINDS)}")
     times = {name: [] for name in KINDS}
     for side in args.sides:
-        rivals = {name: _run(name, side, args, device) for name in KINDS}
-        seconds = take_turns(rivals, runs=args.runs, device=device)
+        candidates = {name: _run(name, side, args, device) for name in KINDS}
+        seconds = take_turns(candidates, runs=args.runs, device=device)
         for name in KINDS:
             times[name].append(min(seconds[name]) * 1e3)
         cells = [f"{times[name][-1]:.1f} (+{spread(seconds[name])})" for name in KINDS]

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
 from data.cache import CachedSource
-from data.datasets import ByValue, OnUnreadable, SeededSamples, TransformedImages, collate, collate_for_a_pipe
+from data.datasets import OnUnreadable, PipedCollate, SeededSamples, TransformedImages, collate
 from data.formats import FORMATS
 from data.formats.stream import ImageStream, open_stream
 from data.samplers import EvalSampler, TrainSampler
@@ -117,7 +118,7 @@ def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_si
     unreadable = {"seed": config.SEED, "on_unreadable": on_unreadable(config, training=True)}
     if isinstance(dataset.train, ImageStream):
         sampler = train_sampler(config, len(dataset.train), rank=rank, world_size=world_size)
-        options = _stream_options(config, rank, world_size) | unreadable
+        options = {"batch_size": config.DATA.BATCH_SIZE, "rank": rank, "world_size": world_size, **unreadable}
         buffer = config.DATA.STREAM.SHUFFLE
         batches = TrainBatches(dataset.train, transform, sampler=sampler, buffer=buffer, **options)
         return _stream_loader(config, batches, sampler, world_size)
@@ -140,7 +141,7 @@ def build_eval_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_siz
     unreadable = {"seed": config.SEED, "on_unreadable": on_unreadable(config, training=False)}
     sampler = EvalSampler(len(dataset.held_out), rank=rank, world_size=world_size)
     if isinstance(dataset.held_out, ImageStream):
-        options = _stream_options(config, rank, world_size) | unreadable
+        options = {"batch_size": config.DATA.BATCH_SIZE, "rank": rank, "world_size": world_size, **unreadable}
         return _stream_loader(config, EvalBatches(dataset.held_out, transform, **options), sampler, world_size)
     source = _source(config, dataset.held_out, "val", rank)
     images = TransformedImages(source, transform, **unreadable)
@@ -178,9 +179,18 @@ def _source(config: CfgNode, source: ImageSource, part: str, rank: int) -> Image
     if not SHARED_MEMORY.is_dir():
         raise ValueError(f"DATA.CACHE needs {SHARED_MEMORY}, which this system does not have; leave it off")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Processes of one run on one machine share port and parent process; a single process uses its own id.
-    job = f"{os.environ.get('MASTER_PORT', '')}-{os.getppid()}" if processes > 1 else str(os.getpid())
-    return CachedSource(source, SHARED_MEMORY, f"{job}-{part}", processes=processes, is_main=rank == 0)
+    key = f"{_launch_id(processes)}-{part}"
+    return CachedSource(source, SHARED_MEMORY, key, processes=processes, is_main=rank == 0)
+
+
+def _launch_id(processes: int) -> str:
+    """Return a name that is unique to the processes of this launch on this machine."""
+    env = os.environ
+    if processes == 1:
+        return str(os.getpid())
+    if "RANK" in env:  # torchrun is the parent of its processes
+        return f"{env.get('MASTER_PORT', '')}-{os.getppid()}"
+    return f"slurm-{env['SLURM_JOB_ID']}-{env['SLURM_STEP_ID']}"
 
 
 def build_erasing(config: CfgNode) -> Erase | None:
@@ -235,7 +245,7 @@ def request(config: CfgNode, needs: Sequence[str]) -> Request:
         needs=needs,
         train=data.TRAIN,
         val=data.VAL,
-        turn=data.EXIF == "apply",
+        exif=data.EXIF == "apply",
         multi_label=data.MULTI_LABEL,
         image_column=data.IMAGE_COLUMN,
         label_column=data.LABEL_COLUMN,
@@ -245,7 +255,7 @@ def request(config: CfgNode, needs: Sequence[str]) -> Request:
     )
 
 
-def loader_doubts(config: CfgNode, size: tuple[int, int]) -> list[str]:
+def loader_warnings(config: CfgNode, size: tuple[int, int]) -> list[str]:
     """Return warnings about loader options that this machine does not support, with the fallback.
 
     Args:
@@ -281,20 +291,28 @@ def _shared_memory(config: CfgNode, size: tuple[int, int]) -> tuple[float, float
 
 
 def _collate(config: CfgNode) -> Callable[[list[Any]], Any]:
-    return collate_for_a_pipe if is_shared_memory_short(config, config.image_size) else collate
+    """Return the collate function of images of DATA.IMG_SIZE."""
+    if _is_shared_memory_short(config, config.image_size):
+        return PipedCollate(partial(collate, shared=False))
+    return collate
 
 
-def is_shared_memory_short(config: CfgNode, size: tuple[int, int]) -> bool:
-    """Return whether prefetched batches of images of at most this size need more shared memory than is free."""
-    needed, free = _shared_memory(config, size)
-    return needed > free
-
-
-def hand_over(
+def fit_shared_memory(
     config: CfgNode, size: tuple[int, int], collate: Callable[[list[Any]], Any]
 ) -> Callable[[list[Any]], Any]:
-    """Return a collating function whose batches, of images of at most this size, come through the memory there is."""
-    return ByValue(collate) if is_shared_memory_short(config, size) else collate
+    """Return `collate`, sending its batches through pipes if they do not fit into shared memory.
+
+    Args:
+        config: options of the run.
+        size: largest height and width of the images of a batch.
+        collate: from samples to a batch.
+    """
+    return PipedCollate(collate) if _is_shared_memory_short(config, size) else collate
+
+
+def _is_shared_memory_short(config: CfgNode, size: tuple[int, int]) -> bool:
+    needed, free = _shared_memory(config, size)
+    return needed > free
 
 
 def build_loader(
@@ -327,10 +345,6 @@ def _loading(config: CfgNode, workers: int) -> dict[str, Any]:
         # Without its own generator, a loader draws from the global one at the start of every iteration.
         "generator": torch.Generator(),
     }
-
-
-def _stream_options(config: CfgNode, rank: int, world_size: int) -> dict[str, Any]:
-    return {"batch_size": config.DATA.BATCH_SIZE, "rank": rank, "world_size": world_size}
 
 
 def _stream_loader(

@@ -13,14 +13,14 @@ import numpy as np
 from tqdm import tqdm
 
 from data.images import StoredImage, UnreadableImage
-from data.listing import Listing, one_at_a_time
+from data.listing import Listing, process_lock
 from data.sources import ImageSource
 
 # Images read concurrently: network files have a high latency, not a low throughput.
 _READERS = 16
 # Fraction of the memory kept free for prefetched batches.
 _RESERVE = 0.1
-_COLUMNS = {"offset": np.int64, "size": np.int64, "turn": np.uint8}
+_COLUMNS = {"offset": np.int64, "size": np.int64, "exif": np.uint8}
 
 
 class CachedSource(ImageSource):
@@ -42,7 +42,7 @@ class CachedSource(ImageSource):
         self._source = source
         self.labels = source.labels
         content, table, opened = (folder / f"dat-{os.getuid()}-{key}.{kind}" for kind in ("data", "index", "opened"))
-        with one_at_a_time(content):
+        with process_lock(content):
             if not table.exists():
                 _make(source, content, table, show=is_main)
             self._table = Listing.load(table)
@@ -69,16 +69,16 @@ class CachedSource(ImageSource):
         """Return a stored image; raises `UnreadableImage`."""
         if index >= len(self._table) or not self._table.numbers["size"][index]:
             return self._source.get(index)
-        offset, size, turn = (int(self._table.numbers[name][index]) for name in _COLUMNS)
+        offset, size, exif = (int(self._table.numbers[name][index]) for name in _COLUMNS)
         name = os.fsdecode(self._table.name(index))
-        return StoredImage(self._content[offset : offset + size], name, turn=bool(turn))
+        return StoredImage(self._content[offset : offset + size], name, exif=bool(exif))
 
 
 def _make(source: ImageSource, content: Path, table: Path, *, show: bool) -> None:
     """Write the files of images and their table.
 
     Raises:
-        ValueError: there is no room even for the table.
+        ValueError: the folder has no space even for the table.
     """
     try:
         Listing.of(_fill(source, content, show=show), _COLUMNS, {}).save(table)
@@ -103,7 +103,7 @@ def _fill(source: ImageSource, path: Path, *, show: bool) -> Iterator[tuple[byte
                     return
                 if size:
                     file.write(stored.data)
-                yield (os.fsencode(stored.name) if size else b""), offset, size, int(bool(size and stored.turn))
+                yield (os.fsencode(stored.name) if size else b""), offset, size, int(bool(size and stored.exif))
                 offset += size
 
 

@@ -27,7 +27,7 @@ MAX_SUBSTITUTES = 10
 
 
 class Sample(NamedTuple):
-    """Pixels `[H, W, 3]`, uint8, a label, and the files that could not be read before it."""
+    """Pixels `[H, W, 3]`, uint8, a label, and the unreadable files that it replaces."""
 
     pixels: np.ndarray
     target: int | np.ndarray
@@ -69,7 +69,7 @@ class SeededSamples(Dataset[S], ABC, Generic[S]):
 
     @abstractmethod
     def sample(self, index: int, unreadable: list[str]) -> S:
-        """Return a sample, with the files that could not be read before it.
+        """Return a sample, with the unreadable files that it replaces.
 
         Raises:
             UnreadableImage: its image cannot be read.
@@ -137,69 +137,45 @@ class TransformedImages(SeededSamples[Sample]):
         return Sample(self.transform(blank), target, unreadable)
 
 
-def collate(samples: list[Sample]) -> Batch:
-    """Collate samples into a batch with a single copy of the pixels, into shared memory in a worker."""
+def collate(samples: list[Sample], *, shared: bool = True) -> Batch:
+    """Collate samples of one size into a batch with a single copy of the pixels.
+
+    Args:
+        samples: the samples.
+        shared: whether a worker allocates the pixels in shared memory.
+    """
     shape = (len(samples), *samples[0].pixels.shape)
     images = torch.empty(0, dtype=torch.uint8)
-    if get_worker_info() is not None:  # as in default_collate
+    if shared and get_worker_info() is not None:  # as in default_collate
         images.set_(torch.UntypedStorage._new_shared(math.prod(shape)))
     images = images.resize_(shape)
-    _fill(images.numpy(), samples)
-    return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(_targets(samples)), _unreadable(samples))
+    for pixels, sample in zip(images.numpy(), samples, strict=True):
+        pixels[:] = sample.pixels
+    multi_label = isinstance(samples[0].target, np.ndarray)
+    targets = np.array([sample.target for sample in samples], dtype=np.float32 if multi_label else np.int64)
+    unreadable = [path for sample in samples for path in sample.unreadable]
+    return Batch(images.permute(0, 3, 1, 2), torch.from_numpy(targets), unreadable)
 
 
-def collate_for_a_pipe(samples: list[Sample]) -> Batch:
-    """Collate samples into a batch that is sent to the training process through a pipe, without shared memory."""
-    pixels = np.empty((len(samples), *samples[0].pixels.shape), np.uint8)
-    _fill(pixels, samples)
-    return Batch(_ByValue(pixels), _ByValue(_targets(samples)), _unreadable(samples))
+class PipedCollate:
+    """A collate function whose batches are sent to the training process through a pipe instead of shared memory.
 
-
-class ByValue:
-    """A collating function whose batches go to the training process through a pipe, without shared memory."""
+    Args:
+        collate: the function that makes the batches.
+    """
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = collate
 
     def __call__(self, samples: list[Any]) -> Any:
-        return _Packed(self._collate(samples))
+        return _Pickled(self._collate(samples))
 
 
-class _Packed:
-    """Arrives as what it holds; tensors themselves would be sent as names of shared memory."""
+class _Pickled:
+    """A batch that is pickled with its bytes; the pickler of workers would move its tensors into shared memory."""
 
-    def __init__(self, content: Any) -> None:
-        self._content = content
-
-    def __reduce__(self) -> tuple:
-        return pickle.loads, (pickle.dumps(self._content),)
-
-
-class _ByValue:
-    """An array that is unpickled as a tensor; tensors themselves would be sent through shared memory."""
-
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array
+    def __init__(self, batch: Any) -> None:
+        self._batch = batch
 
     def __reduce__(self) -> tuple:
-        return _to_tensor, (self._array,)
-
-
-def _to_tensor(array: np.ndarray) -> Tensor:
-    """Return targets unchanged, and pixels `[b, H, W, 3]` as `[b, 3, H, W]`."""
-    tensor = torch.from_numpy(array)
-    return tensor.permute(0, 3, 1, 2) if tensor.ndim == 4 else tensor
-
-
-def _fill(pixels: np.ndarray, samples: list[Sample]) -> None:
-    for place, sample in zip(pixels, samples, strict=True):
-        place[:] = sample.pixels
-
-
-def _targets(samples: list[Sample]) -> np.ndarray:
-    several = isinstance(samples[0].target, np.ndarray)
-    return np.array([sample.target for sample in samples], dtype=np.float32 if several else np.int64)
-
-
-def _unreadable(samples: list[Sample]) -> list[str]:
-    return [path for sample in samples for path in sample.unreadable]
+        return pickle.loads, (pickle.dumps(self._batch),)

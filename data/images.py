@@ -53,13 +53,13 @@ class StoredImage:
     Args:
         data: the bytes of an image file, or decoded pixels `[height, width]` or `[height, width, 3]`, uint8.
         name: its name in messages: the path, or the position in an archive.
-        turn: whether to apply the EXIF orientation.
+        exif: whether to apply the EXIF orientation.
     """
 
-    def __init__(self, data: bytes | np.ndarray, name: str, *, turn: bool = False) -> None:
+    def __init__(self, data: bytes | np.ndarray, name: str, *, exif: bool = False) -> None:
         self.data = data
         self.name = name
-        self.turn = turn
+        self.exif = exif
         self._pixels: np.ndarray | None = None
         self._size: tuple[int, ...] | None = None
 
@@ -75,11 +75,11 @@ class StoredImage:
         """
         if isinstance(self.data, np.ndarray):
             return Image.fromarray(self.data).convert("RGB")
-        with _blame(self.name), warnings.catch_warnings():
+        with _naming_image(self.name), warnings.catch_warnings():
             # Damaged metadata and transparent palettes are common and harmless, but would warn in every worker.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(self.data)) as image:
-                return _to_rgb(ImageOps.exif_transpose(image) if self.turn else image)
+                return _to_rgb(ImageOps.exif_transpose(image) if self.exif else image)
 
     def values(self) -> np.ndarray:
         """Return the values of a single-channel file, `[height, width]`; for a palette, the indices.
@@ -87,13 +87,13 @@ class StoredImage:
         Raises:
             UnreadableImage: it cannot be read, or has several channels.
         """
-        with _blame(self.name), Image.open(io.BytesIO(self.data)) as image:
+        with _naming_image(self.name), Image.open(io.BytesIO(self.data)) as image:
             if len(image.getbands()) > 1 or image.mode == "F":
                 raise ValueError(f"its mode is {image.mode}; a mask has one channel, whose values are labels")
             return np.asarray(image).astype(np.int32)
 
     def size(self) -> tuple[int, int]:
-        """Return height and width in pixels; raises as `decode` does."""
+        """Return height and width in pixels; raises the errors of `decode`."""
         return self._jpeg_size() or self._whole().shape[:2]
 
     def crop(self, top: int, left: int, height: int, width: int, *, at_least: tuple[int, int]) -> np.ndarray:
@@ -103,7 +103,7 @@ class StoredImage:
         has a height and width of `at_least`; otherwise the pixels are those of `decode`.
 
         Raises:
-            UnreadableImage: as `decode` does.
+            UnreadableImage: see `decode`.
         """
         whole = self.size()
         pixels = self._scaled(max(at_least[0] / height, at_least[1] / width))
@@ -135,7 +135,7 @@ class StoredImage:
         """Return height and width of a JPEG file for which libjpeg-turbo gives the same pixels as Pillow."""
         if self._size is None:
             self._size = ()
-            if isinstance(self.data, bytes) and self.data.startswith(b"\xff\xd8") and not self.turn:
+            if isinstance(self.data, bytes) and self.data.startswith(b"\xff\xd8") and not self.exif:
                 with suppress(ValueError):
                     height, width, colours, _ = simplejpeg.decode_jpeg_header(self.data)
                     if colours in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
@@ -151,17 +151,17 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         OSError: an error of the machine, not of the file, which is still named.
         MemoryError: out of memory.
     """
-    with _blame(os.fspath(path)):
+    with _naming_image(os.fspath(path)):
         return Path(path).read_bytes()
 
 
-def read_image(path: str | os.PathLike[str], *, turn: bool = False) -> Image.Image:
+def read_image(path: str | os.PathLike[str], *, exif: bool = False) -> Image.Image:
     """Decode an image file to 8-bit RGB; see `read_file` and `StoredImage`."""
-    return StoredImage(read_file(path), os.fspath(path), turn=turn).decode()
+    return StoredImage(read_file(path), os.fspath(path), exif=exif).decode()
 
 
 @contextmanager
-def _blame(name: str) -> Iterator[None]:
+def _naming_image(name: str) -> Iterator[None]:
     """Add the name of the image to exceptions, and raise errors of the image itself as `UnreadableImage`."""
     try:
         yield

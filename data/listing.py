@@ -106,7 +106,7 @@ class Listing:
         Raises:
             ValueError: the file is something else or truncated.
         """
-        damaged = ValueError(f"index {path} is damaged or not an index; delete it, and it is built again")
+        damaged = ValueError(f"index {path} is damaged or not an index; delete it to rebuild it")
         try:
             with path.open("rb") as file:
                 if file.read(len(_MAGIC)) != _MAGIC:
@@ -127,8 +127,8 @@ class Listing:
 
 
 @contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold a lock on `path` against other processes of this machine."""
+def process_lock(path: Path) -> Iterator[None]:
+    """Hold a lock for `path` that excludes other processes of this machine."""
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
     with FileLock(Path(tempfile.gettempdir()) / f"dat-{name}.lock"):
         yield

@@ -13,9 +13,9 @@ Operation = Callable[..., Image.Image]
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: object) -> Image.Image:
-    """Keep the highest bits of every value; none gives a black image.
+    """Keep the highest bits of every value.
 
-    The strongest level of the recipe keeps no bits, which Pillow rejects from version 13 on.
+    The strongest level of the recipe keeps no bits, which gives a black image; Pillow rejects it from version 13 on.
     """
     if bits_to_keep:
         return ImageOps.posterize(image, min(bits_to_keep, 8))
@@ -74,10 +74,10 @@ def _shift_columns(image: Image.Image, slope: float, offset: float, **options: o
 def _shift_rows(
     image: Image.Image, slope: float, offset: float, *, fillcolor: tuple[int, int, int], resample: object, **_: object
 ) -> Image.Image:
-    """Return what `image.transform` gives for the affine map `(1, slope, offset, 0, 1, 0)`, with its cubic filter.
+    """Apply the affine map `(1, slope, offset, 0, 1, 0)` like `image.transform`, with Pillow's cubic filter.
 
-    Pillow weighs sixteen pixels for each value, whatever the map; here the rows stay rows, and four are enough. The
-    values are Pillow's but for one in a thousand that is one level apart by rounding.
+    Pillow computes every value from sixteen pixels. This map does not mix rows, so four pixels are enough. One value in
+    a thousand differs from Pillow's by one level, due to rounding.
     """
     filters = list(resample) if isinstance(resample, (list, tuple)) else [resample]
     chosen = random.choice(filters) if len(filters) > 1 else filters[0]  # drawn as timm draws it
@@ -100,10 +100,18 @@ def _shift_rows(
 
 
 def _cubic(taps: torch.Tensor, d: torch.Tensor, width: int) -> torch.Tensor:
-    """Return the values `[rows, width]` at the fraction `d` between the second and third of four neighbouring taps.
+    """Interpolate at the fraction `d` between the second and third of four neighbouring pixels.
 
-    The filter of Pillow's transformations is the cubic with a = -1, whose values they cut to whole numbers. What single
-    precision loses is added first, so that areas of one colour keep it.
+    The filter is the cubic with a = -1, as in Pillow, which truncates the result to integers. A small constant is added
+    before, so that rounding errors of single precision do not darken areas of one colour.
+
+    Args:
+        taps: the pixels, `[rows, width + 12]`; neighbours are four bytes apart.
+        d: `[rows, 1]`, from 0 to 1.
+        width: bytes of a row of the result.
+
+    Returns:
+        `[rows, width]`.
     """
     weights = -d + 2 * d**2 - d**3, 1 - 2 * d**2 + d**3, d + d**2 - d**3, d**3 - d**2
     values = taps[:, :width] * weights[0].float()

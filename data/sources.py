@@ -31,7 +31,7 @@ class ImageSource(ABC):
 
     Attributes:
         labels: class of every image, `[n]`, integers; `[n, classes]` of 0 and 1 for multi-label data.
-        remarks: warnings for the log about how they are read.
+        remarks: warnings for the log.
     """
 
     labels: np.ndarray
@@ -101,11 +101,11 @@ class Request:
 
     Attributes:
         path: location of the data set; empty if none was given.
-        path_by_variable: the same from the environment, for formats that need a path if none was given.
+        path_by_variable: the location given by the environment; used by formats that need one if `path` is empty.
         needs: the splits to open, of "train" and "val".
         train: name or path of the training split; empty for the usual names.
         val: likewise for the held-out split.
-        turn: whether to apply the EXIF orientation.
+        exif: whether to apply the EXIF orientation.
         multi_label: whether an image may have several labels, or none.
         image_column: for tables with named columns; empty for the usual names.
         label_column: likewise.
@@ -119,7 +119,7 @@ class Request:
     needs: Sequence[str] = ("train", "val")
     train: str = ""
     val: str = ""
-    turn: bool = False
+    exif: bool = False
     multi_label: bool = False
     image_column: str = ""
     label_column: str = ""
@@ -144,33 +144,20 @@ class Request:
         except RuntimeError:
             raise ValueError(f"data path {path}: there is no such user; give the full path") from None
 
-    def find(self, part: str, root: Path, there: Sequence[str], *, kind: str, layout: str, ending: str = "") -> Path:
-        """Return the path of a split.
+    def find_split(self, part: str, root: Path, names: Sequence[str], extension: str = "") -> Path | None:
+        """Return the path of a split; None if it has no option and no usual name.
 
         Args:
             part: "train" or "val".
             root: the folder of the data set.
-            there: names of its contents.
-            kind: "folder" or "file".
-            layout: expected layout, for the message.
-            ending: extension of the usual names.
-
-        Raises:
-            ValueError: there is no such split.
+            names: names of its contents.
+            extension: extension of the usual names.
         """
-        found = self.find_if_any(part, root, there, ending)
-        if found is None:
-            held = f"it contains {shorten(there)}" if there else f"it contains no {kind}s"
-            raise ValueError(f"no {kind} {part + ending!r} in data path {root}: {held}; {layout}")
-        return found
-
-    def find_if_any(self, part: str, root: Path, there: Sequence[str], ending: str = "") -> Path | None:
-        """Return the path of a split from its option or a usual name; None if there is neither."""
         given = getattr(self, part)
         if given:
             return root / Path(given).expanduser()
-        name = next((name + ending for name in PARTS[part] if name + ending in there), None)
-        return root / name if name else None
+        found = next((name + extension for name in PARTS[part] if name + extension in names), None)
+        return root / found if found else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +182,7 @@ class Dataset:
             return source.labels.sum(0, dtype=np.int64).tolist()
         return np.bincount(source.labels, minlength=len(self.classes)).tolist()
 
-    def doubts(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Return warnings about the data set, one line each."""
         found = list(self.remarks)
         if len(self.classes) == 1 and not self._has_several_labels():
@@ -258,30 +245,49 @@ class Dataset:
             )
 
 
-def classes_of(labels: Iterable[str], most: int, bearer: Callable[[str], str]) -> list[str]:
-    """Return the classes that labels stand for: their names in order, or the whole numbers from 0 to the largest.
+def classes_of(labels: Iterable[str], limit: int, locate: Callable[[str], str]) -> list[str]:
+    """Return the classes of a data set: the sorted label names, or the whole numbers from 0 to the largest label.
 
     Args:
-        labels: as they are written.
-        most: how many classes there may be.
-        bearer: says where a label stands, for messages.
+        labels: the text of each label.
+        limit: maximum number of classes, if the labels are numbers.
+        locate: returns where a label occurs, for messages.
 
     Raises:
-        ValueError: for an empty label, and a number that is negative or too large.
+        ValueError: a label is empty, or a number that is negative or too large.
     """
     names = set(labels)
     if "" in names:
-        raise ValueError(f"{bearer('')}: the label is empty; give the image a class, or leave it out")
+        raise ValueError(f"{locate('')}: the label is empty; give the image a class, or leave it out")
     if not names or not all(re.fullmatch("-?(0|[1-9][0-9]*)", name) for name in names):
         return sorted(names)
     numbers = sorted(map(int, names))
     wrong = numbers[0] if numbers[0] < 0 else numbers[-1]
-    if not 0 <= wrong < most:
+    if not 0 <= wrong < limit:
         raise ValueError(
-            f"{bearer(str(wrong))}: label {wrong} is out of range; labels count from 0, or are names, or stand in "
-            f"classes.txt"
+            f"{locate(str(wrong))}: label {wrong} is out of range; labels count from 0; for other labels, list the "
+            "classes in classes.txt"
         )
     return [str(number) for number in range(numbers[-1] + 1)]
+
+
+def check_no_decimals(names: Mapping[str, Sequence[str]], where: Mapping[str, object]) -> None:
+    """Check that classes are not whole numbers with decimals, as pandas writes integers of a column with gaps.
+
+    They would be sorted as text: 0.0, 1.0, 10.0, 2.0.
+
+    Args:
+        names: the classes of "train" and "val"; those of "train" are checked if known.
+        where: paths of the splits, for messages.
+
+    Raises:
+        ValueError: all classes are whole numbers, and some have decimals.
+    """
+    part = "train" if "train" in names else "val"
+    decimals = [name for name in names[part] if "." in name]
+    if decimals and all(re.fullmatch(r"-?[0-9]+(\.0*)?", name) for name in names[part]):
+        whole = decimals[0].partition(".")[0]
+        raise ValueError(f"{where[part]}: label {decimals[0]} is a whole number with decimals; write it as {whole}")
 
 
 def join_classes(
@@ -355,12 +361,12 @@ def read_class_list(folder: Path) -> list[str]:
 
 
 def with_similar(names: Sequence[str], known: Sequence[str], where: str) -> list[str]:
-    """Return those of `names` that differ from a known name only in case, spaces and punctuation; all if none does.
+    """Return the names that differ from a known one only in case, spaces and punctuation, with that one; else all.
 
     Args:
-        names: names that are not known.
+        names: unknown names.
         known: known names.
-        where: who knows the similar name, such as "train has".
+        where: words before the known name, such as "train has".
     """
     plain = {_plain(name): name for name in known}
     return [f"{name} ({where} {plain[_plain(name)]})" for name in names if _plain(name) in plain] or list(names)

@@ -26,8 +26,8 @@ from data.sources import ImageSource
 from data.transforms import Transform
 
 
-class HeldImages(ImageSource):
-    """A few images in memory."""
+class BatchSource(ImageSource):
+    """The stored images and labels of one batch."""
 
     def __init__(self, images: Sequence[tuple[StoredImage, int | np.ndarray]]) -> None:
         self._images = [image for image, _ in images]
@@ -84,7 +84,7 @@ class StreamedBatches(IterableDataset[list[Sample]], ABC):
 
     def _samples(self, held: Sequence[tuple[StoredImage, int | np.ndarray]], epoch: int, number: int) -> list[Sample]:
         """Return a batch; its augmentation depends on its number within the epoch and on the rank."""
-        source = HeldImages(held)
+        source = BatchSource(held)
         images = TransformedImages(source, self._transform, seed=self._seed, on_unreadable=self._on_unreadable)
         place = number * self._world_size + self._rank
         return images.__getitems__([Draw(index, epoch, place) for index in range(len(held))])
@@ -112,13 +112,13 @@ class TrainBatches(StreamedBatches):
         share = (first + worker) % workers  # so that each continues with its own shards when an epoch resumes
         order = np.random.default_rng((self._seed, epoch)).permutation(self.stream.urls).tolist()
         chance = Random(f"{self._seed} {epoch} {self._rank} {share}")
-        images = self._again_and_again(self._shards(order, share, workers), chance)
+        images = self._repeat(self._shards(order, share, workers), chance)
         images = islice(images, len(range(share, first, workers)) * size, None)
         for number in range(first + worker, first + len(self._sampler) // size, workers):
             yield self._samples(list(islice(images, size)), epoch, number)
 
-    def _again_and_again(self, urls: Sequence[str], chance: Random) -> Iterator[tuple[StoredImage, int | np.ndarray]]:
-        """Yield the images of shards in random order, repeatedly; all of them before any is repeated."""
+    def _repeat(self, urls: Sequence[str], chance: Random) -> Iterator[tuple[StoredImage, int | np.ndarray]]:
+        """Yield the images of shards in random order without end; each pass has every image once."""
         from webdataset import shuffle
 
         mixed = shuffle(self._buffer, rng=chance) if self._buffer else iter

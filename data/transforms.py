@@ -34,13 +34,13 @@ class TrainTransform:
     Args:
         size: height and width of the result in pixels.
         interpolation: "bicubic" or "bilinear".
-        crop: "resized": a random part, resized; "padded": the whole image with a frame of black pixels, of which a
-            random part is taken, as for CIFAR.
-        padding: width of that frame in pixels.
-        scale: smallest and largest area of a resized crop, as shares of the image.
+        crop: "resized": a random crop, resized; "padded": a random crop of the whole image padded with black pixels, as
+            for CIFAR.
+        padding: width of the padding in pixels.
+        scale: smallest and largest area of a resized crop, as fractions of the image.
         ratio: smallest and largest aspect ratio of a resized crop.
         hflip: probability of a horizontal flip.
-        color_jitter: strength; used only where `auto_augment` does not change colours itself.
+        color_jitter: strength; ignored with policies that change colours themselves.
         auto_augment: a timm policy such as "rand-m9-mstd0.5-inc1", "3a" (three-augment), "original" (AutoAugment) or
             "augmix-m3-w3"; empty for none.
 
@@ -101,8 +101,8 @@ class EvalTransform:
         interpolation: "bicubic" or "bilinear".
         crop: resize to `1 / crop_ratio` of `size` and crop the centre; otherwise resize directly to `size`.
         crop_ratio: side of the crop relative to the resized image.
-        resize: "squash": both sides, without keeping the aspect ratio, as published; "shorter": the shorter side, whose
-            aspect ratio is kept, and the centre is cut out in any case.
+        resize: "squash": both sides, without keeping the aspect ratio, as published; "shorter": the shorter side,
+            keeping the aspect ratio; the centre is then cropped in any case.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class EvalTransform:
 
 
 def eval_transform(size: Size, *, interpolation: str, crop: bool, **options: object) -> Callable[[Image.Image], Tensor]:
-    """Return `EvalTransform` of an image and normalisation, to one tensor `[3, height, width]`."""
+    """Return a function that applies `EvalTransform` to an image and normalises it: a tensor `[3, height, width]`."""
     resized = EvalTransform(size, interpolation=interpolation, crop=crop, **options)
     return transforms.Compose([resized.apply, transforms.PILToTensor(), normalize])
 

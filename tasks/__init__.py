@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from config import OPTIONS
+from config import OPTIONS, flatten
 from utils import World
 
 from .base import Evaluation, Meter, Score, Task
@@ -31,19 +31,15 @@ def build_task(config: Any, world: World, *, training: bool) -> Task:
         training: whether the training images are needed, or only the held-out ones.
 
     Raises:
-        ValueError: the task is unknown, its data set is missing or has a wrong layout, or an option is only supported
-            for classification.
+        ValueError: the task is unknown or does not support an option, or its data set is missing or has a wrong layout.
     """
     if config.TASK not in TASKS:
         near = difflib.get_close_matches(config.TASK, TASKS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ValueError(f"TASK must be one of {', '.join(TASKS)}, not {config.TASK!r}{hint}")
-    if not issubclass(TASKS[config.TASK], Classification):
-        _check_options(config)
-    return TASKS[config.TASK](config, world, training=training)
-
-
-def _check_options(config: Any) -> None:
-    for name in ("BALANCE", "CACHE", "MULTI_LABEL"):
-        if config.DATA[name] != (default := OPTIONS[f"DATA.{name}"].default):
-            raise ValueError(f"DATA.{name} is only for TASK classification; leave it at {default} for {config.TASK}")
+    task = TASKS[config.TASK]
+    values = dict(flatten(config))
+    for key in task.unsupported:
+        if values[key] != (default := OPTIONS[key].default):
+            raise ValueError(f"{key} is not supported by TASK {config.TASK}; leave it at {default}")
+    return task(config, world, training=training)

@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -114,6 +114,7 @@ class Task(ABC):
 
     Attributes:
         score: the metric that decides which epoch is the best.
+        unsupported: options of a run that the task ignores; other values than their defaults are errors.
         notes: lines about the data for the log at the start.
 
     Raises:
@@ -121,6 +122,7 @@ class Task(ABC):
     """
 
     score: Score
+    unsupported: ClassVar[Sequence[str]] = ()
 
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         self.config = config
@@ -191,7 +193,7 @@ class Task(ABC):
         """Return a short description of the data."""
         return self.config.TASK
 
-    def doubts(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """Return warnings about the data."""
         return []
 

@@ -15,7 +15,7 @@ from models.weights import NEW_ROW, as_numbers, find_labels, read_class_map, syn
 
 
 def labels_of(classes: Sequence[str], known: Sequence[str], number: int, class_map: str) -> tuple[list[int], str]:
-    """Return the label of each class in the weights, and how it was found; no labels if unknown.
+    """Return the label of each class in the weights, and how they were matched; no labels if they are unknown.
 
     Args:
         classes: names by label of the data set.
@@ -44,16 +44,16 @@ def _find(classes: Sequence[str], known: Sequence[str], number: int, class_map: 
     if known:
         labels = find_labels(classes, known)
         unknown = [name for name in classes if name not in set(known)]
-        # As many classes, of which the weights know none, are other names for theirs, of which the log warns.
+        # If the numbers of classes agree and no name does, the classes are assumed to be renamed; the log warns of it.
         if not labels and (len(classes) != number or len(unknown) < len(classes)):
             named = shorten(with_similar(unknown, known, "the weights have"))
             raise ValueError(
-                f"the weights have no class {named}, but {in_words(known)}: give a MODEL.CLASS_MAP, leave the images "
-                f"out, or fine-tune with --pretrained"
+                f"the weights have no class {named}, but {describe_labels(known)}: give a MODEL.CLASS_MAP, leave the "
+                f"images out, or fine-tune with --pretrained"
             )
         return labels, "by name"
     if labels := as_numbers(classes, number):
-        return labels, "as the numbers that they are"
+        return labels, "by their numbers"
     if all(name.isdecimal() for name in classes) and list(classes) != sorted(classes, key=int):
         raise ValueError(
             f"the classes are numbers up to {max(map(int, classes))}, and the weights have {number} classes without "
@@ -62,14 +62,14 @@ def _find(classes: Sequence[str], known: Sequence[str], number: int, class_map: 
     return find_labels(classes, synsets(number)), "by WordNet id"
 
 
-def in_words(classes: Sequence[str], labels: Sequence[int] | None = None) -> str:
+def describe_labels(classes: Sequence[str], labels: Sequence[int] | None = None) -> str:
     """Return the first classes and the last one with their labels, by default their positions."""
     pairs = [f"{name} {label}" for label, name in zip(labels or range(len(classes)), classes, strict=False)]
     return ", ".join(pairs if len(pairs) < 5 else [*pairs[:3], "...", pairs[-1]])
 
 
-def order_doubt(classes: Sequence[str]) -> str:
-    """Return a warning where weights without names are used and names end in numbers that text sorts otherwise."""
+def order_warning(classes: Sequence[str]) -> str:
+    """Return a warning if the numbers within class names are in another order than that of the labels; else empty."""
     if list(classes) == sorted(classes, key=_by_numbers):
         return ""
     return (
@@ -85,19 +85,19 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def read_label_sets(path: Path, files: Sequence[str], number: int) -> np.ndarray:
-    """Read which labels count as right for each image, as ReaL has them (arXiv 2006.07159).
+    """Read the correct labels of each image, as for ReaL (arXiv 2006.07159).
 
     Args:
-        path: JSON file, a list with a list of labels for each image. An image finds its own by the number at the end of
-            its name, counted from 1: ILSVRC2012_val_00000003.JPEG has the third.
+        path: JSON file, a list with a list of labels for each image. The number at the end of an image's name, counted
+            from 1, is its position: ILSVRC2012_val_00000003.JPEG has the third list.
         files: names of the images.
-        number: of classes of the weights.
+        number: number of classes of the weights.
 
     Returns:
         `[images, number]` of 0 and 1.
 
     Raises:
-        ValueError: the file cannot be read, or does not fit.
+        ValueError: the file cannot be read, or does not match the images or the classes.
     """
     try:
         sets = json.loads(path.read_text(encoding="utf-8"))
@@ -109,7 +109,7 @@ def read_label_sets(path: Path, files: Sequence[str], number: int) -> np.ndarray
     for row, name in zip(rows, files, strict=True):
         place = re.search(r"(\d+)(\.\w+)?$", name)
         if not place or not 1 <= int(place[1]) <= len(sets):
-            raise ValueError(f"labels {path} are of {len(sets)} images, named by number; {name!r} is none of them")
+            raise ValueError(f"labels {path} are for images numbered 1 to {len(sets)}; {name!r} is not one of them")
         labels = sets[int(place[1]) - 1]
         if not all(isinstance(label, int) and 0 <= label < number for label in labels):
             raise ValueError(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
-from data.build import build_erasing, build_eval_loader, build_mixup, build_train_loader, loader_doubts, open_dataset
+from data.build import build_erasing, build_eval_loader, build_mixup, build_train_loader, loader_warnings, open_dataset
 from data.datasets import Batch
 from data.images import StoredImage
 from data.sources import Dataset, ImageSource
@@ -25,7 +25,7 @@ from data.transforms import normalize
 from logger import RunLog
 from models.build import set_num_classes
 from tasks.base import Evaluation, Meter, Score, check_counts, zeros
-from tasks.classes import in_words, labels_of, order_doubt, read_label_sets
+from tasks.classes import describe_labels, labels_of, order_warning, read_label_sets
 from tasks.distillation import Distillation
 from tasks.labelled import LabelledTask
 from utils import StopSignal, World, sum_over_ranks
@@ -36,9 +36,8 @@ class LabelledImages(NamedTuple):
 
     Attributes:
         images: `[b, 3, H, W]`, normalised, channels last in memory.
-        targets: classes `[b]`, -1 for an image that is left out; or shares of the classes `[b, classes]`; or 0 and 1,
-            `[b, classes]`, -1 for an image that is left out, where an image may have several labels, or several that
-            count as right.
+        targets: classes `[b]`; with mixup their weights, `[b, classes]`; with several labels per image 0 and 1,
+            `[b, classes]`. Values of -1 mark an image that is left out.
     """
 
     images: Tensor
@@ -68,7 +67,7 @@ class Classification(LabelledTask):
         if training and config.TEST.LABELS:
             raise ValueError("TEST.LABELS is only for --eval; remove it from the options of a run")
         if training:
-            self.notes.append(f"classes and their labels: {in_words(self.classes)}")
+            self.notes.append(f"classes and their labels: {describe_labels(self.classes)}")
         self._erase = build_erasing(config)
         self._mixup = build_mixup(config, len(self.classes)) if training else None
         self._remarks: list[str] = []
@@ -102,7 +101,7 @@ class Classification(LabelledTask):
         return self._noted(build_eval_loader)
 
     def _noted(self, build: Callable[..., Loader]) -> Loader:
-        loader = build(self.config, self._dataset, **self._share)
+        loader = build(self.config, self._dataset, **self._rank)
         self._remarks += loader.dataset.remarks
         return loader
 
@@ -113,8 +112,10 @@ class Classification(LabelledTask):
     def learn_from(self, teacher: nn.Module) -> None:
         if self.config.DATA.MULTI_LABEL:
             raise ValueError("a teacher needs single labels; remove DISTILL.* from the options for DATA.MULTI_LABEL")
-        how = self.config.DISTILL
-        self._distillation = Distillation(teacher=teacher, kind=how.KIND, share=how.SHARE, temperature=how.TEMPERATURE)
+        options = self.config.DISTILL
+        self._distillation = Distillation(
+            teacher=teacher, kind=options.KIND, share=options.SHARE, temperature=options.TEMPERATURE
+        )
 
     def prepare(self, batch: Batch, device: torch.device) -> LabelledImages:
         images, targets = self.to_device(batch, device)
@@ -158,12 +159,12 @@ class Classification(LabelledTask):
         self._present = sorted(labels) if labels and self.config.TEST.CLASSES == "present" else None
         if not labels:
             trust = "" if known else ", assumed to be those of the weights in this order"
-            if not known and (doubt := order_doubt(self.classes)):
-                self._remarks.append(doubt)
-            return [f"classes and their labels{trust}: {in_words(self.classes)}"]
+            if not known and (warning := order_warning(self.classes)):
+                self._remarks.append(warning)
+            return [f"classes and their labels{trust}: {describe_labels(self.classes)}"]
         if self._present and len(self._present) == 1:
-            self._remarks.append("one class is present and no other may be predicted: every image counts as right")
-        found, among = f"classes and their labels, found {how}: {in_words(self.classes, labels)}", len(labels)
+            self._remarks.append("only one class can be predicted (TEST.CLASSES present), so every image is correct")
+        found, among = f"classes and their labels, found {how}: {describe_labels(self.classes, labels)}", len(labels)
         names = known or [f"class {label}" for label in range(number)]
         for label, name in () if known else zip(labels, self.classes, strict=True):
             names[label] = name
@@ -191,8 +192,8 @@ class Classification(LabelledTask):
     def summary(self) -> str:
         return f"{len(self.classes)} classes"
 
-    def doubts(self) -> list[str]:
-        return [*self._dataset.doubts(), *self._remarks, *loader_doubts(self.config, self.largest_image())]
+    def warnings(self) -> list[str]:
+        return [*self._dataset.warnings(), *self._remarks, *loader_warnings(self.config, self.largest_image())]
 
     def best_line(self, score: float) -> str:
         return f"Max {self.score.title}: {score:.2f}%"
@@ -206,14 +207,15 @@ def balancing_weights(counts: Sequence[int]) -> Tensor:
 
 
 class Accuracy(Meter):
-    """Top-1 and top-5 accuracy in percent and mean cross-entropy; sums over all images divided by their number."""
+    """Top-1 and top-5 accuracy in percent and mean cross-entropy; sums over all images divided by their number.
 
-    def __init__(self, samples: int, device: torch.device, present: list[int] | None = None) -> None:
-        """Args:
+    Args:
         samples: number of samples over all ranks.
         device: of the network.
         present: labels that can be predicted; None for all.
-        """
+    """
+
+    def __init__(self, samples: int, device: torch.device, present: list[int] | None = None) -> None:
         self._samples = samples
         self._present = present
         # [correct, correct among five, sum of losses, images, images left out, images without labels]
@@ -254,7 +256,12 @@ class Accuracy(Meter):
 
 
 class F1(Meter):
-    """F1 of labels with a probability above 0.5, over all images and classes, and mean binary cross-entropy."""
+    """F1 of labels with a probability above 0.5, over all images and classes, and mean binary cross-entropy.
+
+    Args:
+        samples: number of samples over all ranks.
+        device: of the network.
+    """
 
     def __init__(self, samples: int, device: torch.device) -> None:
         self._samples = samples
@@ -264,18 +271,18 @@ class F1(Meter):
     def add(self, model: nn.Module, batch: LabelledImages) -> None:
         logits, targets = model(batch.images).float(), batch.targets
         read = targets[:, 0] >= 0
-        said, true = (logits > 0) & read[:, None], (targets > 0.5)
+        predicted, true = (logits > 0) & read[:, None], targets > 0.5
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").mean(1) * read
-        sums = said & true, said, true, losses, read, ~read
+        sums = predicted & true, predicted, true, losses, read, ~read
         self._sums += torch.stack([x.to(self._sums.dtype).sum() for x in sums])
 
     def result(self) -> Evaluation:
-        right, said, true, loss, images, skipped = sum_over_ranks(self._sums).tolist()
+        correct, predicted, true, loss, images, skipped = sum_over_ranks(self._sums).tolist()
         warnings = check_counts(images, skipped, self._samples)
-        shares = right / max(said, 1), right / max(true, 1)
-        metrics = {"f1": 100 * 2 * right / max(said + true, 1), "loss": loss / images}
+        precision, recall = correct / max(predicted, 1), correct / max(true, 1)
+        metrics = {"f1": 100 * 2 * correct / max(predicted + true, 1), "loss": loss / images}
         lines = [
-            f" * F1 {metrics['f1']:.3f} precision {100 * shares[0]:.3f} recall {100 * shares[1]:.3f}",
+            f" * F1 {metrics['f1']:.3f} precision {100 * precision:.3f} recall {100 * recall:.3f}",
             f" * Loss {metrics['loss']:.4f}",
         ]
         return Evaluation(metrics, lines, warnings)

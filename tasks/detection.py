@@ -20,7 +20,7 @@ from data.transforms import as_pixels, normalize
 from models.detection import DETECTORS
 from tasks.base import Evaluation, Meter, Score, check_counts
 from tasks.coco import Detections, average_precision, paste_masks
-from tasks.labelled import LabelledTask
+from tasks.labelled import CLASSIFICATION_ONLY, LabelledTask
 from tasks.pictures import SAMPLES, SHOWN, draw_objects, stack_rows
 from utils import World
 
@@ -41,6 +41,7 @@ class Detection(LabelledTask):
     """Boxes and classes of objects, and masks if the detector predicts them."""
 
     score = Score("AP", "AP", digits=3)
+    unsupported = CLASSIFICATION_ONLY
 
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         super().__init__(config, world, training=training)
@@ -58,10 +59,10 @@ class Detection(LabelledTask):
         return largest_image(self.config)
 
     def train_loader(self) -> DataLoader:
-        return build_train_loader(self.config, self._dataset, masks=self._masks, **self._share)
+        return build_train_loader(self.config, self._dataset, masks=self._masks, **self._rank)
 
     def eval_loader(self) -> DataLoader:
-        return build_eval_loader(self.config, self._dataset, **self._share)
+        return build_eval_loader(self.config, self._dataset, **self._rank)
 
     def prepare(self, batch: Batch, device: torch.device) -> Images:
         moved = on_device(batch, lambda tensor: tensor.to(device, non_blocking=True))

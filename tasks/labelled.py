@@ -8,10 +8,13 @@ from typing import Any
 
 from yacs.config import CfgNode
 
-from data.build import loader_doubts
+from data.build import loader_warnings
 from models.build import num_classes, set_num_classes
 from tasks.base import Task
 from utils import World
+
+# Options that only the loaders and losses of classification implement.
+CLASSIFICATION_ONLY = ("DATA.BALANCE", "DATA.CACHE", "DATA.MULTI_LABEL")
 
 
 class LabelledTask(Task):
@@ -24,7 +27,7 @@ class LabelledTask(Task):
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         super().__init__(config, world, training=training)
         self._dataset = self.open_dataset(("train", "val") if training else ("val",))
-        self._share = {"rank": world.rank, "world_size": world.size}  # loader arguments of this rank
+        self._rank = {"rank": world.rank, "world_size": world.size}  # loader arguments of this rank
         self.classes: list[str] = self._dataset.classes
         meant_for = num_classes(config)
         set_num_classes(config, len(self.classes))
@@ -52,8 +55,8 @@ class LabelledTask(Task):
         """Return the largest height and width of the images of a batch."""
         return self.config.image_size
 
-    def doubts(self) -> list[str]:
-        return [*self._dataset.remarks, *loader_doubts(self.config, self.largest_image())]
+    def warnings(self) -> list[str]:
+        return [*self._dataset.remarks, *loader_warnings(self.config, self.largest_image())]
 
 
 def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from data.segmentation.sources import IGNORED, MaskedDataset
 from data.transforms import as_pixels, normalize
 from models.segmentation.parts import resize
 from tasks.base import Evaluation, Meter, Score, check_counts
-from tasks.labelled import LabelledTask
+from tasks.labelled import CLASSIFICATION_ONLY, LabelledTask
 from tasks.pictures import SAMPLES, paint, stack_rows
 from utils import sum_over_ranks
 
@@ -38,24 +38,25 @@ class Segmentation(LabelledTask):
     """One class for each pixel."""
 
     score = Score("miou", "mIoU", digits=3)
+    unsupported = CLASSIFICATION_ONLY
 
     def open_dataset(self, needs: Sequence[str]) -> MaskedDataset:
         return open_dataset(self.config, needs)
 
     def build_model(self) -> nn.Module:
-        model, images = super().build_model(), self.config.DATA.BATCH_SIZE * self.world.size
-        if self.training and images < model.smallest_batch:
+        model, batch_size, processes = super().build_model(), self.config.DATA.BATCH_SIZE, self.world.size
+        if self.training and batch_size * processes < model.smallest_batch:
             raise ValueError(
-                f"DATA.BATCH_SIZE {self.config.DATA.BATCH_SIZE} on {self.world.size} process is too small for "
+                f"DATA.BATCH_SIZE {batch_size} on {processes} process{'es' * (processes > 1)} is too small for "
                 f"{self.config.MODEL.SEGMENTER.NAME}, whose batch norms need {model.smallest_batch} images"
             )
         return model
 
     def train_loader(self) -> DataLoader:
-        return build_train_loader(self.config, self._dataset, **self._share)
+        return build_train_loader(self.config, self._dataset, **self._rank)
 
     def eval_loader(self) -> DataLoader:
-        return build_eval_loader(self.config, self._dataset, **self._share)
+        return build_eval_loader(self.config, self._dataset, **self._rank)
 
     def prepare(self, batch: Batch, device: torch.device) -> LabelledPixels:
         images = batch.images.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Debian's Chromium without a window, driven through its DevTools protocol over two pipes."""
+"""Debian's Chromium in headless mode, controlled by its DevTools protocol over two pipes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several files of tests share."""
+"""Fixtures that several test files share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.launched import Uninterrupted
 
 
 def pytest_configure() -> None:
-    """Let signals count again that a shell in the background or nohup told us to ignore: runs would ignore them too."""
+    """Restore signals that a background shell or nohup ignores; runs would inherit that."""
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, handler)
@@ -20,13 +20,13 @@ def pytest_configure() -> None:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
-    """Return what runs leave that nothing happens to."""
+    """Return the outcomes of uninterrupted runs."""
     return Uninterrupted(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(autouse=True)
 def signals_as_before() -> Iterator[None]:
-    """Undo how a run in this process listens to signals: processes forked later would not end when they are told to."""
+    """Undo the signal handling of a run in this process, which processes forked later would inherit."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
@@ -37,7 +37,7 @@ def signals_as_before() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_process_left() -> Iterator[None]:
-    """Kill what tests that failed left running, for which Python would wait at the end.
+    """Kill processes left by failed tests, for which Python would wait at exit.
 
     Not after each test: the workers of a loader that is not collected yet run on, and must not be found dead.
     """

@@ -1,4 +1,4 @@
-"""Training jobs of one or several processes that tests start, signal and kill.
+"""Training jobs with one or several processes that tests start, signal and kill.
 
 Each process is forked from a server that has imported everything, so that a start takes a fraction of a second and many
 kills take minutes.
@@ -27,7 +27,7 @@ from tests.runs import ROOT, write_config
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["main", "tools.launch", "tests.launched", "sklearn.datasets"])
-# Images of ten classes: few, as a run takes as long as they do; enough for eleven updates an epoch, and a remainder.
+# Images of ten classes: few, so that runs are short, but enough for eleven updates per epoch and a remainder.
 TRAINING_IMAGES, HELD_OUT_IMAGES, UPDATES = 270, 40, 11
 
 
@@ -66,7 +66,7 @@ class Job:
             process.start()
 
     def signal(self, number: int, *ranks: int) -> None:
-        """Send a signal to some of the processes, or to all where none is named."""
+        """Send a signal to the given ranks, by default to all."""
         for rank in ranks or range(len(self.ranks)):
             if self.ranks[rank].is_alive():
                 os.kill(self.ranks[rank].pid, number)
@@ -94,7 +94,7 @@ class Job:
 
 
 def run_forked(*words: str | Path | int, processes: int = 1) -> str:
-    """Run `python main.py <words>` to its end, which must be a good one, and return what it printed."""
+    """Run `python main.py <words>`, which must succeed, and return what it printed."""
     with tempfile.TemporaryDirectory() as folder:
         job = Job(words, Path(folder, "console.txt"), processes=processes)
         assert job.wait(240) == [0] * processes, job.console()
@@ -109,7 +109,7 @@ def start_launcher(words: Sequence[str | Path | int], console: Path) -> ForkServ
 
 
 class Trial:
-    """One command, whose jobs can be killed and started again, in a folder of its own."""
+    """A command in a separate folder, whose jobs can be killed and started again."""
 
     def __init__(self, folder: Path, processes: int, workers: int, **sections: Any) -> None:
         folder.mkdir()
@@ -139,7 +139,7 @@ class Trial:
         return Job([*self.words, *flags], self._console, processes=self._processes, prepare=prepare, **env)
 
     def finish(self) -> dict[str, Any]:
-        """Run the command to its end and return what it left."""
+        """Run the command to its end and return its outcome."""
         job = self.start()
         statuses = job.wait(240)
         assert statuses == [0] * self._processes, job.console()
@@ -154,14 +154,14 @@ class Trial:
 
 
 class Uninterrupted:
-    """What runs leave that nothing happens to, and how many seconds they take; each number of processes runs once."""
+    """Outcomes of uninterrupted runs, and their seconds; each number of processes runs once."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._known: dict[int, tuple[dict[str, Any], float]] = {}
 
     def of(self, processes: int) -> tuple[dict[str, Any], float]:
-        """Return the outcome with so many processes; the workers that read the images do not change it."""
+        """Return the outcome with this number of processes; it does not depend on loader workers."""
         if processes not in self._known:
             _start_server()
             begin = time.monotonic()
@@ -203,7 +203,7 @@ def _start_server() -> None:
 
 
 def _write_images(root: Path) -> Path:
-    """Write images that tell their class by their colours, so that a run learns, and return `root`."""
+    """Write images whose colours depend on their class, so that a run learns, and return `root`."""
     for split, count in (("train", TRAINING_IMAGES), ("val", HELD_OUT_IMAGES)):
         for number in range(count):
             path = root / split / str(number % 10) / f"{number}.png"
@@ -220,7 +220,7 @@ def free_port() -> int:
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """Return all that a run left that a continuation must not change."""
+    """Return the results of a run that must be equal after an interruption."""
     checkpoints = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pth"))}
     del checkpoints["previous.pth"]  # is of another moment after a run that was killed
     for state in checkpoints.values():
@@ -230,7 +230,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 
 def first_difference(one: Any, other: Any, where: str = "") -> str | None:
-    """Return where two outcomes differ in as much as one bit, or None."""
+    """Return the first difference of two outcomes, compared bit for bit, or None."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return None if torch.equal(one, other) else where
     if isinstance(one, dict) and isinstance(other, dict):

@@ -1,8 +1,7 @@
-"""A training run small enough for tests: real digits, a network of a few thousand parameters, seconds an epoch."""
+"""A training run small enough for tests: real digits, a few thousand parameters, seconds per epoch."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from logger import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -34,7 +35,7 @@ TINY = {
 
 
 class Killed(BaseException):
-    """Ends a write as a kill does: no handler of the writer runs."""
+    """Interrupts a write like a kill: no exception handler of the writer runs."""
 
 
 def write_config(folder: Path, **sections: Any) -> Path:
@@ -45,7 +46,7 @@ def write_config(folder: Path, **sections: Any) -> Path:
 
 
 def run_command(*command: str | Path, timeout: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command in the repository with one thread a process and return what it printed."""
+    """Run a command in the repository with one thread per process and return its result."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON": sys.executable, **env}
     return subprocess.run(
         [str(word) for word in command], cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True
@@ -54,8 +55,7 @@ def run_command(*command: str | Path, timeout: float = 240, **env: str) -> subpr
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
     """Return the rows of `kind` in the metrics of a run."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["kind"] == kind]
+    return [row for row in read_rows(folder / "metrics.jsonl") if row["kind"] == kind]
 
 
 def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:

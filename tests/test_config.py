@@ -1,4 +1,4 @@
-"""The config: what overrides what, what a written config gives back, and the files in configs/."""
+"""The config: precedence, writing and reading, and the files in configs/."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ MODELS = [path for path in CONFIGS if path.parent.name != "_base"]
 
 
 def write(path: Path, content: str) -> Path:
-    """Write a config file, and the folders it lies in."""
+    """Write a config file and create its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content, encoding="utf-8")
     return path
 
 
 def refusal(*overrides: Any) -> str:
-    """Return with which message options are refused."""
+    """Return the error message for options."""
     with pytest.raises(ValueError, match="option") as error:
         load_config(ROOT / "configs/digits.yaml", overrides)
     return str(error.value)
@@ -58,14 +58,14 @@ def test_one_base_may_be_reached_twice(tmp_path: Path) -> None:
     assert load_config(write(tmp_path / "file.yaml", "BASE: [left.yaml, right.yaml]\nTAG: both")).SEED == 7
 
 
-def test_a_circle_over_two_files_is_refused(tmp_path: Path) -> None:
+def test_base_cycle_over_two_files_is_rejected(tmp_path: Path) -> None:
     path = write(tmp_path / "one.yaml", "BASE: two.yaml\nSEED: 1")
     write(tmp_path / "two.yaml", "BASE: one.yaml\nSEED: 2")
     with pytest.raises(ValueError, match=r"BASE of .*two.yaml leads back to itself"):
         load_config(path)
 
 
-def test_every_opts_counts() -> None:
+def test_repeated_opts_are_combined() -> None:
     _, config = parse(["--cfg", str(MODELS[0]), "--opts", "SEED", "1", "--opts", "TAG", "second"])
     assert (config.SEED, config.TAG) == (1, "second")
 
@@ -184,7 +184,7 @@ def test_yaml_scalars_become_what_was_meant(content: str, key: str, value: Any, 
         ("QUICKLY", None),
     ],
 )
-def test_an_unknown_option_names_the_nearest(written: str, meant: str | None) -> None:
+def test_unknown_option_suggests_a_similar_one(written: str, meant: str | None) -> None:
     message = refusal(written, "1")
     if written == "TRAIN.EMA":
         assert message == "TRAIN.EMA is a section; set one of its options, such as TRAIN.EMA.ENABLED"
@@ -194,7 +194,7 @@ def test_an_unknown_option_names_the_nearest(written: str, meant: str | None) ->
 
 
 @pytest.mark.parametrize("text", ["text", "", "{a: 1}", "2024-01-01", "!!int x", "9" * 400, "-.inf", ".nan"])
-def test_a_value_of_another_kind_is_refused_by_every_option(text: str) -> None:
+def test_every_option_rejects_a_value_of_another_type(text: str) -> None:
     for key, default in flatten(default_config()):
         if not isinstance(default, str) and key != "BASE":
             with pytest.raises(ValueError, match=rf"^{key}.*(must be|is not valid YAML)"):
@@ -282,12 +282,12 @@ def test_flags_set_their_options(flags: list[str], key: str, value: Any) -> None
         ("--gpus", "options of config.py"),
     ],
 )
-def test_hints_for_flags_come_where_they_are_near(flag: str, hint: str) -> None:
+def test_unknown_flags_suggest_similar_ones(flag: str, hint: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"unknown argument {flag}; {hint}")):
         parse(["--cfg", str(ROOT / "configs/digits.yaml"), flag, "1"])
 
 
-def test_what_is_evaluated_is_named_or_the_best_of_the_run(tmp_path: Path) -> None:
+def test_evaluated_checkpoint_is_given_or_the_best_of_the_run(tmp_path: Path) -> None:
     path = write(tmp_path / "config.yaml", f"OUTPUT: {tmp_path}\nMODEL: {{NAME: run, PRETRAINED: start.pth}}")
     argv = ["--cfg", str(path), "--eval"]
     with pytest.raises(ValueError, match=r"--eval needs a checkpoint.*start\.pth.* is what the run starts from"):
@@ -299,7 +299,7 @@ def test_what_is_evaluated_is_named_or_the_best_of_the_run(tmp_path: Path) -> No
     assert parse([*argv, "--opts", "MODEL.RESUME", "other.pth"])[1].MODEL.RESUME == "other.pth"
 
 
-def test_the_config_of_a_run_means_the_run_in_its_folder_though_it_was_moved(tmp_path: Path) -> None:
+def test_config_of_a_moved_run_evaluates_the_run_in_its_folder(tmp_path: Path) -> None:
     text = f"OUTPUT: {tmp_path}\nMODEL: {{NAME: run}}"
     other = write(tmp_path / "run/default/best.pth", "")  # which has taken its place
     path = write(tmp_path / "moved/config.yaml", text)

@@ -1,4 +1,4 @@
-"""The documents: whatever a page names exists."""
+"""The documentation: the files, commands and flags it names exist."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-# Programs of the system: what they are told is not looked at.
+# Programs of the system, whose arguments are not checked.
 OTHERS = {"make", "find", "curl", "pip", "python", "cd", "git", "torchrun", "apt-get", "tar", "wandb", "mlflow"}
 # Where the flags of a program are declared, if not in its own file.
 TRAINER = ("training/command_line.py", "config.py")
@@ -44,7 +44,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 def test_commands_name_files_and_flags_that_exist() -> None:
-    """They are parsed, not run: programs and configs are there, and the program declares each flag."""
+    """Commands are parsed, not run: programs and configs exist, and the program declares each flag."""
     found = commands()
     assert len(found) > 20
     for page, words in found:

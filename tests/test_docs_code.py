@@ -1,4 +1,4 @@
-"""The Python code of README and docs runs, page by page, from the first block of a page to its last."""
+"""The Python code of README and docs runs, block by block."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_code(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict:
-    """Run the blocks of a page in a folder, and return the names that they leave."""
+    """Run the blocks of a page in a folder, and return the names they define."""
     monkeypatch.chdir(folder)
     names = {"images": torch.rand(1, 3, 64, 64)}
     for block in CODE[ROOT / page]:  # in a clone the package dat is called models

@@ -1,4 +1,4 @@
-"""Docstrings: whatever is public is described, and whatever takes tensors says of which shape."""
+"""Public names have docstrings, and functions of tensors document shapes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ METHODS = {(one.owner.name, one.name): one for one in PUBLIC if one.owner}
 
 
 def description(one: Public) -> str:
-    """Return the docstring of what is public; of a method also that of its class and of what it overrides."""
+    """Return the docstring; for a method also those of its class and of the method it overrides."""
     if not one.owner:
         return one.doc
     texts, owners = [one.doc], [one.owner]
@@ -90,11 +90,11 @@ def gives_shapes(one: Public) -> bool:
 
 
 @pytest.mark.parametrize("file", sorted({one.file for one in PUBLIC}))
-def test_what_is_public_is_described(file: str) -> None:
+def test_public_names_have_docstrings(file: str) -> None:
     assert [str(one) for one in PUBLIC if one.file == file and not description(one).strip()] == []
 
 
-def test_whoever_takes_tensors_says_their_shapes() -> None:
+def test_functions_of_tensors_document_shapes() -> None:
     takers = [
         one
         for one in PUBLIC

@@ -1,4 +1,4 @@
-"""Which file may import which: the layout of the repository, kept."""
+"""The allowed imports, and the layout of the repository."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OURS = SMALL | PACKAGES | {"main"}
 WRITTEN = [path for path in ROOT.rglob("*.py") if not {".venv", "build", "output"} & set(path.relative_to(ROOT).parts)]
 FILES = [path for path in WRITTEN if path.relative_to(ROOT).parts[0] != "tests"]
 
-# What the files of a place may import of ours; `config` takes the options of the models from where they are declared.
+# Allowed imports within the repository; `config` takes the options of the models from where they are declared.
 ALLOWED = {
     "main": {"training", "data", *SMALL},
     "training": {"training", "tasks", "models", "data", "tools", *SMALL},
@@ -53,7 +53,7 @@ def tops_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_what_its_place_allows(path: Path) -> None:
+def test_imports_follow_the_layout(path: Path) -> None:
     place = path.relative_to(ROOT)
     assert tops_of(path) & OURS <= ALLOWED[place.with_suffix("").parts[0]]
 
@@ -70,12 +70,12 @@ def test_operations_import_torch_alone() -> None:
         assert all(name.startswith("models.ops") for name in imports_of(path) if name.startswith("models")), path
 
 
-def test_what_is_imported_before_torch_needs_the_standard_library_alone() -> None:
+def test_early_imports_need_only_the_standard_library() -> None:
     for name in ("__init__", "startup"):
         assert tops_of(ROOT / "training" / f"{name}.py") <= {"__future__", *sys.stdlib_module_names}
 
 
-def test_tools_and_matplotlib_are_loaded_where_a_run_ends_and_not_before() -> None:
+def test_tools_and_matplotlib_are_imported_only_at_the_end_of_a_run() -> None:
     for path in (ROOT / "main.py", *(ROOT / "training").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -83,7 +83,7 @@ def test_tools_and_matplotlib_are_loaded_where_a_run_ends_and_not_before() -> No
             assert not {name.split(".")[0] for name in names} & {"tools", "matplotlib"}, path
 
 
-def test_the_root_holds_the_given_files() -> None:
+def test_root_has_only_the_documented_files() -> None:
     assert {path.stem for path in ROOT.glob("*.py")} - {"hubconf", "setup"} == {"main", *SMALL}
     assert {path.stem for path in ROOT.glob("*.sh")} == {"train", "evaluate", "train_slurm"}
     assert {path.relative_to(ROOT).parts[0] for path in WRITTEN if path.parent != ROOT} == PACKAGES | {"docs"}

@@ -1,4 +1,4 @@
-"""The launchers for one machine: folders as data, processes, ports and the published checkpoint layout."""
+"""The launchers for one machine: class folders, several processes, ports and the published checkpoint layout."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_published_checkpoint_is_evaluated_and_fine_tuned(photographs: Path, t
 @pytest.mark.parametrize(
     "words", [["train.sh", "1", "--help"], ["evaluate.sh", "-h"], ["train_slurm.sh", "8", "tiny.yaml", "job", "--help"]]
 )
-def test_launchers_answer_a_question_for_help(words: list[str]) -> None:
+def test_launchers_print_help(words: list[str]) -> None:
     done = run_command("bash", *words, PYTHON="echo")
     assert done.returncode == 0, done.stderr
     usage, flags = done.stdout.splitlines()
@@ -81,13 +81,13 @@ def test_launchers_answer_a_question_for_help(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize("words", [["train.sh", "1", "--amp"], ["evaluate.sh", "1", "tiny.yaml", "--amp"]])
-def test_a_flag_is_taken_for_no_file(words: list[str]) -> None:
+def test_flag_is_not_taken_for_a_file(words: list[str]) -> None:
     done = run_command("bash", *words)
     assert done.returncode == 2
     assert done.stderr.startswith(f"usage: bash {words[0]} <gpus> <config>")
 
 
-def test_a_check_of_several_processes_is_made_once() -> None:
+def test_check_of_several_processes_prints_once() -> None:
     done = run_command("bash", "train.sh", 3, "tiny.yaml", "--check", PYTHON="echo")
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{ROOT}/main.py --cfg tiny.yaml --check\n"
@@ -95,7 +95,7 @@ def test_a_check_of_several_processes_is_made_once() -> None:
 
 @pytest.fixture
 def queue(tmp_path: Path) -> Path:
-    """Return a folder whose sbatch, found where the folder is in PATH, writes its words into a file there."""
+    """Return a folder for PATH with an sbatch that writes its arguments into a file there."""
     for name, script in (("sbatch", 'echo "$@" >"$0.txt"'), ("check", 'echo "$LOCAL_WORLD_SIZE $@"; exit $FOUND')):
         path = tmp_path / "bin" / name
         path.parent.mkdir(exist_ok=True)
@@ -119,7 +119,15 @@ def test_a_job_is_checked_before_it_is_queued(queue: Path, found: int, first: st
     assert not queued or called.read_text(encoding="utf-8").endswith(f" check {command}\n")
 
 
-def test_the_check_of_a_job_needs_neither_its_gpus_nor_its_cores(queue: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("flags", "gpus"), [((), True), (("--device", "cpu"), False), (("--device=cpu",), False)])
+def test_jobs_on_cpu_request_no_gpus(queue: Path, flags: tuple[str, ...], gpus: bool) -> None:
+    env = {"PATH": f"{queue}:{os.environ['PATH']}", "PYTHON": "check", "FOUND": "0"}
+    done = run_command("bash", "train_slurm.sh", 2, "tiny.yaml", "job", *flags, **env)
+    assert done.returncode == 0, done.stderr
+    assert ("--gres gpu:2" in (queue / "sbatch.txt").read_text(encoding="utf-8")) == gpus
+
+
+def test_check_of_a_job_needs_neither_its_gpus_nor_its_cores(queue: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, OUTPUT=str(tmp_path / "output"), DATA={"NUM_WORKERS": 10_000}, DEVICE="cuda")
     done = run_command("bash", "train_slurm.sh", 2, config, "job", PATH=f"{queue}:{os.environ['PATH']}")
     assert done.returncode == 0, done.stderr
@@ -128,7 +136,7 @@ def test_the_check_of_a_job_needs_neither_its_gpus_nor_its_cores(queue: Path, tm
     assert not (tmp_path / "output").exists()
 
 
-def test_a_machine_without_slurm_is_told_in_one_line(tmp_path: Path) -> None:
+def test_machine_without_slurm_gets_one_line(tmp_path: Path) -> None:
     for name in ("bash", "dirname", "python3"):
         (tmp_path / name).symlink_to(shutil.which(name))
     folder = ROOT / "output" / "slurm"

@@ -1,4 +1,4 @@
-"""The log of a run and the programs that record it, each in its current release and without a network."""
+"""The log of a run, and the recorders in their current releases, offline."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from yacs.config import CfgNode
 
 from config import default_config
-from logger import RECORDERS, RunLog, check_recorders, recorder_names
+from logger import RECORDERS, RunLog, check_recorders, read_rows, recorder_names
 
 
 def options(*recorders: str) -> CfgNode:
@@ -22,7 +22,7 @@ def options(*recorders: str) -> CfgNode:
 
 
 def write_twice(folder: Path, config: CfgNode) -> None:
-    """Log two lines as a run that was continued after the first one does."""
+    """Log two lines like a run that was resumed after the first one."""
     for update in (1, 2):
         log = RunLog(folder, config, is_main=True, updates_done=update - 1)
         log.metrics("train", epoch=1, update=update, loss=1.0 / update)
@@ -35,7 +35,7 @@ def rows(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def test_clocks_and_rates_have_a_file_of_their_own(tmp_path: Path) -> None:
+def test_times_and_rates_are_in_a_separate_file(tmp_path: Path) -> None:
     write_twice(tmp_path, options())
     assert rows(tmp_path / "metrics.jsonl") == [
         {"kind": "train", "epoch": 1, "update": 1, "loss": 1.0},
@@ -48,6 +48,12 @@ def test_clocks_and_rates_have_a_file_of_their_own(tmp_path: Path) -> None:
         "update": 2,
         "images_per_second": 10.0,
     }
+
+
+def test_rows_are_read_without_a_truncated_last_line(tmp_path: Path) -> None:
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "loss": 1.0}\n{"kind": "tr')
+    assert read_rows(tmp_path / "metrics.jsonl") == [{"kind": "train", "loss": 1.0}]
 
 
 def test_rewinding_keeps_finished_epochs_however_updates_are_counted(tmp_path: Path) -> None:
@@ -101,7 +107,7 @@ def test_weights_and_biases_records_one_run_offline(tmp_path: Path, monkeypatch:
     assert [(run.id, run.project, run.name) for run in begun] == [(identity, "birds", "first try")] * 2
     assert begun[0].config["TRAIN"]["EPOCHS"] == config.TRAIN.EPOCHS
     files = sorted((tmp_path / "wandb").glob(f"offline-run-*/run-{identity}.wandb"))
-    assert any(b"train/loss" in file.read_bytes() for file in files)  # two of one second share a folder
+    assert any(b"train/loss" in file.read_bytes() for file in files)  # files of the same second share a folder
 
 
 def test_mlflow_records_one_run_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +126,7 @@ def test_mlflow_records_one_run_in_a_folder(tmp_path: Path, monkeypatch: pytest.
 
 
 class Broken:
-    """A recorder whose service goes away."""
+    """A recorder whose service fails after some time."""
 
     def __init__(self, *_: object) -> None:
         self.asked = 0

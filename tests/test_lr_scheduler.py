@@ -1,4 +1,4 @@
-"""The learning rate of every update against the numbers of the published training."""
+"""The learning rate of every update, compared with the published training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import load_config
-from lr_scheduler import build_scheduler, doubtful_drop, learning_rates, planned_schedule, schedule_doubts
+from lr_scheduler import build_scheduler, drop_warning, learning_rates, planned_schedule, schedule_warnings
 from optimizer import build_optimizer
 
 RECIPE = json.loads((Path(__file__).parent / "golden" / "recipe.json").read_text(encoding="utf-8"))
@@ -81,15 +81,15 @@ def test_milestones_decay_after_their_epochs() -> None:
     assert list(rates.values()) == pytest.approx([peak, peak, peak / 10, peak / 10, peak / 100])
 
 
-def test_a_steep_drop_after_the_warm_up_is_doubtful() -> None:
+def test_steep_drop_after_the_warm_up_gives_a_warning() -> None:
     shape = {"updates_per_epoch": 100, "world_size": 4}
     published = load_config("configs/dat_tiny.yaml")
-    assert doubtful_drop(published, **shape) == ""
+    assert drop_warning(published, **shape) == ""
     short = load_config("configs/dat_tiny.yaml", ["TRAIN.EPOCHS", 30])
-    assert "the learning rate falls from 5.00e-04 to 1.29e-04 when the warm-up ends" in doubtful_drop(short, **shape)
+    assert "the learning rate falls from 5.00e-04 to 1.29e-04 when the warm-up ends" in drop_warning(short, **shape)
     for remedy in (["TRAIN.LR_SCHEDULER.WARMUP_PREFIX", True], ["TRAIN.WARMUP_EPOCHS", 2], ["TRAIN.WARMUP_EPOCHS", 0]):
         mended = load_config("configs/dat_tiny.yaml", ["TRAIN.EPOCHS", 30, *remedy])
-        assert doubtful_drop(mended, **shape) == ""
+        assert drop_warning(mended, **shape) == ""
 
 
 @pytest.mark.parametrize(
@@ -98,19 +98,19 @@ def test_a_steep_drop_after_the_warm_up_is_doubtful() -> None:
         ({"WARMUP_EPOCHS": 20}, "TRAIN.WARMUP_EPOCHS 20 is not below TRAIN.EPOCHS 10: the learning rate never reaches"),
         ({"WARMUP_UPDATES": 500}, "TRAIN.WARMUP_UPDATES 500 is not below the 100 updates of the run: the learning"),
         ({"WARMUP_EPOCHS": 20, "WARMUP_UPDATES": 5}, ""),  # the updates count
-        ({"NAME": "step"}, "does not decay within TRAIN.EPOCHS 10, by TRAIN.LR_SCHEDULER.DECAY_EPOCHS 30"),
-        ({"NAME": "milestones", "MILESTONES": "[60, 80]"}, "within TRAIN.EPOCHS 10, by TRAIN.LR_SCHEDULER.MILESTONES"),
+        ({"NAME": "step"}, "does not decay within TRAIN.EPOCHS 10 with TRAIN.LR_SCHEDULER.DECAY_EPOCHS 30"),
+        ({"NAME": "milestones", "MILESTONES": "[60, 80]"}, "within TRAIN.EPOCHS 10 with TRAIN.LR_SCHEDULER.MILESTONES"),
         ({"NAME": "step", "DECAY_EPOCHS": 4}, ""),
         ({"NAME": "milestones", "MILESTONES": "[]"}, ""),  # constant on purpose
     ],
 )
-def test_a_schedule_that_is_probably_not_meant(options: dict[str, object], says: str) -> None:
+def test_schedule_that_is_probably_unintended(options: dict[str, object], says: str) -> None:
     words: list[object] = ["TRAIN.EPOCHS", 10]
     for name, value in ({"WARMUP_EPOCHS": 1} | options).items():
         words += [f"TRAIN.{'' if name.startswith('WARMUP') else 'LR_SCHEDULER.'}{name}", value]
-    doubts = schedule_doubts(load_config("configs/dat_tiny.yaml", words), updates_per_epoch=10, world_size=4)
-    assert len(doubts) == bool(says), doubts
-    assert says in "".join(doubts)
+    warnings = schedule_warnings(load_config("configs/dat_tiny.yaml", words), updates_per_epoch=10, world_size=4)
+    assert len(warnings) == bool(says), warnings
+    assert says in "".join(warnings)
 
 
 def test_a_run_may_end_within_its_schedule() -> None:
@@ -123,7 +123,7 @@ def test_a_run_may_end_within_its_schedule() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "poly", "linear"])
-def test_a_schedule_of_one_update_is_its_peak_without_a_word(
+def test_schedule_of_one_update_is_its_peak_without_a_warning(
     schedule: str, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
 ) -> None:
     words = ["TRAIN.EPOCHS", 1, "TRAIN.WARMUP_EPOCHS", 0, "TRAIN.LR_SCHEDULER.NAME", schedule]
@@ -149,7 +149,7 @@ def test_the_planned_schedule_is_the_one_that_a_run_has() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "step"])
-def test_a_finished_schedule_is_held_or_begun_anew(schedule: str) -> None:
+def test_finished_schedule_is_held_or_restarted(schedule: str) -> None:
     shape = {"updates_per_epoch": 10, "world_size": 1}
     options = ["TRAIN.WARMUP_EPOCHS", 2, "TRAIN.LR_SCHEDULER.NAME", schedule, "TRAIN.LR_SCHEDULER.DECAY_EPOCHS", 3]
     finished = load_config("configs/dat_tiny.yaml", [*options, "TRAIN.EPOCHS", 6])

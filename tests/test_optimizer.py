@@ -66,7 +66,7 @@ def test_the_learning_rate_scales_with_images_per_update() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_skipped_step_leaves_weights_and_state_as_they_are(name: str) -> None:
+def test_skipped_step_changes_neither_weights_nor_state(name: str) -> None:
     config = load_config("configs/dat_tiny.yaml", ["TRAIN.OPTIMIZER.NAME", name])
     layer = torch.nn.Linear(3, 2)
     optimizer = build_optimizer(config, layer, 1)
@@ -114,7 +114,7 @@ def small_network() -> torch.nn.Module:
 
 
 def take_updates(network: torch.nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
-    """Train as the loop does, with a rate that changes; update 1 is not finite and is skipped."""
+    """Train like the loop, with a changing learning rate; update 1 is not finite and is skipped."""
     for update in range(first, last):
         torch.manual_seed(update)
         for group in optimizer.param_groups:
@@ -155,7 +155,7 @@ class Signs(torch.optim.Optimizer):
                 parameter.sub_(average.sign(), alpha=group["lr"])
 
 
-def test_an_optimizer_of_ones_own_needs_its_line_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_optimizer_needs_only_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPTIMIZERS, "signs", lambda groups, settings, **arguments: Signs(groups, **arguments))
     check_that_it_skips_and_resumes("signs")
     optimizer = build_optimizer(named("signs", "TRAIN.OPTIMIZER.ARGS.beta", "0.5"), torch.nn.Linear(2, 2), 1)
@@ -167,7 +167,7 @@ def test_an_optimizer_of_ones_own_needs_its_line_alone(monkeypatch: pytest.Monke
 
 
 def check_that_it_skips_and_resumes(name: str) -> None:
-    """Train in one go and with a checkpoint in between, with an update to skip, to the same weights."""
+    """Check that training with and without resuming gives the same weights, with a skipped update."""
     whole, broken = small_network(), small_network()
     optimizer, first = (build_optimizer(named(name), network, 1) for network in (whole, broken))
     take_updates(whole, optimizer, 0, 5)
@@ -244,7 +244,7 @@ def test_a_schedule_applies_the_factors_of_the_groups() -> None:
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([10 * rate] * 2 + [rate] * 2)
 
 
-def test_frozen_parts_stay_as_they_are_and_in_evaluation_mode() -> None:
+def test_frozen_parts_do_not_change_and_stay_in_evaluation_mode() -> None:
     network = torch.nn.Sequential(
         torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Dropout()),
         torch.nn.Conv2d(4, 4, 3),
@@ -272,7 +272,7 @@ def test_frozen_parts_stay_as_they_are_and_in_evaluation_mode() -> None:
         (["*"], "leaves nothing to train"),
     ],
 )
-def test_what_cannot_be_frozen_is_said(patterns: list[str], says: str) -> None:
+def test_unknown_frozen_part_is_rejected(patterns: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=rf"TRAIN\.FREEZE.*{says}"):
         freeze(torch.nn.Linear(2, 2), patterns)
 
@@ -280,7 +280,7 @@ def test_what_cannot_be_frozen_is_said(patterns: list[str], says: str) -> None:
 @pytest.mark.parametrize(
     ("option", "needs"), [("LAYER_DECAY", "does not define its layers"), ("HEAD_LR_SCALE", "no clas")]
 )
-def test_a_factor_that_a_network_has_no_part_for_is_refused(option: str, needs: str) -> None:
+def test_factor_without_matching_part_of_the_network_is_rejected(option: str, needs: str) -> None:
     config = load_config("configs/dat_tiny.yaml", [f"TRAIN.{option}", "0.5"])
     with pytest.raises(ValueError, match=rf"TRAIN\.{option}: Linear .*{needs}"):
         build_optimizer(config, torch.nn.Linear(2, 2), 1)

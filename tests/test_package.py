@@ -1,4 +1,4 @@
-"""The distribution: what its wheel holds, and that it works where nothing of this repository is."""
+"""The wheel: its contents, and that it works outside the repository."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ assert torch.equal(first, second) and torch.equal(first, again)
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a wheel, built of a copy so that nothing is left in the tree."""
+    """Return a wheel, built from a copy of the tree."""
     folder = tmp_path_factory.mktemp("package")
     for name in ("models", "configs"):
         shutil.copytree(ROOT / name, folder / "source" / name, ignore=IGNORED)
@@ -69,7 +69,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.xdist_group("wheel")
-def test_the_wheel_holds_the_models_their_configs_and_nothing_else(wheel: Path) -> None:
+def test_wheel_contains_only_models_and_configs(wheel: Path) -> None:
     files = set(zipfile.ZipFile(wheel).namelist())
     info = next(name.partition("/")[0] for name in files if name.endswith(".dist-info/METADATA"))
     own = {name for name in files if not name.startswith(info)}
@@ -80,7 +80,7 @@ def test_the_wheel_holds_the_models_their_configs_and_nothing_else(wheel: Path) 
 
 
 @pytest.mark.xdist_group("wheel")
-def test_what_the_wheel_needs_is_what_the_repository_was_tested_with(wheel: Path) -> None:
+def test_requirements_of_the_wheel_match_the_tested_versions(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = message_from_bytes(archive.read(name))

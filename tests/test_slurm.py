@@ -1,4 +1,4 @@
-"""train_slurm.sh: what follows from how its tasks end, and a run of it on a SLURM of two nodes.
+"""train_slurm.sh: how it reacts to the exit statuses of its tasks, and a run on a SLURM with two nodes.
 
 The run is requeued, is out of time, has a task killed, and is continued to the same end.
 """
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.xdist_group("serial")
 
 CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
 
-# A command for tasks. Each word is one start, with what becomes of each task: an exit status, below 0 a signal to the
-# process alone, "gone" a kill of all processes of the task, "saves" a file and an exit a while after a signal.
+# A command for tasks. Each word is one start with the end of each task: an exit status; below 0 a signal to the
+# process alone; "gone" for a kill of all its processes; "saves" for writing a file and exiting after a signal.
 TASK = """
 import os, signal, sys, time
 starts = sys.argv[1:]
@@ -47,7 +47,7 @@ elif end.startswith("-"):
 sys.exit(int(end))
 """
 
-# As srun: one process a task, signals go to all processes of a task, the status is the highest one.
+# Like srun: one process per task, signals go to all processes of a task, the status is the highest one.
 SRUN = f"""#!{sys.executable} -S
 import os, signal, subprocess, sys
 command = sys.argv[1:]
@@ -70,7 +70,7 @@ sys.exit(max(status if status >= 0 else 128 - status for status in statuses))
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """Start SLURM and return the environment in which its commands find it."""
+    """Start SLURM and return the environment for its commands."""
     missing = subprocess.run(["bash", CLUSTER, "check"], capture_output=True, text=True)
     if missing.returncode:
         pytest.skip(f"SLURM cannot run here: {missing.stdout.strip()}")
@@ -99,12 +99,12 @@ class SlurmJob:
         return done.stdout
 
     def wait_until(self, holds: Callable[[], bool], seconds: float = 180) -> None:
-        """Return as soon as `holds()`. A job that SLURM has queued again starts at once, not after two minutes."""
+        """Return as soon as `holds()`. A requeued job is started at once, not after two minutes."""
         end = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < end, self.call("squeue")
             if "PENDING" in self.call("squeue", "--noheader", "--format", "%T", "--jobs", self.number):
-                # In vain where it has started in between.
+                # Fails if it has started in the meantime.
                 self.call("scontrol", "update", f"jobid={self.number}", "StartTime=now", check=False)
             time.sleep(0.25)
 
@@ -124,7 +124,7 @@ class SlurmJob:
 
 
 def run_batch_script(folder: Path, *starts: str, **env: str) -> tuple[int, int, str]:
-    """Run train_slurm.sh as SLURM does, with an srun and a scontrol of our own.
+    """Run train_slurm.sh like SLURM, with replacements of srun and scontrol.
 
     Args:
         folder: an empty one.
@@ -144,7 +144,7 @@ def run_batch_script(folder: Path, *starts: str, **env: str) -> tuple[int, int, 
     command = [ROOT / "train_slurm.sh", "--inside-job", folder / "statuses", sys.executable, "-Sc", TASK, *starts]
     env = {**os.environ, **job, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", **env}
     console = folder / "console.txt"
-    with console.open("w") as out:  # not a pipe, at whose end tasks would be waited for that the script left behind
+    with console.open("w") as out:  # with a pipe, communicate() would wait for tasks left by the script
         done = subprocess.run(["bash", *command], env=env, cwd=folder, stdout=out, stderr=out, timeout=60)
     said = console.read_text(encoding="utf-8")
     started = said.count("srun\n")
@@ -170,9 +170,7 @@ def run_batch_script(folder: Path, *starts: str, **env: str) -> tuple[int, int, 
         (["-6,75", "gone,gone", "0,0"], 0, 3),
     ],
 )
-def test_the_task_that_failed_decides_not_those_that_lost_it(
-    starts: list[str], status: int, started: int, tmp_path: Path
-) -> None:
+def test_failed_task_decides_the_exit_status(starts: list[str], status: int, started: int, tmp_path: Path) -> None:
     assert run_batch_script(tmp_path, *starts, MAX_RESTARTS="2") == (status, started, "")
 
 
@@ -180,9 +178,7 @@ def test_the_task_that_failed_decides_not_those_that_lost_it(
     ("number", "status", "called"),
     [(signal.SIGUSR1, 0, "requeue 7"), (signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "")],
 )
-def test_signals_reach_the_run_which_is_given_time_to_save(
-    number: int, status: int, called: str, tmp_path: Path
-) -> None:
+def test_signals_reach_the_run_and_leave_time_to_save(number: int, status: int, called: str, tmp_path: Path) -> None:
     ended = run_batch_script(tmp_path, "saves,saves", SIGNAL=str(int(number)))
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
     assert ended == (status, 1, called)

@@ -1,4 +1,4 @@
-"""The tutorial, from a folder of images to a prediction server: its commands as they stand, with two epochs."""
+"""The tutorial, from a folder of images to a prediction server: its commands, with two epochs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ WRITTEN = {
 
 
 def write_pets(folder: Path) -> None:
-    """Write images of two kinds that are easily told: stripes along an axis, in noise."""
+    """Write images of two classes that are easy to learn: horizontal and vertical stripes with noise."""
     random = np.random.default_rng(0)
     for part, number in (("train", 48), ("val", 8)):
         for axis, name in enumerate(("cat", "dog")):
@@ -47,7 +47,7 @@ def write_pets(folder: Path) -> None:
 
 
 def link_clone(folder: Path) -> None:
-    """Make a folder a clone of this repository, with output of its own."""
+    """Make a folder a clone of this repository with a separate output folder."""
     for item in ROOT.iterdir():
         if item.name not in (".git", ".venv", "output"):
             (folder / item.name).symlink_to(item)

@@ -1,4 +1,4 @@
-"""How a process finds out which one it is, and what it computes on."""
+"""Ranks, devices and precision of a process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import main
 import utils
 from config import load_config
 from tests.runs import ROOT, run_command
-from training.build import settle
+from training.build import resolve_options
 from training.command_line import parse
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
@@ -29,11 +29,11 @@ BATCH_SCRIPT = {"SLURM_NTASKS": "6", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", 
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Return a monkeypatch under which no launcher's variable is set, and what is set goes again."""
+    """Return a monkeypatch without launcher variables; variables set by the test are removed afterwards."""
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in TORCHRUN:
             monkeypatch.delenv(name)
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
@@ -45,6 +45,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
         ({}, (0, 1, 0, 1)),
         (TORCHRUN, (5, 8, 1, 4)),
         (SRUN, (4, 6, 1, 3)),
+        ({**SRUN, "SLURM_STEP_TASKS_PER_NODE": "2(x2),1,3", "SLURM_NODEID": "2"}, (4, 6, 1, 1)),
         (BATCH_SCRIPT, (0, 1, 0, 1)),  # a process of the batch script itself is alone
         ({**SRUN, **TORCHRUN}, (5, 8, 1, 4)),  # torchrun inside a SLURM job
         ({**SRUN, "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0, 1)),
@@ -67,7 +68,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
         utils.pick_device("", 3, 4)
 
 
-def test_the_first_host_of_a_slurm_job_is_the_meeting_point(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_first_host_of_a_slurm_job_is_the_master_address(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text('#!/bin/sh\n[ "$3" = "n[1-2]" ] && printf "n1\\nn2\\n"\n', encoding="utf-8")
     scontrol.chmod(0o755)
@@ -87,6 +88,7 @@ def test_the_first_host_of_a_slurm_job_is_the_meeting_point(environment: pytest.
     )
     world = utils.init_world("cpu")
     assert (world.rank, world.size, world.is_main) == (4, 6, False)
+    assert os.environ["LOCAL_WORLD_SIZE"] == "3"
     assert joined == {
         "backend": "gloo",
         "MASTER_ADDR": "n1",
@@ -96,7 +98,7 @@ def test_the_first_host_of_a_slurm_job_is_the_meeting_point(environment: pytest.
     }
 
 
-def test_a_given_meeting_point_is_kept(environment: pytest.MonkeyPatch) -> None:
+def test_given_master_address_is_kept(environment: pytest.MonkeyPatch) -> None:
     for name, value in {**SRUN, "MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "29999"}.items():
         environment.setenv(name, value)
     environment.setattr(utils.dist, "init_process_group", lambda *_, **__: None)
@@ -117,7 +119,7 @@ print(stop.received)
 """
 
 
-def test_the_end_of_a_child_process_is_no_request_to_stop() -> None:
+def test_exit_of_a_child_process_is_not_a_request_to_stop() -> None:
     done = run_command(sys.executable, "-c", _OTHER_SIGNAL)
     assert done.stdout == "None\n", done.stderr
 
@@ -131,16 +133,16 @@ def test_the_end_of_a_child_process_is_no_request_to_stop() -> None:
         ("off", "cuda", True, "off"),
     ],
 )
-def test_automatic_precision_is_what_the_device_has(
+def test_automatic_precision_depends_on_the_device(
     monkeypatch: pytest.MonkeyPatch, amp: str, device: str, native: bool, expected: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native or including_emulation)
     config = load_config(ROOT / "configs" / "digits.yaml", ["AMP", amp])
-    settle(config, torch.device(device))
+    resolve_options(config, torch.device(device))
     assert expected == config.AMP
 
 
-def test_the_check_before_a_launch_settles_the_precision_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_check_before_a_launch_resolves_the_precision_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "pick_device", lambda *_: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     args, config = parse(["--cfg", str(ROOT / "configs" / "digits.yaml"), "--amp"])
@@ -149,8 +151,8 @@ def test_the_check_before_a_launch_settles_the_precision_of_the_gpu(monkeypatch:
 
 
 @pytest.mark.parametrize("option", [("COMPILE", True), ("MODEL.DAT.attn_drop_rate", 0.1)])
-def test_what_has_no_deterministic_kernel_is_refused(option: tuple[str, object]) -> None:
+def test_options_without_deterministic_kernels_are_rejected(option: tuple[str, object]) -> None:
     config = load_config(ROOT / "configs" / "digits.yaml", ["DETERMINISTIC", True, *option])
-    settle(config, torch.device("cpu"))
+    resolve_options(config, torch.device("cpu"))
     with pytest.raises(ValueError, match="--deterministic cannot be combined with --compile or attn_drop_rate on CUDA"):
-        settle(config, torch.device("cuda"))
+        resolve_options(config, torch.device("cuda"))

@@ -1,4 +1,4 @@
-"""Every kind of wrong input gets one line that says what is wrong and what to do, status 2, and writes nothing."""
+"""Wrong input of every kind: one line with the fault and what to do, exit status 2, and no files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WITHOUT_STATE = "has no training state that can be resumed; to start from its we
 
 @dataclass(kw_only=True)
 class Wrong:
-    """A wrong input: flags beside a good config, or a whole command line; or sections merged over the good config."""
+    """A wrong input: flags or a whole command line, files, or sections merged over a valid config."""
 
     name: str
     says: str
@@ -79,7 +79,7 @@ def text(name: str, content: str | bytes, says: str) -> Wrong:
 
 
 def folder(name: str, layout: dict[str, int], says: str, prepare: Callable[[Path], Any] | None = None) -> Wrong:
-    """Return a row of a data folder that is not laid out as it should be."""
+    """Return a row of a data folder with a wrong layout."""
 
     def write() -> None:
         Path("wrong").mkdir()
@@ -91,7 +91,7 @@ def folder(name: str, layout: dict[str, int], says: str, prepare: Callable[[Path
 
 
 def table(name: str, content: str | bytes, says: str) -> Wrong:
-    """Return a row of a wrong table of training images beside a good one of held-out images."""
+    """Return a row of a wrong table of training images with a valid one of held-out images."""
 
     def write() -> None:
         Path("wrong").mkdir()
@@ -106,7 +106,7 @@ def table(name: str, content: str | bytes, says: str) -> Wrong:
 def archive(
     name: str, damage: Callable[[Path], Any], says: str, pack: Callable[[Path, Path], Path] = write_tar
 ) -> Wrong:
-    """Return a row of archives that are good but for a `damage`."""
+    """Return a row of valid archives after `damage`."""
 
     def write() -> None:
         damage(pack(Path("photos"), Path("wrong")))
@@ -121,7 +121,7 @@ def change(path: Path, edit: Callable[[bytes], bytes]) -> None:
 
 
 def repack(path: Path, edit: Callable[[str, bytes], tuple[str, bytes]]) -> None:
-    """Write an archive anew with other names or contents of its members."""
+    """Rewrite an archive with changed names or contents of its members."""
     with tarfile.open(path) as archive:
         members = [edit(member.name, archive.extractfile(member).read()) for member in archive]
     with tarfile.open(path, "w") as archive:
@@ -130,7 +130,7 @@ def repack(path: Path, edit: Callable[[str, bytes], tuple[str, bytes]]) -> None:
 
 
 def index(root: Path) -> None:
-    """Leave the indexes of archives beside them, as an earlier run does."""
+    """Write the indexes of archives like an earlier run."""
     with suppress(ValueError):
         open_tar(Request(path=str(root)))
 
@@ -143,7 +143,7 @@ def swap(root: Path) -> None:
 
 
 def annotated(name: str, says: str, damage: Callable[[Path], Any] = lambda root: None, **model: Any) -> Wrong:
-    """Return a row of a detector on a data set in the layout of COCO that is good but for a `damage`."""
+    """Return a row of a detector on a valid data set in the layout of COCO after `damage`."""
     config = {"TASK": "detection", "DATA": {"DATASET": "coco", "DATA_PATH": "wrong"}, "MODEL": {"DETECTOR": model}}
     return Wrong(
         name=f"data: detection, {name}", says=says, config=config, prepare=lambda: damage(write_coco(Path("wrong")))
@@ -157,7 +157,7 @@ def without_boxes(root: Path, category: int = 7, width: int = 0) -> None:
 
 
 def masked(name: str, says: str, damage: Callable[[Path], Any]) -> Wrong:
-    """Return a row of a segmenter on images with masks that are good but for a `damage`."""
+    """Return a row of a segmenter on valid images and masks after `damage`."""
     config = {"TASK": "segmentation", "DATA": {"DATASET": "masks", "DATA_PATH": "wrong"}}
     return Wrong(
         name=f"data: segmentation, {name}", says=says, config=config, prepare=lambda: damage(write_masks(Path("wrong")))
@@ -170,7 +170,7 @@ def weights(name: str, write: Callable[[], Any], says: str, *flags: str) -> Wron
 
 
 def trained(**changes: Any) -> dict[str, Any]:
-    """Return what trained.pth holds, with changes."""
+    """Return the content of trained.pth with changes."""
     return torch.load("trained.pth", weights_only=True) | changes
 
 
@@ -187,7 +187,7 @@ def optimizer_of(value: Any) -> dict[str, Any]:
 
 
 class Hostile:
-    """Unpickles as a call of the shell."""
+    """Runs a shell command when unpickled."""
 
     def __reduce__(self) -> tuple:
         return os.system, ("touch victim",)
@@ -421,7 +421,7 @@ ROWS = [
         "no file of all", "a.jpg,cat\nb.jpg,dog\n", r"line 1: there is no file wrong/a\.jpg, nor those of 1 more line"
     ),
     table("empty label", "photos/train/cat/0.jpg,cat\nphotos/train/dog/0.jpg,\n", "line 2: the label is empty; give"),
-    table("huge label", "photos/train/cat/0.jpg,7000\n", "line 1: label 7000 is out of range; labels count from 0, or"),
+    table("huge label", "photos/train/cat/0.jpg,7000\n", "line 1: label 7000 is out of range; labels count from 0"),
     table(
         "classes in other letters",
         "photos/train/cat/0.jpg,Cat\n",
@@ -439,7 +439,7 @@ ROWS = [
     archive(
         "stale index",
         lambda root: (index(root), (root / "train.tar").open("ab").write(bytes(512))),
-        r"index wrong/train\.index is not of these archives: train\.tar had \d+ bytes and has \d+; ",
+        r"index wrong/train\.index does not match the archives: train\.tar had \d+ bytes and has \d+; ",
     ),
     archive(
         "shard missing",
@@ -459,12 +459,12 @@ ROWS = [
     archive(
         "several in a row",
         lambda root: change(root / "train.tar", lambda content: content + content),
-        r"archive wrong/train\.tar goes on after its end: it is several archives in a row, or damaged; keep",
+        r"archive wrong/train\.tar has data after its end: several archives were joined, or it is damaged; use",
     ),
     archive(
         "index of another program",
         lambda root: (root / "train.index").write_text("dat listing 1\n{}\n"),
-        r"index wrong/train\.index is damaged or not an index; delete it, and it is built again",
+        r"index wrong/train\.index is damaged or not an index; delete it to rebuild it",
     ),
     archive(
         "index of members of other names",
@@ -473,12 +473,12 @@ ROWS = [
             index(root),
             repack(root / "train.tar", lambda name, content: (name.replace("cat", "cow"), content)),
         ),
-        r"index wrong/train\.index is not of these archives: train\.tar holds no cat/\d\.jpg where the index says; ",
+        r"index wrong/train\.index does not match the archives: train\.tar does not contain cat/\d\.jpg at the ",
     ),
     archive(
         "last shard missing beside an index",
         lambda root: (index(root), (root / "train-000002.tar").unlink()),
-        r"index wrong/train\.index is not of these archives: it lists train-000002\.tar, not there; ",
+        r"index wrong/train\.index does not match the archives: train-000002\.tar is missing; ",
         write_shards,
     ),
     archive(
@@ -524,7 +524,7 @@ ROWS = [
         Wrong(
             name=f"data: balanced {task}",
             config={"TASK": task, "DATA": {"DATASET": "digit_scenes", "BALANCE": "sampling"}},
-            says=f"DATA.BALANCE is only for TASK classification; leave it at none for {task}",
+            says=f"DATA.BALANCE is not supported by TASK {task}; leave it at none",
         )
         for task in ("detection", "segmentation")
     ),
@@ -755,7 +755,7 @@ ROWS = [
     weights(
         "TorchScript",
         lambda: torch.jit.script(torch.nn.ReLU()).save("wrong.pth"),
-        "wrong.pth is a TorchScript program, which could run code; where you trust it, save its weights: torch.save",
+        "wrong.pth is a TorchScript program, which could execute code; if you trust it, save its weights: torch.save",
         *("--eval", "--resume", "wrong.pth"),
     ),
     weights(
@@ -900,7 +900,7 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with photos, and trained.pth of a run of two epochs that has one to go."""
+    """A folder with photos, and trained.pth of a run after the first of its two epochs."""
     root = tmp_path_factory.mktemp("wrong")
     write_folder(root / "photos", PHOTOS)
     config = write_config(root, OUTPUT=str(root), DATA={**DATA, "DATA_PATH": str(root / "photos")})
@@ -912,7 +912,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder but for links to what `place` holds."""
+    """A current folder with only links to the files of `place`."""
     for name in ("photos", "trained.pth"):
         (tmp_path / name).symlink_to(place / name)
     monkeypatch.chdir(tmp_path)
@@ -921,7 +921,7 @@ def here(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def files_in(root: Path) -> dict[str, tuple[int, int]]:
-    """Return size and time of change of everything below a folder."""
+    """Return size and modification time of everything in a folder."""
     return {str(path): (path.lstat().st_size, path.lstat().st_mtime_ns) for path in root.rglob("*")}
 
 
@@ -942,7 +942,7 @@ def test_wrong_input_is_refused(
     assert files_in(here) == before
 
 
-def test_the_good_input_would_have_been_trained(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_correct_input_is_accepted(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StopSignal, "listen", lambda self: None)
     monkeypatch.setattr(main, "train", lambda run: 0)
     for flags in (
@@ -954,7 +954,7 @@ def test_the_good_input_would_have_been_trained(here: Path, monkeypatch: pytest.
         assert main.main(Wrong(name="good", says="", flags=flags).command()) == 0, flags
 
 
-def test_more_gpus_than_there_are(
+def test_more_processes_than_gpus(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -967,7 +967,7 @@ def test_more_gpus_than_there_are(
     )
 
 
-def test_a_good_check_leaves_nothing_behind(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_successful_check_writes_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StopSignal, "listen", lambda self: None)
     argv = Wrong(name="good", says="", flags=("--check",)).command()
     before = files_in(here)
@@ -1001,7 +1001,7 @@ def test_a_network_larger_than_the_memory(here: Path, monkeypatch: pytest.Monkey
         (["train_slurm.sh", "two", "tiny.yaml", "x"], "the number of GPUs must be a positive whole number, not 'two'"),
     ],
 )
-def test_launchers_say_how_they_are_used(command: list[str], says: str) -> None:
+def test_launchers_print_their_usage(command: list[str], says: str) -> None:
     done = run_command("bash", *command)
     assert done.returncode == 2
     assert re.fullmatch(f"{says}[^\n]*\n", done.stderr)
@@ -1022,7 +1022,7 @@ def test_launchers_say_how_they_are_used(command: list[str], says: str) -> None:
         (["evaluate.sh", "2", "{tiny}", "{tiny}"], "tiny.yaml is damaged"),
     ],
 )
-def test_launchers_refuse_wrong_input_once_and_start_nothing(command: list[str], says: str, tmp_path: Path) -> None:
+def test_launchers_reject_wrong_input_once_and_start_nothing(command: list[str], says: str, tmp_path: Path) -> None:
     tiny = write_config(tmp_path, OUTPUT=str(tmp_path / "out"))
     started = tmp_path / "started"
     python = tmp_path / "python"

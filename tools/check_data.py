@@ -41,7 +41,7 @@ ODD = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class ImageStatistics:
     """Statistics of one image: size, hash and sums of its pixels; or why it cannot be read."""
 
     index: int
@@ -67,7 +67,7 @@ def main() -> None:
         faults = check(dataset, args.parts, workers=max(1, args.workers), show=args.show)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print("verdict: " + ("; ".join(faults) if faults else "nothing found that a run would suffer from"))
+    print("verdict: " + ("; ".join(faults) if faults else "no problems found"))
     sys.exit(1 if faults else 0)
 
 
@@ -75,11 +75,11 @@ def check(dataset: Dataset, parts: Sequence[str], *, workers: int, show: int) ->
     """Print the statistics of the splits of a data set and return the problems for training."""
     faults = []
     places: dict[bytes, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for doubt in dataset.doubts():
-        print(f"note: {doubt}")
+    for warning in dataset.warnings():
+        print(f"note: {warning}")
     for part in parts:
         source = dataset.train if part == "train" else dataset.held_out
-        seen = list(tqdm(_look(source, workers), total=len(source), unit="image", desc=part, disable=None))
+        seen = list(tqdm(_inspect_all(source, workers), total=len(source), unit="image", desc=part, disable=None))
         broken = [one for one in seen if one.error]
         whole = [one for one in seen if not one.error]
         print(f"\n{part}: {len(source)} images, {len(broken)} unreadable")
@@ -95,20 +95,21 @@ def check(dataset: Dataset, parts: Sequence[str], *, workers: int, show: int) ->
     return faults + _duplicates(places, parts, show)
 
 
-def _look(source: ImageSource, workers: int) -> Iterator[Seen]:
+def _inspect_all(source: ImageSource, workers: int) -> Iterator[ImageStatistics]:
     with multiprocessing.get_context("fork" if hasattr(os, "fork") else None).Pool(workers) as pool:
-        yield from pool.imap(partial(_look_at, source=source), range(len(source)), chunksize=64)
+        yield from pool.imap(partial(_inspect, source=source), range(len(source)), chunksize=64)
 
 
-def _look_at(index: int, source: ImageSource) -> Seen:
+def _inspect(index: int, source: ImageSource) -> ImageStatistics:
     try:
         image = source.read(index)
     except UnreadableImage as error:
-        return Seen(index, error=str(error))
+        return ImageStatistics(index, error=str(error))
     pixels = np.asarray(image)
     digest = hashlib.blake2b(pixels.tobytes() + str(image.size).encode(), digest_size=16).digest()
     values = pixels.reshape(-1, 3) / 255
-    return Seen(index, image.size, digest, tuple(values.mean(0).tolist()), tuple((values**2).mean(0).tolist()))
+    mean, square = (tuple(channels.mean(0).tolist()) for channels in (values, values**2))
+    return ImageStatistics(index, image.size, digest, mean, square)
 
 
 def _describe_classes(dataset: Dataset, source: ImageSource) -> None:
@@ -120,7 +121,7 @@ def _describe_classes(dataset: Dataset, source: ImageSource) -> None:
     )
 
 
-def _describe_sizes(source: ImageSource, seen: Sequence[Seen], show: int) -> None:
+def _describe_sizes(source: ImageSource, seen: Sequence[ImageStatistics], show: int) -> None:
     if not seen:
         return
     sizes = np.array([one.size for one in seen])
@@ -139,7 +140,7 @@ def _describe_sizes(source: ImageSource, seen: Sequence[Seen], show: int) -> Non
             _list(list(names), show, len(found))
 
 
-def _describe_colours(seen: Sequence[Seen]) -> None:
+def _describe_colours(seen: Sequence[ImageStatistics]) -> None:
     mean = np.mean([one.mean for one in seen], 0)
     deviation = np.sqrt(np.maximum(np.mean([one.square for one in seen], 0) - mean**2, 0))
     print(f"mean {np.array2string(mean, precision=4)}, deviation {np.array2string(deviation, precision=4)} (of 1)")

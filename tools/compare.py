@@ -15,7 +15,6 @@ output folder of several.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ import torch
 from matplotlib.figure import Figure
 
 from config import load_config
+from logger import read_rows
 from models import build_model
 from models.vit import ATTENTIONS
 from tools.complexity import count_macs, count_parameters
@@ -109,7 +109,7 @@ def _parse_arguments() -> tuple[argparse.Namespace, dict[str, Variant], Path]:
 
 
 def choose(configs: Sequence[str], names: Sequence[str] | None, opts: Sequence[str]) -> tuple[dict[str, Variant], Path]:
-    """Return what is compared, by name, and the folder of the results.
+    """Return the variants to compare by name, and the folder of the results.
 
     Raises:
         ValueError: a config is wrong, two have one name, or a chosen name is unknown.
@@ -136,16 +136,13 @@ def choose(configs: Sequence[str], names: Sequence[str] | None, opts: Sequence[s
 
 def accuracies(folder: Path) -> list[float]:
     """Return the held-out accuracy of every finished epoch of a run."""
-    file = folder / "metrics.jsonl"
-    if not file.is_file():
-        return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(folder / "metrics.jsonl")
     by_epoch = {row["epoch"]: row["top1"] for row in rows if row["kind"] == "eval"}
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
 
 
 def measure(variant: Variant, *, batch: int = 64, runs: int = 5) -> Cost:
-    """Return the cost of a variant; images a second on this machine, the best of some runs."""
+    """Return the cost of a variant; images per second on this machine are the best of several runs."""
     config = load_config(variant.config, variant.options)
     model, size = build_model(config).eval(), config.image_size
     images, seconds = torch.randn(batch, 3, *size), []

@@ -4,8 +4,8 @@
     python tools/complexity.py configs/dat_tiny.yaml --size 384
     python tools/complexity.py configs/dat_tiny.yaml --size 512 768
 
-PyTorch's FLOP counter counts what one image costs in matrix products and convolutions, on tensors without data. It sees
-the reference form of every attention, so that work a faster form adds, such as masked keys, does not count. Biases,
+PyTorch's FLOP counter counts the matrix products and convolutions for one image, on tensors without data. It sees the
+reference form of every attention, so additional work of a faster form, such as masked keys, is not counted. Biases,
 norms, activations and bilinear sampling are left out; with them the published figures are up to 1 % higher.
 """
 
@@ -36,6 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import load_config
 from models import build_model
 from models.detection import Detector
+from tools.arguments import image_size
 
 
 class Published(NamedTuple):
@@ -89,7 +90,7 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> int:
 
 @contextmanager
 def _unchecked() -> Iterator[None]:
-    """Let transformers leave out its checks of tensors, which have no values here."""
+    """Disable transformers' checks of tensor values; fake tensors have none."""
     before = os.environ.get(_NO_CHECKS)
     os.environ[_NO_CHECKS] = "1"
     try:
@@ -103,7 +104,7 @@ def table_row(config_path: str, size: Sequence[int] | None, overrides: Sequence[
     """Return the table row for one config, with published figures if the image size matches."""
     config = load_config(config_path, overrides)
     model = build_model(config)
-    height, width = _height_and_width(size or config.image_size)
+    height, width = image_size(size or config.image_size)
     published = PUBLISHED.get(config.MODEL.NAME)
     macs = count_macs(model, (height, width))
     columns = [config.MODEL.NAME, f"{height}x{width}", f"{count_parameters(model) / 1e6:.2f} M", f"{macs / 1e9:.3f} G"]
@@ -111,12 +112,6 @@ def table_row(config_path: str, size: Sequence[int] | None, overrides: Sequence[
     comparable = published and published.macs and height == width == published.size
     columns.append(f"{published.macs:.1f} G" if comparable else "-")
     return COLUMNS.format(*columns)
-
-
-def _height_and_width(size: Sequence[int]) -> tuple[int, int]:
-    if len(size) > 2 or min(size) < 1:
-        raise ValueError(f"--size {' '.join(map(str, size))} must be one side, or height and width, in pixels")
-    return size[0], size[-1]
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ class Predictions:
         target: its label.
         predicted: the most probable label.
         confidence: the probability of that.
-        truth: the probability of the right label.
+        truth: the probability of the true label.
     """
 
     classes: list[str]

@@ -17,7 +17,7 @@ Place = tuple[float, float]
 
 
 @dataclass(frozen=True)
-class Look:
+class BlockAttention:
     """Sampling positions and attention weights of one deformable attention for one image.
 
     Places are (y, x) as shares of the image's height and width: (0, 0) is its top left corner, (1, 1) the bottom right.
@@ -73,24 +73,26 @@ class Look:
 
 
 @torch.no_grad()
-def look(network: nn.Module, image: Tensor, *, stages: Sequence[int] = (), every_block: bool = False) -> list[Look]:
+def inspect_blocks(
+    network: nn.Module, image: Tensor, *, stages: Sequence[int] = (), every_block: bool = False
+) -> list[BlockAttention]:
     """Return sampling positions and attention weights of the deformable attentions of a network.
 
     Args:
         network: in evaluation mode.
         image: normalised, ``[3, H, W]``.
-        stages: counted from 1; all that have deformable attention where empty.
+        stages: counted from 1; if empty, all that have deformable attention.
         every_block: every deformable block of a stage instead of its last one.
 
     Raises:
         ValueError: a stage has no deformable attention, or the whole network has none.
     """
     modules = _choose(network, stages, every_block=every_block)
-    found: dict[str, Look] = {}
+    found: dict[str, BlockAttention] = {}
 
     def keep(module: DeformableAttention, inputs: tuple[Tensor]) -> None:
         (x,) = inputs
-        found[names[module]] = _as_look(names[module], tuple(x.shape[-2:]), module.inspect(x))
+        found[names[module]] = _to_block_attention(names[module], tuple(x.shape[-2:]), module.inspect(x))
 
     names = {module: name for name, module in modules.items()}
     hooks = [module.register_forward_pre_hook(keep) for module in names]
@@ -122,7 +124,7 @@ def _choose(network: nn.Module, stages: Sequence[int], *, every_block: bool) -> 
     return chosen
 
 
-def _as_look(name: str, map_size: tuple[int, int], seen: Deformation) -> Look:
+def _to_block_attention(name: str, map_size: tuple[int, int], seen: Deformation) -> BlockAttention:
     size = torch.tensor(map_size)
 
     def share(points: Tensor) -> NDArray[np.float32]:
@@ -130,4 +132,5 @@ def _as_look(name: str, map_size: tuple[int, int], seen: Deformation) -> Look:
         return (((points.float().cpu() + 1) / 2 * (size - 1) + 0.5) / size).numpy()
 
     weights = seen.weights[0].float().cpu().numpy()
-    return Look(name, map_size, tuple(seen.key_size), share(seen.reference), share(seen.positions[0]), weights)
+    reference, places = share(seen.reference), share(seen.positions[0])
+    return BlockAttention(name, map_size, tuple(seen.key_size), reference, places, weights)

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
-from tools.deformations import Look, Place
+from tools.deformations import BlockAttention, Place
 
 PANEL = 2.5  # inches
 # Area of the largest circle of a panel in square points; the smallest remains visible.
@@ -21,16 +21,16 @@ QUERY_COLOUR = "#ffe600"
 
 
 @dataclass(frozen=True)
-class Seen:
+class NetworkAttention:
     """Sampling points and attention of one network for one image.
 
     Attributes:
         title: such as "before training".
-        looks: one for each block.
+        blocks: the drawn blocks.
     """
 
     title: str
-    looks: list[Look]
+    blocks: list[BlockAttention]
 
 
 def colour(group: int) -> str:
@@ -38,26 +38,28 @@ def colour(group: int) -> str:
     return mpl.colors.to_hex(mpl.colormaps["tab10"](group % 10))
 
 
-def draw(image: NDArray[np.uint8], seen: Sequence[Seen], *, queries: Sequence[Place], heads: Sequence[int]) -> Figure:
+def draw(
+    image: NDArray[np.uint8], networks: Sequence[NetworkAttention], *, queries: Sequence[Place], heads: Sequence[int]
+) -> Figure:
     """Draw sampling points, key importance and the attention of query points; networks are side by side.
 
     Args:
-        image: what the networks saw, ``[H, W, 3]``.
-        seen: of each network, with the same blocks.
+        image: input of the networks, ``[H, W, 3]``.
+        networks: the attention of each network, with the same blocks.
         queries: places (y, x) as shares of height and width.
-        heads: counted from 0; if a block has fewer, its columns stay empty. If empty, one of each
-            of the first groups of a block: four for one network, two for each of several.
+        heads: counted from 0; a block with fewer heads leaves columns empty. If empty, one head of each of the first
+            groups of a block: four for one network, two for each of several.
     """
-    rows = len(seen[0].looks)
-    shown = len(heads) or min(4 if len(seen) == 1 else 2, max(look.groups for look in seen[0].looks))
+    rows = len(networks[0].blocks)
+    shown = len(heads) or min(4 if len(networks) == 1 else 2, max(block.groups for block in networks[0].blocks))
     columns = 2 + shown * len(queries)
     height = PANEL * image.shape[0] / image.shape[1]
-    figure = Figure(figsize=(PANEL * columns * len(seen) + 0.4, (height + 0.35) * rows + 0.9), layout="constrained")
-    parts = np.atleast_1d(figure.subfigures(1, len(seen), wspace=0.03))
-    for part, one in zip(parts, seen, strict=True):
+    figure = Figure(figsize=(PANEL * columns * len(networks) + 0.4, (height + 0.35) * rows + 0.9), layout="constrained")
+    parts = np.atleast_1d(figure.subfigures(1, len(networks), wspace=0.03))
+    for part, one in zip(parts, networks, strict=True):
         part.suptitle(one.title, fontsize=12, fontweight="bold")
-        _draw_network(part, image, one.looks, columns, queries=queries, heads=heads)
-    most = max(look.groups for look in seen[0].looks)
+        _draw_network(part, image, one.blocks, columns, queries=queries, heads=heads)
+    most = max(block.groups for block in networks[0].blocks)
     figure.legend(handles=_legend(most), loc="outside lower center", ncols=min(most + 4, 8), fontsize=8, frameon=False)
     return figure
 
@@ -65,60 +67,60 @@ def draw(image: NDArray[np.uint8], seen: Sequence[Seen], *, queries: Sequence[Pl
 def _draw_network(
     part: SubFigure,
     image: NDArray[np.uint8],
-    looks: Sequence[Look],
+    blocks: Sequence[BlockAttention],
     columns: int,
     *,
     queries: Sequence[Place],
     heads: Sequence[int],
 ) -> None:
-    grid = part.subplots(len(looks), columns, squeeze=False)
-    for row, look in zip(grid, looks, strict=True):
-        chosen = list(heads) or first_heads(look, columns - 2)
-        row[0].set_ylabel(f"{look.title}\n{' × '.join(map(str, look.key_size))} keys", fontsize=8)
-        _draw_points(row[0], image, look)
-        _draw_importance(row[1], image, look)
+    grid = part.subplots(len(blocks), columns, squeeze=False)
+    for row, block in zip(grid, blocks, strict=True):
+        chosen = list(heads) or first_heads(block, columns - 2)
+        row[0].set_ylabel(f"{block.title}\n{' × '.join(map(str, block.key_size))} keys", fontsize=8)
+        _draw_points(row[0], image, block)
+        _draw_importance(row[1], image, block)
         panels = iter(row[2:])
         for query in queries:
             for number in range(len(heads) or (columns - 2) // len(queries)):
                 axes = next(panels)
-                if number < len(chosen) and chosen[number] < look.heads:
-                    _draw_attention(axes, image, look, query, chosen[number])
+                if number < len(chosen) and chosen[number] < block.heads:
+                    _draw_attention(axes, image, block, query, chosen[number])
                 else:
                     axes.set_axis_off()
 
 
-def first_heads(look: Look, number: int) -> list[int]:
+def first_heads(block: BlockAttention, number: int) -> list[int]:
     """Return `number` heads: the first of each group, then the second, and so on."""
-    per_group = look.heads // look.groups
-    order = [group * per_group + place for place in range(per_group) for group in range(look.groups)]
+    per_group = block.heads // block.groups
+    order = [group * per_group + place for place in range(per_group) for group in range(block.groups)]
     return sorted(order[:number])
 
 
-def _draw_points(axes: Axes, image: NDArray[np.uint8], look: Look) -> None:
+def _draw_points(axes: Axes, image: NDArray[np.uint8], block: BlockAttention) -> None:
     _show(axes, image, "sampling points", dim=0.45)
     height, width = image.shape[:2]
-    _scatter(axes, look.reference, image, s=7, facecolors="none", edgecolors="white", linewidths=0.6)
-    for group, places in enumerate(look.places):
-        begin, end = look.reference * (height, width) - 0.5, places * (height, width) - 0.5
-        # A line for each key, from its reference; None between them would be slower than one collection.
+    _scatter(axes, block.reference, image, s=7, facecolors="none", edgecolors="white", linewidths=0.6)
+    for group, places in enumerate(block.places):
+        begin, end = block.reference * (height, width) - 0.5, places * (height, width) - 0.5
+        # One collection with a line from the reference of each key; separate lines would be slower.
         lines = np.stack((begin[:, ::-1], end[:, ::-1]), axis=1)
         axes.add_collection(mpl.collections.LineCollection(lines, colors=colour(group), linewidths=0.8, alpha=0.8))
         _scatter(axes, places, image, s=11, color=colour(group), linewidths=0)
 
 
-def _draw_importance(axes: Axes, image: NDArray[np.uint8], look: Look) -> None:
+def _draw_importance(axes: Axes, image: NDArray[np.uint8], block: BlockAttention) -> None:
     _show(axes, image, "importance of keys", dim=0.45)
-    importance = look.importance()
-    for group, places in enumerate(look.places):
-        _circles(axes, image, places, importance[group] / importance.max(), colour(group), shrink=look.groups)
+    importance = block.importance()
+    for group, places in enumerate(block.places):
+        _circles(axes, image, places, importance[group] / importance.max(), colour(group), shrink=block.groups)
 
 
-def _draw_attention(axes: Axes, image: NDArray[np.uint8], look: Look, query: Place, head: int) -> None:
-    group = look.group_of(head)
-    name = f"head {head + 1}" + (f", group {group + 1}" if look.groups > 1 else "")
+def _draw_attention(axes: Axes, image: NDArray[np.uint8], block: BlockAttention, query: Place, head: int) -> None:
+    group = block.group_of(head)
+    name = f"head {head + 1}" + (f", group {group + 1}" if block.groups > 1 else "")
     _show(axes, image, name, dim=0.45)
-    weights = look.weights[head, look.query_at(query)]
-    _circles(axes, image, look.places[group], weights / weights.max(), colour(group))
+    weights = block.weights[head, block.query_at(query)]
+    _circles(axes, image, block.places[group], weights / weights.max(), colour(group))
     _scatter(axes, np.array([query]), image, s=110, marker="*", color=QUERY_COLOUR, edgecolors="black", linewidths=0.7)
 
 

@@ -4,8 +4,9 @@
     python tools/export.py --checkpoint dat_pp_tiny_in1k_224.pth --cfg configs/dat_tiny.yaml --size 288
     python tools/export.py --cfg configs/dat_tiny.yaml --formats pt2      # random weights
 
-Each file is run on one and on four random images, on three sizes where sizes are free, and must give what the network
-gives. --validate also compares its score on the held-out images. The status is 1 where a file differs too much.
+Each file is run on one and on four random images, with --dynamic-size at three sizes, and its output is compared with
+that of the network. --validate also compares its score on the held-out images. The exit status is 1 if a file differs
+too much.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from data.build import is_stream
 from logger import RunLog
 from models.build import num_classes
 from tasks import build_task
+from tools.arguments import image_size
 from tools.exported import FORMATS, Run, Source
 from training.trained_model import TrainedModel, load_trained, untrained
 from training.weight_sets import WEIGHTS
@@ -43,8 +45,8 @@ class Difference(NamedTuple):
     """Difference of logits from those of the network.
 
     Attributes:
-        largest: difference.
-        reach: largest absolute value of the network's.
+        largest: the largest difference.
+        reach: largest absolute value of the network's logits.
     """
 
     largest: float
@@ -91,7 +93,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         model = untrained(load_config(args.cfg))
     print(model.words())
-    source = Source(model, _size(args.size, model), dynamic=args.dynamic_size, opset=args.opset)
+    size = image_size(args.size) if args.size else model.config.image_size
+    source = Source(model, size, dynamic=args.dynamic_size, opset=args.opset)
     scored = _scorer(model, source.size, args.data_path) if args.validate else None
     score = scored(model.network) if scored else 0.0
     args.output.mkdir(parents=True, exist_ok=True)
@@ -105,9 +108,9 @@ def run(args: argparse.Namespace) -> int:
         words = f"largest difference {difference.largest:.1e} of logits up to {difference.reach:.1f}"
         good = difference.within(kind.tolerance)
         if scored:
-            loss = score - (of_file := scored(Exported(exported)))
-            words += f", score {of_file:.2f} (the network: {score:.2f})"
-            good &= loss <= args.max_loss
+            exported_score = scored(Exported(exported))
+            words += f", score {exported_score:.2f} (the network: {score:.2f})"
+            good &= score - exported_score <= args.max_loss
         print(f"{path}  {_megabytes(path):.1f} MB  {words}{'' if good else '  MISMATCH'}")
         failed |= not good
     return int(failed)
@@ -160,14 +163,6 @@ def _scorer(model: TrainedModel, size: tuple[int, int], data_path: str | None) -
 def _megabytes(path: Path) -> float:
     files = path.iterdir() if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files) / 1e6
-
-
-def _size(given: list[int] | None, model: TrainedModel) -> tuple[int, int]:
-    if given is None:
-        return model.config.image_size
-    if len(given) > 2 or min(given) < 1:
-        raise ValueError(f"--size {' '.join(map(str, given))}: give one side, or height and width, in pixels")
-    return given[0], given[-1]
 
 
 if __name__ == "__main__":

@@ -40,8 +40,8 @@ class Source:
     Args:
         model: the network with its config and classes.
         size: height and width of the images in pixels.
-        dynamic: whether the exported network takes other sizes, too; the number of images is always free.
-        opset: version of the operators of ONNX; PyTorch's choice where None.
+        dynamic: whether the exported network also takes other sizes; the batch size is always dynamic.
+        opset: version of the operators of ONNX; None for PyTorch's default.
     """
 
     def __init__(
@@ -54,15 +54,15 @@ class Source:
         """The exported module: the network, or for a detector the predictions of all queries.
 
         Raises:
-            ValueError: the detector suppresses boxes.
+            ValueError: the detector needs non-maximum suppression.
         """
         network = self.model.network
         if self.model.config.TASK != "detection":
             return network
         if not isinstance(network, SetDetector):
             raise ValueError(
-                f"{self.model.config.MODEL.DETECTOR.NAME} chooses among its boxes by code that has no operators of "
-                "ONNX; detectors with queries can be exported, such as dino"
+                f"{self.model.config.MODEL.DETECTOR.NAME} selects its boxes by non-maximum suppression, which cannot "
+                "be exported; export a detector with queries, such as dino"
             )
         return AllQueries(network)
 
@@ -71,7 +71,7 @@ class Source:
         """The graph of the network, with PyTorch's own operators only.
 
         Raises:
-            ValueError: the size of the images is to be free, and the graph of this network depends on it.
+            ValueError: the size is dynamic, but the graph of this network depends on it.
         """
         network = copy.deepcopy(self.network)
         for module in network.modules():
@@ -141,7 +141,7 @@ class Format(NamedTuple):
         ending: of the file's name.
         write: writes a network to a path.
         load: returns what runs the file.
-        tolerance: largest difference of logits from those of the network, where these reach up to 1.
+        tolerance: largest difference from the logits of the network, if these are at most 1.
     """
 
     ending: str

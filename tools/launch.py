@@ -23,7 +23,7 @@ from training import startup
 
 if __name__ == "__main__":
     startup.require_packages()
-    startup.end_quietly()
+    startup.handle_early_signals()
 
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing.api import SignalException

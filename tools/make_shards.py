@@ -2,9 +2,10 @@
 
     python tools/make_shards.py --data-path imagenet --output imagenet-shards --short-side 320
 
-Each part becomes `<part>-000000.tar`, ... in WebDataset's layout: `<key>.jpg` and `<key>.cls`, the label. `classes.txt`
-names the classes, `shards.json` lists the shards with their checksums, `<part>.index` says where each image is.
-The order of the images is kept. The same command continues after it was interrupted, and writes the same bytes.
+Each split becomes `<split>-000000.tar`, ... in WebDataset's layout: `<key>.jpg` and `<key>.cls`, the label.
+`classes.txt` names the classes, `shards.json` lists the shards with their checksums, and `<split>.index` has the offset
+of each image. The order of the images is kept. After an interruption the same command continues and writes the same
+bytes.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ from PIL import Image
 from tqdm import tqdm
 from yacs.config import CfgNode
 
-from config import default_config, set_option
+from config import apply_overrides, default_config
 from data.build import is_stream, open_dataset
 from data.formats.tar import MANIFEST, build_index, index_name
 from data.images import StoredImage
 from data.sources import SEPARATOR, Dataset, ImageSource
+from utils import write_atomically
 
 PLAN = "plan.json"
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
@@ -101,8 +103,7 @@ def pack(args: argparse.Namespace) -> None:
     """Write all missing shards, then the manifest and the indices.
 
     Raises:
-        ValueError: for a data set that cannot be opened, an image that cannot be read, and an output folder with other
-            files.
+        ValueError: the data set cannot be opened, an image cannot be read, or the output folder holds other files.
     """
     dataset = open_dataset(dataset_config(args.dataset, args.data_path, args.opts), args.parts)
     sources = {"train": dataset.train, "val": dataset.held_out}
@@ -127,7 +128,8 @@ def pack(args: argparse.Namespace) -> None:
         paths = [args.output / shard.name for shard in shards if shard.part == part]
         several = sources[part].labels.ndim == 2
         build_index(paths, several=several).save(args.output / index_name(part, several=several))
-    _write_json(args.output / MANIFEST, {"shards": {shard.name: entries[shard.name] for shard in shards}})
+    manifest = {"shards": {shard.name: entries[shard.name] for shard in shards}}
+    write_atomically(args.output / MANIFEST, json.dumps(manifest, indent=1))
     (args.output / PLAN).unlink()
     for left in args.output.glob("*.part"):
         left.unlink()
@@ -139,16 +141,13 @@ def dataset_config(dataset: str, path: str, options: Sequence[str]) -> CfgNode:
     """Return a config for a data set.
 
     Raises:
-        ValueError: for an option that there is not, and a stream.
+        ValueError: an option does not exist, a value is invalid, or the data set is a stream.
     """
     if is_stream(dataset):
-        raise ValueError(f"--dataset {dataset} cannot be read by number; read its shards as tar")
+        raise ValueError(f"--dataset {dataset} has no random access; read its shards as tar")
     config = default_config()
     config.DATA.DATASET, config.DATA.DATA_PATH = dataset, path
-    if len(options) % 2:
-        raise ValueError(f"--opts takes pairs of KEY VALUE; {options[-1]!r} has no value")
-    for key, value in zip(options[::2], options[1::2], strict=True):
-        set_option(config, key, value)
+    apply_overrides(config, options)
     return config
 
 
@@ -181,7 +180,7 @@ def _begin(folder: Path, plan: Plan) -> None:
         raise ValueError(f"{folder} is not empty; nothing is overwritten, give another --output")
     else:
         (folder / "classes.txt").write_text("".join(f"{name}\n" for name in plan.classes), encoding="utf-8")
-        _write_json(folder / PLAN, asdict(plan))
+        write_atomically(folder / PLAN, json.dumps(asdict(plan), indent=1))
 
 
 def _label(label: int | np.ndarray) -> bytes:
@@ -224,7 +223,7 @@ def _encode(stored: StoredImage, plan: Plan) -> tuple[bytes, str]:
         scale = plan.short_side / min(image.size)
         size = tuple(max(plan.short_side, round(side * scale)) for side in image.size)
         return _save(image.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=plan.quality), "jpg"
-    if isinstance(stored.data, bytes) and not stored.turn:
+    if isinstance(stored.data, bytes) and not stored.exif:
         with Image.open(io.BytesIO(stored.data)) as kept:
             if kept.format in _ENDINGS:
                 return stored.data, _ENDINGS[kept.format]
@@ -241,12 +240,6 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
-
-
-def _write_json(path: Path, content: Any) -> None:
-    staged = path.with_suffix(".part")
-    staged.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    staged.replace(path)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ python tools/plot.py output/digits/default output/digits/lion --output both.png
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from itertools import cycle
@@ -26,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from config import load_config
+from logger import read_rows
 from lr_scheduler import learning_rates, planned_schedule
 
 _KINDS = {"eval": "validation, raw weights", "eval_ema": "validation, averaged weights"}
@@ -108,7 +108,7 @@ def planned_rates(run: Path) -> list[tuple[float, float]]:
 def _read(metrics: Path) -> list[Row]:
     if not metrics.is_file():
         raise ValueError(f"{metrics} does not exist; give the output folder of a run")
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = read_rows(metrics)
     if not any(row["kind"] == "train" for row in rows):
         raise ValueError(f"{metrics} has no training rows yet")
     return rows

@@ -34,7 +34,8 @@ from tqdm import tqdm
 from models.contract import compile_parts
 from tasks.pictures import SHOWN
 from tools import pages
-from tools.predictions import DTYPES, Prediction, Predictor
+from tools.predictions import Prediction, Predictor
+from training.run import AUTOCAST
 from training.trained_model import TrainedModel, load_trained
 from training.weight_sets import WEIGHTS
 
@@ -60,7 +61,7 @@ def main() -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="batch size (default: 32)")
     parser.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--amp", choices=DTYPES, default="off", help="mixed precision (default: off)")
+    parser.add_argument("--amp", choices=AUTOCAST, default="off", help="mixed precision (default: off)")
     parser.add_argument("--compile", action="store_true", help="torch.compile, block by block")
     args = parser.parse_args()
     try:

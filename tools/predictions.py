@@ -22,9 +22,8 @@ from tasks.coco import Detections
 from tasks.detection import detect
 from tasks.pictures import draw_objects, paint
 from tasks.segmentation import predict as predict_pixels
+from training.run import AUTOCAST
 from training.trained_model import TrainedModel
-
-DTYPES = {"off": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -62,10 +61,10 @@ class Predictor:
     Attributes:
         model: the network and its classes.
         top: classes per image, at most the number of classes.
-        threshold: smallest score of an object.
+        threshold: minimum score of an object.
         batch_size: images per batch, for classifiers.
         amp: `off`, `fp16` or `bf16`.
-        on_unreadable: told why a file cannot be read.
+        on_unreadable: called with the reason why a file cannot be read.
     """
 
     model: TrainedModel
@@ -135,6 +134,6 @@ class Predictor:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        precision = torch.autocast(self._device.type, dtype=DTYPES[self.amp], enabled=self.amp != "off")
+        precision = torch.autocast(self._device.type, dtype=AUTOCAST[self.amp], enabled=self.amp != "off")
         with torch.inference_mode(), precision:
             yield

@@ -11,7 +11,6 @@ class, the confusion matrix, and the worst mistakes as pictures.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -33,6 +32,7 @@ from yacs.config import CfgNode
 from config import default_config, differences, load_config
 from data.build import is_stream
 from data.images import StoredImage
+from logger import read_rows
 from tasks import TASKS, build_task
 from tasks.classification import Classification
 from tools import pages
@@ -40,7 +40,7 @@ from tools.confusion import Predictions, predict_all
 from tools.plot import plot_curves
 from training.environment import read_environment
 from training.trained_model import load_trained
-from utils import World, write_whole
+from utils import World, write_atomically
 
 FILE = "report.html"
 WORST = 24  # mistakes shown as pictures
@@ -82,7 +82,7 @@ def write_report(
         tools.confusion.Stopped: the report is not wanted any more.
     """
     config = load_config(folder / "config.yaml", ["DATA.DATA_PATH", data_path] if data_path else [])
-    rows, speed = (_rows(folder / f"{name}.jsonl") for name in ("metrics", "speed"))
+    rows, speed = (read_rows(folder / f"{name}.jsonl") for name in ("metrics", "speed"))
     evaluations = [row for row in rows if row["kind"] in ("eval", "eval_ema")]
     kind = TASKS.get(config.TASK)
     classifies = kind is not None and issubclass(kind, Classification) and not config.DATA.MULTI_LABEL
@@ -101,12 +101,8 @@ def write_report(
         options=_table([(key, now) for key, _, now in differences(default_config(), config)]),
         config=pages.text(config.dump()),
     )
-    write_whole(folder / FILE, page)
+    write_atomically(folder / FILE, page)
     return folder / FILE
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
 
 
 def _tiles(config: CfgNode, evaluations: Sequence[dict[str, Any]], speed: Sequence[dict[str, Any]]) -> str:
@@ -121,7 +117,7 @@ def _tiles(config: CfgNode, evaluations: Sequence[dict[str, Any]], speed: Sequen
         tiles.insert(0, (f"best {score.title}, in epoch {best['epoch']}{averaged}", shown))
     if speed:
         tiles.append(("training time", _time_of_updates(speed)))
-        tiles.append(("images a second", f"{np.median([row['images_per_second'] for row in speed]):.0f}"))
+        tiles.append(("images per second", f"{np.median([row['images_per_second'] for row in speed]):.0f}"))
     cells = (f'<div class="card"><b>{pages.text(value)}</b>{pages.text(name)}</div>' for name, value in tiles)
     return "\n".join(cells)
 
@@ -157,14 +153,14 @@ def _cost(speed: Sequence[dict[str, Any]]) -> list[tuple[str, object]]:
     rates = [row["images_per_second"] for row in speed]
     begun, ended = (_time(row["time"]) for row in (speed[0], speed[-1]))
     return [
-        ("training time without evaluations and pauses", _time_of_updates(speed)),
+        ("training time without evaluations and interruptions", _time_of_updates(speed)),
         ("first and last line of the log", f"{begun} and {ended}"),
-        ("images a second, median", f"{np.median(rates):.1f}"),
+        ("images per second, median", f"{np.median(rates):.1f}"),
         (
-            "images a second, slowest and fastest tenth",
+            "images per second, 10th and 90th percentile",
             f"{np.quantile(rates, 0.1):.1f} to {np.quantile(rates, 0.9):.1f}",
         ),
-        ("most memory of a process, GiB", max((row["memory_gib"] for row in speed if row["memory_gib"]), default="")),
+        ("peak memory of a process, GiB", max((row["memory_gib"] for row in speed if row["memory_gib"]), default="")),
     ]
 
 
@@ -183,7 +179,7 @@ def _mistakes(checkpoint: Path, config: CfgNode, device: torch.device, wanted: C
     pictures = (_mistake(found, place, task.held_out(int(found.index[place]))) for place in found.worst(WORST))
     return pages.fill(
         "mistakes.html",
-        summary=f"{found.is_right().sum()} of {len(found.index)} right: {100 * found.accuracy():.2f} %",
+        summary=f"{found.is_right().sum()} of {len(found.index)} correct: {100 * found.accuracy():.2f} %",
         classes=_classes(found),
         confusions=_confusions(found),
         matrix=_matrix(found),
@@ -202,7 +198,7 @@ def _classes(found: Predictions) -> str:
         f"<td>{pages.bar('', accuracy[label])}</td><td>{pages.text(confused.get(label, ''))}</td></tr>"
         for label in order[:MOST_ROWS]
     )
-    head = '<tr><th>class</th><th class="number">images</th><th>right</th><th>most often taken for</th></tr>'
+    head = '<tr><th>class</th><th class="number">images</th><th>accuracy</th><th>most often confused with</th></tr>'
     return f"<table>{head}{rows}</table>{_left_off(len(order))}"
 
 
@@ -213,7 +209,7 @@ def _confusions(found: Predictions) -> str:
         f'<td class="number">{count}</td></tr>'
         for label, other, count in pairs[:MOST_CELLS]
     )
-    return f'<table><tr><th>class</th><th>taken for</th><th class="number">images</th></tr>{rows}</table>'
+    return f'<table><tr><th>class</th><th>predicted</th><th class="number">images</th></tr>{rows}</table>'
 
 
 def _matrix(found: Predictions) -> str:
@@ -244,8 +240,9 @@ def _cell(count: int, share: float, right: bool) -> str:
 
 def _mistake(found: Predictions, place: int, stored: StoredImage) -> str:
     source, name = pages.picture(stored.decode(), side=THUMBNAIL), pages.text(stored.name)
-    said, true = found.classes[found.predicted[place]], found.classes[found.target[place]]
-    bars = pages.bar(f"taken for {said}", found.confidence[place]) + pages.bar(f"is {true}", found.truth[place])
+    predicted, true = found.classes[found.predicted[place]], found.classes[found.target[place]]
+    bars = pages.bar(f"predicted: {predicted}", found.confidence[place])
+    bars += pages.bar(f"true: {true}", found.truth[place])
     return f'<figure class="card"><img src="{source}" alt="{name}"><figcaption>{name}</figcaption>{bars}</figure>'
 
 

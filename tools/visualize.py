@@ -31,14 +31,14 @@ if __name__ == "__main__":
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from torch import Tensor
 
 from config import load_config
+from data.transforms import as_pixels
 from models.vit import VisionTransformer
 from tools import pages
-from tools.deformations import Look, Place, look
-from tools.drawing import Seen, draw
+from tools.arguments import image_size
+from tools.deformations import BlockAttention, Place, inspect_blocks
+from tools.drawing import NetworkAttention, draw
 from tools.windows import draw_windows
 from training.trained_model import TrainedModel, load_trained, untrained
 from training.weight_sets import WEIGHTS
@@ -92,7 +92,7 @@ def visualize(args: argparse.Namespace) -> None:
     queries = [_place(query) for query in args.query or [[0.5, 0.5]]]
     if any(head < 1 for head in args.heads):
         raise ValueError(f"--heads are counted from 1, not {min(args.heads)}")
-    size = _size(args.size)
+    size = image_size(args.size) if args.size else None
     networks = _networks(args)
     if not args.images:
         show_windows(networks[-1][1], args.output)
@@ -100,7 +100,7 @@ def visualize(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     entries, taken = [], set()
     for path in args.images:
-        pixels, seen = look_at(path, networks, size, stages=args.stages, every_block=args.every_block)
+        pixels, seen = attention_of(path, networks, size, stages=args.stages, every_block=args.every_block)
         target = args.output / f"{pages.free_name(Path(path).stem, taken)}.png"
         draw(pixels, seen, queries=queries, heads=[head - 1 for head in args.heads]).savefig(target, dpi=130)
         print(target)
@@ -129,58 +129,52 @@ def show_windows(model: TrainedModel, folder: Path) -> None:
     print(target)
 
 
-def look_at(
+def attention_of(
     path: str | Path,
     networks: Sequence[tuple[str, TrainedModel]],
     size: tuple[int, int] | None,
     *,
     stages: Sequence[int] = (),
     every_block: bool = False,
-) -> tuple[NDArray[np.uint8], list[Seen]]:
+) -> tuple[NDArray[np.uint8], list[NetworkAttention]]:
     """Return the input pixels ``[H, W, 3]`` of an image file, and the attention of each network."""
     tensors = [model.transform(size)(model.read(path)) for _, model in networks]
     seen = [
-        Seen(title, look(model.network, tensor, stages=stages, every_block=every_block))
+        NetworkAttention(title, inspect_blocks(model.network, tensor, stages=stages, every_block=every_block))
         for (title, model), tensor in zip(networks, tensors, strict=True)
     ]
-    return to_pixels(tensors[-1]), seen
+    return as_pixels(tensors[-1]), seen
 
 
-def to_pixels(image: Tensor) -> NDArray[np.uint8]:
-    """Return a normalised image ``[3, H, W]`` as pixels ``[H, W, 3]``."""
-    values = image.permute(1, 2, 0).numpy() * IMAGENET_DEFAULT_STD + np.array(IMAGENET_DEFAULT_MEAN)
-    return (values * 255).round().clip(0, 255).astype(np.uint8)
-
-
-def page_entry(name: str, pixels: NDArray[np.uint8], seen: Sequence[Seen]) -> dict[str, Any]:
+def page_entry(name: str, pixels: NDArray[np.uint8], seen: Sequence[NetworkAttention]) -> dict[str, Any]:
     """Return the data of one image for the page."""
-    networks = [{"title": one.title, "looks": [_look_entry(look) for look in one.looks]} for one in seen]
+    networks = [{"title": one.title, "blocks": [_block_entry(block) for block in one.blocks]} for one in seen]
     height, width = pixels.shape[:2]
     source = pages.picture(Image.fromarray(pixels))
     return {"name": name, "source": source, "height": height, "width": width, "networks": networks}
 
 
-def _look_entry(look: Look) -> dict[str, Any]:
+def _block_entry(block: BlockAttention) -> dict[str, Any]:
     """Return a block for the page: attention weights as bytes, 255 for the maximum of each query and head."""
-    heads, _, keys = look.weights.shape
-    rows, columns = look.map_size
+    heads, _, keys = block.weights.shape
+    rows, columns = block.map_size
     step = 1
     while heads * keys * -(-rows // step) * -(-columns // step) > MOST_WEIGHTS:
         step += 1
     # The middle one of each step x step queries, or the last.
-    y, x = (np.minimum(np.arange(0, side, step) + step // 2, side - 1) for side in look.map_size)
-    weights = look.weights.reshape(heads, rows, columns, keys)[:, y][:, :, x]
+    y, x = (np.minimum(np.arange(0, side, step) + step // 2, side - 1) for side in block.map_size)
+    weights = block.weights.reshape(heads, rows, columns, keys)[:, y][:, :, x]
     scale = np.maximum(weights.max(-1, keepdims=True), 1e-30)
     return {
-        "title": look.title,
-        "map": look.map_size,
+        "title": block.title,
+        "map": block.map_size,
         "queries": weights.shape[1:3],
         "count": keys,
         "heads": heads,
-        "groups": look.groups,
-        "reference": pages.numbers(look.reference),
-        "places": pages.numbers(look.places),
-        "importance": pages.numbers(look.importance()),
+        "groups": block.groups,
+        "reference": pages.numbers(block.reference),
+        "places": pages.numbers(block.places),
+        "importance": pages.numbers(block.importance()),
         "weights": pages.numbers((weights / scale * 255).round().astype(np.uint8)),
         "scale": pages.numbers(scale.astype(np.float32)),
     }
@@ -211,12 +205,6 @@ def _place(query: Sequence[float]) -> Place:
     if not all(0 <= share <= 1 for share in query):
         raise ValueError(f"--query {query[0]:g} {query[1]:g} is outside the image; give fractions from 0 to 1")
     return query[0], query[1]
-
-
-def _size(size: Sequence[int]) -> tuple[int, int] | None:
-    if len(size) > 2 or (size and min(size) < 1):
-        raise ValueError(f"--size {' '.join(map(str, size))} must be one side, or height and width, in pixels")
-    return (size[0], size[-1]) if size else None
 
 
 if __name__ == "__main__":

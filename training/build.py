@@ -16,26 +16,26 @@ from yacs.config import CfgNode
 
 from data.streams import Loader
 from logger import RunLog, check_recorders
-from lr_scheduler import build_scheduler, schedule_doubts
+from lr_scheduler import build_scheduler, schedule_warnings
 from models.build import arguments
 from models.contract import compile_parts
 from optimizer import build_optimizer, freeze
 from tasks import Task, build_task
 from training.checkpoint import CheckpointFolder, load_strictly
 from training.environment import write_environment
-from training.output_folder import hold_folder, open_folder, set_aside
+from training.output_folder import lock_folder, open_folder, set_aside
 from training.resume import Resumed, find_resumed, start_from_pretrained
 from training.run import BadImages, Run, TrainingState
-from training.teacher import give_teacher
+from training.teacher import add_teacher
 from training.weight_sets import RAW, pick_weights
 from utils import (
     StopSignal,
     World,
-    agree_on,
     collective_timeout,
+    equal_on_all_ranks,
     fail_together,
     seed_everything,
-    write_whole,
+    write_atomically,
 )
 
 # A learning rate that changes by more than this factor on resume is probably unintended.
@@ -61,8 +61,8 @@ class Assembly:
     warnings: list[str]
 
 
-def settle(config: CfgNode, device: torch.device) -> None:
-    """Resolve the options that depend on the device: AMP "auto" is bf16 if supported in hardware, else fp16.
+def resolve_options(config: CfgNode, device: torch.device) -> None:
+    """Resolve the options that depend on the device: AMP "auto" is bf16, or fp16 on a GPU without bf16 in hardware.
 
     Raises:
         ValueError: the device does not support the options.
@@ -102,10 +102,10 @@ def build_run(config: CfgNode, world: World) -> Run:
     Raises:
         ValueError: wrong input; nothing has been written except the lock of an existing folder.
     """
-    folder, hold = config.run_folder, None
+    folder, lock = config.run_folder, None
     with fail_together():
         if world.is_main and folder.is_dir():  # before reading checkpoints that another run may be about to replace
-            hold = hold_folder(open_folder(folder), patience=min(120, collective_timeout().total_seconds() / 2))
+            lock = lock_folder(open_folder(folder), patience=min(120, collective_timeout().total_seconds() / 2))
     with fail_together():
         parts = assemble(config, world)
     _check_agreement(parts.state, folder)
@@ -114,7 +114,7 @@ def build_run(config: CfgNode, world: World) -> Run:
     notes = list(parts.notes)
     with fail_together():
         if world.is_main:
-            hold = hold or _hold_new_folder(folder)
+            lock = lock or _lock_new_folder(folder)
             if begins and (earlier := set_aside(folder)):
                 notes.append(f"the files of an earlier run in this folder were moved to {earlier}")
     run = Run(
@@ -130,12 +130,12 @@ def build_run(config: CfgNode, world: World) -> Run:
         stop=StopSignal(),
         bad_images=BadImages(folder / "bad_images.txt"),
         checkpoints=CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS),
-        hold=hold,
+        lock=lock,
     )
     run.stop.listen()
     if begins or changed:  # the checkpoint then contains the new options, which need not be allowed again
         run.save()  # before the first log line, so that a run killed before it leaves nothing to move away
-    _introduce(run, in_words(config, parts, world), notes, parts.warnings)
+    _log_start(run, describe_run(config, parts, world), notes, parts.warnings)
     return run
 
 
@@ -150,7 +150,7 @@ def assemble(config: CfgNode, world: World) -> Assembly:
     task = build_task(config, world, training=True)
     train_loader, eval_loader = task.train_loader(), task.eval_loader()
     check_recorders(config)
-    notes, warnings = [*task.notes, *give_teacher(config, task)], []
+    notes, warnings = [*task.notes, *add_teacher(config, task)], []
     network = build_network(task, world)
     resumed = find_resumed(config, task, training_images=len(train_loader.dataset))
     if resumed:
@@ -158,8 +158,8 @@ def assemble(config: CfgNode, world: World) -> Assembly:
         load_strictly(network, weights, resumed.path)
         warnings += resumed.warnings
     else:
-        said, doubts = start_from_pretrained(config, network, task)
-        notes, warnings = notes + said, warnings + doubts
+        pretrained_notes, pretrained_warnings = start_from_pretrained(config, network, task)
+        notes, warnings = notes + pretrained_notes, warnings + pretrained_warnings
     if config.TRAIN.FREEZE:
         frozen = freeze(network, config.TRAIN.FREEZE)
         notes.append(f"{frozen / 1e6:.2f} M parameters are frozen: {', '.join(config.TRAIN.FREEZE)}")
@@ -179,14 +179,14 @@ def assemble(config: CfgNode, world: World) -> Assembly:
     )
     if resumed:
         notes += _restore(state, config, resumed)
-        warnings += rate_jump(config, state, resumed.checkpoint)
-    warnings += suspicious_settings(config, state, len(train_loader.dataset), world.size) + task.doubts()
+        warnings += rate_jump_warning(config, state, resumed.checkpoint)
+    warnings += settings_warnings(config, state, len(train_loader.dataset), world.size) + task.warnings()
     return Assembly(task, train_loader, eval_loader, state, resumed and resumed.path, notes, warnings)
 
 
-def suspicious_settings(config: CfgNode, state: TrainingState, images: int, world_size: int) -> list[str]:
+def settings_warnings(config: CfgNode, state: TrainingState, images: int, world_size: int) -> list[str]:
     """Return warnings about settings that are probably unintended, for a run on `images` training images."""
-    found = schedule_doubts(config, updates_per_epoch=state.updates_per_epoch, world_size=world_size)
+    found = schedule_warnings(config, updates_per_epoch=state.updates_per_epoch, world_size=world_size)
     if config.TRAIN.BASE_LR < config.TRAIN.MIN_LR and config.TRAIN.LR_SCHEDULER.NAME in ("cosine", "poly"):
         found.append(
             f"TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} is below TRAIN.MIN_LR {config.TRAIN.MIN_LR:g}, so the learning "
@@ -201,14 +201,14 @@ def suspicious_settings(config: CfgNode, state: TrainingState, images: int, worl
     return found
 
 
-def rate_jump(config: CfgNode, state: TrainingState, saved: dict[str, Any]) -> list[str]:
+def rate_jump_warning(config: CfgNode, state: TrainingState, saved: dict[str, Any]) -> list[str]:
     """Return a warning if the learning rate of a resumed run differs from that of its checkpoint."""
     before, now = (groups[0]["lr"] for groups in (saved["optimizer"]["param_groups"], state.optimizer.param_groups))
     if state.position.epoch >= config.TRAIN.EPOCHS or before / _LARGEST_JUMP <= now <= before * _LARGEST_JUMP:
         return []
     return [
         f"the learning rate goes from {before:.2e} to {now:.2e} where the run continues, so its accuracy may drop at "
-        "first. To hold the rate of a finished run, set TRAIN.LR_SCHEDULER.PLANNED_EPOCHS to its number of epochs"
+        "first. To lock the rate of a finished run, set TRAIN.LR_SCHEDULER.PLANNED_EPOCHS to its number of epochs"
     ]
 
 
@@ -235,23 +235,23 @@ def _check_agreement(state: TrainingState, folder: Path) -> None:
     Raises:
         ValueError: they do not.
     """
-    if not all([agree_on(state.position.epoch), agree_on(state.position.update)]):
+    if not all([equal_on_all_ranks(state.position.epoch), equal_on_all_ranks(state.position.update)]):
         raise ValueError(f"the processes do not see the same checkpoints in {folder}; it must be a shared folder")
 
 
-def _hold_new_folder(folder: Path) -> TextIO:
+def _lock_new_folder(folder: Path) -> TextIO:
     """Create and lock a new folder.
 
     Raises:
         ValueError: another run has created it in the meantime.
     """
-    hold = hold_folder(open_folder(folder), patience=0)
+    lock = lock_folder(open_folder(folder), patience=0)
     if (folder / "last.pth").exists():
-        hold.close()
+        lock.close()
         raise ValueError(
             f"another run has started in {folder} in the meantime; start again to continue it, or give another --tag"
         )
-    return hold
+    return lock
 
 
 def _distribute(network: nn.Module, world: World) -> nn.Module:
@@ -266,7 +266,7 @@ def _distribute(network: nn.Module, world: World) -> nn.Module:
     )
 
 
-def in_words(config: CfgNode, parts: Assembly, world: World) -> str:
+def describe_run(config: CfgNode, parts: Assembly, world: World) -> str:
     """Return one line with the sizes of a run."""
     parameters = sum(p.numel() for p in parts.state.network.parameters())
     return (
@@ -277,12 +277,12 @@ def in_words(config: CfgNode, parts: Assembly, world: World) -> str:
     )
 
 
-def _introduce(run: Run, introduction: str, notes: list[str], warnings: list[str]) -> None:
+def _log_start(run: Run, introduction: str, notes: list[str], warnings: list[str]) -> None:
     """Write config.yaml and log what is about to run."""
     config, log, state = run.config, run.log, run.state
     if run.world.is_main:
         try:
-            write_whole(run.folder / "config.yaml", config.dump())
+            write_atomically(run.folder / "config.yaml", config.dump())
             write_environment(run.folder, run.world)
         except OSError as error:  # a full disk must not end the run
             warnings = [*warnings, f"{error.filename or run.folder} could not be written ({error.strerror})"]

@@ -68,8 +68,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is {kind}; the download failed, download the file again")
     if path.suffix == ".safetensors" or _is_safetensors(begin):
         return _load_safetensors(path)
-    if unlike := _other_archive(path):
-        raise ValueError(f"{path} is {unlike}")
+    if kind := _other_archive(path):
+        raise ValueError(f"{path} is {kind}")
     try:
         with torch.serialization.safe_globals([_CFG_NODE]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # problems are reported below, in one line
@@ -90,24 +90,24 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _is_safetensors(begin: bytes) -> bool:
-    """Return whether a file begins as safetensors does, whatever its name: a length of 8 bytes, and JSON."""
+    """Return whether a file begins like safetensors: with the length of the header in 8 bytes, and JSON."""
     return begin[8:10] == b'{"' and int.from_bytes(begin[:8], "little") < 2**32
 
 
 def _other_archive(path: Path) -> str:
-    """Return what an archive holds that is not a checkpoint of PyTorch, and what to do; empty for any other file."""
+    """Return what a zip archive is and how to convert it; empty for a checkpoint of PyTorch and for other files."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = {PurePosixPath(name).name for name in archive.namelist()}
-    except zipfile.BadZipFile:  # also what is no archive, such as the oldest checkpoints
+    except zipfile.BadZipFile:  # such as checkpoints of PyTorch before 1.6
         return ""
     if "constants.pkl" in names:
         return (
-            "a TorchScript program, which could run code; where you trust it, save its weights: "
+            "a TorchScript program, which could execute code; if you trust it, save its weights: "
             "torch.save(torch.jit.load(file).state_dict(), new_file)"
         )
     if names and all(name.endswith(".npy") for name in names):
-        return "an archive of NumPy; save its arrays as tensors: torch.save({name: torch.from_numpy(array), ...}, file)"
+        return "a NumPy archive; save its arrays as tensors: torch.save({name: torch.from_numpy(array), ...}, file)"
     return ""
 
 
@@ -169,13 +169,14 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
 
 
 class CheckpointFolder:
-    """The checkpoints of a run: `last.pth`, the one before it as `previous.pth`, `best.pth` and `epoch_N.pth`."""
+    """The checkpoints of a run: `last.pth`, the one before it as `previous.pth`, `best.pth` and `epoch_N.pth`.
 
-    def __init__(self, folder: Path, *, keep: int) -> None:
-        """Args:
+    Args:
         folder: an existing folder.
         keep: number of `epoch_N.pth` to keep; 0 keeps all.
-        """
+    """
+
+    def __init__(self, folder: Path, *, keep: int) -> None:
         self.folder = folder
         self._keep = keep
 
@@ -190,11 +191,11 @@ class CheckpointFolder:
         try:
             # `last.pth` is written last: a run killed before that resumes earlier and writes the others again.
             if best:
-                _put_beside(staged, self.folder / "best.pth")
+                _link_or_copy(staged, self.folder / "best.pth")
             if epoch is not None:
-                _put_beside(staged, self.folder / f"epoch_{epoch}.pth")
+                _link_or_copy(staged, self.folder / f"epoch_{epoch}.pth")
             if last.exists():
-                _put_beside(last, self.folder / "previous.pth")
+                _link_or_copy(last, self.folder / "previous.pth")
             self._prune()
             staged.replace(last)
         finally:
@@ -258,7 +259,7 @@ def _stage(state: dict[str, Any], target: Path) -> Path:
     return staged
 
 
-def _put_beside(source: Path, target: Path) -> None:
+def _link_or_copy(source: Path, target: Path) -> None:
     """Make `target` a hard link to `source`, or a copy if the file system does not support links."""
     # One temporary name for all targets, so that a killed write leaves at most one file.
     staged = target.with_name(f"beside{STAGED}")

@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 
 from yacs.config import CfgNode
 
-from config import OPTIONS, RunOption, load_config
+from config import OPTIONS, RunOption, check_pairs, load_config
 from training.weight_sets import EMA, RAW
 
-# Flags of other trainers for those that set no option.
-_ELSEWHERE = {"--config": "--cfg", "--config-file": "--cfg", "--evaluate": "--eval", "--test": "--eval"}
+# Flags of other trainers for flags that set no option.
+_SYNONYMS = {"--config": "--cfg", "--config-file": "--cfg", "--evaluate": "--eval", "--test": "--eval"}
 # Options that name the output folder.
 _FOLDER = {"OUTPUT", "MODEL.NAME", "TAG"}
 
@@ -29,19 +29,19 @@ class _Parser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(args)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            meant = _meant(unknown[0].partition("=")[0].replace("_", "-"), flags)
+            meant = _suggestion(unknown[0].partition("=")[0].replace("_", "-"), flags)
             hint = f"did you mean {meant}?" if meant else "options of config.py are set by --opts KEY VALUE"
             self.error(f"unknown argument {unknown[0]}; {hint}")
         return parsed
 
 
-def _meant(flag: str, flags: Sequence[str]) -> str:
-    """Return the flag or the option that an unknown flag probably means; empty where none is near."""
+def _suggestion(flag: str, flags: Sequence[str]) -> str:
+    """Return the flag or option that an unknown flag probably means; empty if none is similar."""
     words = {name.rpartition(".")[2].lower().replace("_", "-"): name for name in reversed(OPTIONS)}
-    known = {name: key for key in OPTIONS for name in getattr(OPTIONS[key], "elsewhere", ())}
+    known = {name: key for key in OPTIONS for name in getattr(OPTIONS[key], "synonyms", ())}
     known |= {f"--{word}": key for word, key in words.items() if f"--{word}" not in known}
-    if flag in flags or flag in _ELSEWHERE:
-        return _ELSEWHERE.get(flag, flag)
+    if flag in flags or flag in _SYNONYMS:
+        return _SYNONYMS.get(flag, flag)
     if flag in known:
         return _as_flag(known[flag])
     near = difflib.get_close_matches(
@@ -58,7 +58,11 @@ def _as_flag(key: str) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
-    """Return the parsed arguments, and the config with the command line merged into it."""
+    """Return the parsed arguments, and the config with the command line merged into it.
+
+    Raises:
+        ValueError: wrong arguments, or see `config.load_config`.
+    """
     parser = _Parser(prog="main.py", description="Train, evaluate or time a model.", allow_abbrev=False)
     parser.add_argument("--cfg", metavar="FILE", help="config, such as configs/digits.yaml")
     mode = parser.add_mutually_exclusive_group()
@@ -67,7 +71,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     parser.add_argument("--check", action="store_true", help="check config, data layout and files, and stop")
     flags = {option.flag: key for key, option in OPTIONS.items() if isinstance(option, RunOption) and option.flag}
     for flag, key in flags.items():
-        parser.add_argument(flag, dest=key, default=None, **_reading(OPTIONS[key]))
+        parser.add_argument(flag, dest=key, default=None, **_argument_settings(OPTIONS[key]))
     parser.add_argument(
         "--opts", nargs="*", action="extend", default=[], metavar="KEY VALUE", help="any option of config.py"
     )
@@ -78,9 +82,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     empty = next((flag for flag, key in flags.items() if given.get(key) == ""), None)
     if empty:
         parser.error(f"{empty} is empty; give it a value or leave it out")
-    if len(args.opts) % 2:
-        hint = f": write {args.opts[-1].replace('=', ' ', 1)}" if "=" in args.opts[-1] else ""
-        raise ValueError(f"--opts takes pairs of KEY VALUE; {args.opts[-1]!r} has no value{hint}")
+    check_pairs(args.opts)  # before the flags are appended
     if "MODEL.TIMM.NAME" in given:
         given["MODEL.TYPE"] = "timm"
     config = load_config(args.cfg, [*args.opts, *(word for option in given.items() for word in option)])
@@ -89,7 +91,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     return args, config
 
 
-def _reading(option: RunOption) -> dict[str, Any]:
+def _argument_settings(option: RunOption) -> dict[str, Any]:
     """Return the argparse settings for the flag of an option."""
     meaning = {"help": option.meaning.replace("%", "%%")}
     if isinstance(option.default, bool):
@@ -101,7 +103,8 @@ def _reading(option: RunOption) -> dict[str, Any]:
 def _choose_evaluated(config: CfgNode, given: set[str], path: Path) -> None:
     """Set MODEL.RESUME to the checkpoint to evaluate: the one on the command line, or `best.pth` of the run.
 
-    The config.yaml of a run selects the run in its folder, which may have been moved.
+    With the config.yaml of a run, that is the run in the folder of this file, which may have been moved. Training, in
+    contrast, writes to the folder that the config names.
 
     Files named in a config are what its run started from, so they are not evaluated. Likewise, only --weights or --ema
     on the command line select the weights of the checkpoint.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from utils import World, write_whole
+from utils import World, write_atomically
 
 FILE = "environment.json"
 _PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "triton")
@@ -22,14 +22,16 @@ def write_environment(folder: Path, world: World) -> None:
     found = {
         "processes": world.size,
         "device": device,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads of a process": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
         **{name: _version(name) for name in _PACKAGES},
     }
-    write_whole(folder / FILE, json.dumps({name: value for name, value in found.items() if value}, indent=1) + "\n")
+    write_atomically(
+        folder / FILE, json.dumps({name: value for name, value in found.items() if value}, indent=1) + "\n"
+    )
 
 
 def read_environment(folder: Path) -> dict[str, object]:
@@ -45,7 +47,8 @@ def _version(package: str) -> str:
         return ""
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the model name of the CPU on Linux, elsewhere its architecture."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

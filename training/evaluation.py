@@ -86,7 +86,8 @@ def build_evaluation(config: CfgNode, world: World, *, amp: str = "off") -> Chec
     load_strictly(network, given.weights, path)
     if isinstance(epoch := checkpoint.get("epoch"), int):  # the last epoch that the weights were trained in
         set_epoch(network, max(epoch if checkpoint.get("update") else epoch - 1, 0))
-    warnings = [f"{path} was trained on other classes: {change}" for change in task.changes(checkpoint)] + task.doubts()
+    warnings = [f"{path} was trained on other classes: {change}" for change in task.changes(checkpoint)]
+    warnings += task.warnings()
     return CheckpointEvaluation(path, task, network, loader, given.choice, [*found, *given.notes], warnings, amp)
 
 

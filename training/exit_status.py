@@ -20,7 +20,7 @@ WRONG_INPUT = 2
 LOST_PEER = 75
 
 
-def refuse(error: Exception | str, *, alone: bool = False) -> int:
+def report_wrong_input(error: Exception | str, *, alone: bool = False) -> int:
     """Print in one line what is wrong with the input and return the exit status.
 
     Once the process group exists, ranks fail together and rank 0 prints. Before that, one rank per machine prints. An

@@ -25,8 +25,8 @@ from utils import LateReader, seed_everything, sum_over_ranks, wait_for_all
 RESULTS = ("best.pth", "last.pth", "report.html", "curves.png", "metrics.jsonl", "log.txt", "config.yaml")
 
 
-class Ask(IntEnum):
-    """What to do after an update, agreed on by all ranks."""
+class Action(IntEnum):
+    """What to do after an update, the same on all ranks."""
 
     NOTHING = 0
     SAVE = 1
@@ -43,7 +43,7 @@ class Update(NamedTuple):
     Attributes:
         loss: mean over the micro-batches.
         norm: gradient norm before clipping, unscaled; NaN if the update was skipped.
-        parts: the named losses whose sum is `loss`; empty if the task has a single loss.
+        parts: the named losses whose sum is `loss`; empty if the task returns a single loss.
         unreadable: number of files in these micro-batches that could not be read.
         batches: the micro-batches as passed to the network, if TRAIN.ANOMALY_REPORT is set.
     """
@@ -67,7 +67,7 @@ def train_epochs(run: Run) -> int:
     """Train and evaluate epoch by epoch; return the exit status."""
     config, position, log = run.config, run.state.position, run.log
     saved = not position.nonfinite_in_row
-    while position.epoch < config.TRAIN.EPOCHS and not early_end(run):
+    while position.epoch < config.TRAIN.EPOCHS and not early_stop_reason(run):
         finished = train_one_epoch(run)
         run.save()  # the evaluation may be interrupted, too
         results = evaluate_weights(run) if finished else None
@@ -83,10 +83,10 @@ def train_epochs(run: Run) -> int:
         log.info(run.task.best_line(position.best_accuracy))
         keep = config.SAVE_FREQ > 0 and position.epoch % config.SAVE_FREQ == 0
         saved = run.save(best=position.best_epoch == position.epoch, epoch=position.epoch if keep else None)
-    return conclude(run, saved)
+    return finish_run(run, saved)
 
 
-def early_end(run: Run) -> str:
+def early_stop_reason(run: Run) -> str:
     """Return why a run ends before its last epoch; empty if it continues."""
     patience = run.config.TRAIN.PATIENCE
     if run.state.position.lacks_progress(patience):
@@ -112,21 +112,21 @@ def train_one_epoch(run: Run) -> bool:
     run.task.set_epoch(position.epoch)
     keep_frozen_in_eval(state.network)
     run.train_loader.sampler.set_position(position.epoch, position.update * state.images_per_update)
-    batches, reader, ask = iter(run.train_loader), LateReader(), Ask.NOTHING
+    batches, reader, action = iter(run.train_loader), LateReader(), Action.NOTHING
     with Progress(run) as progress:
         while position.update < state.updates_per_epoch:
             lr = learning_rate(state.optimizer)
             update = take_update(run, batches)
-            numbers = share(run, update, save_due=progress.is_clock_due())
+            numbers = reduce_update(run, update, save_due=progress.is_clock_due())
             tag = position.update, lr, time.perf_counter(), list(update.parts), update.batches
-            ask = record(run, reader.exchange(tag, numbers), progress)
-            if ask or progress.is_count_due():
-                ask = max(ask, record(run, reader.flush(), progress))
-                if ask == Ask.STOP:
+            action = record(run, reader.exchange(tag, numbers), progress)
+            if action or progress.is_count_due():
+                action = max(action, record(run, reader.flush(), progress))
+                if action == Action.STOP:
                     return False
                 run.save()
                 progress.saved()
-        return max(ask, record(run, reader.flush(), progress)) != Ask.STOP
+        return max(action, record(run, reader.flush(), progress)) != Action.STOP
 
 
 def take_update(run: Run, batches: Iterator[Any]) -> Update:
@@ -148,7 +148,7 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
         with run.gradient_sync(enabled=step == steps - 1):
             with run.autocast():
                 losses = task.loss(run.model, batch)
-            loss = total_of(losses)
+            loss = total_loss(losses)
             state.scaler.scale(loss / steps).backward()
         total += loss.detach() / steps
         for name, part in losses.items() if isinstance(losses, dict) else ():
@@ -169,12 +169,12 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
     return Update(total, torch.where(broken > 0, math.nan, norm), parts, unreadable, kept)
 
 
-def total_of(losses: Tensor | dict[str, Tensor]) -> Tensor:
-    """Return the loss that is minimised, of what a task gives."""
+def total_loss(losses: Tensor | dict[str, Tensor]) -> Tensor:
+    """Return the loss to minimise: the sum of named losses."""
     return losses if isinstance(losses, Tensor) else sum(losses.values())
 
 
-def share(run: Run, update: Update, *, save_due: bool) -> Tensor:
+def reduce_update(run: Run, update: Update, *, save_due: bool) -> Tensor:
     """Return `[loss, norm, unreadable files, requests to save, to stop, named losses...]` over all ranks.
 
     Losses and norm are averaged, the others summed. The numbers stay on the device.
@@ -185,14 +185,14 @@ def share(run: Run, update: Update, *, save_due: bool) -> Tensor:
     return sum_over_ranks(torch.stack([*means[:2], *flags, *means[2:]]))
 
 
-def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress) -> Ask:
+def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress) -> Action:
     """Process the numbers of an update, log them if due, and return what to do next, which is the same on all ranks.
 
     Raises:
         TrainingStopped: see there.
     """
     if report is None:
-        return Ask.NOTHING
+        return Action.NOTHING
     config, position = run.config, run.state.position
     (update, lr, taken, names, batches), (loss, norm, unreadable, save, stop, *parts) = report
     position.unreadable += int(unreadable)
@@ -218,7 +218,7 @@ def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress)
                 + (f". {anomaly_report(run, update, batches)}" if batches else "")
             )
     progress.advance(update, loss, lr, names, taken)
-    return Ask.STOP if stop else Ask.SAVE if save else Ask.NOTHING
+    return Action.STOP if stop else Action.SAVE if save else Action.NOTHING
 
 
 def anomaly_report(run: Run, update: int, batches: list[Any]) -> str:
@@ -231,7 +231,7 @@ def anomaly_report(run: Run, update: int, batches: list[Any]) -> str:
             seed_everything(run.config.SEED, run.state.position.epoch, update - 1, step, run.world.rank)
             with run.autocast():
                 losses = run.task.loss(network, batch)
-            total = total + total_of(losses)
+            total = total + total_loss(losses)
         return total
 
     return f"Rank {run.world.rank}: {first_nonfinite(network, forward)}"
@@ -255,23 +255,23 @@ def evaluate_weights(run: Run) -> list[Evaluation] | None:
     return results
 
 
-def report(run: Run) -> None:
+def write_html_report(run: Run) -> None:
     """Write report.html from the files of the run; errors are logged as warnings."""
     if not run.config.REPORT:
         return
     from tools.confusion import Stopped
     from tools.report import write_report
 
-    again = f"tools/report.py {run.folder} writes it"
+    hint = f"tools/report.py {run.folder} writes it"
     try:
         write_report(run.folder, run.world.device, wanted=lambda: run.stop.received is None)
     except Stopped:
-        run.log.info(f"no report.html, as the run was asked to stop; {again}")
+        run.log.info(f"no report.html, as the run was asked to stop; {hint}")
     except Exception as error:  # the run has finished and its results are saved
-        run.log.warning(f"no report.html ({' '.join(str(error).split())}); {again}")
+        run.log.warning(f"no report.html ({' '.join(str(error).split())}); {hint}")
 
 
-def conclude(run: Run, saved: bool) -> int:
+def finish_run(run: Run, saved: bool) -> int:
     """Draw the curves and log how the run ended; return the exit status."""
     from tools.plot import plot_curves  # importing matplotlib takes a second and is only needed here
 
@@ -284,16 +284,18 @@ def conclude(run: Run, saved: bool) -> int:
         except OSError as error:
             run.log.warning(f"{curves} could not be written ({error.strerror})")
             curves.unlink(missing_ok=True)  # a partial file
-        report(run)
+        write_html_report(run)
         if position.epoch < run.config.TRAIN.EPOCHS:
-            run.log.info(f"{early_end(run)}: the run ends after epoch {position.epoch} of {run.config.TRAIN.EPOCHS}")
-        run.log.info(f"finished: {result_in_words(run)}")
+            run.log.info(
+                f"{early_stop_reason(run)}: the run ends after epoch {position.epoch} of {run.config.TRAIN.EPOCHS}"
+            )
+        run.log.info(f"finished: {describe_result(run)}")
         if not saved:
             run.log.error("last.pth is not from the end of the run; the lines above say why")
     return 0 if saved else FAILED
 
 
-def result_in_words(run: Run) -> str:
+def describe_result(run: Run) -> str:
     """Return the best score and the result files that exist; some are missing if the disk was full."""
     position, score = run.state.position, run.task.score
     best = "no evaluation gave finite numbers"
@@ -301,9 +303,9 @@ def result_in_words(run: Run) -> str:
         best = f"best {score.title} {score.show(position.best_accuracy)} in epoch {position.best_epoch} "
         best += f"of {position.epoch}"
     if (held := run.checkpoints.best_epoch()) != position.best_epoch:
-        # It could not be written, or is of the run that this one goes on from, in another folder.
-        best += f", while best.pth is of epoch {held}" if held else ", of which no best.pth lies here"
+        # It could not be written, or is in the folder of another run, from which this one was resumed.
+        best += f", while best.pth is of epoch {held}" if held else ", without a best.pth in this folder"
     files = [run.folder / name for name in RESULTS]
-    there = [file.name for file in files if file.is_file() and file.stat().st_size]
-    *most, last = there or ["no files"]
+    written = [file.name for file in files if file.is_file() and file.stat().st_size]
+    *most, last = written or ["no files"]
     return f"{best}; {' and '.join(filter(None, (', '.join(most), last)))} are in {run.folder}"

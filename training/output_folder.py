@@ -55,7 +55,7 @@ def try_folder(folder: Path) -> None:
         ) from None
 
 
-def hold_folder(folder: Path, *, patience: float = 120) -> TextIO:
+def lock_folder(folder: Path, *, patience: float = 120) -> TextIO:
     """Lock a folder against other runs until the returned file is closed or this process ends.
 
     Args:

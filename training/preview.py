@@ -11,7 +11,7 @@ from torch import Tensor
 from yacs.config import CfgNode
 
 from lr_scheduler import planned_schedule
-from training.build import Assembly, in_words
+from training.build import Assembly, describe_run
 from training.run import TrainingState
 from utils import World
 
@@ -29,7 +29,7 @@ def preview(parts: Assembly, config: CfgNode, world: World) -> tuple[list[str], 
     folder = config.run_folder
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     taken = f"a checkpoint takes {_megabytes(size)}, the {files} of the run at most {_megabytes(size * files)}"
-    lines = [in_words(config, parts, world), *parts.notes, draw_schedule(rates), taken]
+    lines = [describe_run(config, parts, world), *parts.notes, draw_schedule(rates), taken]
     full = [f"{taken}, but {folder} has {_megabytes(free)} free"] if size * files > free else []
     return lines, [*parts.warnings, *full]
 

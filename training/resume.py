@@ -96,18 +96,18 @@ def start_from_pretrained(config: CfgNode, network: nn.Module, task: Task) -> tu
     checkpoint = load_checkpoint(path)
     class_map = Path(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None
     given = pick_weights(checkpoint, path, network, kind=config.MODEL.WEIGHTS)
-    classes, known = (told.get("classes") or [] for told in (task.describe(), checkpoint))
+    classes, known = (data.get("classes") or [] for data in (task.describe(), checkpoint))
     known = known if isinstance(known, list) else []
     try:
         weights, report = adapt(given.weights, network, class_map=class_map, classes=classes, names=known)
     except ValueError as error:
         raise ValueError(f"--pretrained {path}: {error}") from None
     network.load_state_dict(weights)
-    said = [f"starting from {', '.join(filter(None, (path, given.choice)))}", *given.notes, *report.lines()]
+    notes = [f"starting from {', '.join(filter(None, (path, given.choice)))}", *given.notes, *report.lines()]
     trained = checkpoint.get("epoch")
     if not known or classes != known or not isinstance(trained, int):
-        return said, []
-    return said, [
+        return notes, []
+    return notes, [
         f"{path} has been trained on these classes for {trained} epochs: optimizer and schedule start from scratch, so "
         "accuracy may drop while the learning rate is high; docs/training.md describes how to train it for longer"
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +66,7 @@ class BadImages:
         self._file = {"encoding": "utf-8", "errors": "surrogateescape"}
         self._known: set[str] = set()
 
-    def add(self, paths: list[str], warn: Callable[[str], None]) -> None:
+    def add(self, paths: Sequence[str], warn: Callable[[str], None]) -> None:
         """Append those of `paths` that are not in the file yet."""
         if paths and self._path.exists():
             self._known.update(self._path.read_text(**self._file).splitlines())
@@ -193,7 +193,7 @@ class Run:
     bad_images: BadImages
     checkpoints: CheckpointFolder
     # Lock of the output folder, on rank 0.
-    hold: TextIO | None
+    lock: TextIO | None
 
     def autocast(self) -> AbstractContextManager:
         """Return the autocast context of the forward pass."""

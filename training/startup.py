@@ -26,10 +26,10 @@ def require_packages() -> None:
         sys.exit(2)
 
 
-def end_quietly() -> None:
+def handle_early_signals() -> None:
     """Let Ctrl-C end this process without a traceback until a run handles signals, and stop it if torchrun dies.
 
-    Otherwise a process whose launcher was killed would keep training, or wait for the others forever.
+    Otherwise a process whose launcher was killed would keep training, or wait forever for the others.
     """
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in the background
         signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -11,7 +11,7 @@ from tasks.distillation import Teacher
 from training.trained_model import load_trained
 
 
-def give_teacher(config: CfgNode, task: Task) -> list[str]:
+def add_teacher(config: CfgNode, task: Task) -> list[str]:
     """Set the teacher of a task from the config, if any; return notes for the log.
 
     Raises:

@@ -19,7 +19,7 @@ from data.transforms import eval_transform
 from models.build import build_model, num_classes, set_num_classes
 from models.contract import classifier
 from models.weights import IMAGENET_1K
-from tasks.classes import in_words
+from tasks.classes import describe_labels
 from training.checkpoint import load_checkpoint, load_strictly
 from training.resume import written_config
 from training.weight_sets import EMA, RAW, pick_weights
@@ -62,13 +62,13 @@ class TrainedModel:
 
     def read(self, path: str | Path) -> Image.Image:
         """Read an image file as RGB, rotated according to DATA.EXIF; see `data.images.read_image`."""
-        return read_image(path, turn=self.config.DATA.EXIF == "apply")
+        return read_image(path, exif=self.config.DATA.EXIF == "apply")
 
     def words(self) -> str:
         """Return a description of what was loaded."""
         kind = {RAW: "raw weights", EMA: "averaged weights", "": "random weights"}[self.weights]
         name = self.config.MODEL.NAME
-        loaded = f"{self.path or name}: {name}, {len(self.classes)} classes ({in_words(self.classes)}), {kind}"
+        loaded = f"{self.path or name}: {name}, {len(self.classes)} classes ({describe_labels(self.classes)}), {kind}"
         return "\n".join([*self.notes, loaded])
 
 

@@ -123,7 +123,7 @@ def pick_weights(checkpoint: dict[str, Any], path: str | Path, network: nn.Modul
 
 def layout(checkpoint: dict[str, Any]) -> str:
     """Describe the contents of a file: its entries, the number of tensors in each, and their first names."""
-    words = [f"{entry or 'at its top'}: {_first(list(held), 'tensors')}" for entry, held in _tensors(checkpoint)]
+    words = [f"{entry or 'at the top level'}: {_first(list(held), 'tensors')}" for entry, held in _tensors(checkpoint)]
     tops = {entry.partition(".")[0] for entry, held in _tensors(checkpoint)}
     others = [str(name) for name, value in checkpoint.items() if name not in tops and not isinstance(value, Tensor)]
     return "; ".join(words + ([_first(others, "other entries")] if others else [])) or "nothing"
@@ -141,7 +141,7 @@ def _tensors(held: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, 
     tensors = {name: x for name, x in named.items() if isinstance(x, Tensor) and x.layout == torch.strided}
     if tensors:
         yield entry, tensors
-    seen = set()  # a dict may stand under two names
+    seen = set()  # two names may refer to the same dict
     for name, value in named.items():
         if name.startswith("optim") or id(value) in seen:  # optimizer state may use the names of the weights
             continue
@@ -150,7 +150,7 @@ def _tensors(held: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, 
 
 
 def _nameless_averages(held: Any, entry: str = "", depth: int = 0) -> str:
-    """Return where a list of averaged tensors stands, as `shadow_params` of torch_ema; empty where there is none."""
+    """Return the entry with averaged weights as a list of tensors, like `shadow_params` of torch_ema; else empty."""
     if isinstance(held, (list, tuple)) and held and all(isinstance(value, Tensor) for value in held):
         return entry if _AVERAGED.search(entry) else ""
     if not isinstance(held, dict) or depth > _DEPTH:
@@ -189,7 +189,7 @@ def _notes(taken: _Candidate, sets: list[_Candidate], path: str | Path) -> list[
     if taken.entry not in ("", "model", "ema") or taken.prefix or taken.wrappers:
         notes.append(f"{path}: the weights were recognised in {taken.place()}")
     if taken.others and taken.prefix:
-        notes.append(f"{path}: left out are {_first(taken.others, 'entries without that prefix')}")
+        notes.append(f"{path}: not used: {_first(taken.others, 'entries without that prefix')}")
     if {one.entry for one in sets} - {"model", "ema"} and len(sets) > 1:
         rest = "; ".join(one.place() for one in sets if one is not taken)
         notes.append(f"{path}: {_IN_WORDS[taken.kind]} are taken from {taken.place()}; it also contains {rest}")

@@ -24,10 +24,10 @@ class Annotation:
     """One object of an annotation file.
 
     Attributes:
-        name: what messages call it.
+        name: its name in messages.
         box: x1, y1, x2, y2 in pixels.
-        label: from 0 on; None for an unknown class.
-        area: in pixels; that of the box where None.
+        label: counted from 0; None for an unknown class.
+        area: in pixels; None for the area of the box.
         crowd: whether it is a group of objects.
         outline: polygons or run lengths in COCO's format; None if it has only a box.
     """
@@ -47,7 +47,7 @@ class Faults:
     names: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def keep(self, annotation: Annotation, size: tuple[int, int]) -> tuple[float, ...] | None:
-        """Clip the box to an image of this height and width; None, which is recorded, if nothing is left."""
+        """Return the box clipped to an image of this height and width; record it and return None if it is invalid."""
         x1, y1, x2, y2 = annotation.box
         inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0]))
         if annotation.label is None:
@@ -71,14 +71,14 @@ class AnnotatedImages(DetectionSource):
     """Image files and their annotations.
 
     Args:
-        turn: whether to apply the EXIF orientation.
+        exif: whether to apply the EXIF orientation.
 
     Attributes:
         masks: whether every object so far has an outline.
     """
 
-    def __init__(self, *, turn: bool) -> None:
-        self._turn = turn
+    def __init__(self, *, exif: bool) -> None:
+        self._exif = exif
         self._paths: list[str] = []
         self._sizes: list[tuple[int, int]] = []
         # One string per image: Python objects for a million annotations would take gigabytes in every worker.
@@ -121,7 +121,7 @@ class AnnotatedImages(DetectionSource):
         return len(self._paths)
 
     def get(self, index: int) -> StoredImage:
-        return StoredImage(read_file(self._paths[index]), self._paths[index], turn=self._turn)
+        return StoredImage(read_file(self._paths[index]), self._paths[index], exif=self._exif)
 
     def size(self, index: int) -> tuple[int, int]:
         return self._sizes[index]
@@ -161,7 +161,7 @@ def remarks_on(source: AnnotatedImages, where: object, faults: Faults, without: 
         without: images that were left out because they have no objects.
 
     Raises:
-        ValueError: the part has no image to learn or to evaluate, or none of its files exists.
+        ValueError: the split has no image with an object, or none of its files exists.
     """
     found = faults.remarks(where)
     if not len(source):

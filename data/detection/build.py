@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.build import build_loader, choose_format, hand_over, on_unreadable, request, train_sampler
+from data.build import build_loader, choose_format, fit_shared_memory, on_unreadable, request, train_sampler
 from data.detection.coco import open_coco
 from data.detection.datasets import EvalSamples, TrainSamples, collate
 from data.detection.digit_scenes import open_digit_scenes
@@ -34,7 +34,7 @@ def open_dataset(config: CfgNode, needs: Sequence[str]) -> DetectionDataset:
         needs: the splits to open, of "train" and "val".
 
     Raises:
-        ValueError: for an unknown DATA.DATASET, and a data path that is missing or not laid out as it should be.
+        ValueError: DATA.DATASET is unknown, or the data path is missing or has a wrong layout.
     """
     return choose_format(config, FORMATS)(request(config, needs))
 
@@ -45,7 +45,7 @@ def build_train_loader(
     """Return the loader of this rank's training batches; its `sampler` is a `TrainSampler`.
 
     Raises:
-        ValueError: for a data set smaller than one update.
+        ValueError: the data set is smaller than one update.
     """
     options = config.DETECTION
     transform = TrainTransform(
@@ -58,7 +58,7 @@ def build_train_loader(
     unreadable = on_unreadable(config, training=True)
     samples = TrainSamples(dataset.train, transform, masks=masks, seed=config.SEED, on_unreadable=unreadable)
     sampler = train_sampler(config, len(samples), rank=rank, world_size=world_size)
-    return build_loader(config, samples, sampler, hand_over(config, largest_image(config), collate))
+    return build_loader(config, samples, sampler, fit_shared_memory(config, largest_image(config), collate))
 
 
 def build_eval_loader(config: CfgNode, dataset: DetectionDataset, *, rank: int, world_size: int) -> DataLoader:
@@ -66,7 +66,7 @@ def build_eval_loader(config: CfgNode, dataset: DetectionDataset, *, rank: int, 
     transform = EvalTransform(short_side=config.DETECTION.TEST_SHORT_SIDE, long_side=config.DETECTION.LONG_SIDE)
     samples = EvalSamples(dataset.held_out, transform, on_unreadable=on_unreadable(config, training=False))
     sampler = EvalSampler(len(samples), rank=rank, world_size=world_size)
-    return build_loader(config, samples, sampler, hand_over(config, largest_image(config), collate))
+    return build_loader(config, samples, sampler, fit_shared_memory(config, largest_image(config), collate))
 
 
 def largest_image(config: CfgNode) -> tuple[int, int]:

@@ -99,7 +99,7 @@ def _part(
     content: dict[str, Any], labels: dict[int, int], folder: Path, path: Path, request: Request, *, learned: bool
 ) -> tuple[AnnotatedImages, list[str]]:
     """Return the images of an annotation file, and warnings about them."""
-    source, faults, without = AnnotatedImages(turn=request.turn), Faults(), []
+    source, faults, without = AnnotatedImages(exif=request.exif), Faults(), []
     by_image = defaultdict(list)
     for annotation in content["annotations"]:
         by_image[annotation["image_id"]].append(annotation)

@@ -19,7 +19,7 @@ Target = dict[str, Tensor]
 
 
 class Sample(NamedTuple):
-    """An image `[3, h, w]`, uint8, its target, and the files that could not be read before it."""
+    """An image `[3, h, w]`, uint8, its target, and the unreadable files that it replaces."""
 
     image: Tensor
     target: Target
@@ -31,9 +31,9 @@ class Batch(NamedTuple):
 
     Attributes:
         images: `[3, h, w]` each, uint8.
-        targets: of each training image, `boxes` `[n, 4]`, `labels` `[n]` and, where they are learned, `masks`
+        targets: of each training image, `boxes` `[n, 4]`, `labels` `[n]` and, for detectors with masks, `masks`
             `[n, h, w]`; of each held-out image, its `index`, and its `size` (height, width) before resizing: 0 and 0
-            where it is left out.
+            if it is left out.
         unreadable: paths of the files that could not be read.
     """
 
@@ -59,7 +59,7 @@ class _Samples(SeededSamples[Sample]):
         """Return a stored image.
 
         Raises:
-            UnreadableImage: it cannot be read, or has another size than the data set says.
+            UnreadableImage: it cannot be read, or its size differs from that in the annotations.
         """
         stored, size = self._source.get(index), self._source.size(index)
         pixels = np.array(stored.decode())
@@ -80,7 +80,7 @@ class TrainSamples(_Samples):
     Args:
         source: the stored images.
         transform: augments them.
-        masks: whether masks are wanted.
+        masks: whether to include masks.
         seed: seed of the run.
         on_unreadable: see `SeededSamples`.
     """

@@ -19,7 +19,7 @@ class Objects:
 
     Attributes:
         boxes: `[n, 4]`, float32: x1, y1, x2, y2 in pixels.
-        labels: `[n]`, int64, from 0 on.
+        labels: `[n]`, int64, counted from 0.
         areas: `[n]`, float64, in pixels, by which COCO separates small and large objects.
         crowd: `[n]`, bool: groups of objects, not used for training; evaluation ignores detections in them.
         masks: one per object, run-length encoded as in COCO; None if the data set has only boxes.

@@ -28,7 +28,7 @@ def open_voc(request: Request) -> DetectionDataset:
     classes = read_class_list(root) or sorted(named)
     parts, remarks = {}, []
     for part, of_part in trees.items():
-        source, faults, without = AnnotatedImages(turn=request.turn), Faults(), []
+        source, faults, without = AnnotatedImages(exif=request.exif), Faults(), []
         for tree in of_part:
             path = root / "JPEGImages" / tree.findtext("filename", "")
             size = tuple(int(_number(tree, f"size/{side}", "0", path.name)) for side in ("height", "width"))

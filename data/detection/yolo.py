@@ -31,7 +31,7 @@ def open_yolo(request: Request) -> DetectionDataset:
         folder = root / "images" / (getattr(request, part) or part)
         if not folder.is_dir():
             raise ValueError(f"no folder {folder} in data path {root}; {_LAYOUT}")
-        source, faults, without = AnnotatedImages(turn=request.turn), Faults(), []
+        source, faults, without = AnnotatedImages(exif=request.exif), Faults(), []
         for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS):
             with Image.open(path) as image:  # only reads the header
                 width, height = image.size

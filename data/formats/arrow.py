@@ -15,7 +15,17 @@ import numpy as np
 from data.formats.series import check_series
 from data.images import StoredImage, read_file
 from data.listing import cache_folder
-from data.sources import PARTS, Dataset, ImageSource, Request, join_classes, relabel, shorten, to_matrix
+from data.sources import (
+    PARTS,
+    Dataset,
+    ImageSource,
+    Request,
+    check_no_decimals,
+    join_classes,
+    relabel,
+    shorten,
+    to_matrix,
+)
 
 SAVED_LAYOUT = "DATA_PATH is a folder that save_to_disk of a DatasetDict with train and validation wrote"
 PARQUET_LAYOUT = (
@@ -92,13 +102,13 @@ class ArrowSource(ImageSource):
         column: the column of images.
         name: name of the table in messages.
         labels: classes of the rows.
-        turn: whether to apply the EXIF orientation.
+        exif: whether to apply the EXIF orientation.
     """
 
-    def __init__(self, table: Any, column: str, name: str, labels: np.ndarray, *, turn: bool = False) -> None:
+    def __init__(self, table: Any, column: str, name: str, labels: np.ndarray, *, exif: bool = False) -> None:
         self._table = table.select_columns(column).with_format("arrow")
         self._name = name
-        self._turn = turn
+        self._exif = exif
         self.labels = labels
 
     def get(self, index: int) -> StoredImage:
@@ -107,7 +117,7 @@ class ArrowSource(ImageSource):
         name = f"{self._name}, row {index}"
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else read_file(value["path"])
-        return StoredImage(value or b"", name, turn=self._turn)
+        return StoredImage(value or b"", name, exif=self._exif)
 
 
 def _library() -> ModuleType:
@@ -133,6 +143,7 @@ def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layo
     for part, table in tables.items():
         if part == "train" or part in request.needs:
             labels[part], names[part] = _labels(table, request, where[part])
+    check_no_decimals(names, where)
     classes, lookups = join_classes(names, where, layout)
     sources = {}
     for part in request.needs:
@@ -143,7 +154,7 @@ def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layo
         else:
             known = relabel(known, lookups[part])
         name = str(where[part])
-        sources[part] = ArrowSource(_undecoded(tables[part], column), column, name, known, turn=request.turn)
+        sources[part] = ArrowSource(_undecoded(tables[part], column), column, name, known, exif=request.exif)
     return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
 
 

@@ -25,7 +25,7 @@ _TRIES = 30
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it.
+    """An image and the objects in it.
 
     Attributes:
         pixels: `[SIDE, SIDE, 3]`, uint8.

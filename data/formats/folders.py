@@ -19,7 +19,7 @@ from PIL import Image
 
 from data.formats.ground_truth import read_ground_truth
 from data.images import StoredImage, read_file
-from data.listing import Listing, cache_folder, one_at_a_time
+from data.listing import Listing, cache_folder, process_lock
 from data.sources import Dataset, ImageSource, Request, join_classes, relabel, shorten
 
 LAYOUT = "the layout is DATA_PATH/train/<class>/*.jpg and DATA_PATH/val/<class>/*.jpg"
@@ -46,10 +46,10 @@ def open_folders(request: Request) -> Dataset:
     """
     root = request.root(LAYOUT)
     there = sorted(entry.name for entry in _entries(root) if entry.is_dir())
-    folders = {part: request.find(part, root, there, kind="folder", layout=LAYOUT) for part in request.needs}
+    folders = {part: _split_folder(request, part, root, there) for part in request.needs}
     listings = {part: list_images(folder) for part, folder in folders.items()}
     names = {part: listing.about["classes"] for part, listing in listings.items()}
-    if "train" not in folders and (train := request.find_if_any("train", root, there)):
+    if "train" not in folders and (train := request.find_split("train", root, there)):
         folders["train"], names["train"] = train, class_folders(train)
     if "val" in names and "train" in names and listings["val"].about.get("numbered"):
         names["val"] = _by_number(names["val"], names["train"], folders["val"])
@@ -57,13 +57,21 @@ def open_folders(request: Request) -> Dataset:
         {part: names[part] for part in ("train", "val") if names.get(part)}, folders, LAYOUT
     )
     sources = {
-        part: FileSource(folders[part], listing, relabel(listing.numbers["label"], lookups[part]), turn=request.turn)
+        part: FileSource(folders[part], listing, relabel(listing.numbers["label"], lookups[part]), exif=request.exif)
         for part, listing in listings.items()
     }
     skipped = [skipped_files(folders[part], listing.about["skipped"]) for part, listing in listings.items()]
     return Dataset(
         classes=classes, train=sources.get("train"), held_out=sources.get("val"), remarks=list(filter(None, skipped))
     )
+
+
+def _split_folder(request: Request, part: str, root: Path, names: Sequence[str]) -> Path:
+    found = request.find_split(part, root, names)
+    if found is None:
+        held = shorten(names) if names else "no folders"
+        raise ValueError(f"no folder {part!r} in data path {root}: it contains {held}; {LAYOUT}")
+    return found
 
 
 class FileSource(ImageSource):
@@ -73,26 +81,26 @@ class FileSource(ImageSource):
         folder: the folder that the names are relative to.
         listing: names of files.
         labels: their classes.
-        turn: whether to apply the EXIF orientation.
+        exif: whether to apply the EXIF orientation.
     """
 
-    def __init__(self, folder: Path, listing: Listing, labels: np.ndarray, *, turn: bool = False) -> None:
+    def __init__(self, folder: Path, listing: Listing, labels: np.ndarray, *, exif: bool = False) -> None:
         self._folder = os.fsencode(folder)
         self._listing = listing
-        self._turn = turn
+        self._exif = exif
         self.labels = labels
 
     def get(self, index: int) -> StoredImage:
         """Return the bytes of a file; raises `UnreadableImage`."""
         path = os.fsdecode(os.path.join(self._folder, self._listing.name(index)))  # noqa: PTH118 - bytes, and faster
-        return StoredImage(read_file(path), path, turn=self._turn)
+        return StoredImage(read_file(path), path, exif=self._exif)
 
     def file_name(self, index: int) -> str:
         return Path(os.fsdecode(self._listing.name(index))).name
 
 
 @functools.cache
-def endings() -> frozenset[str]:
+def image_extensions() -> frozenset[str]:
     """Return the file extensions that Pillow can open, in lower case."""
     Image.init()
     return frozenset(
@@ -109,7 +117,7 @@ def list_images(folder: Path) -> Listing:
     Raises:
         ValueError: the folder has no classes, a class has no images, or something cannot be read.
     """
-    with one_at_a_time(folder):
+    with process_lock(folder):
         path = cache_folder() / f"{hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:32]}.index"
         if path.exists() and _is_current(listing := Listing.load(path), folder):
             return listing
@@ -145,10 +153,10 @@ def _scan(folder: Path) -> Listing:
     listing = Listing.of(_rows(folder, classes, about["folders"], skipped, empty), {"label": np.int32}, about)
     if empty:
         others = sum(empty.values(), Counter())
-        held = f"they contain {count_endings(others)}; " if others else ""
+        held = f"they contain {count_by_extension(others)}; " if others else ""
         raise ValueError(
             f"no images in {shorten(list(empty))}; add some or remove the folder ({held}images end in .jpg, .png or "
-            f"another of the {len(endings())} extensions that Pillow reads)"
+            f"another of the {len(image_extensions())} extensions that Pillow reads)"
         )
     about |= {"classes": classes, "skipped": dict(skipped)}
     return listing
@@ -162,7 +170,7 @@ def _rows(
     empty: dict[str, Counter[str]],
 ) -> Iterator[tuple[bytes, int]]:
     """Yield names and labels of the images below `folder`; record folders, skipped extensions and empty classes."""
-    readable, prefix = endings(), len(os.fspath(folder)) + 1
+    readable, prefix = image_extensions(), len(os.fspath(folder)) + 1
     for label, name in enumerate(classes):
         count, others = 0, Counter()
         for parent, below, files in os.walk(folder / name, followlinks=True, onerror=_refuse):
@@ -171,7 +179,7 @@ def _rows(
             for file in sorted(files):
                 if file.startswith("."):
                     continue
-                if (ending := ending_of(Path(file))) in readable:
+                if (ending := extension_of(Path(file))) in readable:
                     count += 1
                     yield os.fsencode(f"{parent[prefix:]}/{file}"), label
                 else:
@@ -188,7 +196,7 @@ def _leads_up(parent: str, name: str) -> bool:
 
 
 def _by_number(numbers: Sequence[str], classes: Sequence[str], folder: Path) -> list[str]:
-    """Return the classes that a ground truth refers to by their index among the sorted classes."""
+    """Return the class names for the indices in a list of classes."""
     beyond = [number for number in numbers if int(number) >= len(classes)]
     if beyond:
         raise ValueError(f"the list of classes for {folder} has class {shorten(beyond)}, of {len(classes)} from 0 on")
@@ -204,24 +212,31 @@ def _is_current(listing: Listing, folder: Path) -> bool:
         return False
 
 
-def ending_of(path: PurePath) -> str:
-    """Return the ending of a file in lower case, in words where it has none."""
+def extension_of(path: PurePath) -> str:
+    """Return the extension of a file in lower case, or "without ending"."""
     return path.suffix.lower() or "without ending"
 
 
 def skipped_files(place: Path, skipped: Mapping[str, int] | None) -> str:
-    """Return how many files of a part are skipped, by ending; empty where none is, or an older list does not tell."""
+    """Return a warning that counts the skipped files of a split by extension.
+
+    Args:
+        place: folder or archive of the split.
+        skipped: number of files by extension; None for a list written by an older version.
+
+    Returns:
+        The warning; empty if no file is skipped or the number is unknown.
+    """
     if not skipped:
         return ""
     count = sum(skipped.values())
-    return f"{count} files in {place} are skipped; Pillow cannot read their formats: {count_endings(skipped)}"
+    return f"{count} files in {place} are skipped; Pillow cannot read their formats: {count_by_extension(skipped)}"
 
 
-def count_endings(skipped: Mapping[str, int]) -> str:
-    """Return how many files there are of each ending, the most frequent ones first."""
-    return shorten(
-        [f"{count} {ending}" for ending, count in sorted(skipped.items(), key=lambda item: (-item[1], item[0]))]
-    )
+def count_by_extension(skipped: Mapping[str, int]) -> str:
+    """Return the number of files with each extension as text, the most frequent ones first."""
+    ordered = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    return shorten([f"{count} {extension}" for extension, count in ordered])
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:

@@ -59,10 +59,8 @@ def _devkit(path: Path, folder: Path) -> dict[str, str]:
     if not meta.is_file():
         raise ValueError(f"{path} needs meta.mat of the same development kit next to it, which names its classes")
     synsets = {str(row[0]): str(row[1]) for row in loadmat(meta, squeeze_me=True)["synsets"]}
-    numbers, images = (
-        path.read_text(encoding="ascii").split(),
-        sorted(name for name in _names(folder) if name.startswith("ILSVRC2012_val_")),
-    )
+    numbers = path.read_text(encoding="ascii").split()
+    images = sorted(name for name in _names(folder) if name.startswith("ILSVRC2012_val_"))
     if len(numbers) != len(images):
         raise ValueError(f"{path} lists {len(numbers)} images, but {folder} holds {len(images)}")
     unknown = next((number for number in numbers if number not in synsets), None)

@@ -1,4 +1,4 @@
-"""Files of a part that are numbered: `train-000000.tar`, `train-000001.tar`, or `train-00000-of-00002.parquet`."""
+"""Numbered files of a split: `train-000000.tar`, `train-000001.tar`, or `train-00000-of-00002.parquet`."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from data.sources import shorten
 
 
 def check_series(paths: Sequence[Path]) -> None:
-    """Check that no file of a numbered series is missing, as far as their names tell: the last ones may be.
+    """Check that no file of a numbered series is missing.
+
+    Without a total number in the names, missing last files are not detected.
 
     Raises:
-        ValueError: one is.
+        ValueError: a file is missing.
     """
     matches = [re.search(r"-(\d+)(?:-of-(\d+))?\.\w+$", path.name) for path in paths]
     numbers = [int(match[1]) for match in matches if match]
@@ -33,8 +35,8 @@ def check_series(paths: Sequence[Path]) -> None:
 
 
 def first_may_be_missing(paths: Sequence[Path]) -> str:
-    """Return a remark where a series begins with 1, as it would without its first file; empty otherwise."""
+    """Return a warning if a series begins with 1, as it would without a first file 0; empty otherwise."""
     match = re.search(r"-0*1\.\w+$", paths[0].name)
     if match is None or len(paths) == 1:
         return ""
-    return f"the shards begin with {paths[0]}: if they count from 0, the first one is missing"
+    return f"the first shard is {paths[0]}; if they are numbered from 0, one is missing"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from data.formats.folders import endings
+from data.formats.folders import image_extensions
 from data.formats.tar import label_of
 from data.images import StoredImage
 from data.sources import Dataset, Request, read_class_list, split_labels, to_matrix
@@ -36,7 +36,7 @@ class ImageStream:
         urls: of the shards, as accepted by `webdataset.gopen`: `pipe:` and a command, a URL, a file.
         labels: labels by class name in the shards.
         length: images per epoch.
-        turn: whether to apply the EXIF orientation.
+        exif: whether to apply the EXIF orientation.
         multi_label: whether an image may have several labels, or none.
         remarks: warnings for the log about how they are read.
     """
@@ -44,7 +44,7 @@ class ImageStream:
     urls: Sequence[str]
     labels: Mapping[str, int]
     length: int
-    turn: bool = False
+    exif: bool = False
     multi_label: bool = False
     remarks: Sequence[str] = ()
 
@@ -63,10 +63,10 @@ class ImageStream:
             ValueError: an image has no label, or an unknown one.
         """
         for sample in _samples(url):
-            ending = next((key for key in sample if f".{key}" in endings()), None)
+            ending = next((key for key in sample if f".{key}" in image_extensions()), None)
             if ending is not None:
                 name = f"{url}/{sample['__key__']}.{ending}"
-                yield StoredImage(sample[ending], name, turn=self.turn), self._label(sample, name)
+                yield StoredImage(sample[ending], name, exif=self.exif), self._label(sample, name)
 
     def _label(self, sample: dict[str, Any], name: str) -> int | np.ndarray:
         written = next((label_of(sample[key], f".{key}") for key in ("cls", "json") if key in sample), None)
@@ -98,7 +98,7 @@ def open_stream(request: Request) -> Dataset:
             urls=_shards(request, part),
             labels=labels,
             length=length,
-            turn=request.turn,
+            exif=request.exif,
             multi_label=request.multi_label,
             remarks=[APPROXIMATE.format(length)] if part == "train" else [],
         )

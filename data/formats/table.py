@@ -16,6 +16,7 @@ from data.sources import (
     PARTS,
     Dataset,
     Request,
+    check_no_decimals,
     classes_of,
     join_classes,
     read_class_list,
@@ -47,7 +48,7 @@ def open_table(request: Request) -> Dataset:
     """Open a data set of tables; every file in them must exist.
 
     Raises:
-        ValueError: for a table that is missing or malformed, a file that is not there, and a label out of range.
+        ValueError: a table is missing or malformed, a file does not exist, or a label is out of range.
     """
     root = request.root(LAYOUT)
     tables = dict.fromkeys(request.needs, root) if root.is_file() else _tables(request, root)
@@ -63,11 +64,13 @@ def open_table(request: Request) -> Dataset:
         names = {part: _names(path, rows[part]) for part, path in tables.items()}
         if "train" not in names and (train := root if root.is_file() else _table(request, "train", root)):
             names["train"] = _names(train, read_rows(train, "train", multi_label=request.multi_label))
-        classes, _ = join_classes(names, tables | {"train": "train"} | tables, LAYOUT)
+        where = {"train": "train"} | tables
+        check_no_decimals(names, where)
+        classes, _ = join_classes(names, where, LAYOUT)
         place = {name: label for label, name in enumerate(classes)}
         named = {part: [tuple(place[name] for name in row.labels) for row in rows[part]] for part in rows}
     sources = {
-        part: _source(tables[part], rows[part], named[part], len(classes) if request.multi_label else 0, request.turn)
+        part: _source(tables[part], rows[part], named[part], len(classes) if request.multi_label else 0, request.exif)
         for part in rows
     }
     return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
@@ -118,7 +121,7 @@ def _table(request: Request, part: str, root: Path) -> Path | None:
         there = [entry.name for entry in root.iterdir()]
     except OSError as error:
         raise ValueError(f"cannot read folder {error.filename}: {error.strerror}; {LAYOUT}") from None
-    return next(filter(None, (request.find_if_any(part, root, there, ending) for ending in _ENDINGS)), None)
+    return next(filter(None, (request.find_split(part, root, there, ending) for ending in _ENDINGS)), None)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -146,10 +149,10 @@ def _columns(titles: Sequence[str]) -> tuple[int, int, int | None] | None:
 def _names(path: Path, rows: Sequence[Row]) -> list[str]:
     """Return the classes of a table without a list of them."""
 
-    def bearer(label: str) -> str:
+    def locate(label: str) -> str:
         return f"{path}, line {next(row.line for row in rows if label in row.labels)}"
 
-    return classes_of((name for row in rows for name in row.labels), max(1000, len(rows)), bearer)
+    return classes_of((name for row in rows for name in row.labels), max(1000, len(rows)), locate)
 
 
 def _listed_label(path: Path, row: Row, places: Mapping[str, int]) -> tuple[int, ...]:
@@ -190,8 +193,8 @@ def _check_files(path: Path, rows: Sequence[Row]) -> None:
         )
 
 
-def _source(path: Path, rows: Sequence[Row], labels: Sequence[tuple[int, ...]], width: int, turn: bool) -> FileSource:
+def _source(path: Path, rows: Sequence[Row], labels: Sequence[tuple[int, ...]], width: int, exif: bool) -> FileSource:
     listing = Listing.of(((os.fsencode(row.path),) for row in rows), {}, {})
     if width:
-        return FileSource(path.parent, listing, to_matrix(labels, width), turn=turn)
-    return FileSource(path.parent, listing, np.array([label for (label,) in labels], dtype=np.int32), turn=turn)
+        return FileSource(path.parent, listing, to_matrix(labels, width), exif=exif)
+    return FileSource(path.parent, listing, np.array([label for (label,) in labels], dtype=np.int32), exif=exif)

@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from data.formats.folders import count_endings, ending_of, endings, skipped_files
+from data.formats.folders import count_by_extension, extension_of, image_extensions, skipped_files
 from data.formats.series import check_series, first_may_be_missing
 from data.images import StoredImage, UnreadableImage
-from data.listing import Listing, cache_folder, one_at_a_time
+from data.listing import Listing, cache_folder, process_lock
 from data.sources import (
     PARTS,
     SEPARATOR,
@@ -47,11 +47,11 @@ MANIFEST = "shards.json"
 _BLOCK = tarfile.BLOCKSIZE
 # Members whose headers are compared with the index whenever it is opened.
 _PROBES = 32
-# Names up to this length stand in the header of a member as they are; longer ones may stand before it.
+# Longer names may be stored in an extra header before that of the member.
 _SHORT_NAME = 90
-# A label as large is a mistake: the list of classes would not fit into memory.
+# Larger labels are assumed to be errors; the list of classes would not fit into memory.
 _MOST_CLASSES = 1_000_000
-# What programs append to an archive so that it ends with a whole record.
+# Maximum number of zero bytes after the end of an archive, which programs append to fill a record.
 _PADDING = 2**20
 _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int32}
 
@@ -79,7 +79,7 @@ def open_tar(request: Request) -> Dataset:
     where = {part: f"{root} ({part})" if root.is_file() else _called(paths) for part, paths in shards.items()}
     classes, lookups = join_classes(names, {"train": root, **where}, LAYOUT)
     sources = {
-        part: TarSource(shards[part], listing, _labels_of(listing, lookups[part], len(classes)), turn=request.turn)
+        part: TarSource(shards[part], listing, _labels_of(listing, lookups[part], len(classes)), exif=request.exif)
         for part, listing in listings.items()
     }
     remarks = [skipped_files(shards[part][0], one.about.get("skipped")) for part, one in listings.items()]
@@ -106,24 +106,28 @@ class TarSource(ImageSource):
         shards: the archives.
         listing: names and offsets of the members.
         labels: their classes.
-        turn: whether to apply the EXIF orientation.
+        exif: whether to apply the EXIF orientation.
     """
 
-    def __init__(self, shards: Sequence[Path], listing: Listing, labels: np.ndarray, *, turn: bool = False) -> None:
+    def __init__(self, shards: Sequence[Path], listing: Listing, labels: np.ndarray, *, exif: bool = False) -> None:
         self._shards = shards
         self._listing = listing
-        self._turn = turn
+        self._exif = exif
         self.labels = labels
 
     def get(self, index: int) -> StoredImage:
-        """Return the bytes of a member; raises `UnreadableImage`."""
+        """Return the bytes of a member.
+
+        Raises:
+            UnreadableImage: the archive is truncated.
+        """
         shard, offset, size = (int(self._listing.numbers[key][index]) for key in ("shard", "offset", "size"))
         path = self._shards[shard]
         name = f"{path}/{os.fsdecode(self._listing.name(index))}"
         data = read_at(path, offset, size)
         if len(data) < size:
             raise UnreadableImage(f"cannot read image {name!r}: the archive is truncated", name)
-        return StoredImage(data, name, turn=self._turn)
+        return StoredImage(data, name, exif=self._exif)
 
     def file_name(self, index: int) -> str:
         return PurePosixPath(os.fsdecode(self._listing.name(index))).name
@@ -215,7 +219,7 @@ def _index(root: Path, part: str, shards: Sequence[Path], *, several: bool) -> L
     path = shards[0].parent / f"{root.stem + '.' if root.is_file() else ''}{index_name(part, several=several)}"
     if not path.exists() and not os.access(path.parent, os.W_OK):
         path = cache_folder() / "tar" / f"{str(path.absolute()).strip('/').replace('/', '%')}"
-    with one_at_a_time(path):
+    with process_lock(path):
         if not path.exists():
             build_index(shards, inside, several=several).save(path)
     listing = Listing.load(path)
@@ -225,13 +229,13 @@ def _index(root: Path, part: str, shards: Sequence[Path], *, several: bool) -> L
 
 def _check_index(listing: Listing, path: Path, shards: Sequence[Path]) -> None:
     """Check that an index matches the archives: names, sizes, and the headers of some members."""
-    stale = f"index {path} is not of these archives: {{}}; if they are right, delete the index, and it is built again"
+    stale = f"index {path} does not match the archives: {{}}; if these are correct, delete the index to rebuild it"
     recorded, there = listing.about["shards"], [[shard.name, shard.stat().st_size] for shard in shards]
     if recorded != there:
         known, found = ({name for name, _ in archives} for archives in (recorded, there))
         if known != found:
             gone, new = sorted(known - found), sorted(found - known)
-            what = f"it lists {shorten(gone)}, not there" if gone else f"it does not list {shorten(new)}"
+            what = f"{shorten(gone)} is missing" if gone else f"it does not list {shorten(new)}"
             raise ValueError(stale.format(what))
         name, size, now = next((a, b, d) for (a, b), (_, d) in zip(recorded, there, strict=True) if b != d)
         raise ValueError(stale.format(f"{name} had {size} bytes and has {now}"))
@@ -248,7 +252,7 @@ def _check_index(listing: Listing, path: Path, shards: Sequence[Path]) -> None:
         except tarfile.HeaderError:
             same = False
         if not same:
-            raise ValueError(stale.format(f"{shards[shard].name} holds no {name} where the index says"))
+            raise ValueError(stale.format(f"{shards[shard].name} does not contain {name} at the indexed offset"))
 
 
 @dataclass
@@ -260,20 +264,20 @@ class _Member:
 
 
 def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: bool = False) -> Listing:
-    """Read through archives once and return the names, places and labels of their images.
+    """Read archives once and return the names, offsets and labels of their images.
 
     Args:
         shards: the archives.
         inside: possible names of the folder inside with the split; empty if the archives contain one split only.
-        several: an image may have several labels, separated by semicolons; its number is then an index into
-            `about["sets"]`, the sets of labels that occur.
+        several: an image may have several labels, separated by semicolons; `label` is then an index into
+            `about["sets"]`, the distinct sets of labels.
 
     Raises:
         ValueError: an archive cannot be read to its end, or an image has no label.
     """
     images, labels, skipped = _collect(shards, inside)
     if not images:
-        held = f", but {count_endings(skipped)}" if skipped else ""
+        held = f", but {count_by_extension(skipped)}" if skipped else ""
         where = f" in a folder {' or '.join(inside)}" if inside else " and the other shards" if len(shards) > 1 else ""
         raise ValueError(f"no images in {shards[0]}{where}{held}; {LAYOUT}")
     if several and not labels:
@@ -288,11 +292,11 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
         raise ValueError(f"{shards[0]} has several labels for an image, {joined!r}; set DATA.MULTI_LABEL True")
     names = {name for one in sets.values() for name in one}
 
-    def bearer(label: str) -> str:
+    def locate(label: str) -> str:
         image = next(image for image, text in zip(images, written, strict=True) if label in sets[text])
         return f"{shards[image.shard]}, {image.name}"
 
-    classes = classes_of(names, _MOST_CLASSES, bearer) if labels else sorted(names)
+    classes = classes_of(names, _MOST_CLASSES, locate) if labels else sorted(names)
     place = {name: label for label, name in enumerate(classes)}
     number = {text: number if several else place[text] for number, text in enumerate(sets)}
     rows = (
@@ -314,14 +318,14 @@ def _collect(shards: Sequence[Path], inside: Sequence[str]) -> tuple[list[_Membe
             path = PurePosixPath(member.name)
             if inside and not any(name in path.parts[:-1] for name in inside):
                 continue
-            if path.suffix.lower() in endings():
+            if path.suffix.lower() in image_extensions():
                 images.append(member)
             elif path.suffix in (".cls", ".json"):
                 label = label_of(read_at(shard, member.offset, member.size), path.suffix)
                 if label is not None:
                     labels[f"{number}/{_key(member.name)}"] = label
             else:
-                skipped[ending_of(path)] += 1
+                skipped[extension_of(path)] += 1
     return images, labels, skipped
 
 
@@ -337,7 +341,9 @@ def _members(path: Path, shard: int) -> Iterator[_Member]:
                 name = PurePosixPath(member.name)
                 if name.name.startswith(".") or "__MACOSX" in name.parts or member.isdir():
                     continue
-                if (member.islnk() or member.issym() or member.issparse()) and name.suffix.lower() in endings():
+                if (
+                    member.islnk() or member.issym() or member.issparse()
+                ) and name.suffix.lower() in image_extensions():
                     raise ValueError(
                         f"archive {path} contains {member.name} as a link or a sparse file, without its bytes; pack it "
                         f"again with tar --dereference --hard-dereference"
@@ -349,12 +355,12 @@ def _members(path: Path, shard: int) -> Iterator[_Member]:
     except OSError as error:
         raise ValueError(f"archive {path} cannot be read: {error.strerror}; {LAYOUT}") from None
     if read_at(path, end, _BLOCK) != bytes(_BLOCK):
-        raise ValueError(cut_off.format(" (it has no end)"))
+        raise ValueError(cut_off.format(" (its end is missing)"))
     if path.stat().st_size - end > _PADDING:
         raise ValueError(cut_off.format(f" (it ends after {end} of {path.stat().st_size} bytes)"))
     if read_at(path, end, _PADDING).strip(b"\0"):
         raise ValueError(
-            f"archive {path} goes on after its end: it is several archives in a row, or damaged; keep them apart as "
+            f"archive {path} has data after its end: several archives were joined, or it is damaged; use separate "
             f"shards (train-000000.tar, ...), or copy it again"
         )
 

@@ -7,14 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.build import (
-    build_loader,
-    choose_format,
-    hand_over,
-    on_unreadable,
-    request,
-    train_sampler,
-)
+from data.build import build_loader, choose_format, fit_shared_memory, on_unreadable, request, train_sampler
 from data.samplers import EvalSampler
 from data.segmentation.coco import open_coco
 from data.segmentation.datasets import MaskedImages, collate, stack
@@ -40,8 +33,8 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Ma
         needs: the splits to open: `("val",)` if there is no training.
 
     Raises:
-        ValueError: for an unknown DATA.DATASET, a data path that is not laid out as it should be, and masks that do not
-            fit their images or hold other labels.
+        ValueError: DATA.DATASET is unknown, the data path is missing or has a wrong layout, or a mask has another size
+            than its image or an unknown label.
     """
     dataset = choose_format(config, FORMATS)(request(config, needs), _labels(config))
     check_some(dataset)
@@ -52,7 +45,7 @@ def build_train_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, wo
     """Return the loader of this rank's batches of `dataset.train`; its `sampler` is a `TrainSampler`.
 
     Raises:
-        ValueError: for a data set smaller than one update.
+        ValueError: the data set is smaller than one update.
     """
     options = config.SEGMENTATION
     transform = TrainTransform(
@@ -65,7 +58,7 @@ def build_train_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, wo
     unreadable = on_unreadable(config, training=True)
     images = MaskedImages(dataset.train, transform, seed=config.SEED, on_unreadable=unreadable)
     sampler = train_sampler(config, len(images), rank=rank, world_size=world_size)
-    return build_loader(config, images, sampler, hand_over(config, config.image_size, stack))
+    return build_loader(config, images, sampler, fit_shared_memory(config, config.image_size, stack))
 
 
 def build_eval_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, world_size: int) -> DataLoader:
@@ -74,7 +67,7 @@ def build_eval_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, wor
     transform = EvalTransform(config.image_size)
     images = MaskedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=unreadable)
     sampler = EvalSampler(len(images), rank=rank, world_size=world_size)
-    return build_loader(config, images, sampler, hand_over(config, config.image_size, collate))
+    return build_loader(config, images, sampler, fit_shared_memory(config, config.image_size, collate))
 
 
 def _labels(config: CfgNode) -> Labels:

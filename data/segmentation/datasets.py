@@ -16,7 +16,7 @@ Transform = Callable[[Image.Image, Tensor], tuple[Tensor, Tensor]]
 
 
 class Sample(NamedTuple):
-    """An image `[3, h, w]`, the classes `[H, W]` of its pixels, both uint8, and files that could not be read."""
+    """An image `[3, h, w]`, the classes of its pixels `[H, W]`, both uint8, and the unreadable files it replaces."""
 
     image: Tensor
     labels: Tensor
@@ -27,9 +27,9 @@ class Batch(NamedTuple):
     """Images of one micro-batch.
 
     Attributes:
-        images: `[3, h, w]` each, uint8; of training, `[b, 3, H, W]`.
-        labels: classes `[H, W]` of the pixels of each, uint8, `IGNORED` where unknown; of training, `[b, H, W]`.
-            They have no pixels for an image that is left out.
+        images: uint8; in training `[b, 3, H, W]`, otherwise `[3, h, w]` each.
+        labels: classes of the pixels, uint8, `IGNORED` where unknown; in training `[b, H, W]`, otherwise `[H, W]` each,
+            `[0, 0]` for an image that is left out.
         unreadable: paths of the files that could not be read.
     """
 
@@ -45,7 +45,7 @@ class MaskedImages(SeededSamples[Sample]):
         source: the stored images.
         transform: of both.
         seed: seed of the run.
-        on_unreadable: see `SeededSamples`; a marked image is one black pixel, and its labels are none.
+        on_unreadable: see `SeededSamples`; a marked image is one black pixel without labels.
     """
 
     def __init__(self, source: MaskedSource, transform: Transform, *, seed: int, on_unreadable: OnUnreadable) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.formats.folders import endings
+from data.formats.folders import image_extensions
 from data.images import StoredImage, read_file
 from data.segmentation.sources import Labels, MaskedDataset, MaskedSource, read_mask
 from data.sources import PARTS, Request, read_class_list, shorten
@@ -24,7 +24,7 @@ def open_ade20k(request: Request, labels: Labels) -> MaskedDataset:
     """Open ADE20K's scene parsing benchmark of 150 classes, with label 0 for unlabelled pixels.
 
     Raises:
-        ValueError: for folders that are missing, or images without masks.
+        ValueError: a folder is missing, or an image has no mask.
     """
     root = request.root(ADE20K_LAYOUT)
     names = root / _ADE20K_NAMES
@@ -41,7 +41,7 @@ def open_masks(request: Request, labels: Labels) -> MaskedDataset:
     """Open folders of images and masks with the classes in `classes.txt`, one per line.
 
     Raises:
-        ValueError: for folders that are missing, images without masks, and classes that are not named.
+        ValueError: a folder or the list of classes is missing, or an image has no mask.
     """
     root = request.root(LAYOUT)
     classes = read_class_list(root)
@@ -57,7 +57,7 @@ def _open(request: Request, root: Path, classes: list[str], labels: Labels, layo
         images = _first(root, ("images",), names, layout)
         masks = _first(root, ("masks", "annotations"), names, layout)
         pairs, spare = _pairs(images, masks)
-        sources[part] = FolderSource(pairs, labels.table(), len(classes), turn=request.turn)
+        sources[part] = FolderSource(pairs, labels.table(), len(classes), exif=request.exif)
         remarks += [f"{len(spare)} masks in {masks} have no image: {shorten(spare, 3)}"] if spare else []
     return MaskedDataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"), remarks=remarks)
 
@@ -72,7 +72,7 @@ def _first(root: Path, kinds: tuple[str, ...], parts: list[str] | tuple[str, ...
 
 def _pairs(images: Path, masks: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """Return image and mask of each name in two folders, in order, and the names of masks without an image."""
-    found = _by_stem(images, endings())
+    found = _by_stem(images, image_extensions())
     wanted = _by_stem(masks, {".png"})
     if not found:
         raise ValueError(f"no images in {images}; add some, or set another split with DATA.TRAIN and DATA.VAL")
@@ -97,21 +97,21 @@ class FolderSource(MaskedSource):
         pairs: paths of images and masks.
         table: class by value of the masks.
         classes: their number.
-        turn: whether to apply the EXIF orientation; masks stay as they are.
+        exif: whether to apply the EXIF orientation; masks are not rotated.
     """
 
-    def __init__(self, pairs: list[tuple[str, str]], table: np.ndarray, classes: int, *, turn: bool) -> None:
+    def __init__(self, pairs: list[tuple[str, str]], table: np.ndarray, classes: int, *, exif: bool) -> None:
         self._pairs = pairs
         self._table = table
         self._classes = classes
-        self._turn = turn
+        self._exif = exif
 
     def __len__(self) -> int:
         return len(self._pairs)
 
     def get(self, index: int) -> StoredImage:
         path = self._pairs[index][0]
-        return StoredImage(read_file(path), path, turn=self._turn)
+        return StoredImage(read_file(path), path, exif=self._exif)
 
     def mask(self, index: int) -> np.ndarray:
         return read_mask(self._pairs[index][1], self._table, self._classes)

@@ -30,14 +30,14 @@ class MaskedSource(ABC):
         """Return the classes `[height, width]` of its pixels, uint8, `IGNORED` where unknown.
 
         Raises:
-            UnreadableImage: they cannot be read, or a label is no class.
+            UnreadableImage: they cannot be read, or a label is not a class.
         """
 
     def pair(self, index: int) -> tuple[Image.Image, np.ndarray]:
         """Return an image as RGB and the classes of its pixels.
 
         Raises:
-            UnreadableImage: one of them cannot be read, or they are not of one size.
+            UnreadableImage: one of them cannot be read, or their sizes differ.
         """
         stored, mask = self.get(index), self.mask(index)
         image = stored.decode()
@@ -102,7 +102,7 @@ def read_mask(path: str, table: np.ndarray, classes: int) -> np.ndarray:
         classes: their number.
 
     Raises:
-        UnreadableImage: for a file that is no such image, and a label that is no class.
+        UnreadableImage: the file is not such an image, or a label is not a class.
     """
     values = StoredImage(read_file(path), path).values()
     if not 0 <= values.min() <= values.max() <= 255:

@@ -1,4 +1,4 @@
-"""The benchmark of dense networks: photographs of the sizes asked for, and a row of numbers for each run."""
+"""The benchmark of dense networks: photographs of the given sizes, and a table row for each run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The prepared run on a GPU, as far as it goes without one."""
+"""The GPU benchmark, as far as it can be tested without a GPU."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.models.small import build_small
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["gpu"])
     with pytest.raises(SystemExit, match="PyTorch sees no GPU here"):
         gpu.main()
@@ -29,7 +29,7 @@ def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
-def test_what_does_not_fit_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mismatches_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def infer(network: object, images: torch.Tensor, amp: str) -> None:
         raise torch.OutOfMemoryError
 

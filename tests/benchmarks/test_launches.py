@@ -1,4 +1,4 @@
-"""The count of kernels and bytes on a pretended GPU."""
+"""The number of kernels and bytes, counted on fake tensors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Block(nn.Module):
         return (x + nn.functional.gelu(x)).flatten(1).sum(1, keepdim=True)
 
 
-def test_a_count_that_can_be_done_by_hand() -> None:
+def test_count_agrees_with_a_count_by_hand() -> None:
     forward, backward = launches.count(Block(), (2, 8, 4, 4))
     weight, sums = 8 * 8 * 4, 2 * 4
     assert forward.kernels == {"convolution": 1, "gelu": 1, "add": 1, "sum": 1}
@@ -57,7 +57,7 @@ def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert len(table) == 4 + 4 * 2
 
 
-def test_it_needs_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_network_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["launches", "--img-size", "64"])
     with pytest.raises(SystemExit, match="nothing to count; give networks with --cfg and --timm"):
         launches.main()

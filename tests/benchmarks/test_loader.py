@@ -31,7 +31,7 @@ def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert [row[0] for row in rows[-2:]] == ["Pillow", "simplejpeg"]
 
 
-def test_made_up_listing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_synthetic_listing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["loader", "--listing", "5000"])
     loader.main()
     assert "5000 images: 0.00 GiB, mapped once by all processes" in capsys.readouterr().out

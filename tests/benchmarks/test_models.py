@@ -55,7 +55,7 @@ def test_model(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         assert float(ratio) == pytest.approx(ours / base, rel=0.2)
 
 
-def test_model_needs_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_benchmark_without_a_network_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["model", "--img-size", "64"])
     with pytest.raises(SystemExit, match="nothing to measure; give networks with --cfg and --timm"):
         model.main()
@@ -97,7 +97,7 @@ def test_attention(
         assert all(float(row[7]) <= share[row[3]] for row in table if row[3] in share)
 
 
-def test_turns_are_taken() -> None:
+def test_functions_take_turns() -> None:
     calls = []
     seconds = take_turns(
         {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, runs=2, device=torch.device("cpu")
@@ -107,7 +107,7 @@ def test_turns_are_taken() -> None:
     assert spread([2.0, 3.0, 8.0]) == "50%"
 
 
-def test_what_is_kept_is_counted_once() -> None:
+def test_saved_tensors_are_counted_once() -> None:
     x = torch.randn(8, requires_grad=True)
     assert kept_for_backward(lambda x: x * 2, [x]) == 0
     assert kept_for_backward(lambda x: x.exp(), [x]) == 32

@@ -1,4 +1,4 @@
-"""The benchmark of multi-scale attention compares two layers that compute the same."""
+"""The benchmark of multi-scale attention compares two layers with the same output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cost of the attentions of the Vision Transformer: operations are counted, which no other process slows down."""
+"""Cost of the attentions of the Vision Transformer, in counted operations, independent of other processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images and image folders that the tests make for themselves."""
+"""Generated images and image folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets, loaders and mixup as a config asks for them."""
+"""Data sets, loaders and mixup built from a config."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from yacs.config import CfgNode
 
 from config import set_option
-from data.build import build_erasing, build_mixup, loader_doubts, open_dataset
+from data.build import build_erasing, build_mixup, loader_warnings, open_dataset
 from data.datasets import Batch
 from data.formats import FORMATS
 from data.generators import seed_generators
@@ -73,7 +73,7 @@ def test_augmentation_does_not_depend_on_workers(root: Path) -> None:
     assert not equal(inline, train_batches(small_config(root), epoch=4))
 
 
-def test_resuming_gives_the_batches_that_were_left(root: Path) -> None:
+def test_resuming_gives_the_remaining_batches(root: Path) -> None:
     config = small_config(root, NUM_WORKERS=2)
     config.TRAIN.ACCUMULATION_STEPS = 2
     loader = build_train_loader(config, rank=0, world_size=1)
@@ -199,7 +199,7 @@ def test_unreadable_images_are_named_in_one_line(root: Path, policy: str, split:
     assert message == f"cannot read image '{broken}': cannot identify image file"
 
 
-def test_trouble_of_the_machine_is_no_unreadable_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machine_errors_are_not_unreadable_images(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(path: Path) -> None:
         raise OSError(errno.EMFILE, "Too many open files", str(path))
 
@@ -233,8 +233,8 @@ def test_more_workers_than_cores(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3})
     for build in (build_train_loader, build_eval_loader):
         assert build(small_config(root, NUM_WORKERS=32), rank=0, world_size=1).num_workers == 2
-    assert loader_doubts(small_config(root, NUM_WORKERS=2), (32, 32)) == []
-    assert loader_doubts(small_config(root, NUM_WORKERS=32), (32, 32)) == [
+    assert loader_warnings(small_config(root, NUM_WORKERS=2), (32, 32)) == []
+    assert loader_warnings(small_config(root, NUM_WORKERS=32), (32, 32)) == [
         "DATA.NUM_WORKERS 32 is more than the 2 cores here; 2 are used"
     ]
 
@@ -244,17 +244,17 @@ def test_small_shared_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     wanted = train_batches(config)
     needed = 3 * 4 * 32 * 32 * 3  # three batches of four images
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed))
-    assert loader_doubts(config, (32, 32)) == []
+    assert loader_warnings(config, (32, 32)) == []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    (doubt,) = loader_doubts(config, (32, 32))
-    assert "/dev/shm has 0 MiB free" in doubt
-    assert "with --shm-size or --ipc=host" in doubt
+    (warning,) = loader_warnings(config, (32, 32))
+    assert "/dev/shm has 0 MiB free" in warning
+    assert "with --shm-size or --ipc=host" in warning
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", lambda *_: pytest.fail("shared memory is used"))
     batches = train_batches(config)
     assert equal(batches, wanted)
     assert all(batch.images.is_contiguous(memory_format=torch.channels_last) for batch in batches)
     config.DATA.NUM_WORKERS = 0
-    assert loader_doubts(config, (32, 32)) == []
+    assert loader_warnings(config, (32, 32)) == []
 
 
 def test_image_that_vanishes_during_training(root: Path) -> None:
@@ -287,7 +287,7 @@ def test_classes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_dataset(small_config(root, DATA_PATH="~/data"), ("val",)).classes == ["cat", "dog", "emu"]
 
 
-def test_digits_take_no_path_but_do_not_mind_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_reject_a_path_but_ignore_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA_PATH", "elsewhere")
     assert len(open_dataset(small_config()).held_out) == 360
     with pytest.raises(ValueError, match="the digits are part of scikit-learn and take no --data-path"):
@@ -301,9 +301,9 @@ def test_parts_that_are_not_needed_are_not_opened(root: Path) -> None:
 
 
 def test_classes_without_held_out_images(root: Path) -> None:
-    assert open_dataset(small_config(root)).doubts() == ["1 of 3 classes have no held-out images: dog"]
-    assert open_dataset(small_config(root), ("train",)).doubts() == []
-    assert open_dataset(small_config()).doubts() == []
+    assert open_dataset(small_config(root)).warnings() == ["1 of 3 classes have no held-out images: dog"]
+    assert open_dataset(small_config(root), ("train",)).warnings() == []
+    assert open_dataset(small_config()).warnings() == []
 
 
 @pytest.mark.parametrize(("train", "val"), [("val", "train"), ("test.csv", ""), ("", "training")])
@@ -341,7 +341,7 @@ def test_unknown_format() -> None:
         open_dataset(small_config(DATASET="digit"))
 
 
-def test_a_format_of_ones_own_needs_its_line_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_format_needs_only_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_squares(request: Request) -> Dataset:
         assert request.root("DATA_PATH holds squares") == tmp_path
         pixels = np.full((6, 5, 5, 3), 40, np.uint8) * np.arange(6, dtype=np.uint8)[:, None, None, None]

@@ -1,4 +1,4 @@
-"""Images from memory are those of their source, shared by processes, and leave nothing behind."""
+"""Cached images equal those of their source, are shared by processes, and leave no files behind."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def source(tmp_path: Path) -> ImageSource:
 def test_processes_share_what_is_read_once(
     tmp_path: Path, source: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = [(image.data, image.name, image.turn) for image in map(source.get, range(7))]
+    expected = [(image.data, image.name, image.exif) for image in map(source.get, range(7))]
     folder = tmp_path / "memory"
     folder.mkdir()
     first = CachedSource(source, folder, "run", processes=2, is_main=True)
@@ -34,12 +34,12 @@ def test_processes_share_what_is_read_once(
     second = CachedSource(source, folder, "run", processes=2, is_main=False)
     assert list(folder.iterdir()) == []
     for one in (first, second):
-        assert [(image.data, image.name, image.turn) for image in map(one.get, range(7))] == expected
+        assert [(image.data, image.name, image.exif) for image in map(one.get, range(7))] == expected
         np.testing.assert_array_equal(one.labels, source.labels)
         assert (one.cached(), one.remarks) == (7, ())
 
 
-def test_what_does_not_fit_or_cannot_be_read_comes_from_the_source(
+def test_images_that_do_not_fit_or_are_unreadable_come_from_the_source(
     tmp_path: Path, source: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = [len(source.get(index).data) for index in range(7)]
@@ -65,14 +65,31 @@ def test_batches_are_the_same(source: ImageSource, tmp_path: Path, monkeypatch: 
     np.testing.assert_array_equal(*(batch.images.numpy() for batch in batches))
 
 
-def test_a_system_without_such_memory(source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_of_a_slurm_step_share_the_cache(
+    source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setattr(build, "SHARED_MEMORY", folder)
+    monkeypatch.delenv("RANK", raising=False)
+    for name, value in {"LOCAL_WORLD_SIZE": "2", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "1"}.items():
+        monkeypatch.setenv(name, value)
+    config = small_config(tmp_path / "photos", CACHE=True, BATCH_SIZE=2)
+    for parent in (10, 11):  # each task has a shell of its own as its parent
+        monkeypatch.setattr(build.os, "getppid", lambda parent=parent: parent)
+        assert len(list(folder.iterdir())) == (0 if parent == 10 else 3)
+        build_train_loader(config, open_dataset(config), rank=parent - 10, world_size=2)
+    assert list(folder.iterdir()) == []
+
+
+def test_system_without_shared_memory(source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "SHARED_MEMORY", tmp_path / "none")
     config = small_config(tmp_path / "photos", CACHE=True)
     with pytest.raises(ValueError, match="leave it off"):
         build_train_loader(config, open_dataset(config), rank=0, world_size=1)
 
 
-def test_a_memory_that_takes_nothing_is_said_in_one_line(
+def test_full_shared_memory_is_reported_in_one_line(
     tmp_path: Path, source: ImageSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:

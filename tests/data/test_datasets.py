@@ -1,4 +1,4 @@
-"""Augmentation as a function of seed, epoch and index; what becomes of unreadable images."""
+"""Augmentation as a function of seed, epoch and index; handling of unreadable images."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_unreadable_substitutes_are_listed_too() -> None:
     assert all(path in {f"{index}.jpg" for index in bad} for sample in tries for path in sample.unreadable)
 
 
-def test_nothing_but_unreadable_images() -> None:
+def test_only_unreadable_images() -> None:
     with pytest.raises(UnreadableImage, match=rf"broken \(after {MAX_SUBSTITUTES} others in a row\)$"):
         dataset(frozenset(range(20)))[Draw(0, 0)]
 
@@ -119,13 +119,13 @@ def test_batch_of_images_with_several_labels() -> None:
     assert (batch.targets[1] == -1).all()
 
 
-def test_repeats_are_augmented_otherwise() -> None:
+def test_repeats_are_augmented_differently() -> None:
     images = dataset()
     assert np.array_equal(images[Draw(3, 1, 0)].pixels, images[Draw(3, 1)].pixels)
     assert not np.array_equal(images[Draw(3, 1, 1)].pixels, images[Draw(3, 1)].pixels)
 
 
-def test_data_set_reaches_workers_that_are_not_forked(tmp_path: Path) -> None:
+def test_data_set_reaches_spawned_workers(tmp_path: Path) -> None:
     images = dataset()
     copy = pickle.loads(pickle.dumps(images))
     assert np.array_equal(copy[Draw(3, 1)].pixels, images[Draw(3, 1)].pixels)

@@ -1,4 +1,4 @@
-"""The global generators, seeded and put back."""
+"""Seeding and restoring the global generators."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_numbers_depend_on_the_seed_alone() -> None:
         assert len({row[generator] for row in drawn}) == 3
 
 
-def test_generators_are_put_back() -> None:
+def test_generators_are_restored() -> None:
     seed_generators(7)
     expected = [numbers(), numbers()]
     seed_generators(7)
@@ -36,7 +36,7 @@ def test_generators_are_put_back() -> None:
     assert numbers() == expected[1]
 
 
-def test_generators_are_put_back_after_an_error() -> None:
+def test_generators_are_restored_after_an_error() -> None:
     seed_generators(7)
     expected = numbers()
     seed_generators(7)

@@ -1,4 +1,4 @@
-"""Every kind of file a folder of images may hold."""
+"""All kinds of image files."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_animations_show_their_first_frame(tmp_path: Path, name: str) -> None:
     assert np.abs(pixels(tmp_path / name) - (255, 0, 0)).max() <= 3
 
 
-def test_damaged_metadata_is_no_matter(tmp_path: Path) -> None:
+def test_damaged_metadata_is_ignored(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x010E] = "a description of some length"
     photograph().save(tmp_path / "a.jpg", exif=exif.tobytes()[:-20])
@@ -166,13 +166,13 @@ def test_forbidden_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     def refuse(path: str) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)  # the superuser, as whom containers run tests, may read anything
+    monkeypatch.setattr(Path, "read_bytes", refuse)  # root, as in containers, can read every file
     with pytest.raises(UnreadableImage, match=r"^cannot read image 'a\.jpg': Permission denied$"):
         read_image("a.jpg")
 
 
 @pytest.mark.parametrize("name", ["EMFILE", "ENFILE", "ENOMEM", "EIO", "ESTALE", "ETIMEDOUT"])
-def test_trouble_of_the_machine_is_not_the_file_s(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_machine_errors_are_not_blamed_on_the_file(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     number = getattr(errno, name)
 
     def fail(path: str) -> None:

@@ -1,4 +1,4 @@
-"""The table of names and numbers, in memory and in its file."""
+"""The table of names and integers, in memory and on disk."""
 
 from __future__ import annotations
 

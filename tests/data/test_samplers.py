@@ -1,4 +1,4 @@
-"""Every image once, in an order that depends on the seed and the epoch alone."""
+"""Every image once, in an order that depends only on seed and epoch."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_epochs_and_seeds_have_their_own_orders() -> None:
 
 
 @pytest.mark.parametrize("updates", [0, 1, 3, 4])
-def test_resuming_continues_behind_the_updates_done(updates: int) -> None:
+def test_resuming_continues_after_the_finished_updates(updates: int) -> None:
     ranks = samplers(101, 4, 2, accumulation_steps=3)
     whole = micro_batches(ranks, 4, epoch=1)
     assert len(whole) == 4 * 3
@@ -82,7 +82,7 @@ def test_position_holds_for_the_iteration_it_was_set_for() -> None:
     assert [draw.epoch for draw in iterator] == [0] * 20
 
 
-def test_position_behind_the_end_is_refused() -> None:
+def test_position_beyond_the_end_is_rejected() -> None:
     (sampler,) = samplers(20, 2, 1)
     with pytest.raises(ValueError, match="after image 21 of an epoch, but there are 20 training images"):
         sampler.set_position(0, 21)

@@ -1,4 +1,4 @@
-"""Shards out of commands: what is kept of the promises of other formats, and what is wrong with a stream."""
+"""Shards from commands: guarantees and error messages."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_an_epoch_of_one_process_takes_each_image_once(shards: Path) -> None:
     assert len({int(image.sum()) for batch in training(config) for image in batch.images.int()}) == 12
 
 
-def test_processes_share_the_shards_and_begin_them_anew(shards: Path) -> None:
+def test_processes_divide_the_shards_and_repeat_them(shards: Path) -> None:
     config = stream_config(shards)
     config.DATA.STREAM.IMAGES = 24  # twice what there is
     halves = [training(config, rank=rank, world_size=2) for rank in range(2)]
@@ -94,7 +94,7 @@ def test_processes_share_the_shards_and_begin_them_anew(shards: Path) -> None:
     assert not equal(*halves)
 
 
-def test_another_image_of_the_batch_takes_the_place_of_an_unreadable_one(tmp_path: Path) -> None:
+def test_unreadable_image_is_replaced_by_another_of_the_batch(tmp_path: Path) -> None:
     photos = write_folder(tmp_path / "photos", LAYOUT)
     (photos / "train/cat/2.jpg").write_bytes(b"no image")
     config = stream_config(write_shards(photos, tmp_path / "shards"), BATCH_SIZE=4)
@@ -136,7 +136,7 @@ def test_a_command_that_fails(shards: Path, command: str, says: str) -> None:
         ({"CACHE": True}, r"^DATA\.CACHE True needs random access"),
     ],
 )
-def test_options_that_do_not_fit(shards: Path, data: dict, says: str) -> None:
+def test_options_that_do_not_match(shards: Path, data: dict, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         build_train_loader(stream_config(shards, **data), rank=0, world_size=1)
 
@@ -158,7 +158,7 @@ def test_labels_by_name_and_in_numbers(shards: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.xdist_group("resume")
-def test_a_run_on_streams_says_that_it_is_approximate(shards: Path, tmp_path: Path) -> None:
+def test_run_on_a_stream_warns_that_it_is_approximate(shards: Path, tmp_path: Path) -> None:
     data = {**stream_options(shards), "STREAM": {"IMAGES": 12, "VAL_IMAGES": 7}, "BATCH_SIZE": 2, "NUM_WORKERS": 1}
     config = write_config(tmp_path, OUTPUT=str(tmp_path), DATA=data, TRAIN={"EPOCHS": 1})
     printed = run_forked("--cfg", config, processes=2)

@@ -1,4 +1,4 @@
-"""Each transform, against an expectation computed another way."""
+"""Each transform, compared with an independent computation."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_rand_augment_at_its_strongest() -> None:
 
 
 @pytest.mark.parametrize(("bits", "mask"), [(0, 0b00000000), (1, 0b10000000), (4, 0b11110000), (8, 0b11111111)])
-def test_posterising_keeps_the_highest_bits(bits: int, mask: int) -> None:
+def test_posterize_keeps_the_highest_bits(bits: int, mask: int) -> None:
     image = photograph()
     assert np.array_equal(np.asarray(OPERATIONS["PosterizeIncreasing"](image, bits)), np.asarray(image) & mask)
 
@@ -162,7 +162,7 @@ SHIFTS = [
 
 @pytest.mark.parametrize(("name", "level"), SHIFTS)
 @pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
-def test_shifts_are_those_of_pillow(name: str, level: float, resample: Image.Resampling) -> None:
+def test_shifts_match_pillow(name: str, level: float, resample: Image.Resampling) -> None:
     image = photograph(width=97, height=64)
     options = {"fillcolor": (124, 116, 104), "resample": resample}
     expected = np.asarray(auto_augment.NAME_TO_OP[name](image, level, **options)).astype(int)
@@ -178,7 +178,7 @@ def test_shifts_keep_areas_of_one_colour() -> None:
         assert np.asarray(OPERATIONS[name](image, level, **options)).tobytes() == image.tobytes()
 
 
-def test_interpolation_is_drawn_as_timm_draws_it() -> None:
+def test_interpolation_is_drawn_like_in_timm() -> None:
     image, options = photograph(), {"fillcolor": (0, 0, 0), "resample": (2, 3)}
     for seed in range(8):
         random.seed(seed)
@@ -227,7 +227,7 @@ def test_channels_last_stays() -> None:
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_resizing_is_that_of_pillow(interpolation: str) -> None:
+def test_resizing_matches_pillow(interpolation: str) -> None:
     image = photograph(width=301, height=210)
     for width, height in ((64, 64), (200, 96), (400, 400)):
         expected = np.asarray(image.resize((width, height), Image.Resampling[interpolation.upper()])).astype(int)
@@ -262,7 +262,7 @@ def test_a_part_at_a_smaller_scale_shows_the_same(scale: int) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 2}])
-def test_decoding_is_that_of_pillow(mode: str, options: dict) -> None:
+def test_decoding_matches_pillow(mode: str, options: dict) -> None:
     image = stored(photograph(width=201, height=133).convert(mode), "JPEG", **options)
     expected = np.asarray(image.decode())
     assert image.size() == (133, 201)
@@ -331,7 +331,7 @@ def test_unknown_policy_is_named() -> None:
             plain_train_transform(auto_augment=policy)
 
 
-def test_transforms_reach_workers_that_are_not_forked() -> None:
+def test_transforms_reach_spawned_workers() -> None:
     image = photograph()
     for transform in (
         plain_train_transform(auto_augment="rand-m9-mstd0.5-inc1"),

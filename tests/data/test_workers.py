@@ -1,4 +1,4 @@
-"""Workers outlive the signals that a terminal or SLURM sends to a whole job, but not their parent."""
+"""Workers survive signals to the whole job from a terminal or SLURM, but not the end of their parent."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# A training process that notes signals, goes on to the end of the epoch, and ends by an error, its workers still there.
+# A training process that records signals, continues to the end of the epoch, and fails while its workers run.
 PROGRAM = """
 import multiprocessing, signal, sys, time
 from tests.data.samples import build_train_loader, small_config
@@ -35,7 +35,7 @@ while len(received) < 3:
 print(len([*seen, *batches]), flush=True)
 raise RuntimeError("the end")
 """
-# One whose workers have not got to their first lines yet.
+# A training process whose workers are still starting.
 STARTING = """
 import functools, multiprocessing, sys, time
 from tests.data.samples import build_train_loader, small_config
@@ -111,7 +111,7 @@ pytestmark = [
 ]
 
 
-def test_signals_to_the_whole_job_leave_the_workers_at_work(start: Start) -> None:
+def test_workers_ignore_signals_to_the_whole_job(start: Start) -> None:
     process, workers = start(PROGRAM, "fork")
     for number in SIGNALS:
         os.killpg(process.pid, number)

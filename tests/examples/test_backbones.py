@@ -1,4 +1,4 @@
-"""The examples that put a DAT below detectors and segmenters of other libraries, with tiny networks."""
+"""The examples of DAT as the backbone of other libraries, with tiny networks."""
 
 from __future__ import annotations
 

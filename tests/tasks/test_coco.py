@@ -1,4 +1,4 @@
-"""Average precision: pycocotools agrees, and the order of the images does not matter."""
+"""Average precision agrees with pycocotools and does not depend on the order of images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network learns from another one."""
+"""Knowledge distillation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ IMAGES = torch.rand(5, 3, 8, 8)
 
 
 class Means(nn.Module):
-    """Gives the means of the channels as logits."""
+    """Returns the means of the channels as logits."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images.mean((2, 3))

@@ -29,7 +29,7 @@ from utils import World
 
 
 class Colours(nn.Module):
-    """Gives logits that are functions of the colours."""
+    """Returns logits that are functions of the colours."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def meter(samples: int, classes: int = 3) -> MeanIoU:
     return MeanIoU([f"class {i}" for i in range(classes)], samples, torch.device("cpu"), scales=[1.0], flip=False)
 
 
-def test_classes_that_are_nowhere_do_not_count_and_images_left_out_are_said() -> None:
+def test_absent_classes_are_not_averaged_and_skipped_images_give_a_warning() -> None:
     counted = meter(2, classes=4)
     image = torch.eye(3)[:, :, None].expand(3, 3, 8).contiguous()  # a class a row
     labels = torch.arange(3)[:, None].expand(3, 8).clone()

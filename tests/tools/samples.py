@@ -1,4 +1,4 @@
-"""Checkpoints and photographs for the tests of tools, made in a moment."""
+"""Small checkpoints and images for the tests of tools."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tiny_config(folder: Path) -> CfgNode:
 
 
 def write_checkpoint(folder: Path, *, ema: bool = False, num_classes: int = 10, **changes: Any) -> Path:
-    """Write a checkpoint of random weights as the trainer writes them, other ones as `ema` where asked for."""
+    """Write a checkpoint of the trainer's format with random weights, optionally with different `ema` weights."""
     config = tiny_config(folder)
     config.MODEL.DAT.num_classes = num_classes
     torch.manual_seed(1)

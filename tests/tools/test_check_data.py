@@ -1,4 +1,4 @@
-"""What check_data finds, on photographs with known faults."""
+"""The faults that check_data finds, on images with known ones."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ def run(
     return left.value.code, capsys.readouterr().out.replace(str(root), "ROOT")
 
 
-def test_a_good_data_set(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_set_without_problems(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     status, said = run(monkeypatch, capsys, root)
     assert status == 0
     assert "train: 8 images, 0 unreadable\nclasses: 2, of 3 (cat) to 5 (dog) images, median 4\n" in said
     assert "width x height: 48 x 36 at least, 48 x 36 at most, 48 x 36 on average\n" in said
-    assert said.endswith("verdict: nothing found that a run would suffer from\n")
+    assert said.endswith("verdict: no problems found\n")
 
 
 def test_faults(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The comparison: each variant differs from the others, an interrupted one goes on, and table and figure are right."""
+"""The comparison: its variants, continuing after an interruption, and its table and figure."""
 
 from __future__ import annotations
 

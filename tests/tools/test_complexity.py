@@ -1,4 +1,4 @@
-"""Counted parameters and MACs are the published ones."""
+"""Counted parameters and MACs equal the published ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exported files give what the network gives, and a file that does not is an error."""
+"""Exported files have the output of the network; a difference is an error."""
 
 from __future__ import annotations
 
@@ -85,13 +85,21 @@ def test_a_score_that_falls_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     assert run(monkeypatch, *words) == 1
 
 
-@pytest.mark.parametrize("words", [[], ["--cfg", str(CONFIGS / "digits.yaml"), "--size", "1", "2", "3"]])
-def test_wrong_input_is_said(words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "nothing to export; give --checkpoint"),
+        (["--cfg", str(CONFIGS / "digits.yaml"), "--size", "1", "2", "3"], "--size 1 2 3 must be one side, or height"),
+    ],
+)
+def test_wrong_input_is_reported(
+    words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(monkeypatch, *words) == 2
-    assert "give" in capsys.readouterr().err
+    assert says in capsys.readouterr().err
 
 
-def test_a_size_that_cannot_be_free_is_refused() -> None:
+def test_size_that_cannot_be_dynamic_is_rejected() -> None:
     model = untrained(load_config(CONFIGS / "compare" / "digits.yaml", ["MODEL.VIT.depth", "1"]))
     with pytest.raises(ValueError, match="depends on the size of the images"):
         _ = Source(model, (24, 24), dynamic=True).program
@@ -123,7 +131,7 @@ def test_dat_tiny_in_onnx_runtime(size: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_sizes_that_are_free(tmp_path: Path) -> None:
+def test_dynamic_sizes(tmp_path: Path) -> None:
     model = untrained(load_config(CONFIGS / "digits.yaml"))
     check_onnx(Source(model, (64, 64), dynamic=True), tmp_path / "x.onnx")
     described = json.loads(onnx.load(tmp_path / "x.onnx").metadata_props[0].value)

@@ -1,4 +1,4 @@
-"""What tools/launch.py starts again and what it does not, with processes that only end."""
+"""Which exit statuses tools/launch.py restarts, with processes that only exit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tools import launch
 
 pytestmark = pytest.mark.xdist_group("serial")
 
-# Notes that it was started, and ends as the plan says: by an exit status, or below 0 by a signal.
+# Records its start, and exits with the planned status; below 0, by a signal.
 PROCESS = """
 import json, os, sys
 restart, rank = int(os.environ["DAT_RESTART_COUNT"]), int(os.environ["RANK"])

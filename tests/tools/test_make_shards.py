@@ -1,4 +1,4 @@
-"""Shards hold what the data set holds, whole or not at all, the same bytes after an interruption."""
+"""Shards have all images of the data set, are complete or absent, and equal after an interruption."""
 
 from __future__ import annotations
 
@@ -141,10 +141,13 @@ def test_another_plan_is_refused(photos: Path, tmp_path: Path, monkeypatch: pyte
         (("--per-shard", "0"), "--per-shard must be at least 1, not 0"),
         (("--quality", "101"), "--quality 101 must be 1 to 100"),
         (("--opts", "DATA.VAL"), "--opts takes pairs of KEY VALUE; 'DATA.VAL' has no value"),
+        (("--opts", "DATA.EXIF", "applied"), "DATA.EXIF must be .*, not 'applied'; did you mean apply?"),
         (("--dataset", "tgz"), "DATA.DATASET must be one of"),
     ],
 )
-def test_wrong_words(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple, says: str) -> None:
+def test_wrong_arguments(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple, says: str
+) -> None:
     with pytest.raises(SystemExit, match=f"^error: {says}"):
         run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", *words)
 

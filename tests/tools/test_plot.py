@@ -1,4 +1,4 @@
-"""Where the rows of a run lie on the axis of epochs, and what the pictures show."""
+"""Positions of rows on the axis of epochs, and the curves."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def write_run(folder: Path, rows: list[dict[str, Any]]) -> Path:
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
-    """Return a list that takes the figures that are saved."""
+    """Return a list that collects the saved figures."""
     figures = []
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures.append(self))
     return figures
@@ -48,7 +48,7 @@ def legend(axes: matplotlib.axes.Axes) -> list[str]:
 
 
 @pytest.mark.parametrize("later", [50, 200])
-def test_a_change_of_batch_size_leaves_earlier_epochs_in_place(later: int) -> None:
+def test_batch_size_change_keeps_earlier_epochs_in_place(later: int) -> None:
     before = [*train_rows(1, [50, 100]), eval_row(1, 100), *train_rows(2, [150, 200]), eval_row(2, 200)]
     middle = train_rows(3, [210, 225])  # of 300, where the run goes on with updates of another size
     after = [*train_rows(3, [2 * later + later // 2, 3 * later]), eval_row(3, 3 * later)]
@@ -57,7 +57,7 @@ def test_a_change_of_batch_size_leaves_earlier_epochs_in_place(later: int) -> No
     assert epochs_of(train, rows) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.1, 2.25, 2.5, 3.0])
 
 
-def test_an_unfinished_epoch_is_measured_by_the_one_before() -> None:
+def test_unfinished_epoch_has_the_length_of_the_previous_one() -> None:
     rows = [*train_rows(1, [50, 100]), eval_row(1, 100), *train_rows(2, [110, 120])]
     assert epochs_of([row for row in rows if row["kind"] == "train"], rows) == pytest.approx([0.5, 1.0, 1.1, 1.2])
     begun = train_rows(1, [10, 20])
@@ -106,7 +106,7 @@ def test_the_planned_schedule_is_that_of_the_run(tmp_path: Path, drawn: list[mat
 @pytest.mark.parametrize(
     ("name", "says"), [("none", "does not exist; give the output"), ("empty", "has no training rows")]
 )
-def test_what_cannot_be_drawn_is_said(name: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_error_if_nothing_can_be_drawn(name: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_run(tmp_path / "empty", [])
     assert main([str(tmp_path / name)]) == 2
     assert says in capsys.readouterr().err

@@ -51,7 +51,7 @@ def expected(checkpoint: Path, path: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_json_lines_hold_what_the_network_says(
+def test_json_lines_have_the_predictions(
     tmp_path: Path,
     photographs: list[Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -98,7 +98,7 @@ def test_files_that_cannot_be_read_are_named_and_skipped(
     assert f"skipped: cannot read image '{photographs[1]}'" in err
 
 
-def test_half_precision_is_near(
+def test_half_precision_is_close(
     tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     checkpoint = write_checkpoint(tmp_path)
@@ -117,7 +117,7 @@ def test_half_precision_is_near(
         (["empty"], "folder empty contains no images"),
     ],
 )
-def test_wrong_input_is_said(
+def test_wrong_input_is_reported(
     tmp_path: Path,
     photographs: list[Path],
     monkeypatch: pytest.MonkeyPatch,
@@ -173,7 +173,7 @@ def test_tasks_without_predictions_are_refused(
     assert "predictions of TASK regression cannot be shown, only those of classification" in err
 
 
-def test_a_segmenter_says_shares_of_pixels_and_draws_them(
+def test_segmenter_prints_shares_of_pixels_and_draws_them(
     tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     config = tiny_config(tmp_path)
@@ -196,7 +196,7 @@ def test_a_segmenter_says_shares_of_pixels_and_draws_them(
     assert np.abs(np.asarray(drawn) - expected).max() <= 1
 
 
-def test_a_detector_says_objects_and_draws_them(
+def test_detector_prints_and_draws_objects(
     tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     config = tiny_config(tmp_path)

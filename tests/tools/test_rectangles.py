@@ -19,7 +19,7 @@ HEIGHT, WIDTH = 32, 64
 
 
 def call(monkeypatch: pytest.MonkeyPatch, command: Callable[[], None], *words: object, ends: bool = False) -> None:
-    """Call the main function of a tool with these words on its command line; `ends`: it exits, with status 0."""
+    """Call the main function of a tool with command-line arguments; `ends`: it exits with status 0."""
     monkeypatch.setattr("sys.argv", ["tool", *map(str, words)])
     with pytest.raises(SystemExit) if ends else nullcontext() as ended:
         command()

@@ -1,4 +1,4 @@
-"""The page of a finished run: what a classifier confuses, and that a report which fails does not fail the run."""
+"""The page of a finished run: the mistakes of a classifier; a failed report does not fail the run."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         browser.wait_for("[...document.images].every(image => image.complete && image.naturalWidth)")
         text = browser.evaluate("document.body.innerText")
         right = round(best * 8 / 100)
-        assert f"{right} of 8 right: {best:.2f} %" in text
+        assert f"{right} of 8 correct: {best:.2f} %" in text
         assert f"{best:.2f} %\nbest accuracy, in epoch" in text
         for words in ("<cat>", "2 of 2", "TRAIN.EMA.DECAY", f"torch\t{torch.__version__.partition('+')[0]}"):
             assert words in text
@@ -83,7 +83,7 @@ def test_the_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         (Stopped(), "to stop; tools/"),
     ],
 )
-def test_a_report_that_fails_is_said(
+def test_failed_report_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception, says: str
 ) -> None:
     def fail(*_: object, **__: object) -> None:
@@ -94,7 +94,7 @@ def test_a_report_that_fails_is_said(
     assert says in capsys.readouterr().out
 
 
-def test_a_folder_that_is_no_run(
+def test_folder_that_is_not_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("sys.argv", ["report.py", str(tmp_path)])

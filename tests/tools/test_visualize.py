@@ -1,4 +1,4 @@
-"""Pictures of deformable attention: the numbers in them, the files, and the page in a browser."""
+"""Pictures of deformable attention: their numbers, the files, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from models.vit import VisionTransformer
 from tests.browser import Browser, needs_browser
 from tests.runs import run_command, write_config
 from tests.tools.samples import tiny_config, write_checkpoint, write_photograph
-from tools.deformations import look
+from tools.deformations import inspect_blocks
 from tools.drawing import first_heads
 from tools.visualize import main
 from tools.windows import draw_windows
@@ -34,11 +34,11 @@ def page_data(page: Path) -> dict:
     return json.loads(found[1])
 
 
-def test_offsets_of_nothing_leave_the_keys_on_their_reference(tmp_path: Path) -> None:
+def test_zero_offsets_leave_the_keys_at_their_reference(tmp_path: Path) -> None:
     network = build_model(tiny_config(tmp_path)).eval()
     for stage in list(network.stages)[1:]:
         torch.nn.init.zeros_(stage.attns[0].conv_offset[3].weight)
-    seen = look(network, torch.randn(3, 32, 48))
+    seen = inspect_blocks(network, torch.randn(3, 32, 48))
     assert [one.title for one in seen] == ["stage 2, block 1", "stage 3, block 1", "stage 4, block 1"]
     for one in seen:
         # The published reference leaves small maps; places are held between the centres of the corner pixels.
@@ -50,12 +50,12 @@ def test_offsets_of_nothing_leave_the_keys_on_their_reference(tmp_path: Path) ->
     assert middle.weights.shape == (4, 6, 6)
 
 
-def test_places_are_shares_of_the_image_measured_from_pixel_edges(tmp_path: Path) -> None:
+def test_positions_are_fractions_of_the_image(tmp_path: Path) -> None:
     network = build_model(tiny_config(tmp_path)).eval()
     attention = network.stages[1].attns[0]
     kept = {}
     attention.register_forward_pre_hook(lambda module, inputs: kept.update(seen=module.inspect(inputs[0])))
-    one = look(network, torch.randn(3, 32, 32), stages=[2])[0]
+    one = inspect_blocks(network, torch.randn(3, 32, 32), stages=[2])[0]
     size = one.map_size[0]
     y, x = kept["seen"].positions[0, 0, 0].tolist()
     # -1 is the centre of the first pixel of the map, half a pixel from the edge; +1 half a pixel from the other edge.
@@ -63,7 +63,7 @@ def test_places_are_shares_of_the_image_measured_from_pixel_edges(tmp_path: Path
 
 
 def test_importance_and_attention_are_shares(tmp_path: Path) -> None:
-    for one in look(build_model(tiny_config(tmp_path)).eval(), torch.randn(3, 32, 32)):
+    for one in inspect_blocks(build_model(tiny_config(tmp_path)).eval(), torch.randn(3, 32, 32)):
         assert one.importance().shape == (one.groups, one.key_size[0] * one.key_size[1])
         assert one.importance().sum(1) == pytest.approx(1, abs=1e-5)
         assert one.weights.sum(2) == pytest.approx(1, abs=1e-5)
@@ -72,7 +72,7 @@ def test_importance_and_attention_are_shares(tmp_path: Path) -> None:
 
 
 def test_queries_and_heads_are_found(tmp_path: Path) -> None:
-    one = look(build_model(tiny_config(tmp_path)).eval(), torch.randn(3, 32, 48), stages=[3])[0]
+    one = inspect_blocks(build_model(tiny_config(tmp_path)).eval(), torch.randn(3, 32, 48), stages=[3])[0]
     assert [one.query_at(place) for place in ((0, 0), (0.49, 0.4), (0.51, 0.99), (1, 1))] == [0, 1, 5, 5]
     assert [one.group_of(head) for head in range(4)] == [0, 0, 1, 1]
     assert first_heads(one, 2) == [0, 2]
@@ -82,9 +82,9 @@ def test_queries_and_heads_are_found(tmp_path: Path) -> None:
 def test_stages_without_deformable_attention_are_refused(tmp_path: Path) -> None:
     network = build_model(tiny_config(tmp_path)).eval()
     with pytest.raises(ValueError, match="stage 1 has no deformable attention; choose from 2, 3, 4"):
-        look(network, torch.randn(3, 32, 32), stages=[1])
+        inspect_blocks(network, torch.randn(3, 32, 32), stages=[1])
     with pytest.raises(ValueError, match="the letter D"):
-        look(torch.nn.Linear(3, 3), torch.randn(3, 32, 32))
+        inspect_blocks(torch.nn.Linear(3, 3), torch.randn(3, 32, 32))
 
 
 def test_a_picture_for_each_photograph_and_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +93,8 @@ def test_a_picture_for_each_photograph_and_one_page(tmp_path: Path, monkeypatch:
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.html", "one-2.png", "one.png"]
     page = page_data(tmp_path / "out" / "index.html")
     assert [image["name"] for image in page["images"]] == ["one.png", "one.png"]
-    looks = page["images"][0]["networks"][0]["looks"]
-    assert [entry["title"] for entry in looks] == ["stage 2, block 1", "stage 3, block 1", "stage 4, block 1"]
+    blocks = page["images"][0]["networks"][0]["blocks"]
+    assert [entry["title"] for entry in blocks] == ["stage 2, block 1", "stage 3, block 1", "stage 4, block 1"]
     assert Image.open(tmp_path / "out" / "one.png").width > 600
 
 
@@ -110,7 +110,7 @@ def test_before_and_after_stand_side_by_side(tmp_path: Path, monkeypatch: pytest
     visualize(monkeypatch, image, "--checkpoint", checkpoint, "--before", "--output", tmp_path / "two")
     networks = page_data(tmp_path / "two" / "index.html")["images"][0]["networks"]
     assert [network["title"] for network in networks] == ["before training", "after training"]
-    assert networks[0]["looks"][0]["weights"] != networks[1]["looks"][0]["weights"]
+    assert networks[0]["blocks"][0]["weights"] != networks[1]["blocks"][0]["weights"]
     assert networks[1] | {"title": "tiny"} == page_data(tmp_path / "one" / "index.html")["images"][0]["networks"][0]
     single, double = (Image.open(tmp_path / name / "one.png") for name in ("one", "two"))
     assert double.width > 1.8 * single.width
@@ -120,7 +120,7 @@ def test_large_maps_keep_some_of_their_queries(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("tools.visualize.MOST_WEIGHTS", 40)
     image, checkpoint = write_photograph(tmp_path / "one.png"), write_checkpoint(tmp_path)
     visualize(monkeypatch, image, "--checkpoint", checkpoint, "--stages", 3, "--output", tmp_path / "out")
-    entry = page_data(tmp_path / "out" / "index.html")["images"][0]["networks"][0]["looks"][0]
+    entry = page_data(tmp_path / "out" / "index.html")["images"][0]["networks"][0]["blocks"][0]
     assert entry["map"] == [2, 2]
     assert entry["queries"] == [1, 1]
 
@@ -134,7 +134,7 @@ def test_large_maps_keep_some_of_their_queries(tmp_path: Path, monkeypatch: pyte
         (["--stages", "1"], "stage 1 has no deformable attention"),
     ],
 )
-def test_what_cannot_be_drawn_is_said(
+def test_error_if_nothing_can_be_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str], said: str
 ) -> None:
     image, checkpoint = write_photograph(tmp_path / "one.png"), write_checkpoint(tmp_path)
@@ -143,7 +143,7 @@ def test_what_cannot_be_drawn_is_said(
     assert said in capsys.readouterr().err
 
 
-def test_the_command_needs_a_network(tmp_path: Path) -> None:
+def test_command_without_a_network_is_an_error(tmp_path: Path) -> None:
     result = run_command(sys.executable, "tools/visualize.py", "photo.jpg")
     assert result.returncode == 2
     assert "give --checkpoint FILE, or --cfg FILE" in result.stderr

@@ -1,4 +1,4 @@
-"""The first module whose output is not finite is named, not the ones that follow or contain it."""
+"""The first module with a non-finite output is named, not those that follow or contain it."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def test_the_first_module_is_named(name: str) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_what_is_left_is_the_loss_or_a_gradient() -> None:
+def test_nonfinite_loss_and_gradient_are_told_apart() -> None:
     assert report(network(), scale=torch.nan) == "every module's output is finite, the loss is not"
     assert report(network()) == "every module's output and the loss are finite, a gradient is not"
 
 
-def test_compiled_blocks_are_watched_too() -> None:
+def test_compiled_blocks_are_inspected_too() -> None:
     model = network()
     for block in model:
         block.compile(backend="eager")

@@ -1,4 +1,4 @@
-"""Checkpoints: what is read and what is refused, and files that survive whatever interrupts their writing."""
+"""Checkpoints: which files are read and rejected, and that interrupted writes leave complete files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def published() -> dict[str, Any]:
 
 
 def refusal(path: Path) -> str:
-    """Return the one-line message with which a file is refused; it begins with the path."""
+    """Return the one-line error message for a file, which begins with its path."""
     with pytest.raises(ValueError, match=re.escape(str(path))) as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value)
@@ -55,7 +55,7 @@ def refusal(path: Path) -> str:
 
 
 class Hostile:
-    """Pickles as a call of a function on the text of a shell command."""
+    """Calls a function with a shell command when unpickled."""
 
     def __init__(self, function: Any, command: str) -> None:
         self.call = function, (command,)
@@ -97,7 +97,7 @@ def test_a_hostile_pickle_is_refused_before_it_runs(
     torch.save(published() | {"config": config}, path, _use_new_zipfile_serialization=zipped)
     assert f"contains a pickled {name}, which could execute code when loaded; it is rejected" in refusal(path)
     assert victim.exists()
-    torch.load(path, weights_only=False)  # what would have happened
+    torch.load(path, weights_only=False)  # for comparison: it would execute code
     assert not victim.exists()
 
 
@@ -110,7 +110,7 @@ def test_a_hostile_pickle_is_refused_before_it_runs(
         (Path("x"), "Path"),
     ],
 )
-def test_any_other_class_is_refused_by_name(tmp_path: Path, value: Any, name: str) -> None:
+def test_other_pickled_class_is_rejected_by_name(tmp_path: Path, value: Any, name: str) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"model": {"weight": torch.ones(2)}, "extra": value}, path)
     message = refusal(path)
@@ -141,31 +141,31 @@ def test_a_truncated_file_is_called_damaged(tmp_path: Path, share: float, zipped
         (bytes(1000), "damaged"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: bytes, message: str) -> None:
+def test_files_that_are_not_checkpoints_are_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     assert message in refusal(path)
 
 
 @pytest.mark.parametrize("value", [[torch.ones(2)], torch.ones(2), "text", 3])
-def test_what_is_no_dict_is_refused(tmp_path: Path, value: Any) -> None:
+def test_checkpoint_that_is_not_a_dict_is_rejected(tmp_path: Path, value: Any) -> None:
     path = tmp_path / "weights.pth"
     torch.save(value, path)
     assert f"contains a {type(value).__name__}, not a dict" in refusal(path)
 
 
-def test_a_missing_file_is_named_with_its_nearest_neighbour(tmp_path: Path) -> None:
+def test_missing_file_suggests_a_similar_name(tmp_path: Path) -> None:
     near = tmp_path / "dat_pp_tiny_in1k_224.pth"
     near.touch()
     assert refusal(tmp_path / "dat_tiny_in1k_224.pth").endswith(f"does not exist; did you mean {near}?")
     assert refusal(tmp_path / "nowhere" / "x.pth").endswith("does not exist")
 
 
-def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert "is a folder; name a file in it" in refusal(tmp_path)
 
 
-def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_without_read_permission_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -176,7 +176,7 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monke
 
 
 class Classifier(nn.Module):
-    """The least network with a head of the published name."""
+    """The smallest network with a head of the published name."""
 
     def __init__(self, dim: int, classes: int) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def test_strict_loading_says_that_the_classes_differ() -> None:
         load_strictly(Classifier(8, 5), Classifier(8, 1000).state_dict(), "x.pth")
 
 
-def test_strict_loading_lists_what_is_of_another_architecture() -> None:
+def test_strict_loading_lists_the_differences_of_architecture() -> None:
     model = Classifier(8, 5)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     weights = Classifier(8, 5).state_dict()
@@ -242,7 +242,7 @@ def names(folder: Path) -> set[str]:
 
 
 def newest(folder: Path) -> tuple[str, float, list[str]]:
-    """Return name, value and warnings of what a run would continue from."""
+    """Return name, value and warnings of the checkpoint that a run would resume from."""
     warnings: list[str] = []
     found = CheckpointFolder(folder, keep=0).newest(warnings.append)
     assert found is not None
@@ -252,7 +252,7 @@ def newest(folder: Path) -> tuple[str, float, list[str]]:
 
 @contextmanager
 def full_disk(limit: int = 4096) -> Iterator[None]:
-    """Let no file grow beyond `limit` bytes, so that a write breaks off in its middle as on a full disk."""
+    """Limit the size of files, so that a write fails in the middle as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -274,7 +274,7 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     assert newest(tmp_path) == ("last.pth", 3, [])
 
 
-def test_pruning_keeps_the_newest_and_neither_best_nor_last_nor_foreign_files(tmp_path: Path) -> None:
+def test_pruning_only_removes_the_oldest_epochs(tmp_path: Path) -> None:
     (tmp_path / "epoch_best_of_all.pth").write_text("mine")
     folder = CheckpointFolder(tmp_path, keep=2)
     for epoch in (8, 9, 10, 11):
@@ -298,7 +298,7 @@ def test_a_full_disk_leaves_every_file_as_it_was(tmp_path: Path) -> None:
 
 @contextmanager
 def killed_before_step(step: int) -> Iterator[None]:
-    """Break off before the given step on the file system, counted from 0."""
+    """Interrupt before the given file system operation, counted from 0."""
     left = step
 
     def counted(call: Any) -> Any:
@@ -317,7 +317,7 @@ def killed_before_step(step: int) -> Iterator[None]:
         yield
 
 
-def test_a_killed_write_leaves_whole_checkpoints_and_its_leftovers_do_no_harm(tmp_path: Path) -> None:
+def test_killed_write_leaves_complete_checkpoints_and_harmless_files(tmp_path: Path) -> None:
     deaths = 0
     for step in range(30):
         path = tmp_path / str(step)
@@ -343,11 +343,11 @@ def test_a_killed_write_leaves_whole_checkpoints_and_its_leftovers_do_no_harm(tm
         folder.save(state(4), best=True, epoch=4)
         assert names(path) == {"last.pth", "previous.pth", "best.pth", "epoch_4.pth"}
         assert newest(path) == ("last.pth", 4, [])
-    assert 8 < deaths < 30  # every step had its turn
+    assert 8 < deaths < 30  # every operation was interrupted
 
 
-def test_two_names_of_one_file_leave_no_third(tmp_path: Path) -> None:
-    """A kill between the two leaves `last.pth` and `previous.pth` as one file, which a rename does nothing to."""
+def test_hard_links_leave_no_temporary_file(tmp_path: Path) -> None:
+    """After a kill `last.pth` and `previous.pth` may be links to one file, which a rename does not change."""
     folder = CheckpointFolder(tmp_path, keep=1)
     folder.save(state(1))
     os.link(tmp_path / "last.pth", tmp_path / "previous.pth")
@@ -390,7 +390,7 @@ def test_a_truncated_last_checkpoint_falls_back_to_the_previous_one_with_a_warni
     assert str(previous) in warnings[0]
 
 
-def test_the_newest_epoch_is_the_last_resort(tmp_path: Path) -> None:
+def test_newest_epoch_is_the_last_fallback(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=0)
     for epoch in (9, 10, 11):
         folder.save(state(epoch), epoch=epoch)
@@ -416,13 +416,13 @@ def test_the_newest_epoch_is_the_last_resort(tmp_path: Path) -> None:
         ("https://example.org/a.pth#sha256=" + 64 * "x", "needs the file's hash"),
     ],
 )
-def test_an_address_needs_https_and_a_hash(address: str, message: str) -> None:
+def test_url_needs_https_and_a_hash(address: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_checkpoint(address)
 
 
 class Internet:
-    """Stands in for `urllib`'s: answers every request with a file, and counts."""
+    """Replaces `urllib`'s: answers every request with a file, and counts."""
 
     def __init__(self, content: bytes) -> None:
         self.content = content

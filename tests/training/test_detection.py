@@ -1,4 +1,4 @@
-"""Detectors in the trainer: killed in the middle of an epoch, they go on bit for bit; processes share an evaluation."""
+"""Detectors in the trainer: exact resuming after a kill in mid-epoch, and evaluation on several processes."""
 
 from __future__ import annotations
 

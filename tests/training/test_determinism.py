@@ -1,4 +1,4 @@
-"""One seed, one result: run by run, and for any number of processes that share the same images."""
+"""Runs with the same seed are equal, for any number of processes with the same batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detectors of the DETR line in the trainer: killed in the middle of an epoch, they go on bit for bit."""
+"""Detectors with queries in the trainer: exact resuming after a kill in mid-epoch."""
 
 from __future__ import annotations
 

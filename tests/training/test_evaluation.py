@@ -1,4 +1,4 @@
-"""Evaluation from the command line: the precision that is asked for."""
+"""Evaluation from the command line: precision, checkpoints and classes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def own_config(folder: Path) -> Path:
-    """Write the config of what `write_checkpoint` writes."""
+    """Write the config of the network of `write_checkpoint`."""
     path = folder / "own.yaml"
     path.write_text(tiny_config(folder).dump(), encoding="utf-8")
     return path
@@ -45,7 +45,7 @@ def own_config(folder: Path) -> Path:
         (("--opts", "AMP", "bf16"), torch.float32),  # the precision of training, as in the config.yaml of a run
     ],
 )
-def test_an_evaluation_has_the_precision_that_its_flag_names(
+def test_evaluation_has_the_precision_of_its_flag(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -147,7 +147,7 @@ def test_weights_are_evaluated_on_some_of_their_classes(
     evaluation = build_evaluation(config, CPU)
     batch = next(iter(evaluation.loader))
     assert batch.targets.tolist() == labels
-    how = "by name" if known else "as the numbers that they are"
+    how = "by name" if known else "by their numbers"
     assert evaluation.notes[0].startswith(f"classes and their labels, found {how}: {folders[0]} {labels[0]}, ")
     assert not any("in the checkpoint" in warning for warning in evaluation.warnings)
     meter = evaluation.task.meter(len(labels), CPU.device)
@@ -172,17 +172,17 @@ def test_numbers_within_names_may_mean_another_order(
     images = write_folder(tmp_path / "images", {f"val/{name}": 1 for name in folders})
     config = tiny_config(tmp_path)
     config.DATA.DATASET, config.DATA.DATA_PATH, config.MODEL.RESUME = "imagenet", str(images), str(path)
-    doubts = [doubt for doubt in build_evaluation(config, CPU).warnings if "sorted as text" in doubt]
-    assert len(doubts) == bool(says)
-    assert all(re.search(says, doubt) for doubt in doubts)
+    warnings = [warning for warning in build_evaluation(config, CPU).warnings if "sorted as text" in warning]
+    assert len(warnings) == bool(says)
+    assert all(re.search(says, warning) for warning in warnings)
 
 
-def test_a_single_class_that_alone_may_be_predicted_is_doubtful(tmp_path: Path) -> None:
+def test_single_predictable_class_gives_a_warning(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", {"val/cat": 1})
     config = tiny_config(tmp_path)
     config.DATA.DATASET, config.DATA.DATA_PATH = "imagenet", str(images)
     config.MODEL.RESUME, config.TEST.CLASSES = str(write_checkpoint(tmp_path)), "present"
-    assert any("every image counts as right" in doubt for doubt in build_evaluation(config, CPU).warnings)
+    assert any("every image is correct" in warning for warning in build_evaluation(config, CPU).warnings)
 
 
 def test_a_class_map_labels_the_images_to_evaluate(tmp_path: Path) -> None:
@@ -254,11 +254,11 @@ def test_a_class_map_names_places_numbers_or_wordnet_ids(tmp_path: Path, text: s
         (["cat", "zebra"], "", "the weights have no class zebra, but ant 0, "),
         ([*CLASSES[:9], "zebra"], "", "the weights have no class zebra, but ant 0, "),
         (["Cat", "DOG"], "", r"have no class Cat \(the weights have cat\), DOG \(the weights have dog\), but ant 0"),
-        (["1", "01"], "", "classes 1, 01 share label 1 of the weights as the numbers that they are; merge"),
+        (["1", "01"], "", "classes 1, 01 share label 1 of the weights by their numbers; merge"),
         (["1", "10", "2"], "", "numbers up to 10, and the weights have 10 classes without names: .* MODEL.CLASS_MAP"),
     ],
 )
-def test_classes_that_no_weights_have_are_refused(tmp_path: Path, classes: list[str], text: str, says: str) -> None:
+def test_classes_missing_in_the_weights_are_rejected(tmp_path: Path, classes: list[str], text: str, says: str) -> None:
     path = tmp_path / "map.txt"
     path.write_text(text)
     known = [] if classes[0] == "1" else CLASSES
@@ -266,14 +266,14 @@ def test_classes_that_no_weights_have_are_refused(tmp_path: Path, classes: list[
         labels_of(classes, known, 10, str(path) if text else "")
 
 
-def test_a_class_map_is_that_of_the_command_line_alone(tmp_path: Path) -> None:
+def test_evaluation_ignores_the_class_map_of_the_config(tmp_path: Path) -> None:
     config = write_config(tmp_path, MODEL={"CLASS_MAP": "of the start file.txt"})
     flags = ["--cfg", str(config), "--eval", "--resume", "x.pth"]
     assert parse(flags)[1].MODEL.CLASS_MAP == ""
     assert parse([*flags, "--opts", "MODEL.CLASS_MAP", "given.txt"])[1].MODEL.CLASS_MAP == "given.txt"
 
 
-def test_any_label_of_an_image_counts_as_right(tmp_path: Path) -> None:
+def test_any_label_of_an_image_is_correct(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", {"val/x": 2, "val/y": 1})
     for number, name in enumerate(("x/1", "y/0", "x/0"), start=1):
         (images / f"val/{name}.jpg").rename(images / f"val/{name[0]}/ILSVRC2012_val_0000000{number}.JPEG")
@@ -304,7 +304,7 @@ def test_any_label_of_an_image_counts_as_right(tmp_path: Path) -> None:
         ("{}", "must be a list with a list of labels for each image"),
         ("[3, 4]", "must be a list with a list of labels"),
         ("[[10], [0]]", r"\[10\] of image 1 are not labels of the weights, 0 to 9"),
-        ("[[1]]", "are of 1 images, named by number; '2.jpg' is none of them"),
+        ("[[1]]", "are for images numbered 1 to 1; '2.jpg' is not one of them"),
         ("no JSON", "cannot be read: Expecting value"),
     ],
 )

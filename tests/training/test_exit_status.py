@@ -1,4 +1,4 @@
-"""What is said about the end of a run, and who is told to continue it."""
+"""Exit statuses and the messages at the end of a run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BY_ITSELF = "the launcher restarts all processes from the last checkpoint"
         (LATE, {"TORCHELASTIC_MAX_RESTARTS": "0", "DAT_RESTARTS_LEFT": "2"}, "did not answer", BY_ITSELF),
     ],
 )
-def test_a_lost_process_is_told_as_it_was(
+def test_lost_process_is_reported_with_its_cause(
     monkeypatch: pytest.MonkeyPatch, error: str, env: dict[str, str], what: str, how: str
 ) -> None:
     said: list[str] = []
@@ -63,7 +63,7 @@ def test_a_lost_process_is_told_as_it_was(
         (EOFError(), "DataLoader worker died while sending a batch: EOFError"),
     ],
 )
-def test_a_killed_worker_is_told_whatever_it_was_doing(
+def test_killed_worker_is_reported_at_any_moment(
     monkeypatch: pytest.MonkeyPatch, error: RuntimeError | OSError | EOFError, reason: str
 ) -> None:
     said: list[str] = []
@@ -73,7 +73,7 @@ def test_a_killed_worker_is_told_whatever_it_was_doing(
     assert said == [f"rank 0: {reason} (fewer DATA.NUM_WORKERS need less memory); {BY_HAND}"]
 
 
-def test_a_killed_process_is_not_called_slow(tmp_path: Path) -> None:
+def test_killed_process_is_not_reported_as_timeout(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
     job = trial.start(DAT_RESTARTS_LEFT="2")
     job.wait_until(lambda: trial.rows() > 0)
@@ -87,13 +87,13 @@ def test_a_killed_process_is_not_called_slow(tmp_path: Path) -> None:
 PROGRAMS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "require_packages()" in path.read_text("utf-8")]
 
 
-def test_all_tools_but_the_one_that_makes_the_environment_ask_for_their_packages() -> None:
+def test_tools_check_that_their_packages_are_installed() -> None:
     started = {path for path in (ROOT / "tools").glob("*.py") if '"__main__"' in path.read_text("utf-8")}
     assert started - set(PROGRAMS) == {ROOT / "tools" / "setup_env.py"}
 
 
 @pytest.mark.parametrize("program", [ROOT / "main.py", *PROGRAMS], ids=lambda path: path.name)
-def test_a_python_without_the_packages_is_told_in_one_line(program: Path) -> None:
+def test_python_without_the_packages_gets_one_line(program: Path) -> None:
     done = run_command(sys.executable, "-S", program, "1", PYTHONPATH="")
     assert done.returncode == 2
     assert done.stdout == ""

@@ -1,4 +1,4 @@
-"""What people switch on when they fine-tune: each does what it says and resumes bit for bit."""
+"""The options of fine-tuning: their effects and exact resuming."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_run_without_progress_ends_and_stays_ended(tmp_path: Path, capsys: pyt
     assert (folder / "last.pth").read_bytes() == before
 
 
-def test_more_epochs_than_planned_go_on_where_a_longer_run_would_be(tmp_path: Path) -> None:
+def test_longer_run_continues_the_schedule_of_its_length(tmp_path: Path) -> None:
     command = write(tmp_path, TRAIN={"EPOCHS": 2})
     assert main(command) == 0
     assert main([*command, "--epochs", "3"]) == 2

@@ -1,4 +1,4 @@
-"""Signals, hung and dead processes, full disks, broken files and broken numbers: nothing that was learned is lost."""
+"""Signals, hung and dead processes, full disks, damaged files and non-finite numbers: no progress is lost."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def start_and_wait_for_rows(trial: Trial, rows: int, *flags: str | Path) -> Job:
-    """Start the command with more flags, and return when it has logged so many lines more."""
+    """Start the command with more flags, and return after it has logged this number of further lines."""
     before = trial.rows()
     job = trial.start(*flags)
     job.wait_until(lambda: trial.rows() >= before + rows)
@@ -95,7 +95,7 @@ def test_a_second_interrupt_ends_even_a_process_that_hangs(tmp_path: Path) -> No
     job.wait()
 
 
-def test_a_hung_process_is_told_in_one_line(tmp_path: Path) -> None:
+def test_hung_process_is_reported_in_one_line(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
     job = trial.start(DAT_TIMEOUT_MINUTES="0.1")
     job.wait_until(lambda: trial.rows() > 0)
@@ -153,7 +153,7 @@ def test_processes_stop_when_their_launcher_is_killed(uninterrupted: Uninterrupt
 
 
 @LINUX
-def test_processes_that_still_import_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
+def test_importing_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
     launcher = start_launcher(trial.words, tmp_path / "launcher.txt")
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
@@ -181,7 +181,7 @@ def test_an_interrupt_before_the_training_ends_the_process_without_a_traceback(t
 
 
 @LINUX
-def test_a_killed_worker_of_a_loader_is_told_in_one_line(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+def test_killed_loader_worker_is_reported_in_one_line(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 1, 2)
     job = start_and_wait_for_rows(trial, 1)
     process = job.ranks[0].pid
@@ -205,13 +205,13 @@ def _hide_data_from_rank_1() -> None:
         classification.open_dataset = _cannot_read
 
 
-def test_what_one_process_cannot_read_all_refuse_in_one_line(tmp_path: Path) -> None:
+def test_unreadable_input_of_one_process_is_rejected_by_all_in_one_line(tmp_path: Path) -> None:
     job = Trial(tmp_path / "trial", 2, 0).start(prepare=_hide_data_from_rank_1)
     assert job.wait() == [2, 2]
     assert job.console().splitlines() == ["main.py: cannot read folder photos"]
 
 
-def test_a_held_folder_is_refused_by_all_processes_in_one_line(tmp_path: Path) -> None:
+def test_locked_folder_is_rejected_by_all_processes_in_one_line(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
     other = start_and_wait_for_rows(trial, 1)
     job = trial.start(DAT_TIMEOUT_MINUTES="0.1")
@@ -223,7 +223,7 @@ def test_a_held_folder_is_refused_by_all_processes_in_one_line(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("console", ["full", "closed"])
-def test_a_console_that_takes_no_lines_does_not_end_a_run(tmp_path: Path, console: str) -> None:
+def test_unwritable_console_does_not_end_a_run(tmp_path: Path, console: str) -> None:
     trial = Trial(tmp_path / "trial", 1, 0, TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
     read, write = os.pipe() if console == "closed" else (None, os.open("/dev/full", os.O_WRONLY))
     if read is not None:
@@ -234,7 +234,7 @@ def test_a_console_that_takes_no_lines_does_not_end_a_run(tmp_path: Path, consol
     assert "finished: best accuracy" in (trial.folder / "log.txt").read_text()
 
 
-def test_a_name_that_is_no_text_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_name_that_is_not_utf8_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     console = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", console)
     RunLog(tmp_path, default_config(), is_main=True).warning("caf\udce9.jpg cannot be read")
@@ -246,7 +246,7 @@ def _limit_file_sizes() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
-def test_a_run_whose_checkpoints_cannot_be_written_goes_on(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+def test_run_continues_if_checkpoints_cannot_be_written(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 1, 0)
     job = start_and_wait_for_rows(trial, 1)
     job.signal(signal.SIGTERM)
@@ -257,7 +257,7 @@ def test_a_run_whose_checkpoints_cannot_be_written_goes_on(uninterrupted: Uninte
     assert "finished: best accuracy" in job.console()
     last = trial.folder / "last.pth"
     best, files = job.console().partition("finished: ")[2].splitlines()[0].split("; ")
-    assert re.search(", of which no best.pth lies here$|, while best.pth is of epoch [0-9]+$", best), best
+    assert re.search(", without a best.pth in this folder$|, while best.pth is of epoch [0-9]+$", best), best
     assert all(
         (trial.folder / name).is_file() for name in re.findall(r"[a-z]+\.[a-z]+", files.partition(" are in ")[0])
     )
@@ -301,7 +301,7 @@ def test_a_run_survives_a_disk_that_is_full_to_the_last_byte(uninterrupted: Unin
         assert first_difference(uninterrupted.of(1)[0], trial.finish()) is None
 
 
-def test_a_cut_off_checkpoint_gives_way_to_the_one_before(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
+def test_truncated_checkpoint_falls_back_to_the_previous_one(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 1, 0)
     job = start_and_wait_for_rows(trial, 2)
     job.signal(signal.SIGTERM)
@@ -314,7 +314,7 @@ def test_a_cut_off_checkpoint_gives_way_to_the_one_before(uninterrupted: Uninter
     assert told[0].endswith(f"continuing from {trial.folder / 'previous.pth'} instead")
 
 
-def test_a_run_begun_from_a_file_continues_its_own_work(tmp_path: Path) -> None:
+def test_run_started_from_a_file_resumes_its_own_checkpoint(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 1, 0)
     job = start_and_wait_for_rows(trial, 1)
     job.signal(signal.SIGTERM)
@@ -328,7 +328,7 @@ def test_a_run_begun_from_a_file_continues_its_own_work(tmp_path: Path) -> None:
         assert job.wait() == [143], job.console()
 
 
-def test_restarts_continue_a_run_that_began_afresh(tmp_path: Path) -> None:
+def test_restart_resumes_a_run_without_auto_resume(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 1, 0)
     trial.finish()
     afresh = ("--opts", "TRAIN.AUTO_RESUME", "False")
@@ -344,7 +344,7 @@ def test_restarts_continue_a_run_that_began_afresh(tmp_path: Path) -> None:
 
 
 def _break_losses_of_rank_1() -> None:
-    """Break updates 2, 4 and 5 and whatever follows; check that each such update changes nothing."""
+    """Make update 2 and all from 4 on non-finite; check that they change nothing."""
     from training import loop
 
     take_update = loop.take_update
@@ -368,7 +368,7 @@ def _break_losses_of_rank_1() -> None:
 
 
 @pytest.mark.parametrize(("processes", "amp"), [(2, "off"), (1, "fp16")])
-def test_updates_that_are_not_finite_change_nothing_and_end_the_run(tmp_path: Path, processes: int, amp: str) -> None:
+def test_nonfinite_updates_change_nothing_and_end_the_run(tmp_path: Path, processes: int, amp: str) -> None:
     trial = Trial(tmp_path / "trial", processes, 0, TRAIN={"ACCUMULATION_STEPS": 2, "MAX_NONFINITE": 3}, AMP=amp)
     job = trial.start("--opts", "TRAIN.ANOMALY_REPORT", "True", prepare=_break_losses_of_rank_1)
     assert job.wait() == [1] * processes, job.console()

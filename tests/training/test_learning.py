@@ -1,4 +1,4 @@
-"""A short run learns as much as it always did, within what the seed alone changes.
+"""The accuracy of a short run stays within the spread of seeds.
 
 The bounds are the mean of twenty seeds, 0 to 19, and four standard deviations to each side. What they catch was planted
 and measured, by the slow test below. Weight decay is high here, so that the position tables, which it must leave alone,
@@ -47,7 +47,7 @@ BOUNDS = {
 
 
 def learn(folder: Path, *words: str, prepare: Callable[[], None] | None = None) -> dict[str, float]:
-    """Train by the recipe and return what `BOUNDS` names; `prepare` is called before, in the process of the run."""
+    """Train with the recipe and return the values of `BOUNDS`; `prepare` is called first, in the process of the run."""
     config = write_config(folder, **RECIPE)
     job = Job(["--cfg", config, "--output", folder / "output", *words], folder / "console.txt", prepare=prepare)
     assert job.wait() == [0], job.console()
@@ -65,7 +65,7 @@ def learn(folder: Path, *words: str, prepare: Callable[[], None] | None = None) 
 
 
 def outside(measured: dict[str, float]) -> dict[str, float]:
-    """Return what lies outside its bounds."""
+    """Return the values outside their bounds."""
     return {name: value for name, value in measured.items() if not BOUNDS[name][0] <= value <= BOUNDS[name][1]}
 
 
@@ -97,13 +97,13 @@ def flip_rows() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", [decay_tables, invert_drop_path, flip_rows], ids=lambda fault: fault.__name__)
-def test_a_planted_fault_leaves_the_bounds(tmp_path: Path, fault: Callable[[], None]) -> None:
+def test_planted_fault_exceeds_the_bounds(tmp_path: Path, fault: Callable[[], None]) -> None:
     assert outside(learn(tmp_path, prepare=fault))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.1, 10])
-def test_a_wrong_learning_rate_leaves_the_bounds(tmp_path: Path, factor: float) -> None:
+def test_wrong_learning_rate_exceeds_the_bounds(tmp_path: Path, factor: float) -> None:
     measured = learn(tmp_path, "--opts", "TRAIN.BASE_LR", str(2e-2 * factor))
     assert outside(measured)
     assert all(math.isfinite(value) for value in measured.values())

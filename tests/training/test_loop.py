@@ -27,7 +27,7 @@ from training import build as build_module
 from training import loop
 from training.build import assemble, build_run
 from training.command_line import parse
-from training.loop import result_in_words, train, train_one_epoch
+from training.loop import describe_result, train, train_one_epoch
 from training.run import Run
 from utils import LateReader, World, seed_everything
 
@@ -35,7 +35,7 @@ CPU = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
 def build(folder: Path, *flags: str) -> Run:
-    """Return the tiny run under `flags`, built but not trained."""
+    """Return the tiny run with `flags`, built but not trained."""
     _, config = parse(["--cfg", str(write_config(folder)), "--output", str(folder / "output"), *flags])
     return build_run(config, CPU)
 
@@ -80,7 +80,7 @@ def test_the_logged_norm_is_the_norm_before_clipping(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "flags", [["--use-checkpoint"], ["--opts", "DATA.NUM_WORKERS", "2"]], ids=["recompute", "workers"]
 )
-def test_what_saves_memory_or_time_changes_nothing(tmp_path: Path, flags: list[str]) -> None:
+def test_memory_and_speed_options_do_not_change_results(tmp_path: Path, flags: list[str]) -> None:
     _, plain = train_epoch(tmp_path / "plain")
     _, other = train_epoch(tmp_path / "other", *flags)
     torch.testing.assert_close(other, plain, rtol=0, atol=0)
@@ -107,8 +107,8 @@ def test_compiled_blocks_train_and_evaluate_batches_of_every_size(
     assert compiled["loss"] == pytest.approx(plain["loss"], rel=0.05)
 
 
-def test_only_sound_weights_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three updates before the end of the second epoch the weights break: what is saved stays as it was before."""
+def test_only_finite_weights_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights become non-finite near the end of the second epoch; the checkpoint from before is kept."""
     run = build(tmp_path, "--opts", "SAVE_EVERY_UPDATES", "7")
     take_update = loop.take_update
 
@@ -125,7 +125,7 @@ def test_only_sound_weights_are_saved(tmp_path: Path, monkeypatch: pytest.Monkey
         assert all(value.isfinite().all() for value in weights.values()), name
 
 
-def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path: Path) -> None:
+def test_new_run_moves_the_files_of_an_earlier_one(tmp_path: Path) -> None:
     build(tmp_path)
     output = tmp_path / "output/tiny/default"
     (output / "epoch_300.pth").write_bytes(b"precious")
@@ -137,13 +137,13 @@ def test_a_fresh_run_moves_the_files_of_an_earlier_one_aside(tmp_path: Path) -> 
     assert (output / "last.pth").exists()
 
 
-def test_a_rate_below_its_end_is_said(tmp_path: Path) -> None:
+def test_base_rate_below_the_final_rate_gives_a_warning(tmp_path: Path) -> None:
     run = build(tmp_path, "--lr", "0")
     said = (run.folder / "log.txt").read_text()
     assert "TRAIN.BASE_LR 0 is below TRAIN.MIN_LR 0.0001, so the learning rate rises" in said
 
 
-def test_suspicious_settings_are_said(tmp_path: Path) -> None:
+def test_suspicious_settings_give_warnings(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", {"train/blue": 5, "train/red": 4, "val/blue": 1})
     flags = ["--data-path", str(images), "--batch-size", "6", "--opts", "DATA.DATASET", "imagenet"]
     run = build(tmp_path, *flags, "TRAIN.WARMUP_EPOCHS", "2")
@@ -157,14 +157,14 @@ def test_suspicious_settings_are_said(tmp_path: Path) -> None:
     assert assemble(config, CPU).warnings == []
 
 
-def test_weights_that_are_not_taken_are_named(tmp_path: Path) -> None:
+def test_unused_weights_are_named(tmp_path: Path) -> None:
     first = build(tmp_path)
     again = build(tmp_path, "--pretrained", "elsewhere.pth")
     words = f"the weights are those of {first.folder / 'last.pth'}, not of --pretrained elsewhere.pth"
     assert words in (again.folder / "log.txt").read_text()
 
 
-def test_a_run_killed_before_its_first_checkpoint_leaves_nothing_to_set_aside(
+def test_run_killed_before_its_first_checkpoint_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kill(_: int) -> None:
@@ -186,7 +186,7 @@ def test_a_run_killed_before_its_first_checkpoint_leaves_nothing_to_set_aside(
     }
 
 
-def test_another_size_of_updates_continues_at_the_same_image(tmp_path: Path) -> None:
+def test_resuming_with_other_update_sizes_continues_at_the_same_image(tmp_path: Path) -> None:
     run = build(tmp_path)
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -197,9 +197,9 @@ def test_another_size_of_updates_continues_at_the_same_image(tmp_path: Path) -> 
     assert halved.state.position.update == 20
 
 
-def test_other_options_are_allowed_once_and_a_jump_of_the_learning_rate_is_said(tmp_path: Path) -> None:
+def test_changed_options_are_allowed_once_and_a_rate_jump_gives_a_warning(tmp_path: Path) -> None:
     run = build(tmp_path)
-    run.hold.close()
+    run.lock.close()
     for update in range(run.state.updates_per_epoch * 2):
         run.state.scheduler.step_update(update)
     for parameter in run.model.parameters():
@@ -208,11 +208,11 @@ def test_other_options_are_allowed_once_and_a_jump_of_the_learning_rate_is_said(
     run.state.position.epoch = 2
     run.save()
     longer = build(tmp_path, "--epochs", "4", "--allow-config-change")
-    longer.hold.close()
+    longer.lock.close()
     assert "the learning rate goes from " in (run.folder / "log.txt").read_text()
     again = build(tmp_path, "--epochs", "4")
-    again.hold.close()
-    own = load_config(run.folder / "config.yaml")  # in which the run remembers what it was told
+    again.lock.close()
+    own = load_config(run.folder / "config.yaml")  # with the changed options
     assert (own.TRAIN.EPOCHS, own.TRAIN.ALLOW_CONFIG_CHANGE) == (4, False)
     with pytest.raises(
         ValueError, match=r"TRAIN.EPOCHS: 4 in the checkpoint, 2 now.*config.yaml next to the checkpoint"
@@ -225,7 +225,7 @@ def test_other_options_are_allowed_once_and_a_jump_of_the_learning_rate_is_said(
     assert "the learning rate goes" not in (run.folder / "log.txt").read_text()
 
 
-def test_weights_of_a_run_on_the_same_classes_begin_a_schedule_of_their_own(tmp_path: Path) -> None:
+def test_weights_of_a_run_on_the_same_classes_give_a_warning(tmp_path: Path) -> None:
     first = build(tmp_path)
     again = build(tmp_path, "--pretrained", str(first.folder / "last.pth"), "--tag", "another")
     said = (again.folder / "log.txt").read_text()
@@ -235,21 +235,21 @@ def test_weights_of_a_run_on_the_same_classes_begin_a_schedule_of_their_own(tmp_
     assert "start from scratch, so" not in (other.folder / "log.txt").read_text()
 
 
-def test_a_disk_that_is_full_at_the_start_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_at_the_start_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(build_module, "write_whole", refuse)
+    monkeypatch.setattr(build_module, "write_atomically", refuse)
     run = build(tmp_path)
     assert "config.yaml could not be written (No space left on device)" in (run.folder / "log.txt").read_text()
     for path in run.folder.iterdir():
         path.unlink()
-    assert result_in_words(run).endswith(f"; no files are in {run.folder}")
+    assert describe_result(run).endswith(f"; no files are in {run.folder}")
 
 
-def test_a_run_from_elsewhere_sets_aside_what_lies_in_its_folder(tmp_path: Path) -> None:
+def test_run_resumed_from_another_folder_moves_earlier_files(tmp_path: Path) -> None:
     first = build(tmp_path)
-    first.hold.close()
+    first.lock.close()
     elsewhere = tmp_path / "elsewhere.pth"
     shutil.copy(first.folder / "last.pth", elsewhere)
     (first.folder / "bad_images.txt").write_text("broken.jpg\n")
@@ -268,13 +268,13 @@ def test_the_end_of_an_epoch_is_not_the_beginning_of_the_next(tmp_path: Path, mo
     run = build(tmp_path)
     run.state.position.epoch, run.state.position.update = 1, 0
     others = {1: 0, 0: run.state.updates_per_epoch}
-    monkeypatch.setattr(build_module, "agree_on", lambda number: number == others[number])
+    monkeypatch.setattr(build_module, "equal_on_all_ranks", lambda number: number == others[number])
     with pytest.raises(ValueError, match="the processes do not see the same checkpoints in"):
         build_module._check_agreement(run.state, run.folder)
 
 
 class _Constant(nn.Module):
-    """Says class 0 with certainty, whatever it sees."""
+    """Always predicts class 0 with certainty."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.tensor([20.0] + 9 * [0.0]).expand(len(images), -1)
@@ -288,7 +288,7 @@ def test_evaluation_counts_every_image_once(tmp_path: Path) -> None:
     assert result.metrics["top1"] == pytest.approx(100 * (labels == 0).float().mean().item())
 
 
-def test_an_image_too_few_is_an_error(tmp_path: Path) -> None:
+def test_missing_image_is_an_error(tmp_path: Path) -> None:
     run = build(tmp_path)
     share = build_eval_loader(run.config, open_dataset(run.config), rank=0, world_size=2)
     with pytest.raises(RuntimeError, match="180 images of a data set of 360"):
@@ -360,19 +360,19 @@ def test_rates_are_those_of_the_updates_on_every_line(tmp_path: Path, monkeypatc
     assert found == [(5, 64.0, 10.0), (10, 64.0, 10.0), (11, 64.0, 2.0)]
 
 
-def test_the_closing_line_names_what_lies_on_the_disk(tmp_path: Path) -> None:
+def test_closing_line_names_the_files_on_disk(tmp_path: Path) -> None:
     run = build(tmp_path)
     run.state.position.finish_epoch(50.0)
     folder = tmp_path / "output/tiny/default"
-    lost = "best accuracy 50.00 % in epoch 1 of 1, of which no best.pth lies here"
-    assert result_in_words(run) == f"{lost}; last.pth, log.txt and config.yaml are in {folder}"
+    lost = "best accuracy 50.00 % in epoch 1 of 1, without a best.pth in this folder"
+    assert describe_result(run) == f"{lost}; last.pth, log.txt and config.yaml are in {folder}"
     run.save(best=True)
-    assert result_in_words(run).startswith("best accuracy 50.00 % in epoch 1 of 1; best.pth, last.pth, log.txt and")
+    assert describe_result(run).startswith("best accuracy 50.00 % in epoch 1 of 1; best.pth, last.pth, log.txt and")
     run.state.position.finish_epoch(60.0)
-    assert "60.00 % in epoch 2 of 2, while best.pth is of epoch 1; best.pth" in result_in_words(run)
+    assert "60.00 % in epoch 2 of 2, while best.pth is of epoch 1; best.pth" in describe_result(run)
 
 
-def test_a_run_without_finite_results_names_no_best(tmp_path: Path) -> None:
+def test_run_without_finite_results_has_no_best_epoch(tmp_path: Path) -> None:
     run = build(tmp_path)
     run.state.position.finish_epoch(-math.inf)
-    assert result_in_words(run).startswith("no evaluation gave finite numbers; last.pth, log.txt and")
+    assert describe_result(run).startswith("no evaluation gave finite numbers; last.pth, log.txt and")

@@ -1,4 +1,4 @@
-"""The output folder: one run at a time writes into it, and a run that was killed holds it no longer."""
+"""The output folder: one run at a time writes into it, and a killed run releases it."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 import pytest
 
 from tests.runs import ROOT
-from training.output_folder import LOCK, hold_folder, open_folder, set_aside, try_folder
+from training.output_folder import LOCK, lock_folder, open_folder, set_aside, try_folder
 
-HOLD = "import sys, time; from pathlib import Path; from training.output_folder import hold_folder; "
-HOLD += "file = hold_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from training.output_folder import lock_folder; "
+HOLD += "file = lock_folder(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
 def other_run(folder: Path) -> subprocess.Popen[str]:
-    """Start a process that holds the folder."""
+    """Start a process that locks the folder."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
 
 
-def test_runs_that_start_at_once_make_the_folders_above_theirs(tmp_path: Path) -> None:
+def test_simultaneous_runs_create_their_parent_folders(tmp_path: Path) -> None:
     def start(tag: int) -> bool:
         folder = tmp_path / str(tag // 4) / "tiny" / str(tag % 4)
         try_folder(folder)
@@ -35,7 +35,7 @@ def test_runs_that_start_at_once_make_the_folders_above_theirs(tmp_path: Path) -
         assert all(runs.map(start, range(400)))
 
 
-def test_trying_a_folder_makes_none(tmp_path: Path) -> None:
+def test_try_folder_creates_nothing(tmp_path: Path) -> None:
     try_folder(tmp_path / "tiny" / "default")
     assert not list(tmp_path.iterdir())
     (tmp_path / "tiny").symlink_to(tmp_path / "nowhere")
@@ -50,21 +50,21 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path: Path, capsys:
             with pytest.raises(
                 ValueError, match=rf"{holder}; stop it, or give another --tag; .*, remove {tmp_path}/.lock"
             ):
-                hold_folder(tmp_path, patience=0)
+                lock_folder(tmp_path, patience=0)
             assert capsys.readouterr().err == ""
             with pytest.raises(ValueError, match=holder):
-                hold_folder(tmp_path, patience=0.3)
+                lock_folder(tmp_path, patience=0.3)
             assert re.fullmatch(rf"{holder}; waiting for it to end\n", capsys.readouterr().err)
         finally:
             first.kill()
-    with hold_folder(tmp_path, patience=0) as file:
+    with lock_folder(tmp_path, patience=0) as file:
         assert (tmp_path / LOCK).read_text().startswith(f"process {os.getpid()} on ")
         assert not file.closed
 
 
 def test_files_of_an_earlier_run_are_set_aside(tmp_path: Path) -> None:
     assert set_aside(tmp_path) is None
-    with hold_folder(tmp_path):
+    with lock_folder(tmp_path):
         assert set_aside(tmp_path) is None
         for number in (1, 2):
             (tmp_path / "last.pth").write_text(str(number))

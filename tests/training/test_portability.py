@@ -1,4 +1,4 @@
-"""What a run does without: the modules and signals that Windows lacks, simulated here, and the main thread."""
+"""Runs without the modules and signals that Windows lacks, simulated here, and in other threads."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 
 from tests.runs import run_command, write_config
 
-pytestmark = pytest.mark.xdist_group("portability")  # groups start first, single tests as long as these last
+pytestmark = pytest.mark.xdist_group("portability")  # groups start before single tests, and these are long
 
-# Windows as far as our code can tell: no fcntl, resource, SIGUSR1 and SIGHUP; no descriptors of folders; locks by
-# msvcrt, here on top of those of this system; processes that are spawned.
+# Windows, as far as it concerns this code: no fcntl, resource, SIGUSR1 and SIGHUP; folders cannot be opened; locks by
+# msvcrt, here implemented with those of this system; processes are spawned.
 WINDOWS = """
 import errno, fcntl, multiprocessing, os, shutil, signal, sys, types
 import torch, timm, torchvision, sklearn.datasets, matplotlib.figure  # which see the system that they are on
@@ -57,7 +57,7 @@ print("status", *statuses)
 
 
 @pytest.mark.slow
-def test_a_run_trains_resumes_and_is_evaluated_without_what_windows_lacks(tmp_path: Path) -> None:
+def test_run_trains_resumes_and_is_evaluated_with_the_modules_of_windows(tmp_path: Path) -> None:
     script = tmp_path / "windows.py"
     script.write_text(WINDOWS, encoding="utf-8")
     config = write_config(tmp_path, TRAIN={"EPOCHS": 1}, OUTPUT=str(tmp_path / "output"), DATA={"NUM_WORKERS": 1})
@@ -80,7 +80,7 @@ def test_a_lock_of_windows_keeps_a_second_run_out_and_can_be_read(tmp_path: Path
     script.write_text(WINDOWS.split("if __name__")[0], encoding="utf-8")
     holder = (
         "import subprocess, sys; from windows import *; pretend(); from pathlib import Path; "
-        "from training.output_folder import hold_folder; held = hold_folder(Path(sys.argv[1]), patience=0); "
+        "from training.output_folder import lock_folder; held = lock_folder(Path(sys.argv[1]), patience=0); "
         "print(sys.argv[2], flush=True); "
         "sys.argv[2] == 'first' and subprocess.run([sys.executable, '-c', sys.argv[3], sys.argv[1], 'second', ''])"
     )
@@ -91,7 +91,7 @@ def test_a_lock_of_windows_keeps_a_second_run_out_and_can_be_read(tmp_path: Path
     assert "(process " in done.stderr
 
 
-def test_a_thread_of_another_program_can_train(tmp_path: Path) -> None:
+def test_training_in_a_thread(tmp_path: Path) -> None:
     config = write_config(tmp_path, TRAIN={"EPOCHS": 1}, OUTPUT=str(tmp_path / "output"))
     done = run_command(sys.executable, "-c", IN_A_THREAD, "--cfg", config)
     assert done.stdout.splitlines()[-1] == "status 0", done.stderr

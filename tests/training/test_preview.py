@@ -1,4 +1,4 @@
-"""What --check says: what the run itself would, its schedule, and what its checkpoints take."""
+"""The output of --check: warnings of the run, its schedule, and the size of its checkpoints."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def doubtful(folder: Path) -> list[str]:
     return ["--cfg", str(config), "--batch-size", "6", "--warmup-epochs", "2"]
 
 
-def test_a_check_says_what_the_run_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_reports_the_warnings_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = doubtful(tmp_path)
     warnings = assemble(parse(flags)[1], CPU).warnings
     assert len(warnings) == 3
@@ -42,7 +42,7 @@ def test_a_check_says_what_the_run_would(tmp_path: Path, capsys: pytest.CaptureF
     assert not (tmp_path / "output").exists()
 
 
-def test_one_of_several_processes_speaks(
+def test_one_of_several_processes_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = doubtful(tmp_path)
@@ -55,7 +55,7 @@ def test_one_of_several_processes_speaks(
     assert "2 epochs of 1 updates of 8 images on 2 x cpu" in capsys.readouterr().out
 
 
-def test_a_disk_that_is_too_small_is_said(
+def test_disk_that_is_too_small_gives_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = doubtful(tmp_path)

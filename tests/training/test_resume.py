@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again by the same command ends as if nothing had happened."""
+"""A run killed at any moment and started again by the same command ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def survives(
     draw: random.Random,
     kills: int = 1,
 ) -> bool:
-    """Run, kill and continue so many times or more; say where the result differs, and return whether it does not."""
+    """Run, kill and continue at least this number of times; print the difference, and return whether there is none."""
     expected, seconds = uninterrupted.of(setting[0])
     trial = Trial(folder / f"trial-{draw.random()}", *setting)
     killed = 0

@@ -1,4 +1,4 @@
-"""Segmenters in the trainer: killed in the middle of an epoch, they go on bit for bit."""
+"""Segmenters in the trainer: exact resuming after a kill in mid-epoch."""
 
 from __future__ import annotations
 

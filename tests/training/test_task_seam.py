@@ -1,4 +1,4 @@
-"""The trainer knows nothing of classes: a task of another kind trains, is killed and resumes, bit for bit."""
+"""The trainer does not depend on classes: another task trains and resumes exactly after a kill."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 
+from config import default_config
+from tasks import TASKS, build_task
 from tests.launched import Trial, first_difference, outcome
 from tests.runs import read_metrics
-from tests.training.regression import register
+from tests.training.regression import Regression, register
+from utils import World
 
 pytestmark = pytest.mark.xdist_group("serial")
 
@@ -20,6 +24,16 @@ SECTIONS = {
     "PRINT_FREQ": 3,
     "SAVE_EVERY_UPDATES": 2,
 }
+
+
+def test_new_task_decides_which_options_it_supports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, "regression", Regression)
+    config, world = default_config(), World(0, 1, 0, torch.device("cpu"))
+    config.TASK, config.DATA.CACHE = "regression", True
+    assert isinstance(build_task(config, world, training=True), Regression)
+    monkeypatch.setattr(Regression, "unsupported", ("DATA.CACHE",))
+    with pytest.raises(ValueError, match=r"^DATA\.CACHE is not supported by TASK regression; leave it at False"):
+        build_task(config, world, training=True)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

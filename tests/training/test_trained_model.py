@@ -1,4 +1,4 @@
-"""A network from a checkpoint alone: its config, classes and weights."""
+"""Loading a network from a checkpoint: its config, classes and weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_the_weights_are_those_that_the_checkpoint_was_chosen_for(
     assert not model.network.training
 
 
-def test_averaged_weights_that_are_not_there_are_refused(tmp_path: Path) -> None:
+def test_missing_averaged_weights_are_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no averaged weights"):
         load_trained(write_checkpoint(tmp_path), weights="ema")
 
@@ -67,7 +67,7 @@ def test_a_thousand_classes_without_names_are_those_of_imagenet(tmp_path: Path) 
     assert "tench" in names[0]
 
 
-def test_options_that_the_run_did_not_know_yet_have_their_defaults(tmp_path: Path) -> None:
+def test_options_added_since_the_checkpoint_have_their_defaults(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path)
     whole = torch.load(path, weights_only=True)
     options = yaml.safe_load(whole["config"])

@@ -1,4 +1,4 @@
-"""One real training run in a process of its own, and what it leaves behind."""
+"""One complete training run in a separate process, and its files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_run_learns_and_leaves_its_files(trained: tuple[Path, Path, str]) -> N
     assert console.splitlines()[0] in (folder / "log.txt").read_text(encoding="utf-8")
 
 
-def test_the_written_config_is_the_run(trained: tuple[Path, Path, str]) -> None:
+def test_written_config_reproduces_the_run(trained: tuple[Path, Path, str]) -> None:
     config, folder, _ = trained
     expected = load_config(config, ["TAG", "first", "OUTPUT", str(folder.parents[1]), "TRAIN.EMA.ENABLED", True])
     assert load_config(folder / "config.yaml") == expected
@@ -67,7 +67,7 @@ def test_timm_finds_both_sets_of_weights_and_the_file_holds_them_once(trained: t
     assert all(value is checkpoint["model_ema"][name] for name, value in checkpoint["ema"].items())
 
 
-def test_evaluation_gives_the_number_of_the_training(trained: tuple[Path, Path, str]) -> None:
+def test_evaluation_reproduces_the_accuracy_of_training(trained: tuple[Path, Path, str]) -> None:
     config, folder, _ = trained
     best = max(read_metrics(folder, "eval_ema"), key=lambda row: row["top1"])  # best.pth was chosen for its average
     in_training = (f"{best['top1']:.3f}", f"{best['top5']:.3f}", f"{best['loss']:.4f}")

@@ -1,4 +1,4 @@
-"""A Vision Transformer in the trainer: it goes on as it would have, and is evaluated as it was trained."""
+"""A Vision Transformer in the trainer: exact resuming, and evaluation with the windows of its epoch."""
 
 from __future__ import annotations
 

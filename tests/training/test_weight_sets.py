@@ -1,4 +1,4 @@
-"""Weights in files of other trainers: found by the names of the network, whatever they are stored under."""
+"""Weights in files of other trainers, found by the parameter names of the network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.weight_sets import pick_weights
 
 
 def network(value: float = 0.0) -> nn.Module:
-    """Return a network with a child that is called like a wrapper, all of whose weights are `value`."""
+    """Return a network with a child named like a wrapper and all weights set to `value`."""
     made = nn.ModuleDict({"stem": nn.Linear(2, 2), "blocks": nn.ModuleDict({"module": nn.Linear(2, 2)})})
     made.add_module("cls_head", nn.Linear(2, 3))
     for weight in made.parameters():
@@ -31,7 +31,7 @@ def state(value: float = 1.0, prefix: str = "") -> dict[str, torch.Tensor]:
 
 
 def value_of(checkpoint: dict[str, Any], kind: str = "") -> tuple[float, str]:
-    """Return the value of the weights that are taken, whose names must be the network's, and their kind."""
+    """Return value and kind of the selected weights, whose names must be the network's."""
     picked = pick_weights(checkpoint, "x.pth", network(), kind=kind)
     assert picked.weights.keys() == state().keys()
     return next(iter(picked.weights.values())).max().item(), picked.kind
@@ -62,16 +62,16 @@ OPTIMIZER = {"state": {0: {"exp_avg": torch.zeros(2)}}, "exp_avg": state(7.0)}
         ({"module": state(), "dp_world_size": 8}, "module"),
     ],
 )
-def test_weights_are_found_and_said_to_be(checkpoint: dict[str, Any], place: str) -> None:
+def test_weights_are_found_and_their_entry_is_noted(checkpoint: dict[str, Any], place: str) -> None:
     assert value_of(checkpoint) == (1.0, "raw")
     notes = pick_weights(checkpoint, "x.pth", network()).notes
     assert [note for note in notes if "recognised" in note] == ([notes[0]] if place else [])
     assert not place or notes[0].startswith(f"x.pth: the weights were recognised in {place}")
 
 
-def test_what_stands_beside_a_prefix_is_named() -> None:
+def test_entries_without_the_prefix_are_named() -> None:
     notes = pick_weights({"state_dict": state(prefix="model.") | EXTRA}, "x.pth", network()).notes
-    assert notes[1:] == ["x.pth: left out are 2 entries without that prefix, loss.weight, projector.0.weight"]
+    assert notes[1:] == ["x.pth: not used: 2 entries without that prefix, loss.weight, projector.0.weight"]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_what_stands_beside_a_prefix_is_named() -> None:
         {"params": state(), "params_ema": state(2.0)},
     ],
 )
-def test_of_several_sets_the_average_is_taken_unless_told_otherwise(checkpoint: dict[str, Any]) -> None:
+def test_averaged_weights_are_preferred_by_default(checkpoint: dict[str, Any]) -> None:
     assert value_of(checkpoint) == value_of(checkpoint, "ema") == (2.0, "ema")
     assert value_of(checkpoint, "raw") == (1.0, "raw")
     picked = pick_weights(checkpoint, "x.pth", network())
@@ -94,7 +94,7 @@ def test_of_several_sets_the_average_is_taken_unless_told_otherwise(checkpoint: 
     assert re.fullmatch("x.pth: averaged weights are taken from .*; it also contains .*", picked.notes[-1])
 
 
-def test_a_file_says_what_it_was_chosen_for() -> None:
+def test_checkpoint_records_which_weights_it_was_selected_by() -> None:
     both = {"model": state(), "ema": state(2.0)}
     assert value_of(both | {"chosen": "raw"}) == (1.0, "raw")
     assert value_of(both | {"chosen": "ema"}) == value_of(both) == (2.0, "ema")
@@ -108,11 +108,11 @@ def test_one_set_under_two_names_is_one_set() -> None:
     assert picked.notes == []
 
 
-def test_the_average_of_torch_is_one() -> None:
+def test_averaged_model_of_torch_is_recognised() -> None:
     assert value_of({"state_dict": AveragedModel(network(2.0)).state_dict()}) == (2.0, "ema")
 
 
-def test_a_kind_that_is_not_there_is_refused() -> None:
+def test_missing_kind_of_weights_is_rejected() -> None:
     for checkpoint in ({"model": state(), "ema": None}, {"model": state()}):
         with pytest.raises(
             ValueError, match=r"^x.pth holds no averaged weights; use --weights raw, or train with --ema$"
@@ -123,13 +123,13 @@ def test_a_kind_that_is_not_there_is_refused() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [{}, {"model": {}}, {"model": {"a": 1}}, {"model": None}, {"epoch": 3}])
-def test_a_file_without_weights_is_refused_with_what_it_holds(checkpoint: dict[str, Any]) -> None:
+def test_file_without_weights_is_rejected_with_its_contents(checkpoint: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"^x\.pth contains no weights: neither .*; it contains ") as error:
         pick_weights(checkpoint, "x.pth", network())
     assert all(name in str(error.value) for name in checkpoint)
 
 
-def test_weights_of_another_architecture_are_answered_with_the_layout() -> None:
+def test_weights_of_another_architecture_are_rejected_with_their_layout() -> None:
     other = {"net": {f"layer{i}.weight": torch.ones(1) for i in range(9)}, "opt": {}, "epoch": 3}
     with pytest.raises(ValueError, match="contains no weights of this architecture") as error:
         pick_weights(other, "x.pth", network())
@@ -148,7 +148,7 @@ def test_files_of_safetensors_are_read(tmp_path: Path) -> None:
         load_checkpoint(path)
 
 
-def test_files_are_read_by_what_they_hold_not_by_their_names(tmp_path: Path) -> None:
+def test_files_are_recognised_by_content_not_by_name(tmp_path: Path) -> None:
     path = tmp_path / "model.pth"
     save_file(state(2.0, prefix="ema_model."), path)
     assert value_of(load_checkpoint(path)) == (2.0, "ema")
@@ -158,11 +158,11 @@ def test_files_are_read_by_what_they_hold_not_by_their_names(tmp_path: Path) -> 
         load_checkpoint(path)
     with path.open("wb") as file:
         np.savez(file, **{name: tensor.numpy() for name, tensor in state().items()})
-    with pytest.raises(ValueError, match=r"model\.pth is an archive of NumPy; save its arrays as tensors"):
+    with pytest.raises(ValueError, match=r"model\.pth is a NumPy archive; save its arrays as tensors"):
         load_checkpoint(path)
 
 
-def test_averages_without_names_are_said_to_be_left() -> None:
+def test_averages_without_names_give_a_note() -> None:
     averages = {"decay": 0.9, "shadow_params": list(state(2.0).values())}
     checkpoint = {"state_dict": state(prefix="model."), "ema_state": averages}
     assert value_of(checkpoint) == (1.0, "raw")

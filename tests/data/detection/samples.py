@@ -1,4 +1,4 @@
-"""A small data set in the layout of COCO, with everything that goes wrong in one."""
+"""A small data set in the layout of COCO, with all kinds of invalid annotations."""
 
 from __future__ import annotations
 

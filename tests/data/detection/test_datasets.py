@@ -1,4 +1,4 @@
-"""Samples of detection: what becomes of images that cannot be read."""
+"""Detection samples, and the handling of unreadable images."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from data.build import loader_doubts
-from data.datasets import ByValue
+from data.build import loader_warnings
+from data.datasets import PipedCollate
 from data.detection.build import build_eval_loader, build_train_loader, largest_image, open_dataset
 from data.detection.coco import open_coco
 from data.detection.datasets import EvalSamples, TrainSamples
@@ -54,9 +54,7 @@ def test_training_images_that_cannot_be_read_are_substituted(tmp_path: Path) -> 
         assert len(sample.target["labels"]) == len(sample.target["masks"]) == 2
 
 
-def test_batches_go_through_pipes_where_their_images_do_not_fit_into_shared_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batches_that_exceed_shared_memory_go_through_pipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(write_coco(tmp_path), DATASET="coco", NUM_WORKERS=1)
     config.DETECTION.SHORT_SIDES, config.DETECTION.TEST_SHORT_SIDE, config.DETECTION.LONG_SIDE = [48], 48, 60
     dataset = open_dataset(config, ("train", "val"))
@@ -65,12 +63,12 @@ def test_batches_go_through_pipes_where_their_images_do_not_fit_into_shared_memo
     for free in (needed, needed - 1):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(0, 0, free))
         short = free < needed
-        assert len(loader_doubts(config, largest_image(config))) == short
+        assert len(loader_warnings(config, largest_image(config))) == short
         loaders = (
             build_train_loader(config, dataset, masks=True, rank=0, world_size=1),
             build_eval_loader(config, dataset, rank=0, world_size=1),
         )
-        assert all(isinstance(loader.collate_fn, ByValue) == short for loader in loaders)
+        assert all(isinstance(loader.collate_fn, PipedCollate) == short for loader in loaders)
         batches[short] = [batch for loader in loaders for batch in loader]
     for (images, targets, _), (others, other_targets, _) in zip(batches[True], batches[False], strict=True):
         assert all(map(torch.equal, images, others))

@@ -1,4 +1,4 @@
-"""Readers of detection data: boxes, masks and crowds as they were written; what is broken is left out and named."""
+"""Readers of detection data: boxes, masks and crowds; invalid annotations are skipped and named."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_boxes_polygons_runs_and_crowds_are_read(tmp_path: Path, published: bool
     assert masks[2, :, 2:4].all()
 
 
-def test_what_is_broken_is_left_out_and_named(tmp_path: Path) -> None:
+def test_invalid_annotations_are_skipped_and_named(tmp_path: Path) -> None:
     write_coco(tmp_path)
     images = [{"id": i, "file_name": f"{i}.png", "height": 32, "width": 40} for i in (0, 1, 20)]
     boxes = [[5, 5, 10, 10], [3, 3, 0, 4], [50, 5, 4, 4], [-5, -5, 15, 15], [1, 1, float("nan"), 4]]
@@ -70,7 +70,7 @@ def test_other_files_are_refused(tmp_path: Path, content: str, message: str) -> 
         open_coco(Request(path=str(tmp_path)))
 
 
-def test_voc_counts_pixels_from_one_and_does_not_learn_what_is_difficult(tmp_path: Path) -> None:
+def test_voc_counts_pixels_from_one_and_skips_difficult_objects(tmp_path: Path) -> None:
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / folder).mkdir(parents=True)
     box = "<bndbox><xmin>3</xmin><ymin>1</ymin><xmax>9</xmax><ymax>8</ymax></bndbox>"

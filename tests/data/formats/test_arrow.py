@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face and Parquet files: columns, labels and what is wrong with them."""
+"""Data sets of Hugging Face and Parquet files: columns, labels and error messages."""
 
 from __future__ import annotations
 
@@ -67,6 +67,7 @@ def test_columns_by_name(tmp_path: Path) -> None:
         ([0, -1], [0], Value("int64"), "label -1 is out of range"),
         ([0, 5000], [0], Value("int64"), "label 5000 is out of range"),
         ([0, None], [0], Value("int64"), "row 1: label None is out of range"),
+        ([0.0, 1.0], [0.0], Value("float32"), "train: label 0.0 is a whole number with decimals; write it as 0"),
         ([0, 1], [3], Value("int64"), "has classes that .* does not have: 2, 3"),
         (["a", "b"], ["B"], Value("string"), r"has classes that .* does not have: B \(train has b\)"),
     ],
@@ -78,7 +79,7 @@ def test_wrong_labels(tmp_path: Path, train: list, val: list, label: object, say
 
 
 def test_number_beyond_the_names(tmp_path: Path) -> None:
-    """The library refuses to write one, but not to read it."""
+    """The library rejects it when writing, but not when reading."""
     labels = table(tmp_path, [0, 1], ClassLabel(names=["a", "b"]))
     labels.info.features["label"] = ClassLabel(names=["a"])
     labels.to_parquet(tmp_path / "train.parquet")

@@ -1,4 +1,4 @@
-"""CIFAR-10 in six formats: the same images in the same order, killed runs that end alike, the same accuracy.
+"""CIFAR-10 in six formats: the same images in the same order, the same results of killed runs, the same accuracy.
 
     CIFAR10=FOLDER python -m pytest -m slow tests/data/formats/test_cifar10.py
 
@@ -64,7 +64,7 @@ def cache(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def epoch(data: dict, processes: int) -> tuple[list[Draw], str]:
-    """Return what an epoch of all processes draws, in its order, and a checksum of files and labels in that order."""
+    """Return the images that an epoch draws on all processes, in order, and a checksum of their files and labels."""
     config = small_config(Path(data["DATA_PATH"]), **data, BATCH_SIZE=MICRO_BATCH // processes)
     source = open_dataset(config, ("train",)).train
     samplers = [train_sampler(config, len(source), rank=rank, world_size=processes) for rank in range(processes)]
@@ -98,7 +98,7 @@ def trial(folder: Path, data: dict) -> Trial:
 
 @pytest.fixture(scope="module")
 def trained(place: Path) -> tuple[dict, Path]:
-    """Return what a run that nothing happens to leaves, and its checkpoint."""
+    """Return the outcome of an uninterrupted run, and its checkpoint."""
     whole = trial(place / "whole", write("folders", place / "part", place))
     return whole.finish(), whole.folder / "best.pth"
 

@@ -24,13 +24,13 @@ def test_sizes(digits: dict[bool, ArraySource]) -> None:
     assert (len(digits[True]), len(digits[False])) == (1437, 360)
 
 
-def test_the_parts_are_the_whole_without_overlap(digits: dict[bool, ArraySource]) -> None:
+def test_splits_are_complete_and_disjoint(digits: dict[bool, ArraySource]) -> None:
     whole = [image.astype(np.uint8).tobytes() for image in load_digits().images]
     assert sorted(grey_levels(digits[True]) + grey_levels(digits[False])) == sorted(whole)
-    assert len(set(whole)) == 1797  # so that no overlap hides behind equal images
+    assert len(set(whole)) == 1797  # duplicates would hide an overlap
 
 
-def test_each_class_is_split_alike(digits: dict[bool, ArraySource]) -> None:
+def test_each_class_is_split_in_the_same_ratio(digits: dict[bool, ArraySource]) -> None:
     train, held_out = (np.bincount([d.label(i) for i in range(len(d))], minlength=10) for d in digits.values())
     assert len(train) == len(CLASSES) == 10
     assert np.abs(held_out - (train + held_out) / 5).max() < 1

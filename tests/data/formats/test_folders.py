@@ -1,4 +1,4 @@
-"""The layout of an image folder, and one clear line for each way to get it wrong."""
+"""The layout of class folders, and an error message for each wrong layout."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LAYOUT = "the layout is DATA_PATH/train/<class>/*.jpg and DATA_PATH/val/<class>/
 
 
 def opened(root: Path, *splits: str) -> Dataset:
-    """Open a folder, both of its parts where none is named."""
+    """Open a folder, by default both splits."""
     return open_folders(Request(path=str(root), needs=splits or ("train", "val")))
 
 
 def refusal(root: Path, *splits: str) -> str:
-    """Return the one line that a folder is refused with, its root written as ROOT."""
+    """Return the one-line error message for a folder, with its root replaced by ROOT."""
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
         opened(root, *splits)
     return str(caught.value).replace(str(root), "ROOT")
@@ -97,7 +97,7 @@ def test_many_classes_without_images(tmp_path: Path) -> None:
     assert "ROOT/train/empty3, ROOT/train/empty4 and 2 more; add some" in refusal(tmp_path)
 
 
-def test_classes_of_val_that_train_has_not(tmp_path: Path) -> None:
+def test_classes_of_val_that_train_does_not_have(tmp_path: Path) -> None:
     write_folder(tmp_path, {**GOOD, **{f"val/new{number}": 1 for number in range(6)}})
     expected = f"ROOT/val has classes that ROOT/train does not have: new0, new1, new2, new3, new4 and 1 more; {LAYOUT}"
     assert refusal(tmp_path) == refusal(tmp_path, "val") == expected
@@ -108,7 +108,7 @@ def test_unreadable_folder(tmp_path: Path, unreadable: str, monkeypatch: pytest.
     write_folder(tmp_path, GOOD)
     scandir = os.scandir
 
-    def refuse(path: str | Path) -> object:  # the superuser, as whom containers run tests, may read anything
+    def refuse(path: str | Path) -> object:  # root, as in containers, can read every file
         if str(path) == f"{tmp_path}{unreadable}":
             raise PermissionError(13, "Permission denied", str(path))
         return scandir(path)
@@ -117,7 +117,7 @@ def test_unreadable_folder(tmp_path: Path, unreadable: str, monkeypatch: pytest.
     assert refusal(tmp_path) == f"cannot read folder ROOT{unreadable}: Permission denied; {LAYOUT}"
 
 
-def test_class_that_is_a_link_to_nothing(tmp_path: Path) -> None:
+def test_class_that_is_a_broken_link(tmp_path: Path) -> None:
     write_folder(tmp_path, GOOD)
     (tmp_path / "train" / "emu").symlink_to(tmp_path / "gone")
     assert refusal(tmp_path) == "ROOT/train/emu is a broken link; repair or remove it"
@@ -167,7 +167,7 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path) -> None:
     assert read == [f"{folder}/{name}.jpg" for folder in "klmn" for name in sorted(names)]
 
 
-def test_names_that_are_no_text(tmp_path: Path) -> None:
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/cat": 1})
     (tmp_path / "train" / "cat" / "0.jpg").rename(
         os.fsdecode(bytes(tmp_path / "train" / "cat") + b"/\xff \xc3\xa4.jpg")
@@ -189,17 +189,17 @@ def test_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
     write_folder(tmp_path, GOOD)
     for name in ("a.HEIC", "b.heic", "notes.txt", "README", ".DS_Store"):
         (tmp_path / "train" / "cat" / name).write_text("no image")
-    assert opened(tmp_path).doubts() == [
+    assert opened(tmp_path).warnings() == [
         f"4 files in {tmp_path}/train are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt, 1 without ending"
     ]
 
 
-def test_folders_that_network_storage_leaves_are_no_classes(tmp_path: Path) -> None:
+def test_folders_of_network_storage_are_not_classes(tmp_path: Path) -> None:
     write_folder(tmp_path, {**GOOD, "train/#recycle": 1, "train/@Recycle": 0, "val/@eaDir": 1})
     assert len(opened(tmp_path).classes) == len({name.partition("/")[2] for name in GOOD})
 
 
-def test_class_of_nothing_but_skipped_files(tmp_path: Path) -> None:
+def test_class_with_only_skipped_files(tmp_path: Path) -> None:
     write_folder(tmp_path, {**GOOD, "train/emu": 0})
     (tmp_path / "train" / "emu" / "a.heic").write_text("no image")
     (tmp_path / "train" / "cat" / "notes.txt").write_text("of another class")
@@ -207,7 +207,7 @@ def test_class_of_nothing_but_skipped_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", ".ipynb_checkpoints"])
-def test_folders_that_systems_leave(tmp_path: Path, name: str) -> None:
+def test_folders_of_operating_systems_are_ignored(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path, GOOD)
     for folder in (tmp_path / name, tmp_path / "train" / name, tmp_path / "train" / "cat" / name):
         folder.mkdir()
@@ -215,7 +215,7 @@ def test_folders_that_systems_leave(tmp_path: Path, name: str) -> None:
         (folder / "0.txt").write_text("no image")
     dataset = opened(tmp_path)
     assert dataset.classes == ["cat", "dog"]
-    assert dataset.doubts() == [] or name == ".ipynb_checkpoints"
+    assert dataset.warnings() == [] or name == ".ipynb_checkpoints"
     assert len(dataset.train) == 5
 
 
@@ -232,7 +232,7 @@ def test_names_in_two_forms_of_unicode_are_one_class(tmp_path: Path) -> None:
 
 def test_names_that_differ_in_case(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/dog": 1, "train/Dog": 1, "val/dog": 1, "val/Dog": 1})
-    assert opened(tmp_path).doubts() == ["classes Dog and dog differ only in case"]
+    assert opened(tmp_path).warnings() == ["classes Dog and dog differ only in case"]
     shutil.rmtree(tmp_path / "train" / "Dog")
     assert "val has classes that ROOT/train does not have: Dog (train has dog); " in refusal(tmp_path)
 
@@ -241,15 +241,15 @@ def test_numeric_folders(tmp_path: Path) -> None:
     write_folder(tmp_path, {f"{split}/{name}": 1 for split in ("train", "val") for name in ("0", "2", "10", "1")})
     dataset = opened(tmp_path)
     assert dataset.classes == ["0", "1", "10", "2"]  # as torchvision sorts them
-    assert "the classes are numbers, but labels follow their order as text (0, 1, 10, ...)" in dataset.doubts()[0]
+    assert "the classes are numbers, but labels follow their order as text (0, 1, 10, ...)" in dataset.warnings()[0]
     ordered = dataset.by_number()
     assert ordered.classes == ["0", "1", "2", "10"]
-    assert ordered.doubts() == []
+    assert ordered.warnings() == []
     for source, other in ((dataset.train, ordered.train), (dataset.held_out, ordered.held_out)):
         for index in range(4):
             assert dataset.classes[source.label(index)] == ordered.classes[other.label(index)]
     write_folder(tmp_path / "padded", {f"{split}/{name}": 1 for split in ("train", "val") for name in ("00", "01")})
-    assert opened(tmp_path / "padded").doubts() == []
+    assert opened(tmp_path / "padded").warnings() == []
 
 
 def test_usual_names_of_the_held_out_part(tmp_path: Path) -> None:
@@ -270,7 +270,7 @@ def test_all_classes_at_the_root_and_a_part_of_them_elsewhere(tmp_path: Path) ->
 
 def test_one_class(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/cat": 2, "val/cat": 1})
-    assert opened(tmp_path).doubts() == ["the data set has only one class, cat"]
+    assert opened(tmp_path).warnings() == ["the data set has only one class, cat"]
 
 
 def test_long_lists_are_kept_until_a_folder_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +350,7 @@ def test_validation_images_in_one_folder(tmp_path: Path, where: str, name: str, 
         ("ILSVRC2012_validation_ground_truth.txt", "1 2 3", "needs meta.mat of the same development kit next to it"),
     ],
 )
-def test_lists_of_classes_that_do_not_fit(tmp_path: Path, name: str, content: str, says: str) -> None:
+def test_lists_of_classes_that_do_not_match(tmp_path: Path, name: str, content: str, says: str) -> None:
     truth(tmp_path, "", name, content)
     assert says in refusal(tmp_path)
 
@@ -362,11 +362,11 @@ def test_orientation(tmp_path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     photograph().save(tmp_path / "train/cat/0.jpg", exif=exif)
     assert opened(tmp_path).train.read(0).size == (48, 36)
-    turned = open_folders(Request(path=str(tmp_path), turn=True)).train.read(0)
+    turned = open_folders(Request(path=str(tmp_path), exif=True)).train.read(0)
     assert turned.size == ((36, 48) if orientation > 4 else (48, 36))
 
 
-def test_a_link_to_a_folder_above_it_is_not_followed(tmp_path: Path) -> None:
+def test_link_to_a_parent_folder_is_not_followed(tmp_path: Path) -> None:
     root = write_folder(tmp_path, {"train/cat/near": 2, "elsewhere": 3})
     (root / "train/cat/near/loop").symlink_to(root / "train/cat")
     (root / "train/cat/linked").symlink_to(root / "elsewhere")

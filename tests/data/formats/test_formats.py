@@ -41,15 +41,15 @@ def content(source: object) -> list[tuple[int, bytes]]:
     return [(source.label(index), source.get(index).data) for index in range(len(source))]
 
 
-def test_a_format_holds_what_the_folders_hold(photos: Path, stored: tuple[str, Path]) -> None:
+def test_format_has_the_images_of_the_folders(photos: Path, stored: tuple[str, Path]) -> None:
     folders, other = opened(("imagenet", photos)), opened(stored)
     assert other.classes == folders.classes == ["cat", "dog", "emu"]
     assert content(other.train) == content(folders.train)
     assert content(other.held_out) == content(folders.held_out)
-    assert other.doubts() == folders.doubts() == ["1 of 3 classes have no held-out images: dog"]
+    assert other.warnings() == folders.warnings() == ["1 of 3 classes have no held-out images: dog"]
 
 
-def test_evaluation_alone_labels_alike(stored: tuple[str, Path]) -> None:
+def test_evaluation_without_training_assigns_the_same_labels(stored: tuple[str, Path]) -> None:
     dataset = opened(stored, "val")
     assert dataset.train is None
     assert dataset.classes == ["cat", "dog", "emu"]
@@ -62,7 +62,7 @@ def test_images_are_read(stored: tuple[str, Path]) -> None:
     assert source.get(3).name
 
 
-def test_workers_that_are_not_forked_get_a_copy(stored: tuple[str, Path]) -> None:
+def test_spawned_workers_get_a_copy(stored: tuple[str, Path]) -> None:
     source = opened(stored).train
     assert content(pickle.loads(pickle.dumps(source))) == content(source)
 

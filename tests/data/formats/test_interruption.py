@@ -1,4 +1,4 @@
-"""A run that is killed in mid-epoch ends as one on class folders that nothing happened to, whatever the format."""
+"""In every format, a run killed in mid-epoch ends like an uninterrupted run on class folders."""
 
 from __future__ import annotations
 

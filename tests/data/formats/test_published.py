@@ -1,4 +1,4 @@
-"""CIFAR and MNIST as they are published, on small files of the same layout."""
+"""CIFAR and MNIST in their published layout, with small files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tables of paths and labels, and what is wrong with them by line."""
+"""Tables of paths and labels, and error messages that name the line."""
 
 from __future__ import annotations
 
@@ -40,9 +40,14 @@ def test_a_list_of_classes(root: Path) -> None:
     assert (dataset.classes, labels(dataset)) == (["emu", "cat", "dog"], [2, 0])
 
 
-def test_numbers_with_zeros_before_them_are_names(root: Path) -> None:
+def test_numbers_with_leading_zeros_are_names(root: Path) -> None:
     dataset = opened(root, "images/0.jpg,01\nimages/1.jpg,00\n", "images/5.jpg,01\n")
     assert (dataset.classes, dataset.train.labels.tolist()) == (["00", "01"], [1, 0])
+
+
+def test_decimal_numbers_are_names(root: Path) -> None:
+    dataset = opened(root, "images/0.jpg,1.0\nimages/1.jpg,0.5\n", "images/5.jpg,1.0\n")
+    assert (dataset.classes, labels(dataset)) == (["0.5", "1.0"], [1, 0])
 
 
 def test_several_labels(root: Path) -> None:
@@ -95,6 +100,12 @@ def test_several_labels(root: Path) -> None:
             "",
             "ROOT/train.csv, line 2: the label is empty; give",
         ),
+        (
+            "images/0.jpg,0\nimages/1.jpg,10.0\n",
+            "images/5.jpg,0\n",
+            "",
+            "ROOT/train.csv: label 10.0 is a whole number with decimals; write it as 10",
+        ),
         ("images,cat\n", "images/5.jpg,cat\n", "", "ROOT/train.csv, line 1: there is no file ROOT/images; paths are"),
         ("i\0m\0a\0,\0c\0", "images/5.jpg,cat\n", "", "table ROOT/train.csv is not UTF-8 text; convert it"),
         (
@@ -124,7 +135,7 @@ def test_missing_tables(root: Path) -> None:
         open_table(Request(path=str(root / "gone")))
 
 
-def test_a_column_of_parts_without_rows(root: Path) -> None:
+def test_split_column_without_rows(root: Path) -> None:
     (root / "all.csv").write_text("path,label,split\nimages/0.jpg,cat,train\n")
     with pytest.raises(ValueError, match=r"all.csv has no images whose split is val or validation or valid or test"):
         open_table(Request(path=str(root / "all.csv")))

@@ -1,4 +1,4 @@
-"""Archives and their index: what is cut off, stale or missing has its clear error."""
+"""Archives and their index: truncated, stale and missing files are clear errors."""
 
 from __future__ import annotations
 
@@ -51,31 +51,31 @@ def test_the_index_is_built_once(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [len(dataset.train), len(dataset.held_out)] == [9, 4]
 
 
-def test_a_folder_that_is_not_ours_to_write(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_without_write_permission(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr("os.access", lambda *_: False)  # the superuser may write anywhere
+    monkeypatch.setattr("os.access", lambda *_: False)  # root can write everywhere
     assert len(opened(root).train) == 9
     assert sorted(path.name for path in root.iterdir()) == ["train.tar", "val.tar"]
     assert len(list((tmp_path / "cache/dat/tar").iterdir())) == 2
 
 
 @pytest.mark.parametrize("left", [0.1, 0.3, 0.5])
-def test_archive_that_is_cut_off(root: Path, left: float) -> None:
+def test_truncated_archive(root: Path, left: float) -> None:
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(content[: int(len(content) * left)])
     assert refusal(root).startswith("archive ROOT/train.tar is truncated or damaged (")
     assert [path.name for path in root.iterdir() if path.suffix == ".index"] == []
 
 
-def test_archive_that_is_cut_off_between_two_members(root: Path) -> None:
+def test_archive_truncated_between_two_members(root: Path) -> None:
     with tarfile.open(root / "train.tar") as archive:
         last = archive.getmembers()[-1]
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(content[: last.offset])
-    assert refusal(root) == "archive ROOT/train.tar is truncated or damaged (it has no end); copy it again"
+    assert refusal(root) == "archive ROOT/train.tar is truncated or damaged (its end is missing); copy it again"
 
 
-def test_archive_that_is_cut_off_after_it_was_indexed(root: Path) -> None:
+def test_archive_truncated_after_indexing(root: Path) -> None:
     images = opened(root).train
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(content[:2000])
@@ -86,8 +86,8 @@ def test_archive_that_is_cut_off_after_it_was_indexed(root: Path) -> None:
 
 def is_stale(message: str, what: str) -> bool:
     return message == (
-        f"index ROOT/train.index is not of these archives: {what}; if they are right, delete the index, and it is "
-        "built again"
+        f"index ROOT/train.index does not match the archives: {what}; if these are correct, delete the index to "
+        "rebuild it"
     )
 
 
@@ -106,7 +106,7 @@ def test_index_of_another_archive_of_the_same_size(root: Path) -> None:
     opened(root)
     content = (root / "train.tar").read_bytes()
     (root / "train.tar").write_bytes(bytes(512) + content[:-512])
-    assert is_stale(refusal(root), "train.tar holds no cat/0.jpg where the index says")
+    assert is_stale(refusal(root), "train.tar does not contain cat/0.jpg at the indexed offset")
 
 
 def test_index_of_members_of_other_names(tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_index_of_members_of_other_names(tmp_path: Path) -> None:
         (tmp_path / "new").replace(tmp_path / "train.tar")
         if names[0] == "cat":
             opened(tmp_path, "train")
-    assert is_stale(refusal(tmp_path, "train"), "train.tar holds no cat/0.jpg where the index says")
+    assert is_stale(refusal(tmp_path, "train"), "train.tar does not contain cat/0.jpg at the indexed offset")
 
 
-def test_archive_in_space_that_was_set_aside(root: Path) -> None:
+def test_archive_in_preallocated_space(root: Path) -> None:
     """Programs that copy in pieces give a file its size first; zeros behind the last piece look like an end."""
     with tarfile.open(root / "train.tar") as archive:
         end = archive.getmembers()[4].offset
@@ -131,10 +131,10 @@ def test_archive_in_space_that_was_set_aside(root: Path) -> None:
     )
 
 
-def test_archives_in_a_row(root: Path) -> None:
+def test_concatenated_archives(root: Path) -> None:
     (root / "train.tar").write_bytes((root / "train.tar").read_bytes() * 2)
     assert refusal(root) == (
-        "archive ROOT/train.tar goes on after its end: it is several archives in a row, or damaged; keep them apart as "
+        "archive ROOT/train.tar has data after its end: several archives were joined, or it is damaged; use separate "
         "shards (train-000000.tar, ...), or copy it again"
     )
 
@@ -144,7 +144,7 @@ def test_damaged_index(root: Path) -> None:
     whole = (root / "train.index").read_bytes()
     for content in (whole[:-300], b"something else", b"", b"dat listing 1\n{}\n", b"dat listing 1\n[]\n"):
         (root / "train.index").write_bytes(content)
-        assert refusal(root) == "index ROOT/train.index is damaged or not an index; delete it, and it is built again"
+        assert refusal(root) == "index ROOT/train.index is damaged or not an index; delete it to rebuild it"
 
 
 def test_missing_shard(photos: Path, tmp_path: Path) -> None:
@@ -160,10 +160,10 @@ def test_shard_that_is_missing_after_it_was_indexed(photos: Path, tmp_path: Path
     root = write_shards(photos, tmp_path / "shards", size=2)
     opened(root)
     (root / "train-000004.tar").unlink()
-    assert "index ROOT/train.index is not of these archives: it lists train-000004.tar, not there" in refusal(root)
+    assert "index ROOT/train.index does not match the archives: train-000004.tar is missing" in refusal(root)
 
 
-def test_shards_that_say_how_many_they_are(photos: Path, tmp_path: Path) -> None:
+def test_shards_with_their_number_in_the_name(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards", size=5)
     for number in (0, 1):
         (root / f"train-{number:06}.tar").rename(root / f"train-{number:05}-of-00003.tar")
@@ -248,14 +248,14 @@ def test_files_that_are_skipped_are_counted(root: Path, photos: Path) -> None:
         dataset = opened(root)
         assert len(dataset.train) == 3
         skipped = "3 files in ROOT/train.tar are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt"
-        assert [line.replace(str(root), "ROOT") for line in dataset.doubts()] == [skipped]
+        assert [line.replace(str(root), "ROOT") for line in dataset.warnings()] == [skipped]
     with tarfile.open(root / "val.tar", "w") as archive:
         archive.add(photos / "train/cat/0.jpg", "cat/0.heic")
     (root / "val.index").unlink()
     assert "no images in ROOT/val.tar, but 1 .heic; the layout is" in refusal(root)
 
 
-def test_archives_may_move(root: Path, tmp_path: Path) -> None:
+def test_moved_archives(root: Path, tmp_path: Path) -> None:
     opened(root)
     shutil.copytree(root, tmp_path / "elsewhere")
     assert len(opened(tmp_path / "elsewhere").train) == 9
@@ -274,7 +274,7 @@ def test_labels_out_of_range(tmp_path: Path, labels: list[str], says: str) -> No
     assert says in refusal(tmp_path, "train")
 
 
-def test_numbers_with_zeros_before_them_are_names(tmp_path: Path) -> None:
+def test_numbers_with_leading_zeros_are_names(tmp_path: Path) -> None:
     write_labels(tmp_path / "train.tar", ["00", "07"])
     assert opened(tmp_path, "train").classes == ["00", "07"]
 
@@ -286,11 +286,11 @@ def write_labels(path: Path, labels: list[str]) -> None:
             add_bytes(archive, f"{number}.cls", label.encode())
 
 
-def test_shards_that_count_from_1(photos: Path, tmp_path: Path) -> None:
+def test_shards_numbered_from_1(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards", size=2)
     (root / "train-000000.tar").unlink()
     first = root / "train-000001.tar"
-    assert opened(root).doubts() == [f"the shards begin with {first}: if they count from 0, the first one is missing"]
+    assert opened(root).warnings() == [f"the first shard is {first}; if they are numbered from 0, one is missing"]
 
 
 @pytest.mark.parametrize("content", ['{"shards": 5}', '{"shards": {', "{}", "[]"])

@@ -1,4 +1,4 @@
-"""The same data set in every format: each writer takes class folders and writes what a config then opens."""
+"""The same data set in every format: each writer converts class folders."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def test_a_pixel_has_the_class_of_the_smallest_object_over_it(tmp_path: Path) ->
     assert (data.train.mask(0)[:, 2:4] == 2).any()  # a crowd has a class, too
 
 
-def test_boxes_alone_are_refused(tmp_path: Path) -> None:
+def test_data_set_without_masks_is_rejected(tmp_path: Path) -> None:
     root = write_coco(tmp_path)
     write_instances(
         root, "val", [{"id": 10, "file_name": "0.png", "height": 32, "width": 40}], [row(1, 10, 3, [0, 0, 5, 5])]

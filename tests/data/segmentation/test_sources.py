@@ -1,4 +1,4 @@
-"""Images and masks in folders: which belong together, and what the values of masks mean."""
+"""Images and masks in folders: pairing, and the mapping from mask values to classes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_values_become_classes(labels: Labels, expected: dict[int, int]) -> None
     assert {value: int(table[value]) for value in expected} == expected
 
 
-def test_palettes_count_by_their_indices_and_colours_are_refused(tmp_path: Path) -> None:
+def test_palette_indices_are_labels_and_colour_masks_are_rejected(tmp_path: Path) -> None:
     path, values = tmp_path / "mask.png", np.array([[0, 2], [1, 255]], dtype=np.uint8)
     image = Image.fromarray(values).convert("P")
     image.putdata(values.flatten().tolist())

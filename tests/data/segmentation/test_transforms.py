@@ -1,4 +1,4 @@
-"""Augmentation: a pixel and its class stay together."""
+"""Augmentation: image and mask are transformed together."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.datasets import ByValue, Draw
+from data.datasets import Draw, PipedCollate
 from data.images import StoredImage
 from data.segmentation.datasets import MaskedImages, stack
 from data.segmentation.sources import IGNORED, MaskedSource
@@ -80,13 +80,11 @@ def test_a_crop_of_mostly_one_class_is_drawn_again() -> None:
 @pytest.mark.parametrize(
     ("size", "short", "expected"), [((480, 640), 512, [512, 683]), ((100, 900), 512, [228, 2048]), ((3, 3), 1, [1, 1])]
 )
-def test_the_short_side_decides_unless_the_long_one_becomes_too_long(
-    size: tuple[int, int], short: int, expected: list[int]
-) -> None:
+def test_short_side_is_limited_by_the_long_side(size: tuple[int, int], short: int, expected: list[int]) -> None:
     assert resized(size, short) == expected
 
 
-def test_held_out_masks_stay_as_they_are() -> None:
+def test_held_out_masks_are_unchanged() -> None:
     image, mask = Stripes().pair(1)
     pixels, labels = EvalTransform((32, 64))(image, torch.from_numpy(mask))
     assert pixels.shape == (3, 32, round(64 * 32 / 41))
@@ -101,5 +99,5 @@ def test_samples_depend_on_seed_and_draw_alone_and_batches_go_through_pipes() ->
     again = stack([images[draw] for draw in draws])
     assert torch.equal(batch.images, again.images)
     assert torch.equal(batch.labels, again.labels)
-    rebuild, arguments = ByValue(stack)(images.__getitems__(draws)).__reduce__()
+    rebuild, arguments = PipedCollate(stack)(images.__getitems__(draws)).__reduce__()
     assert torch.equal(rebuild(*arguments).images, batch.images)
