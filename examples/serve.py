@@ -66,7 +66,7 @@ def build_app(path: str | Path) -> FastAPI:
     def predict(image: UploadFile, top: Annotated[int, Query(ge=1)] = 5) -> list[dict[str, str | float]]:
         try:
             picture = ImageOps.exif_transpose(Image.open(io.BytesIO(image.file.read()))).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # decoders can raise any exception on damaged files
             raise HTTPException(415, f"{image.filename} is not a readable image: {error}") from None
         return classify(picture, top)
 
@@ -75,6 +75,8 @@ def build_app(path: str | Path) -> FastAPI:
 
 def __getattr__(name: str) -> FastAPI:
     """Build ``app`` when a server imports it, from the file named by the variable MODEL."""
-    if name == "app":
-        return build_app(os.environ["MODEL"])
-    raise AttributeError(name)
+    if name != "app":
+        raise AttributeError(name)
+    if not Path(path := os.environ.get("MODEL", "")).is_file():
+        raise SystemExit(f"serve.py: the variable MODEL must name an ONNX file of tools/export.py, not {path!r}")
+    return build_app(path)

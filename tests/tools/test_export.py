@@ -13,6 +13,7 @@ import torch
 from fastapi.testclient import TestClient
 
 from config import load_config
+from examples import serve
 from examples.serve import Classifier, build_app
 from models.vit import ATTENTIONS
 from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
@@ -58,6 +59,13 @@ def test_files_of_a_checkpoint_equal_the_network_and_are_served(
     assert answer["class"] == CLASSES[best.indices]
     assert answer["probability"] == pytest.approx(best.values.item(), abs=1e-5)
     assert client.post("/predict", files={"image": b"no image"}).status_code == 415
+
+
+@pytest.mark.parametrize("path", ["", "nowhere.onnx"])
+def test_a_server_without_a_file_says_what_is_missing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL", path)
+    with pytest.raises(SystemExit, match=rf"MODEL must name an ONNX file of tools/export.py, not '{path}'"):
+        _ = serve.app
 
 
 def test_a_file_that_differs_is_an_error(
