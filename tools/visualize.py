@@ -101,6 +101,9 @@ def visualize(args: argparse.Namespace) -> None:
     entries, taken = [], set()
     for path in args.images:
         pixels, seen = look_at(path, networks, size, stages=args.stages, every_block=args.every_block)
+        most = max(one.heads for one in seen[0].looks)
+        if max(args.heads, default=0) > most:
+            raise ValueError(f"--heads {max(args.heads)}: the blocks have at most {most} heads")
         target = args.output / f"{pages.free_name(Path(path).stem, taken)}.png"
         draw(pixels, seen, queries=queries, heads=[head - 1 for head in args.heads]).savefig(target, dpi=130)
         print(target)
