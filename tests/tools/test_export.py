@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,6 +13,7 @@ import pytest
 import timm
 import torch
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from config import load_config
 from examples import serve
@@ -66,6 +69,20 @@ def test_a_server_without_a_file_says_what_is_missing(path: str, monkeypatch: py
     monkeypatch.setenv("MODEL", path)
     with pytest.raises(SystemExit, match=rf"MODEL must name an ONNX file of tools/export.py, not '{path}'"):
         _ = serve.app
+
+
+@pytest.mark.parametrize(("exif", "size"), [("ignore", (60, 40)), ("apply", (40, 60))])
+def test_the_server_turns_photographs_as_in_training(
+    exif: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = untrained(load_config(CONFIGS / "digits.yaml", ["DATA.EXIF", exif]))
+    metadata = {key: json.dumps(value) for key, value in Source(model, (32, 32)).metadata().items()}
+    session = SimpleNamespace(get_modelmeta=lambda: SimpleNamespace(custom_metadata_map=metadata))
+    monkeypatch.setattr(serve.onnxruntime, "InferenceSession", lambda *_, **__: session)
+    content, orientation = io.BytesIO(), Image.Exif()
+    orientation[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (60, 40)).save(content, "jpeg", exif=orientation)
+    assert Classifier("file.onnx").read(content.getvalue()).size == size
 
 
 def test_a_file_that_differs_is_an_error(
