@@ -25,6 +25,8 @@ from models.layers import as_pair
 from models.options import Check, Option, at_least, not_negative, one_of, positive, share
 from models.segmentation import SEGMENTERS
 
+_CONFIGS = Path(__file__).resolve().parent / "configs"
+
 
 @dataclass(frozen=True)
 class RunOption(Option):
@@ -731,8 +733,10 @@ def _merge_file(config: CfgNode, path: Path, children: tuple[Path, ...] = ()) ->
     if path.is_dir():
         raise ValueError(f"config file {path} is a folder; name a file in it, such as configs/digits.yaml")
     if not path.exists():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1, cutoff=0.5)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        ours = sorted(_CONFIGS.rglob("*.yaml"), key=lambda file: -len(file.parts))  # of equal names, the outermost
+        known = {file.stem: file for file in (*ours, *path.parent.glob("*.yaml"))}
+        near = difflib.get_close_matches(path.stem, known, n=1)
+        hint = f"; did you mean {known[near[0]]}?" if near else ""
         raise ValueError(f"config file {path} does not exist{hint}")
     try:
         loaded = _read_yaml(path.read_text(encoding="utf-8"))

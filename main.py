@@ -9,8 +9,7 @@ from __future__ import annotations
 from training import startup
 
 if __name__ == "__main__":
-    startup.require_packages()
-    startup.handle_early_signals()  # before the imports below, which take seconds
+    startup.begin()  # before the imports below, which take seconds
 
 import argparse
 import logging

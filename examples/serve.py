@@ -30,6 +30,11 @@ class Classifier:
         self.about = {key: json.loads(value) for key, value in metadata.items()}
         self.classes: list[str] = self.about["classes"]
 
+    def read(self, content: bytes) -> Image.Image:
+        """Return an image file as RGB; its EXIF orientation is applied if it was in training (DATA.EXIF)."""
+        image = Image.open(io.BytesIO(content))
+        return (ImageOps.exif_transpose(image) if self.about.get("exif") == "apply" else image).convert("RGB")
+
     def prepare(self, image: Image.Image) -> np.ndarray:
         """Return an image as the network's input ``[1, 3, H, W]``, resized and normalised as in evaluation."""
         about = self.about
@@ -65,8 +70,8 @@ def build_app(path: str | Path) -> FastAPI:
     @app.post("/predict")
     def predict(image: UploadFile, top: Annotated[int, Query(ge=1)] = 5) -> list[dict[str, str | float]]:
         try:
-            picture = ImageOps.exif_transpose(Image.open(io.BytesIO(image.file.read()))).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            picture = classify.read(image.file.read())
+        except Exception as error:  # decoders can raise any exception on damaged files
             raise HTTPException(415, f"{image.filename} is not a readable image: {error}") from None
         return classify(picture, top)
 
@@ -75,6 +80,8 @@ def build_app(path: str | Path) -> FastAPI:
 
 def __getattr__(name: str) -> FastAPI:
     """Build ``app`` when a server imports it, from the file named by the variable MODEL."""
-    if name == "app":
-        return build_app(os.environ["MODEL"])
-    raise AttributeError(name)
+    if name != "app":
+        raise AttributeError(name)
+    if not Path(path := os.environ.get("MODEL", "")).is_file():
+        raise SystemExit(f"serve.py: the variable MODEL must name an ONNX file of tools/export.py, not {path!r}")
+    return build_app(path)

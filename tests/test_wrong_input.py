@@ -321,6 +321,11 @@ ROWS = [
         says=r"config file .*dat_tinny.yaml does not exist; did you mean .*configs/dat_tiny.yaml\?",
     ),
     Wrong(
+        name="config file: only its name",
+        argv=("--cfg", "dat_tiny"),
+        says=r"config file .*dat_tiny does not exist; did you mean .*configs/dat_tiny.yaml\?",
+    ),
+    Wrong(
         name="config file: folder", argv=("--cfg", "photos"), says="config file .*photos is a folder; name a file in"
     ),
     Wrong(name="config file: name too long", argv=("--cfg", "x" * 300), says="File name too long: '.*xxx"),

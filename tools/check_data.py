@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
-    startup.require_packages()
+    startup.begin()
 
 import numpy as np
 from tqdm import tqdm

@@ -15,6 +15,7 @@ output folder of several.
 from __future__ import annotations
 
 import argparse
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
-    startup.require_packages()
+    startup.begin()
 
 import torch
 from matplotlib.figure import Figure
@@ -82,10 +83,9 @@ def main() -> int:
             epochs = load_config(variant.config, variant.options).TRAIN.EPOCHS
             if len(accuracies(variant.folder / tag)) < epochs:
                 command = [sys.executable, str(MAIN), "--cfg", variant.config, "--tag", tag]
-                done = subprocess.run([*command, "--opts", "SEED", str(seed), *variant.options])
-                if done.returncode:
-                    print(f"compare.py: {tag} ended with status {done.returncode}; the same command continues")
-                    return done.returncode
+                if status := _train([*command, "--opts", "SEED", str(seed), *variant.options]):
+                    print(f"compare.py: {tag} ended with status {status}; the same command continues")
+                    return status
             if name not in costs:
                 costs[name] = measure(variant)
             write(
@@ -93,6 +93,15 @@ def main() -> int:
             )
     print(f"{folder / 'comparison.md'}\n{folder / 'comparison.png'}")
     return 0
+
+
+def _train(command: Sequence[str]) -> int:
+    """Run a training and return its status; Ctrl-C is left to it, as it saves before it ends."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # not SIG_IGN, which the training would inherit
+    try:
+        return subprocess.run(command).returncode
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _parse_arguments() -> tuple[argparse.Namespace, dict[str, Variant], Path]:

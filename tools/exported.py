@@ -131,6 +131,7 @@ class Source:
             "interpolation": config.DATA.INTERPOLATION,
             "crop_ratio": config.TEST.CROP_RATIO if config.TEST.CROP else 1.0,
             "resize": config.TEST.RESIZE,
+            "exif": config.DATA.EXIF,
         }
 
 

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 TEMPLATES = Path(__file__).parent / "templates"
+THUMBNAIL = 320  # pixels of the longer side of the picture of a figure
+FEW_PIXELS = 100  # images with at most these on the longer side are stored without loss and shown pixel by pixel
 
 
 def fill(template: str, **values: str) -> str:
@@ -58,7 +60,7 @@ def picture(image: Image.Image, *, side: int = 0, lossless: bool = False) -> str
     if side and max(image.size) > side:
         image = image.copy()
         image.thumbnail((side, side))
-    kind = "png" if lossless or max(image.size) <= 100 else "jpeg"
+    kind = "png" if lossless or max(image.size) <= FEW_PIXELS else "jpeg"
     buffer = io.BytesIO()
     image.save(buffer, format=kind, **({"quality": 88} if kind == "jpeg" else {}))
     return address(kind, buffer.getvalue())
@@ -75,6 +77,19 @@ def bar(name: str, share: float) -> str:
         f'<div class="bar" style="background: linear-gradient(to right, #cfe0fb {100 * share:.1f}%, transparent 0)">'
         f"<span>{text(name)}</span><span>{100 * share:.1f} %</span></div>"
     )
+
+
+def figure(image: Image.Image, name: str, bars: str) -> str:
+    """Return a card with a picture, the name of its file, and bars below it.
+
+    Args:
+        image: RGB.
+        name: of the file.
+        bars: HTML of `bar`.
+    """
+    few = ' class="pixels"' if max(image.size) <= FEW_PIXELS else ""
+    source, name = picture(image, side=THUMBNAIL), text(name)
+    return f'<figure class="card"><img{few} src="{source}" alt="{name}"><figcaption>{name}</figcaption>{bars}</figure>'
 
 
 def free_name(stem: str, taken: set[str]) -> str:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
-    startup.require_packages()
+    startup.begin()
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

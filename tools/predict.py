@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
-    startup.require_packages()
+    startup.begin()
 
 import torch
 from PIL import Image
@@ -40,7 +40,6 @@ from training.trained_model import TrainedModel, load_trained
 from training.weight_sets import WEIGHTS
 
 DEVICES = ("cpu", "cuda", "mps")
-THUMBNAIL = 320  # pixels of the longer side on the page
 
 
 def main() -> None:
@@ -214,10 +213,8 @@ def page(model: TrainedModel, predictions: Sequence[Prediction], unreadable: Seq
 
 
 def _figure(image: Image.Image, prediction: Prediction) -> str:
-    source = pages.picture(prediction.drawn(image), side=THUMBNAIL)
     bars = "".join(pages.bar(name, share) for name, share in prediction.top)
-    name = pages.text(prediction.path)
-    return f'<figure class="card"><img src="{source}" alt="{name}"><figcaption>{name}</figcaption>{bars}</figure>'
+    return pages.figure(prediction.drawn(image), prediction.path, bars)
 
 
 if __name__ == "__main__":

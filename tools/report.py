@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
-    startup.require_packages()
+    startup.begin()
 
 import numpy as np
 import torch
@@ -44,7 +44,6 @@ from utils import World, write_atomically
 
 FILE = "report.html"
 WORST = 24  # mistakes shown as pictures
-THUMBNAIL = 320  # pixels of their longer side
 MOST_ROWS = 200  # of a table
 MOST_CELLS = 25  # maximum classes of a matrix of numbers; above, it is a picture
 GREEN, RED = "26 127 75", "179 38 30"
@@ -239,11 +238,10 @@ def _cell(count: int, share: float, right: bool) -> str:
 
 
 def _mistake(found: Predictions, place: int, stored: StoredImage) -> str:
-    source, name = pages.picture(stored.decode(), side=THUMBNAIL), pages.text(stored.name)
     predicted, true = found.classes[found.predicted[place]], found.classes[found.target[place]]
     bars = pages.bar(f"predicted: {predicted}", found.confidence[place])
     bars += pages.bar(f"true: {true}", found.truth[place])
-    return f'<figure class="card"><img src="{source}" alt="{name}"><figcaption>{name}</figcaption>{bars}</figure>'
+    return pages.figure(stored.decode(), stored.name, bars)
 
 
 def _table(rows: Sequence[tuple[str, object]]) -> str:

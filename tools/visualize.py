@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
-    startup.require_packages()
+    startup.begin()
 
 import numpy as np
 from numpy.typing import NDArray
@@ -101,6 +101,9 @@ def visualize(args: argparse.Namespace) -> None:
     entries, taken = [], set()
     for path in args.images:
         pixels, seen = attention_of(path, networks, size, stages=args.stages, every_block=args.every_block)
+        most = max(block.heads for block in seen[0].blocks)
+        if max(args.heads, default=0) > most:
+            raise ValueError(f"--heads {max(args.heads)}: the blocks have at most {most} heads")
         target = args.output / f"{pages.free_name(Path(path).stem, taken)}.png"
         draw(pixels, seen, queries=queries, heads=[head - 1 for head in args.heads]).savefig(target, dpi=130)
         print(target)

@@ -14,7 +14,20 @@ _MODULES = ("torch", "torchvision", "timm", "yacs", "yaml", "numpy", "PIL", "ter
 _PR_SET_PDEATHSIG = 1  # see prctl(2)
 
 
-def require_packages() -> None:
+def begin() -> None:
+    """Exit if a package is missing, and let Ctrl-C end this process without a traceback until a run handles signals.
+
+    Under torchrun the process also stops if torchrun dies: otherwise it would keep training, or wait for the others
+    forever.
+    """
+    _require_packages()
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in the background
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()
+
+
+def _require_packages() -> None:
     """Exit with one line if a package is missing, for example in a Python outside the environment."""
     missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
     if missing:
@@ -24,17 +37,6 @@ def require_packages() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-
-
-def handle_early_signals() -> None:
-    """Let Ctrl-C end this process without a traceback until a run handles signals, and stop it if torchrun dies.
-
-    Otherwise a process whose launcher was killed would keep training, or wait forever for the others.
-    """
-    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in the background
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        stop_with_parent()
 
 
 def stop_with_parent() -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -11,8 +13,10 @@ import pytest
 import timm
 import torch
 from fastapi.testclient import TestClient
+from PIL import Image
 
 from config import load_config
+from examples import serve
 from examples.serve import Classifier, build_app
 from models.vit import ATTENTIONS
 from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
@@ -58,6 +62,27 @@ def test_files_of_a_checkpoint_equal_the_network_and_are_served(
     assert answer["class"] == CLASSES[best.indices]
     assert answer["probability"] == pytest.approx(best.values.item(), abs=1e-5)
     assert client.post("/predict", files={"image": b"no image"}).status_code == 415
+
+
+@pytest.mark.parametrize("path", ["", "nowhere.onnx"])
+def test_a_server_without_a_file_says_what_is_missing(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL", path)
+    with pytest.raises(SystemExit, match=rf"MODEL must name an ONNX file of tools/export.py, not '{path}'"):
+        _ = serve.app
+
+
+@pytest.mark.parametrize(("exif", "size"), [("ignore", (60, 40)), ("apply", (40, 60))])
+def test_the_server_turns_photographs_as_in_training(
+    exif: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = untrained(load_config(CONFIGS / "digits.yaml", ["DATA.EXIF", exif]))
+    metadata = {key: json.dumps(value) for key, value in Source(model, (32, 32)).metadata().items()}
+    session = SimpleNamespace(get_modelmeta=lambda: SimpleNamespace(custom_metadata_map=metadata))
+    monkeypatch.setattr(serve.onnxruntime, "InferenceSession", lambda *_, **__: session)
+    content, orientation = io.BytesIO(), Image.Exif()
+    orientation[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (60, 40)).save(content, "jpeg", exif=orientation)
+    assert Classifier("file.onnx").read(content.getvalue()).size == size
 
 
 def test_a_file_that_differs_is_an_error(

@@ -130,6 +130,7 @@ def test_large_maps_keep_some_of_their_queries(tmp_path: Path, monkeypatch: pyte
     [
         (["--query", "0.5", "1.5"], "--query 0.5 1.5 is outside the image"),
         (["--heads", "0"], "--heads are counted from 1, not 0"),
+        (["--heads", "1", "5"], "--heads 5: the blocks have at most 4 heads"),
         (["--size", "32", "32", "32"], "--size 32 32 32 must be one side"),
         (["--stages", "1"], "stage 1 has no deformable attention"),
     ],

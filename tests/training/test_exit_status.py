@@ -12,6 +12,7 @@ import pytest
 from tests.launched import Trial
 from tests.runs import ROOT, run_command
 from training.exit_status import LOST_PEER, report_failure
+from training.startup import _MODULES
 
 CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1"
 LATE = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 6000ms for recv"
@@ -84,7 +85,7 @@ def test_killed_process_is_not_reported_as_timeout(tmp_path: Path) -> None:
     assert last.endswith(BY_ITSELF)
 
 
-PROGRAMS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "require_packages()" in path.read_text("utf-8")]
+PROGRAMS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "startup.begin()" in path.read_text("utf-8")]
 
 
 def test_tools_check_that_their_packages_are_installed() -> None:
@@ -100,3 +101,15 @@ def test_python_without_the_packages_gets_one_line(program: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert "has no package torch, torchvision, timm" in done.stderr
     assert ".venv/bin/python" in done.stderr
+
+
+@pytest.mark.parametrize("program", [ROOT / "main.py", *PROGRAMS], ids=lambda path: path.name)
+def test_ctrl_c_ends_a_program_without_a_traceback(program: Path, tmp_path: Path) -> None:
+    for name in (
+        *_MODULES,
+        "matplotlib",
+    ):  # each stands for the package, and for a user who presses Ctrl-C while it is imported
+        (tmp_path / f"{name}.py").write_text("import os, signal\n\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = run_command(sys.executable, "-S", program, "1", PYTHONPATH=str(tmp_path))
+    assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
