@@ -65,7 +65,7 @@ def plot_curves(runs: dict[str, Path], target: Path, *, planned: Sequence[tuple[
     _finish(loss, "loss")
     _finish(score, "score on the validation set")
     _finish(rate, "learning rate")
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=110, format=target.suffix[1:] or "png")
 
 
 def epochs_of(train: list[Row], rows: list[Row]) -> list[float]:
@@ -108,7 +108,8 @@ def planned_rates(run: Path) -> list[tuple[float, float]]:
 def _read(metrics: Path) -> list[Row]:
     if not metrics.is_file():
         raise ValueError(f"{metrics} does not exist; give the output folder of a run")
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines if line.endswith("}")]  # a killed run may leave part of a line
     if not any(row["kind"] == "train" for row in rows):
         raise ValueError(f"{metrics} has no training rows yet")
     return rows
@@ -154,9 +155,11 @@ def _finish(axes: Axes, title: str) -> None:
 
 def _names(folders: list[Path]) -> list[str]:
     """Return distinct names of the runs: the tag, or as much of the path as necessary."""
+    folders = [folder.resolve() for folder in folders]
     for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-parts:]) for folder in folders]
-        if len(set(names)) == len(names):
+        names = ["/".join(folder.parts[-parts:]).replace("$", r"\$") for folder in folders]  # not a formula
+        # Legends leave out labels that start with an underscore.
+        if len(set(names)) == len(names) and not any(name.startswith("_") for name in names):
             return names
     raise ValueError("a run is named twice")
 
