@@ -172,8 +172,7 @@ class RunLog:
 
     def close(self) -> None:
         """Finish the files."""
-        for recorder in self._recorders.values():
-            recorder.close()
+        self._tell(lambda recorder: recorder.close())
 
 
 def _is_before(row: dict[str, Any], epoch: int, update: int) -> bool:
@@ -293,10 +292,15 @@ class MLflow:
 
     def __init__(self, folder: Path, config: CfgNode, updates_done: int) -> None:  # noqa: ARG002
         from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
 
-        self._client = MlflowClient()
-        self._run = _remembered(folder / "mlflow_id.txt", lambda: self._begin(config))
-        self._client.update_run(self._run, status="RUNNING")
+        self._client, file = MlflowClient(), folder / "mlflow_id.txt"
+        self._run = _remembered(file, lambda: self._begin(config))
+        try:
+            self._client.update_run(self._run, status="RUNNING")
+        except MlflowException as error:
+            hint = f"set MLFLOW_TRACKING_URI to the place of the run in {file}, or delete that file to begin another"
+            raise ValueError(f"{error}; {hint}") from error
 
     def _begin(self, config: CfgNode) -> str:
         known = self._client.get_experiment_by_name(config.LOG.PROJECT)

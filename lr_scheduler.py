@@ -111,18 +111,41 @@ def planned_schedule(
 def schedule_warnings(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> list[str]:
     """Return warnings about a schedule that is probably unintended: an endless warm-up, a steep drop, no decay."""
     shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
-    checks = _endless_warmup(config, updates_per_epoch), drop_warning(config, **shape), _missing_decay(config, **shape)
+    checks = (
+        _endless_warmup(config, updates_per_epoch),
+        _rising_decay(config) or drop_warning(config, **shape),
+        _missing_decay(config, **shape),
+    )
     return [warning for warning in checks if warning]
 
 
 def _endless_warmup(config: CfgNode, updates_per_epoch: int) -> str:
-    train, end = config.TRAIN, "the learning rate never reaches TRAIN.BASE_LR"
-    if _warmup_updates(config, updates_per_epoch) < train.EPOCHS * updates_per_epoch:
-        return ""
-    if train.WARMUP_UPDATES:
-        updates = train.EPOCHS * updates_per_epoch
-        return f"TRAIN.WARMUP_UPDATES {train.WARMUP_UPDATES} is not below the {updates} updates of the run: {end}"
-    return f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS} is not below TRAIN.EPOCHS {train.EPOCHS}: {end}"
+    train, planned = config.TRAIN, schedule_epochs(config)
+    phases = [(f"TRAIN.EPOCHS {train.EPOCHS}", train.EPOCHS)]
+    if planned < train.EPOCHS:
+        phases.append((f"TRAIN.LR_SCHEDULER.PLANNED_EPOCHS {planned}", planned))
+        if train.LR_SCHEDULER.AFTER == "rewarm":
+            phases.append(("the epochs after TRAIN.LR_SCHEDULER.PLANNED_EPOCHS", train.EPOCHS - planned))
+    warmup = _warmup_updates(config, updates_per_epoch)
+    for phase, epochs in phases:
+        if warmup >= epochs * updates_per_epoch:
+            given, limit = f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS}", phase
+            if train.WARMUP_UPDATES:
+                given, limit = f"TRAIN.WARMUP_UPDATES {warmup}", f"the {epochs * updates_per_epoch} updates of {phase}"
+            return f"{given} is not below {limit}: the learning rate never reaches TRAIN.BASE_LR there"
+    return ""
+
+
+def _rising_decay(config: CfgNode) -> str:
+    """Return a warning if the warm-up lowers the learning rate or the decay raises it, otherwise an empty string."""
+    train = config.TRAIN
+    if _warmup_updates(config, 1) and train.WARMUP_LR > train.BASE_LR:
+        return f"the warm-up lowers the learning rate, from TRAIN.WARMUP_LR {train.WARMUP_LR:g} to {train.BASE_LR:g}"
+    if train.LR_SCHEDULER.NAME in ("cosine", "poly") and train.MIN_LR > train.BASE_LR:
+        return (
+            f"the learning rate rises to TRAIN.MIN_LR {train.MIN_LR:g}, which is above TRAIN.BASE_LR {train.BASE_LR:g}"
+        )
+    return ""
 
 
 def _missing_decay(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> str:

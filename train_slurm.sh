@@ -50,6 +50,8 @@ gpus=$1 config=$2 name=$3
 shift 3
 [[ $gpus =~ ^[1-9][0-9]*$ ]] || usage "the number of GPUs must be a positive whole number, not '$gpus'"
 per_node=${GPUS_PER_NODE:-$((gpus < 8 ? gpus : 8))}
+[[ $per_node =~ ^[1-9][0-9]*$ ]] || usage "GPUS_PER_NODE must be a positive whole number, not '$per_node'"
+[[ ${MAX_RESTARTS:-3} =~ ^[0-9]+$ ]] || usage "MAX_RESTARTS must be a whole number, not '$MAX_RESTARTS'"
 ((gpus % per_node == 0)) || usage "$gpus GPUs do not fill nodes of $per_node; set GPUS_PER_NODE"
 command -v sbatch >/dev/null || usage "train_slurm.sh: there is no sbatch here; run it where SLURM is, or use train.sh"
 # Report a wrong flag now, not after the job has waited in the queue. This machine need not have the job's GPUs and cores.
@@ -59,7 +61,7 @@ if [[ ${CHECK_FIRST:-1} != 0 ]]; then
     [[ " $* " != *" --check "* ]] || exit 0
 fi
 cpu_only=false
-[[ " $* " != *" --device"[\ =]"cpu "* ]] || cpu_only=true
+[[ ! " $* " =~ \ (--device[ =]|DEVICE\ )cpu\  ]] || cpu_only=true
 
 flags=(--job-name "$name" --ntasks "$gpus" --ntasks-per-node "$per_node" --nodes $((gpus / per_node)))
 flags+=(--cpus-per-task "${CPUS_PER_TASK:-10}" --time "${TIME_LIMIT:-2-00:00:00}" --requeue --open-mode append)

@@ -46,6 +46,13 @@ def test_two_jobs_at_once_on_one_machine(photographs: Path, tmp_path: Path) -> N
     assert rows[0] == rows[1]
 
 
+def test_two_processes_give_a_warning_once(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "images", {name: 4 for name in FOLDERS if name != "val/owl"})
+    config = write_config(tmp_path, DATA={"DATASET": "imagenet", "BATCH_SIZE": 4}, TRAIN={"EPOCHS": 1})
+    said = run_forked("--cfg", config, "--data-path", images, "--output", tmp_path / "output", processes=2)
+    assert said.count("1 of 3 classes have no held-out images: owl") == 1
+
+
 def test_a_published_checkpoint_is_evaluated_and_fine_tuned(photographs: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, DATA={"DATASET": "imagenet", "BATCH_SIZE": 4}, TRAIN={"EPOCHS": 1})
     nested = CfgNode({"MODEL": CfgNode({"NAME": "dat_tiny"}), "TAG": "default"})
@@ -134,6 +141,28 @@ def test_check_of_a_job_needs_neither_its_gpus_nor_its_cores(queue: Path, tmp_pa
     assert done.stdout.count("checked: ") == 1
     assert (queue / "sbatch.txt").exists()
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "flags", [["--device", "cpu"], ["--device=cpu"], ["--opts", "DEVICE", "cpu", "SEED", 1], ["--opts", "TAG", "cpu"]]
+)
+def test_cpu_job_requests_no_gpus(queue: Path, flags: list[str | int]) -> None:
+    env = {"PATH": f"{queue}:{os.environ['PATH']}", "PYTHON": "check", "CHECK_FIRST": "0"}
+    done = run_command("bash", "train_slurm.sh", 2, "tiny.yaml", "job", *flags, **env)
+    assert done.returncode == 0, done.stderr
+    assert ("--gres" in (queue / "sbatch.txt").read_text(encoding="utf-8").split()) == ("TAG" in flags)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("GPUS_PER_NODE", "0"), ("GPUS_PER_NODE", "eight"), ("MAX_RESTARTS", "-1"), ("MAX_RESTARTS", "x")],
+)
+def test_wrong_number_for_a_job_gets_one_line(queue: Path, name: str, value: str) -> None:
+    env = {"PATH": f"{queue}:{os.environ['PATH']}", "PYTHON": "check", "CHECK_FIRST": "0", name: value}
+    done = run_command("bash", "train_slurm.sh", 2, "tiny.yaml", "job", **env)
+    assert done.returncode == 2
+    assert re.fullmatch(f"{name} must be a .*whole number, not '{value}'\n", done.stderr)
+    assert not (queue / "sbatch.txt").exists()
 
 
 def test_machine_without_slurm_gets_one_line(tmp_path: Path) -> None:

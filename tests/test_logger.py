@@ -125,18 +125,30 @@ def test_mlflow_records_one_run_in_a_folder(tmp_path: Path, monkeypatch: pytest.
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
 
 
+def test_a_run_that_the_server_does_not_know_is_said_with_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    for server in ("one", "two"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / server}")
+        RunLog(tmp_path, options("mlflow"), is_main=True).close()
+    said = capsys.readouterr().out
+    assert said.count("mlflow does not record this run: ") == 1
+    assert "not found; set MLFLOW_TRACKING_URI to the place of the run in" in said
+    assert str(tmp_path / "mlflow_id.txt") in said
+
+
 class Broken:
     """A recorder whose service fails after some time."""
 
     def __init__(self, *_: object) -> None:
-        self.asked = 0
+        pass
 
     def record(self, *_: object) -> None:
-        self.asked += 1
         raise ConnectionError("no route\nto host")
 
     def close(self) -> None:
-        pass
+        raise ConnectionError("no route\nto host")
 
 
 def test_a_service_that_fails_does_not_end_the_run(
@@ -149,6 +161,8 @@ def test_a_service_that_fails_does_not_end_the_run(
     log.close()
     assert capsys.readouterr().out.count("wandb stopped recording this run: no route to host") == 1
     assert len(rows(tmp_path / "metrics.jsonl")) == 2
+    RunLog(tmp_path, options("wandb"), is_main=True).close()
+    assert "wandb stopped recording this run: no route to host" in capsys.readouterr().out
     monkeypatch.setitem(RECORDERS, "wandb", lambda *_: Broken().record())
     RunLog(tmp_path, options("wandb"), is_main=True).close()
     assert "wandb does not record this run: no route to host" in capsys.readouterr().out

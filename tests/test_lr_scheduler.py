@@ -96,7 +96,23 @@ def test_steep_drop_after_the_warm_up_gives_a_warning() -> None:
     ("options", "says"),
     [
         ({"WARMUP_EPOCHS": 20}, "TRAIN.WARMUP_EPOCHS 20 is not below TRAIN.EPOCHS 10: the learning rate never reaches"),
-        ({"WARMUP_UPDATES": 500}, "TRAIN.WARMUP_UPDATES 500 is not below the 100 updates of the run: the learning"),
+        ({"WARMUP_UPDATES": 500}, "TRAIN.WARMUP_UPDATES 500 is not below the 100 updates of TRAIN.EPOCHS 10: the"),
+        (
+            {"WARMUP_EPOCHS": 5, "PLANNED_EPOCHS": 5},
+            "TRAIN.WARMUP_EPOCHS 5 is not below TRAIN.LR_SCHEDULER.PLANNED_EPOCHS 5: the learning rate never reaches",
+        ),
+        (
+            {"NAME": "linear", "WARMUP_EPOCHS": 3, "PLANNED_EPOCHS": 7, "AFTER": "rewarm"},
+            "TRAIN.WARMUP_EPOCHS 3 is not below the epochs after TRAIN.LR_SCHEDULER.PLANNED_EPOCHS: the learning rate",
+        ),
+        (
+            {"WARMUP_LR": 0.5, "WARMUP_EPOCHS": 2},
+            "the warm-up lowers the learning rate, from TRAIN.WARMUP_LR 0.5 to 0.0005",
+        ),
+        (
+            {"MIN_LR": 0.1, "WARMUP_EPOCHS": 0},
+            "the learning rate rises to TRAIN.MIN_LR 0.1, as TRAIN.BASE_LR 0.0005 is lower",
+        ),
         ({"WARMUP_EPOCHS": 20, "WARMUP_UPDATES": 5}, ""),  # the updates count
         ({"NAME": "step"}, "does not decay within TRAIN.EPOCHS 10 with TRAIN.LR_SCHEDULER.DECAY_EPOCHS 30"),
         ({"NAME": "milestones", "MILESTONES": "[60, 80]"}, "within TRAIN.EPOCHS 10 with TRAIN.LR_SCHEDULER.MILESTONES"),
@@ -107,7 +123,7 @@ def test_steep_drop_after_the_warm_up_gives_a_warning() -> None:
 def test_schedule_that_is_probably_unintended(options: dict[str, object], says: str) -> None:
     words: list[object] = ["TRAIN.EPOCHS", 10]
     for name, value in ({"WARMUP_EPOCHS": 1} | options).items():
-        words += [f"TRAIN.{'' if name.startswith('WARMUP') else 'LR_SCHEDULER.'}{name}", value]
+        words += [f"TRAIN.{'' if name.startswith(('WARMUP', 'MIN_LR')) else 'LR_SCHEDULER.'}{name}", value]
     warnings = schedule_warnings(load_config("configs/dat_tiny.yaml", words), updates_per_epoch=10, world_size=4)
     assert len(warnings) == bool(says), warnings
     assert says in "".join(warnings)

@@ -1,9 +1,11 @@
-"""The tutorial, from a folder of images to a prediction server: its commands, with two epochs."""
+"""Commands of README and docs: the tutorial, with two epochs, and those on the digits, after one epoch."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,16 +17,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.test_docs import ROOT, blocks
+from tests.test_docs import COMMANDS, ROOT, blocks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("serial")]
 
-COMMANDS = [
+TUTORIAL = [
     line
     for page, block in blocks("bash")
     if page.name == "tutorial.md"
     for line in block.splitlines()
     if line != "make setup"
+]
+DEMO = re.search(r"^demo:.*?\t@(\.venv/\S+ main\.py .*?)$", (ROOT / "Makefile").read_text("utf-8"), re.M | re.S)[1]
+SHORT = " TRAIN.EPOCHS 1 TRAIN.WARMUP_EPOCHS 0 DATA.NUM_WORKERS 0"
+# They use digits, which need no download, or what `make demo` left; those that train are only checked.
+ON_DIGITS = [
+    shlex.join(words) + " --check" * ("evaluate.sh" not in words and not words[1].startswith("tools/"))
+    for words in COMMANDS
+    if any(re.match(r"configs/.*digits|output/demo/", word) for word in words)
+    and not {"--data-path", "tools/compare.py"} & set(words)
 ]
 WRITTEN = {
     "train.sh": "output/digits/pets/best.pth",
@@ -70,7 +81,7 @@ def test_the_commands_of_the_tutorial_lead_to_a_served_prediction(tmp_path: Path
     link_clone(tmp_path)
     write_pets(tmp_path / "pets")
     (tmp_path / "photo.jpg").write_bytes((tmp_path / "pets" / "val" / "dog" / "0.jpg").read_bytes())
-    *steps, serve, ask = COMMANDS
+    *steps, serve, ask = TUTORIAL
     assert len(steps) == len(WRITTEN)
     for command, (program, file) in zip(steps, WRITTEN.items(), strict=True):
         assert program in command
@@ -98,3 +109,14 @@ def test_the_commands_of_the_tutorial_lead_to_a_served_prediction(tmp_path: Path
         server.wait(timeout=30)
     assert {answer["class"] for answer in answers} == {"cat", "dog"}
     assert sum(answer["probability"] for answer in answers) == pytest.approx(1, abs=1e-4)
+
+
+def test_the_commands_on_digits_run(tmp_path: Path) -> None:
+    link_clone(tmp_path)
+    write_pets(tmp_path / "folder")
+    (tmp_path / "photo.jpg").write_bytes((tmp_path / "folder" / "val" / "dog" / "0.jpg").read_bytes())
+    assert len(ON_DIGITS) > 8
+    for command in (DEMO + SHORT, *ON_DIGITS):
+        begin = time.monotonic()
+        run(command, tmp_path)
+        print(f"{time.monotonic() - begin:.0f} s  {command}")

@@ -71,7 +71,7 @@ class Source:
         """The graph of the network, with PyTorch's own operators only.
 
         Raises:
-            ValueError: the size is dynamic, but the graph of this network depends on it.
+            ValueError: the graph depends on the number of images, or on their size although that is dynamic.
         """
         network = copy.deepcopy(self.network)
         for module in network.modules():
@@ -84,11 +84,12 @@ class Source:
                 for size in self.sizes():  # the guards of the graph may reject a size
                     program.module()(torch.randn(1, 3, *size))
         except (RuntimeError, AssertionError, TypeError, ValueError, UserError) as error:
+            name, reason = self.model.config.MODEL.NAME, str(error).splitlines()[0]
             if not self.dynamic:
-                raise
+                raise ValueError(f"{name} cannot be exported for any number of images: {reason}") from error
             raise ValueError(
-                f"--dynamic-size: the graph of {self.model.config.MODEL.NAME} depends on the size of the images "
-                f"({str(error).splitlines()[0]}); export one file per size with --size"
+                f"--dynamic-size: the graph of {name} depends on the size of the images ({reason}); export one file "
+                "per size with --size"
             ) from error
         return program
 

@@ -31,6 +31,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from training.exit_status import LOST_PEER
 
 ROOT = Path(__file__).resolve().parents[1]
+_USAGE = "usage: python tools/launch.py <processes> <flags of main.py...>"
 
 # Seconds for stopping processes to finish their update and save, before torchrun kills them.
 SHUTDOWN_SECONDS = 180
@@ -38,8 +39,11 @@ SHUTDOWN_SECONDS = 180
 
 def main(words: Sequence[str]) -> int:
     """Run `main.py` in several processes: the first argument is their number; return the exit status."""
+    if list(words) in (["--help"], ["-h"]):
+        print(_USAGE)
+        return 0
     if not words or not words[0].isdigit():
-        print("usage: python tools/launch.py <processes> <flags of main.py...>", file=sys.stderr)
+        print(_USAGE, file=sys.stderr)
         return 2
     processes, *arguments = words
     wanted = os.environ.get("MAX_RESTARTS", "3")

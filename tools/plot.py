@@ -65,7 +65,7 @@ def plot_curves(runs: dict[str, Path], target: Path, *, planned: Sequence[tuple[
     _finish(loss, "loss")
     _finish(score, "score on the validation set")
     _finish(rate, "learning rate")
-    figure.savefig(target, dpi=110)
+    figure.savefig(target, dpi=110, format=target.suffix[1:] or "png")
 
 
 def epochs_of(train: list[Row], rows: list[Row]) -> list[float]:
@@ -154,9 +154,11 @@ def _finish(axes: Axes, title: str) -> None:
 
 def _names(folders: list[Path]) -> list[str]:
     """Return distinct names of the runs: the tag, or as much of the path as necessary."""
+    folders = [folder.resolve() for folder in folders]
     for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = ["/".join(folder.parts[-parts:]) for folder in folders]
-        if len(set(names)) == len(names):
+        names = ["/".join(folder.parts[-parts:]).replace("$", r"\$") for folder in folders]  # not a formula
+        # Legends leave out labels that start with an underscore.
+        if len(set(names)) == len(names) and not any(name.startswith("_") for name in names):
             return names
     raise ValueError("a run is named twice")
 

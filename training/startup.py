@@ -5,12 +5,18 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import platform
 import signal
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 # Modules of the packages in requirements.txt that every command imports.
-_MODULES = ("torch", "torchvision", "timm", "yacs", "yaml", "numpy", "PIL", "termcolor", "tqdm")
+_MODULES = (
+    *("torch", "torchvision", "timm", "einops", "yacs", "yaml", "numpy", "PIL", "termcolor", "tqdm", "filelock"),
+    *("simplejpeg", "faster_coco_eval", "safetensors"),
+)
+_OLDEST = (3, 10)
 _PR_SET_PDEATHSIG = 1  # see prctl(2)
 
 
@@ -28,15 +34,19 @@ def begin() -> None:
 
 
 def _require_packages() -> None:
-    """Exit with one line if a package is missing, for example in a Python outside the environment."""
+    """Exit with one line if this Python is too old or lacks a package, for example outside the environment."""
+    instead = "run .venv/bin/python instead, which `make setup` creates"
+    if sys.version_info < _OLDEST:
+        _refuse(f"{sys.executable} is Python {platform.python_version()}, but 3.10 or later is needed; {instead}")
     missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
     if missing:
-        print(
-            f"{Path(sys.argv[0]).name}: {sys.executable} has no package {', '.join(missing)}; run "
-            ".venv/bin/python instead, which `make setup` creates, or install requirements.txt into this Python",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        install = "or install requirements.txt into this Python"
+        _refuse(f"{sys.executable} has no package {', '.join(missing)}; {instead}, {install}")
+
+
+def _refuse(problem: str) -> NoReturn:
+    print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 def stop_with_parent() -> None:

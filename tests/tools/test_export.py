@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -25,6 +26,8 @@ from tools.export import Difference, compare
 from tools.exported import FORMATS, Source, run_onnx
 from training.trained_model import load_trained, untrained
 
+# Detectors whose graph holds for any number of images.
+QUERIES = ("detr", "conditional_detr", "dab_detr", "deformable_detr_two_stage", "rt_detr", "dino")
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
@@ -130,6 +133,26 @@ def test_size_that_cannot_be_dynamic_is_rejected() -> None:
         _ = Source(model, (24, 24), dynamic=True).program
 
 
+class OfTwoImages(torch.nn.Module):
+    """A network whose graph holds for two images only."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :10] + torch.arange(2.0)[:, None]
+
+
+def test_a_graph_of_one_number_of_images_is_refused() -> None:
+    model = dataclasses.replace(untrained(load_config(CONFIGS / "digits.yaml")), network=OfTwoImages())
+    with pytest.raises(ValueError, match="digits cannot be exported for any number of images: "):
+        _ = Source(model, (32, 32)).program
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade"])
+def test_detectors_that_choose_among_their_boxes_are_refused(name: str) -> None:
+    model = untrained(load_config(CONFIGS / "detection" / f"digits_{name}.yaml"))
+    with pytest.raises(ValueError, match=f"{name} chooses among its boxes .*; detectors with queries can be exported"):
+        _ = Source(model, (64, 64)).network
+
+
 def check_onnx(source: Source, path: Path) -> None:
     FORMATS["onnx"].write(source, path)
     assert compare(source.model.network, run_onnx(path), source.sizes()).largest < 1e-4
@@ -176,3 +199,18 @@ def test_a_compiled_package(tmp_path: Path) -> None:
 def test_segmenters_become_onnx(head: str, tmp_path: Path) -> None:
     config = load_config(CONFIGS / "segmentation" / f"digits_{head}.yaml")
     check_onnx(Source(untrained(config), (64, 64)), tmp_path / "x")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUERIES)
+def test_detectors_with_queries_become_onnx(name: str, tmp_path: Path) -> None:
+    file = CONFIGS / "detection" / f"digits_{name.removesuffix('_two_stage')}.yaml"
+    model = untrained(load_config(file, ["MODEL.DETECTOR.NAME", name]))
+    check_onnx(Source(model, (64, 64)), tmp_path / "x")
+
+
+@pytest.mark.slow
+def test_the_graph_of_d_fine_is_refused() -> None:
+    model = untrained(load_config(CONFIGS / "detection" / "digits_d_fine.yaml"))
+    with pytest.raises(ValueError, match="digits_d_fine cannot be exported for any number of images"):
+        _ = Source(model, (64, 64)).program

@@ -90,6 +90,38 @@ def test_several_runs_share_a_picture(
     assert len({line.get_color() for line in drawn[0].axes[0].lines}) == 4
 
 
+def test_the_folder_of_the_run_may_be_the_current_one(
+    tmp_path: Path, drawn: list[matplotlib.figure.Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*train_rows(1, [10]), eval_row(1, 10)]
+    monkeypatch.chdir(write_run(tmp_path / "one", rows))
+    write_run(tmp_path / "two", rows)
+    assert main(["."]) == 0
+    assert main([".", "../two"]) == 0
+    assert legend(drawn[1].axes[0])[0::2] == ["one: training", "two: training"]
+
+
+def test_names_of_runs_are_no_formulas_and_none_is_left_out(tmp_path: Path) -> None:
+    rows = [*train_rows(1, [10]), eval_row(1, 10)]
+    runs = [write_run(tmp_path / "tiny" / name, rows) for name in ("$x^$", "_second")]
+    assert main([str(run) for run in runs] + ["--output", str(tmp_path / "both.svg")]) == 0
+    drawn = (tmp_path / "both.svg").read_text(encoding="utf-8")
+    assert "<!-- tiny/$x^$: training -->" in drawn
+    assert "<!-- tiny/_second: training -->" in drawn
+    assert main([str(runs[0]), "--output", str(tmp_path / "curves")]) == 0
+    assert (tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
+
+
+def test_part_of_a_line_that_a_killed_run_left_is_not_drawn(
+    tmp_path: Path, drawn: list[matplotlib.figure.Figure]
+) -> None:
+    run = write_run(tmp_path / "run", [*train_rows(1, [10, 20]), eval_row(1, 20)])
+    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"kind": "train", "epo')
+    assert main([str(run)]) == 0
+    assert drawn[0].axes[0].lines[0].get_xdata().tolist() == [0.5, 1.0]
+
+
 def test_the_planned_schedule_is_that_of_the_run(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
     config = load_config(ROOT / "configs/digits.yaml")
     rates = learning_rates(config, list(range(40)), updates_per_epoch=20, world_size=3)

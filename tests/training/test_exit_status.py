@@ -5,14 +5,17 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.utils import canonicalize_name
 
 from tests.launched import Trial
 from tests.runs import ROOT, run_command
+from tests.test_requirements import read
+from training import startup
 from training.exit_status import LOST_PEER, report_failure
-from training.startup import _MODULES
 
 CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1"
 LATE = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 6000ms for recv"
@@ -85,12 +88,13 @@ def test_killed_process_is_not_reported_as_timeout(tmp_path: Path) -> None:
     assert last.endswith(BY_ITSELF)
 
 
+SETUP = ROOT / "tools" / "setup_env.py"
 PROGRAMS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "startup.begin()" in path.read_text("utf-8")]
 
 
 def test_tools_check_that_their_packages_are_installed() -> None:
     started = {path for path in (ROOT / "tools").glob("*.py") if '"__main__"' in path.read_text("utf-8")}
-    assert started - set(PROGRAMS) == {ROOT / "tools" / "setup_env.py"}
+    assert started - set(PROGRAMS) == {SETUP}
 
 
 @pytest.mark.parametrize("program", [ROOT / "main.py", *PROGRAMS], ids=lambda path: path.name)
@@ -105,11 +109,38 @@ def test_python_without_the_packages_gets_one_line(program: Path) -> None:
 
 @pytest.mark.parametrize("program", [ROOT / "main.py", *PROGRAMS], ids=lambda path: path.name)
 def test_ctrl_c_ends_a_program_without_a_traceback(program: Path, tmp_path: Path) -> None:
-    for name in (
-        *_MODULES,
-        "matplotlib",
-    ):  # each stands for the package, and for a user who presses Ctrl-C while it is imported
+    for name in (*startup._MODULES, "matplotlib"):  # each stands for the package, and for a user who presses Ctrl-C
         (tmp_path / f"{name}.py").write_text("import os, signal\n\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = run_command(sys.executable, "-S", program, "1", PYTHONPATH=str(tmp_path))
     assert done.returncode == -signal.SIGINT
+    assert done.stderr == ""
+
+
+def test_the_packages_that_are_asked_for_are_those_that_a_run_imports() -> None:
+    loaded = set(run_command(sys.executable, "-c", "import sys, main; print(*sys.modules)").stdout.split())
+    assert set(startup._MODULES) <= loaded
+    modules: dict[str, set[str]] = {}
+    for module, names in metadata.packages_distributions().items():
+        for name in names:
+            modules.setdefault(canonicalize_name(name), set()).add(module)
+    for requirement in read("requirements.txt", "3.11"):
+        imported = modules[canonicalize_name(requirement.name)] & loaded
+        assert not imported or imported & set(startup._MODULES), requirement.name
+
+
+def test_a_python_that_is_too_old_is_told_in_one_line() -> None:
+    program = "import runpy, sys; sys.version_info = 3, 9, 18; runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = run_command(sys.executable, "-c", program, ROOT / "main.py")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"main.py: {sys.executable} is Python 3.")
+    assert "3.10 or later is needed; run .venv/bin/python" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", [ROOT / "main.py", *PROGRAMS, SETUP], ids=lambda path: path.name)
+def test_every_program_answers_help(program: Path) -> None:
+    done = run_command(sys.executable, program, "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
     assert done.stderr == ""
