@@ -172,7 +172,7 @@ class RunLog:
 
     def close(self) -> None:
         """Finish the files."""
-        self._tell(lambda recorder: recorder.close())
+        self._call_recorders(lambda recorder: recorder.close())
 
 
 def _is_before(row: dict[str, Any], epoch: int, update: int) -> bool:

@@ -111,7 +111,7 @@ def test_steep_drop_after_the_warm_up_gives_a_warning() -> None:
         ),
         (
             {"MIN_LR": 0.1, "WARMUP_EPOCHS": 0},
-            "the learning rate rises to TRAIN.MIN_LR 0.1, as TRAIN.BASE_LR 0.0005 is lower",
+            "the learning rate rises to TRAIN.MIN_LR 0.1, which is above TRAIN.BASE_LR 0.0005",
         ),
         ({"WARMUP_EPOCHS": 20, "WARMUP_UPDATES": 5}, ""),  # the updates count
         ({"NAME": "step"}, "does not decay within TRAIN.EPOCHS 10 with TRAIN.LR_SCHEDULER.DECAY_EPOCHS 30"),

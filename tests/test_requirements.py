@@ -35,5 +35,5 @@ def test_each_pin_is_of_a_required_version_that_supports_the_python(python: str)
             installed = metadata.metadata(name)
         except metadata.PackageNotFoundError:  # NATTEN is optional
             continue
-        supported = SpecifierSet(installed["Requires-Python"] or "")
+        supported = SpecifierSet(installed.get("Requires-Python") or "")
         assert installed["Version"] != version or python in supported, f"{name} {version} needs Python {supported}"

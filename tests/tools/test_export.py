@@ -147,9 +147,9 @@ def test_a_graph_of_one_number_of_images_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade"])
-def test_detectors_that_choose_among_their_boxes_are_refused(name: str) -> None:
+def test_detectors_with_non_maximum_suppression_are_rejected(name: str) -> None:
     model = untrained(load_config(CONFIGS / "detection" / f"digits_{name}.yaml"))
-    with pytest.raises(ValueError, match=f"{name} chooses among its boxes .*; detectors with queries can be exported"):
+    with pytest.raises(ValueError, match=f"{name} selects its boxes by non-maximum suppression"):
         _ = Source(model, (64, 64)).network
 
 
