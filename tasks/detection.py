@@ -140,7 +140,7 @@ class AveragePrecision(Meter):
             f"{words}"
             for kind, words in kinds.items()
         ]
-        pictures = {"samples": stack_rows(self._rows)} if self._rows else {}
+        pictures = {"samples": stack_rows(self._rows, ("true", "detected"))} if self._rows else {}
         return Evaluation(metrics, lines, warnings, pictures)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from faster_coco_eval.core import mask as rle
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from data.segmentation.sources import IGNORED
@@ -19,6 +19,7 @@ _GOLDEN = 0.618034  # hue step between consecutive classes; the golden ratio kee
 SAMPLES = 4  # images in the picture of an evaluation
 SHOWN = 0.5  # minimum score of drawn objects
 _HEIGHT = 288  # height of a row in pixels
+_TITLE = 20  # height of a title in pixels
 _SIDE = 256  # minimum short side in pixels for legible names
 
 
@@ -79,11 +80,24 @@ def _enlarged(pixels: np.ndarray, scale: int) -> np.ndarray:
     return np.ascontiguousarray(pixels.repeat(scale, 0).repeat(scale, 1))
 
 
-def stack_rows(rows: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-    """Return pictures `[h, w, 3]` of each row side by side, at one height, and the rows one below the other."""
-    drawn = []
-    for row in rows:
-        scaled = [Image.fromarray(x).resize((max(1, round(x.shape[1] * _HEIGHT / x.shape[0])), _HEIGHT)) for x in row]
-        drawn.append(np.concatenate([np.asarray(picture) for picture in scaled], axis=1))
+def stack_rows(rows: Sequence[Sequence[np.ndarray]], titles: Sequence[str]) -> np.ndarray:
+    """Return pictures `[h, w, 3]` of each row side by side, at one height, and the rows one below the other.
+
+    Args:
+        rows: pictures of each row.
+        titles: written above the pictures of each row.
+    """
+    drawn = [np.concatenate([_titled(*column) for column in zip(row, titles, strict=True)], axis=1) for row in rows]
     widest = max(row.shape[1] for row in drawn)
-    return np.concatenate([np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0))) for row in drawn])
+    return np.concatenate(
+        [np.pad(row, ((0, 0), (0, widest - row.shape[1]), (0, 0)), constant_values=255) for row in drawn]
+    )
+
+
+def _titled(pixels: np.ndarray, title: str) -> np.ndarray:
+    """Return a picture at the height of a row, below its title."""
+    height, width = pixels.shape[:2]
+    picture = Image.fromarray(pixels).resize((max(1, round(width * _HEIGHT / height)), _HEIGHT))
+    picture = ImageOps.expand(picture, (0, _TITLE, 0, 0), "white")
+    ImageDraw.Draw(picture).text((4, 2), title, "black", ImageFont.load_default(_TITLE - 6))
+    return np.asarray(picture)

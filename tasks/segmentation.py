@@ -133,7 +133,7 @@ class MeanIoU(Meter):
             f" * mIoU {metrics['miou']:.3f} accuracy {metrics['accuracy']:.3f} "
             f"class accuracy {metrics['class_accuracy']:.3f}",
         ]
-        pictures = {"samples": stack_rows(self._rows)} if self._rows else {}
+        pictures = {"samples": stack_rows(self._rows, ("image", "true", "predicted"))} if self._rows else {}
         return Evaluation(metrics, lines, warnings, pictures)
 
 

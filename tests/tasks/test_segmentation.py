@@ -127,8 +127,10 @@ def test_the_picture_shows_image_truth_and_what_was_found() -> None:
 
     counted.add(Second(), LabelledPixels([image], [labels]))
     picture = counted.result().pictures["samples"]
-    height = picture.shape[0]
+    height = picture.shape[1] // 3
+    titles, picture = np.split(picture, [-height])
     assert picture.shape == (height, 3 * height, 3)
+    assert all(part.min() < 128 < part.max() for part in np.split(titles, 3, axis=1))
     centres = [picture[3 * height // 4, height // 2 + column * height] for column in range(3)]
     grey = np.array([124, 116, 104])
     assert np.array_equal(centres[0], grey)

@@ -47,7 +47,7 @@ OPTIONS = {
     "teacher of ours": {"DISTILL": "own"},
     "teacher of timm": {"DISTILL": "timm", "AUG": {"MIXUP": 0.8}},
     "sgd without momentum, which keeps no state": {"TRAIN": {"OPTIMIZER": {"NAME": "sgd", "MOMENTUM": 0.0}}},
-    **{name: {"TRAIN": {"OPTIMIZER": {"NAME": name}}} for name in ("adafactor", "lamb", "lion")},
+    **{name: {"TRAIN": {"OPTIMIZER": {"NAME": name}}} for name in ("adafactor", "lamb", "lion", "muon")},
 }
 
 
