@@ -12,7 +12,7 @@ help:
 	@echo "make setup      set up .venv (once: about 6 GB, one to five minutes)"
 	@echo "make demo       train a small DAT++ on handwritten digits (about 90 s of CPU time)"
 	@echo "make test       run every test, on all cores; TESTS=tests/data runs a part"
-	@echo "make test-long  the tests that kill and resume runs at many moments (about ten minutes)"
+	@echo "make test-long  the tests that kill and resume runs at many moments, and other long tests"
 	@echo "make test-slurm train_slurm.sh on a SLURM of two nodes on this machine (Debian's slurm-wlm and munge, root)"
 	@echo "make bench-gpu  on a GPU: check the kernels on it, measure networks, write benchmarks/gpu.md"
 	@echo "make docs       build the documentation, build/docs/index.html"
@@ -30,7 +30,7 @@ test: setup
 	@.venv/bin/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
 
 test-long: setup
-	@echo "test-long: the long form of the tests, about ten minutes on four cores"
+	@echo "test-long: the long tests"
 	@.venv/bin/python -m pytest -m slow
 
 test-slurm: setup

@@ -216,7 +216,7 @@ class _Lines:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a file of JSON lines, without a truncated last line; empty if there is no file."""
+    """Return the rows of a file of JSON lines, skipping incomplete lines; empty if there is no file."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if _holds(lambda row: isinstance(row, dict), line)]
 

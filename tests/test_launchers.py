@@ -126,14 +126,6 @@ def test_a_job_is_checked_before_it_is_queued(queue: Path, found: int, first: st
     assert not queued or called.read_text(encoding="utf-8").endswith(f" check {command}\n")
 
 
-@pytest.mark.parametrize(("flags", "gpus"), [((), True), (("--device", "cpu"), False), (("--device=cpu",), False)])
-def test_jobs_on_cpu_request_no_gpus(queue: Path, flags: tuple[str, ...], gpus: bool) -> None:
-    env = {"PATH": f"{queue}:{os.environ['PATH']}", "PYTHON": "check", "FOUND": "0"}
-    done = run_command("bash", "train_slurm.sh", 2, "tiny.yaml", "job", *flags, **env)
-    assert done.returncode == 0, done.stderr
-    assert ("--gres gpu:2" in (queue / "sbatch.txt").read_text(encoding="utf-8")) == gpus
-
-
 def test_check_of_a_job_needs_neither_its_gpus_nor_its_cores(queue: Path, tmp_path: Path) -> None:
     config = write_config(tmp_path, OUTPUT=str(tmp_path / "output"), DATA={"NUM_WORKERS": 10_000}, DEVICE="cuda")
     done = run_command("bash", "train_slurm.sh", 2, config, "job", PATH=f"{queue}:{os.environ['PATH']}")

@@ -208,7 +208,7 @@ def rate_jump_warning(config: CfgNode, state: TrainingState, saved: dict[str, An
         return []
     return [
         f"the learning rate goes from {before:.2e} to {now:.2e} where the run continues, so its accuracy may drop at "
-        "first. To lock the rate of a finished run, set TRAIN.LR_SCHEDULER.PLANNED_EPOCHS to its number of epochs"
+        "first. To keep the rate of a finished run, set TRAIN.LR_SCHEDULER.PLANNED_EPOCHS to its number of epochs"
     ]
 
 

@@ -341,9 +341,8 @@ def _members(path: Path, shard: int) -> Iterator[_Member]:
                 name = PurePosixPath(member.name)
                 if name.name.startswith(".") or "__MACOSX" in name.parts or member.isdir():
                     continue
-                if (
-                    member.islnk() or member.issym() or member.issparse()
-                ) and name.suffix.lower() in image_extensions():
+                is_image = name.suffix.lower() in image_extensions()
+                if is_image and (member.islnk() or member.issym() or member.issparse()):
                     raise ValueError(
                         f"archive {path} contains {member.name} as a link or a sparse file, without its bytes; pack it "
                         f"again with tar --dereference --hard-dereference"
