@@ -67,6 +67,18 @@ def _rows(x, start, length, heads, head, HEAD: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
+def _key_block(k, v, positions, first, keys, heads, head, HEAD: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr):
+    """Return a block of keys and values, and the positions of the keys."""
+    place, inside = _rows(k, first, keys, heads, head, HEAD, KEYS, WIDTH)
+    k_block = tl.load(place, mask=inside, other=0.0)
+    v_block = tl.load(_rows(v, first, keys, heads, head, HEAD, KEYS, WIDTH)[0], mask=inside, other=0.0)
+    key = first + tl.arange(0, KEYS)
+    y = tl.load(positions + key * 2, mask=key < keys, other=0.0)
+    x = tl.load(positions + key * 2 + 1, mask=key < keys, other=0.0)
+    return k_block, v_block, y, x
+
+
+@triton.jit
 def _query_grid(start, map_width, step_y, start_y, step_x, start_x, BLOCK: tl.constexpr):
     query = start + tl.arange(0, BLOCK)
     row, column = query // map_width, query % map_width
@@ -98,12 +110,7 @@ def _forward(
     result = tl.zeros([QUERIES, WIDTH], tl.float32)
     for first in range(0, keys, KEYS):
         key = first + tl.arange(0, KEYS)
-        k_place, k_inside = _rows(k, first, keys, heads, head, HEAD, KEYS, WIDTH)
-        v_place = _rows(v, first, keys, heads, head, HEAD, KEYS, WIDTH)[0]
-        k_block = tl.load(k_place, mask=k_inside, other=0.0)
-        v_block = tl.load(v_place, mask=k_inside, other=0.0)
-        key_y = tl.load(positions + key * 2, mask=key < keys, other=0.0)
-        key_x = tl.load(positions + key * 2 + 1, mask=key < keys, other=0.0)
+        k_block, v_block, key_y, key_x = _key_block(k, v, positions, first, keys, heads, head, HEAD, KEYS, WIDTH)
         cell_y = _cells(y[:, None], key_y[None, :], rows)
         cell_x = _cells(x[:, None], key_x[None, :], columns)
         logits = dot(q_block, tl.trans(k_block), PRECISION) * scale
@@ -152,12 +159,7 @@ def _backward_queries(
     result = tl.zeros([QUERIES, WIDTH], tl.float32)
     for first in range(0, keys, KEYS):
         key = first + tl.arange(0, KEYS)
-        k_place, k_inside = _rows(k, first, keys, heads, head, HEAD, KEYS, WIDTH)
-        v_place = _rows(v, first, keys, heads, head, HEAD, KEYS, WIDTH)[0]
-        k_block = tl.load(k_place, mask=k_inside, other=0.0)
-        v_block = tl.load(v_place, mask=k_inside, other=0.0)
-        key_y = tl.load(positions + key * 2, mask=key < keys, other=0.0)
-        key_x = tl.load(positions + key * 2 + 1, mask=key < keys, other=0.0)
+        k_block, v_block, key_y, key_x = _key_block(k, v, positions, first, keys, heads, head, HEAD, KEYS, WIDTH)
         cell_y = _cells(y[:, None], key_y[None, :], rows)
         cell_x = _cells(x[:, None], key_x[None, :], columns)
         logits = dot(q_block, tl.trans(k_block), PRECISION) * scale
@@ -188,12 +190,9 @@ def _backward_keys(
     table += head * rows * columns
 
     key = first + tl.arange(0, KEYS)
-    place, key_inside = _rows(k + offset, first, keys, heads, head, HEAD, KEYS, WIDTH)
-    k_block = tl.load(place, mask=key_inside, other=0.0)
-    place = _rows(v + offset, first, keys, heads, head, HEAD, KEYS, WIDTH)[0]
-    v_block = tl.load(place, mask=key_inside, other=0.0)
-    key_y = tl.load(positions + key * 2, mask=key < keys, other=0.0)
-    key_x = tl.load(positions + key * 2 + 1, mask=key < keys, other=0.0)
+    k_block, v_block, key_y, key_x = _key_block(
+        k + offset, v + offset, positions, first, keys, heads, head, HEAD, KEYS, WIDTH
+    )
     to_k, to_v = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
     to_y, to_x = tl.zeros([KEYS], tl.float32), tl.zeros([KEYS], tl.float32)
     for start in range(0, queries, QUERIES):
@@ -216,7 +215,7 @@ def _backward_keys(
         to_k += dot(dlogits.to(q_block.dtype), q_block, PRECISION)
         to_y += tl.sum(dlogits * ((1 - right) * (c - a) + right * (d - b)), 1)
         to_x += tl.sum(dlogits * ((1 - down) * (b - a) + down * (d - c)), 1)
-    place = _rows(dk + offset, first, keys, heads, head, HEAD, KEYS, WIDTH)[0]
+    place, key_inside = _rows(dk + offset, first, keys, heads, head, HEAD, KEYS, WIDTH)
     tl.store(place, (to_k * scale).to(dk.dtype.element_ty), mask=key_inside)
     place = _rows(dv + offset, first, keys, heads, head, HEAD, KEYS, WIDTH)[0]
     tl.store(place, to_v.to(dv.dtype.element_ty), mask=key_inside)

@@ -32,6 +32,13 @@ def _window(query, length, KERNEL: tl.constexpr):
 
 
 @triton.jit
+def _span(first, length, KERNEL: tl.constexpr, SIDE: tl.constexpr):
+    """Return the first key of the windows of a tile on one axis, and the number of keys."""
+    begin = _window(first, length, KERNEL)
+    return begin, _window(tl.minimum(first + SIDE, length) - 1, length, KERNEL) + KERNEL - begin
+
+
+@triton.jit
 def _logits(q_block, k_block, table, query_y, query_x, key_y, key_x, height, width, scale,
             KERNEL: tl.constexpr, TABLE: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Return the logits of queries along the first axis and keys along the second, minus infinity outside a window."""
@@ -51,6 +58,14 @@ def _pixels(x, y, x_axis, height, width, row, step, HEAD: tl.constexpr, WIDTH: t
     dim = tl.arange(0, WIDTH)
     inside = (y < height) & (x_axis < width)
     return x + y[:, None] * row + x_axis[:, None] * step + dim[None, :], inside[:, None] & (dim[None, :] < HEAD)
+
+
+@triton.jit
+def _key_block(k, v, y, x, height, width, row, step, HEAD: tl.constexpr, WIDTH: tl.constexpr):
+    """Return the keys and values of pixels."""
+    place, inside = _pixels(k, y, x, height, width, row, step, HEAD, WIDTH)
+    v_place = _pixels(v, y, x, height, width, row, step, HEAD, WIDTH)[0]
+    return tl.load(place, mask=inside, other=0.0), tl.load(v_place, mask=inside, other=0.0)
 
 
 @triton.jit
@@ -78,19 +93,15 @@ def _forward(
     place, inside = _pixels(q, y, x, height, width, row_step, pixel_step, HEAD, WIDTH)
     q_block = tl.load(place, mask=inside, other=0.0)
 
-    first_y, first_x = _window(top, height, KERNEL), _window(left, width, KERNEL)
-    rows = _window(tl.minimum(top + SIDE, height) - 1, height, KERNEL) + KERNEL - first_y
-    columns = _window(tl.minimum(left + SIDE, width) - 1, width, KERNEL) + KERNEL - first_x
+    first_y, rows = _span(top, height, KERNEL, SIDE)
+    first_x, columns = _span(left, width, KERNEL, SIDE)
     largest = tl.full([SIDE * SIDE], float("-inf"), tl.float32)
     total = tl.zeros([SIDE * SIDE], tl.float32)
     result = tl.zeros([SIDE * SIDE, WIDTH], tl.float32)
     for first in range(0, rows * columns, BLOCK):
         key = first + tl.arange(0, BLOCK)
         key_y, key_x = first_y + key // columns, first_x + key % columns
-        k_place, k_inside = _pixels(k, key_y, key_x, height, width, row_step, pixel_step, HEAD, WIDTH)
-        k_block = tl.load(k_place, mask=k_inside, other=0.0)
-        v_place = _pixels(v, key_y, key_x, height, width, row_step, pixel_step, HEAD, WIDTH)[0]
-        v_block = tl.load(v_place, mask=k_inside, other=0.0)
+        k_block, v_block = _key_block(k, v, key_y, key_x, height, width, row_step, pixel_step, HEAD, WIDTH)
         logits = _logits(
             q_block, k_block, table, y[:, None], x[:, None], key_y[None, :], key_x[None, :], height, width, scale,
             KERNEL, TABLE, PRECISION,
@@ -133,17 +144,13 @@ def _backward_queries(
     tl.store(products + pixels, product, mask=there)
     total = tl.load(sums + pixels, mask=there, other=0.0)
 
-    first_y, first_x = _window(top, height, KERNEL), _window(left, width, KERNEL)
-    rows = _window(tl.minimum(top + SIDE, height) - 1, height, KERNEL) + KERNEL - first_y
-    columns = _window(tl.minimum(left + SIDE, width) - 1, width, KERNEL) + KERNEL - first_x
+    first_y, rows = _span(top, height, KERNEL, SIDE)
+    first_x, columns = _span(left, width, KERNEL, SIDE)
     result = tl.zeros([SIDE * SIDE, WIDTH], tl.float32)
     for first in range(0, rows * columns, BLOCK):
         key = first + tl.arange(0, BLOCK)
         key_y, key_x = first_y + key // columns, first_x + key % columns
-        k_place, k_inside = _pixels(k, key_y, key_x, height, width, row_step, pixel_step, HEAD, WIDTH)
-        k_block = tl.load(k_place, mask=k_inside, other=0.0)
-        v_place = _pixels(v, key_y, key_x, height, width, row_step, pixel_step, HEAD, WIDTH)[0]
-        v_block = tl.load(v_place, mask=k_inside, other=0.0)
+        k_block, v_block = _key_block(k, v, key_y, key_x, height, width, row_step, pixel_step, HEAD, WIDTH)
         logits = _logits(
             q_block, k_block, table, y[:, None], x[:, None], key_y[None, :], key_x[None, :], height, width, scale,
             KERNEL, TABLE, PRECISION,
@@ -177,10 +184,7 @@ def _backward_keys(
     plain = (image * height * width * heads + head) * HEAD
     grad += plain
     table += head * (2 * KERNEL - 1) * (2 * KERNEL - 1)
-    place, inside = _pixels(k, y, x, height, width, row_step, pixel_step, HEAD, WIDTH)
-    k_block = tl.load(place, mask=inside, other=0.0)
-    place = _pixels(v, y, x, height, width, row_step, pixel_step, HEAD, WIDTH)[0]
-    v_block = tl.load(place, mask=inside, other=0.0)
+    k_block, v_block = _key_block(k, v, y, x, height, width, row_step, pixel_step, HEAD, WIDTH)
 
     first_y, last_y = _viewers(top, tl.minimum(top + SIDE, height) - 1, height, KERNEL)
     first_x, last_x = _viewers(left, tl.minimum(left + SIDE, width) - 1, width, KERNEL)
@@ -206,7 +210,7 @@ def _backward_keys(
         to_v += dot(tl.trans(weights.to(grad_block.dtype)), grad_block, PRECISION)
         dlogits = weights * (dot(grad_block, tl.trans(v_block), PRECISION) - product[:, None])
         to_k += dot(tl.trans(dlogits.to(q_block.dtype)), q_block, PRECISION)
-    place = _pixels(dk + plain, y, x, height, width, width * heads * HEAD, heads * HEAD, HEAD, WIDTH)[0]
+    place, inside = _pixels(dk + plain, y, x, height, width, width * heads * HEAD, heads * HEAD, HEAD, WIDTH)
     tl.store(place, (to_k * scale).to(dk.dtype.element_ty), mask=inside)
     place = _pixels(dv + plain, y, x, height, width, width * heads * HEAD, heads * HEAD, HEAD, WIDTH)[0]
     tl.store(place, to_v.to(dv.dtype.element_ty), mask=inside)

@@ -31,11 +31,29 @@ def _places(positions, sample, samples, height, width):
 
 
 @triton.jit
+def _cells(positions, sample, samples, height, width):
+    """Return row and column of the pixel at the top left of each sample, and the distances of the sample from it."""
+    y, x = _places(positions, sample, samples, height, width)
+    top, left = tl.floor(y), tl.floor(x)
+    return top.to(tl.int32), left.to(tl.int32), (y - top)[:, None], (x - left)[:, None]
+
+
+@triton.jit
 def _corner(x, row, column, channel, height, width, channels, inside):
     """Return the pixels of ``[H, W, C]`` at one corner of the samples, zero beyond the map."""
     mask = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     place = (row * width + column) * channels
     return tl.load(x + place[:, None] + channel[None, :], mask=mask[:, None] & inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _corners(x, row, column, channel, height, width, channels, inside):
+    """Return the pixels at the four corners of the samples: top left, top right, bottom left, bottom right."""
+    a = _corner(x, row, column, channel, height, width, channels, inside)
+    b = _corner(x, row, column + 1, channel, height, width, channels, inside)
+    c = _corner(x, row + 1, column, channel, height, width, channels, inside)
+    d = _corner(x, row + 1, column + 1, channel, height, width, channels, inside)
+    return a, b, c, d
 
 
 @triton.jit
@@ -47,19 +65,13 @@ def _forward(
     image, group = image_group // groups, image_group % groups
     per_group = channels // groups
     sample = block * SAMPLES + tl.arange(0, SAMPLES)
-    y, x_axis = _places(positions + image_group * samples * 2, sample, samples, height, width)
-    top, left = tl.floor(y), tl.floor(x_axis)
-    down, right = (y - top)[:, None], (x_axis - left)[:, None]
-    row, column = top.to(tl.int32), left.to(tl.int32)
+    row, column, down, right = _cells(positions + image_group * samples * 2, sample, samples, height, width)
     x += image * height * width * channels + group * per_group
     out += image * samples * channels + group * per_group
     for first in range(0, per_group, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         inside = (sample < samples)[:, None] & (channel < per_group)[None, :]
-        a = _corner(x, row, column, channel, height, width, channels, inside)
-        b = _corner(x, row, column + 1, channel, height, width, channels, inside)
-        c = _corner(x, row + 1, column, channel, height, width, channels, inside)
-        d = _corner(x, row + 1, column + 1, channel, height, width, channels, inside)
+        a, b, c, d = _corners(x, row, column, channel, height, width, channels, inside)
         result = (1 - down) * ((1 - right) * a + right * b) + down * ((1 - right) * c + right * d)
         place = out + sample[:, None] * channels + channel[None, :]
         tl.store(place, result.to(out.dtype.element_ty), mask=inside)
@@ -104,20 +116,14 @@ def _backward_positions(
     image, group = image_group // groups, image_group % groups
     per_group = channels // groups
     sample = block * SAMPLES + tl.arange(0, SAMPLES)
-    y, x_axis = _places(positions + image_group * samples * 2, sample, samples, height, width)
-    top, left = tl.floor(y), tl.floor(x_axis)
-    down, right = (y - top)[:, None], (x_axis - left)[:, None]
-    row, column = top.to(tl.int32), left.to(tl.int32)
+    row, column, down, right = _cells(positions + image_group * samples * 2, sample, samples, height, width)
     x += image * height * width * channels + group * per_group
     grad += image * samples * channels + group * per_group
     to_y, to_x = tl.zeros([SAMPLES], tl.float32), tl.zeros([SAMPLES], tl.float32)
     for first in range(0, per_group, CHANNELS):
         channel = first + tl.arange(0, CHANNELS)
         inside = (sample < samples)[:, None] & (channel < per_group)[None, :]
-        a = _corner(x, row, column, channel, height, width, channels, inside)
-        b = _corner(x, row, column + 1, channel, height, width, channels, inside)
-        c = _corner(x, row + 1, column, channel, height, width, channels, inside)
-        d = _corner(x, row + 1, column + 1, channel, height, width, channels, inside)
+        a, b, c, d = _corners(x, row, column, channel, height, width, channels, inside)
         place = grad + sample[:, None] * channels + channel[None, :]
         gradient = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         to_y += tl.sum(gradient * ((1 - right) * (c - a) + right * (d - b)), 1)
