@@ -38,9 +38,9 @@ def neighborhood_attention(
         scale: factor of the products.
         dropout: probability of dropping an attention weight.
         form: ``reference`` gathers every window. ``tiles`` is dense attention of small tiles of queries, with a mask.
-            ``tiles_by_hand`` does the same one image at a time, with a custom backward pass that saves the weights but
-            not their bias. ``triton`` is a GPU kernel that does not write the weights to memory. The last two have no
-            dropout. ``auto`` uses `choose_form`.
+            ``tiles_by_hand`` does the same a few images at a time, with a custom backward pass that saves the weights
+            but not their bias. ``triton`` is a GPU kernel that does not write the weights to memory. The last two have
+            no dropout. ``auto`` uses `choose_form`.
 
     Returns:
         ``[B, H, W, heads, d]``.
@@ -61,13 +61,14 @@ def neighborhood_attention(
         return attention(q, k, v, rpb if rpb is None else rpb.contiguous(), kernel_size, scale)[0]
     if form == "reference":
         return _reference(q, k, v, rpb, kernel_size=kernel_size, scale=scale, dropout=dropout)
-    heads, tiles = q.shape[3], tiles_of(tuple(q.shape[1:3]), kernel_size, q.device)
+    heads = q.shape[3]
     if rpb is None:
         rpb = q.new_zeros(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
     if form == "tiles_by_hand":
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rpb))
         with cast_for_matmul(q, k, v) as (q, k, v):
-            return TiledAttention.apply(q, k, v, rpb, tiles, scale, keep)
+            return TiledAttention.apply(q, k, v, rpb, scale, keep)
+    tiles = tiles_of(tuple(q.shape[1:3]), kernel_size, q.device)
     bias = tiles.expand_bias(tiles.bias(rpb)).to(q.dtype)
     q_maps, k_maps, v_maps = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2) for x in (q, k, v))
     cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)

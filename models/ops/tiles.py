@@ -23,6 +23,7 @@ class Tiles:
         size: height and width of the map.
         kernel_size: side K of the window of a query.
         device: device of the indices.
+        maps: number of maps, whose pixels follow one another; everything below counts those of all maps.
 
     Attributes:
         queries_per_tile: queries of a tile; tiles of the last row and column may reach beyond the map.
@@ -35,15 +36,17 @@ class Tiles:
         keys: pixel of each key of each tile, ``[count * keys_per_tile]``.
     """
 
-    def __init__(self, size: tuple[int, int], kernel_size: int, device: torch.device) -> None:
+    def __init__(self, size: tuple[int, int], kernel_size: int, device: torch.device, maps: int = 1) -> None:
         self.size = size
         self.axes = y, x = [_Axis(length, kernel_size) for length in size]
         self.queries_per_tile = y.tile * x.tile
         self.keys_per_tile = y.span * x.span
-        self.count = y.count * x.count
+        self.count = maps * y.count * x.count
         self._side = 2 * kernel_size - 1
-        self.queries, self.places, self.beyond, self.keys, *indices = _indices(size, kernel_size, device)
-        self._kinds, self._cells = indices
+        queries, places, beyond, keys, kinds, self._cells = _indices(size, kernel_size, device)
+        self.queries, self.keys = (_repeat(pixels, maps, step=y.length * x.length) for pixels in (queries, keys))
+        self.places, self.beyond = (_repeat(rows, maps, step=len(queries)) for rows in (places, beyond))
+        self._kinds = kinds.repeat(maps)
 
     def cut(self, x: Tensor) -> Tensor:
         """Return the queries of every tile, ``[N, H*W, d] -> [N * tiles, queries_per_tile, d]``.
@@ -96,10 +99,15 @@ class Tiles:
         return table[:, :-1].unflatten(1, (self._side, self._side))
 
 
+def _repeat(indices: Tensor, maps: int, *, step: int) -> Tensor:
+    """Return the indices of several maps, each ``step`` above those of the map before."""
+    return (torch.arange(maps, device=indices.device)[:, None] * step + indices).flatten()
+
+
 @cached_tensors
-def tiles_of(size: tuple[int, int], kernel_size: int, device: torch.device) -> Tiles:
-    """Return the tiles of a map."""
-    return Tiles(size, kernel_size, device)
+def tiles_of(size: tuple[int, int], kernel_size: int, device: torch.device, maps: int = 1) -> Tiles:
+    """Return the tiles of one or several maps."""
+    return Tiles(size, kernel_size, device, maps)
 
 
 @torch._dynamo.assume_constant_result  # otherwise the graph would copy these lists to the device in every step

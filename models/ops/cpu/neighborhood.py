@@ -1,4 +1,4 @@
-"""Neighborhood attention of tiles for CPUs, one image at a time."""
+"""Neighborhood attention of tiles for CPUs, a few images at a time."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..caching import cached_tensors
-from ..tiles import Tiles
+from ..tiles import Tiles, tiles_of
+
+CACHED = 1 << 19  # attention weights of small images computed at a time: 2 MiB, which stay in the CPU cache
 
 
 class TiledAttention(torch.autograd.Function):
-    """Attention of tiles, one image at a time, so that it stays in the CPU cache. Saves its arguments and the weights.
+    """Attention of tiles, a few images at a time to stay in the CPU cache. Saves its arguments and the weights.
 
     With weights ``P = softmax(S)``, ``S = scale Q K^T + bias`` and output ``O = P V`` of every tile, the gradient ``G``
     of ``O`` gives
@@ -24,19 +26,20 @@ class TiledAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, rpb, tiles, scale, keep):  # noqa: ANN001
+    def forward(ctx, q, k, v, rpb, scale, keep):  # noqa: ANN001
+        tiles, maps = _choose_tiles(q, rpb)
         bias, out = tiles.bias(rpb).to(q.dtype), q.new_empty(q.shape)
-        q, k, v, results = (_with_rows(x) for x in (q, k, v, out))
+        q, k, v, results = (_stack(x, maps) for x in (q, k, v, out))
         weights = q.new_empty(len(q) if keep else 1, len(bias) * tiles.count, *bias.shape[2:])
         q_rows, k_rows, v_rows, out_rows = (TileRows.of(tiles, x) for x in (q, k, v, results))
-        for image in range(len(q)):
-            logits = tiles.expand_bias(bias, out=weights[image if keep else 0])
-            logits.baddbmm_(q_rows.cut(q[image]), k_rows.windows(k[image]).mT, alpha=scale)
+        for stack in range(len(q)):
+            logits = tiles.expand_bias(bias, out=weights[stack if keep else 0])
+            logits.baddbmm_(q_rows.cut(q[stack]), k_rows.windows(k[stack]).mT, alpha=scale)
             torch.softmax(logits, dim=-1, out=logits)
-            out_rows.join(torch.bmm(logits, v_rows.windows(v[image])), out=results[image])
+            out_rows.join(torch.bmm(logits, v_rows.windows(v[stack])), out=results[stack])
         if keep:
             ctx.save_for_backward(q, k, v, weights)
-            ctx.tiles, ctx.scale, ctx.table_dtype = tiles, scale, rpb.dtype
+            ctx.tiles, ctx.maps, ctx.scale, ctx.table_dtype = tiles, maps, scale, rpb.dtype
         return out
 
     @staticmethod
@@ -44,20 +47,35 @@ class TiledAttention(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     def backward(ctx, grad):  # noqa: ANN001
         q, k, v, kept = ctx.saved_tensors
-        tiles, scale, grad = ctx.tiles, ctx.scale, _with_rows(grad)
-        dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))  # [B, H*W, heads, d]
+        tiles, scale, shape, grad = ctx.tiles, ctx.scale, grad.shape, _stack(grad, ctx.maps)
+        dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))  # [B/maps, maps*H*W, heads, d]
         dbias = kept.new_zeros(kept.shape[1:], dtype=ctx.table_dtype)
         q_rows, k_rows, v_rows, grad_rows, rows = (TileRows.of(tiles, x) for x in (q, k, v, grad, dq))
-        for image, weights in enumerate(kept):
-            grads = grad_rows.cut(grad[image], zeros_beyond=True)
-            dv[image] = rows.sum_windows(torch.bmm(weights.mT, grads))
-            dweights = torch.bmm(grads, v_rows.windows(v[image]).mT)
+        for stack, weights in enumerate(kept):
+            grads = grad_rows.cut(grad[stack], zeros_beyond=True)
+            dv[stack] = rows.sum_windows(torch.bmm(weights.mT, grads))
+            dweights = torch.bmm(grads, v_rows.windows(v[stack]).mT)
             dlogits = torch._softmax_backward_data(dweights, weights, 2, weights.dtype)
-            rows.join(torch.bmm(dlogits, k_rows.windows(k[image])), out=dq[image])
-            dk[image] = rows.sum_windows(torch.bmm(dlogits.mT, q_rows.cut(q[image])))
+            rows.join(torch.bmm(dlogits, k_rows.windows(k[stack])), out=dq[stack])
+            dk[stack] = rows.sum_windows(torch.bmm(dlogits.mT, q_rows.cut(q[stack])))
             dbias += dlogits
-        dq, dk, dv = (x.unflatten(1, tiles.size) for x in (dq.mul_(scale), dk.mul_(scale), dv))
-        return dq, dk, dv, tiles.sum_by_cell(dbias, q.shape[2]), None, None, None
+        dq, dk, dv = (x.view(shape) for x in (dq.mul_(scale), dk.mul_(scale), dv))
+        return dq, dk, dv, tiles.sum_by_cell(dbias, q.shape[2]), None, None
+
+
+def _choose_tiles(q: Tensor, rpb: Tensor) -> tuple[Tiles, int]:
+    """Return the tiles of as many images at a time as the cache holds and the batch divides into, and their number."""
+    batch, height, width, heads, _ = q.shape
+    arguments = (height, width), (rpb.shape[-1] + 1) // 2, q.device
+    one = tiles_of(*arguments)
+    weights = heads * one.count * one.queries_per_tile * one.keys_per_tile
+    maps = max((n for n in range(1, batch + 1) if batch % n == 0 and n * weights <= CACHED), default=1)
+    return tiles_of(*arguments, maps), maps
+
+
+def _stack(x: Tensor, maps: int) -> Tensor:
+    """Return maps ``[B, H, W, heads, d]`` as ``[B/maps, maps*H*W, heads, d]``, see `_with_rows`."""
+    return _with_rows(x).unflatten(0, (-1, maps)).flatten(1, 2)
 
 
 def _with_rows(x: Tensor) -> Tensor:
@@ -70,7 +88,7 @@ def _with_rows(x: Tensor) -> Tensor:
 
 
 class TileRows:
-    """`Tiles` of one image ``[H*W, heads, d]`` for all heads at once: every head of a pixel is copied as a row.
+    """`Tiles` of maps ``[pixels, heads, d]`` for all heads at once: every head of a pixel is copied as a row.
 
     Args:
         tiles: the tiles of the map.
