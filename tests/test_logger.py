@@ -156,7 +156,7 @@ def test_training_closes_the_log_with_its_exit_status(monkeypatch: pytest.Monkey
     assert closed == [143, 1]
 
 
-def test_a_run_that_the_server_does_not_know_is_said_with_its_file(
+def test_mlflow_run_that_is_missing_on_the_server_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
