@@ -6,7 +6,6 @@ declared here are errors, both in the file and on the command line.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,7 @@ from yacs.config import CfgNode
 from models.build import FAMILIES
 from models.detection import DETECTORS
 from models.layers import as_pair
-from models.options import Check, Option, at_least, not_negative, one_of, positive, share
+from models.options import Check, Option, at_least, did_you_mean, not_negative, one_of, positive, share
 from models.segmentation import SEGMENTERS
 
 _CONFIGS = Path(__file__).resolve().parent / "configs"
@@ -735,9 +734,7 @@ def _merge_file(config: CfgNode, path: Path, children: tuple[Path, ...] = ()) ->
     if not path.exists():
         ours = sorted(_CONFIGS.rglob("*.yaml"), key=lambda file: -len(file.parts))  # of equal names, the outermost
         known = {file.stem: file for file in (*ours, *path.parent.glob("*.yaml"))}
-        near = difflib.get_close_matches(path.stem, known, n=1)
-        hint = f"; did you mean {known[near[0]]}?" if near else ""
-        raise ValueError(f"config file {path} does not exist{hint}")
+        raise ValueError(f"config file {path} does not exist{did_you_mean(path.stem, known, shown=known)}")
     try:
         loaded = _read_yaml(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
@@ -795,12 +792,14 @@ def _no_option(key: str) -> str:
     if below:
         return f"{key} is a section; set one of its options, such as {below}"
     known = {name.upper(): name for name in OPTIONS}
-    near = difflib.get_close_matches(key.upper(), known, n=1, cutoff=0.85)
-    if not near:  # EPOCHS or DATA.EPOCHS instead of TRAIN.EPOCHS
-        last = {name.rpartition(".")[2]: name for name in known}
-        near = [last[name] for name in difflib.get_close_matches(key.upper().rpartition(".")[2], last, n=1, cutoff=0.8)]
-    hint = f"did you mean {known[near[0]]}?" if near else "config.py lists all options"
-    return f"unknown option {key}; {hint}"
+    last = {name.rpartition(".")[2]: option for name, option in known.items()}
+    hint = (
+        did_you_mean(key.upper(), known, shown=known, cutoff=0.85)
+        # EPOCHS or DATA.EPOCHS instead of TRAIN.EPOCHS
+        or did_you_mean(key.upper().rpartition(".")[2], last, shown=last, cutoff=0.8)
+        or "; config.py lists all options"
+    )
+    return f"unknown option {key}{hint}"
 
 
 def _coerce(key: str, value: Any) -> Any:
@@ -863,9 +862,7 @@ def _validate(config: CfgNode) -> None:
     values = dict(flatten(config))
     for key, option in OPTIONS.items():
         if option.check and not option.check.holds(values[key]):
-            choices = option.check.choices
-            near = difflib.get_close_matches(str(values[key]), [str(choice) for choice in choices], n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = did_you_mean(str(values[key]), [str(choice) for choice in option.check.choices])
             raise ValueError(f"{key} must be {option.check.words}, not {values[key]!r}{hint}")
     settings = config.TRAIN.OPTIMIZER
     for name in ("EPS", "BETAS", "MOMENTUM") if settings.NAME not in ("adamw", "sgd") else ():

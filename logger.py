@@ -170,9 +170,9 @@ class RunLog:
         if self._files:
             self._files["metrics"].keep(lambda row: _is_before(row, epoch, update))
 
-    def close(self) -> None:
-        """Finish the files."""
-        self._call_recorders(lambda recorder: recorder.close())
+    def close(self, status: int) -> None:
+        """Finish the recorders, given the exit status of the run: 0, 128 + n after signal n, or another one."""
+        self._call_recorders(lambda recorder: recorder.close(status))
 
 
 def _is_before(row: dict[str, Any], epoch: int, update: int) -> bool:
@@ -237,8 +237,8 @@ class Recorder(Protocol):
     def picture(self, name: str, pixels: np.ndarray, update: int) -> None:
         """Record a picture, `[H, W, 3]`, uint8."""
 
-    def close(self) -> None:
-        """Finish the recording."""
+    def close(self, status: int) -> None:
+        """Finish the recording of a run that ends with an exit status."""
 
 
 class TensorBoard:
@@ -256,7 +256,7 @@ class TensorBoard:
     def picture(self, name: str, pixels: np.ndarray, update: int) -> None:
         self._writer.add_image(name, pixels, update, dataformats="HWC")
 
-    def close(self) -> None:
+    def close(self, status: int) -> None:  # noqa: ARG002
         self._writer.close()
 
 
@@ -283,8 +283,8 @@ class WeightsAndBiases:
 
         self._run.log({name: wandb.Image(pixels)}, step=update)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, status: int) -> None:
+        self._run.finish(exit_code=status)
 
 
 class MLflow:
@@ -317,8 +317,9 @@ class MLflow:
     def picture(self, name: str, pixels: np.ndarray, update: int) -> None:
         self._client.log_image(self._run, pixels, key=name, step=update)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._run)
+    def close(self, status: int) -> None:
+        ended = "FINISHED" if status == 0 else "KILLED" if status > 128 else "FAILED"
+        self._client.set_terminated(self._run, status=ended)
 
 
 RECORDERS: dict[str, type[Recorder]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from models.contract import classifier, no_weight_decay
+from models.options import did_you_mean
 
 # Optimizers of timm that the training loop cannot use, by name prefix.
 _UNUSABLE = {
@@ -45,11 +45,8 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
     names = {part: None for name in parameters for part in _with_parents(name)}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=1)
-            hint = (
-                f"did you mean {near[0]}?" if near else f"its parts are {', '.join(n for n in names if '.' not in n)}"
-            )
-            raise ValueError(f"TRAIN.FREEZE: the network has no part named {pattern!r}; {hint}")
+            hint = did_you_mean(pattern, names) or f"; its parts are {', '.join(n for n in names if '.' not in n)}"
+            raise ValueError(f"TRAIN.FREEZE: the network has no part named {pattern!r}{hint}")
     for name, parameter in parameters.items():
         if any(fnmatchcase(part, pattern) for part in _with_parents(name) for pattern in patterns):
             parameter.requires_grad_(False)
@@ -202,9 +199,8 @@ def _check_name(name: str) -> None:
     for beginning, reason in _UNUSABLE.items():
         if name.startswith(beginning) and name in list_optimizers():
             raise ValueError(f"TRAIN.OPTIMIZER.NAME: {name} cannot be used here: it {reason}; use adamw, for example")
-    near = difflib.get_close_matches(name, optimizer_names(), n=1)
-    hint = f"did you mean {near[0]}?" if near else "timm.optim.list_optimizers() lists them"
-    raise ValueError(f"TRAIN.OPTIMIZER.NAME: there is no optimizer {name!r}; {hint}")
+    hint = did_you_mean(name, optimizer_names()) or "; timm.optim.list_optimizers() lists them"
+    raise ValueError(f"TRAIN.OPTIMIZER.NAME: there is no optimizer {name!r}{hint}")
 
 
 def step_unless(skip: Tensor, optimizer: torch.optim.Optimizer) -> None:

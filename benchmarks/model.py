@@ -21,13 +21,13 @@ from pathlib import Path
 import timm
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import AMP_DTYPES, environment, precision, spread, take_turns
 from config import load_config
 from models import build_model
+from tools.complexity import count_macs
 
 SIDE = 1024  # side of the matrices for measuring the floor
 
@@ -64,7 +64,7 @@ def _print_table(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     networks, size = _build_networks(args, device)
     first, *others = networks
-    macs = _macs(networks[first], size)
+    macs = count_macs(networks[first], size)
     print(f"{environment(device, max(args.threads))}; {size[0]}x{size[1]}, best of {args.runs}\n")
     columns = ["threads", "batch", "autocast", "task", "mode", "floor, ms", f"{first}, ms"]
     columns += [column for name in others for column in (f"{name}, ms", "ratio")]
@@ -115,14 +115,6 @@ def _compiled(networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
         else:
             network.compile(dynamic=False)
     return copies
-
-
-def _macs(network: nn.Module, size: tuple[int, int]) -> int:
-    """Return the multiply-accumulates of a network for one image."""
-    like = next(network.parameters())
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network.eval()(torch.zeros(1, 3, *size, device=like.device))
-    return counter.get_total_flops() // 2
 
 
 def _mac_rate(amp: str, device: torch.device) -> float:

@@ -7,9 +7,11 @@ import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from data.images import StoredImage, UnreadableImage
@@ -27,8 +29,9 @@ class CachedSource(ImageSource):
     """Images whose files are read once and then served from memory; decoding and augmentation are unchanged.
 
     The first process of a machine fills a file in memory, which all processes map. It is unlinked when the last one has
-    mapped it, so the memory is freed when they exit, even if killed. Files that do not fit or cannot be read come from
-    the source.
+    mapped it, so the memory is freed when they exit, even if killed. If they are killed before that, the next run
+    removes what they left: the first process holds a lock while it lives. Files that do not fit or cannot be read come
+    from the source.
 
     Args:
         source: the stored images.
@@ -41,9 +44,17 @@ class CachedSource(ImageSource):
     def __init__(self, source: ImageSource, folder: Path, key: str, *, processes: int, is_main: bool) -> None:
         self._source = source
         self.labels = source.labels
-        content, table, opened = (folder / f"dat-{os.getuid()}-{key}.{kind}" for kind in ("data", "index", "opened"))
+        content, table, opened, in_use = (
+            folder / f"dat-{os.getuid()}-{key}.{kind}" for kind in ("data", "index", "opened", "lock")
+        )
         with process_lock(content):
-            if not table.exists():
+            with process_lock(folder):
+                _remove_abandoned(folder)
+                is_first = not in_use.exists()
+                if is_first:
+                    self._lock = FileLock(in_use)
+                    self._lock.acquire()
+            if is_first:
                 _make(source, content, table, show=is_main)
             self._table = Listing.load(table)
             with content.open("rb") as file:
@@ -52,8 +63,7 @@ class CachedSource(ImageSource):
             with opened.open("ab") as file:
                 file.write(b".")
             if opened.stat().st_size == processes:
-                for path in (content, table, opened):
-                    path.unlink()
+                _remove(in_use)
 
         if left := len(source) - len(self._table):
             self.remarks = [
@@ -74,6 +84,19 @@ class CachedSource(ImageSource):
         return StoredImage(self._content[offset : offset + size], name, exif=bool(exif))
 
 
+def _remove_abandoned(folder: Path) -> None:
+    """Remove the caches of this user whose first process is dead."""
+    for in_use in folder.glob(f"dat-{os.getuid()}-*.lock"):
+        with suppress(Timeout), FileLock(in_use, blocking=False):
+            _remove(in_use)
+
+
+def _remove(in_use: Path) -> None:
+    """Remove the files of a cache, given that of its lock."""
+    for path in in_use.parent.glob(f"{in_use.stem}.*"):
+        path.unlink()
+
+
 def _make(source: ImageSource, content: Path, table: Path, *, show: bool) -> None:
     """Write the files of images and their table.
 
@@ -83,7 +106,7 @@ def _make(source: ImageSource, content: Path, table: Path, *, show: bool) -> Non
     try:
         Listing.of(_fill(source, content, show=show), _COLUMNS, {}).save(table)
     except OSError as error:
-        content.unlink(missing_ok=True)
+        _remove(content.with_suffix(".lock"))
         raise ValueError(
             f"DATA.CACHE: {content.parent} cannot be written ({error.strerror}); free it, give the container more by "
             "--shm-size, or leave DATA.CACHE off"

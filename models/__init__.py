@@ -4,4 +4,5 @@ from . import registry
 from .build import build_model
 from .dat import DAT
 
-__all__ = ["DAT", "build_model", "registry"]
+__all__ = ["DAT", "__version__", "build_model", "registry"]
+__version__ = "1.0.0"  # the only declaration; pyproject.toml reads it

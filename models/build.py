@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +13,7 @@ from .backbone import DATBackbone, TimmBackbone
 from .contract import recompute_activations, smallest_image
 from .dat import DAT
 from .detection import DETECTORS, Detector
-from .options import Option
+from .options import Option, did_you_mean
 from .segmentation import SEGMENTERS, Segmenter
 from .vit import VisionTransformer
 
@@ -142,9 +141,8 @@ def _build_timm_backbone(config: Any, *, out_indices: Sequence[int]) -> TimmBack
 def _timm_name(config: Any) -> str:
     name = config.MODEL.TIMM.NAME
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"did you mean {near[0]}?" if near else "timm.list_models() lists them"
-        raise ValueError(f"MODEL.TIMM.NAME: timm has no model {name!r}; {hint}")
+        hint = did_you_mean(name, timm.list_models()) or "; timm.list_models() lists them"
+        raise ValueError(f"MODEL.TIMM.NAME: timm has no model {name!r}{hint}")
     return name
 
 

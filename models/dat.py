@@ -151,7 +151,8 @@ class DAT(nn.Module):
 
     Raises:
         TypeError: an option is unknown.
-        ValueError: an option is not allowed or contradicts another.
+        ValueError: an option is not allowed or contradicts another, or, when called, the images have a wrong shape or
+            are too small.
     """
 
     __signature__ = DeclaredSignature()
@@ -341,7 +342,7 @@ class DAT(nn.Module):
             former is the output of the last stage that was computed.
 
         Raises:
-            ValueError: ``output_fmt`` is not NCHW, or an image is too small.
+            ValueError: ``output_fmt`` is not NCHW, or the images have a wrong shape or are too small.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt = {output_fmt!r} must be NCHW; permute the maps for another layout")
@@ -377,6 +378,11 @@ class DAT(nn.Module):
 
     def _maps(self, x: Tensor, stages: int) -> list[Tensor]:
         """Return the outputs of the first ``stages`` stages."""
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"images must have the shape [B, {self.in_chans}, H, W], not {list(x.shape)}; x[None] makes a batch of "
+                "one image, and the option in_chans sets the number of channels"
+            )
         height, width = self.smallest_image
         if x.shape[-2] < height or x.shape[-1] < width:
             raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +114,21 @@ class DeclaredSignature:
         return inspect.Signature([*declared, *(parameter for parameter in others if parameter.kind is kind)])
 
 
+def did_you_mean(
+    name: str, known: Iterable[str], *, shown: Mapping[str, object] | None = None, cutoff: float = 0.6
+) -> str:
+    """Return the end of an error message that suggests the known name closest to ``name``; empty if none is close.
+
+    Args:
+        name: the unknown name.
+        known: the known names.
+        shown: what the message shows for each known name; None for the name itself.
+        cutoff: smallest similarity, from 0 to 1.
+    """
+    near = difflib.get_close_matches(name, known, n=1, cutoff=cutoff)
+    return f"; did you mean {shown[near[0]] if shown else near[0]}?" if near else ""
+
+
 def complete(given: Mapping[str, Any], declared: Mapping[str, Option]) -> dict[str, Any]:
     """Return the values of all declared options: the given ones, otherwise the defaults.
 
@@ -124,8 +139,7 @@ def complete(given: Mapping[str, Any], declared: Mapping[str, Option]) -> dict[s
         ValueError: a value is not allowed; the message names the value and the allowed values.
     """
     for name in given.keys() - declared.keys():
-        near = difflib.get_close_matches(name, declared, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; the options are {', '.join(declared)}"
+        hint = did_you_mean(name, declared) or f"; the options are {', '.join(declared)}"
         raise TypeError(f"unknown option {name!r}{hint}")
     values = {name: given.get(name, option.default) for name, option in declared.items()}
     for name, option in declared.items():

@@ -7,7 +7,6 @@ YAML file in ``configs/`` defines each model. Importing this module registers al
 
 from __future__ import annotations
 
-import difflib
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache, partial
@@ -21,6 +20,7 @@ from timm.models._builder import resolve_pretrained_cfg
 from torch import Tensor, nn
 
 from .dat import DAT
+from .options import did_you_mean
 from .weights import fit_tables
 
 CONFIGS = {
@@ -72,9 +72,8 @@ def model_options(name: str) -> dict[str, Any]:
     first = {tagged.partition(".")[0]: tagged for tagged in reversed(CONFIGS)}
     known = first | {tagged: tagged for tagged in CONFIGS}
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(CONFIGS)}"
-        raise ValueError(f"there is no published model {name!r}; {hint}")
+        hint = did_you_mean(name, known) or f"; choose one of {', '.join(CONFIGS)}"
+        raise ValueError(f"there is no published model {name!r}{hint}")
     options = read_config(FOLDER / CONFIGS[known[name]])["MODEL"]["DAT"]
     return {option: value for option, value in options.items() if option != "drop_path_rate"}
 

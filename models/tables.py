@@ -19,9 +19,11 @@ Resize = Callable[[Tensor, torch.Size], Tensor]
 def between_corners(table: Tensor, shape: torch.Size) -> Tensor:
     """Resize a table ``[heads, 2*H-1, 2*W-1]`` that is sampled at positions relative to its corners.
 
-    The corners stay aligned, so the resized table represents the same function of position.
+    The corners stay aligned, so the resized table represents the same function of position. A table with a value per
+    query and key, which ``fixed_pes`` stores under the same name, is recognised by an even side and returned unchanged;
+    with two odd sides, as for a 7 x 7 map, it cannot be told apart and is resized like the others.
     """
-    if table.shape[1] % 2 == 0 or table.shape[2] % 2 == 0:  # another kind of table, with a value per query and key
+    if table.shape[1] % 2 == 0 or table.shape[2] % 2 == 0:
         return table
     return _bicubic(table, shape[1:], align_corners=True)
 

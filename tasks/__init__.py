@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from config import OPTIONS, flatten
+from models.options import did_you_mean
 from utils import World
 
 from .base import Evaluation, Meter, Score, Task
@@ -34,8 +34,7 @@ def build_task(config: Any, world: World, *, training: bool) -> Task:
         ValueError: the task is unknown or does not support an option, or its data set is missing or has a wrong layout.
     """
     if config.TASK not in TASKS:
-        near = difflib.get_close_matches(config.TASK, TASKS, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = did_you_mean(config.TASK, TASKS)
         raise ValueError(f"TASK must be one of {', '.join(TASKS)}, not {config.TASK!r}{hint}")
     task = TASKS[config.TASK]
     values = dict(flatten(config))

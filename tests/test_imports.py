@@ -59,7 +59,7 @@ def test_imports_follow_the_layout(path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["models", "data"])
-def test_one_file_of_a_package_knows_the_config(package: str) -> None:
+def test_only_build_imports_the_config_class(package: str) -> None:
     knowing = [path.name for path in (ROOT / package).rglob("*.py") if "yacs.config" in imports_of(path)]
     assert set(knowing) <= {"build.py"}
 

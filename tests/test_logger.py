@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from yacs.config import CfgNode
 
 from config import default_config
 from logger import RECORDERS, RunLog, check_recorders, read_rows, recorder_names
+from training import loop
 
 
 def options(*recorders: str) -> CfgNode:
@@ -27,7 +29,7 @@ def write_twice(folder: Path, config: CfgNode) -> None:
         log = RunLog(folder, config, is_main=True, updates_done=update - 1)
         log.metrics("train", epoch=1, update=update, loss=1.0 / update)
         log.speed(epoch=1, update=update, images_per_second=10.0)
-        log.close()
+        log.close(0)
 
 
 def rows(file: Path) -> list[dict[str, Any]]:
@@ -125,13 +127,42 @@ def test_mlflow_records_one_run_in_a_folder(tmp_path: Path, monkeypatch: pytest.
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
 
 
-def test_a_run_that_the_server_does_not_know_is_said_with_its_file(
+@pytest.mark.parametrize(("status", "shown"), [(0, "FINISHED"), (1, "FAILED"), (143, "KILLED")])
+def test_mlflow_shows_how_a_run_ended_and_continues_it(
+    status: int, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'server'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    client, shows = MlflowClient(), []
+    for _ in range(2):
+        log = RunLog(tmp_path, options("mlflow"), is_main=True)
+        (run,) = client.search_runs([client.get_experiment_by_name("birds").experiment_id])
+        shows.append(run.info.status)
+        log.close(status)
+        shows.append(client.get_run(run.info.run_id).info.status)
+    assert shows == ["RUNNING", shown] * 2
+
+
+def test_training_closes_the_log_with_its_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed = []
+    run = SimpleNamespace(log=SimpleNamespace(close=closed.append))
+    monkeypatch.setattr(loop, "train_epochs", lambda _: 143)
+    assert loop.train(run) == 143
+    monkeypatch.setattr(loop, "train_epochs", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop.train(run)
+    assert closed == [143, 1]
+
+
+def test_mlflow_run_that_is_missing_on_the_server_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     for server in ("one", "two"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / server}")
-        RunLog(tmp_path, options("mlflow"), is_main=True).close()
+        RunLog(tmp_path, options("mlflow"), is_main=True).close(0)
     said = capsys.readouterr().out
     assert said.count("mlflow does not record this run: ") == 1
     assert "not found; set MLFLOW_TRACKING_URI to the place of the run in" in said
@@ -147,7 +178,7 @@ class Broken:
     def record(self, *_: object) -> None:
         raise ConnectionError("no route\nto host")
 
-    def close(self) -> None:
+    def close(self, *_: object) -> None:
         raise ConnectionError("no route\nto host")
 
 
@@ -158,11 +189,11 @@ def test_a_service_that_fails_does_not_end_the_run(
     log = RunLog(tmp_path, options("wandb"), is_main=True)
     log.metrics("train", epoch=1, update=1, loss=1.0)
     log.metrics("train", epoch=1, update=2, loss=1.0)
-    log.close()
+    log.close(0)
     assert capsys.readouterr().out.count("wandb stopped recording this run: no route to host") == 1
     assert len(rows(tmp_path / "metrics.jsonl")) == 2
-    RunLog(tmp_path, options("wandb"), is_main=True).close()
+    RunLog(tmp_path, options("wandb"), is_main=True).close(0)
     assert "wandb stopped recording this run: no route to host" in capsys.readouterr().out
     monkeypatch.setitem(RECORDERS, "wandb", lambda *_: Broken().record())
-    RunLog(tmp_path, options("wandb"), is_main=True).close()
+    RunLog(tmp_path, options("wandb"), is_main=True).close(0)
     assert "wandb does not record this run: no route to host" in capsys.readouterr().out

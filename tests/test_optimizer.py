@@ -155,7 +155,7 @@ class Signs(torch.optim.Optimizer):
                 parameter.sub_(average.sign(), alpha=group["lr"])
 
 
-def test_custom_optimizer_needs_only_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_optimizer_needs_only_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(OPTIMIZERS, "signs", lambda groups, settings, **arguments: Signs(groups, **arguments))
     check_that_it_skips_and_resumes("signs")
     optimizer = build_optimizer(named("signs", "TRAIN.OPTIMIZER.ARGS.beta", "0.5"), torch.nn.Linear(2, 2), 1)

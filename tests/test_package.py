@@ -10,10 +10,12 @@ import sys
 import sysconfig
 import zipfile
 from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 import pytest
 
+import models
 from models.registry import CONFIGS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +34,7 @@ model(torch.rand(1, 3, 64, 64)).sum().backward()
 maps = timm.create_model("dat_cvpr22_tiny", features_only=True)(torch.rand(1, 3, 64, 64))
 print(json.dumps({
     "file": dat.__file__,
+    "version": dat.__version__,
     "names": timm.list_models("dat_*", include_tags=True),
     "strides": [64 // x.shape[-1] for x in maps],
     "channels": DATBackbone(**small).channels,
@@ -79,11 +82,21 @@ def test_wheel_contains_only_models_and_configs(wheel: Path) -> None:
     assert {f"{info}/licenses/LICENSE"} <= files
 
 
-@pytest.mark.xdist_group("wheel")
-def test_requirements_of_the_wheel_match_the_tested_versions(wheel: Path) -> None:
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    """Return the metadata of the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        metadata = message_from_bytes(archive.read(name))
+        return message_from_bytes(archive.read(name))
+
+
+@pytest.mark.xdist_group("wheel")
+def test_package_and_wheel_have_the_same_version(metadata: Message) -> None:
+    assert models.__version__ == metadata["Version"]
+
+
+@pytest.mark.xdist_group("wheel")
+def test_requirements_of_the_wheel_match_the_tested_versions(metadata: Message) -> None:
     tested = set((ROOT / "requirements.txt").read_text(encoding="utf-8").split("\n"))
     needed = {re.split(r" *;", requirement)[0] for requirement in metadata.get_all("Requires-Dist")}
     assert needed <= tested
@@ -105,6 +118,7 @@ def test_the_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     assert said["file"] == str(fresh / "dat" / "__init__.py")
+    assert said["version"] == models.__version__
     assert said["names"] == sorted(CONFIGS)
     assert said["strides"] == [4, 8, 16, 32]
     assert said["channels"] == [8, 16, 32, 64]

@@ -75,7 +75,7 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> int:
         model: a network of images ``[1, 3, H, W]``, not changed. A detector counts with its maximum number of regions.
         size: height and width of the image in pixels.
     """
-    model = deepcopy(model).eval().requires_grad_(False)
+    model = deepcopy(model).cpu().eval().requires_grad_(False)
     for module in model.modules():
         if hasattr(module, "form"):
             module.form = "reference"

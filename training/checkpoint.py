@@ -10,7 +10,6 @@ trainers, in which `training.weight_sets` finds the weights.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import os
@@ -31,6 +30,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from models.contract import classifier
+from models.options import did_you_mean
 from utils import STAGED
 
 FORMAT = 1
@@ -54,9 +54,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder; name a file in it")
     if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.pth")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ValueError(f"checkpoint {path} does not exist{hint}")
+        beside = {file.name: file for file in path.parent.glob("*.pth")}
+        raise ValueError(f"checkpoint {path} does not exist{did_you_mean(path.name, beside, shown=beside)}")
     try:
         with path.open("rb") as file:
             begin = file.read(512)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 from yacs.config import CfgNode
 
 from config import OPTIONS, RunOption, check_pairs, load_config
+from models.options import did_you_mean
 from training.weight_sets import EMA, RAW
 
 # Flags of other trainers for flags that set no option.
@@ -30,26 +30,22 @@ class _Parser(argparse.ArgumentParser):
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             meant = _suggestion(unknown[0].partition("=")[0].replace("_", "-"), flags)
-            hint = f"did you mean {meant}?" if meant else "options of config.py are set by --opts KEY VALUE"
-            self.error(f"unknown argument {unknown[0]}; {hint}")
+            self.error(f"unknown argument {unknown[0]}{meant or '; options of config.py are set by --opts KEY VALUE'}")
         return parsed
 
 
 def _suggestion(flag: str, flags: Sequence[str]) -> str:
-    """Return the flag or option that an unknown flag probably means; empty if none is similar."""
+    """Return a hint to the flag or option that an unknown flag probably means; empty if none is similar."""
     words = {name.rpartition(".")[2].lower().replace("_", "-"): name for name in reversed(OPTIONS)}
     known = {name: key for key in OPTIONS for name in getattr(OPTIONS[key], "synonyms", ())}
     known |= {f"--{word}": key for word, key in words.items() if f"--{word}" not in known}
-    if flag in flags or flag in _SYNONYMS:
-        return _SYNONYMS.get(flag, flag)
-    if flag in known:
-        return _as_flag(known[flag])
-    near = difflib.get_close_matches(
-        flag.lstrip("-"), [*(name.lstrip("-") for name in flags), *words], n=1, cutoff=0.75
+    exact = {name: _as_flag(key) for name, key in known.items()} | {name: name for name in flags} | _SYNONYMS
+    similar = {word: _as_flag(key) for word, key in words.items()} | {name.lstrip("-"): name for name in flags}
+    return (
+        did_you_mean(flag, exact, shown=exact, cutoff=1)
+        or did_you_mean(flag.lstrip("-"), similar, shown=similar, cutoff=0.75)
+        or did_you_mean(flag, flags, cutoff=0.7)
     )
-    if near:
-        return f"--{near[0]}" if f"--{near[0]}" in flags else _as_flag(words[near[0]])
-    return next(iter(difflib.get_close_matches(flag, flags, n=1, cutoff=0.7)), "")
 
 
 def _as_flag(key: str) -> str:

@@ -57,10 +57,12 @@ class Update(NamedTuple):
 
 def train(run: Run) -> int:
     """Train to the end or to a request to stop, finish the log, and return the exit status."""
+    status = FAILED
     try:
-        return train_epochs(run)
+        status = train_epochs(run)
+        return status
     finally:
-        run.log.close()
+        run.log.close(status)
 
 
 def train_epochs(run: Run) -> int:

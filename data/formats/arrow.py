@@ -49,7 +49,7 @@ def open_saved(request: Request) -> Dataset:
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"data path {root} cannot be opened: {' '.join(str(error).split())}; {SAVED_LAYOUT}") from None
     if not isinstance(saved, datasets.DatasetDict):
-        raise ValueError(f"data path {root} is one data set without parts; {SAVED_LAYOUT}")
+        raise ValueError(f"data path {root} is one data set without splits; {SAVED_LAYOUT}")
     tables, where = {}, {}
     for part in ("train", "val"):
         name = request.train if part == "train" else request.val

@@ -213,8 +213,8 @@ def _is_current(listing: Listing, folder: Path) -> bool:
 
 
 def extension_of(path: PurePath) -> str:
-    """Return the extension of a file in lower case, or "without ending"."""
-    return path.suffix.lower() or "without ending"
+    """Return the extension of a file in lower case, or "without extension"."""
+    return path.suffix.lower() or "without extension"
 
 
 def skipped_files(place: Path, skipped: Mapping[str, int] | None) -> str:

@@ -57,7 +57,7 @@ _COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np
 
 
 def open_tar(request: Request) -> Dataset:
-    """Open a data set of tar archives; the index of a split is stored next to it as `<part>.index`.
+    """Open a data set of tar archives; the index of a split is stored next to it as `<split>.index`.
 
     Raises:
         ValueError: an archive is missing, compressed or truncated, the index is of other archives, or classes differ

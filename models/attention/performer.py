@@ -29,14 +29,17 @@ class RandomDirections(nn.Module):
     def __init__(self, count: int, dim: int) -> None:
         super().__init__()
         self.count, self.dim = count, dim
-        self.register_buffer("source", torch.tensor([int(torch.randint(2**31, ())), 0]))  # seed, number of the draw
+        seed = int(torch.randint(2**31, (), device="cpu"))
+        self.register_buffer("source", torch.tensor([seed, 0]))  # seed, number of the draw
         self.register_buffer("directions", torch.empty(count, dim), persistent=False)
         self.draw(0)
         self.register_load_state_dict_post_hook(_draw_loaded)
 
     @torch.no_grad()
     def draw(self, number: int) -> None:
-        """Draw directions; the same number gives the same directions."""
+        """Draw directions; the same number gives the same directions. On the meta device there are none to draw."""
+        if self.source.is_meta:
+            return
         self.source[1] = number
         seed = int(self.source[0]) + 2**31 * number
         self.directions.copy_(orthogonal_directions(self.count, self.dim, seed))
@@ -48,6 +51,8 @@ class RandomDirections(nn.Module):
 
 def _draw_loaded(module: RandomDirections, _: object) -> None:
     """Draw the directions that belong to loaded weights. A function, because lambdas cannot be pickled."""
+    if module.directions.is_meta:  # the module was built on the meta device
+        module.directions = torch.empty_like(module.directions, device=module.source.device)
     module.draw(int(module.source[1]))
 
 

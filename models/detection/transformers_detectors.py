@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
 from ..backbone import DATBackbone, TimmBackbone
+from ..options import did_you_mean
 from .backbone_adapter import AdapterConfig, adapt
 from .detector import pad_images
 from .initial_weights import draw_weights, set_prior
@@ -97,9 +97,7 @@ def _configuration(kind: str, backbone: DATBackbone | TimmBackbone, num_classes:
     known = set(cls.__dataclass_fields__)
     for name in arguments:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"{kind} has no argument {name!r}{hint}")
+            raise ValueError(f"{kind} has no argument {name!r}{did_you_mean(name, known)}")
     channels = list(backbone.channels)
     given = {"auxiliary_loss": True, **KINDS[kind].defaults, **arguments}
     if given.get("decoder_layers", 2) < 2:

@@ -19,10 +19,10 @@ def orthogonal_directions(count: int, dim: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     blocks = []
     for first in range(0, count, dim):
-        gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+        gaussian = torch.randn(dim, dim, generator=generator, dtype=torch.float64, device="cpu")
         q, r = torch.linalg.qr(gaussian)
         blocks.append((q * r.diagonal().sign()).t()[: count - first])  # the signs make q uniformly distributed
-    norms = torch.randn(count, dim, generator=generator, dtype=torch.float64).norm(dim=1, keepdim=True)
+    norms = torch.randn(count, dim, generator=generator, dtype=torch.float64, device="cpu").norm(dim=1, keepdim=True)
     return (torch.cat(blocks) * norms).float()
 
 

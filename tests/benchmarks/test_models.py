@@ -11,8 +11,11 @@ import torch
 from benchmarks import attention, model, sizes
 from benchmarks.memory import kept_for_backward
 from benchmarks.timing import spread, take_turns
+from config import load_config
+from models import build_model
 from models.attention import deformable as deformable_layer
 from models.ops.cpu import deformable as deformable_operation
+from tools.complexity import count_macs
 
 SMALL = """
 DATA: {IMG_SIZE: 64}
@@ -53,6 +56,17 @@ def test_model(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     for *_, base, ours, ratio in table:
         base, ours = (float(cell.split()[0]) for cell in (base, ours))
         assert float(ratio) == pytest.approx(ours / base, rel=0.2)
+
+
+def test_floor_counts_the_products_of_the_reference_form(
+    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(model, "_mac_rate", lambda *_: 1e6)
+    monkeypatch.setattr(sys, "argv", ["model", "--cfg", config, "--batch-size", "1", "--runs", "1"])
+    model.main()
+    inference, training = rows(capsys.readouterr().out)
+    macs = count_macs(build_model(load_config(config)), (64, 64))
+    assert [int(inference[5]), int(training[5])] == [round(macs / 1e3), round(3 * macs / 1e3)]
 
 
 def test_model_benchmark_without_a_network_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

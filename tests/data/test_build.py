@@ -341,7 +341,7 @@ def test_unknown_format() -> None:
         open_dataset(small_config(DATASET="digit"))
 
 
-def test_custom_format_needs_only_its_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_custom_format_needs_only_an_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def open_squares(request: Request) -> Dataset:
         assert request.root("DATA_PATH holds squares") == tmp_path
         pixels = np.full((6, 5, 5, 3), 40, np.uint8) * np.arange(6, dtype=np.uint8)[:, None, None, None]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +40,38 @@ def test_processes_share_what_is_read_once(
         assert [(image.data, image.name, image.exif) for image in map(one.get, range(7))] == expected
         np.testing.assert_array_equal(one.labels, source.labels)
         assert (one.cached(), one.remarks) == (7, ())
+
+
+@pytest.mark.xdist_group("serial")
+@pytest.mark.parametrize("key", ["run", "another run"])
+def test_what_a_killed_process_left_is_removed_and_not_used(tmp_path: Path, source: ImageSource, key: str) -> None:
+    folder = tmp_path / "memory"
+    folder.mkdir()
+
+    def die_after_filling() -> None:
+        CachedSource(source, folder, "run", processes=2, is_main=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = multiprocessing.get_context("fork").Process(target=die_after_filling)
+    killed.start()
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL
+    assert (folder / f"dat-{os.getuid()}-run.data").exists()
+    other = open_dataset(small_config(write_folder(tmp_path / "others", {"train/fox": 2, "val/fox": 1}))).train
+    cached = CachedSource(other, folder, key, processes=1, is_main=True)
+    assert list(folder.iterdir()) == []
+    assert [cached.get(index).data for index in range(2)] == [other.get(index).data for index in range(2)]
+
+
+def test_the_cache_of_a_living_process_is_not_removed(tmp_path: Path, source: ImageSource) -> None:
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    first = CachedSource(source, folder, "run", processes=2, is_main=True)
+    files = set(folder.iterdir())
+    assert CachedSource(source, folder, "another run", processes=1, is_main=True).cached() == 7
+    assert set(folder.iterdir()) == files
+    assert CachedSource(source, folder, "run", processes=2, is_main=False).get(6).data == first.get(6).data
+    assert list(folder.iterdir()) == []
 
 
 def test_images_that_do_not_fit_or_are_unreadable_come_from_the_source(
@@ -75,10 +110,11 @@ def test_tasks_of_a_slurm_step_share_the_cache(
     for name, value in {"LOCAL_WORLD_SIZE": "2", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "1"}.items():
         monkeypatch.setenv(name, value)
     config = small_config(tmp_path / "photos", CACHE=True, BATCH_SIZE=2)
+    loaders = []
     for parent in (10, 11):  # each task has a shell of its own as its parent
         monkeypatch.setattr(build.os, "getppid", lambda parent=parent: parent)
-        assert len(list(folder.iterdir())) == (0 if parent == 10 else 3)
-        build_train_loader(config, open_dataset(config), rank=parent - 10, world_size=2)
+        assert len(list(folder.iterdir())) == (0 if parent == 10 else 4)
+        loaders.append(build_train_loader(config, open_dataset(config), rank=parent - 10, world_size=2))
     assert list(folder.iterdir()) == []
 
 
@@ -102,4 +138,4 @@ def test_full_shared_memory_is_reported_in_one_line(
         ValueError, match=r"^DATA\.CACHE: .*/memory cannot be written \(No space left on device\); free"
     ):
         CachedSource(source, folder, "run", processes=1, is_main=True)
-    assert not list(folder.glob("*.data"))
+    assert list(folder.iterdir()) == []

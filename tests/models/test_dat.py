@@ -171,6 +171,15 @@ def test_images_that_are_too_small_are_rejected() -> None:
         model(torch.zeros(1, 3, 31, 64))
 
 
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 1, 64, 64), (2, 64, 64, 3)])
+def test_images_of_a_wrong_shape_are_rejected(shape: tuple[int, ...]) -> None:
+    model, images = build_small("N"), torch.rand(shape)
+    says = re.escape(f"images must have the shape [B, 3, H, W], not {list(shape)}; x[None] makes a batch")
+    for method in (model, model.forward_features, model.forward_intermediates):
+        with pytest.raises(ValueError, match=says):
+            method(images)
+
+
 def test_compiles_without_a_graph_break() -> None:
     torch.manual_seed(0)
     options = {"depths": [2] * 4, "use_dwc_mlps": [True] * 4, "use_lpus": [True] * 4}

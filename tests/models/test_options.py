@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.attention.letters import MIXERS, Mixer, register
 from models.contract import no_weight_decay
 from models.dat import DAT
-from models.options import StageOption, as_table, odd
+from models.options import StageOption, as_table, did_you_mean, odd
 from models.tables import Resize, by_cells
 from models.weights import adapt
 from tests.models.small import SMALL
@@ -78,6 +78,13 @@ def test_wrong_options_are_rejected(options: dict[str, Any], message: str) -> No
 def test_misspelt_options_are_rejected() -> None:
     with pytest.raises(TypeError, match=r"unknown option 'use_pe'; did you mean use_pes\?"):
         DAT(**SMALL, use_pe=[True] * 4)
+
+
+def test_the_closest_known_name_is_suggested() -> None:
+    known = {"adam": "Adam", "adamw": "AdamW"}
+    assert did_you_mean("adamww", known) == "; did you mean adamw?"
+    assert did_you_mean("adamww", known, shown=known) == "; did you mean AdamW?"
+    assert did_you_mean("adamww", known, cutoff=1) == did_you_mean("sgd", known) == ""
 
 
 def test_the_signature_shows_the_declared_options() -> None:

@@ -97,7 +97,7 @@ def test_missing_and_damaged(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data path .*nowhere cannot be opened: .*; DATA_PATH is a folder"):
         open_saved(Request(path=str(tmp_path / "nowhere")))
     table(tmp_path, [0, 1], Value("int64")).save_to_disk(tmp_path / "one")
-    with pytest.raises(ValueError, match="is one data set without parts"):
+    with pytest.raises(ValueError, match="is one data set without splits"):
         open_saved(Request(path=str(tmp_path / "one")))
     DatasetDict({"train": table(tmp_path, [0, 1], Value("int64"))}).save_to_disk(tmp_path / "half")
     with pytest.raises(ValueError, match=r"no split 'val' in data path .*half: it contains train"):

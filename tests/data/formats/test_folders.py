@@ -190,7 +190,8 @@ def test_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
     for name in ("a.HEIC", "b.heic", "notes.txt", "README", ".DS_Store"):
         (tmp_path / "train" / "cat" / name).write_text("no image")
     assert opened(tmp_path).warnings() == [
-        f"4 files in {tmp_path}/train are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt, 1 without ending"
+        f"4 files in {tmp_path}/train are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt, "
+        "1 without extension"
     ]
 
 

@@ -212,6 +212,23 @@ def test_features_are_redrawn_only_by_set_epoch() -> None:
     torch.testing.assert_close(module(x), second)
 
 
+@pytest.mark.parametrize("kind", ["performer", "disentangled performer"])
+def test_performers_are_built_on_the_meta_device(kind: str) -> None:
+    with torch.device("meta"):
+        module = build(kind)
+    assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"meta"}
+
+
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_performer_built_on_the_meta_device_loads_its_features(assign: bool) -> None:
+    module, x = build("performer"), tokens()
+    with torch.device("meta"):
+        other = build("performer")
+    other = other if assign else other.to_empty(device="cpu")
+    other.load_state_dict(module.state_dict(), assign=assign)
+    torch.testing.assert_close(other(x), module(x))
+
+
 def test_without_offsets_a_patch_attends_to_its_own_position_on_every_grid() -> None:
     module = build("deformable, scales")
     for projection in (module.sampling_offsets, module.attention_weights):
