@@ -22,7 +22,7 @@ from examples.serve import Classifier, build_app
 from models.vit import ATTENTIONS
 from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
 from tools import export
-from tools.export import Difference, compare
+from tools.export import Difference, Exported, compare
 from tools.exported import FORMATS, Source, run_onnx
 from training.trained_model import load_trained, untrained
 
@@ -111,6 +111,11 @@ def test_a_score_that_falls_is_an_error(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setitem(export.FORMATS, "pt2", near)
     words = ("--checkpoint", write_checkpoint(tmp_path), "--output", tmp_path, "--formats", "pt2", "--validate")
     assert run(monkeypatch, *words) == 1
+
+
+def test_a_program_of_torch_export_can_be_evaluated() -> None:
+    program = torch.export.export(torch.nn.Flatten(), (torch.ones(2, 3),)).module()
+    assert Exported(program).eval()(torch.ones(2, 3)).shape == (2, 3)
 
 
 @pytest.mark.parametrize(
