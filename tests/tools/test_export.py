@@ -27,7 +27,9 @@ from tools.exported import FORMATS, Source, run_onnx
 from training.trained_model import load_trained, untrained
 
 # Detectors whose graph holds for any number of images.
-QUERIES = ("detr", "conditional_detr", "dab_detr", "deformable_detr_two_stage", "dino")
+QUERIES = (
+    *("detr", "conditional_detr", "dab_detr", "deformable_detr", "deformable_detr_two_stage", "dino", "co_detr"),
+)
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
