@@ -28,7 +28,8 @@ from training.trained_model import load_trained, untrained
 
 # Detectors whose graph holds for any number of images.
 QUERIES = (
-    *("detr", "conditional_detr", "dab_detr", "deformable_detr", "deformable_detr_two_stage", "dino", "co_detr"),
+    *("detr", "conditional_detr", "dab_detr", "dino", "co_detr"),
+    *("deformable_detr", "deformable_detr_refined", "deformable_detr_two_stage"),
 )
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -212,7 +213,7 @@ def test_segmenters_become_onnx(head: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUERIES)
 def test_detectors_with_queries_become_onnx(name: str, tmp_path: Path) -> None:
-    file = CONFIGS / "detection" / f"digits_{name.removesuffix('_two_stage')}.yaml"
+    file = CONFIGS / "detection" / f"digits_{name.removesuffix('_two_stage').removesuffix('_refined')}.yaml"
     model = untrained(load_config(file, ["MODEL.DETECTOR.NAME", name]))
     check_onnx(Source(model, (128, 128)), tmp_path / "x")
 
