@@ -135,7 +135,7 @@ class Exported(nn.Module):
 
     def __init__(self, run: Run) -> None:
         super().__init__()
-        self._run = run
+        self._run = run.__call__  # a module would become a part, and a program of torch.export has no eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images ``[B, 3, H, W]`` to logits ``[B, classes]``."""

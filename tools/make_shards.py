@@ -39,7 +39,7 @@ from yacs.config import CfgNode
 from config import apply_overrides, default_config
 from data.build import is_stream, open_dataset
 from data.formats.tar import MANIFEST, build_index, index_name
-from data.images import StoredImage
+from data.images import StoredImage, UnreadableImage
 from data.sources import SEPARATOR, Dataset, ImageSource
 from utils import write_atomically
 
@@ -79,6 +79,8 @@ def main() -> None:
     args = _parse_arguments()
     try:
         pack(args)
+    except UnreadableImage as error:
+        sys.exit(f"error: {error}; repair or remove it; tools/check_data.py finds all such images")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -129,7 +129,7 @@ def test_nothing_is_overwritten(photos: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_another_plan_is_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (photos / "train/dog/7.jpg").write_text("no image")
-    with pytest.raises(SystemExit, match=r"^error: cannot read image '.*dog/7\.jpg'"):
+    with pytest.raises(SystemExit, match=r"^error: cannot read image '.*dog/7\.jpg': .*; repair or remove it"):
         run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards")
     with pytest.raises(SystemExit, match=r"^error: .*shards contains the beginning of other shards"):
         run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", "--short-side", 20)
