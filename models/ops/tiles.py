@@ -43,10 +43,8 @@ class Tiles:
         self.keys_per_tile = y.span * x.span
         self.count = maps * y.count * x.count
         self._side = 2 * kernel_size - 1
-        queries, places, beyond, keys, kinds, self._cells = _indices(size, kernel_size, device)
-        self.queries, self.keys = (_repeat(pixels, maps, step=y.length * x.length) for pixels in (queries, keys))
-        self.places, self.beyond = (_repeat(rows, maps, step=len(queries)) for rows in (places, beyond))
-        self._kinds = kinds.repeat(maps)
+        self.queries, self.places, self.beyond, self.keys, *indices = _indices(size, kernel_size, device, maps)
+        self._kinds, self._cells = indices
 
     def cut(self, x: Tensor) -> Tensor:
         """Return the queries of every tile, ``[N, H*W, d] -> [N * tiles, queries_per_tile, d]``.
@@ -99,11 +97,6 @@ class Tiles:
         return table[:, :-1].unflatten(1, (self._side, self._side))
 
 
-def _repeat(indices: Tensor, maps: int, *, step: int) -> Tensor:
-    """Return the indices of several maps, each ``step`` above those of the map before."""
-    return (torch.arange(maps, device=indices.device)[:, None] * step + indices).flatten()
-
-
 @cached_tensors
 def tiles_of(size: tuple[int, int], kernel_size: int, device: torch.device, maps: int = 1) -> Tiles:
     """Return the tiles of one or several maps."""
@@ -111,8 +104,8 @@ def tiles_of(size: tuple[int, int], kernel_size: int, device: torch.device, maps
 
 
 @torch._dynamo.assume_constant_result  # otherwise the graph would copy these lists to the device in every step
-def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> list[Tensor]:
-    """Return flat indices between tiles, map and table of position biases.
+def _indices(size: tuple[int, int], kernel_size: int, device: torch.device, maps: int) -> list[Tensor]:
+    """Return flat indices between tiles, maps and table of position biases.
 
     Returns:
         ``queries``, ``places``, ``beyond`` and ``keys`` of `Tiles`; the kind of every tile, ``[count]``; and the cell
@@ -133,6 +126,10 @@ def _indices(size: tuple[int, int], kernel_size: int, device: torch.device) -> l
         side = 2 * kernel_size - 1
         dy, dx = y.offsets()[:, None, :, None, :, None], x.offsets()[:, None, :, None, :]
         cells = torch.where((dy == _OUTSIDE) | (dx == _OUTSIDE), side**2, dy * side + dx)
+        number = torch.arange(maps)[:, None]  # of the map
+        queries, keys = (number * (y.length * x.length) + pixels for pixels in (queries, keys))
+        places, beyond = (number * len(inside) + rows.flatten() for rows in (places, beyond))
+        kinds = kinds.repeat(maps, 1)
     return [index.flatten().to(device) for index in (queries, places, beyond, keys, kinds, cells)]
 
 

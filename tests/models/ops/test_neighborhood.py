@@ -8,6 +8,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.attention import NeighborhoodAttention
+from models.ops.cpu import neighborhood as cpu
 from models.ops.cpu.neighborhood import TileRows
 from models.ops.neighborhood import FORMS, choose_form, neighborhood_attention
 from models.ops.tiles import Tiles, tiles_of
@@ -44,6 +45,20 @@ def test_forms_agree(form: str, size: tuple[int, int], kernel_size: int) -> None
     tensors = inputs(size, kernel_size)
     for fast, plain in zip(
         with_gradients(form, tensors, kernel_size), with_gradients("reference", tensors, kernel_size), strict=True
+    ):
+        torch.testing.assert_close(fast, plain, atol=1e-11, rtol=1e-10)
+
+
+@pytest.mark.parametrize("images", [1, 3, 6])
+def test_images_at_a_time_change_nothing(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    joint = torch.randn(6, 9, 10, 3, HEADS, 4, dtype=torch.float64, requires_grad=True)  # strided views, ragged tiles
+    tensors = [*joint.unbind(3), torch.randn(HEADS, 5, 5, dtype=torch.float64, requires_grad=True)]
+    one = tiles_of((9, 10), 3, joint.device)
+    monkeypatch.setattr(cpu, "CACHED", images * HEADS * one.count * one.queries_per_tile * one.keys_per_tile)
+    assert cpu._choose_tiles(*tensors[::3])[1] == images
+    for fast, plain in zip(
+        with_gradients("tiles_by_hand", tensors, 3), with_gradients("reference", tensors, 3), strict=True
     ):
         torch.testing.assert_close(fast, plain, atol=1e-11, rtol=1e-10)
 
