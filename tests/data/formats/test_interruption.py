@@ -16,10 +16,10 @@ from tests.launched import Trial, Uninterrupted, first_difference, outcome
 pytestmark = pytest.mark.xdist_group("resume")
 
 
-SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in WRITERS if kind not in ("shards", "parquet")]
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in WRITERS if kind != "shards"]
 
 
-@pytest.mark.parametrize("kind", ["shards", "parquet", *SLOW])
+@pytest.mark.parametrize("kind", ["shards", *SLOW])
 def test_a_kill_in_mid_epoch_changes_nothing(kind: str, tmp_path: Path, uninterrupted: Uninterrupted) -> None:
     expected, _ = uninterrupted.of(1)
     photos = Trial(tmp_path / "folders", 1, 0).images
