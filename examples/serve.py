@@ -33,7 +33,11 @@ class Classifier:
     def read(self, content: bytes) -> Image.Image:
         """Return an image file as RGB; its EXIF orientation is applied if it was in training (DATA.EXIF)."""
         image = Image.open(io.BytesIO(content))
-        return (ImageOps.exif_transpose(image) if self.about.get("exif") == "apply" else image).convert("RGB")
+        if self.about.get("exif") == "apply":
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which convert() would clip
+            image = Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+        return image.convert("RGB")
 
     def prepare(self, image: Image.Image) -> np.ndarray:
         """Return an image as the network's input ``[1, 3, H, W]``, resized and normalised as in evaluation."""

@@ -60,7 +60,7 @@ PUBLISHED = {
     "cvpr22_dat_base_384": Published(88.18, 384, 49.8),
 }
 _NO_CHECKS = "TRANSFORMERS_DISABLE_TORCH_CHECK"
-COLUMNS = "{:<29} {:>9} {:>14} {:>10} {:>13} {:>10}"
+COLUMNS = "{:<29} {:>9} {:>11} {:>10} {:>21} {:>15}"
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs="+", help="image size, one side or height and width (DATA.IMG_SIZE)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override options of the config")
     arguments = parser.parse_args()
-    print(COLUMNS.format("model", "image", "parameters", "MACs", "published", "published"))
+    print(COLUMNS.format("model", "image", "parameters", "MACs", "published parameters", "published MACs"))
     for path in arguments.configs:
         try:
             print(table_row(path, arguments.size, arguments.opts), flush=True)

@@ -93,8 +93,7 @@ def run(args: argparse.Namespace) -> int:
     predictions = Predictor(model, on_unreadable=unreadable.append, **settings).predict(files)
     bar = tqdm(total=len(files), unit="image", disable=None, leave=False)
     done, taken = [], set()
-    columns = _OBJECTS if task == "detection" else _columns(min(args.top, len(model.classes)))
-    write = WRITERS[args.format](sys.stdout, columns)
+    write = WRITERS[args.format](sys.stdout, NUMBERS[task], min(args.top, len(model.classes)))
     for prediction in predictions:
         write(prediction)
         if args.draw:
@@ -116,12 +115,15 @@ def find_images(names: Sequence[str], listed: TextIO) -> Iterator[str]:
     """Yield the files of the command line: files that Pillow can read in folders, and those of a list.
 
     Raises:
-        ValueError: a name does not exist, or a folder holds no images.
+        ValueError: a name does not exist, or a folder or the list holds no images.
     """
     endings = Image.registered_extensions()
     for name in names:
         if name == "-":
-            yield from filter(None, (line.rstrip("\r\n") for line in listed))
+            found = [line for line in (line.rstrip("\r\n") for line in listed) if line]
+            if not found:
+                raise ValueError("no images were listed on standard input")
+            yield from found
         elif Path(name).is_dir():
             found = sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in endings)
             if not found:
@@ -133,16 +135,13 @@ def find_images(names: Sequence[str], listed: TextIO) -> Iterator[str]:
             raise ValueError(f"{name} does not exist; give images, folders, or - for a list on standard input")
 
 
-_OBJECTS = ("class", "score", "x1", "y1", "x2", "y2")
+# The number that comes with a class: for an image, for the pixels of a segmenter, for the object of a detector.
+NUMBERS = {"classification": "probability", "segmentation": "share", "detection": "score"}
 
 
-def _columns(top: int) -> list[str]:
-    return [f"{column}{place}" for place in range(1, top + 1) for column in ("class", "probability")]
-
-
-def _write_text(file: TextIO, columns: Sequence[str]) -> Callable[[Prediction], None]:  # noqa: ARG001
+def _write_text(file: TextIO, number: str, top: int) -> Callable[[Prediction], None]:  # noqa: ARG001
     def write(prediction: Prediction) -> None:
-        shown = [f"{name} {100 * probability:.1f} %" for name, probability in prediction.top]
+        shown = [f"{name} {100 * value:.1f} %" for name, value in prediction.top]
         if prediction.objects:
             places = [" ".join(f"{side:.0f}" for side in box) for box in prediction.objects.boxes]
             shown = [f"{words} at {place}" for words, place in zip(shown, places, strict=True)]
@@ -151,15 +150,15 @@ def _write_text(file: TextIO, columns: Sequence[str]) -> Callable[[Prediction], 
     return write
 
 
-def _write_jsonl(file: TextIO, columns: Sequence[str]) -> Callable[[Prediction], None]:  # noqa: ARG001
+def _write_jsonl(file: TextIO, number: str, top: int) -> Callable[[Prediction], None]:  # noqa: ARG001
     def write(prediction: Prediction) -> None:
         row: dict[str, Any] = {"file": prediction.path}
         if prediction.objects:
             row["objects"] = [
-                dict(zip(("class", "score", "box", "mask"), values, strict=False)) for values in _objects(prediction)
+                dict(zip(("class", number, "box", "mask"), values, strict=False)) for values in _objects(prediction)
             ]
         else:
-            row["top"] = [{"class": name, "probability": probability} for name, probability in prediction.top]
+            row["top"] = [{"class": name, number: value} for name, value in prediction.top]
         print(json.dumps(row), file=file)
 
     return write
@@ -174,9 +173,12 @@ def _objects(prediction: Prediction) -> Iterator[list[Any]]:
         yield values
 
 
-def _write_csv(file: TextIO, columns: Sequence[str]) -> Callable[[Prediction], None]:
+def _write_csv(file: TextIO, number: str, top: int) -> Callable[[Prediction], None]:
     rows = csv.writer(file, lineterminator="\n")
-    rows.writerow(["file", *columns])
+    if number == NUMBERS["detection"]:
+        rows.writerow(["file", "class", number, "x1", "y1", "x2", "y2"])
+    else:
+        rows.writerow(["file", *(f"{column}{place}" for place in range(1, top + 1) for column in ("class", number))])
 
     def write(prediction: Prediction) -> None:
         path = _printable(prediction.path)
@@ -188,7 +190,8 @@ def _write_csv(file: TextIO, columns: Sequence[str]) -> Callable[[Prediction], N
     return write
 
 
-# Each takes the file and the columns of a table, and returns a function that writes one prediction.
+# Each takes the file, what the numbers are called, and the classes of an image, and returns a function that writes one
+# prediction.
 WRITERS = {"text": _write_text, "jsonl": _write_jsonl, "csv": _write_csv}
 
 

@@ -17,6 +17,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from config import load_config
+from data.images import read_image
 from examples import serve
 from examples.serve import Classifier, build_app
 from models.vit import ATTENTIONS
@@ -77,18 +78,30 @@ def test_a_server_without_a_file_says_what_is_missing(path: str, monkeypatch: py
         _ = serve.app
 
 
-@pytest.mark.parametrize(("exif", "size"), [("ignore", (60, 40)), ("apply", (40, 60))])
-def test_the_server_turns_photographs_as_in_training(
-    exif: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def classifier(monkeypatch: pytest.MonkeyPatch, exif: str = "ignore") -> Classifier:
+    """Return the server's classifier with the metadata of a network, which cannot predict."""
     model = untrained(load_config(CONFIGS / "digits.yaml", ["DATA.EXIF", exif]))
     metadata = {key: json.dumps(value) for key, value in Source(model, (32, 32)).metadata().items()}
     session = SimpleNamespace(get_modelmeta=lambda: SimpleNamespace(custom_metadata_map=metadata))
     monkeypatch.setattr(serve.onnxruntime, "InferenceSession", lambda *_, **__: session)
+    return Classifier("file.onnx")
+
+
+@pytest.mark.parametrize(("exif", "size"), [("ignore", (60, 40)), ("apply", (40, 60))])
+def test_the_server_turns_photographs_as_in_training(
+    exif: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     content, orientation = io.BytesIO(), Image.Exif()
     orientation[0x0112] = 6  # a quarter turn
     Image.new("RGB", (60, 40)).save(content, "jpeg", exif=orientation)
-    assert Classifier("file.onnx").read(content.getvalue()).size == size
+    assert classifier(monkeypatch, exif).read(content.getvalue()).size == size
+
+
+def test_the_server_reads_16_bits_of_grey_as_in_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "grey.png"
+    Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)).save(path)
+    served = classifier(monkeypatch).read(path.read_bytes())
+    assert np.array_equal(np.asarray(served), np.asarray(read_image(path)))
 
 
 def test_a_file_that_differs_is_an_error(

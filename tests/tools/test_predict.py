@@ -115,6 +115,7 @@ def test_half_precision_is_close(
         (["nowhere.jpg"], "nowhere.jpg does not exist; give images, folders, or -"),
         (["photos", "--top", "0"], "--top must be at least 1, not 0"),
         (["empty"], "folder empty contains no images"),
+        (["-"], "no images were listed on standard input"),
     ],
 )
 def test_wrong_input_is_reported(
@@ -188,7 +189,7 @@ def test_segmenter_prints_shares_of_pixels_and_draws_them(
     status, out, _ = predict(monkeypatch, capsys, *words)
     assert status == 0
     for line in out.splitlines():
-        assert json.loads(line)["top"][0] == {"class": "dog", "probability": 1.0}
+        assert json.loads(line)["top"][0] == {"class": "dog", "share": 1.0}
     names = {f"{path.name}.png" for path in photographs} | {f"{same_name.name}-2.png"}
     assert {path.name for path in (tmp_path / "maps").iterdir()} == names
     drawn, photograph = read_image(tmp_path / "maps" / "a.png.png"), read_image(photographs[0])
