@@ -1,8 +1,8 @@
-"""Deformable attention for CPUs: the bias as sums of rows of the table, the attention one image at a time."""
+"""Deformable attention for CPUs: the bias as sums of rows of the table, the attention a few images at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -16,6 +16,7 @@ from .table_rows import crop_bias, separable_bias, table_columns, table_crops
 
 SAVED = 1 << 22  # largest number of attention weights of a batch that is saved for the backward pass: 16 MiB
 CACHED = 1 << 20  # attention weights of larger batches computed at a time: 4 MiB, which stay in the CPU cache
+TOGETHER = 1 << 17  # attention weights of small images in one matrix product: 512 KiB
 
 
 def attention(
@@ -75,8 +76,8 @@ def _checkpointed(attend: Callable[..., Tensor], matrix: Tensor, q: Tensor, k: T
 class _BiasedAttention(torch.autograd.Function):
     """Attention with a bias ``[B, heads, Ns, H*W]``, which is overwritten by the attention weights and saved.
 
-    The axis of the keys comes before that of the queries, because the bias of a key is a map over the queries. Images
-    are processed one at a time, so that their weights stay in the CPU cache.
+    The axis of the keys comes before that of the queries, because the bias of a key is a map over the queries. A few
+    images are processed at a time, so that their weights stay in the CPU cache.
 
     With weights ``P = softmax(S)``, ``S = scale K Q^T + bias`` and output ``O = P^T V``, the gradient ``G`` of ``O``
     gives
@@ -90,10 +91,10 @@ class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, scale):  # noqa: ANN001
         weights, out = bias.detach(), torch.empty_like(q)
-        for queries, keys, values, image_weights, result in zip(q, k, v, weights, out, strict=True):
-            queries, keys, values, result = (x.transpose(0, 1) for x in (queries, keys, values, result))
-            _biased_softmax_(image_weights, queries, keys, scale)
-            torch.bmm(image_weights.to(v.dtype).mT, values, out=result)
+        for queries, keys, values, some, result in _few_images(q, k, v, weights, out):
+            maps, queries, keys, values = some.flatten(0, 1), _by_head(queries), _by_head(keys), _by_head(values)
+            _biased_softmax_(maps, queries, keys, scale)
+            _write(torch.bmm(maps.to(v.dtype).mT, values), result)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
         return out
@@ -104,16 +105,33 @@ class _BiasedAttention(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: ANN001
         q, k, v, weights = ctx.saved_tensors
         dq, dk, dv, dbias = (torch.empty_like(tensor) for tensor in (q, k, v, weights))
-        for image, image_weights in enumerate(weights):
-            queries, keys, values, grads = (x[image].transpose(0, 1) for x in (q, k, v, grad))
-            torch.bmm(image_weights.to(v.dtype), grads, out=dv[image].transpose(0, 1))
+        for *inputs, some, to_q, to_k, to_v, to_bias in _few_images(q, k, v, grad, weights, dq, dk, dv, dbias):
+            queries, keys, values, grads = map(_by_head, inputs)
+            maps = some.flatten(0, 1)
+            _write(torch.bmm(maps.to(v.dtype), grads), to_v)
             dweights = values.to(weights.dtype) @ grads.to(weights.dtype).mT
             dlogits = torch.ops.aten._softmax_backward_data.out(
-                dweights, image_weights, 1, weights.dtype, grad_input=dbias[image]
+                dweights, maps, 1, weights.dtype, grad_input=to_bias.flatten(0, 1)
             ).to(q.dtype)
-            torch.bmm(dlogits, queries, out=dk[image].transpose(0, 1))
-            torch.bmm(dlogits.mT, keys, out=dq[image].transpose(0, 1))
+            _write(torch.bmm(dlogits, queries), to_k)
+            _write(torch.bmm(dlogits.mT, keys), to_q)
         return dq.mul_(ctx.scale), dk.mul_(ctx.scale), dv, dbias, None
+
+
+def _few_images(q: Tensor, k: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Return an iterator over a few images of all tensors at a time: as many as a cache of a core holds."""
+    images = max(1, TOGETHER // _weights_per_image(q, k))
+    return zip(*(tensor.split(images) for tensor in (q, k, *tensors)), strict=True)
+
+
+def _by_head(x: Tensor) -> Tensor:
+    """Return ``[images, N, heads, d]`` as ``[images * heads, N, d]``: a view of one image, a copy of several."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _write(x: Tensor, out: Tensor) -> None:
+    """Write ``[images * heads, N, d]`` to ``[images, N, heads, d]``."""
+    out.transpose(1, 2).copy_(x.view(len(out), out.shape[2], *x.shape[1:]))
 
 
 def _biased_softmax_(bias: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
