@@ -198,6 +198,7 @@ def draw(path: Path, curves: dict[str, list[list[float]]]) -> None:
         axes.plot(epochs, [statistics.mean(point) for point in points], label=name, linewidth=1.2, **style)
         axes.fill_between(epochs, [*map(min, points)], [*map(max, points)], color=style["color"], alpha=0.08)
     axes.set(xlabel="epoch", ylabel="held-out accuracy, %")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, ncols=2)
     figure.savefig(path, dpi=110)
