@@ -10,7 +10,7 @@ export OMP_NUM_THREADS ?= 1
 
 help:
 	@echo "make setup      set up .venv (once: about 6 GB, one to five minutes)"
-	@echo "make demo       train a small DAT++ on handwritten digits (about 90 s of CPU time)"
+	@echo "make demo       train a small DAT++ on handwritten digits (about 70 s of CPU time)"
 	@echo "make test       run every test, on all cores; TESTS=tests/data runs a part"
 	@echo "make test-long  the tests that kill and resume runs at many moments, and other long tests"
 	@echo "make test-slurm train_slurm.sh on a SLURM of two nodes on this machine (Debian's slurm-wlm and munge, root)"
@@ -22,7 +22,7 @@ setup:
 	@$(PYTHON) tools/setup_env.py
 
 demo: setup
-	@echo "demo: training configs/digits.yaml on 1,437 real handwritten digits; about 90 s of CPU time"
+	@echo "demo: training configs/digits.yaml on 1,437 real handwritten digits; about 70 s of CPU time"
 	@.venv/bin/python main.py --cfg configs/digits.yaml --output output/demo --opts TRAIN.AUTO_RESUME False
 
 test: setup
