@@ -37,7 +37,6 @@ class Tiles:
     """
 
     def __init__(self, size: tuple[int, int], kernel_size: int, device: torch.device, maps: int = 1) -> None:
-        self.size = size
         self.axes = y, x = [_Axis(length, kernel_size) for length in size]
         self.queries_per_tile = y.tile * x.tile
         self.keys_per_tile = y.span * x.span

@@ -91,9 +91,9 @@ class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, bias, scale):  # noqa: ANN001
         weights, out = bias.detach(), torch.empty_like(q)
-        for queries, keys, values, some, result in _few_images(q, k, v, weights, out):
-            maps, queries, keys, values = some.flatten(0, 1), _by_head(queries), _by_head(keys), _by_head(values)
-            _biased_softmax_(maps, queries, keys, scale)
+        for queries, keys, values, image_weights, result in _few_images(q, k, v, weights, out):
+            maps, values = image_weights.flatten(0, 1), _by_head(values)
+            _biased_softmax_(maps, _by_head(queries), _by_head(keys), scale)
             _write(torch.bmm(maps.to(v.dtype).mT, values), result)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale = scale
@@ -105,9 +105,9 @@ class _BiasedAttention(torch.autograd.Function):
     def backward(ctx, grad):  # noqa: ANN001
         q, k, v, weights = ctx.saved_tensors
         dq, dk, dv, dbias = (torch.empty_like(tensor) for tensor in (q, k, v, weights))
-        for *inputs, some, to_q, to_k, to_v, to_bias in _few_images(q, k, v, grad, weights, dq, dk, dv, dbias):
+        for *inputs, image_weights, to_q, to_k, to_v, to_bias in _few_images(q, k, v, grad, weights, dq, dk, dv, dbias):
             queries, keys, values, grads = map(_by_head, inputs)
-            maps = some.flatten(0, 1)
+            maps = image_weights.flatten(0, 1)
             _write(torch.bmm(maps.to(v.dtype), grads), to_v)
             dweights = values.to(weights.dtype) @ grads.to(weights.dtype).mT
             dlogits = torch.ops.aten._softmax_backward_data.out(
@@ -135,7 +135,7 @@ def _write(x: Tensor, out: Tensor) -> None:
 
 
 def _biased_softmax_(bias: Tensor, q: Tensor, k: Tensor, scale: float) -> None:
-    """Replace a bias ``[heads, Ns, Nq]`` in place by the softmax over the keys of ``scale k q^T + bias``."""
+    """Replace a bias ``[images * heads, Ns, Nq]`` in place by the softmax over the keys of ``scale k q^T + bias``."""
     if bias.dtype == q.dtype:
         bias.baddbmm_(k, q.mT, alpha=scale)
     else:

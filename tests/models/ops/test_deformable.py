@@ -18,13 +18,19 @@ HEADS = 4
 
 
 def inputs(
-    size: tuple[int, int], native: tuple[int, int], *, groups: int = 2, keys: int = 9, reach: float = 1.0
+    size: tuple[int, int],
+    native: tuple[int, int],
+    *,
+    batch: int = 2,
+    groups: int = 2,
+    keys: int = 9,
+    reach: float = 1.0,
 ) -> list[Tensor]:
     """Return queries, keys, values, positions and a table, in float64; positions lie in ``[-reach, reach]``."""
     torch.manual_seed(0)
-    q = torch.randn(2, size[0] * size[1], HEADS, 6, dtype=torch.float64)
-    k, v = torch.randn(2, 2, keys, HEADS, 6, dtype=torch.float64)
-    positions = (torch.rand(2, groups, keys, 2, dtype=torch.float64) * 2 - 1) * reach
+    q = torch.randn(batch, size[0] * size[1], HEADS, 6, dtype=torch.float64)
+    k, v = torch.randn(2, batch, keys, HEADS, 6, dtype=torch.float64)
+    positions = (torch.rand(batch, groups, keys, 2, dtype=torch.float64) * 2 - 1) * reach
     positions[0, 0, :4] = torch.tensor([[-1, -1], [-1, 1], [1, -1], [1, 1]]) * reach
     table = torch.randn(HEADS, 2 * native[0] - 1, 2 * native[1] - 1, dtype=torch.float64)
     return [tensor.requires_grad_() for tensor in (q, k, v, positions, table)]
@@ -53,6 +59,15 @@ def assert_same(form: str, tensors: list[Tensor], size: tuple[int, int], coordin
 @pytest.mark.parametrize("size", [(7, 7), (6, 9), (20, 17)], ids=str)  # the last size stores crops row by row
 def test_crops_on_native_maps(size: tuple[int, int], groups: int) -> None:
     assert_same("crops", inputs(size, size, groups=groups), size)
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+def test_images_at_a_time_change_nothing(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = inputs((6, 9), (6, 9), batch=3)
+    monkeypatch.setattr(on_cpu, "TOGETHER", images * HEADS * 9 * 6 * 9)
+    q, k, *_ = tensors
+    assert [len(some) for some, _ in on_cpu._few_images(q, k)] == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[images]
+    assert_same("crops", tensors, (6, 9))
 
 
 @pytest.mark.parametrize("coordinates", ["dat++", "cvpr22"])
