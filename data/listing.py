@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import tempfile
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -17,6 +18,7 @@ from filelock import FileLock
 
 _MAGIC = b"dat listing 1\n"
 _ALIGNMENT = 64
+_USER = os.getuid() if hasattr(os, "getuid") else 0  # temporary folders of Windows are not shared by users
 
 
 class Listing:
@@ -86,7 +88,8 @@ class Listing:
         columns = {key: [column.dtype.str, len(column)] for key, column in arrays.items()}
         header = json.dumps({"about": self.about, "columns": columns}).encode() + b"\n"
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f"{path.name}.{os.getpid()}.part")
+        # Process ids are not unique: processes on several machines may write the same file.
+        staged = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
         try:
             with staged.open("wb") as file:
                 file.write(_MAGIC + header)
@@ -98,6 +101,14 @@ class Listing:
             staged.replace(path)
         finally:
             staged.unlink(missing_ok=True)
+
+    def shared(self, path: Path) -> Listing:
+        """Write the table to `path` and return it memory-mapped; this one if `path` cannot be written."""
+        try:
+            self.save(path)
+        except OSError:  # such as a home folder without write permission
+            return self
+        return Listing.load(path)
 
     @classmethod
     def load(cls, path: Path) -> Listing:
@@ -128,12 +139,20 @@ class Listing:
 
 @contextmanager
 def process_lock(path: Path) -> Iterator[None]:
-    """Hold a lock for `path` that excludes other processes of this machine."""
+    """Hold a lock for `path` that excludes other processes of this user on this machine."""
     name = hashlib.sha256(os.fsencode(path.absolute())).hexdigest()[:16]
-    with FileLock(Path(tempfile.gettempdir()) / f"dat-{name}.lock"):
+    with FileLock(Path(tempfile.gettempdir(), f"dat-{_USER}-{name}.lock")):
         yield
 
 
 def cache_folder() -> Path:
-    """Return the folder for tables that are not stored next to the data: `$XDG_CACHE_HOME/dat`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dat"
+    """Return the folder for tables that are not stored next to the data: `$XDG_CACHE_HOME/dat`.
+
+    For a user without a home folder, as in some containers, it is in the temporary folder.
+    """
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given, "dat")
+    try:
+        return Path.home() / ".cache" / "dat"
+    except RuntimeError:
+        return Path(tempfile.gettempdir(), f"dat-{_USER}")

@@ -112,7 +112,7 @@ def list_images(folder: Path) -> Listing:
     """Return the images of the class folders in `folder` with their labels; its `about` names the classes.
 
     Files are not opened. A long list is cached in a file until a folder changes, so that the processes of a machine
-    build it once and share it.
+    build it once and share it. If the cache cannot be written, every process builds its own.
 
     Raises:
         ValueError: the folder has no classes, a class has no images, or something cannot be read.
@@ -122,10 +122,7 @@ def list_images(folder: Path) -> Listing:
         if path.exists() and _is_current(listing := Listing.load(path), folder):
             return listing
         listing = _scan(folder)
-        if len(listing) < SHARED_FROM:
-            return listing
-        listing.save(path)
-        return Listing.load(path)
+        return listing if len(listing) < SHARED_FROM else listing.shared(path)
 
 
 def class_folders(folder: Path) -> list[str]:

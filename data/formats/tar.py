@@ -214,15 +214,13 @@ def index_name(part: str, *, several: bool) -> str:
 
 
 def _index(root: Path, part: str, shards: Sequence[Path], *, several: bool) -> Listing:
-    """Return the index of a split, built on first use."""
+    """Return the index of a split, built on first use and stored where that is possible."""
     inside = PARTS[part] if root.is_file() else ()
     path = shards[0].parent / f"{root.stem + '.' if root.is_file() else ''}{index_name(part, several=several)}"
     if not path.exists() and not os.access(path.parent, os.W_OK):
         path = cache_folder() / "tar" / f"{str(path.absolute()).strip('/').replace('/', '%')}"
     with process_lock(path):
-        if not path.exists():
-            build_index(shards, inside, several=several).save(path)
-    listing = Listing.load(path)
+        listing = Listing.load(path) if path.exists() else build_index(shards, inside, several=several).shared(path)
     _check_index(listing, path, shards)
     return listing
 

@@ -292,6 +292,13 @@ def test_long_lists_are_kept_until_a_folder_changes(tmp_path: Path, monkeypatch:
     assert len(opened(root).train) == 7
 
 
+def test_long_lists_need_no_writable_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("data.formats.folders.SHARED_FROM", 3)
+    assert len(opened(write_folder(tmp_path / "photos", GOOD)).train) == 5
+
+
 def truth(tmp_path: Path, where: str, name: str, content: str) -> Path:
     """Write photos whose held-out ones lie in one folder, and the list of their classes."""
     write_folder(tmp_path, {"train/n01": 2, "train/n02": 1, "train/n03": 1, "val": 0})

@@ -57,6 +57,8 @@ def test_folder_without_write_permission(root: Path, tmp_path: Path, monkeypatch
     assert len(opened(root).train) == 9
     assert sorted(path.name for path in root.iterdir()) == ["train.tar", "val.tar"]
     assert len(list((tmp_path / "cache/dat/tar").iterdir())) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", str(root / "train.tar"))  # no folder, so nothing can be written there
+    assert len(opened(root).train) == 9
 
 
 @pytest.mark.parametrize("left", [0.1, 0.3, 0.5])
