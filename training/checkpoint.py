@@ -98,7 +98,7 @@ def _other_archive(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = {PurePosixPath(name).name for name in archive.namelist()}
-    except zipfile.BadZipFile:  # such as checkpoints of PyTorch before 1.6
+    except Exception:  # no zip archive, such as checkpoints of PyTorch before 1.6, or a damaged one
         return ""
     if "constants.pkl" in names:
         return (

@@ -128,6 +128,19 @@ def test_a_truncated_file_is_called_damaged(tmp_path: Path, share: float, zipped
     assert "damaged" in refusal(path)
 
 
+def test_a_damaged_list_of_files_is_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(published(), path)
+    content = path.read_bytes()
+    entry = content.index(b"PK\1\2")  # the first of the list at the end of an archive
+    for place, is_read in ((46, False), (6, True)):  # a name, and a version that PyTorch ignores
+        path.write_bytes(content[: entry + place] + b"\xff" + content[entry + place + 1 :])
+        if is_read:
+            assert load_checkpoint(path)["epoch"] == 299
+        else:
+            assert "damaged" in refusal(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
