@@ -224,10 +224,10 @@ def write_atomically(path: Path, text: str) -> None:
     staged.replace(path)
 
 
-def wait_for_all() -> None:
-    """Wait until every process has called this."""
+def wait_for_all(timeout: timedelta | None = None) -> None:
+    """Wait until every process has called this, by default at most as long as for other collective operations."""
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(dist.new_group(backend="gloo", timeout=timeout) if timeout else None)
 
 
 def close_world() -> None:

@@ -17,12 +17,10 @@ from optimizer import keep_frozen_in_eval, learning_rate, step_unless
 from tasks import Evaluation
 from training.anomaly import first_nonfinite
 from training.exit_status import FAILED
+from training.finish import finish_run
 from training.progress import Progress
 from training.run import Run
-from utils import LateReader, seed_everything, sum_over_ranks, wait_for_all
-
-# Result files of a run.
-RESULTS = ("best.pth", "last.pth", "report.html", "curves.png", "metrics.jsonl", "log.txt", "config.yaml")
+from utils import LateReader, seed_everything, sum_over_ranks
 
 
 class Action(IntEnum):
@@ -69,7 +67,7 @@ def train_epochs(run: Run) -> int:
     """Train and evaluate epoch by epoch; return the exit status."""
     config, position, log = run.config, run.state.position, run.log
     saved = not position.nonfinite_in_row
-    while position.epoch < config.TRAIN.EPOCHS and not early_stop_reason(run):
+    while position.epoch < config.TRAIN.EPOCHS and not run.early_stop_reason():
         finished = train_one_epoch(run)
         run.save()  # the evaluation may be interrupted, too
         results = evaluate_weights(run) if finished else None
@@ -86,14 +84,6 @@ def train_epochs(run: Run) -> int:
         keep = config.SAVE_FREQ > 0 and position.epoch % config.SAVE_FREQ == 0
         saved = run.save(best=position.best_epoch == position.epoch, epoch=position.epoch if keep else None)
     return finish_run(run, saved)
-
-
-def early_stop_reason(run: Run) -> str:
-    """Return why a run ends before its last epoch; empty if it continues."""
-    patience = run.config.TRAIN.PATIENCE
-    if run.state.position.lacks_progress(patience):
-        return f"no better {run.task.score.title} for {patience} epochs (TRAIN.PATIENCE)"
-    return ""
 
 
 def train_one_epoch(run: Run) -> bool:
@@ -255,59 +245,3 @@ def evaluate_weights(run: Run) -> list[Evaluation] | None:
         run.log.pictures(kind, result.pictures, update=state.updates_done)
         results.append(result)
     return results
-
-
-def write_html_report(run: Run) -> None:
-    """Write report.html from the files of the run; errors are logged as warnings."""
-    if not run.config.REPORT:
-        return
-    from tools.confusion import Stopped
-    from tools.report import write_report
-
-    hint = f"tools/report.py {run.folder} writes it"
-    try:
-        write_report(run.folder, run.world.device, wanted=lambda: run.stop.received is None)
-    except Stopped:
-        run.log.info(f"no report.html, as the run was asked to stop; {hint}")
-    except Exception as error:  # the run has finished and its results are saved
-        run.log.warning(f"no report.html ({' '.join(str(error).split())}); {hint}")
-
-
-def finish_run(run: Run, saved: bool) -> int:
-    """Draw the curves and log how the run ended; return the exit status."""
-    from tools.plot import plot_curves  # importing matplotlib takes a second and is only needed here
-
-    position = run.state.position
-    wait_for_all()
-    if run.world.is_main:
-        curves = run.folder / "curves.png"
-        try:
-            plot_curves({run.config.TAG: run.folder / "metrics.jsonl"}, curves)
-        except OSError as error:
-            run.log.warning(f"{curves} could not be written ({error.strerror})")
-            curves.unlink(missing_ok=True)  # a partial file
-        write_html_report(run)
-        if position.epoch < run.config.TRAIN.EPOCHS:
-            run.log.info(
-                f"{early_stop_reason(run)}: the run ends after epoch {position.epoch} of {run.config.TRAIN.EPOCHS}"
-            )
-        run.log.info(f"finished: {describe_result(run)}")
-        if not saved:
-            run.log.error("last.pth is not from the end of the run; the lines above say why")
-    return 0 if saved else FAILED
-
-
-def describe_result(run: Run) -> str:
-    """Return the best score and the result files that exist; some are missing if the disk was full."""
-    position, score = run.state.position, run.task.score
-    best = "no evaluation gave finite numbers"
-    if position.best_epoch:
-        best = f"best {score.title} {score.show(position.best_accuracy)} in epoch {position.best_epoch} "
-        best += f"of {position.epoch}"
-    if (held := run.checkpoints.best_epoch()) != position.best_epoch:
-        # It could not be written, or is in the folder of another run, from which this one was resumed.
-        best += f", while best.pth is of epoch {held}" if held else ", without a best.pth in this folder"
-    files = [run.folder / name for name in RESULTS]
-    written = [file.name for file in files if file.is_file() and file.stat().st_size]
-    *most, last = written or ["no files"]
-    return f"{best}; {' and '.join(filter(None, (', '.join(most), last)))} are in {run.folder}"

@@ -40,7 +40,7 @@ class Progress:
             update: its number within the epoch, from 1.
             loss: averaged over all ranks.
             lr: its learning rate.
-            names: names of the partial losses.
+            names: of the named losses whose sum is `loss`.
             taken: `time.perf_counter()` when it was taken; its loss is known one update later.
         """
         self._bar.update()
@@ -64,7 +64,9 @@ class Progress:
 
     def _log(self, update: int, lr: float, names: list[str], taken: float) -> None:
         run, state, position = self._run, self._run.state, self._run.state.position
-        columns = list(zip(*position.unlogged, strict=True)) or [(math.nan,)] * (2 + len(names))
+        # A run that is resumed with other options may have other named losses than before.
+        rows = [row for row in position.unlogged if len(row) == 2 + len(names)]
+        columns = list(zip(*rows, strict=True)) or [(math.nan,)] * (2 + len(names))
         loss, norm, *parts = (sum(values) / len(values) for values in columns)
         position.unlogged.clear()
         seconds = taken - self._last_line

@@ -204,6 +204,13 @@ class Run:
         """Return the context of a micro-batch: gradients are averaged over ranks only in the last one of an update."""
         return nullcontext() if enabled or self.world.size == 1 else self.model.no_sync()
 
+    def early_stop_reason(self) -> str:
+        """Return why the run ends before its last epoch; empty if it continues."""
+        patience = self.config.TRAIN.PATIENCE
+        if self.state.position.lacks_progress(patience):
+            return f"no better {self.task.score.title} for {patience} epochs (TRAIN.PATIENCE)"
+        return ""
+
     def save(self, *, best: bool = False, epoch: int | None = None) -> bool:
         """Write a checkpoint and return whether it succeeded; otherwise the previous one stays in use.
 

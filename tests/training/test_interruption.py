@@ -314,6 +314,33 @@ def test_truncated_checkpoint_falls_back_to_the_previous_one(uninterrupted: Unin
     assert told[0].endswith(f"continuing from {trial.folder / 'previous.pth'} instead")
 
 
+def _report_slowly() -> None:
+    """Print when rank 0 has written its report, and when the other rank leaves."""
+    import main
+    from training import finish, loop
+
+    leave = main.close_world
+
+    def report(_: loop.Run) -> None:
+        time.sleep(1)
+        os.write(1, b"the report is written\n")
+
+    def leave_with_a_line() -> None:
+        os.write(1, b"a rank leaves\n")
+        leave()
+
+    loop.train_epochs = lambda run: finish.finish_run(run, saved=True)
+    finish.write_html_report, main.close_world = report, leave_with_a_line
+
+
+def test_ranks_stay_until_the_report_is_written(tmp_path: Path) -> None:
+    job = Trial(tmp_path / "trial", 2, 0).start(prepare=_report_slowly)
+    assert job.wait() == [0, 0], job.console()
+    assert "curves.png could not be written (" in job.console()  # nothing was trained
+    lines = [line for line in job.console().splitlines() if line.endswith(("is written", "leaves"))]
+    assert lines == ["the report is written", "a rank leaves", "a rank leaves"]
+
+
 def test_run_started_from_a_file_resumes_its_own_checkpoint(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 1, 0)
     job = start_and_wait_for_rows(trial, 1)

@@ -27,7 +27,9 @@ from training import build as build_module
 from training import loop
 from training.build import assemble, build_run
 from training.command_line import parse
-from training.loop import describe_result, train, train_one_epoch
+from training.finish import describe_result
+from training.loop import train, train_one_epoch
+from training.progress import Progress
 from training.run import Run
 from utils import LateReader, World, seed_everything
 
@@ -140,7 +142,7 @@ def test_new_run_moves_the_files_of_an_earlier_one(tmp_path: Path) -> None:
 def test_base_rate_below_the_final_rate_gives_a_warning(tmp_path: Path) -> None:
     run = build(tmp_path, "--lr", "0")
     said = (run.folder / "log.txt").read_text()
-    assert "TRAIN.BASE_LR 0 is below TRAIN.MIN_LR 0.0001, so the learning rate rises" in said
+    assert said.count("the learning rate rises to TRAIN.MIN_LR 0.0001, which is above TRAIN.BASE_LR 0; lower") == 1
 
 
 def test_suspicious_settings_give_warnings(tmp_path: Path) -> None:
@@ -376,3 +378,13 @@ def test_run_without_finite_results_has_no_best_epoch(tmp_path: Path) -> None:
     run = build(tmp_path)
     run.state.position.finish_epoch(-math.inf)
     assert describe_result(run).startswith("no evaluation gave finite numbers; last.pth, log.txt and")
+
+
+def test_losses_of_other_options_are_not_averaged(tmp_path: Path) -> None:
+    """A run is resumed between two log lines, with a teacher, whose loss has a name of its own."""
+    run = build(tmp_path)
+    run.state.position.unlogged = [[9.0, 9.0], [1.0, 2.0, 3.0], [2.0, 2.0, 4.0]]
+    with Progress(run) as progress:
+        progress.advance(run.state.updates_per_epoch, 1.0, 0.1, ["teacher_loss"], time.perf_counter())
+    (row,) = read_metrics(run.folder, "train")
+    assert (row["loss"], row["grad_norm"], row["teacher_loss"]) == (1.5, 2.0, 3.5)
