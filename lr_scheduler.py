@@ -111,11 +111,12 @@ def planned_schedule(
 def schedule_warnings(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> list[str]:
     """Return warnings about a schedule that is probably unintended: an endless warm-up, a steep drop, no decay."""
     shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
-    checks = (
+    reversed_phases = [_falling_warmup(config), _rising_decay(config)]
+    checks = [
         _endless_warmup(config, updates_per_epoch),
-        _rising_decay(config) or drop_warning(config, **shape),
+        *(reversed_phases if any(reversed_phases) else [drop_warning(config, **shape)]),
         _missing_decay(config, **shape),
-    )
+    ]
     return [warning for warning in checks if warning]
 
 
@@ -136,16 +137,23 @@ def _endless_warmup(config: CfgNode, updates_per_epoch: int) -> str:
     return ""
 
 
+def _falling_warmup(config: CfgNode) -> str:
+    """Return a warning if the warm-up lowers the learning rate, otherwise an empty string."""
+    warmup_lr, base_lr = config.TRAIN.WARMUP_LR, config.TRAIN.BASE_LR
+    if not _warmup_updates(config, 1) or warmup_lr <= base_lr:
+        return ""
+    return f"the warm-up lowers the learning rate, from TRAIN.WARMUP_LR {warmup_lr:g} to {base_lr:g}"
+
+
 def _rising_decay(config: CfgNode) -> str:
-    """Return a warning if the warm-up lowers the learning rate or the decay raises it, otherwise an empty string."""
-    train = config.TRAIN
-    if _warmup_updates(config, 1) and train.WARMUP_LR > train.BASE_LR:
-        return f"the warm-up lowers the learning rate, from TRAIN.WARMUP_LR {train.WARMUP_LR:g} to {train.BASE_LR:g}"
-    if train.LR_SCHEDULER.NAME in ("cosine", "poly") and train.MIN_LR > train.BASE_LR:
-        return (
-            f"the learning rate rises to TRAIN.MIN_LR {train.MIN_LR:g}, which is above TRAIN.BASE_LR {train.BASE_LR:g}"
-        )
-    return ""
+    """Return a warning if the decay raises the learning rate, otherwise an empty string."""
+    base_lr, min_lr = config.TRAIN.BASE_LR, config.TRAIN.MIN_LR
+    if config.TRAIN.LR_SCHEDULER.NAME not in ("cosine", "poly") or min_lr <= base_lr:
+        return ""
+    return (
+        f"the learning rate rises to TRAIN.MIN_LR {min_lr:g}, which is above TRAIN.BASE_LR {base_lr:g}; lower "
+        "TRAIN.MIN_LR, too"
+    )
 
 
 def _missing_decay(config: CfgNode, *, updates_per_epoch: int, world_size: int) -> str:

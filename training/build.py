@@ -187,11 +187,6 @@ def assemble(config: CfgNode, world: World) -> Assembly:
 def settings_warnings(config: CfgNode, state: TrainingState, images: int, world_size: int) -> list[str]:
     """Return warnings about settings that are probably unintended, for a run on `images` training images."""
     found = schedule_warnings(config, updates_per_epoch=state.updates_per_epoch, world_size=world_size)
-    if config.TRAIN.BASE_LR < config.TRAIN.MIN_LR and config.TRAIN.LR_SCHEDULER.NAME in ("cosine", "poly"):
-        found.append(
-            f"TRAIN.BASE_LR {config.TRAIN.BASE_LR:g} is below TRAIN.MIN_LR {config.TRAIN.MIN_LR:g}, so the learning "
-            "rate rises; lower TRAIN.MIN_LR, too"
-        )
     dropped = images - state.updates_per_epoch * state.images_per_update
     if dropped > images / 10:
         found.append(
