@@ -4,67 +4,93 @@ from __future__ import annotations
 
 import gzip
 import struct
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from torchvision import datasets
 
 from data.formats.folders import open_folders
+from data.listing import process_lock
 from data.sources import ArraySource, Dataset, Request
 
 
-def open_cifar(dataset: type[datasets.CIFAR10], folder: str) -> Callable[[Request], Dataset]:
-    """Return the function that opens CIFAR-10 or CIFAR-100 from its Python version, or from class folders."""
+def open_cifar(dataset: type[datasets.CIFAR10], folder: str, request: Request) -> Dataset:
+    """Open CIFAR-10 or CIFAR-100 from its Python version, or from class folders.
+
+    Args:
+        dataset: the class of torchvision that reads it.
+        folder: its folder within the published archive.
+        request: the data options of the run.
+
+    Raises:
+        ValueError: it is missing or damaged, or cannot be downloaded.
+    """
     layout = f"DATA_PATH holds {folder} as {dataset.url} unpacks, or folders of images train/<class> and val/<class>"
-
-    def open_part(request: Request, root: Path, *, train: bool) -> tuple[datasets.CIFAR10, ArraySource]:
+    root = request.root(layout)
+    if (root / "train").is_dir() or (root / "val").is_dir():
+        return open_folders(request)  # a copy of it as image files
+    root = root.parent if root.name == folder else root
+    if request.download:
+        _download(dataset, root)
+    classes, sources = [], {}
+    for split in request.needs:
         try:
-            part = dataset(str(root), train=train, download=request.download)
+            images = dataset(str(root), train=split == "train")
         except (RuntimeError, OSError) as error:
-            hint = "" if request.download else ", or download it with --opts DATA.DOWNLOAD True"
             raise ValueError(
-                f"no {dataset.__name__} in {root}: {str(error).split(' You can')[0]}; {layout}{hint}"
+                f"no {dataset.__name__} in {root}: {str(error).split(' You can')[0]}; {layout}, or download it with "
+                "--opts DATA.DOWNLOAD True"
             ) from None
-        labels = np.array(part.targets, dtype=np.int32)
-        return part, ArraySource(part.data, labels, f"{dataset.__name__} {'train' if train else 'test'} image")
-
-    def opened(request: Request) -> Dataset:
-        root = request.root(layout)
-        if (root / "train").is_dir() or (root / "val").is_dir():
-            return open_folders(request)  # a copy of it as image files
-        root = root.parent if root.name == folder else root
-        parts = {part: open_part(request, root, train=part == "train") for part in request.needs}
-        classes = next(iter(parts.values()))[0].classes
-        sources = {part: source for part, (_, source) in parts.items()}
-        return Dataset(classes=list(classes), train=sources.get("train"), held_out=sources.get("val"))
-
-    return opened
+        name = f"{dataset.__name__} {'train' if split == 'train' else 'test'} image"
+        classes = list(images.classes)
+        sources[split] = ArraySource(images.data, np.array(images.targets, dtype=np.int32), name)
+    return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
 
 
-def open_mnist(dataset: type[datasets.MNIST]) -> Callable[[Request], Dataset]:
-    """Return the function that opens MNIST or Fashion-MNIST from its IDX files, compressed or not."""
+def open_mnist(dataset: type[datasets.MNIST], request: Request) -> Dataset:
+    """Open MNIST or Fashion-MNIST from its IDX files, compressed or not.
+
+    Args:
+        dataset: the class of torchvision that downloads it.
+        request: the data options of the run.
+
+    Raises:
+        ValueError: it is missing or damaged, or cannot be downloaded.
+    """
     name = dataset.__name__
     layout = "DATA_PATH holds train-images-idx3-ubyte, train-labels-idx1-ubyte and the two of t10k, with .gz or without"
+    root = request.root(layout)
+    if request.download:
+        _download(dataset, root)
+    folders, sources = (root, root / name / "raw", root / "raw"), {}
+    for split in request.needs:
+        prefix = {"train": "train", "val": "t10k"}[split]
+        images = read_idx(_find(folders, f"{prefix}-images-idx3-ubyte", layout), 3)
+        labels = read_idx(_find(folders, f"{prefix}-labels-idx1-ubyte", layout), 1)
+        if len(images) != len(labels):
+            raise ValueError(
+                f"{name} in {root}: {prefix} has {len(images)} images, but {len(labels)} labels; download again"
+            )
+        sources[split] = ArraySource(images, labels.astype(np.int32), f"{name} {prefix} image")
+    return Dataset(classes=list(dataset.classes), train=sources.get("train"), held_out=sources.get("val"))
 
-    def opened(request: Request) -> Dataset:
-        root = request.root(layout)
-        if request.download:
+
+def _download(dataset: type[datasets.VisionDataset], root: Path) -> None:
+    """Download a data set unless it is there. The processes of a machine do so one after the other.
+
+    Raises:
+        ValueError: the folder cannot be written, or there is no network connection.
+    """
+    try:
+        with process_lock(root):
             dataset(str(root), download=True)
-        sources = {}
-        for part, prefix in (("train", "train"), ("val", "t10k")):
-            if part in request.needs:
-                places = (root, root / name / "raw", root / "raw")
-                images = read_idx(_find(places, f"{prefix}-images-idx3-ubyte", layout), 3)
-                labels = read_idx(_find(places, f"{prefix}-labels-idx1-ubyte", layout), 1)
-                if len(images) != len(labels):
-                    raise ValueError(
-                        f"{name} in {root}: {prefix} has {len(images)} images, but {len(labels)} labels; download again"
-                    )
-                sources[part] = ArraySource(images, labels.astype(np.int32), f"{name} {prefix} image")
-        return Dataset(classes=list(dataset.classes), train=sources.get("train"), held_out=sources.get("val"))
-
-    return opened
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"{dataset.__name__} cannot be downloaded to {root}: {' '.join(str(error).split())}; copy it there from "
+            "another machine"
+        ) from None
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
@@ -84,15 +110,15 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     return values.reshape(shape)
 
 
-def _find(places: tuple[Path, ...], name: str, layout: str) -> Path:
-    paths = [place / f"{name}{ending}" for place in places for ending in ("", ".gz")]
+def _find(folders: Sequence[Path], name: str, layout: str) -> Path:
+    paths = [folder / f"{name}{ending}" for folder in folders for ending in ("", ".gz")]
     found = next((path for path in paths if path.is_file()), None)
     if found is None:
-        raise ValueError(f"no file {name} in {places[0]}; {layout}, or download it with --opts DATA.DOWNLOAD True")
+        raise ValueError(f"no file {name} in {folders[0]}; {layout}, or download it with --opts DATA.DOWNLOAD True")
     return found
 
 
-open_cifar10 = open_cifar(datasets.CIFAR10, "cifar-10-batches-py")
-open_cifar100 = open_cifar(datasets.CIFAR100, "cifar-100-python")
-open_mnist_digits = open_mnist(datasets.MNIST)
-open_fashion_mnist = open_mnist(datasets.FashionMNIST)
+open_cifar10 = partial(open_cifar, datasets.CIFAR10, "cifar-10-batches-py")
+open_cifar100 = partial(open_cifar, datasets.CIFAR100, "cifar-100-python")
+open_mnist_digits = partial(open_mnist, datasets.MNIST)
+open_fashion_mnist = partial(open_mnist, datasets.FashionMNIST)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import gzip
 import hashlib
 import pickle
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 from torchvision import datasets
 
 from data.formats.published import open_cifar10, open_cifar100, open_fashion_mnist, open_mnist_digits
-from data.sources import Request
+from data.sources import Dataset, Request
 from tests.data.formats.writers import idx
 
 
@@ -89,3 +92,34 @@ def test_mnist_that_is_missing_or_damaged(mnist: Path, tmp_path: Path) -> None:
     (mnist / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(ValueError, match=r"no file t10k-labels-idx1-ubyte in .*DATA.DOWNLOAD True"):
         open_mnist_digits(Request(path=str(mnist), needs=("val",)))
+
+
+@pytest.mark.parametrize("open_it", [open_cifar10, open_mnist_digits])
+def test_download_that_fails_is_reported_in_one_line(
+    open_it: Callable[[Request], Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Error downloading\nTried https://mirror, got: no route to host")
+
+    for kind in (datasets.CIFAR10, datasets.MNIST):
+        monkeypatch.setattr(kind, "download", fail)
+    with pytest.raises(ValueError, match=r"cannot be downloaded to .*: Error downloading Tried .* host; copy it there"):
+        open_it(Request(path=str(tmp_path), download=True))
+
+
+def test_processes_download_one_after_the_other(mnist: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = most = 0
+
+    def download(*_: object) -> None:
+        nonlocal now, most
+        now += 1
+        most = max(most, now)
+        time.sleep(0.1)
+        now -= 1
+
+    monkeypatch.setattr(datasets.MNIST, "download", download)
+    monkeypatch.setattr(datasets.MNIST, "_check_exists", lambda _: True)
+    monkeypatch.setattr(datasets.MNIST, "_load_data", lambda _: (None, None))
+    with ThreadPoolExecutor(3) as processes:
+        list(processes.map(open_mnist_digits, 3 * [Request(path=str(mnist), download=True)]))
+    assert most == 1
