@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data.formats.series import check_series
+from data.formats.series import check_series, find_files
 from data.images import StoredImage, read_file
 from data.listing import cache_folder
 from data.sources import (
@@ -48,6 +48,8 @@ def open_saved(request: Request) -> Dataset:
         saved = datasets.load_from_disk(str(root))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"data path {root} cannot be opened: {' '.join(str(error).split())}; {SAVED_LAYOUT}") from None
+    except IndexError:  # raised by `datasets`, without a message
+        raise ValueError(f"data path {root} has a split without rows; add images to it, or leave it out") from None
     if not isinstance(saved, datasets.DatasetDict):
         raise ValueError(f"data path {root} is one data set without splits; {SAVED_LAYOUT}")
     tables, where = {}, {}
@@ -134,7 +136,7 @@ def _parquet_files(request: Request, part: str, root: Path) -> list[Path]:
     patterns = [given] if given else []
     for name in () if given else PARTS[part]:
         patterns += [f"{name}.parquet", f"{name}-*.parquet", f"{name}/*.parquet", f"data/{name}-*.parquet"]
-    return next((files for pattern in patterns if (files := sorted(root.glob(pattern)))), [])
+    return next((files for pattern in patterns if (files := find_files(root, pattern))), [])
 
 
 def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layout: str) -> Dataset:
@@ -194,6 +196,8 @@ def _labels(table: Any, request: Request, where: Path) -> tuple[Any, list[str]]:
     if wrong:
         row = next(i for i, row in enumerate(values) if wrong.intersection(row if several else [row]))
         raise ValueError(f"{where}, row {row}: label {values[row]} is out of range; images for training need labels")
+    if classes is None and not flat:
+        raise ValueError(f"{where}: no image has a label in column {column}; choose another by DATA.LABEL_COLUMN")
     if classes is None and all(isinstance(value, int) for value in flat):
         if min(flat) < 0 or max(flat) >= max(1000, len(values)):
             wrong = min(flat) if min(flat) < 0 else max(flat)

@@ -9,6 +9,14 @@ from pathlib import Path
 from data.sources import shorten
 
 
+def find_files(folder: Path, pattern: str) -> list[Path]:
+    """Return the sorted files of a folder that match a pattern, or those of an absolute pattern."""
+    absolute = Path(pattern).expanduser()
+    if absolute.is_absolute():
+        folder, pattern = Path(absolute.anchor), str(absolute.relative_to(absolute.anchor))
+    return sorted(path for path in folder.glob(pattern) if path.is_file())
+
+
 def check_series(paths: Sequence[Path]) -> None:
     """Check that no file of a numbered series is missing.
 

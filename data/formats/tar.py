@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data.formats.folders import count_by_extension, extension_of, image_extensions, skipped_files
-from data.formats.series import check_series, first_may_be_missing
+from data.formats.series import check_series, find_files, first_may_be_missing
 from data.images import StoredImage, UnreadableImage
 from data.listing import Listing, cache_folder, process_lock
 from data.sources import (
@@ -159,7 +159,7 @@ def find_shards(request: Request, part: str, root: Path, *, optional: bool = Fal
         patterns = [given] if given else [p for name in PARTS[part] for p in _patterns(name)]
         folder = root
     for pattern in patterns:
-        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
+        if found := find_files(folder, pattern):
             _check_shards(found)
             return found
     if optional:

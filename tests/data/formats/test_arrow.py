@@ -50,6 +50,23 @@ def test_several_labels(tmp_path: Path) -> None:
         open_saved(Request(path=str(root)))
 
 
+def test_splits_without_images_or_labels(tmp_path: Path) -> None:
+    numbers, several = Value("int64"), List(Value("int64"))
+    root = save(tmp_path, table(tmp_path, [0, 1], numbers), table(tmp_path, [], numbers))
+    with pytest.raises(ValueError, match=r"data path .*saved has a split without rows; add images to it, or leave"):
+        open_saved(Request(path=str(root)))
+    table(tmp_path, [[], []], several).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"train\.parquet: no image has a label in column label; choose another"):
+        open_parquet(Request(path=str(tmp_path), needs=("train",), multi_label=True))
+
+
+def test_absolute_path_of_a_split(tmp_path: Path) -> None:
+    table(tmp_path, [0, 1], Value("int64")).to_parquet(tmp_path / "a.parquet")
+    (tmp_path / "root").mkdir()
+    request = Request(path=str(tmp_path / "root"), needs=("train",), train=str(tmp_path / "*.parquet"))
+    assert len(open_parquet(request).train) == 2
+
+
 def test_columns_by_name(tmp_path: Path) -> None:
     numbers = Value("int64")
     root = save(tmp_path, table(tmp_path, [1, 0], numbers, column="kind"), table(tmp_path, [0], numbers, column="kind"))

@@ -191,6 +191,10 @@ def test_parts_by_pattern(photos: Path, tmp_path: Path) -> None:
     assert [len(dataset.train), len(dataset.held_out)] == [9, 4]
 
 
+def test_absolute_path_of_a_split(root: Path, tmp_path: Path) -> None:
+    assert len(opened(tmp_path, "val", val=str(root / "val.tar")).held_out) == 4
+
+
 def test_classes_that_differ(root: Path, photos: Path) -> None:
     with tarfile.open(root / "val.tar", "w") as archive:
         archive.add(photos / "val/cat", "Cat")
