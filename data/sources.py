@@ -344,16 +344,29 @@ def to_matrix(labels: Sequence[Sequence[int]], width: int) -> np.ndarray:
     return matrix
 
 
+def read_lines(path: Path) -> list[str]:
+    """Return the lines of a UTF-8 text file without surrounding spaces; those that are empty are left out.
+
+    Raises:
+        ValueError: it is not UTF-8 text.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors of Windows write a byte order mark
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
 def read_class_list(folder: Path) -> list[str]:
     """Return the classes in `classes.txt` of a folder, one per line; empty if there is no such file.
 
     Raises:
-        ValueError: a class is listed twice.
+        ValueError: a class is listed twice, or the file is not UTF-8 text.
     """
     path = folder / "classes.txt"
     if not path.is_file():
         return []
-    classes = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    classes = read_lines(path)
     twice = sorted({name for name in classes if classes.count(name) > 1}) if len(set(classes)) < len(classes) else []
     if twice:
         raise ValueError(f"{path} names {shorten(twice)} twice; give each class once, in the order of the labels")

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from data.detection.annotated import AnnotatedImages, Annotation, Faults, remarks_on
 from data.detection.sources import DetectionDataset
-from data.sources import Request, read_class_list
+from data.sources import Request, read_class_list, read_lines
 
 _LAYOUT = "expected Annotations/*.xml, JPEGImages/ and ImageSets/Main/{train,val}.txt"
 
@@ -46,7 +46,7 @@ def _trees(root: Path, listed: Path) -> list[ElementTree.Element]:
     if not listed.is_file():
         raise ValueError(f"no file {listed} in data path {root}; {_LAYOUT}")
     found = []
-    for name in listed.read_text(encoding="utf-8").split():
+    for name in read_lines(listed):
         path = root / "Annotations" / f"{name}.xml"
         try:
             found.append(ElementTree.parse(path).getroot())

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data.detection.annotated import AnnotatedImages, Annotation, Faults, remarks_on
 from data.detection.sources import DetectionDataset
 from data.sources import Request, read_class_list
 
+_TURNED = range(5, 9)  # EXIF orientations that exchange height and width
 _ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 _LAYOUT = "expected images/{train,val}/, labels/{train,val}/*.txt and classes.txt"
 
@@ -33,17 +34,29 @@ def open_yolo(request: Request) -> DetectionDataset:
             raise ValueError(f"no folder {folder} in data path {root}; {_LAYOUT}")
         source, faults, without = AnnotatedImages(exif=request.exif), Faults(), []
         for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS):
-            with Image.open(path) as image:  # only reads the header
-                width, height = image.size
+            size = _size(path, exif=request.exif)
             labels = root / "labels" / folder.name / f"{path.stem}.txt"
-            objects = _annotations(labels, (height, width), len(classes)) if labels.is_file() else []
-            if not source.add(path, (height, width), objects, faults, empty=part != "train"):
+            objects = _annotations(labels, size, len(classes)) if labels.is_file() else []
+            if not source.add(path, size, objects, faults, empty=part != "train"):
                 without.append(path.name)
         parts[part] = source
         remarks += remarks_on(source, folder, faults, without)
     return DetectionDataset(
         classes=classes, masks=False, train=parts.get("train"), held_out=parts.get("val"), remarks=remarks
     )
+
+
+def _size(path: Path, *, exif: bool) -> tuple[int, int]:
+    """Return height and width of an image from its header, with its orientation if `exif`.
+
+    They are 1 if it cannot be read, which is handled when it is used.
+    """
+    try:
+        with Image.open(path) as image:
+            turned = exif and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except Exception:  # decoders can raise any exception on damaged files
+        return 1, 1
 
 
 def _annotations(path: Path, size: tuple[int, int], classes: int) -> list[Annotation]:

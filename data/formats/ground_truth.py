@@ -6,6 +6,8 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
+from data.sources import read_lines
+
 KAGGLE = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_validation_ground_truth.txt"
 PAIRS = "val.txt"
@@ -70,7 +72,7 @@ def _devkit(path: Path, folder: Path) -> dict[str, str]:
 
 
 def _pairs(path: Path, folder: Path) -> dict[str, str]:  # noqa: ARG001
-    rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [line.split() for line in read_lines(path)]
     wrong = next((row for row in rows if len(row) != 2), None)
     if wrong:
         raise ValueError(f"{path} must have a file name and its class on each line, not {' '.join(wrong)!r}")

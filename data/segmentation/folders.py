@@ -9,7 +9,7 @@ import numpy as np
 from data.formats.folders import image_extensions
 from data.images import StoredImage, read_file
 from data.segmentation.sources import Labels, MaskedDataset, MaskedSource, read_mask
-from data.sources import PARTS, Request, read_class_list, shorten
+from data.sources import PARTS, Request, read_class_list, read_lines, shorten
 
 LAYOUT = (
     "the layout is DATA_PATH/images/{train,val}/*.jpg, DATA_PATH/masks/{train,val}/*.png (or annotations/) and "
@@ -29,8 +29,7 @@ def open_ade20k(request: Request, labels: Labels) -> MaskedDataset:
     root = request.root(ADE20K_LAYOUT)
     names = root / _ADE20K_NAMES
     if names.is_file():
-        rows = names.read_text(encoding="utf-8").splitlines()[1:]
-        classes = [row.split("\t")[-1].split(",")[0].strip() for row in rows if row.strip()]
+        classes = [row.split("\t")[-1].split(",")[0].strip() for row in read_lines(names)[1:]]
     else:
         classes = read_class_list(root) or [str(number) for number in range(1, 151)]
     reduced = Labels(mapping=labels.mapping, reduce_zero=True, ignored=labels.ignored)

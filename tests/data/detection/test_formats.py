@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from data.detection.coco import open_coco
 from data.detection.digit_scenes import open_digit_scenes
 from data.detection.voc import open_voc
 from data.detection.yolo import open_yolo
 from data.formats.digit_scenes import DigitScenes
+from data.images import UnreadableImage
 from data.sources import Request
 from tests.data.detection.samples import row, write_coco, write_instances
 
@@ -109,6 +110,36 @@ def test_yolo_boxes_are_shares_of_the_image(tmp_path: Path) -> None:
     (tmp_path / "labels" / "val" / "a.txt").write_text("dog 0.5 0.5\n")
     with pytest.raises(ValueError, match=r"a.txt, line 1: 'dog 0.5 0.5' is not"):
         open_yolo(Request(path=str(tmp_path)))
+
+
+def test_voc_names_may_contain_spaces(tmp_path: Path) -> None:
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    box = "<bndbox><xmin>3</xmin><ymin>1</ymin><xmax>9</xmax><ymax>8</ymax></bndbox>"
+    size = "<size><width>40</width><height>32</height></size>"
+    content = f"<annotation><filename>my dog.png</filename>{size}<object><name>dog</name>{box}</object></annotation>"
+    (tmp_path / "Annotations" / "my dog.xml").write_text(content)
+    Image.new("RGB", (40, 32)).save(tmp_path / "JPEGImages" / "my dog.png")
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("my dog\n")
+    assert len(open_voc(Request(path=str(tmp_path), needs=("train",))).train) == 1
+
+
+def test_yolo_images_that_are_rotated_or_damaged(tmp_path: Path) -> None:
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "train").mkdir(parents=True)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (40, 32)).save(tmp_path / "images" / "train" / "a.jpg", exif=exif)
+    (tmp_path / "images" / "train" / "b.jpg").write_bytes(b"no image")
+    for name in "ab":
+        (tmp_path / "labels" / "train" / f"{name}.txt").write_text("1 0.5 0.5 0.25 0.5\n")
+    for orientation, size in ((False, (32, 40)), (True, (40, 32))):
+        images = open_yolo(Request(path=str(tmp_path), needs=("train",), exif=orientation)).train
+        assert images.size(0) == size == np.asarray(images.get(0).decode()).shape[:2]
+        assert len(images) == 2  # DATA.BAD_IMAGES decides about the damaged one when it is used
+        with pytest.raises(UnreadableImage, match=r"b\.jpg"):
+            images.get(1).decode()
 
 
 def test_digit_scenes_are_exact_and_always_the_same(tmp_path: Path) -> None:

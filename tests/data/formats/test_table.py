@@ -40,6 +40,14 @@ def test_a_list_of_classes(root: Path) -> None:
     assert (dataset.classes, labels(dataset)) == (["emu", "cat", "dog"], [2, 0])
 
 
+def test_a_list_of_classes_in_other_encodings(root: Path) -> None:
+    (root / "classes.txt").write_text("cat\ndog\nübrig\n", encoding="utf-8-sig")  # as written on Windows
+    assert opened(root, "images/0.jpg,dog\n").classes == ["cat", "dog", "übrig"]
+    (root / "classes.txt").write_text("cat\ndog\nübrig\n", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"classes\.txt is not UTF-8 text; save it as UTF-8"):
+        opened(root, "images/0.jpg,dog\n")
+
+
 def test_numbers_with_leading_zeros_are_names(root: Path) -> None:
     dataset = opened(root, "images/0.jpg,01\nimages/1.jpg,00\n", "images/5.jpg,01\n")
     assert (dataset.classes, dataset.train.labels.tolist()) == (["00", "01"], [1, 0])
