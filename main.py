@@ -95,10 +95,10 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
         lines, warnings = evaluation.notes, evaluation.warnings
         summary = f"{len(evaluation.loader.dataset)} held-out images, {evaluation.task.summary()}"
     else:
-        parts = assemble(config, world)
+        assembly = assemble(config, world)
         try_folder(config.run_folder)
-        lines, warnings = preview(parts, config, world)
-        summary = parts.task.summary()
+        lines, warnings = preview(assembly, config, world)
+        summary = assembly.task.summary()
     log = RunLog(None, config, is_main=launch.rank == 0)
     log.begin(lines, warnings)
     log.info(f"checked: {config.MODEL.NAME}, {summary}")

@@ -23,7 +23,7 @@ from data.datasets import OnUnreadable, PipedCollate, SeededSamples, Transformed
 from data.formats import FORMATS
 from data.formats.stream import ImageStream, open_stream
 from data.samplers import EvalSampler, TrainSampler
-from data.sources import PARTS, Dataset, ImageSource, Request
+from data.sources import SPLITS, Dataset, ImageSource, Request
 from data.streams import EvalBatches, Loader, StreamLoader, TrainBatches
 from data.transforms import Erase, EvalTransform, TrainTransform
 from data.workers import leave_signals_to_parent
@@ -46,12 +46,12 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Da
     Raises:
         ValueError: DATA.DATASET is unknown, or the data path is missing or has a wrong layout.
     """
-    open_parts = choose_format(config, FORMATS)
-    if open_parts is open_stream:
+    open_format = choose_format(config, FORMATS)
+    if open_format is open_stream:
         _check_stream(config)
-    dataset = open_parts(request(config, needs))
+    dataset = open_format(request(config, needs))
     if not config.DATA.ALLOW_LARGER_VAL:
-        dataset.check_parts()
+        dataset.check_splits()
     return dataset.by_number() if config.DATA.CLASS_ORDER == "number" else dataset
 
 
@@ -168,7 +168,7 @@ def train_sampler(
     )
 
 
-def _source(config: CfgNode, source: ImageSource, part: str, rank: int) -> ImageSource:
+def _source(config: CfgNode, source: ImageSource, split: str, rank: int) -> ImageSource:
     """Return the images of a split, cached in memory with DATA.CACHE.
 
     Raises:
@@ -179,7 +179,7 @@ def _source(config: CfgNode, source: ImageSource, part: str, rank: int) -> Image
     if not SHARED_MEMORY.is_dir():
         raise ValueError(f"DATA.CACHE needs {SHARED_MEMORY}, which this system does not have; leave it off")
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    key = f"{_launch_id(processes)}-{part}"
+    key = f"{_launch_id(processes)}-{split}"
     return CachedSource(source, SHARED_MEMORY, key, processes=processes, is_main=rank == 0)
 
 
@@ -235,10 +235,10 @@ def request(config: CfgNode, needs: Sequence[str]) -> Request:
         ValueError: the splits seem swapped.
     """
     data = config.DATA
-    swapped = {"train": set(PARTS["val"]), "val": set(PARTS["train"])}
-    for part, name in (("train", data.TRAIN), ("val", data.VAL)):
-        if re.split(r"\.|-[\d*?{[]", Path(name).name)[0] in swapped[part]:
-            raise ValueError(f"DATA.{part.upper()} {name}: the splits seem swapped; exchange DATA.TRAIN and DATA.VAL")
+    swapped = {"train": set(SPLITS["val"]), "val": set(SPLITS["train"])}
+    for split, name in (("train", data.TRAIN), ("val", data.VAL)):
+        if re.split(r"\.|-[\d*?{[]", Path(name).name)[0] in swapped[split]:
+            raise ValueError(f"DATA.{split.upper()} {name}: the splits seem swapped; exchange DATA.TRAIN and DATA.VAL")
     return Request(
         path=data.DATA_PATH,
         path_by_variable=os.environ.get("DATA_PATH", ""),

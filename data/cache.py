@@ -66,7 +66,7 @@ class CachedSource(ImageSource):
                 _remove(in_use)
 
         if left := len(source) - len(self._table):
-            self.remarks = [
+            self.warnings = [
                 f"DATA.CACHE: {left} of {len(source)} images did not fit into {folder}, which is full after "
                 f"{len(self._content) / 2**30:.1f} GiB, and are read from the disk"
             ]
@@ -119,8 +119,8 @@ def _fill(source: ImageSource, path: Path, *, show: bool) -> Iterator[tuple[byte
     room = disk.free - _RESERVE * disk.total
     with path.open("wb") as file, ThreadPoolExecutor(_READERS) as readers:
         for first in tqdm(range(0, len(source), 1024), "reading images into memory", disable=None if show else True):
-            part = range(first, min(first + 1024, len(source)))
-            for stored in readers.map(lambda index: _read(source, index), part):
+            indices = range(first, min(first + 1024, len(source)))
+            for stored in readers.map(lambda index: _read(source, index), indices):
                 size = len(stored.data) if stored and isinstance(stored.data, bytes) else 0
                 if offset + size > room:
                     return

@@ -118,14 +118,14 @@ class TransformedImages(SeededSamples[Sample]):
         on_unreadable: see `SeededSamples`; a marked image is black and its target -1.
 
     Attributes:
-        remarks: of the source.
+        warnings: of the source.
     """
 
     def __init__(self, source: ImageSource, transform: Transform, *, seed: int, on_unreadable: OnUnreadable) -> None:
         super().__init__(len(source), seed=seed, on_unreadable=on_unreadable)
         self._source = source
         self.transform = transform
-        self.remarks = source.remarks
+        self.warnings = source.warnings
 
     def sample(self, index: int, unreadable: list[str]) -> Sample:
         return Sample(self.transform(self._source.get(index)), self._source.label(index), unreadable)

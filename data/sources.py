@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from data.formats.stream import ImageStream
 
 # Usual names of the splits of a data set; the first that exists is used.
-PARTS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 # Separates the labels of a multi-label image.
 SEPARATOR = ";"
@@ -31,11 +31,11 @@ class ImageSource(ABC):
 
     Attributes:
         labels: class of every image, `[n]`, integers; `[n, classes]` of 0 and 1 for multi-label data.
-        remarks: warnings for the log.
+        warnings: for the log.
     """
 
     labels: np.ndarray
-    remarks: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -144,19 +144,19 @@ class Request:
         except RuntimeError:
             raise ValueError(f"data path {path}: there is no such user; give the full path") from None
 
-    def find_split(self, part: str, root: Path, names: Sequence[str], extension: str = "") -> Path | None:
+    def find_split(self, split: str, root: Path, names: Sequence[str], extension: str = "") -> Path | None:
         """Return the path of a split; None if it has no option and no usual name.
 
         Args:
-            part: "train" or "val".
+            split: "train" or "val".
             root: the folder of the data set.
             names: names of its contents.
             extension: extension of the usual names.
         """
-        given = getattr(self, part)
+        given = getattr(self, split)
         if given:
             return root / Path(given).expanduser()
-        found = next((name + extension for name in PARTS[part] if name + extension in names), None)
+        found = next((name + extension for name in SPLITS[split] if name + extension in names), None)
         return root / found if found else None
 
 
@@ -168,13 +168,13 @@ class Dataset:
         classes: names by label.
         train: training images; None if not requested.
         held_out: held-out images; None if not requested. The labels of a stream are unknown.
-        remarks: warnings from the format.
+        format_warnings: warnings from the format.
     """
 
     classes: list[str]
     train: ImageSource | ImageStream | None = None
     held_out: ImageSource | ImageStream | None = None
-    remarks: Sequence[str] = ()
+    format_warnings: Sequence[str] = ()
 
     def counts(self, source: ImageSource) -> list[int]:
         """Return the number of images of each class in a split."""
@@ -184,7 +184,7 @@ class Dataset:
 
     def warnings(self) -> list[str]:
         """Return warnings about the data set, one line each."""
-        found = list(self.remarks)
+        found = list(self.format_warnings)
         if len(self.classes) == 1 and not self._has_several_labels():
             found.append(f"the data set has only one class, {self.classes[0]}")
         folded: dict[str, str] = {}
@@ -196,8 +196,8 @@ class Dataset:
                 f"the classes are numbers, but labels follow their order as text ({', '.join(self.classes[:3])}, ...), "
                 f"as in torchvision; DATA.CLASS_ORDER number sorts them as numbers"
             )
-        for part, kind in ((self.train, "training"), (self.held_out, "held-out")):
-            counts = self.counts(part) if isinstance(part, ImageSource) else []
+        for source, kind in ((self.train, "training"), (self.held_out, "held-out")):
+            counts = self.counts(source) if isinstance(source, ImageSource) else []
             absent = [name for name, count in zip(self.classes, counts, strict=False) if not count]
             if absent:
                 found.append(
@@ -206,7 +206,7 @@ class Dataset:
         return found
 
     def _has_several_labels(self) -> bool:
-        return any(isinstance(part, ImageSource) and part.labels.ndim == 2 for part in (self.train, self.held_out))
+        return any(isinstance(one, ImageSource) and one.labels.ndim == 2 for one in (self.train, self.held_out))
 
     def is_numbered(self) -> bool:
         """Return whether every class is a whole number."""
@@ -226,13 +226,13 @@ class Dataset:
         order = sorted(range(len(self.classes)), key=lambda label: int(self.classes[label]))
         place = np.empty(len(order), dtype=np.int32)
         place[order] = np.arange(len(order))
-        parts = {
+        sources = {
             name: source and source.relabelled(place)
             for name, source in (("train", self.train), ("held_out", self.held_out))
         }
-        return replace(self, classes=[self.classes[label] for label in order], **parts)
+        return replace(self, classes=[self.classes[label] for label in order], **sources)
 
-    def check_parts(self) -> None:
+    def check_splits(self) -> None:
         """Check that the splits are not swapped.
 
         Raises:
@@ -283,11 +283,11 @@ def check_no_decimals(names: Mapping[str, Sequence[str]], where: Mapping[str, ob
     Raises:
         ValueError: all classes are whole numbers, and some have decimals.
     """
-    part = "train" if "train" in names else "val"
-    decimals = [name for name in names[part] if "." in name]
-    if decimals and all(re.fullmatch(r"-?[0-9]+(\.0*)?", name) for name in names[part]):
+    split = "train" if "train" in names else "val"
+    decimals = [name for name in names[split] if "." in name]
+    if decimals and all(re.fullmatch(r"-?[0-9]+(\.0*)?", name) for name in names[split]):
         whole = decimals[0].partition(".")[0]
-        raise ValueError(f"{where[part]}: label {decimals[0]} is a whole number with decimals; write it as {whole}")
+        raise ValueError(f"{where[split]}: label {decimals[0]} is a whole number with decimals; write it as {whole}")
 
 
 def join_classes(
@@ -305,12 +305,12 @@ def join_classes(
     Raises:
         ValueError: "val" has classes that "train" does not have, or two names of a split are equal.
     """
-    composed = {part: [unicodedata.normalize("NFC", name) for name in known] for part, known in names.items()}
-    for part, known in composed.items():
+    composed = {split: [unicodedata.normalize("NFC", name) for name in known] for split, known in names.items()}
+    for split, known in composed.items():
         if len(set(known)) < len(known):
             twice = sorted({name for name in known if known.count(name) > 1})
             raise ValueError(
-                f"{where[part]} has two classes each for {shorten(twice)}, whose names differ only in Unicode "
+                f"{where[split]} has two classes each for {shorten(twice)}, whose names differ only in Unicode "
                 f"normalisation; merge them"
             )
     classes = composed["train"] if "train" in composed else composed["val"]
@@ -322,7 +322,7 @@ def join_classes(
             f"{shorten(with_similar(unknown, classes, 'train has'))}; {layout}"
         )
     return classes, {
-        part: np.array([labels[name] for name in known], dtype=np.int32) for part, known in composed.items()
+        split: np.array([labels[name] for name in known], dtype=np.int32) for split, known in composed.items()
     }
 
 

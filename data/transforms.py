@@ -72,18 +72,18 @@ class TrainTransform:
 
     def __call__(self, stored: StoredImage) -> np.ndarray:
         """Return `[height, width, 3]`, uint8; raises `UnreadableImage`."""
-        pixels = self._random_part(stored) if self._crop == "resized" else self._padded_part(stored)
+        pixels = self._resized_crop(stored) if self._crop == "resized" else self._padded_crop(stored)
         if torch.rand(()) < self._hflip:
             pixels = torch.from_numpy(pixels).flip(1).numpy()  # ten times faster than copying pixels[:, ::-1]
         return pixels if self._colours is None else np.asarray(self._colours(Image.fromarray(pixels)))
 
-    def _random_part(self, stored: StoredImage) -> np.ndarray:
+    def _resized_crop(self, stored: StoredImage) -> np.ndarray:
         height, width = stored.size()
         blank = Image.new("1", (width, height))  # timm only reads its size
-        part = RandomResizedCropAndInterpolation.get_params(blank, self._scale, self._ratio)
-        return resize(stored.crop(*part, at_least=self._size), self._size, self._interpolation)
+        window = RandomResizedCropAndInterpolation.get_params(blank, self._scale, self._ratio)
+        return resize(stored.crop(*window, at_least=self._size), self._size, self._interpolation)
 
-    def _padded_part(self, stored: StoredImage) -> np.ndarray:
+    def _padded_crop(self, stored: StoredImage) -> np.ndarray:
         height, width = stored.size()
         whole = stored.crop(0, 0, height, width, at_least=self._size)
         if whole.shape[:2] != self._size:

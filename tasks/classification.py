@@ -70,7 +70,7 @@ class Classification(LabelledTask):
             self.notes.append(f"classes and their labels: {describe_labels(self.classes)}")
         self._erase = build_erasing(config)
         self._mixup = build_mixup(config, len(self.classes)) if training else None
-        self._remarks: list[str] = []
+        self._warnings: list[str] = []
         self._present: list[int] | None = None
         self._distillation: Distillation | None = None
         if config.DATA.MULTI_LABEL:
@@ -102,7 +102,7 @@ class Classification(LabelledTask):
 
     def _noted(self, build: Callable[..., Loader]) -> Loader:
         loader = build(self.config, self._dataset, **self._rank)
-        self._remarks += loader.dataset.remarks
+        self._warnings += loader.dataset.warnings
         return loader
 
     def set_epoch(self, epoch: int) -> None:
@@ -160,10 +160,10 @@ class Classification(LabelledTask):
         if not labels:
             trust = "" if known else ", assumed to be those of the weights in this order"
             if not known and (warning := order_warning(self.classes)):
-                self._remarks.append(warning)
+                self._warnings.append(warning)
             return [f"classes and their labels{trust}: {describe_labels(self.classes)}"]
         if self._present and len(self._present) == 1:
-            self._remarks.append("only one class can be predicted (TEST.CLASSES present), so every image is correct")
+            self._warnings.append("only one class can be predicted (TEST.CLASSES present), so every image is correct")
         found, among = f"classes and their labels, found {how}: {describe_labels(self.classes, labels)}", len(labels)
         names = known or [f"class {label}" for label in range(number)]
         for label, name in () if known else zip(labels, self.classes, strict=True):
@@ -193,7 +193,7 @@ class Classification(LabelledTask):
         return f"{len(self.classes)} classes"
 
     def warnings(self) -> list[str]:
-        return [*self._dataset.warnings(), *self._remarks, *loader_warnings(self.config, self.largest_image())]
+        return [*self._dataset.warnings(), *self._warnings, *loader_warnings(self.config, self.largest_image())]
 
     def best_line(self, score: float) -> str:
         return f"Max {self.score.title}: {score:.2f}%"

@@ -67,7 +67,7 @@ class Distillation:
     temperature: float
 
     def losses(self, label_loss: Tensor, logits: Tensor, images: Tensor) -> dict[str, Tensor]:
-        """Return the parts of the loss.
+        """Return the two losses by name; their sum is minimised.
 
         Args:
             label_loss: mean loss on the labels.

@@ -56,7 +56,7 @@ class LabelledTask(Task):
         return self.config.image_size
 
     def warnings(self) -> list[str]:
-        return [*self._dataset.remarks, *loader_warnings(self.config, self.largest_image())]
+        return [*self._dataset.format_warnings, *loader_warnings(self.config, self.largest_image())]
 
 
 def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:

@@ -107,11 +107,11 @@ def build_run(config: CfgNode, world: World) -> Run:
         if world.is_main and folder.is_dir():  # before reading checkpoints that another run may be about to replace
             lock = lock_folder(open_folder(folder), patience=min(120, collective_timeout().total_seconds() / 2))
     with fail_together():
-        parts = assemble(config, world)
-    _check_agreement(parts.state, folder)
+        assembly = assemble(config, world)
+    _check_agreement(assembly.state, folder)
     changed, config.TRAIN.ALLOW_CONFIG_CHANGE = config.TRAIN.ALLOW_CONFIG_CHANGE, False  # applies only once
-    begins = parts.continued_from is None or parts.continued_from.parent.resolve() != folder.resolve()
-    notes = list(parts.notes)
+    begins = assembly.continued_from is None or assembly.continued_from.parent.resolve() != folder.resolve()
+    notes = list(assembly.notes)
     with fail_together():
         if world.is_main:
             lock = lock or _lock_new_folder(folder)
@@ -120,13 +120,13 @@ def build_run(config: CfgNode, world: World) -> Run:
     run = Run(
         config=config,
         world=world,
-        task=parts.task,
-        train_loader=parts.train_loader,
-        eval_loader=parts.eval_loader,
-        state=parts.state,
-        model=_distribute(parts.state.network, world),
+        task=assembly.task,
+        train_loader=assembly.train_loader,
+        eval_loader=assembly.eval_loader,
+        state=assembly.state,
+        model=_distribute(assembly.state.network, world),
         folder=folder,
-        log=RunLog(folder, config, is_main=world.is_main, updates_done=parts.state.updates_done),
+        log=RunLog(folder, config, is_main=world.is_main, updates_done=assembly.state.updates_done),
         stop=StopSignal(),
         bad_images=BadImages(folder / "bad_images.txt"),
         checkpoints=CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS),
@@ -135,7 +135,7 @@ def build_run(config: CfgNode, world: World) -> Run:
     run.stop.listen()
     if begins or changed:  # the checkpoint then contains the new options, which need not be allowed again
         run.save()  # before the first log line, so that a run killed before it leaves nothing to move away
-    _log_start(run, describe_run(config, parts, world), notes, parts.warnings)
+    _log_start(run, describe_run(config, assembly, world), notes, assembly.warnings)
     return run
 
 
@@ -261,13 +261,13 @@ def _distribute(network: nn.Module, world: World) -> nn.Module:
     )
 
 
-def describe_run(config: CfgNode, parts: Assembly, world: World) -> str:
+def describe_run(config: CfgNode, assembly: Assembly, world: World) -> str:
     """Return one line with the sizes of a run."""
-    parameters = sum(p.numel() for p in parts.state.network.parameters())
+    parameters = sum(p.numel() for p in assembly.state.network.parameters())
     return (
-        f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(parts.train_loader.dataset)} training and "
-        f"{len(parts.eval_loader.dataset)} held-out images, {config.TRAIN.EPOCHS} epochs of "
-        f"{parts.state.updates_per_epoch} updates of {parts.state.images_per_update} images on {world.size} x "
+        f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(assembly.train_loader.dataset)} training and "
+        f"{len(assembly.eval_loader.dataset)} held-out images, {config.TRAIN.EPOCHS} epochs of "
+        f"{assembly.state.updates_per_epoch} updates of {assembly.state.images_per_update} images on {world.size} x "
         f"{world.device.type}; results in {config.run_folder}"
     )
 

@@ -41,14 +41,14 @@ class Update(NamedTuple):
     Attributes:
         loss: mean over the micro-batches.
         norm: gradient norm before clipping, unscaled; NaN if the update was skipped.
-        parts: the named losses whose sum is `loss`; empty if the task returns a single loss.
+        named_losses: those whose sum is `loss`; empty if the task returns a single loss.
         unreadable: number of files in these micro-batches that could not be read.
         batches: the micro-batches as passed to the network, if TRAIN.ANOMALY_REPORT is set.
     """
 
     loss: Tensor
     norm: Tensor
-    parts: dict[str, Tensor]
+    named_losses: dict[str, Tensor]
     unreadable: int
     batches: list[Any]
 
@@ -110,7 +110,7 @@ def train_one_epoch(run: Run) -> bool:
             lr = learning_rate(state.optimizer)
             update = take_update(run, batches)
             numbers = reduce_update(run, update, save_due=progress.is_clock_due())
-            tag = position.update, lr, time.perf_counter(), list(update.parts), update.batches
+            tag = position.update, lr, time.perf_counter(), list(update.named_losses), update.batches
             action = record(run, reader.exchange(tag, numbers), progress)
             if action or progress.is_count_due():
                 action = max(action, record(run, reader.flush(), progress))
@@ -128,7 +128,7 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
     """
     config, state, task, device = run.config, run.state, run.task, run.world.device
     position, optimizer, steps = state.position, state.optimizer, config.TRAIN.ACCUMULATION_STEPS
-    total, parts, unreadable, kept = torch.zeros((), device=device), {}, 0, []
+    total, named_losses, unreadable, kept = torch.zeros((), device=device), {}, 0, []
     for step in range(steps):
         batch = next(batches)
         run.bad_images.add(task.unreadable(batch), partial(run.log.warning, alone=True))
@@ -143,8 +143,8 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
             loss = total_loss(losses)
             state.scaler.scale(loss / steps).backward()
         total += loss.detach() / steps
-        for name, part in losses.items() if isinstance(losses, dict) else ():
-            parts[name] = parts.get(name, 0) + part.detach() / steps
+        for name, value in losses.items() if isinstance(losses, dict) else ():
+            named_losses[name] = named_losses.get(name, 0) + value.detach() / steps
 
     state.scaler.unscale_(optimizer)
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
@@ -158,7 +158,7 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
         state.ema.update(state.network, step=state.updates_done + 1)
     state.scheduler.step_update(state.updates_done)
     position.update += 1
-    return Update(total, torch.where(broken > 0, math.nan, norm), parts, unreadable, kept)
+    return Update(total, torch.where(broken > 0, math.nan, norm), named_losses, unreadable, kept)
 
 
 def total_loss(losses: Tensor | dict[str, Tensor]) -> Tensor:
@@ -173,7 +173,7 @@ def reduce_update(run: Run, update: Update, *, save_due: bool) -> Tensor:
     """
     asked = (update.unreadable, save_due and run.world.is_main, run.stop.received is not None)
     flags = [torch.full((), float(value), device=update.loss.device) for value in asked]  # filled there, not copied
-    means = [value / run.world.size for value in (update.loss, update.norm, *update.parts.values())]
+    means = [value / run.world.size for value in (update.loss, update.norm, *update.named_losses.values())]
     return sum_over_ranks(torch.stack([*means[:2], *flags, *means[2:]]))
 
 
@@ -186,7 +186,7 @@ def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress)
     if report is None:
         return Action.NOTHING
     config, position = run.config, run.state.position
-    (update, lr, taken, names, batches), (loss, norm, unreadable, save, stop, *parts) = report
+    (update, lr, taken, names, batches), (loss, norm, unreadable, save, stop, *named_losses) = report
     position.unreadable += int(unreadable)
     samples = len(run.train_loader.dataset)
     if position.unreadable > config.DATA.MAX_BAD_SHARE * samples:
@@ -197,7 +197,7 @@ def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress)
         )
     if math.isfinite(norm) and math.isfinite(loss):
         position.nonfinite_in_row = 0
-        position.unlogged.append([loss, norm, *parts])
+        position.unlogged.append([loss, norm, *named_losses])
     else:
         position.nonfinite_in_row += 1
         position.nonfinite += 1

@@ -19,19 +19,19 @@ _BARS = "▁▂▃▄▅▆▇█"
 _COLUMNS = 60
 
 
-def preview(parts: Assembly, config: CfgNode, world: World) -> tuple[list[str], list[str]]:
+def preview(assembly: Assembly, config: CfgNode, world: World) -> tuple[list[str], list[str]]:
     """Return the lines and warnings about a run, including a warning if the disk is too small.
 
     Takes an optimizer step, so the run must not be trained afterwards.
     """
-    rates = planned_schedule(config, updates_per_epoch=parts.state.updates_per_epoch, world_size=world.size)
-    size, files = checkpoint_bytes(parts.state), checkpoint_files(config)
+    rates = planned_schedule(config, updates_per_epoch=assembly.state.updates_per_epoch, world_size=world.size)
+    size, files = checkpoint_bytes(assembly.state), checkpoint_files(config)
     folder = config.run_folder
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     taken = f"a checkpoint takes {_megabytes(size)}, the {files} of the run at most {_megabytes(size * files)}"
-    lines = [describe_run(config, parts, world), *parts.notes, draw_schedule(rates), taken]
+    lines = [describe_run(config, assembly, world), *assembly.notes, draw_schedule(rates), taken]
     full = [f"{taken}, but {folder} has {_megabytes(free)} free"] if size * files > free else []
-    return lines, [*parts.warnings, *full]
+    return lines, [*assembly.warnings, *full]
 
 
 def draw_schedule(rates: list[tuple[float, float]]) -> str:

@@ -67,7 +67,7 @@ class Progress:
         # A run that is resumed with other options may have other named losses than before.
         rows = [row for row in position.unlogged if len(row) == 2 + len(names)]
         columns = list(zip(*rows, strict=True)) or [(math.nan,)] * (2 + len(names))
-        loss, norm, *parts = (sum(values) / len(values) for values in columns)
+        loss, norm, *named_losses = (sum(values) / len(values) for values in columns)
         position.unlogged.clear()
         seconds = taken - self._last_line
         rate = (update - self._last_update) * state.images_per_update / seconds
@@ -75,7 +75,7 @@ class Progress:
         seconds_left = left * (taken - self._begin) / max(update - self._first, 1)
         self._last_line, self._last_update = taken, update
         memory = _memory(run.world.device)
-        shown = "".join(f"{name} {part:.4f}  " for name, part in zip(names, parts, strict=True))
+        shown = "".join(f"{name} {value:.4f}  " for name, value in zip(names, named_losses, strict=True))
         memory_in_words = f"{memory:.1f} GiB" if math.isfinite(memory) else "memory unknown"
         run.log.step(
             f"epoch {position.epoch + 1}/{run.config.TRAIN.EPOCHS} update {update}/{state.updates_per_epoch}  "
@@ -83,7 +83,7 @@ class Progress:
             f"{memory_in_words}{_scale(state.scaler)}  {_clock(seconds_left)} left"
         )
         at = {"epoch": position.epoch + 1, "update": position.epoch * state.updates_per_epoch + update}
-        values = {"lr": lr, "loss": loss, "grad_norm": norm, **dict(zip(names, parts, strict=True))}
+        values = {"lr": lr, "loss": loss, "grad_norm": norm, **dict(zip(names, named_losses, strict=True))}
         run.log.metrics("train", **at, **values)
         speed = {"images_per_second": round(rate, 2), "seconds": round(seconds, 3), "memory_gib": round(memory, 3)}
         run.log.speed(**at, **speed)

@@ -60,7 +60,7 @@ class Faults:
             return inside
         return None
 
-    def remarks(self, where: object) -> list[str]:
+    def warnings(self, where: object) -> list[str]:
         """Return warnings about what was left out of a file or folder."""
         return [
             f"{where}: {len(names)} boxes {what} are left out: {shorten(names)}" for what, names in self.names.items()
@@ -151,7 +151,7 @@ def _encoded(outline: Any, size: tuple[int, int]) -> dict[str, Any]:
     return outline
 
 
-def remarks_on(source: AnnotatedImages, where: object, faults: Faults, without: Sequence[str] = ()) -> list[str]:
+def split_warnings(source: AnnotatedImages, where: object, faults: Faults, without: Sequence[str] = ()) -> list[str]:
     """Return warnings about a split of a data set.
 
     Args:
@@ -163,7 +163,7 @@ def remarks_on(source: AnnotatedImages, where: object, faults: Faults, without: 
     Raises:
         ValueError: the split has no image with an object, or none of its files exists.
     """
-    found = faults.remarks(where)
+    found = faults.warnings(where)
     if not len(source):
         raise ValueError("; ".join([f"{where} has no image with an object", *found]))
     if without:

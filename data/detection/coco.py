@@ -10,7 +10,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from data.detection.annotated import AnnotatedImages, Annotation, Faults, remarks_on
+from data.detection.annotated import AnnotatedImages, Annotation, Faults, split_warnings
 from data.detection.sources import DetectionDataset
 from data.sources import Request, join_classes
 
@@ -30,39 +30,40 @@ def open_coco(request: Request) -> DetectionDataset:
     """Open a data set in the layout of COCO. Labels follow the ids of the categories.
 
     Crowds are not learned; boxes without an area, outside of their image or of an unknown class are left out, and
-    images without objects are not trained on. Each is counted and named in the remarks.
+    images without objects are not trained on. Each is counted and named in the warnings.
 
     Raises:
         ValueError: a file is missing, is not an annotation file, or has other classes than that of the training split.
     """
     root = request.root(_LAYOUT)
-    files = {part: _find(request, part, root) for part in request.needs}
-    contents = {part: _read(path) for part, (path, _) in files.items()}
-    names = {part: [c["name"] for c in _categories(content)] for part, content in contents.items()}
-    classes, labels = join_classes(names, {part: path for part, (path, _) in files.items()}, _LAYOUT)
-    parts, remarks = {}, []
-    for part, (path, folder) in files.items():
-        ids = [category["id"] for category in _categories(contents[part])]
-        by_id = dict(zip(ids, labels[part].tolist(), strict=True))
-        parts[part], found = _part(contents.pop(part), by_id, folder, path, request, learned=part == "train")
-        remarks += found
+    files = {split: _find(request, split, root) for split in request.needs}
+    contents = {split: _read(path) for split, (path, _) in files.items()}
+    names = {split: [c["name"] for c in _categories(content)] for split, content in contents.items()}
+    classes, labels = join_classes(names, {split: path for split, (path, _) in files.items()}, _LAYOUT)
+    sources, warnings = {}, []
+    for split, (path, folder) in files.items():
+        ids = [category["id"] for category in _categories(contents[split])]
+        by_id = dict(zip(ids, labels[split].tolist(), strict=True))
+        content = contents.pop(split)
+        sources[split], found = _read_split(content, by_id, folder, path, request, learned=split == "train")
+        warnings += found
     return DetectionDataset(
         classes=classes,
-        masks=all(part.masks for part in parts.values()),
-        train=parts.get("train"),
-        held_out=parts.get("val"),
-        remarks=remarks,
+        masks=all(source.masks for source in sources.values()),
+        train=sources.get("train"),
+        held_out=sources.get("val"),
+        format_warnings=warnings,
     )
 
 
-def _find(request: Request, part: str, root: Path) -> tuple[Path, Path]:
+def _find(request: Request, split: str, root: Path) -> tuple[Path, Path]:
     """Return the annotation file of a split and the folder of its images."""
-    given = getattr(request, part)
-    for name in [given] if given else [part, f"{part}2017"]:
+    given = getattr(request, split)
+    for name in [given] if given else [split, f"{split}2017"]:
         for folder in (root, root / "annotations"):
             if (path := folder / f"instances_{name}.json").is_file():
                 return path, root / name
-    raise ValueError(f"no file instances_{given or part}.json in data path {root}; {_LAYOUT}")
+    raise ValueError(f"no file instances_{given or split}.json in data path {root}; {_LAYOUT}")
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -95,7 +96,7 @@ def _categories(content: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(content["categories"], key=lambda category: category["id"])
 
 
-def _part(
+def _read_split(
     content: dict[str, Any], labels: dict[int, int], folder: Path, path: Path, request: Request, *, learned: bool
 ) -> tuple[AnnotatedImages, list[str]]:
     """Return the images of an annotation file, and warnings about them."""
@@ -108,7 +109,7 @@ def _part(
         size = image["height"], image["width"]
         if not source.add(folder / image["file_name"], size, objects, faults, empty=not learned):
             without.append(image["file_name"])
-    return source, remarks_on(source, path, faults, without)
+    return source, split_warnings(source, path, faults, without)
 
 
 def _annotation(one: dict[str, Any], labels: dict[int, int]) -> Annotation:

@@ -67,11 +67,11 @@ class DetectionDataset:
         masks: whether its objects have masks.
         train: training images; None if not requested.
         held_out: held-out images; None if not requested.
-        remarks: warnings about the data set.
+        format_warnings: warnings from the format.
     """
 
     classes: list[str]
     masks: bool
     train: DetectionSource | None = None
     held_out: DetectionSource | None = None
-    remarks: Sequence[str] = ()
+    format_warnings: Sequence[str] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from xml.etree import ElementTree
 
-from data.detection.annotated import AnnotatedImages, Annotation, Faults, remarks_on
+from data.detection.annotated import AnnotatedImages, Annotation, Faults, split_warnings
 from data.detection.sources import DetectionDataset
 from data.sources import Request, read_class_list, read_lines
 
@@ -22,23 +22,25 @@ def open_voc(request: Request) -> DetectionDataset:
         ValueError: a file is missing or cannot be read.
     """
     root = request.root(_LAYOUT)
-    lists = {part: root / "ImageSets" / "Main" / f"{getattr(request, part) or part}.txt" for part in request.needs}
-    trees = {part: _trees(root, path) for part, path in lists.items()}
-    named = {one.findtext("name", "") for of_part in trees.values() for tree in of_part for one in tree.iter("object")}
+    lists = {split: root / "ImageSets" / "Main" / f"{getattr(request, split) or split}.txt" for split in request.needs}
+    trees = {split: _trees(root, path) for split, path in lists.items()}
+    named = {
+        one.findtext("name", "") for of_split in trees.values() for tree in of_split for one in tree.iter("object")
+    }
     classes = read_class_list(root) or sorted(named)
-    parts, remarks = {}, []
-    for part, of_part in trees.items():
+    sources, warnings = {}, []
+    for split, of_split in trees.items():
         source, faults, without = AnnotatedImages(exif=request.exif), Faults(), []
-        for tree in of_part:
+        for tree in of_split:
             path = root / "JPEGImages" / tree.findtext("filename", "")
             size = tuple(int(_number(tree, f"size/{side}", "0", path.name)) for side in ("height", "width"))
             objects = [_annotation(one, path.name, classes) for one in tree.iter("object")]
-            if not source.add(path, size, objects, faults, empty=part != "train"):
+            if not source.add(path, size, objects, faults, empty=split != "train"):
                 without.append(path.name)
-        parts[part] = source
-        remarks += remarks_on(source, lists[part], faults, without)
+        sources[split] = source
+        warnings += split_warnings(source, lists[split], faults, without)
     return DetectionDataset(
-        classes=classes, masks=False, train=parts.get("train"), held_out=parts.get("val"), remarks=remarks
+        classes=classes, masks=False, train=sources.get("train"), held_out=sources.get("val"), format_warnings=warnings
     )
 
 

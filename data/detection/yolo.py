@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import ExifTags, Image
 
-from data.detection.annotated import AnnotatedImages, Annotation, Faults, remarks_on
+from data.detection.annotated import AnnotatedImages, Annotation, Faults, split_warnings
 from data.detection.sources import DetectionDataset
 from data.sources import Request, read_class_list
 
@@ -27,9 +27,9 @@ def open_yolo(request: Request) -> DetectionDataset:
     classes = read_class_list(root)
     if not classes:
         raise ValueError(f"no file classes.txt in data path {root}; {_LAYOUT}")
-    parts, remarks = {}, []
-    for part in request.needs:
-        folder = root / "images" / (getattr(request, part) or part)
+    sources, warnings = {}, []
+    for split in request.needs:
+        folder = root / "images" / (getattr(request, split) or split)
         if not folder.is_dir():
             raise ValueError(f"no folder {folder} in data path {root}; {_LAYOUT}")
         source, faults, without = AnnotatedImages(exif=request.exif), Faults(), []
@@ -37,12 +37,12 @@ def open_yolo(request: Request) -> DetectionDataset:
             size = _size(path, exif=request.exif)
             labels = root / "labels" / folder.name / f"{path.stem}.txt"
             objects = _annotations(labels, size, len(classes)) if labels.is_file() else []
-            if not source.add(path, size, objects, faults, empty=part != "train"):
+            if not source.add(path, size, objects, faults, empty=split != "train"):
                 without.append(path.name)
-        parts[part] = source
-        remarks += remarks_on(source, folder, faults, without)
+        sources[split] = source
+        warnings += split_warnings(source, folder, faults, without)
     return DetectionDataset(
-        classes=classes, masks=False, train=parts.get("train"), held_out=parts.get("val"), remarks=remarks
+        classes=classes, masks=False, train=sources.get("train"), held_out=sources.get("val"), format_warnings=warnings
     )
 
 

@@ -16,7 +16,7 @@ from data.formats.series import check_series, find_files
 from data.images import StoredImage, read_file
 from data.listing import cache_folder
 from data.sources import (
-    PARTS,
+    SPLITS,
     Dataset,
     ImageSource,
     Request,
@@ -53,13 +53,13 @@ def open_saved(request: Request) -> Dataset:
     if not isinstance(saved, datasets.DatasetDict):
         raise ValueError(f"data path {root} is one data set without splits; {SAVED_LAYOUT}")
     tables, where = {}, {}
-    for part in ("train", "val"):
-        name = request.train if part == "train" else request.val
-        found = next((n for n in ((name,) if name else PARTS[part]) if n in saved), None)
+    for split in ("train", "val"):
+        name = request.train if split == "train" else request.val
+        found = next((n for n in ((name,) if name else SPLITS[split]) if n in saved), None)
         if found:
-            tables[part], where[part] = saved[found], root / found
-        elif part in request.needs:
-            wanted = name or part
+            tables[split], where[split] = saved[found], root / found
+        elif split in request.needs:
+            wanted = name or split
             raise ValueError(
                 f"no split {wanted!r} in data path {root}: it contains {shorten(list(saved))}; {SAVED_LAYOUT}"
             )
@@ -75,19 +75,19 @@ def open_parquet(request: Request) -> Dataset:
     datasets = _library()
     root = request.root(PARQUET_LAYOUT)
     tables, where = {}, {}
-    for part in ("train", "val"):
-        files = _parquet_files(request, part, root)
-        if not files and part in request.needs:
+    for split in ("train", "val"):
+        files = _parquet_files(request, split, root)
+        if not files and split in request.needs:
             there = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
             raise ValueError(
-                f"no file '{part}.parquet' in data path {root}: it contains {shorten(there) or 'nothing'}; "
+                f"no file '{split}.parquet' in data path {root}: it contains {shorten(there) or 'nothing'}; "
                 f"{PARQUET_LAYOUT}"
             )
         if files:
             check_series(files)
-            where[part] = files[0]
+            where[split] = files[0]
             try:
-                tables[part] = datasets.Dataset.from_parquet(
+                tables[split] = datasets.Dataset.from_parquet(
                     [str(path) for path in files], cache_dir=str(cache_folder() / "parquet")
                 )
             except Exception as error:  # pyarrow and datasets wrap each other's exceptions
@@ -131,10 +131,10 @@ def _library() -> ModuleType:
     return datasets
 
 
-def _parquet_files(request: Request, part: str, root: Path) -> list[Path]:
-    given = getattr(request, part)
+def _parquet_files(request: Request, split: str, root: Path) -> list[Path]:
+    given = getattr(request, split)
     patterns = [given] if given else []
-    for name in () if given else PARTS[part]:
+    for name in () if given else SPLITS[split]:
         patterns += [f"{name}.parquet", f"{name}-*.parquet", f"{name}/*.parquet", f"data/{name}-*.parquet"]
     return next((files for pattern in patterns if (files := find_files(root, pattern))), [])
 
@@ -142,21 +142,21 @@ def _parquet_files(request: Request, part: str, root: Path) -> list[Path]:
 def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layout: str) -> Dataset:
     """Return the data set of the tables of its splits."""
     labels, names = {}, {}
-    for part, table in tables.items():
-        if part == "train" or part in request.needs:
-            labels[part], names[part] = _labels(table, request, where[part])
+    for split, table in tables.items():
+        if split == "train" or split in request.needs:
+            labels[split], names[split] = _labels(table, request, where[split])
     check_no_decimals(names, where)
     classes, lookups = join_classes(names, where, layout)
     sources = {}
-    for part in request.needs:
-        column = _column(tables[part], request.image_column, _IMAGES, "DATA.IMAGE_COLUMN", where[part])
-        known = labels[part]
+    for split in request.needs:
+        column = _column(tables[split], request.image_column, _IMAGES, "DATA.IMAGE_COLUMN", where[split])
+        known = labels[split]
         if request.multi_label:
-            known = to_matrix([lookups[part][row] for row in known], len(classes))
+            known = to_matrix([lookups[split][row] for row in known], len(classes))
         else:
-            known = relabel(known, lookups[part])
-        name = str(where[part])
-        sources[part] = ArrowSource(_undecoded(tables[part], column), column, name, known, exif=request.exif)
+            known = relabel(known, lookups[split])
+        name = str(where[split])
+        sources[split] = ArrowSource(_undecoded(tables[split], column), column, name, known, exif=request.exif)
     return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
 
 

@@ -46,31 +46,34 @@ def open_folders(request: Request) -> Dataset:
     """
     root = request.root(LAYOUT)
     there = sorted(entry.name for entry in _entries(root) if entry.is_dir())
-    folders = {part: _split_folder(request, part, root, there) for part in request.needs}
-    listings = {part: list_images(folder) for part, folder in folders.items()}
-    names = {part: listing.about["classes"] for part, listing in listings.items()}
+    folders = {split: _split_folder(request, split, root, there) for split in request.needs}
+    listings = {split: list_images(folder) for split, folder in folders.items()}
+    names = {split: listing.about["classes"] for split, listing in listings.items()}
     if "train" not in folders and (train := request.find_split("train", root, there)):
         folders["train"], names["train"] = train, class_folders(train)
     if "val" in names and "train" in names and listings["val"].about.get("numbered"):
         names["val"] = _by_number(names["val"], names["train"], folders["val"])
     classes, lookups = join_classes(
-        {part: names[part] for part in ("train", "val") if names.get(part)}, folders, LAYOUT
+        {split: names[split] for split in ("train", "val") if names.get(split)}, folders, LAYOUT
     )
     sources = {
-        part: FileSource(folders[part], listing, relabel(listing.numbers["label"], lookups[part]), exif=request.exif)
-        for part, listing in listings.items()
+        split: FileSource(folders[split], listing, relabel(listing.numbers["label"], lookups[split]), exif=request.exif)
+        for split, listing in listings.items()
     }
-    skipped = [skipped_files(folders[part], listing.about["skipped"]) for part, listing in listings.items()]
+    skipped = [skipped_files(folders[split], listing.about["skipped"]) for split, listing in listings.items()]
     return Dataset(
-        classes=classes, train=sources.get("train"), held_out=sources.get("val"), remarks=list(filter(None, skipped))
+        classes=classes,
+        train=sources.get("train"),
+        held_out=sources.get("val"),
+        format_warnings=list(filter(None, skipped)),
     )
 
 
-def _split_folder(request: Request, part: str, root: Path, names: Sequence[str]) -> Path:
-    found = request.find_split(part, root, names)
+def _split_folder(request: Request, split: str, root: Path, names: Sequence[str]) -> Path:
+    found = request.find_split(split, root, names)
     if found is None:
         held = shorten(names) if names else "no folders"
-        raise ValueError(f"no folder {part!r} in data path {root}: it contains {held}; {LAYOUT}")
+        raise ValueError(f"no folder {split!r} in data path {root}: it contains {held}; {LAYOUT}")
     return found
 
 

@@ -38,7 +38,7 @@ class ImageStream:
         length: images per epoch.
         exif: whether to apply the EXIF orientation.
         multi_label: whether an image may have several labels, or none.
-        remarks: warnings for the log about how they are read.
+        warnings: for the log, about how they are read.
     """
 
     urls: Sequence[str]
@@ -46,7 +46,7 @@ class ImageStream:
     length: int
     exif: bool = False
     multi_label: bool = False
-    remarks: Sequence[str] = ()
+    warnings: Sequence[str] = ()
 
     def __len__(self) -> int:
         return self.length
@@ -91,38 +91,38 @@ def open_stream(request: Request) -> Dataset:
     if not classes:
         raise ValueError(f"{root} has no classes.txt; {LAYOUT}")
     labels = {name: label for label, name in enumerate(classes)} | {str(label): label for label in range(len(classes))}
-    parts = {}
-    for part in request.needs:
-        length = _length(request, part)
-        parts[part] = ImageStream(
-            urls=_shards(request, part),
+    streams = {}
+    for split in request.needs:
+        length = _length(request, split)
+        streams[split] = ImageStream(
+            urls=_shards(request, split),
             labels=labels,
             length=length,
             exif=request.exif,
             multi_label=request.multi_label,
-            remarks=[APPROXIMATE.format(length)] if part == "train" else [],
+            warnings=[APPROXIMATE.format(length)] if split == "train" else [],
         )
-    return Dataset(classes=classes, train=parts.get("train"), held_out=parts.get("val"))
+    return Dataset(classes=classes, train=streams.get("train"), held_out=streams.get("val"))
 
 
-def _shards(request: Request, part: str) -> list[str]:
+def _shards(request: Request, split: str) -> list[str]:
     """Return the shards of a split, with braces expanded."""
     try:
         from webdataset.shardlists import expand_urls
     except ImportError:
         raise ValueError("DATA.DATASET webdataset needs the package webdataset: pip install webdataset") from None
-    given = getattr(request, part)
+    given = getattr(request, split)
     if not given:
-        raise ValueError(f"DATA.DATASET webdataset needs DATA.{part.upper()}; {LAYOUT}")
+        raise ValueError(f"DATA.DATASET webdataset needs DATA.{split.upper()}; {LAYOUT}")
     try:
         return expand_urls(given)
     except (ValueError, AssertionError) as error:
-        raise ValueError(f"DATA.{part.upper()} {given}: {error}; {LAYOUT}") from None
+        raise ValueError(f"DATA.{split.upper()} {given}: {error}; {LAYOUT}") from None
 
 
-def _length(request: Request, part: str) -> int:
-    key = {"train": "DATA.STREAM.IMAGES", "val": "DATA.STREAM.VAL_IMAGES"}[part]
-    length = request.stream_images[part]
+def _length(request: Request, split: str) -> int:
+    key = {"train": "DATA.STREAM.IMAGES", "val": "DATA.STREAM.VAL_IMAGES"}[split]
+    length = request.stream_images[split]
     if not length:
         raise ValueError(f"the number of images of a stream is unknown; set {key}")
     return length

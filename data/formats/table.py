@@ -13,7 +13,7 @@ import numpy as np
 from data.formats.folders import FileSource
 from data.listing import Listing
 from data.sources import (
-    PARTS,
+    SPLITS,
     Dataset,
     Request,
     check_no_decimals,
@@ -52,31 +52,33 @@ def open_table(request: Request) -> Dataset:
     """
     root = request.root(LAYOUT)
     tables = dict.fromkeys(request.needs, root) if root.is_file() else _tables(request, root)
-    rows = {part: read_rows(path, part, multi_label=request.multi_label) for part, path in tables.items()}
-    for part, path in tables.items():
-        _check_files(path, rows[part])
+    rows = {split: read_rows(path, split, multi_label=request.multi_label) for split, path in tables.items()}
+    for split, path in tables.items():
+        _check_files(path, rows[split])
     listed = read_class_list(next(iter(tables.values())).parent)
     if listed:
         classes = listed
         places = {name: label for label, name in enumerate(classes)}
-        named = {part: [_listed_label(tables[part], row, places) for row in rows[part]] for part in rows}
+        named = {split: [_listed_label(tables[split], row, places) for row in rows[split]] for split in rows}
     else:
-        names = {part: _names(path, rows[part]) for part, path in tables.items()}
+        names = {split: _names(path, rows[split]) for split, path in tables.items()}
         if "train" not in names and (train := root if root.is_file() else _table(request, "train", root)):
             names["train"] = _names(train, read_rows(train, "train", multi_label=request.multi_label))
         where = {"train": "train"} | tables
         check_no_decimals(names, where)
         classes, _ = join_classes(names, where, LAYOUT)
         place = {name: label for label, name in enumerate(classes)}
-        named = {part: [tuple(place[name] for name in row.labels) for row in rows[part]] for part in rows}
+        named = {split: [tuple(place[name] for name in row.labels) for row in rows[split]] for split in rows}
     sources = {
-        part: _source(tables[part], rows[part], named[part], len(classes) if request.multi_label else 0, request.exif)
-        for part in rows
+        split: _source(
+            tables[split], rows[split], named[split], len(classes) if request.multi_label else 0, request.exif
+        )
+        for split in rows
     }
     return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
 
 
-def read_rows(path: Path, part: str, *, multi_label: bool) -> list[Row]:
+def read_rows(path: Path, split: str, *, multi_label: bool) -> list[Row]:
     """Return the rows of a table that belong to a split.
 
     A header line is recognised by a column of paths (`path`, `image`, `file`, ...); columns may then be in any order,
@@ -93,35 +95,35 @@ def read_rows(path: Path, part: str, *, multi_label: bool) -> list[Row]:
             continue
         if len(cells) <= max(index for index in columns if index is not None) or (columns[2] is None and not cells[0]):
             raise ValueError(f"{path}, line {line}: a path and a label are expected, not {cells!r}; {LAYOUT}")
-        if columns[2] is None or cells[columns[2]].strip() in PARTS[part]:
+        if columns[2] is None or cells[columns[2]].strip() in SPLITS[split]:
             text = cells[columns[1]].strip()
             if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):  # bytes that are not UTF-8
                 raise ValueError(f"{path}, line {line}: label {text!r} is not UTF-8 text; save the table as UTF-8")
             labels = split_labels(text) if multi_label else (text,)
             rows.append(Row(line, cells[columns[0]].strip(), labels))
     if not rows:
-        split = f" whose split is {' or '.join(PARTS[part])}" if columns[2] is not None else ""
-        raise ValueError(f"{path} has no images{split}; {LAYOUT}")
+        selected = f" whose split is {' or '.join(SPLITS[split])}" if columns[2] is not None else ""
+        raise ValueError(f"{path} has no images{selected}; {LAYOUT}")
     return rows
 
 
 def _tables(request: Request, root: Path) -> dict[str, Path]:
-    found = {part: _table(request, part, root) for part in request.needs}
-    for part, path in found.items():
+    found = {split: _table(request, split, root) for split in request.needs}
+    for split, path in found.items():
         if path is None:
             held = shorten(sorted(entry.name for entry in root.iterdir())) if root.is_dir() else "nothing"
-            raise ValueError(f"no file '{part}.csv' in data path {root}: it contains {held}; {LAYOUT}")
+            raise ValueError(f"no file '{split}.csv' in data path {root}: it contains {held}; {LAYOUT}")
         if not path.is_file():
             raise ValueError(f"table {path} does not exist; {LAYOUT}")
     return found
 
 
-def _table(request: Request, part: str, root: Path) -> Path | None:
+def _table(request: Request, split: str, root: Path) -> Path | None:
     try:
         there = [entry.name for entry in root.iterdir()]
     except OSError as error:
         raise ValueError(f"cannot read folder {error.filename}: {error.strerror}; {LAYOUT}") from None
-    return next(filter(None, (request.find_split(part, root, there, ending) for ending in _ENDINGS)), None)
+    return next(filter(None, (request.find_split(split, root, there, ending) for ending in _ENDINGS)), None)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:

@@ -24,8 +24,8 @@ from data.formats.series import check_series, find_files, first_may_be_missing
 from data.images import StoredImage, UnreadableImage
 from data.listing import Listing, cache_folder, process_lock
 from data.sources import (
-    PARTS,
     SEPARATOR,
+    SPLITS,
     Dataset,
     ImageSource,
     Request,
@@ -65,26 +65,26 @@ def open_tar(request: Request) -> Dataset:
     """
     root = request.root(LAYOUT)
     _open.cache_clear()  # archives may have been replaced
-    shards = {part: find_shards(request, part, root) for part in request.needs}
+    shards = {split: find_shards(request, split, root) for split in request.needs}
     several = request.multi_label
-    listings = {part: _index(root, part, paths, several=several) for part, paths in shards.items()}
+    listings = {split: _index(root, split, paths, several=several) for split, paths in shards.items()}
     folder = root.parent if root.is_file() else root
-    names = {part: listing.about["classes"] for part, listing in listings.items()}
+    names = {split: listing.about["classes"] for split, listing in listings.items()}
     listed = read_class_list(folder)
     if listed and all(name.isdecimal() for known in names.values() for name in known):
-        names = {part: _by_number(known, listed, shards[part]) for part, known in names.items()}
+        names = {split: _by_number(known, listed, shards[split]) for split, known in names.items()}
         names["train"] = listed
     elif "train" not in names and (train := find_shards(request, "train", root, optional=True)):
         names["train"] = _index(root, "train", train, several=several).about["classes"]
-    where = {part: f"{root} ({part})" if root.is_file() else _called(paths) for part, paths in shards.items()}
+    where = {split: f"{root} ({split})" if root.is_file() else _called(paths) for split, paths in shards.items()}
     classes, lookups = join_classes(names, {"train": root, **where}, LAYOUT)
     sources = {
-        part: TarSource(shards[part], listing, _labels_of(listing, lookups[part], len(classes)), exif=request.exif)
-        for part, listing in listings.items()
+        split: TarSource(shards[split], listing, _labels_of(listing, lookups[split], len(classes)), exif=request.exif)
+        for split, listing in listings.items()
     }
-    remarks = [skipped_files(shards[part][0], one.about.get("skipped")) for part, one in listings.items()]
-    remarks = list(filter(None, [*map(first_may_be_missing, shards.values()), *remarks]))
-    return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"), remarks=remarks)
+    skipped = [skipped_files(shards[split][0], one.about.get("skipped")) for split, one in listings.items()]
+    warnings = list(filter(None, [*map(first_may_be_missing, shards.values()), *skipped]))
+    return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"), format_warnings=warnings)
 
 
 def _called(shards: Sequence[Path]) -> str:
@@ -145,18 +145,18 @@ def _open(path: Path, process: int) -> Any:  # noqa: ARG001 - each process needs
     return path.open("rb", buffering=0)
 
 
-def find_shards(request: Request, part: str, root: Path, *, optional: bool = False) -> list[Path]:
+def find_shards(request: Request, split: str, root: Path, *, optional: bool = False) -> list[Path]:
     """Return the archives of a split.
 
     Raises:
         ValueError: there is none (unless `optional`), or one of a numbered series is missing.
     """
-    given = getattr(request, part)
+    given = getattr(request, split)
     if root.is_file():
         patterns = [root.name]
         folder = root.parent
     else:
-        patterns = [given] if given else [p for name in PARTS[part] for p in _patterns(name)]
+        patterns = [given] if given else [p for name in SPLITS[split] for p in _patterns(name)]
         folder = root
     for pattern in patterns:
         if found := find_files(folder, pattern):
@@ -164,7 +164,7 @@ def find_shards(request: Request, part: str, root: Path, *, optional: bool = Fal
             return found
     if optional:
         return []
-    compressed = [path.name for path in folder.glob(f"{PARTS[part][0]}*.tar.*") if path.suffix != ".index"]
+    compressed = [path.name for path in folder.glob(f"{SPLITS[split][0]}*.tar.*") if path.suffix != ".index"]
     if compressed:
         raise ValueError(
             f"{shorten(compressed)} is compressed, so images cannot be read in any order; unpack it to .tar"
@@ -208,15 +208,15 @@ def _by_number(numbers: Sequence[str], classes: Sequence[str], shards: Sequence[
     return [classes[int(number)] for number in numbers]
 
 
-def index_name(part: str, *, several: bool) -> str:
+def index_name(split: str, *, several: bool) -> str:
     """Return the name of the index of a split; multi-label data has a different one."""
-    return f"{part}.labels.index" if several else f"{part}.index"
+    return f"{split}.labels.index" if several else f"{split}.index"
 
 
-def _index(root: Path, part: str, shards: Sequence[Path], *, several: bool) -> Listing:
+def _index(root: Path, split: str, shards: Sequence[Path], *, several: bool) -> Listing:
     """Return the index of a split, built on first use and stored where that is possible."""
-    inside = PARTS[part] if root.is_file() else ()
-    path = shards[0].parent / f"{root.stem + '.' if root.is_file() else ''}{index_name(part, several=several)}"
+    inside = SPLITS[split] if root.is_file() else ()
+    path = shards[0].parent / f"{root.stem + '.' if root.is_file() else ''}{index_name(split, several=several)}"
     if not path.exists() and not os.access(path.parent, os.W_OK):
         path = cache_folder() / "tar" / f"{str(path.absolute()).strip('/').replace('/', '%')}"
     with process_lock(path):

@@ -31,7 +31,7 @@ def open_coco(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG00
         classes=["background", *objects.classes],
         train=ObjectSource(objects.train) if objects.train else None,
         held_out=ObjectSource(objects.held_out) if objects.held_out else None,
-        remarks=objects.remarks,
+        format_warnings=objects.format_warnings,
     )
 
 

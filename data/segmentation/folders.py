@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from data.formats.folders import image_extensions
 from data.images import StoredImage, read_file
 from data.segmentation.sources import Labels, MaskedDataset, MaskedSource, read_mask
-from data.sources import PARTS, Request, read_class_list, read_lines, shorten
+from data.sources import SPLITS, Request, read_class_list, read_lines, shorten
 
 LAYOUT = (
     "the layout is DATA_PATH/images/{train,val}/*.jpg, DATA_PATH/masks/{train,val}/*.png (or annotations/) and "
@@ -50,22 +51,24 @@ def open_masks(request: Request, labels: Labels) -> MaskedDataset:
 
 
 def _open(request: Request, root: Path, classes: list[str], labels: Labels, layout: str) -> MaskedDataset:
-    sources, remarks = {}, []
-    for part in request.needs:
-        names = [getattr(request, part)] if getattr(request, part) else PARTS[part]
+    sources, warnings = {}, []
+    for split in request.needs:
+        names = [getattr(request, split)] if getattr(request, split) else SPLITS[split]
         images = _first(root, ("images",), names, layout)
         masks = _first(root, ("masks", "annotations"), names, layout)
         pairs, spare = _pairs(images, masks)
-        sources[part] = FolderSource(pairs, labels.table(), len(classes), exif=request.exif)
-        remarks += [f"{len(spare)} masks in {masks} have no image: {shorten(spare, 3)}"] if spare else []
-    return MaskedDataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"), remarks=remarks)
+        sources[split] = FolderSource(pairs, labels.table(), len(classes), exif=request.exif)
+        warnings += [f"{len(spare)} masks in {masks} have no image: {shorten(spare, 3)}"] if spare else []
+    return MaskedDataset(
+        classes=classes, train=sources.get("train"), held_out=sources.get("val"), format_warnings=warnings
+    )
 
 
-def _first(root: Path, kinds: tuple[str, ...], parts: list[str] | tuple[str, ...], layout: str) -> Path:
-    folders = [root / kind / part for kind in kinds for part in parts]
+def _first(root: Path, kinds: Sequence[str], names: Sequence[str], layout: str) -> Path:
+    folders = [root / kind / name for kind in kinds for name in names]
     found = next((folder for folder in folders if folder.is_dir()), None)
     if found is None:
-        raise ValueError(f"data path {root} has no folder {kinds[0]}/{parts[0]}; {layout}")
+        raise ValueError(f"data path {root} has no folder {kinds[0]}/{names[0]}; {layout}")
     return found
 
 

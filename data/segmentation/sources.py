@@ -58,13 +58,13 @@ class MaskedDataset:
         classes: names by label.
         train: training images; None if not requested.
         held_out: held-out images; None if not requested.
-        remarks: warnings about the data set.
+        format_warnings: warnings from the format.
     """
 
     classes: list[str]
     train: MaskedSource | None = None
     held_out: MaskedSource | None = None
-    remarks: Sequence[str] = ()
+    format_warnings: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

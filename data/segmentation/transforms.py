@@ -55,8 +55,8 @@ class TrainTransform:
         height, width = (min(side, most) for side, most in zip(labels.shape, self._size, strict=True))
         for _ in range(_CROPS):
             top, left = (
-                int(torch.randint(side - part + 1, ()))
-                for side, part in zip(labels.shape, (height, width), strict=True)
+                int(torch.randint(side - cropped + 1, ()))
+                for side, cropped in zip(labels.shape, (height, width), strict=True)
             )
             if self._largest_share == 1:
                 break

@@ -294,7 +294,7 @@ def test_digits_reject_a_path_but_ignore_the_environment_variable(monkeypatch: p
         open_dataset(small_config(DATA_PATH="elsewhere"))
 
 
-def test_parts_that_are_not_needed_are_not_opened(root: Path) -> None:
+def test_splits_that_are_not_needed_are_not_opened(root: Path) -> None:
     for config in (small_config(root), small_config()):
         assert open_dataset(config, ("val",)).train is None
         assert open_dataset(config, ("train",)).held_out is None
@@ -307,12 +307,12 @@ def test_classes_without_held_out_images(root: Path) -> None:
 
 
 @pytest.mark.parametrize(("train", "val"), [("val", "train"), ("test.csv", ""), ("", "training")])
-def test_parts_that_are_swapped_by_name(root: Path, train: str, val: str) -> None:
+def test_splits_that_are_swapped_by_name(root: Path, train: str, val: str) -> None:
     with pytest.raises(ValueError, match=r"^DATA\.(TRAIN|VAL) \S+: the splits seem swapped; exchange DATA\.TRAIN and"):
         open_dataset(small_config(root, TRAIN=train, VAL=val))
 
 
-def test_parts_that_are_swapped_by_size(root: Path) -> None:
+def test_splits_that_are_swapped_by_size(root: Path) -> None:
     (root / "train").rename(root / "other")
     (root / "val").rename(root / "train")
     (root / "other").rename(root / "val")

@@ -39,7 +39,7 @@ def test_processes_share_what_is_read_once(
     for one in (first, second):
         assert [(image.data, image.name, image.exif) for image in map(one.get, range(7))] == expected
         np.testing.assert_array_equal(one.labels, source.labels)
-        assert (one.cached(), one.remarks) == (7, ())
+        assert (one.cached(), one.warnings) == (7, ())
 
 
 @pytest.mark.xdist_group("serial")
@@ -84,8 +84,8 @@ def test_images_that_do_not_fit_or_are_unreadable_come_from_the_source(
     cached = CachedSource(source, tmp_path, "run", processes=1, is_main=True)
     assert 3 <= cached.cached() < 6
     assert cached.get(6).data == source.get(6).data
-    (remark,) = cached.remarks
-    assert remark.startswith(f"DATA.CACHE: {7 - len(cached._table)} of 7 images did not fit into {tmp_path}, which is")
+    (warning,) = cached.warnings
+    assert warning.startswith(f"DATA.CACHE: {7 - len(cached._table)} of 7 images did not fit into {tmp_path}, which is")
     with pytest.raises(UnreadableImage):
         cached.get(1)
 

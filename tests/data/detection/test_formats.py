@@ -21,7 +21,7 @@ from tests.data.detection.samples import row, write_coco, write_instances
 @pytest.mark.parametrize("published", [False, True])
 def test_boxes_polygons_runs_and_crowds_are_read(tmp_path: Path, published: bool) -> None:
     dataset = open_coco(Request(path=str(write_coco(tmp_path, published=published))))
-    assert (dataset.classes, dataset.masks, dataset.remarks) == (["dog", "cat"], True, [])
+    assert (dataset.classes, dataset.masks, dataset.format_warnings) == (["dog", "cat"], True, [])
     assert (len(dataset.train), len(dataset.held_out)) == (8, 5)
     objects = dataset.held_out.objects(1)
     assert objects.labels.tolist() == [0, 1, 1]
@@ -45,7 +45,7 @@ def test_invalid_annotations_are_skipped_and_named(tmp_path: Path) -> None:
     assert not dataset.masks
     assert len(dataset.train) == 2  # the one without objects is not trained on
     assert dataset.train.objects(0).boxes.tolist() == [[5, 5, 15, 15], [0, 0, 10, 10]]
-    text = "\n".join(dataset.remarks)
+    text = "\n".join(dataset.format_warnings)
     assert "2 boxes without an area are left out: annotation 1, annotation 4" in text
     assert "1 boxes outside of the image are left out: annotation 2" in text
     assert "1 boxes of an unknown class are left out: annotation 9" in text
@@ -106,7 +106,7 @@ def test_yolo_boxes_are_shares_of_the_image(tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
     dataset = open_yolo(Request(path=str(tmp_path)))
     assert dataset.train.objects(0).boxes.tolist() == [[15, 8, 25, 24]]
-    assert "line 2 of a.txt" in dataset.remarks[0]
+    assert "line 2 of a.txt" in dataset.format_warnings[0]
     (tmp_path / "labels" / "val" / "a.txt").write_text("dog 0.5 0.5\n")
     with pytest.raises(ValueError, match=r"a.txt, line 1: 'dog 0.5 0.5' is not"):
         open_yolo(Request(path=str(tmp_path)))

@@ -253,7 +253,7 @@ def test_numeric_folders(tmp_path: Path) -> None:
     assert opened(tmp_path / "padded").warnings() == []
 
 
-def test_usual_names_of_the_held_out_part(tmp_path: Path) -> None:
+def test_usual_names_of_the_held_out_split(tmp_path: Path) -> None:
     write_folder(tmp_path, {"train/cat": 2, "test/cat": 1})
     assert len(opened(tmp_path).held_out) == 1
     write_folder(tmp_path, {"validation/cat": 2})

@@ -183,7 +183,7 @@ def test_no_archive(root: Path, photos: Path) -> None:
     assert refusal(photos, "val").startswith("no archive 'val.tar' in data path ROOT: it contains train, val; ")
 
 
-def test_parts_by_pattern(photos: Path, tmp_path: Path) -> None:
+def test_splits_by_pattern(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards")
     for path in root.glob("*.tar"):
         path.rename(root / f"pets_{path.name}")

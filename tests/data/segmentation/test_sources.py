@@ -24,8 +24,8 @@ def test_folders_pair_images_and_masks_by_name(tmp_path: Path) -> None:
     stored = np.asarray(Image.open(tmp_path / "masks" / "train" / "1.png"))
     assert np.array_equal(mask, stored)
     (tmp_path / "images" / "val" / "0.png").unlink()
-    remarks = open_masks(Request(path=str(tmp_path)), Labels()).remarks
-    assert remarks == [f"1 masks in {tmp_path / 'masks' / 'val'} have no image: 0"]
+    warnings = open_masks(Request(path=str(tmp_path)), Labels()).format_warnings
+    assert warnings == [f"1 masks in {tmp_path / 'masks' / 'val'} have no image: 0"]
 
 
 def test_ade20k_ignores_zero_and_shifts_the_others(tmp_path: Path) -> None:
