@@ -36,9 +36,9 @@ def test_two_jobs_at_once_on_one_machine(photographs: Path, tmp_path: Path) -> N
     first = run_command("bash", "train.sh", 2, config, "first", "--output", output, DATA_PATH=str(photographs))
     assert first.returncode == 0, first.stderr
     second.join(240)
-    said = (tmp_path / "second.txt").read_text(encoding="utf-8")
-    assert second.exitcode == 0, said
-    for console in (first.stdout, said):
+    printed = (tmp_path / "second.txt").read_text(encoding="utf-8")
+    assert second.exitcode == 0, printed
+    for console in (first.stdout, printed):
         assert "updates of 6 images on 2 x cpu" in console
         assert "Accuracy of the network on the 15 test images" in console
         assert "3 classes as in the data set" in console
@@ -49,8 +49,8 @@ def test_two_jobs_at_once_on_one_machine(photographs: Path, tmp_path: Path) -> N
 def test_two_processes_give_a_warning_once(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", {name: 4 for name in FOLDERS if name != "val/owl"})
     config = write_config(tmp_path, DATA={"DATASET": "imagenet", "BATCH_SIZE": 4}, TRAIN={"EPOCHS": 1})
-    said = run_forked("--cfg", config, "--data-path", images, "--output", tmp_path / "output", processes=2)
-    assert said.count("1 of 3 classes have no held-out images: owl") == 1
+    printed = run_forked("--cfg", config, "--data-path", images, "--output", tmp_path / "output", processes=2)
+    assert printed.count("1 of 3 classes have no held-out images: owl") == 1
 
 
 def test_a_published_checkpoint_is_evaluated_and_fine_tuned(photographs: Path, tmp_path: Path) -> None:
@@ -67,13 +67,13 @@ def test_a_published_checkpoint_is_evaluated_and_fine_tuned(photographs: Path, t
         }
         torch.save({**published, "config": nested}, tmp_path / f"published_{classes}.pth")
     words = ["--cfg", config, "--data-path", photographs, "--output", tmp_path / "output"]
-    said = run_forked(*words, "--eval", "--resume", tmp_path / "published_3.pth")
-    accuracies = re.findall(r"^ \* Acc@1 [\d.]+ Acc@5 100\.000$", said, flags=re.MULTILINE)
+    printed = run_forked(*words, "--eval", "--resume", tmp_path / "published_3.pth")
+    accuracies = re.findall(r"^ \* Acc@1 [\d.]+ Acc@5 100\.000$", printed, flags=re.MULTILINE)
     assert len(accuracies) == 1
-    assert "Accuracy of the network on the 15 test images" in said
-    said = run_forked(*words, "--pretrained", tmp_path / "published_1000.pth")
-    assert "newly initialised" in said
-    assert "cls_head.weight, cls_head.bias" in said
+    assert "Accuracy of the network on the 15 test images" in printed
+    printed = run_forked(*words, "--pretrained", tmp_path / "published_1000.pth")
+    assert "newly initialised" in printed
+    assert "cls_head.weight, cls_head.bias" in printed
 
 
 @pytest.mark.parametrize(

@@ -163,10 +163,10 @@ def test_mlflow_run_that_is_missing_on_the_server_is_reported(
     for server in ("one", "two"):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / server}")
         RunLog(tmp_path, options("mlflow"), is_main=True).close(0)
-    said = capsys.readouterr().out
-    assert said.count("mlflow does not record this run: ") == 1
-    assert "not found; set MLFLOW_TRACKING_URI to the place of the run in" in said
-    assert str(tmp_path / "mlflow_id.txt") in said
+    printed = capsys.readouterr().out
+    assert printed.count("mlflow does not record this run: ") == 1
+    assert "not found; set MLFLOW_TRACKING_URI to the place of the run in" in printed
+    assert str(tmp_path / "mlflow_id.txt") in printed
 
 
 class Broken:

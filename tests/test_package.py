@@ -116,12 +116,12 @@ def test_the_wheel_works_in_a_fresh_environment(wheel: Path, tmp_path: Path) -> 
     (fresh / "borrowed.pth").write_text(sysconfig.get_path("purelib"))
     done = subprocess.run([python, "-I", "-c", SCRIPT], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    said = json.loads(done.stdout.splitlines()[-1])
-    assert said["file"] == str(fresh / "dat" / "__init__.py")
-    assert said["version"] == models.__version__
-    assert said["names"] == sorted(CONFIGS)
-    assert said["strides"] == [4, 8, 16, 32]
-    assert said["channels"] == [8, 16, 32, 64]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["file"] == str(fresh / "dat" / "__init__.py")
+    assert found["version"] == models.__version__
+    assert found["names"] == sorted(CONFIGS)
+    assert found["strides"] == [4, 8, 16, 32]
+    assert found["channels"] == [8, 16, 32, 64]
     both = f"import sys; sys.path.append({str(ROOT)!r})\n{BOTH}"
     done = subprocess.run([python, "-I", "-c", both], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

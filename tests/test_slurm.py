@@ -146,10 +146,10 @@ def run_batch_script(folder: Path, *starts: str, **env: str) -> tuple[int, int, 
     console = folder / "console.txt"
     with console.open("w") as out:  # with a pipe, communicate() would wait for tasks left by the script
         done = subprocess.run(["bash", *command], env=env, cwd=folder, stdout=out, stderr=out, timeout=60)
-    said = console.read_text(encoding="utf-8")
-    started = said.count("srun\n")
+    printed = console.read_text(encoding="utf-8")
+    started = printed.count("srun\n")
     assert not list((folder / "statuses").iterdir())
-    assert said.count("a process died") == started - 1, said
+    assert printed.count("a process died") == started - 1, printed
     return done.returncode, started, called.read_text().strip() if called.exists() else ""
 
 
@@ -206,7 +206,7 @@ def test_a_preempted_job_continues_to_the_same_result(slurm: dict[str, str], tmp
     submit = ["bash", ROOT / "train_slurm.sh", "2", trial.words[1], "default", *trial.words[2:], "--device", "cpu"]
     job = SlurmJob(env, *submit)
 
-    def said(words: str) -> int:
+    def count(words: str) -> int:
         log = trial.folder / "log.txt"
         return log.read_text(encoding="utf-8").count(words) if log.exists() else 0
 
@@ -216,24 +216,24 @@ def test_a_preempted_job_continues_to_the_same_result(slurm: dict[str, str], tmp
     try:
         job.wait_until(lambda: trial.rows() > 3)
         job.call("scontrol", "requeue", job.number)
-        job.wait_until(lambda: said("stopped as asked") == 1 and said("continuing from") == 1)
+        job.wait_until(lambda: count("stopped as asked") == 1 and count("continuing from") == 1)
         assert "DUE TO JOB REQUEUE" in console.read_text()
 
-        job.wait_until(lambda: said("stopped as asked") == 2)  # a little before the minute is over
-        job.wait_until(lambda: said("continuing from") == 2)
+        job.wait_until(lambda: count("stopped as asked") == 2)  # a little before the minute is over
+        job.wait_until(lambda: count("continuing from") == 2)
         assert f"Exited with exit code {128 + signal.SIGUSR1}" in console.read_text()
 
         before = trial.rows()
         job.wait_until(lambda: trial.rows() > before)
         for pid in job.tasks(1):
             os.kill(pid, signal.SIGKILL)
-        job.wait_until(lambda: said("continuing from") == 3)
+        job.wait_until(lambda: count("continuing from") == 3)
         assert "a process died; restart 1 of 3" in console.read_text()
 
         before = snapshots(trial.folder)
         job.wait_until(lambda: len(snapshots(trial.folder)) > len(before))
         job.call("scancel", job.number)
-        job.wait_until(lambda: said("stopped as asked") == 3)
+        job.wait_until(lambda: count("stopped as asked") == 3)
         expected.wait_until(lambda: snapshots(undisturbed.folder) >= snapshots(trial.folder), 180)
         expected.signal(signal.SIGTERM)
         assert expected.wait() == [143, 143]

@@ -940,10 +940,10 @@ def test_wrong_input_is_refused(
     argv = wrong.command()
     before = files_in(here)
     status = main.main(argv)
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     assert status == 2
-    assert re.fullmatch(r"main\.py: [^\n]+\n", said), said
-    assert re.search(wrong.says, said), said
+    assert re.fullmatch(r"main\.py: [^\n]+\n", printed), printed
+    assert re.search(wrong.says, printed), printed
     assert files_in(here) == before
 
 
@@ -981,12 +981,12 @@ def test_successful_check_writes_nothing(here: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_network_larger_than_the_memory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(logging.getLogger("dat"), "error", said.append)
+    logged: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
     flags = ("--opts", "MODEL.DAT.dims", str([2**22] * 4))  # 70 TB
     before = files_in(here)
     assert main.main(Wrong(name="memory", says="", flags=flags).command()) == 1
-    assert [line.partition(";")[0] for line in said] == ["out of memory"]
+    assert [line.partition(";")[0] for line in logged] == ["out of memory"]
     assert files_in(here).keys() - before.keys() == {str(here / "tiny.yaml")}
 
 

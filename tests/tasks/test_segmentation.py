@@ -209,6 +209,6 @@ def test_wrong_input_gets_one_line(
     data = {"DATASET": "masks", "DATA_PATH": str(root), "BATCH_SIZE": 2, "NUM_WORKERS": 0}
     config = write_config(tmp_path, TASK="segmentation", DATA=data)
     assert main.main(["--cfg", str(config), "--check", "--opts", *options]) == 2
-    said = capsys.readouterr().err
-    assert re.fullmatch(r"main\.py: [^\n]+\n", said), said
-    assert re.search(says, said), said
+    printed = capsys.readouterr().err
+    assert re.fullmatch(r"main\.py: [^\n]+\n", printed), printed
+    assert re.search(says, printed), printed

@@ -65,8 +65,8 @@ def test_evaluation_has_the_precision_of_its_flag(
     monkeypatch.setattr(DAT, "forward", watch)
     assert main(["--cfg", str(config), "--eval", "--resume", str(tmp_path / "weights.pth"), *flags]) == 0
     assert seen == {expected}
-    said = capsys.readouterr().out
-    assert ("process, in bf16\n" in said) == (expected == torch.bfloat16)
+    printed = capsys.readouterr().out
+    assert ("process, in bf16\n" in printed) == (expected == torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_fine_tuning_starts_from_the_weights_that_the_checkpoint_was_chosen_for(
     config = tiny_config(tmp_path)
     config.MODEL.PRETRAINED, config.MODEL.WEIGHTS = str(path), weights
     network = build_model(config)
-    said, _ = start_from_pretrained(config, network, build_task(config, CPU, training=False))
+    notes, _ = start_from_pretrained(config, network, build_task(config, CPU, training=False))
     assert torch.equal(network.cls_head.weight, torch.load(path)[entry]["cls_head.weight"])
-    assert said[0] == f"starting from {path}, {'averaged' if entry == 'ema' else 'raw'} weights"
+    assert notes[0] == f"starting from {path}, {'averaged' if entry == 'ema' else 'raw'} weights"
 
 
 def test_weights_of_a_backbone_are_fine_tuned_with_a_new_classifier(tmp_path: Path) -> None:
@@ -120,8 +120,8 @@ def test_weights_of_a_backbone_are_fine_tuned_with_a_new_classifier(tmp_path: Pa
     torch.save({"state_dict": backbone}, config.MODEL.PRETRAINED)
     network = build_model(config)
     head = network.cls_head.weight.clone()
-    said = "\n".join(start_from_pretrained(config, network, build_task(config, CPU, training=False))[0])
-    assert "newly initialised (the weights have no classifier): cls_head.weight, cls_head.bias" in said
+    notes = "\n".join(start_from_pretrained(config, network, build_task(config, CPU, training=False))[0])
+    assert "newly initialised (the weights have no classifier): cls_head.weight, cls_head.bias" in notes
     assert torch.equal(network.cls_norm.norm.weight, state["cls_norm.norm.weight"])
     assert torch.equal(network.cls_head.weight, head)
 

@@ -37,16 +37,16 @@ BY_ITSELF = "the launcher restarts all processes from the last checkpoint"
 def test_lost_process_is_reported_with_its_cause(
     monkeypatch: pytest.MonkeyPatch, error: str, env: dict[str, str], what: str, how: str
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(logging.getLogger("dat"), "error", said.append)
+    logged: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
     for name in ("DAT_RESTARTS_LEFT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT", "DAT_TIMEOUT_MINUTES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     assert report_failure(RuntimeError(error)) == LOST_PEER
-    assert len(said) == 1
-    assert said[0].startswith(f"rank 0: another process {what}")
-    assert said[0].endswith(f"; {how}")
+    assert len(logged) == 1
+    assert logged[0].startswith(f"rank 0: another process {what}")
+    assert logged[0].endswith(f"; {how}")
 
 
 @pytest.mark.parametrize(
@@ -70,11 +70,11 @@ def test_lost_process_is_reported_with_its_cause(
 def test_killed_worker_is_reported_at_any_moment(
     monkeypatch: pytest.MonkeyPatch, error: RuntimeError | OSError | EOFError, reason: str
 ) -> None:
-    said: list[str] = []
-    monkeypatch.setattr(logging.getLogger("dat"), "error", said.append)
+    logged: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
     monkeypatch.delenv("DAT_RESTARTS_LEFT", raising=False)
     assert report_failure(error) == LOST_PEER
-    assert said == [f"rank 0: {reason} (fewer DATA.NUM_WORKERS need less memory); {BY_HAND}"]
+    assert logged == [f"rank 0: {reason} (fewer DATA.NUM_WORKERS need less memory); {BY_HAND}"]
 
 
 def test_killed_process_is_not_reported_as_timeout(tmp_path: Path) -> None:

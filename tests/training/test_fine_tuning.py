@@ -89,8 +89,8 @@ def test_mixup_is_off_in_the_last_epochs(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_run_without_progress_ends_and_stays_ended(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     command = write(tmp_path, TRAIN={"EPOCHS": 9, "PATIENCE": 2, "BASE_LR": 0.0, "MIN_LR": 0.0})
     assert main(command) == 0
-    said = capsys.readouterr().out
-    assert "no better accuracy for 2 epochs (TRAIN.PATIENCE): the run ends after epoch 3 of 9" in said
+    printed = capsys.readouterr().out
+    assert "no better accuracy for 2 epochs (TRAIN.PATIENCE): the run ends after epoch 3 of 9" in printed
     folder = tmp_path / "tiny" / "default"
     assert [row["epoch"] for row in read_metrics(folder, "eval")] == [1, 2, 3]
     before = (folder / "last.pth").read_bytes()

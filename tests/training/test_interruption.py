@@ -175,8 +175,8 @@ def test_an_interrupt_before_the_training_ends_the_process_without_a_traceback(t
         else:
             wait_until(lambda: (trial.folder / ".lock").exists())
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=60)
-    assert "Traceback" not in said
+        printed, _ = process.communicate(timeout=60)
+    assert "Traceback" not in printed
     assert process.returncode in ((-signal.SIGINT,) if moment == "while importing" else (-signal.SIGINT, 130))
 
 
@@ -238,8 +238,8 @@ def test_file_name_that_is_not_utf8_is_logged(tmp_path: Path, monkeypatch: pytes
     console = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     monkeypatch.setattr(sys, "stdout", console)
     RunLog(tmp_path, default_config(), is_main=True).warning("caf\udce9.jpg cannot be read")
-    for said in (console.buffer.getvalue(), (tmp_path / "log.txt").read_bytes()):
-        assert b"caf\\udce9.jpg cannot be read" in said
+    for printed in (console.buffer.getvalue(), (tmp_path / "log.txt").read_bytes()):
+        assert b"caf\\udce9.jpg cannot be read" in printed
 
 
 def _limit_file_sizes() -> None:

@@ -141,18 +141,18 @@ def test_new_run_moves_the_files_of_an_earlier_one(tmp_path: Path) -> None:
 
 def test_base_rate_below_the_final_rate_gives_a_warning(tmp_path: Path) -> None:
     run = build(tmp_path, "--lr", "0")
-    said = (run.folder / "log.txt").read_text()
-    assert said.count("the learning rate rises to TRAIN.MIN_LR 0.0001, which is above TRAIN.BASE_LR 0; lower") == 1
+    logged = (run.folder / "log.txt").read_text()
+    assert logged.count("the learning rate rises to TRAIN.MIN_LR 0.0001, which is above TRAIN.BASE_LR 0; lower") == 1
 
 
 def test_suspicious_settings_give_warnings(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", {"train/blue": 5, "train/red": 4, "val/blue": 1})
     flags = ["--data-path", str(images), "--batch-size", "6", "--opts", "DATA.DATASET", "imagenet"]
     run = build(tmp_path, *flags, "TRAIN.WARMUP_EPOCHS", "2")
-    said = (run.folder / "log.txt").read_text()
-    assert "TRAIN.WARMUP_EPOCHS 2 is not below TRAIN.EPOCHS 2" in said
-    assert "dropped: 3 of 9 images, different ones in each epoch" in said
-    assert "1 of 2 classes have no held-out images: red" in said
+    logged = (run.folder / "log.txt").read_text()
+    assert "TRAIN.WARMUP_EPOCHS 2 is not below TRAIN.EPOCHS 2" in logged
+    assert "dropped: 3 of 9 images, different ones in each epoch" in logged
+    assert "1 of 2 classes have no held-out images: red" in logged
     run = build(tmp_path, "--tag", "updates", *flags, "TRAIN.WARMUP_EPOCHS", "2", "TRAIN.WARMUP_UPDATES", "1")
     assert "is not below TRAIN.EPOCHS" not in (run.folder / "log.txt").read_text()
     _, config = parse(["--cfg", str(write_config(tmp_path / "images")), "--warmup-epochs", "0"])
@@ -230,8 +230,8 @@ def test_changed_options_are_allowed_once_and_a_rate_jump_gives_a_warning(tmp_pa
 def test_weights_of_a_run_on_the_same_classes_give_a_warning(tmp_path: Path) -> None:
     first = build(tmp_path)
     again = build(tmp_path, "--pretrained", str(first.folder / "last.pth"), "--tag", "another")
-    said = (again.folder / "log.txt").read_text()
-    assert "has been trained on these classes for 0 epochs: optimizer and schedule start from scratch" in said
+    logged = (again.folder / "log.txt").read_text()
+    assert "has been trained on these classes for 0 epochs: optimizer and schedule start from scratch" in logged
     torch.save({"model": first.state.network.state_dict()}, tmp_path / "weights.pth")
     other = build(tmp_path, "--pretrained", str(tmp_path / "weights.pth"), "--tag", "third")
     assert "start from scratch, so" not in (other.folder / "log.txt").read_text()

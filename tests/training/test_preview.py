@@ -33,12 +33,12 @@ def test_check_reports_the_warnings_of_the_run(tmp_path: Path, capsys: pytest.Ca
     warnings = assemble(parse(flags)[1], CPU).warnings
     assert len(warnings) == 3
     assert main([*flags, "--check"]) == 0
-    said = capsys.readouterr().out
-    assert all(said.count(warning) == 1 for warning in warnings)
-    assert "9 training and 1 held-out images, 2 epochs of 1 updates of 6 images on 1 x cpu" in said
-    assert re.search(r"learning rate: \S+e-\d+ [▁▂▃▄▅▆▇█]{2,} \S+e-\d+, highest", said)
-    assert re.search(r"a checkpoint takes [\d.]+ MiB, the 4 of the run at most [\d.]+ MiB", said)
-    assert said.splitlines()[-1] == "checked: tiny, 2 classes"
+    printed = capsys.readouterr().out
+    assert all(printed.count(warning) == 1 for warning in warnings)
+    assert "9 training and 1 held-out images, 2 epochs of 1 updates of 6 images on 1 x cpu" in printed
+    assert re.search(r"learning rate: \S+e-\d+ [▁▂▃▄▅▆▇█]{2,} \S+e-\d+, highest", printed)
+    assert re.search(r"a checkpoint takes [\d.]+ MiB, the 4 of the run at most [\d.]+ MiB", printed)
+    assert printed.splitlines()[-1] == "checked: tiny, 2 classes"
     assert not (tmp_path / "output").exists()
 
 

@@ -74,26 +74,26 @@ def test_evaluation_reproduces_the_accuracy_of_training(trained: tuple[Path, Pat
     done = run_command("bash", "evaluate.sh", 1, config, folder / "best.pth")
     assert done.returncode == 0, done.stderr
     in_three = run_forked("--cfg", config, "--eval", "--resume", folder / "best.pth", processes=3)
-    for said in (done.stdout, in_three):
-        assert RESULT.findall(said) == [in_training]
-        assert f"Accuracy of the network on the 360 test images: {float(in_training[0]):.1f}%" in said
+    for printed in (done.stdout, in_three):
+        assert RESULT.findall(printed) == [in_training]
+        assert f"Accuracy of the network on the 360 test images: {float(in_training[0]):.1f}%" in printed
 
 
 def test_averaged_weights_are_evaluated_on_request(trained: tuple[Path, Path, str]) -> None:
     config, folder, _ = trained
-    said = run_forked("--cfg", config, "--eval", "--resume", folder / "last.pth", "--ema")
+    printed = run_forked("--cfg", config, "--eval", "--resume", folder / "last.pth", "--ema")
     row = read_metrics(folder, "eval_ema")[-1]
-    assert f" * Acc@1 {row['top1']:.3f} Acc@5 {row['top5']:.3f}" in said
+    assert f" * Acc@1 {row['top1']:.3f} Acc@5 {row['top5']:.3f}" in printed
 
 
 def test_a_finished_run_is_not_trained_again(trained: tuple[Path, Path, str]) -> None:
     config, folder, console = trained
     before = (folder / "last.pth").read_bytes()
-    said = run_forked("--cfg", config, "--tag", "first", "--output", folder.parents[1], "--ema")
-    assert said.splitlines()[-1] == console.splitlines()[-1]
+    printed = run_forked("--cfg", config, "--tag", "first", "--output", folder.parents[1], "--ema")
+    assert printed.splitlines()[-1] == console.splitlines()[-1]
     assert (folder / "last.pth").read_bytes() == before
 
 
 def test_throughput_needs_no_data(trained: tuple[Path, Path, str]) -> None:
-    said = run_forked("--cfg", trained[0], "--throughput", "--batch-size", 2)
-    assert float(re.search(r"([\d.]+) images/s", said)[1]) > 0
+    printed = run_forked("--cfg", trained[0], "--throughput", "--batch-size", 2)
+    assert float(re.search(r"([\d.]+) images/s", printed)[1]) > 0
