@@ -94,8 +94,10 @@ def check_counts(counted: float, left_out: float, samples: int) -> list[str]:
     Raises:
         RuntimeError: the counts differ, or all samples were left out.
     """
-    if counted + left_out != samples or not counted:
+    if counted + left_out != samples:
         raise RuntimeError(f"evaluated {counted + left_out:.0f} images of a data set of {samples}")
+    if not counted:
+        raise RuntimeError(f"none of the {samples} held-out images can be evaluated; repair the files, or name others")
     return [f"{left_out:.0f} images could not be read and are not counted"] if left_out else []
 
 

@@ -44,6 +44,13 @@ def test_f1_of_several_labels() -> None:
     assert found.warnings == ["1 images could not be read and are not counted"]
 
 
+def test_no_image_that_can_be_read_is_an_error() -> None:
+    meter = F1(1, torch.device("cpu"))
+    meter.add(Linear(), LabelledImages(torch.tensor([0]), torch.full((1, 3), -1.0)))
+    with pytest.raises(RuntimeError, match=r"^none of the 1 held-out images can be evaluated; repair the files"):
+        meter.result()
+
+
 def test_a_run_on_images_of_several_labels(tmp_path: Path) -> None:
     write_folder(tmp_path, {"images": 12})
     names = ("cat", "dog", "cat;dog", "")
