@@ -47,7 +47,7 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Da
         ValueError: DATA.DATASET is unknown, or the data path is missing or has a wrong layout.
     """
     open_format = choose_format(config, FORMATS)
-    if open_format is open_stream:
+    if is_stream(config.DATA.DATASET):
         _check_stream(config)
     dataset = open_format(request(config, needs))
     if not config.DATA.ALLOW_LARGER_VAL:
@@ -92,9 +92,11 @@ def _check_stream(config: CfgNode) -> None:
         ("DATA.BALANCE", config.DATA.BALANCE, "none"),
         ("DATA.CACHE", config.DATA.CACHE, False),
         ("AUG.REPEATS", config.AUG.REPEATS, 1),
+        ("TEST.LABELS", config.TEST.LABELS, ""),
     ):
         if value != off:
-            raise ValueError(f"{key} {value} needs random access, which a stream does not have; leave it at {off}")
+            advice = "remove it" if off == "" else f"leave it at {off}"
+            raise ValueError(f"{key} {value} needs random access, which a stream does not have; {advice}")
 
 
 def build_train_loader(config: CfgNode, dataset: Dataset, *, rank: int, world_size: int) -> Loader:
@@ -178,9 +180,14 @@ def _source(config: CfgNode, source: ImageSource, split: str, rank: int) -> Imag
         return source
     if not SHARED_MEMORY.is_dir():
         raise ValueError(f"DATA.CACHE needs {SHARED_MEMORY}, which this system does not have; leave it off")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = _local_processes()
     key = f"{_launch_id(processes)}-{split}"
     return CachedSource(source, SHARED_MEMORY, key, processes=processes, is_main=rank == 0)
+
+
+def _local_processes() -> int:
+    """Return the number of training processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _launch_id(processes: int) -> str:
@@ -285,9 +292,9 @@ def _shared_memory(config: CfgNode, size: tuple[int, int]) -> tuple[float, float
     if not SHARED_MEMORY.is_dir():
         return 0, math.inf  # other systems have no such limit
     batch = config.DATA.BATCH_SIZE * size[0] * size[1] * 3
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = _workers(config)
-    return processes * batch * (PREFETCHED * workers + 1) * (workers > 0), shutil.disk_usage(SHARED_MEMORY).free
+    needed = _local_processes() * batch * (PREFETCHED * workers + 1) * (workers > 0)
+    return needed, shutil.disk_usage(SHARED_MEMORY).free
 
 
 def _collate(config: CfgNode) -> Callable[[list[Any]], Any]:

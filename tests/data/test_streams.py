@@ -141,6 +141,13 @@ def test_options_that_do_not_match(shards: Path, data: dict, says: str) -> None:
         build_train_loader(stream_config(shards, **data), rank=0, world_size=1)
 
 
+def test_label_lists_by_file_name_do_not_match(shards: Path) -> None:
+    config = stream_config(shards)
+    config.TEST.LABELS = "real.json"
+    with pytest.raises(ValueError, match=r"^TEST\.LABELS real\.json needs random access, .* not have; remove it$"):
+        build_eval_loader(config, rank=0, world_size=1)
+
+
 def test_fewer_shards_than_processes(shards: Path) -> None:
     config = stream_config(shards, TRAIN=f"pipe:cat {shards}/train-000000.tar")
     with pytest.raises(ValueError, match=r"^DATA\.TRAIN has 1 shards for 2 processes, each of which needs one"):
