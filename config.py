@@ -105,9 +105,7 @@ OPTIONS: dict[str, Option] = {
         metavar="FOLDER",
         may_change=True,
     ),
-    "DATA.TRAIN": RunOption(
-        "", "Name or path of the training split, relative to DATA_PATH or absolute; empty: train.", metavar="NAME"
-    ),
+    "DATA.TRAIN": RunOption("", "Name or path of the training split, relative to DATA_PATH or absolute; empty: train."),
     "DATA.VAL": RunOption("", "Likewise for the held-out split; empty: val, validation, valid or test."),
     "DATA.DOWNLOAD": _switch(False, "Download the data set from its published location, for formats that have one."),
     "DATA.SCENES": RunOption(600, "Training scenes of digit_scenes; 150 others are held out.", at_least(1)),
@@ -494,7 +492,6 @@ OPTIONS: dict[str, Option] = {
         "",
         "With --eval: JSON file with a list of labels for each held-out image, by the number in its name, any of which "
         "counts as correct, such as real.json of ReaL. Images with empty lists are not counted.",
-        metavar="FILE",
         may_change=True,
     ),
     "TEST.CROP_RATIO": RunOption(0.875, "Side of the centre crop relative to the resized image.", _PART),

@@ -14,7 +14,7 @@ from torchvision.transforms.v2.functional import resize
 from yacs.config import CfgNode
 
 from data.detection.build import build_eval_loader, build_train_loader, largest_image, open_dataset
-from data.detection.datasets import Batch, on_device
+from data.detection.datasets import Batch, to_device
 from data.detection.sources import DetectionDataset, DetectionSource
 from data.transforms import as_pixels, normalize
 from models.detection import DETECTORS
@@ -65,7 +65,7 @@ class Detection(LabelledTask):
         return build_eval_loader(self.config, self._dataset, **self._rank)
 
     def prepare(self, batch: Batch, device: torch.device) -> Images:
-        moved = on_device(batch, lambda tensor: tensor.to(device, non_blocking=True))
+        moved = to_device(batch, device)
         return Images([normalize(image) for image in moved.images], moved.targets)
 
     def to_device(self, batch: Batch, device: torch.device) -> Images:

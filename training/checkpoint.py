@@ -51,20 +51,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: the file is missing, damaged, not a checkpoint, or contains any other pickled class.
     """
     path = fetch(str(path)) if "://" in str(path) else Path(path)
-    if path.is_dir():
-        raise ValueError(f"checkpoint {path} is a folder; name a file in it")
-    if not path.is_file():
-        beside = {file.name: file for file in path.parent.glob("*.pth")}
-        raise ValueError(f"checkpoint {path} does not exist{did_you_mean(path.name, beside, shown=beside)}")
-    try:
-        with path.open("rb") as file:
-            begin = file.read(512)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    text = begin.lstrip().lower()
-    if not text or text.startswith((b"<", b"version https://git-lfs")):
-        kind = "a text page, not a checkpoint" if text else "empty"
-        raise ValueError(f"{path} is {kind}; the download failed, download the file again")
+    begin = _first_bytes(path)
     if path.suffix == ".safetensors" or _is_safetensors(begin):
         return _load_safetensors(path)
     if kind := _other_archive(path):
@@ -86,6 +73,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} contains a {type(loaded).__name__}, not a dict with `model`")
     return loaded
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Return the beginning of a checkpoint file.
+
+    Raises:
+        ValueError: the file is missing, cannot be read, is empty or a text page.
+    """
+    if path.is_dir():
+        raise ValueError(f"checkpoint {path} is a folder; name a file in it")
+    if not path.is_file():
+        beside = {file.name: file for file in path.parent.glob("*.pth")}
+        raise ValueError(f"checkpoint {path} does not exist{did_you_mean(path.name, beside, shown=beside)}")
+    try:
+        with path.open("rb") as file:
+            begin = file.read(512)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    text = begin.lstrip().lower()
+    if not text or text.startswith((b"<", b"version https://git-lfs")):
+        kind = "a text page, not a checkpoint" if text else "empty"
+        raise ValueError(f"{path} is {kind}; the download failed, download the file again")
+    return begin
 
 
 def _is_safetensors(begin: bytes) -> bool:

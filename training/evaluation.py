@@ -12,12 +12,12 @@ from yacs.config import CfgNode
 from data.streams import Loader
 from logger import RunLog
 from models import build_model
-from models.contract import classifier, compile_parts, set_epoch
+from models.contract import compile_parts, set_epoch
 from tasks import Task, build_task
 from training.build import build_network, prepare_device
 from training.checkpoint import load_checkpoint, load_strictly
 from training.run import AUTOCAST
-from training.weight_sets import pick_weights
+from training.weight_sets import count_classes, pick_weights
 from utils import World
 
 
@@ -79,8 +79,7 @@ def build_evaluation(config: CfgNode, world: World, *, amp: str = "off") -> Chec
     checkpoint = load_checkpoint(path)
     network = build_network(task, world)
     given = pick_weights(checkpoint, path, network, kind=config.MODEL.WEIGHTS)
-    rows = len(given.weights.get(f"{classifier(network)}.bias", ()))
-    if found := task.take_classes(checkpoint, rows):
+    if found := task.take_classes(checkpoint, count_classes(given.weights, network)):
         network = build_network(task, world)
     loader = task.eval_loader()
     load_strictly(network, given.weights, path)

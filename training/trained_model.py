@@ -17,12 +17,11 @@ from config import complete, load_config
 from data.images import read_image
 from data.transforms import eval_transform
 from models.build import build_model, num_classes, set_num_classes
-from models.contract import classifier
 from models.weights import IMAGENET_1K
 from tasks.classes import describe_labels
 from training.checkpoint import load_checkpoint, load_strictly
 from training.resume import written_config
-from training.weight_sets import EMA, RAW, pick_weights
+from training.weight_sets import EMA, RAW, count_classes, pick_weights
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def untrained(config: CfgNode, classes: list[str] | None = None) -> TrainedModel
 
 def _fit_classes(network: nn.Module, config: CfgNode, weights: dict[str, Tensor]) -> nn.Module:
     """Return the network with the number of classes of the weights, which is also set in the config."""
-    classes = len(weights.get(f"{classifier(network)}.bias", ()))
+    classes = count_classes(weights, network)
     if not classes or classes == num_classes(config):
         return network
     set_num_classes(config, classes)

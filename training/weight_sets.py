@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.contract import converts_weights
+from models.contract import classifier, converts_weights
 
 # Sets of weights in a file: raw, and their exponential moving average.
 RAW, EMA = "raw", "ema"
@@ -93,17 +93,12 @@ def pick_weights(checkpoint: dict[str, Any], path: str | Path, network: nn.Modul
         raise ValueError(
             f"{path} contains no weights: neither a `model` entry nor a state dict; it contains {layout(checkpoint)}"
         )
-    best = max(one.found for one in candidates)
-    if best >= _RECOGNISED * len(names):
-        sets = [one for one in candidates if one.found >= _ALTERNATIVE * best]
-    elif not converts_weights(network):
+    sets = _best(candidates, network)
+    if not sets:
         raise ValueError(
             f"{path} contains no weights of this architecture, which has names such as {next(iter(names))}; it "
             f"contains {layout(checkpoint)}"
         )
-    else:
-        largest = max(len(one.tensors) for one in candidates)
-        sets = [one for one in candidates if len(one.tensors) >= _ALTERNATIVE * largest]
     kinds = {one.kind for one in sets}
     wanted = kind or (checkpoint["chosen"] if checkpoint.get("chosen") in WEIGHTS else EMA)
     if wanted not in kinds:
@@ -119,6 +114,11 @@ def pick_weights(checkpoint: dict[str, Any], path: str | Path, network: nn.Modul
     if wanted == RAW and (nameless := _nameless_averages(checkpoint)):
         notes.append(f"{path}: averaged weights in {nameless} have no names and are not used")
     return WeightSet(taken.tensors, wanted, choice, notes)
+
+
+def count_classes(weights: dict[str, Tensor], network: nn.Module) -> int:
+    """Return the number of classes of weights under the names of `network`; 0 if they have no classifier."""
+    return len(weights.get(f"{classifier(network)}.bias", ()))
 
 
 def layout(checkpoint: dict[str, Any]) -> str:
@@ -177,6 +177,20 @@ def _candidates(entry: str, held: dict[str, Tensor], names: Collection[str]) -> 
             tensors = {name[len(prefix) :]: value for name, value in bare.items() if name.startswith(prefix)}
             others = [name for name in bare if not name.startswith(prefix)]
             yield _Candidate(entry, prefix, wrappers, tensors, others, count)
+
+
+def _best(candidates: Sequence[_Candidate], network: nn.Module) -> list[_Candidate]:
+    """Return the sets of weights with the most names of the network; empty if all have too few.
+
+    A network that converts weights may have none of their names: then the largest sets.
+    """
+    most = max(one.found for one in candidates)
+    if most >= _RECOGNISED * len(network.state_dict()):
+        return [one for one in candidates if one.found >= _ALTERNATIVE * most]
+    if not converts_weights(network):
+        return []
+    largest = max(len(one.tensors) for one in candidates)
+    return [one for one in candidates if len(one.tensors) >= _ALTERNATIVE * largest]
 
 
 def _wrapper(names: Collection[str]) -> str:

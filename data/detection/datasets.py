@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -133,7 +132,10 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(list(images), list(targets), [path for paths in unreadable for path in paths])
 
 
-def on_device(batch: Batch, move: Callable[[Tensor], Any]) -> Batch:
-    """Return a batch with `move` applied to its tensors."""
-    targets = [{name: move(value) for name, value in target.items()} for target in batch.targets]
-    return Batch([move(image) for image in batch.images], targets, batch.unreadable)
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch with its tensors copied to a device, asynchronously where that is possible."""
+    images = [image.to(device, non_blocking=True) for image in batch.images]
+    targets = [
+        {name: value.to(device, non_blocking=True) for name, value in target.items()} for target in batch.targets
+    ]
+    return Batch(images, targets, batch.unreadable)
