@@ -11,6 +11,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -202,7 +203,7 @@ class _Lines:
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(self._unwritten)
         except OSError as error:
-            if self._path.exists():
+            with suppress(OSError):  # where nothing can be written, nothing needs to be removed
                 os.truncate(self._path, size)
             self._warn(f"{self._path} could not be written ({error.strerror}); its lines are kept until there is space")
         else:
@@ -210,9 +211,14 @@ class _Lines:
 
     def keep(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drop the rows that are not `wanted`, and a truncated last line."""
-        if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            write_atomically(self._path, "".join(f"{line}\n" for line in lines if _holds(wanted, line)))
+        if not self._path.exists():
+            return
+        content = self._path.read_bytes()
+        kept = b"".join(line + b"\n" for line in content.splitlines() if _holds(wanted, line))
+        if content.startswith(kept):  # only the last lines are dropped, which needs no space on the disk
+            os.truncate(self._path, len(kept))
+        else:
+            write_atomically(self._path, kept.decode())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -221,7 +227,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if _holds(lambda row: isinstance(row, dict), line)]
 
 
-def _holds(wanted: Callable[[dict[str, Any]], bool], line: str) -> bool:
+def _holds(wanted: Callable[[dict[str, Any]], bool], line: str | bytes) -> bool:
     try:
         return wanted(json.loads(line))
     except (ValueError, KeyError, TypeError):

@@ -71,6 +71,23 @@ def test_rewinding_keeps_finished_epochs_however_updates_are_counted(tmp_path: P
     assert [row["update"] for row in rows(tmp_path / "metrics.jsonl")] == [50, 100, 200, 200]
 
 
+def test_a_run_can_be_resumed_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = RunLog(tmp_path, options(), is_main=True)
+    for update in (10, 20):
+        log.metrics("train", epoch=1, update=update, loss=1.0)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"kind": "tr\xc3')  # a truncated line
+    monkeypatch.setattr("logger.write_atomically", lambda *_: pytest.fail("needs space on the disk"))
+    log.rewind(epoch=0, update=10)
+    assert [row["update"] for row in rows(tmp_path / "metrics.jsonl")] == [10]
+
+
+def test_metrics_that_cannot_be_written_do_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "metrics.jsonl").mkdir()  # like a file without write permission, also for root
+    RunLog(tmp_path, options(), is_main=True).metrics("train", epoch=1, update=1, loss=1.0)
+    assert "metrics.jsonl could not be written (Is a directory)" in capsys.readouterr().out
+
+
 def test_older_options_and_the_section_name_the_same_recorders() -> None:
     config = options("mlflow", "tensorboard")
     config.TENSORBOARD = config.WANDB = True
