@@ -70,7 +70,7 @@ _SIZE = Check(
 _COUNTS = Check(
     lambda sides: all(isinstance(side, int) and side >= 1 for side in sides), "a list of positive whole numbers"
 )
-_PART = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
+_FRACTION = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _MILESTONES = Check(
     lambda epochs: epochs == sorted(epochs) and all(isinstance(epoch, int) and epoch >= 1 for epoch in epochs),
     "an increasing list of positive epochs",
@@ -470,7 +470,7 @@ OPTIONS: dict[str, Option] = {
         _RATIOS,
     ),
     "SEGMENTATION.LARGEST_SHARE": RunOption(
-        0.75, "Maximum share of one class in a training crop; larger ones are redrawn, up to ten times.", _PART
+        0.75, "Maximum share of one class in a training crop; larger ones are redrawn, up to ten times.", _FRACTION
     ),
     "SEGMENTATION.PHOTOMETRIC": RunOption(
         0.5, "Probability of each photometric distortion: brightness, contrast, saturation, hue, channels.", share()
@@ -494,7 +494,7 @@ OPTIONS: dict[str, Option] = {
         "counts as correct, such as real.json of ReaL. Images with empty lists are not counted.",
         may_change=True,
     ),
-    "TEST.CROP_RATIO": RunOption(0.875, "Side of the centre crop relative to the resized image.", _PART),
+    "TEST.CROP_RATIO": RunOption(0.875, "Side of the centre crop relative to the resized image.", _FRACTION),
     "TEST.RESIZE": RunOption(
         "squash",
         "squash: resize both sides, as published. shorter: resize the shorter side and keep the aspect ratio.",

@@ -143,24 +143,6 @@ def collective_timeout() -> timedelta:
     return timeout
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Return whether `error` means that another process did not respond; errors of gloo have no specific class."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
-
-
-def is_lost_worker(error: Exception) -> bool:
-    """Return whether `error` means that a data loader worker was killed.
-
-    PyTorch raises a plain RuntimeError. If the worker dies before its batch is received, the socket fails instead.
-    """
-    return isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return whether `error` means out of memory; on the CPU PyTorch raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
 def restarts_left() -> int:
     """Return how many restarts after a dead process the launcher has left."""
     if "DAT_RESTARTS_LEFT" in os.environ:  # of tools/launch.py and train_slurm.sh

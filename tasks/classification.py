@@ -95,12 +95,13 @@ class Classification(LabelledTask):
         return nn.CrossEntropyLoss(weights, label_smoothing=smoothing)
 
     def train_loader(self) -> Loader:
-        return self._noted(build_train_loader)
+        return self._build_loader(build_train_loader)
 
     def eval_loader(self) -> Loader:
-        return self._noted(build_eval_loader)
+        return self._build_loader(build_eval_loader)
 
-    def _noted(self, build: Callable[..., Loader]) -> Loader:
+    def _build_loader(self, build: Callable[..., Loader]) -> Loader:
+        """Return this rank's loader, and collect the warnings about it."""
         loader = build(self.config, self._dataset, **self._rank)
         self._warnings += loader.dataset.warnings
         return loader

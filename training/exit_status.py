@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from utils import Launch, collective_timeout, is_lost_peer, is_lost_worker, is_out_of_memory, launched_as, restarts_left
+from utils import Launch, collective_timeout, launched_as, restarts_left
 
 FAILED = 1
 WRONG_INPUT = 2
@@ -42,20 +42,20 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
         RuntimeError: `error` is something else.
     """
     log = logging.getLogger("dat")
-    if isinstance(error, OSError) or is_lost_worker(error):
+    if isinstance(error, OSError) or _is_lost_worker(error):
         reason = on_one_line((str(error).strip() or type(error).__name__).splitlines()[-1])
         if isinstance(error, (ConnectionError, EOFError)):
             reason = f"DataLoader worker died while sending a batch: {reason}"
-        hint = " (fewer DATA.NUM_WORKERS need less memory)" if is_lost_worker(error) else ""
+        hint = " (fewer DATA.NUM_WORKERS need less memory)" if _is_lost_worker(error) else ""
         log.error(f"rank {launched_as().rank}: {reason}{hint}; {_continuation()}")
         return LOST_PEER
-    if is_out_of_memory(error):
+    if _is_out_of_memory(error):
         log.error(
             "out of memory; reduce --batch-size and raise --accumulation-steps, pass --use-checkpoint, or use a "
             "smaller network"
         )
         return FAILED
-    if not is_lost_peer(error):
+    if not _is_lost_peer(error):
         raise error
     minutes = collective_timeout().total_seconds() / 60
     reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's source line and advice
@@ -63,6 +63,24 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
     what = f"did not answer for {minutes:g} minutes (DAT_TIMEOUT_MINUTES)" if timed_out else "died"
     log.error(f"rank {launched_as().rank}: another process {what}: {reason}; {_continuation()}")
     return LOST_PEER
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Return whether `error` means that another process did not respond; errors of gloo have no specific class."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def _is_lost_worker(error: Exception) -> bool:
+    """Return whether `error` means that a data loader worker was killed.
+
+    PyTorch raises a plain RuntimeError. If the worker dies before its batch is received, the socket fails instead.
+    """
+    return isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether `error` means out of memory; on the CPU PyTorch raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _continuation() -> str:
