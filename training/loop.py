@@ -80,7 +80,8 @@ def train_epochs(run: Run) -> int:
         if sound:  # then the weights are finite, even if the last updates were skipped
             position.nonfinite_in_row = 0
         position.finish_epoch(scores[-1] if sound else -math.inf)
-        log.info(run.task.best_line(position.best_accuracy))
+        if position.best_epoch:
+            log.info(run.task.best_line(position.best_accuracy))
         keep = config.SAVE_FREQ > 0 and position.epoch % config.SAVE_FREQ == 0
         saved = run.save(best=position.best_epoch == position.epoch, epoch=position.epoch if keep else None)
     return finish_run(run, saved)

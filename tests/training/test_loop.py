@@ -21,6 +21,7 @@ from data.build import build_eval_loader, open_dataset
 from logger import RunLog
 from main import main
 from models.dat import DAT
+from tasks import Evaluation
 from tests.data.samples import write_folder
 from tests.runs import Killed, read_metrics, write_config
 from training import build as build_module
@@ -388,3 +389,14 @@ def test_losses_of_other_options_are_not_averaged(tmp_path: Path) -> None:
         progress.advance(run.state.updates_per_epoch, 1.0, 0.1, ["teacher_loss"], time.perf_counter())
     (row,) = read_metrics(run.folder, "train")
     assert (row["loss"], row["grad_norm"], row["teacher_loss"]) == (1.5, 2.0, 3.5)
+
+
+def test_best_score_is_logged_only_if_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = build(tmp_path)
+    monkeypatch.setattr(loop, "train_one_epoch", lambda _: True)
+    monkeypatch.setattr(loop, "finish_run", lambda *_: 0)
+    for score, lines in ((math.nan, 0), (50.0, 1)):
+        run.state.position.epoch = run.config.TRAIN.EPOCHS - 1
+        monkeypatch.setattr(loop, "evaluate_weights", lambda _, score=score: [Evaluation({"top1": score}, [])])
+        assert train(run) == 0
+        assert (run.folder / "log.txt").read_text().count("Max accuracy: ") == lines
