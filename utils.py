@@ -206,10 +206,19 @@ def write_atomically(path: Path, text: str) -> None:
     staged.replace(path)
 
 
-def wait_for_all(timeout: timedelta | None = None) -> None:
-    """Wait until every process has called this, by default at most as long as for other collective operations."""
-    if dist.is_initialized():
-        dist.barrier(dist.new_group(backend="gloo", timeout=timeout) if timeout else None)
+@contextmanager
+def leave_together(timeout: timedelta) -> Iterator[None]:
+    """Let no process leave the block before all have reached its beginning and its end.
+
+    `timeout` limits the waiting for the end, instead of that of other collective operations.
+    """
+    if not dist.is_initialized():
+        yield
+        return
+    dist.barrier()
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    yield
+    dist.barrier(group)
 
 
 def close_world() -> None:

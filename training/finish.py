@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from training.exit_status import FAILED
 from training.run import Run
-from utils import wait_for_all
+from utils import leave_together
 
 # Result files of a run.
 RESULTS = ("best.pth", "last.pth", "report.html", "curves.png", "metrics.jsonl", "log.txt", "config.yaml")
@@ -16,20 +16,23 @@ _REPORT_TIMEOUT = timedelta(days=1)
 
 def finish_run(run: Run, saved: bool) -> int:
     """Draw the curves, write the report and log how the run ended; return the exit status."""
-    position = run.state.position
-    wait_for_all()
-    if run.world.is_main:
-        draw_curves(run)
-        write_html_report(run)
-        if position.epoch < run.config.TRAIN.EPOCHS:
-            run.log.info(
-                f"{run.early_stop_reason()}: the run ends after epoch {position.epoch} of {run.config.TRAIN.EPOCHS}"
-            )
-        run.log.info(f"finished: {describe_result(run)}")
-        if not saved:
-            run.log.error("last.pth is not from the end of the run; the lines above say why")
-    wait_for_all(_REPORT_TIMEOUT)  # srun ends the other tasks a minute after the first one has ended
+    with leave_together(_REPORT_TIMEOUT):  # srun ends the other tasks a minute after the first one has ended
+        if run.world.is_main:
+            draw_curves(run)
+            write_html_report(run)
+            _log_end(run, saved)
     return 0 if saved else FAILED
+
+
+def _log_end(run: Run, saved: bool) -> None:
+    position = run.state.position
+    if position.epoch < run.config.TRAIN.EPOCHS:
+        run.log.info(
+            f"{run.early_stop_reason()}: the run ends after epoch {position.epoch} of {run.config.TRAIN.EPOCHS}"
+        )
+    run.log.info(f"finished: {describe_result(run)}")
+    if not saved:
+        run.log.error("last.pth is not from the end of the run; the lines above say why")
 
 
 def draw_curves(run: Run) -> None:
