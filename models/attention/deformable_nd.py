@@ -151,7 +151,8 @@ class _DeformableAttentionND(nn.Module):
         size, q = x.shape[2:], self.to_q(x)
         cells = self._key_cells(q)
         keys, queries = self._positions(cells), self._positions(self._cells(size, cells))
-        samples = sample_points(self._by_group(x), self._as_sampled(keys)).unflatten(0, (x.shape[0], -1)).flatten(1, 2)
+        samples = sample_points(self._by_group(x), self._as_sampled(keys))  # [B*g, C/g, *key_size]
+        samples = samples.unflatten(0, (x.shape[0], self.offset_groups)).flatten(1, 2)
         k, v = self.to_k(samples), self.to_v(samples)
         bias = self.rel_pos_bias(queries.flatten(0, -2), keys.flatten(1, -2))  # [B*g, heads/g, Nq, Nk]
         q, k, v = (y.flatten(2).unflatten(1, (self.heads, -1)).mT for y in (q, k, v))  # [B, heads, N, d]
@@ -159,7 +160,7 @@ class _DeformableAttentionND(nn.Module):
             q,
             k,
             v,
-            attn_mask=bias.unflatten(0, (x.shape[0], -1)).flatten(1, 2).to(q.dtype),
+            attn_mask=bias.unflatten(0, (x.shape[0], self.offset_groups)).flatten(1, 2).to(q.dtype),
             dropout_p=self.dropout.p if self.training else 0.0,
         )
         out = self.to_out(out.mT.flatten(1, 2).unflatten(2, size))

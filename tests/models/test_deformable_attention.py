@@ -55,6 +55,15 @@ def with_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [out, vgrid, *torch.autograd.grad(loss, [x, *module.parameters()])]
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_batch_without_maps_gives_an_empty_result(axes: int) -> None:
+    module = getattr(ours, NAMES[axes])(dim=8, heads=2)
+    x = torch.zeros(0, 8, *(6, 5, 4)[:axes], requires_grad=True)
+    out = module(x)
+    out.sum().backward()
+    assert out.shape == x.shape
+
+
 def without_offsets(module: nn.Module) -> nn.Module:
     nn.init.zeros_(module.to_offsets[2].weight)
     return module
