@@ -20,7 +20,7 @@ from .fusing import is_depthwise, is_pointwise, may_fuse
 from .ops.depthwise import conv_mlp, depthwise_residual
 from .ops.forms import suits_cpu_forms
 from .ops.linear import linear as multiply
-from .ops.precision import widen
+from .ops.precision import autocast_disabled, widen
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -62,7 +62,7 @@ class Float32Linear(nn.Linear):
     """A linear layer on coordinates ``[..., in]``, computed in at least float32 even under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_disabled(x.device.type):
             x = widen(x)
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -71,7 +71,7 @@ class Float32Conv2d(nn.Conv2d):
     """A convolution from a map ``[B, C, H, W]`` to coordinates, computed in at least float32 even under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_disabled(x.device.type):
             x = widen(x)
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return self._conv_forward(x, self.weight.to(x.dtype), bias)

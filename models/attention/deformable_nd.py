@@ -23,14 +23,23 @@ AXES = {1: (0,), 2: (1, 0), 3: (0, 1, 2)}  # (n), (x, y), (frame, y, x)
 
 
 class OffsetScale(nn.Module):
-    """Multiplies offsets ``[B, axes, ...]`` by one factor per coordinate."""
+    """Multiplies offsets ``[B, axes, ...]`` by one factor per coordinate.
+
+    Args:
+        scale: the factors.
+        saved: whether the state dict holds them, as that of the package does for volumes.
+    """
 
     def __init__(self, scale: Sequence[float], *, saved: bool) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32), persistent=saved)
+        if saved:
+            self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+        else:  # not a buffer: loading weights would not fill it in a module built on the meta device
+            self.scale = tuple(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale.to(x.dtype).view(-1, *(1,) * len(self.scale))
+        scale = torch.as_tensor(self.scale, dtype=x.dtype, device=x.device)
+        return x * scale.view(-1, *(1,) * len(scale))
 
 
 class ContinuousPositionBias(nn.Module):

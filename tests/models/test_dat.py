@@ -47,6 +47,16 @@ def test_a_batch_without_images_gives_no_logits(variant: tuple[str, dict[str, An
     assert x.grad.shape == x.shape
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+def test_networks_run_on_the_meta_device(variant: tuple[str, dict[str, Any]]) -> None:
+    letter, options = variant
+    with torch.device("meta"):
+        model = build_small(letter, **options)
+    logits = model(torch.zeros(2, 3, 50, 40, device="meta"))
+    logits.sum().backward()
+    assert (logits.shape, logits.device.type) == ((2, 10), "meta")
+
+
 @pytest.mark.parametrize("letters", ["LS", "ND", "PQ", "EX"])
 def test_large_rectangle(letters: str) -> None:
     torch.manual_seed(0)

@@ -56,6 +56,21 @@ def with_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_module_built_on_the_meta_device_equals_the_one_whose_weights_it_loads(axes: int, assign: bool) -> None:
+    torch.manual_seed(0)
+    make = getattr(ours, NAMES[axes])
+    options = {"dim": 8, "heads": 2, "downsample_factor": 2, "offset_kernel_size": 4, "offset_scale": 3.0}
+    module, x = make(**options), torch.randn(2, 8, *(6, 5, 4)[:axes])
+    with torch.device("meta"):
+        other = make(**options)
+        assert other(torch.empty(x.shape)).shape == x.shape
+    other = other if assign else other.to_empty(device="cpu")
+    other.load_state_dict(module.state_dict(), assign=assign)
+    torch.testing.assert_close(other(x), module(x))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
 def test_a_batch_without_maps_gives_an_empty_result(axes: int) -> None:
     module = getattr(ours, NAMES[axes])(dim=8, heads=2)
     x = torch.zeros(0, 8, *(6, 5, 4)[:axes], requires_grad=True)
