@@ -18,7 +18,6 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -35,14 +34,11 @@ from utils import STAGED
 
 FORMAT = 1
 
-# PyTorch's safe unpickler supports only dicts and OrderedDicts, so a pickled CfgNode is read as an OrderedDict.
-_CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
-
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint onto the CPU, unpickling only tensors and plain containers.
 
-    The yacs `CfgNode` of a published file becomes an `OrderedDict`.
+    The yacs `CfgNode` of a published file becomes an `OrderedDict`, as `models.registry` has told PyTorch.
 
     Args:
         path: a file, or a URL as accepted by `fetch`.
@@ -70,7 +66,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if kind := _other_archive(path):
         raise ValueError(f"{path} is {kind}")
     try:
-        with torch.serialization.safe_globals([_CFG_NODE]), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # problems are reported below, in one line
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
