@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from data.streams import Loader
+from data.wording import counted
 from logger import RunLog, check_recorders
 from lr_scheduler import build_scheduler, schedule_warnings
 from models.build import arguments
@@ -219,7 +220,7 @@ def _restore(state: TrainingState, config: CfgNode, resumed: Resumed) -> list[st
     position = state.position
     if position.epoch >= config.TRAIN.EPOCHS and path.parent.resolve() != config.run_folder.resolve():
         raise ValueError(
-            f"{path} is the end of a run of {position.epoch} epochs, so nothing is left to train; "
+            f"{path} is the end of a run of {counted(position.epoch, 'epoch')}, so nothing is left to train; "
             "evaluate it with --eval, or start from its weights with --pretrained"
         )
     left = "; nothing is left to train" if position.epoch >= config.TRAIN.EPOCHS else ""
@@ -271,9 +272,9 @@ def describe_run(config: CfgNode, parts: Assembly, world: World) -> str:
     parameters = sum(p.numel() for p in parts.state.network.parameters())
     return (
         f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(parts.train_loader.dataset)} training and "
-        f"{len(parts.eval_loader.dataset)} held-out images, {config.TRAIN.EPOCHS} epochs of "
-        f"{parts.state.updates_per_epoch} updates of {parts.state.images_per_update} images on {world.size} x "
-        f"{world.device.type}; results in {config.run_folder}"
+        f"{counted(len(parts.eval_loader.dataset), 'held-out image')}, {counted(config.TRAIN.EPOCHS, 'epoch')} of "
+        f"{counted(parts.state.updates_per_epoch, 'update')} of {counted(parts.state.images_per_update, 'image')} on "
+        f"{world.size} x {world.device.type}; results in {config.run_folder}"
     )
 
 

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from data.wording import counted
 from models.contract import classifier
 from models.options import did_you_mean
 from utils import STAGED
@@ -147,7 +148,7 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
         classes, wanted = weights[head].shape[0], expected[head].shape[0]
         if classes != wanted:
             raise ValueError(
-                f"{path} was trained for {classes} classes, the data set has {wanted}; "
+                f"{path} was trained for {counted(classes, 'class', 'classes')}, the data set has {wanted}; "
                 "evaluate it on the data it was trained on, or fine-tune it with --pretrained"
             )
     problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]

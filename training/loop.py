@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.wording import counted
 from models.contract import set_epoch
 from optimizer import keep_frozen_in_eval, learning_rate, step_unless
 from tasks import Evaluation
@@ -92,7 +93,7 @@ def early_stop_reason(run: Run) -> str:
     """Return why a run ends before its last epoch; empty if it continues."""
     patience = run.config.TRAIN.PATIENCE
     if run.state.position.lacks_progress(patience):
-        return f"no better {run.task.score.title} for {patience} epochs (TRAIN.PATIENCE)"
+        return f"no better {run.task.score.title} for {counted(patience, 'epoch')} (TRAIN.PATIENCE)"
     return ""
 
 
@@ -215,9 +216,9 @@ def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress)
         run.log.warning(f"{where}: loss or gradient is not finite; update skipped ({position.nonfinite} so far)")
         if position.nonfinite_in_row >= config.TRAIN.MAX_NONFINITE:
             raise TrainingStopped(
-                f"{where}: {position.nonfinite_in_row} updates in a row were not finite; the last good checkpoint is "
-                "kept. Try a lower TRAIN.BASE_LR, a longer warm-up, or --amp bf16 in place of fp16"
-                + (f". {anomaly_report(run, update, batches)}" if batches else "")
+                f"{where}: {counted(position.nonfinite_in_row, 'update was', 'updates in a row were')} not finite; the "
+                "last good checkpoint is kept. Try a lower TRAIN.BASE_LR, a longer warm-up, or --amp bf16 in place of "
+                "fp16" + (f". {anomaly_report(run, update, batches)}" if batches else "")
             )
     progress.advance(update, loss, lr, names, taken)
     return Action.STOP if stop else Action.SAVE if save else Action.NOTHING

@@ -238,7 +238,7 @@ def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple:
     if not isinstance(value, Sequence):
         return (value,) * axes
     if len(value) != axes:
-        raise ValueError(f"{name} = {tuple(value)} has {len(value)} entries; give one number or {axes}")
+        raise ValueError(f"{name} = {tuple(value)} must be one number, or one per axis, {axes}")
     return tuple(value)
 
 

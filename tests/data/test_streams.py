@@ -143,7 +143,7 @@ def test_options_that_do_not_match(shards: Path, data: dict, says: str) -> None:
 
 def test_fewer_shards_than_processes(shards: Path) -> None:
     config = stream_config(shards, TRAIN=f"pipe:cat {shards}/train-000000.tar")
-    with pytest.raises(ValueError, match=r"^DATA\.TRAIN has 1 shards for 2 processes, each of which needs one"):
+    with pytest.raises(ValueError, match=r"^DATA\.TRAIN has 1 shard for 2 processes, each of which needs one"):
         build_train_loader(config, rank=0, world_size=2)
 
 

@@ -200,7 +200,7 @@ def test_compiled_and_exported_equal_eager() -> None:
         ({"heads": 3, "offset_groups": 2}, "heads = 3 is not divisible by offset_groups = 2"),
         ({"dim": 9, "offset_groups": 2, "heads": 2}, "dim = 9 is not divisible by offset_groups = 2"),
         ({"downsample_factor": 4, "offset_kernel_size": 3}, "offset_kernel_size = .* give at least downsample_factor"),
-        ({"downsample_factor": (2, 2, 2)}, r"downsample_factor = \(2, 2, 2\) has 3 entries; give one number or 2"),
+        ({"downsample_factor": (2, 2, 2)}, r"downsample_factor = \(2, 2, 2\) must be one number, or one per axis, 2"),
         ({"downsample_factor": 0}, "downsample_factor = 0 is not allowed; give at least 1"),
         ({"coordinates": "corner"}, "coordinates = 'corner' is unknown; choose one of pixel, package"),
     ],

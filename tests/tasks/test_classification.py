@@ -41,7 +41,7 @@ def test_f1_of_several_labels() -> None:
     assert found.metrics["f1"] == pytest.approx(100 * f1_score(targets[:2], SCORES[:2] > 0, average="micro"))
     expected = nn.functional.binary_cross_entropy_with_logits(SCORES[:2], targets[:2])
     assert found.metrics["loss"] == pytest.approx(expected.item())
-    assert found.warnings == ["1 images could not be read and are not counted"]
+    assert found.warnings == ["1 image could not be read and is not counted"]
 
 
 def test_a_run_on_images_of_several_labels(tmp_path: Path) -> None:
