@@ -71,7 +71,7 @@ class Buckets:
 
 
 @cached_tensors
-@torch._dynamo.assume_constant_result  # otherwise the graph would copy these lists to the device in every step
+@torch.compiler.assume_constant_result  # otherwise the graph would copy these lists to the device in every step
 def table_index(span: int, farthest: int, grid: tuple[int, int], prefix: int, device: torch.device) -> Tensor:
     """Return the row of the table of `Buckets` for every query and key, int64 ``[N, N]``.
 
