@@ -132,7 +132,7 @@ def _endless_warmup(config: CfgNode, updates_per_epoch: int) -> str:
         if warmup >= epochs * updates_per_epoch:
             given, limit = f"TRAIN.WARMUP_EPOCHS {train.WARMUP_EPOCHS}", phase
             if train.WARMUP_UPDATES:
-                given, limit = f"TRAIN.WARMUP_UPDATES {warmup}", f"the {epochs * updates_per_epoch} updates of {phase}"
+                given, limit = f"TRAIN.WARMUP_UPDATES {warmup}", f"{epochs * updates_per_epoch}, the updates of {phase}"
             return f"{given} is not below {limit}: the learning rate never reaches TRAIN.BASE_LR there"
     return ""
 
@@ -184,10 +184,9 @@ def drop_warning(config: CfgNode, *, updates_per_epoch: int, world_size: int) ->
     if after >= _LARGEST_DROP * before:
         return ""
     return (
-        f"the learning rate falls from {before:.2e} to {after:.2e} when the warm-up ends: the decay of a run of "
-        f"{schedule_epochs(config)} epochs has then run for {warmup / updates_per_epoch:g} epochs, as in the published "
-        "training. TRAIN.LR_SCHEDULER.WARMUP_PREFIX True starts it after the warm-up; a shorter TRAIN.WARMUP_EPOCHS "
-        "helps, too"
+        f"the learning rate falls from {before:.2e} to {after:.2e} when the warm-up ends: the decay has then run for "
+        f"{warmup / updates_per_epoch:g} of {schedule_epochs(config)} epochs, as in the published training. "
+        "TRAIN.LR_SCHEDULER.WARMUP_PREFIX True starts it after the warm-up; a shorter TRAIN.WARMUP_EPOCHS helps, too"
     )
 
 

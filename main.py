@@ -22,6 +22,7 @@ import torch
 from yacs.config import CfgNode
 
 from data.images import UnreadableImage
+from data.wording import counted
 from logger import RunLog
 from training.build import assemble, build_run, resolve_options
 from training.command_line import parse
@@ -93,7 +94,7 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     elif args.eval:
         evaluation = build_evaluation(config, world)
         lines, warnings = evaluation.notes, evaluation.warnings
-        summary = f"{len(evaluation.loader.dataset)} held-out images, {evaluation.task.summary()}"
+        summary = f"{counted(len(evaluation.loader.dataset), 'held-out image')}, {evaluation.task.summary()}"
     else:
         assembly = assemble(config, world)
         try_folder(config.run_folder)

@@ -26,6 +26,7 @@ from benchmarks.model import infer, train
 from benchmarks.timing import environment, spread, take_turns
 from config import load_config
 from models import build_model
+from tools.complexity import with_plain_operations
 
 ROOT = Path(__file__).resolve().parents[1]
 SETS = {
@@ -78,14 +79,6 @@ def networks(size: int, device: torch.device) -> dict[str, nn.Module]:
         else:
             made[f"{name}, compiled"].compile(dynamic=False)
     return {name: network.to(device, memory_format=torch.channels_last) for name, network in made.items()}
-
-
-def with_plain_operations(network: nn.Module) -> nn.Module:
-    """Set every operation of a network to its plain form."""
-    for module in network.modules():
-        if hasattr(module, "form"):
-            module.form = "reference"
-    return network
 
 
 def table(made: dict[str, nn.Module], size: int, batch: int, device: torch.device, runs: int) -> list[str]:

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import load_config
 from models import build_model
+from tools.arguments import image_size
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "as_strided_"}
 
@@ -96,8 +97,7 @@ def _print_tables(args: argparse.Namespace) -> None:
         raise ValueError("nothing to count; give networks with --cfg and --timm")
     if not (configs or args.img_size):
         raise ValueError("without --cfg, give the size of the images with --img-size")
-    size = args.img_size or configs[0].image_size
-    size = size * 2 if len(size) == 1 else size
+    size = image_size(args.img_size, flag="--img-size") if args.img_size else configs[0].image_size
     makers = {name: lambda name=name: timm.create_model(name) for name in args.timm}
     for path, config in zip(args.cfg, configs, strict=True):
         makers[Path(path).stem] = lambda config=config: build_model(config)

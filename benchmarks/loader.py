@@ -41,6 +41,7 @@ from data.images import StoredImage
 from data.listing import Listing
 from data.operations import posterize
 from data.samplers import TrainSampler
+from data.wording import counted
 
 # Images that eight GPUs consume per second, and seconds of a day.
 GPUS, RATE = 8, 2500
@@ -63,8 +64,9 @@ def main() -> None:
     # timm passes 0 bits to Pillow, which rejects them from version 13 on.
     NAME_TO_OP.update({name: posterize for name in NAME_TO_OP if name.startswith("Posterize")})
     print(
-        f"{platform.machine()}, {os.cpu_count()} cores; Python {platform.python_version()}, torch {torch.__version__}, "
-        f"timm {timm.__version__}, Pillow {PIL.__version__}, simplejpeg {simplejpeg.__version__}\n"
+        f"{platform.machine()}, {counted(os.cpu_count() or 1, 'core')}; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, timm {timm.__version__}, Pillow {PIL.__version__}, "
+        f"simplejpeg {simplejpeg.__version__}\n"
     )
     try:
         print_listing(args.listing) if args.listing else print_rates(args)
@@ -121,7 +123,7 @@ def print_listing(count: int) -> None:
         seconds = time.perf_counter() - begin
         listing.name(first.index)
     print(
-        f"{count} images: {size / 2**30:.2f} GiB, mapped once by all processes of a machine, and "
+        f"{counted(count, 'image')}: {size / 2**30:.2f} GiB, mapped once by all processes of a machine, and "
         f"{8 * count / 2**30:.2f} GiB for the order of an epoch in each; an epoch starts in {seconds:.2f} s"
     )
 

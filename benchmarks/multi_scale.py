@@ -42,8 +42,10 @@ def main() -> None:
         print(_peak(args, device, *args.peak))
         return
     queries = args.queries or sum(height * width for height, width in LEVELS)
-    print(f"{environment(device, args.threads)}, transformers {transformers.__version__}; batch {args.batch_size}, ")
-    print(f"{queries} queries, best of {args.runs}, spread of the median over the best\n")
+    print(
+        f"{environment(device, args.threads)}, transformers {transformers.__version__}; batch {args.batch_size}, "
+        f"{queries} queries, best of {args.runs}, spread of the median over the best\n"
+    )
     print("| task | transformers, ms | ours, ms | ratio | transformers, MiB | ours, MiB | ratio |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for task in TASKS:

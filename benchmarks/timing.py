@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import timm
 import torch
 
+from data.wording import counted
 from training.environment import processor
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,5 +53,5 @@ def environment(device: torch.device, threads: int) -> str:
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     else:
-        where = f"{processor()}, {threads} thread{'s' * (threads > 1)}"
+        where = f"{processor()}, {counted(threads, 'thread')}"
     return f"{where}; Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}"

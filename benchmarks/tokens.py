@@ -15,11 +15,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import environment, spread, take_turns
+from data.wording import counted
 from models.attention.patch_deformable import PatchDeformableAttention
 from models.attention.performer import PerformerAttention
 from models.attention.tokens import SoftmaxAttention
@@ -34,7 +36,8 @@ def main() -> None:
     args = _parse_arguments()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    print(f"{environment(device, args.threads)}; {args.dim} channels, {args.heads} heads, best of {args.runs}\n")
+    layer = f"{args.dim} channels, {counted(args.heads, 'head')}"
+    print(f"{environment(device, args.threads)}; {layer}, best of {args.runs}\n")
     print(f"| tokens | {' | '.join(f'{name}, ms' for name in KINDS)} |")
     print(f"|---:|{'---:|' * len(KINDS)}")
     times = {name: [] for name in KINDS}
@@ -98,19 +101,14 @@ def slope(sides: list[int], times: list[float]) -> float:
 
 
 def _plot(path: Path, sides: list[int], times: dict[str, list[float]]) -> None:
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for name, values in times.items():
         axes.loglog([side**2 for side in sides], values, marker="o", label=name)
     axes.set(xlabel="tokens", ylabel="ms, one layer, one image")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 if __name__ == "__main__":

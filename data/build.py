@@ -26,6 +26,7 @@ from data.samplers import EvalSampler, TrainSampler
 from data.sources import SPLITS, Dataset, ImageSource, Request
 from data.streams import EvalBatches, Loader, StreamLoader, TrainBatches
 from data.transforms import Erase, EvalTransform, TrainTransform
+from data.wording import counted
 from data.workers import leave_signals_to_parent
 
 F = TypeVar("F")
@@ -271,7 +272,7 @@ def loader_warnings(config: CfgNode, size: tuple[int, int]) -> list[str]:
     """
     found, workers, asked = [], _workers(config), config.DATA.NUM_WORKERS
     if workers < asked:
-        found.append(f"DATA.NUM_WORKERS {asked} is more than the {workers} cores here; {workers} are used")
+        found.append(f"DATA.NUM_WORKERS {asked} is reduced to {workers}, the number of cores here")
     needed, free = _shared_memory(config, size)
     if needed > free:
         found.append(
@@ -365,8 +366,8 @@ def _stream_loader(
     shards = len(batches.stream.urls) // world_size
     if not shards and isinstance(batches, TrainBatches):
         raise ValueError(
-            f"DATA.TRAIN has {len(batches.stream.urls)} shards for {world_size} processes, each of which needs one or "
-            f"more; make more and smaller shards"
+            f"DATA.TRAIN has {counted(len(batches.stream.urls), 'shard')} for {world_size} processes, each of which "
+            f"needs one or more; make more and smaller shards"
         )
     workers = min(_workers(config), max(shards, 1))
     return StreamLoader(batches, sampler, _collate(config), **_loading(config, workers))

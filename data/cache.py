@@ -17,6 +17,7 @@ from tqdm import tqdm
 from data.images import StoredImage, UnreadableImage
 from data.listing import Listing, process_lock
 from data.sources import ImageSource
+from data.wording import counted
 
 # Images read concurrently: network files have a high latency, not a low throughput.
 _READERS = 16
@@ -67,8 +68,8 @@ class CachedSource(ImageSource):
 
         if left := len(source) - len(self._table):
             self.warnings = [
-                f"DATA.CACHE: {left} of {len(source)} images did not fit into {folder}, which is full after "
-                f"{len(self._content) / 2**30:.1f} GiB, and are read from the disk"
+                f"DATA.CACHE: {left} of {counted(len(source), 'image')} read from the disk, as {folder} is full after "
+                f"{len(self._content) / 2**30:.1f} GiB"
             ]
 
     def cached(self) -> int:

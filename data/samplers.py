@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
+from data.wording import counted
+
 
 class Draw(NamedTuple):
     """One image of one epoch; its augmentation depends only on this and the seed.
@@ -76,9 +78,9 @@ class TrainSampler(Sampler[Draw]):
         self.updates_per_epoch = length // self._update
         if not self.updates_per_epoch:
             raise ValueError(
-                f"{length} training images are fewer than one update needs: batch size {batch_size} x {world_size} "
-                f"processes x {accumulation_steps} accumulation steps = {self._update}; reduce DATA.BATCH_SIZE, "
-                f"TRAIN.ACCUMULATION_STEPS or the number of processes"
+                f"one update needs {self._update} training images, batch size {batch_size} x "
+                f"{counted(world_size, 'process', 'processes')} x {counted(accumulation_steps, 'accumulation step')}, "
+                f"and there are {length}; reduce DATA.BATCH_SIZE, TRAIN.ACCUMULATION_STEPS or the number of processes"
             )
 
     def set_position(self, epoch: int, start: int = 0) -> None:

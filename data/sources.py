@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from data.images import StoredImage
+from data.wording import counted, shorten, with_similar
 
 if TYPE_CHECKING:
     from data.formats.stream import ImageStream
@@ -201,7 +202,8 @@ class Dataset:
             absent = [name for name, count in zip(self.classes, counts, strict=False) if not count]
             if absent:
                 found.append(
-                    f"{len(absent)} of {len(self.classes)} classes have no {kind} images: {shorten(absent, 3)}"
+                    f"{len(absent)} of {counted(len(self.classes), 'class', 'classes')} without {kind} images: "
+                    f"{shorten(absent, 3)}"
                 )
         return found
 
@@ -240,8 +242,8 @@ class Dataset:
         """
         if self.train is not None and self.held_out is not None and len(self.held_out) > len(self.train):
             raise ValueError(
-                f"there are {len(self.held_out)} held-out and only {len(self.train)} training images: the splits seem "
-                f"swapped; exchange them, or set DATA.ALLOW_LARGER_VAL True if this is intended"
+                f"there are {len(self.held_out)} images held out and only {len(self.train)} for training: the splits "
+                f"seem swapped; exchange them, or set DATA.ALLOW_LARGER_VAL True if this is intended"
             )
 
 
@@ -371,24 +373,3 @@ def read_class_list(folder: Path) -> list[str]:
     if twice:
         raise ValueError(f"{path} names {shorten(twice)} twice; give each class once, in the order of the labels")
     return classes
-
-
-def with_similar(names: Sequence[str], known: Sequence[str], where: str) -> list[str]:
-    """Return the names that differ from a known one only in case, spaces and punctuation, with that one; else all.
-
-    Args:
-        names: unknown names.
-        known: known names.
-        where: words before the known name, such as "train has".
-    """
-    plain = {_plain(name): name for name in known}
-    return [f"{name} ({where} {plain[_plain(name)]})" for name in names if _plain(name) in plain] or list(names)
-
-
-def _plain(name: str) -> str:
-    return "".join(char for char in name.casefold() if char.isalnum()) or name
-
-
-def shorten(names: Sequence[str], most: int = 5) -> str:
-    """Return the first `most` names and the number of further ones."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

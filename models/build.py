@@ -121,21 +121,21 @@ def build_segmenter(config: Any) -> Segmenter:
 
 
 def _build_timm(config: Any) -> nn.Module:
-    name, arguments = _timm_name(config), config.MODEL.TIMM.ARGS
-    if arguments.get("pretrained"):
+    name, options = _timm_name(config), config.MODEL.TIMM.ARGS
+    if options.get("pretrained"):
         raise ValueError("MODEL.TIMM.ARGS.pretrained would download weights; give a file with --pretrained")
     published = timm.get_pretrained_cfg(name)
     if published is not None and published.fixed_input_size:  # these models need the image size
-        arguments = {"img_size": config.image_size, **arguments}
+        options = {"img_size": config.image_size, **options}
     try:
-        return timm.create_model(name, **arguments)
+        return timm.create_model(name, **options)
     except TypeError as error:  # unknown argument
         raise ValueError(f"MODEL.TIMM.ARGS: {error}") from None
 
 
 def _build_timm_backbone(config: Any, *, out_indices: Sequence[int]) -> TimmBackbone:
-    arguments = {name: value for name, value in config.MODEL.TIMM.ARGS.items() if name != "num_classes"}
-    return TimmBackbone(_timm_name(config), out_indices=out_indices, **arguments)
+    options = {name: value for name, value in config.MODEL.TIMM.ARGS.items() if name != "num_classes"}
+    return TimmBackbone(_timm_name(config), out_indices=out_indices, **options)
 
 
 def _timm_name(config: Any) -> str:

@@ -232,8 +232,8 @@ class DAT(nn.Module):
         complete({"global_pool": pool}, {"global_pool": OPTIONS["global_pool"]})
         if num_classes and not pool:
             raise ValueError(
-                f"global_pool = '' leaves a map, for which there is no classifier of {num_classes} classes; "
-                "choose avg, or 0 classes"
+                f"global_pool = '' leaves a map, which num_classes = {num_classes} cannot classify; choose avg, or "
+                "num_classes = 0"
             )
         self.num_classes = num_classes
         self.global_pool = SelectAdaptivePool2d(pool_type=pool, flatten=bool(pool))

@@ -36,6 +36,11 @@ def _is_plain(layer: nn.Module) -> bool:
     return all(parameter is None or type(parameter) in _TENSORS for parameter in layer._parameters.values())
 
 
+def have_biases(*layers: nn.Module) -> bool:
+    """Return whether all of some layers have a bias."""
+    return all(getattr(layer, "bias", None) is not None for layer in layers)
+
+
 def is_pointwise(conv: nn.Conv2d) -> bool:
     """Return whether a layer is a 1x1 convolution with stride 1, without padding and groups."""
     return (

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fusing import is_depthwise, is_pointwise, may_fuse
+from .fusing import have_biases, is_depthwise, is_pointwise, may_fuse
 from .ops.depthwise import conv_mlp, depthwise_residual
 from .ops.forms import suits_cpu_forms
 from .ops.linear import linear as multiply
-from .ops.precision import widen
+from .ops.precision import autocast_disabled, widen
 
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
@@ -62,7 +62,7 @@ class Float32Linear(nn.Linear):
     """A linear layer on coordinates ``[..., in]``, computed in at least float32 even under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_disabled(x.device.type):
             x = widen(x)
             return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
@@ -71,14 +71,14 @@ class Float32Conv2d(nn.Conv2d):
     """A convolution from a map ``[B, C, H, W]`` to coordinates, computed in at least float32 even under autocast."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with autocast_disabled(x.device.type):
             x = widen(x)
             bias = None if self.bias is None else self.bias.to(x.dtype)
             return self._conv_forward(x, self.weight.to(x.dtype), bias)
 
 
-def linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a linear layer to the last axis of ``[..., in]``."""
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a layer to the last axis of ``[..., in]``; a linear layer by the faster product, if possible."""
     if type(layer) is nn.Linear and x.is_cpu and may_fuse(layer):
         return multiply(x, layer.weight, layer.bias)
     return layer(x)
@@ -187,5 +187,5 @@ class ConvMLP(nn.Module):
         if len(self.linear1) != 1 or len(self.linear2) != 1:
             return False
         first, second = self.linear1[0], self.linear2[0]
-        as_made = is_pointwise(first) and is_depthwise(self.dwc) and is_pointwise(second)
+        as_made = is_pointwise(first) and is_depthwise(self.dwc) and is_pointwise(second) and have_biases(first, second)
         return as_made and may_fuse(self.linear1, first, self.drop1, self.dwc, self.linear2, second)

@@ -43,7 +43,8 @@ EVALUATION = {"CROP": True, "CROP_RATIO": 0.875}  # the defaults of `config`
 _HERE = Path(__file__).resolve().parent
 FOLDER = _HERE / "configs" if (_HERE / "configs").is_dir() else _HERE.parent / "configs"
 
-# The published files contain a yacs `CfgNode`. It is read as a plain dict, which executes no code.
+# The published files contain a yacs `CfgNode`. PyTorch's safe unpickler supports only dicts and OrderedDicts, so it is
+# read as an OrderedDict, which executes no code.
 torch.serialization.add_safe_globals([(OrderedDict, "yacs.config.CfgNode")])
 
 

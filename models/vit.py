@@ -193,7 +193,8 @@ def _check(values: dict[str, Any]) -> None:
     reach, epochs = values["locality_reach"], values["locality_epochs"]
     if len(reach) != len(epochs):
         raise ValueError(
-            f"locality_reach has {len(reach)} entries and locality_epochs {len(epochs)}; give one of each per window"
+            f"locality_reach = {list(reach)} and locality_epochs = {list(epochs)} differ in length; give one of each "
+            "per window"
         )
     for name, numbers, smallest in (("locality_reach", reach, 0), ("locality_epochs", epochs, 1)):
         if not all(type(number) is int and number >= smallest for number in numbers):

@@ -58,7 +58,7 @@ class Report:
         for name, shapes in self.resized.items():
             tables[shapes].append(name)
         for (before, after), names in tables.items():
-            lines.append(f"resized from {before} to {after}: {len(names)} tables, {', '.join(names)}")
+            lines.append(f"tables resized from {before} to {after}: {', '.join(names)}")
         for name, (before, after) in self.channels.items():
             lines.append(f"adapted from {before[1]} to {after[1]} image channels: {name}")
         for words, names in (
@@ -143,7 +143,7 @@ def _unknown_entries(weights: dict[str, Tensor], model: nn.Module, report: Repor
 
 
 def _shorten(mismatches: list[str]) -> str:
-    more = f"; and {len(mismatches) - 4} more names" if len(mismatches) > 4 else ""
+    more = f"; and {len(mismatches) - 4} more" if len(mismatches) > 4 else ""
     return f"{'; '.join(sorted(mismatches)[:4])}{more}"
 
 
@@ -221,7 +221,7 @@ def _adapt_head(
     else:
         report.reinitialised += entries
         report.left_out += entries
-        report.head = f"{source} classes in the weights, {target} here"
+        report.head = f"number of classes: {source} in the weights, {target} here"
         return {}
     new = [row for row, index in enumerate(rows) if index == NEW_ROW]
     report.remapped += entries
@@ -304,7 +304,8 @@ def read_class_map(path: Path, *, num_classes: int, classes: Sequence[str], name
         lines = _in_order(pairs, classes, path)
     elif len(lines) != len(classes):
         raise ValueError(
-            f"class map {path} has {len(lines)} lines for {len(classes)} classes; give one index for each class"
+            f"class map {path} must have one line per class, {len(classes)}, but has {len(lines)}; give one index for "
+            "each class"
         )
     labels = []
     for number, label in lines:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from yacs.config import CfgNode
 
 from data.streams import Loader
+from data.wording import counted
 from logger import RunLog
 from models import build_model
 from utils import LateReader, StopSignal, World, sum_over_ranks
@@ -88,17 +89,20 @@ class Meter(ABC):
         """
 
 
-def check_counts(counted: float, left_out: float, samples: int) -> list[str]:
+def check_counts(evaluated: float, left_out: float, samples: int) -> list[str]:
     """Check that every sample was counted once, and return a warning about those left out.
 
     Raises:
         RuntimeError: the counts differ, or all samples were left out.
     """
-    if counted + left_out != samples:
-        raise RuntimeError(f"evaluated {counted + left_out:.0f} images of a data set of {samples}")
-    if not counted:
-        raise RuntimeError(f"none of the {samples} held-out images can be evaluated; repair the files, or name others")
-    return [f"{left_out:.0f} images could not be read and are not counted"] if left_out else []
+    if evaluated + left_out != samples:
+        raise RuntimeError(f"evaluated {counted(int(evaluated + left_out), 'image')} of a data set of {samples}")
+    if not evaluated:
+        raise RuntimeError(f"no held-out image of {samples} can be evaluated; repair the files, or name others")
+    if not left_out:
+        return []
+    unread = counted(int(left_out), "image could not be read and is", "images could not be read and are")
+    return [f"{unread} not counted"]
 
 
 def zeros(number: int, device: torch.device) -> Tensor:

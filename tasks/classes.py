@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.sources import shorten, with_similar
+from data.wording import shorten, with_similar
 from models.weights import NEW_ROW, as_numbers, find_labels, read_class_map, synsets
 
 

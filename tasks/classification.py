@@ -22,6 +22,7 @@ from data.images import StoredImage
 from data.sources import Dataset, ImageSource
 from data.streams import Loader
 from data.transforms import normalize
+from data.wording import counted
 from logger import RunLog
 from models.build import set_num_classes
 from tasks.base import Evaluation, Meter, Score, check_counts, zeros
@@ -180,8 +181,8 @@ class Classification(LabelledTask):
         self._present = present if self.config.TEST.CLASSES == "present" else None
         self._relabel(known or [f"class {label}" for label in range(number)], images.with_labels(sets))
         return [
-            f"{path} has labels for {sets.any(1).sum()} of the {len(images)} images, {sets.sum()} of "
-            f"{len(present)} classes; any label of an image counts as correct"
+            f"{path} has labels for {sets.any(1).sum()} of {counted(len(images), 'image')}, {sets.sum()} of "
+            f"{counted(len(present), 'class', 'classes')}; any label of an image counts as correct"
         ]
 
     def _relabel(self, names: list[str], held_out: ImageSource) -> None:
@@ -191,7 +192,7 @@ class Classification(LabelledTask):
         set_num_classes(self.config, len(names))
 
     def summary(self) -> str:
-        return f"{len(self.classes)} classes"
+        return counted(len(self.classes), "class", "classes")
 
     def warnings(self) -> list[str]:
         return [*self._dataset.warnings(), *self._warnings, *loader_warnings(self.config, self.largest_image())]
@@ -252,7 +253,9 @@ class Accuracy(Meter):
             f" * Loss {metrics['loss']:.4f}",
             f"Accuracy of the network on the {images:.0f} test images: {metrics['top1']:.1f}%",
         ]
-        warnings += [f"{unlabelled:.0f} images have no label and are not counted"] if unlabelled else []
+        if unlabelled:
+            without = counted(int(unlabelled), "image has no label and is", "images have no label and are")
+            warnings.append(f"{without} not counted")
         return Evaluation(metrics, lines, warnings)
 
 

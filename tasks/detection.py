@@ -17,6 +17,7 @@ from data.detection.build import build_eval_loader, build_train_loader, largest_
 from data.detection.datasets import Batch, to_device
 from data.detection.sources import DetectionDataset, DetectionSource
 from data.transforms import as_pixels, normalize
+from data.wording import counted
 from models.detection import DETECTORS
 from tasks.base import Evaluation, Meter, Score, check_counts
 from tasks.coco import Detections, average_precision, paste_masks
@@ -79,7 +80,7 @@ class Detection(LabelledTask):
         return AveragePrecision(self._dataset.held_out, self.classes, self.world)
 
     def summary(self) -> str:
-        return f"{self.config.MODEL.DETECTOR.NAME}, {len(self.classes)} classes"
+        return f"{self.config.MODEL.DETECTOR.NAME}, {counted(len(self.classes), 'class', 'classes')}"
 
 
 class AveragePrecision(Meter):

@@ -9,6 +9,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from data.build import loader_warnings
+from data.wording import counted
 from models.build import num_classes, set_num_classes
 from tasks.base import Task
 from utils import World
@@ -32,7 +33,8 @@ class LabelledTask(Task):
         meant_for = num_classes(config)
         set_num_classes(config, len(self.classes))
         if len(self.classes) != meant_for:
-            self.notes.append(f"{len(self.classes)} classes as in the data set, instead of {meant_for} in the config")
+            own = counted(len(self.classes), "class", "classes")
+            self.notes.append(f"{own} as in the data set, instead of {meant_for} in the config")
 
     @abstractmethod
     def open_dataset(self, needs: Sequence[str]) -> Any:

@@ -14,6 +14,7 @@ from data.segmentation.build import build_eval_loader, build_train_loader, open_
 from data.segmentation.datasets import Batch
 from data.segmentation.sources import IGNORED, MaskedDataset
 from data.transforms import as_pixels, normalize
+from data.wording import counted
 from models.segmentation.parts import resize
 from tasks.base import Evaluation, Meter, Score, check_counts
 from tasks.labelled import CLASSIFICATION_ONLY, LabelledTask
@@ -47,7 +48,7 @@ class Segmentation(LabelledTask):
         model, batch_size, processes = super().build_model(), self.config.DATA.BATCH_SIZE, self.world.size
         if self.training and batch_size * processes < model.smallest_batch:
             raise ValueError(
-                f"DATA.BATCH_SIZE {batch_size} on {processes} process{'es' * (processes > 1)} is too small for "
+                f"DATA.BATCH_SIZE {batch_size} on {counted(processes, 'process', 'processes')} is too small for "
                 f"{self.config.MODEL.SEGMENTER.NAME}, whose batch norms need {model.smallest_batch} images"
             )
         return model
@@ -75,7 +76,7 @@ class Segmentation(LabelledTask):
         return MeanIoU(self.classes, samples, device, scales=scales, flip=flip)
 
     def summary(self) -> str:
-        return f"{self.config.MODEL.SEGMENTER.NAME}, {len(self.classes)} classes"
+        return f"{self.config.MODEL.SEGMENTER.NAME}, {counted(len(self.classes), 'class', 'classes')}"
 
 
 class MeanIoU(Meter):

@@ -96,7 +96,7 @@ def test_steep_drop_after_the_warm_up_gives_a_warning() -> None:
     ("options", "says"),
     [
         ({"WARMUP_EPOCHS": 20}, "TRAIN.WARMUP_EPOCHS 20 is not below TRAIN.EPOCHS 10: the learning rate never reaches"),
-        ({"WARMUP_UPDATES": 500}, "TRAIN.WARMUP_UPDATES 500 is not below the 100 updates of TRAIN.EPOCHS 10: the"),
+        ({"WARMUP_UPDATES": 500}, "TRAIN.WARMUP_UPDATES 500 is not below 100, the updates of TRAIN.EPOCHS 10: the"),
         (
             {"WARMUP_EPOCHS": 5, "PLANNED_EPOCHS": 5},
             "TRAIN.WARMUP_EPOCHS 5 is not below TRAIN.LR_SCHEDULER.PLANNED_EPOCHS 5: the learning rate never reaches",

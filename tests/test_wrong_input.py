@@ -394,7 +394,7 @@ ROWS = [
     Wrong(
         name="data: batch larger than the data set",
         flags=("--batch-size", "16"),
-        says="8 training images are fewer than one update needs: .*; reduce DATA.BATCH_SIZE",
+        says="one update needs .* training images, .*, and there are 8; reduce DATA.BATCH_SIZE",
     ),
     Wrong(
         name="data: odd batch with mixup",
@@ -449,7 +449,7 @@ ROWS = [
     archive(
         "shard missing",
         lambda root: ((root / "train.tar").rename(root / "train-3.tar"), (root / "train-1.tar").touch()),
-        "shards 2 are missing next to wrong/train-1.tar and train-3.tar; copy them again",
+        "shard 2 missing next to wrong/train-1.tar and train-3.tar; copy again what is missing",
     ),
     archive(
         "without its end",
@@ -489,7 +489,7 @@ ROWS = [
     archive(
         "last shard of a number missing",
         lambda root: (root / "val-000000.tar").rename(root / "val-00000-of-00002.tar"),
-        "shards 1 are missing next to wrong/val-00000-of-00002.tar; copy them again",
+        "shard 1 missing next to wrong/val-00000-of-00002.tar; copy again what is missing",
         lambda photos, root: write_shards(photos, root, size=8),
     ),
     archive(
@@ -511,7 +511,7 @@ ROWS = [
     archive(
         "parts swapped by size",
         lambda root: (swap(root), index(root)),
-        "there are 8 held-out and only 4 training images: the splits seem swapped; ",
+        "there are 8 images held out and only 4 for training: the splits seem swapped; ",
     ),
     *(
         Wrong(
@@ -552,7 +552,7 @@ ROWS = [
     folder(
         "parts swapped by size",
         {"train/cat": 4, "val/cat": 9},
-        "there are 9 held-out and only 4 training images: the splits seem swapped; exchange them, or set DATA.ALLOW",
+        "there are 9 images held out and only 4 for training: the splits seem swapped; exchange them, or set DATA",
     ),
     Wrong(
         name="data: unknown format",
@@ -724,7 +724,7 @@ ROWS = [
     weights(
         "architecture, to fine-tune",
         lambda: None,
-        "--pretrained trained.pth: the weights are of another architecture: cls_head.weight is .* more names",
+        "--pretrained trained.pth: the weights are of another architecture: cls_head.weight is .* more",
         *("--pretrained", "trained.pth", "--opts", "MODEL.DAT.dims", "[8, 16, 16, 32]"),
     ),
     weights(
@@ -841,12 +841,12 @@ ROWS = [
     ),
     annotated(
         "boxes without an area",
-        "has no image with an object; .* 1 boxes without an area are left out: annotation 5",
+        "has no image with an object; .* left out 1 box without an area: annotation 5",
         without_boxes,
     ),
     annotated(
         "unknown category",
-        "has no image with an object; .* 1 boxes of an unknown class are left out: annotation 5",
+        "has no image with an object; .* left out 1 box of an unknown class: annotation 5",
         lambda root: without_boxes(root, category=99, width=4),
     ),
     annotated(
@@ -879,7 +879,7 @@ ROWS = [
     ),
     masked(
         "missing mask",
-        "1 of 8 images in wrong/images/train have no mask in wrong/masks/train: 0; add masks named",
+        "1 of 8 images in wrong/images/train without a mask in wrong/masks/train: 0; add masks named",
         lambda root: (root / "masks/train/0.png").unlink(),
     ),
     # The output folder. Permissions would not stop root, who may run this.
@@ -1022,7 +1022,7 @@ def test_launchers_print_their_usage(command: list[str], says: str) -> None:
         ),
         (
             ["train.sh", "2", "{tiny}", "--batch-size", "1000"],
-            "1437 training images are fewer .* batch size 1000 x 2 proc",
+            "one update needs .* batch size 1000 x 2 proc",
         ),
         (["evaluate.sh", "2", "{tiny}", "{tiny}"], "tiny.yaml is damaged"),
     ],

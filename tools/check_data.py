@@ -33,6 +33,7 @@ from tqdm import tqdm
 from data.build import open_dataset
 from data.images import UnreadableImage
 from data.sources import Dataset, ImageSource
+from data.wording import counted
 from tools.make_shards import dataset_config
 
 # An image is tiny if a side has fewer pixels than TINY, and unusual if its aspect ratio is at least ODD.
@@ -82,10 +83,10 @@ def check(dataset: Dataset, parts: Sequence[str], *, workers: int, show: int) ->
         seen = list(tqdm(_inspect_all(source, workers), total=len(source), unit="image", desc=part, disable=None))
         broken = [one for one in seen if one.error]
         whole = [one for one in seen if not one.error]
-        print(f"\n{part}: {len(source)} images, {len(broken)} unreadable")
+        print(f"\n{part}: {counted(len(source), 'image')}, {len(broken)} unreadable")
         _list([one.error for one in broken], show)
         if broken:
-            faults.append(f"{len(broken)} unreadable images in {part}")
+            faults.append(f"{counted(len(broken), 'unreadable image')} in {part}")
         _describe_classes(dataset, source)
         _describe_sizes(source, whole, show)
         if whole:
@@ -134,7 +135,7 @@ def _describe_sizes(source: ImageSource, seen: Sequence[ImageStatistics], show: 
         (f"oddly shaped, one side {ODD} times the other or more", sizes.max(1) >= ODD * sizes.min(1)),
     ):
         if chosen.any():
-            print(f"{chosen.sum()} images are {kind}")
+            print(f"{counted(chosen.sum(), 'image is', 'images are')} {kind}")
             found = np.flatnonzero(chosen)
             names = (f"{source.get(seen[i].index).name} ({sizes[i][0]} x {sizes[i][1]})" for i in found[:show])
             _list(list(names), show, len(found))
@@ -150,13 +151,15 @@ def _duplicates(places: dict[bytes, dict[str, list[str]]], parts: Sequence[str],
     faults = []
     both = [found for found in places.values() if len(found) > 1]
     if both:
-        print(f"\n{len(both)} images are in both train and val")
+        print(f"\n{counted(len(both), 'image is', 'images are')} in both train and val")
         _list([f"{found['train'][0]} = {found['val'][0]}" for found in both], show)
-        faults.append(f"{len(both)} images are trained on and held out, so results are too good")
+        faults.append(
+            f"{counted(len(both), 'image is', 'images are')} trained on and held out, so results are too good"
+        )
     for part in parts:
         twice = [names for found in places.values() if len(names := found.get(part, [])) > 1]
         if twice:
-            print(f"\n{len(twice)} images occur more than once in {part}")
+            print(f"\n{counted(len(twice), 'image occurs', 'images occur')} more than once in {part}")
             _list([" = ".join(names[:3]) for names in twice], show)
     return faults
 

@@ -75,10 +75,7 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> int:
         model: a network of images ``[1, 3, H, W]``, not changed. A detector counts with its maximum number of regions.
         size: height and width of the image in pixels.
     """
-    model = deepcopy(model).cpu().eval().requires_grad_(False)
-    for module in model.modules():
-        if hasattr(module, "form"):
-            module.form = "reference"
+    model = with_plain_operations(deepcopy(model).cpu().eval().requires_grad_(False))
     run = model.run_layers if isinstance(model, Detector) else model
     counter = FlopCounterMode(display=False)
     # The plain form of attention consists of matrix products, which every release of PyTorch counts.
@@ -86,6 +83,14 @@ def count_macs(model: nn.Module, size: tuple[int, int]) -> int:
     with fake, plain, torch.no_grad(), _unchecked(), counter:
         run(torch.empty(1, 3, *size))
     return counter.get_total_flops() // 2
+
+
+def with_plain_operations(network: nn.Module) -> nn.Module:
+    """Set every operation of a network to its plain form, ``reference``, and return the network."""
+    for module in network.modules():
+        if hasattr(module, "form"):
+            module.form = "reference"
+    return network
 
 
 @contextmanager

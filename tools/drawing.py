@@ -18,6 +18,7 @@ PANEL = 2.5  # inches
 # Area of the largest circle of a panel in square points; the smallest remains visible.
 LARGEST, SMALLEST = 190.0, 3.0
 QUERY_COLOUR = "#ffe600"
+GREY = 0.45  # share of grey in the image below the drawings
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def first_heads(block: BlockAttention, number: int) -> list[int]:
 
 
 def _draw_points(axes: Axes, image: NDArray[np.uint8], block: BlockAttention) -> None:
-    _show(axes, image, "sampling points", dim=0.45)
+    _show(axes, image, "sampling points")
     height, width = image.shape[:2]
     _scatter(axes, block.reference, image, s=7, facecolors="none", edgecolors="white", linewidths=0.6)
     for group, places in enumerate(block.places):
@@ -109,7 +110,7 @@ def _draw_points(axes: Axes, image: NDArray[np.uint8], block: BlockAttention) ->
 
 
 def _draw_importance(axes: Axes, image: NDArray[np.uint8], block: BlockAttention) -> None:
-    _show(axes, image, "importance of keys", dim=0.45)
+    _show(axes, image, "importance of keys")
     importance = block.importance()
     for group, places in enumerate(block.places):
         _circles(axes, image, places, importance[group] / importance.max(), colour(group), shrink=block.groups)
@@ -118,7 +119,7 @@ def _draw_importance(axes: Axes, image: NDArray[np.uint8], block: BlockAttention
 def _draw_attention(axes: Axes, image: NDArray[np.uint8], block: BlockAttention, query: Place, head: int) -> None:
     group = block.group_of(head)
     name = f"head {head + 1}" + (f", group {group + 1}" if block.groups > 1 else "")
-    _show(axes, image, name, dim=0.45)
+    _show(axes, image, name)
     weights = block.weights[head, block.query_at(query)]
     _circles(axes, image, block.places[group], weights / weights.max(), colour(group))
     _scatter(axes, np.array([query]), image, s=110, marker="*", color=QUERY_COLOUR, edgecolors="black", linewidths=0.7)
@@ -136,10 +137,10 @@ def _scatter(axes: Axes, places: NDArray, image: NDArray[np.uint8], **style: obj
     axes.scatter(x, y, clip_on=True, **style)
 
 
-def _show(axes: Axes, image: NDArray[np.uint8], title: str, *, dim: float) -> None:
-    """Show the image, lightened by `dim`, so that drawings on it are visible."""
-    pale = image * (1 - dim) + 255 * dim * 0.5
-    axes.imshow(pale.astype(np.uint8), interpolation="nearest" if max(image.shape) < 100 else "antialiased")
+def _show(axes: Axes, image: NDArray[np.uint8], title: str) -> None:
+    """Show the image, mixed with grey so that drawings on it are visible."""
+    dimmed = image * (1 - GREY) + 255 * GREY * 0.5
+    axes.imshow(dimmed.astype(np.uint8), interpolation="nearest" if max(image.shape) < 100 else "antialiased")
     axes.set(xticks=(), yticks=(), xlim=(-0.5, image.shape[1] - 0.5), ylim=(image.shape[0] - 0.5, -0.5))
     axes.set_title(title, fontsize=8)
 

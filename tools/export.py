@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from config import load_config
 from data.build import is_stream
+from data.wording import counted
 from logger import RunLog
 from models.build import num_classes
 from tasks import build_task
@@ -155,7 +156,8 @@ def _scorer(model: TrainedModel, size: tuple[int, int], data_path: str | None) -
     expected = num_classes(config)
     task = build_task(config, World(0, 1, 0, torch.device("cpu")), training=False)
     if num_classes(config) != expected:
-        raise ValueError(f"--validate: the images have {num_classes(config)} classes, the network {expected}")
+        classes = counted(num_classes(config), "class", "classes")
+        raise ValueError(f"--validate: the images have {classes}, the network {expected}")
     log = RunLog(None, config, is_main=True)
     return lambda network: task.score.of(task.evaluate(network, task.eval_loader(), log).metrics)
 

@@ -41,6 +41,7 @@ from data.build import is_stream, open_dataset
 from data.formats.tar import MANIFEST, build_index, index_name
 from data.images import StoredImage, UnreadableImage
 from data.sources import SEPARATOR, Dataset, ImageSource
+from data.wording import counted
 from utils import write_atomically
 
 PLAN = "plan.json"
@@ -136,7 +137,8 @@ def pack(args: argparse.Namespace) -> None:
     for left in args.output.glob("*.part"):
         left.unlink()
     size = sum(entry["bytes"] for entry in entries.values())
-    print(f"{sum(plan.images.values())} images in {len(shards)} shards, {size / 2**20:.1f} MiB, are in {args.output}")
+    images, archives = counted(sum(plan.images.values()), "image"), counted(len(shards), "shard")
+    print(f"{args.output}: {images} in {archives}, {size / 2**20:.1f} MiB")
 
 
 def dataset_config(dataset: str, path: str, options: Sequence[str]) -> CfgNode:

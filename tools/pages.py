@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from PIL import Image
 
 TEMPLATES = Path(__file__).parent / "templates"
 THUMBNAIL = 320  # pixels of the longer side of the picture of a figure
+_PLACE = re.compile(r"\{\{(\w+)\}\}")
 FEW_PIXELS = 100  # images with at most these on the longer side are stored without loss and shown pixel by pixel
 
 
@@ -28,10 +30,8 @@ def fill(template: str, **values: str) -> str:
     page = (TEMPLATES / template).read_text(encoding="utf-8")
     if "{{style}}" in page:
         values["style"] = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    for name, value in values.items():
-        assert f"{{{{{name}}}}}" in page, name
-        page = page.replace(f"{{{{{name}}}}}", value)
-    return page
+    assert set(_PLACE.findall(page)) == values.keys(), template
+    return _PLACE.sub(lambda place: values[place[1]], page)  # in one pass: values may contain {{name}}, too
 
 
 def text(value: object) -> str:

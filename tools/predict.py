@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from data.wording import counted
 from models.contract import compile_parts
 from tasks.pictures import SHOWN
 from tools import pages
@@ -209,7 +210,7 @@ def page(model: TrainedModel, predictions: Sequence[Prediction], unreadable: Seq
     return pages.fill(
         "predict.html",
         title=pages.text(f"Predictions of {model.config.MODEL.NAME}"),
-        summary=pages.text(f"{len(predictions)} images; {model.words()}"),
+        summary=pages.text(f"{counted(len(predictions), 'image')}; {model.words()}"),
         images="\n".join(_figure(model.read(one.path), one) for one in predictions),
         unreadable=skipped,
     )

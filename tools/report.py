@@ -32,6 +32,7 @@ from yacs.config import CfgNode
 from config import default_config, differences, load_config
 from data.build import is_stream
 from data.images import StoredImage
+from data.wording import counted
 from logger import read_rows
 from tasks import TASKS, build_task
 from tasks.classification import Classification
@@ -252,7 +253,8 @@ def _table(rows: Sequence[tuple[str, object]]) -> str:
 
 
 def _left_off(rows: int) -> str:
-    return f'<p class="soft">and {rows - MOST_ROWS} more classes</p>' if rows > MOST_ROWS else ""
+    left = counted(rows - MOST_ROWS, "more class", "more classes")
+    return f'<p class="soft">and {left}</p>' if rows > MOST_ROWS else ""
 
 
 def _time(seconds: float) -> str:

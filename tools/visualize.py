@@ -34,6 +34,7 @@ from PIL import Image
 
 from config import load_config
 from data.transforms import as_pixels
+from data.wording import counted
 from models.vit import VisionTransformer
 from tools import pages
 from tools.arguments import image_size
@@ -103,7 +104,7 @@ def visualize(args: argparse.Namespace) -> None:
         pixels, seen = attention_of(path, networks, size, stages=args.stages, every_block=args.every_block)
         most = max(block.heads for block in seen[0].blocks)
         if max(args.heads, default=0) > most:
-            raise ValueError(f"--heads {max(args.heads)}: the blocks have at most {most} heads")
+            raise ValueError(f"--heads {max(args.heads)}: the blocks have at most {counted(most, 'head')}")
         target = args.output / f"{pages.free_name(Path(path).stem, taken)}.png"
         draw(pixels, seen, queries=queries, heads=[head - 1 for head in args.heads]).savefig(target, dpi=130)
         print(target)

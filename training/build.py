@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
 from data.streams import Loader
+from data.wording import counted
 from logger import RunLog, check_recorders
 from lr_scheduler import build_scheduler, schedule_warnings
 from models.build import arguments
@@ -214,7 +215,7 @@ def _restore(state: TrainingState, config: CfgNode, resumed: Resumed) -> list[st
     position = state.position
     if position.epoch >= config.TRAIN.EPOCHS and path.parent.resolve() != config.run_folder.resolve():
         raise ValueError(
-            f"{path} is the end of a run of {position.epoch} epochs, so nothing is left to train; "
+            f"{path} is the end of a run of {counted(position.epoch, 'epoch')}, so nothing is left to train; "
             "evaluate it with --eval, or start from its weights with --pretrained"
         )
     left = "; nothing is left to train" if position.epoch >= config.TRAIN.EPOCHS else ""
@@ -263,12 +264,13 @@ def _distribute(network: nn.Module, world: World) -> nn.Module:
 
 def describe_run(config: CfgNode, assembly: Assembly, world: World) -> str:
     """Return one line with the sizes of a run."""
-    parameters = sum(p.numel() for p in assembly.state.network.parameters())
+    state = assembly.state
+    parameters = sum(p.numel() for p in state.network.parameters())
     return (
         f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(assembly.train_loader.dataset)} training and "
-        f"{len(assembly.eval_loader.dataset)} held-out images, {config.TRAIN.EPOCHS} epochs of "
-        f"{assembly.state.updates_per_epoch} updates of {assembly.state.images_per_update} images on {world.size} x "
-        f"{world.device.type}; results in {config.run_folder}"
+        f"{counted(len(assembly.eval_loader.dataset), 'held-out image')}, {counted(config.TRAIN.EPOCHS, 'epoch')} of "
+        f"{counted(state.updates_per_epoch, 'update')} of {counted(state.images_per_update, 'image')} on "
+        f"{world.size} x {world.device.type}; results in {config.run_folder}"
     )
 
 

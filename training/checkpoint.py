@@ -18,7 +18,6 @@ import re
 import shutil
 import warnings
 import zipfile
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -29,20 +28,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
+from data.wording import counted
 from models.contract import classifier
 from models.options import did_you_mean
 from utils import STAGED
 
 FORMAT = 1
 
-# PyTorch's safe unpickler supports only dicts and OrderedDicts, so a pickled CfgNode is read as an OrderedDict.
-_CFG_NODE = (OrderedDict, "yacs.config.CfgNode")
-
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint onto the CPU, unpickling only tensors and plain containers.
 
-    The yacs `CfgNode` of a published file becomes an `OrderedDict`.
+    The yacs `CfgNode` of a published file becomes an `OrderedDict`, as `models.registry` has told PyTorch.
 
     Args:
         path: a file, or a URL as accepted by `fetch`.
@@ -57,7 +54,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if kind := _other_archive(path):
         raise ValueError(f"{path} is {kind}")
     try:
-        with torch.serialization.safe_globals([_CFG_NODE]), warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # problems are reported below, in one line
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -161,7 +158,7 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
         classes, wanted = weights[head].shape[0], expected[head].shape[0]
         if classes != wanted:
             raise ValueError(
-                f"{path} was trained for {classes} classes, the data set has {wanted}; "
+                f"{path} was trained for {counted(classes, 'class', 'classes')}, the data set has {wanted}; "
                 "evaluate it on the data it was trained on, or fine-tune it with --pretrained"
             )
     problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]

@@ -10,6 +10,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from data.streams import Loader
+from data.wording import counted
 from logger import RunLog
 from models import build_model
 from models.contract import compile_parts, set_epoch
@@ -52,11 +53,11 @@ class CheckpointEvaluation:
         log.begin(self.notes, self.warnings)
         if config.COMPILE:
             compile_parts(self.network)
-        images = len(self.loader.dataset)
+        images = counted(len(self.loader.dataset), "image")
         choice = self.choice and f", {self.choice},"
-        processes = f"{world.size} process{'es' * (world.size > 1)}"
+        processes = counted(world.size, "process", "processes")
         precision = "" if self.amp == "off" else f", in {self.amp}"
-        log.info(f"evaluating {self.path}{choice} on {images} images, {processes}{precision}")
+        log.info(f"evaluating {self.path}{choice} on {images}, {processes}{precision}")
         with torch.autocast(world.device.type, dtype=AUTOCAST[self.amp], enabled=self.amp != "off"):
             result = self.task.evaluate(self.network, self.loader, log)
         log.result(result.lines, result.warnings)

@@ -60,7 +60,7 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
     minutes = collective_timeout().total_seconds() / 60
     reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's source line and advice
     timed_out = re.search(r"time[d ]*out", reason, flags=re.IGNORECASE)
-    what = f"did not answer for {minutes:g} minutes (DAT_TIMEOUT_MINUTES)" if timed_out else "died"
+    what = f"did not answer within DAT_TIMEOUT_MINUTES = {minutes:g}" if timed_out else "died"
     log.error(f"rank {launched_as().rank}: another process {what}: {reason}; {_continuation()}")
     return LOST_PEER
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from data.wording import counted
 from models.contract import set_epoch
 from optimizer import keep_frozen_in_eval, learning_rate, step_unless
 from tasks import Evaluation
@@ -206,9 +207,9 @@ def record(run: Run, report: tuple[Any, list[float]] | None, progress: Progress)
         run.log.warning(f"{where}: loss or gradient is not finite; update skipped ({position.nonfinite} so far)")
         if position.nonfinite_in_row >= config.TRAIN.MAX_NONFINITE:
             raise TrainingStopped(
-                f"{where}: {position.nonfinite_in_row} updates in a row were not finite; the last good checkpoint is "
-                "kept. Try a lower TRAIN.BASE_LR, a longer warm-up, or --amp bf16 in place of fp16"
-                + (f". {anomaly_report(run, update, batches)}" if batches else "")
+                f"{where}: {counted(position.nonfinite_in_row, 'update was', 'updates in a row were')} not finite; the "
+                "last good checkpoint is kept. Try a lower TRAIN.BASE_LR, a longer warm-up, or --amp bf16 in place of "
+                "fp16" + (f". {anomaly_report(run, update, batches)}" if batches else "")
             )
     progress.advance(update, loss, lr, names, taken)
     return Action.STOP if stop else Action.SAVE if save else Action.NOTHING

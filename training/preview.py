@@ -44,7 +44,7 @@ def draw_schedule(rates: list[tuple[float, float]]) -> str:
         column = min(int(at / epochs * columns), columns - 1)
         heights[column] = max(heights[column], rate)
     bars = "".join(_BARS[round(height / (peak or 1) * (len(_BARS) - 1))] for height in heights)
-    return f"learning rate: {rates[0][1]:.2e} {bars} {rates[-1][1]:.2e}, highest {peak:.2e} after {peak_at:.3g} epochs"
+    return f"learning rate: {rates[0][1]:.2e} {bars} {rates[-1][1]:.2e}, highest {peak:.2e} at epoch {peak_at:.3g}"
 
 
 def checkpoint_bytes(state: TrainingState) -> int:

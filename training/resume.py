@@ -11,6 +11,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from config import complete, differences, flatten, options
+from data.wording import counted
 from models.weights import adapt
 from tasks import Task
 from training.checkpoint import FORMAT, CheckpointFolder, load_checkpoint
@@ -108,8 +109,9 @@ def start_from_pretrained(config: CfgNode, network: nn.Module, task: Task) -> tu
     if not known or classes != known or not isinstance(trained, int):
         return notes, []
     return notes, [
-        f"{path} has been trained on these classes for {trained} epochs: optimizer and schedule start from scratch, so "
-        "accuracy may drop while the learning rate is high; docs/training.md describes how to train it for longer"
+        f"{path} has been trained on these classes for {counted(trained, 'epoch')}: optimizer and schedule start from "
+        "scratch, so accuracy may drop while the learning rate is high; docs/training.md describes how to train it for "
+        "longer"
     ]
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from yacs.config import CfgNode
 
 from data.streams import Loader
+from data.wording import counted
 from logger import RunLog
 from lr_scheduler import Continued
 from optimizer import keeps_state, skips_on_device
@@ -156,7 +157,7 @@ class TrainingState:
         self.position.update = self.position.update * state["images_per_update"] // self.images_per_update
         if self.position.update > self.updates_per_epoch:
             raise ValueError(
-                f"{path} was saved after {self.position.update} updates of an epoch, which has "
+                f"{path} was saved after {counted(self.position.update, 'update')} of an epoch, which has "
                 f"{self.updates_per_epoch} now; continue with the data set that the run started with"
             )
         if self.updates_done:
@@ -208,7 +209,7 @@ class Run:
         """Return why the run ends before its last epoch; empty if it continues."""
         patience = self.config.TRAIN.PATIENCE
         if self.state.position.lacks_progress(patience):
-            return f"no better {self.task.score.title} for {patience} epochs (TRAIN.PATIENCE)"
+            return f"no better {self.task.score.title} for {counted(patience, 'epoch')} (TRAIN.PATIENCE)"
         return ""
 
     def save(self, *, best: bool = False, epoch: int | None = None) -> bool:

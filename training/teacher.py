@@ -6,6 +6,7 @@ import timm
 from timm.data import resolve_data_config
 from yacs.config import CfgNode
 
+from data.wording import counted
 from tasks import Task
 from tasks.distillation import Teacher
 from training.trained_model import load_trained
@@ -31,7 +32,7 @@ def add_teacher(config: CfgNode, task: Task) -> list[str]:
         words = settings.TIMM
     are_named = settings.TEACHER and not settings.CONFIG  # only checkpoints of this trainer have comparable names
     if len(classes) != len(ours) or (are_named and classes != ours):
-        differs = f"{len(classes)} classes and the data set {len(ours)}"
+        differs = f"{counted(len(classes), 'class', 'classes')} and the data set {len(ours)}"
         if len(classes) == len(ours):
             label = next(label for label, name in enumerate(ours) if classes[label] != name)
             differs = f"class {label} as {classes[label]!r} and the data set as {ours[label]!r}"

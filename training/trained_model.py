@@ -16,6 +16,7 @@ from yacs.config import CfgNode
 from config import complete, load_config
 from data.images import read_image
 from data.transforms import eval_transform
+from data.wording import counted
 from models.build import build_model, num_classes, set_num_classes
 from models.weights import IMAGENET_1K
 from tasks.classes import describe_labels
@@ -67,7 +68,8 @@ class TrainedModel:
         """Return a description of what was loaded."""
         kind = {RAW: "raw weights", EMA: "averaged weights", "": "random weights"}[self.weights]
         name = self.config.MODEL.NAME
-        loaded = f"{self.path or name}: {name}, {len(self.classes)} classes ({describe_labels(self.classes)}), {kind}"
+        classes = counted(len(self.classes), "class", "classes")
+        loaded = f"{self.path or name}: {name}, {classes} ({describe_labels(self.classes)}), {kind}"
         return "\n".join([*self.notes, loaded])
 
 

@@ -16,7 +16,7 @@ from faster_coco_eval.core import mask as rle
 
 from data.detection.sources import DetectionSource, Objects
 from data.images import StoredImage, read_file
-from data.sources import shorten
+from data.wording import counted, shorten
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,8 @@ class Faults:
     def warnings(self, where: object) -> list[str]:
         """Return warnings about what was left out of a file or folder."""
         return [
-            f"{where}: {len(names)} boxes {what} are left out: {shorten(names)}" for what, names in self.names.items()
+            f"{where}: left out {counted(len(names), 'box', 'boxes')} {what}: {shorten(names)}"
+            for what, names in self.names.items()
         ]
 
 
@@ -167,10 +168,10 @@ def split_warnings(source: AnnotatedImages, where: object, faults: Faults, witho
     if not len(source):
         raise ValueError("; ".join([f"{where} has no image with an object", *found]))
     if without:
-        found.append(f"{where}: {len(without)} images without objects are not trained on: {shorten(without)}")
+        found.append(f"{where}: not trained on {counted(len(without), 'image')} without objects: {shorten(without)}")
     missing = source.missing()
     if len(missing) == len(source):
         raise ValueError(f"none of the {len(source)} images of {where} exists: {shorten(missing)}; check the data path")
     if missing:
-        found.append(f"{where}: {len(missing)} images are missing, see DATA.BAD_IMAGES: {shorten(missing)}")
+        found.append(f"{where}: {counted(len(missing), 'image')} missing, see DATA.BAD_IMAGES: {shorten(missing)}")
     return found

@@ -15,17 +15,8 @@ import numpy as np
 from data.formats.series import check_series, find_files
 from data.images import StoredImage, read_file
 from data.listing import cache_folder
-from data.sources import (
-    SPLITS,
-    Dataset,
-    ImageSource,
-    Request,
-    check_no_decimals,
-    join_classes,
-    relabel,
-    shorten,
-    to_matrix,
-)
+from data.sources import SPLITS, Dataset, ImageSource, Request, check_no_decimals, join_classes, relabel, to_matrix
+from data.wording import shorten
 
 SAVED_LAYOUT = "DATA_PATH is a folder that save_to_disk of a DatasetDict with train and validation wrote"
 PARQUET_LAYOUT = (

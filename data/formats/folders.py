@@ -20,7 +20,8 @@ from PIL import Image
 from data.formats.ground_truth import read_ground_truth
 from data.images import StoredImage, read_file
 from data.listing import Listing, cache_folder, process_lock
-from data.sources import Dataset, ImageSource, Request, join_classes, relabel, shorten
+from data.sources import Dataset, ImageSource, Request, join_classes, relabel
+from data.wording import counted, shorten
 
 LAYOUT = "the layout is DATA_PATH/train/<class>/*.jpg and DATA_PATH/val/<class>/*.jpg"
 
@@ -229,8 +230,8 @@ def skipped_files(place: Path, skipped: Mapping[str, int] | None) -> str:
     """
     if not skipped:
         return ""
-    count = sum(skipped.values())
-    return f"{count} files in {place} are skipped; Pillow cannot read their formats: {count_by_extension(skipped)}"
+    files = counted(sum(skipped.values()), "file")
+    return f"{files} skipped in {place}, of formats that Pillow cannot read: {count_by_extension(skipped)}"
 
 
 def count_by_extension(skipped: Mapping[str, int]) -> str:

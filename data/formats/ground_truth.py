@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.sources import read_lines
+from data.wording import counted
 
 KAGGLE = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_validation_ground_truth.txt"
@@ -40,7 +41,9 @@ def _match(folder: Path, path: Path, classes: dict[str, str]) -> dict[str, str]:
     there = {name for name in _names(folder) if not name.startswith(".")} - {KAGGLE, DEVKIT, PAIRS}
     missing, unlisted = sorted(classes.keys() - there), sorted(there - classes.keys())
     if missing or unlisted:
-        what = f"lacks {len(missing)} images of it" if missing else f"holds {len(unlisted)} files not in it"
+        what = f"lacks {counted(len(missing), 'image')} of it"
+        if not missing:
+            what = f"holds {counted(len(unlisted), 'file')} not in it"
         raise ValueError(f"{path} does not match {folder}, which {what}, such as {(missing or unlisted)[0]}")
     return classes
 
@@ -64,7 +67,7 @@ def _devkit(path: Path, folder: Path) -> dict[str, str]:
     numbers = path.read_text(encoding="ascii").split()
     images = sorted(name for name in _names(folder) if name.startswith("ILSVRC2012_val_"))
     if len(numbers) != len(images):
-        raise ValueError(f"{path} lists {len(numbers)} images, but {folder} holds {len(images)}")
+        raise ValueError(f"{path} lists {counted(len(numbers), 'image')}, but {folder} holds {len(images)}")
     unknown = next((number for number in numbers if number not in synsets), None)
     if unknown is not None:
         raise ValueError(f"{path}: {unknown} is not a class in {meta}")

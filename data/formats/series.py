@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.sources import shorten
+from data.wording import shorten
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
@@ -36,9 +36,10 @@ def check_series(paths: Sequence[Path]) -> None:
     missing = sorted(set(wanted) - set(numbers))
     if missing:
         there = f"{paths[0]} and {paths[-1].name}" if len(paths) > 1 else str(paths[0])
+        numbers = shorten([str(number) for number in missing])
         raise ValueError(
-            f"shards {shorten([str(number) for number in missing])} are missing next to {there}; copy them again, or "
-            f"number the others without gaps"
+            f"{'shards' if len(missing) > 1 else 'shard'} {numbers} missing next to {there}; copy again what is "
+            "missing, or number the others without gaps"
         )
 
 

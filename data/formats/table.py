@@ -20,10 +20,10 @@ from data.sources import (
     classes_of,
     join_classes,
     read_class_list,
-    shorten,
     split_labels,
     to_matrix,
 )
+from data.wording import counted, shorten
 
 LAYOUT = (
     "the layout is DATA_PATH/train.csv and DATA_PATH/val.csv (or .tsv) with the path of an image and its label on each "
@@ -167,8 +167,8 @@ def _listed_label(path: Path, row: Row, places: Mapping[str, int]) -> tuple[int,
             found.append(int(label))
         else:
             raise ValueError(
-                f"{path}, line {row.line}: label {label!r} is out of range; classes.txt has {len(places)} classes, "
-                f"labels are their names or 0 to {len(places) - 1}"
+                f"{path}, line {row.line}: label {label!r} is out of range; classes.txt has "
+                f"{counted(len(places), 'class', 'classes')}, labels are their names or 0 to {len(places) - 1}"
             )
     return tuple(found)
 
@@ -190,7 +190,7 @@ def _check_files(path: Path, rows: Sequence[Row]) -> None:
     if missing:
         raise ValueError(
             f"{path}, line {missing[0].line}: there is no file {path.parent / missing[0].path}"
-            + (f", nor those of {len(missing) - 1} more lines" if len(missing) > 1 else "")
+            + (f", nor those of {counted(len(missing) - 1, 'more line')}" if len(missing) > 1 else "")
             + "; paths are relative to the table"
         )
 

@@ -33,10 +33,10 @@ from data.sources import (
     join_classes,
     read_class_list,
     relabel,
-    shorten,
     split_labels,
     to_matrix,
 )
+from data.wording import counted, shorten
 
 LAYOUT = (
     "the layout is DATA_PATH/train.tar and DATA_PATH/val.tar with members <class>/<image>, or shards "
@@ -191,7 +191,9 @@ def _check_shards(paths: Sequence[Path]) -> None:
     names = {path.name for path in paths}
     missing = [name for name in listed if _series(name) == _series(paths[0].name) and name not in names]
     if missing:
-        raise ValueError(f"{paths[0].parent} lacks {shorten(missing)}, which {manifest} lists; copy them again")
+        raise ValueError(
+            f"{paths[0].parent} lacks {shorten(missing)}, which {manifest} lists; copy again what is missing"
+        )
 
 
 def _series(name: str) -> str:
@@ -202,8 +204,8 @@ def _by_number(numbers: Sequence[str], classes: Sequence[str], shards: Sequence[
     beyond = [number for number in numbers if int(number) >= len(classes)]
     if beyond:
         raise ValueError(
-            f"{shards[0]} has the label {shorten(beyond)}, but classes.txt has {len(classes)} classes, labels 0 to "
-            f"{len(classes) - 1}"
+            f"{shards[0]} has the label {shorten(beyond)}, but classes.txt has "
+            f"{counted(len(classes), 'class', 'classes')}, labels 0 to {len(classes) - 1}"
         )
     return [classes[int(number)] for number in numbers]
 

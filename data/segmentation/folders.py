@@ -10,7 +10,8 @@ import numpy as np
 from data.formats.folders import image_extensions
 from data.images import StoredImage, read_file
 from data.segmentation.sources import Labels, MaskedDataset, MaskedSource, read_mask
-from data.sources import SPLITS, Request, read_class_list, read_lines, shorten
+from data.sources import SPLITS, Request, read_class_list, read_lines
+from data.wording import counted, shorten
 
 LAYOUT = (
     "the layout is DATA_PATH/images/{train,val}/*.jpg, DATA_PATH/masks/{train,val}/*.png (or annotations/) and "
@@ -58,7 +59,8 @@ def _open(request: Request, root: Path, classes: list[str], labels: Labels, layo
         masks = _first(root, ("masks", "annotations"), names, layout)
         pairs, spare = _pairs(images, masks)
         sources[split] = FolderSource(pairs, labels.table(), len(classes), exif=request.exif)
-        warnings += [f"{len(spare)} masks in {masks} have no image: {shorten(spare, 3)}"] if spare else []
+        if spare:
+            warnings.append(f"{counted(len(spare), 'mask')} without an image in {masks}: {shorten(spare, 3)}")
     return MaskedDataset(
         classes=classes, train=sources.get("train"), held_out=sources.get("val"), format_warnings=warnings
     )
@@ -81,8 +83,8 @@ def _pairs(images: Path, masks: Path) -> tuple[list[tuple[str, str]], list[str]]
     bare = sorted(found.keys() - wanted.keys())
     if bare:
         raise ValueError(
-            f"{len(bare)} of {len(found)} images in {images} have no mask in {masks}: {shorten(bare, 3)}; add masks "
-            f"named as the image, ending in .png, or remove the images"
+            f"{len(bare)} of {counted(len(found), 'image')} in {images} without a mask in {masks}: {shorten(bare, 3)}; "
+            f"add masks named as the image, ending in .png, or remove the images"
         )
     return [(found[stem], wanted[stem]) for stem in sorted(found)], sorted(wanted.keys() - found.keys())
 

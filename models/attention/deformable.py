@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..fusing import may_fuse
+from ..fusing import have_biases, may_fuse
 from ..layers import Float32Conv2d, Float32Linear, LayerNorm, as_pair, pad_small, pointwise
 from ..ops.deformable import attention, deformable_attention
 from ..ops.forms import is_checkpointed, needs_plain_operations
@@ -271,7 +271,7 @@ class DeformableAttention(nn.Module):
         q = pad_small(q, conv.kernel_size[0] - 2 * conv.padding[0])
         if self.groups == 1:
             return rearrange(self.conv_offset(q), "b yx h w -> b h w 1 yx")
-        if not may_fuse(self.conv_offset, conv):
+        if not (may_fuse(self.conv_offset, conv) and have_biases(conv)):
             offsets = self.conv_offset(rearrange(q, "b (g c) h w -> (b g) c h w", g=self.groups))
             return rearrange(offsets, "(b g) yx h w -> b h w g yx", g=self.groups)
         weight, bias = conv.weight.repeat(self.groups, 1, 1, 1), conv.bias.repeat(self.groups)

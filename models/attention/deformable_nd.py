@@ -23,14 +23,23 @@ AXES = {1: (0,), 2: (1, 0), 3: (0, 1, 2)}  # (n), (x, y), (frame, y, x)
 
 
 class OffsetScale(nn.Module):
-    """Multiplies offsets ``[B, axes, ...]`` by one factor per coordinate."""
+    """Multiplies offsets ``[B, axes, ...]`` by one factor per coordinate.
+
+    Args:
+        scale: the factors.
+        saved: whether the state dict holds them, as that of the package does for volumes.
+    """
 
     def __init__(self, scale: Sequence[float], *, saved: bool) -> None:
         super().__init__()
-        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32), persistent=saved)
+        if saved:
+            self.register_buffer("scale", torch.tensor(scale, dtype=torch.float32))
+        else:  # not a buffer: loading weights would not fill it in a module built on the meta device
+            self.scale = tuple(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.scale.to(x.dtype).view(-1, *(1,) * len(self.scale))
+        scale = torch.as_tensor(self.scale, dtype=x.dtype, device=x.device)
+        return x * scale.view(-1, *(1,) * len(scale))
 
 
 class ContinuousPositionBias(nn.Module):
@@ -151,7 +160,8 @@ class _DeformableAttentionND(nn.Module):
         size, q = x.shape[2:], self.to_q(x)
         cells = self._key_cells(q)
         keys, queries = self._positions(cells), self._positions(self._cells(size, cells))
-        samples = sample_points(self._by_group(x), self._as_sampled(keys)).unflatten(0, (x.shape[0], -1)).flatten(1, 2)
+        samples = sample_points(self._by_group(x), self._as_sampled(keys))  # [B*g, C/g, *key_size]
+        samples = samples.unflatten(0, (x.shape[0], self.offset_groups)).flatten(1, 2)
         k, v = self.to_k(samples), self.to_v(samples)
         bias = self.rel_pos_bias(queries.flatten(0, -2), keys.flatten(1, -2))  # [B*g, heads/g, Nq, Nk]
         q, k, v = (y.flatten(2).unflatten(1, (self.heads, -1)).mT for y in (q, k, v))  # [B, heads, N, d]
@@ -159,7 +169,7 @@ class _DeformableAttentionND(nn.Module):
             q,
             k,
             v,
-            attn_mask=bias.unflatten(0, (x.shape[0], -1)).flatten(1, 2).to(q.dtype),
+            attn_mask=bias.unflatten(0, (x.shape[0], self.offset_groups)).flatten(1, 2).to(q.dtype),
             dropout_p=self.dropout.p if self.training else 0.0,
         )
         out = self.to_out(out.mT.flatten(1, 2).unflatten(2, size))
@@ -228,7 +238,7 @@ def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple:
     if not isinstance(value, Sequence):
         return (value,) * axes
     if len(value) != axes:
-        raise ValueError(f"{name} = {tuple(value)} has {len(value)} entries; give one number or {axes}")
+        raise ValueError(f"{name} = {tuple(value)} must be one number, or one per axis, {axes}")
     return tuple(value)
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..ops.linear_attention import in_parts, normalized
 from ..ops.locality import range_sum
-from ..ops.precision import widen
-from ..ops.relative_positions import Buckets, Relation
+from ..ops.precision import autocast_disabled, widen
+from ..ops.relative_positions import Buckets, Relation, table_index
 from .performer import PerformerAttention
 from .tokens import TokenAttention
 
@@ -32,9 +32,9 @@ class RelativeKeys(nn.Module):
 
     def __init__(self, dim: int, *, grid: tuple[int, int], prefix: int, span: int) -> None:
         super().__init__()
+        self.grid, self.prefix = grid, prefix
         self.buckets = Buckets(span, max(grid) - 1)
         self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(self.buckets.rows, dim), std=0.02))
-        self.register_buffer("index", self.buckets.table_index(grid, prefix), persistent=False)
 
     def forward(self, qkv: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
         """Return the embeddings as queries and as keys, ``[heads, rows, d]``, projected like the content."""
@@ -43,9 +43,14 @@ class RelativeKeys(nn.Module):
         q, k = both.unflatten(-1, (2, heads, -1)).permute(1, 2, 0, 3)
         return q, k
 
+    def index(self, q: Tensor) -> Tensor:
+        """Return the row of the table for each of the queries ``[B, heads, N, ...]`` and keys, ``[B, heads, N, N]``."""
+        index = table_index(self.buckets.span, self.buckets.farthest, self.grid, self.prefix, q.device)
+        return index.expand(*q.shape[:2], -1, -1)
+
     def bias(self, q: Tensor, k: Tensor, position_q: Tensor, position_k: Tensor) -> Tensor:
         """Return ``q_i . k(i - j) + k_j . q(j - i)``, ``[B, heads, N, N]``."""
-        index = self.index.expand(*q.shape[:2], -1, -1)
+        index = self.index(q)
         to_position = (q @ position_k.mT).gather(-1, index)
         return to_position + (k @ position_q.mT).gather(-1, index).mT
 
@@ -103,7 +108,7 @@ class DisentangledPerformer(PerformerAttention):
         return (3 * self.qkv.in_features // self.heads) ** -0.25
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
+        with autocast_disabled(q.device.type):
             q, k, v = (widen(x) for x in (q, k, v))
             position_q, position_k = self.relative(self.qkv, self.heads)
             q_features, k_features = self.features(q, "query"), self.features(k, "key")
@@ -124,7 +129,7 @@ class DisentangledPerformer(PerformerAttention):
         return "reference" if dense else "sums"
 
     def _reference(self, q: Tensor, k: Tensor, v: Tensor, by_query: Tensor, by_key: Tensor) -> Tensor:
-        index = self.relative.index.expand(*q.shape[:2], -1, -1)
+        index = self.relative.index(q)
         weights = q @ k.mT * by_query.gather(-1, index) * by_key.gather(-1, index).mT
         mask = self.mask(q)
         return (weights if mask is None else weights * mask) @ v

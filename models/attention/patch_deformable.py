@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops.caching import cached_tensors
 from ..ops.locality import Window
 from .ms_deform_attn import MSDeformAttn
 
@@ -51,14 +52,14 @@ class PatchDeformableAttention(MSDeformAttn):
         self.shapes = [tuple(-(-length // 2**scale) for length in grid) for scale in range(scales)]
         self.starts = [0, *accumulate(height * width for height, width in self.shapes)][:-1]
         self.proj_drop = nn.Dropout(proj_drop)
-        self.register_buffer("reference_points", _reference_points(grid, prefix), persistent=False)
 
     def set_epoch(self, epoch: int) -> None:
         """Do nothing; other attentions prepare for an epoch here."""
 
     def forward(self, x: Tensor, **_: None) -> Tensor:
         """Map tokens ``[B, N, C]`` to the same shape; timm's blocks pass masks, which are None here."""
-        reference = self.reference_points[:, None].expand(x.shape[0], -1, self.n_levels, -1)
+        places = token_places(self.grid, self.prefix, device=x.device)
+        reference = places[:, None].expand(x.shape[0], -1, self.n_levels, -1)
         return self.proj_drop(super().forward(x, reference, self._pyramid(x), self.shapes, self.starts))
 
     def _pyramid(self, x: Tensor) -> Tensor:
@@ -98,8 +99,9 @@ class PatchDeformableAttention(MSDeformAttn):
         return rows, window.reach - rows * self.grid[1]
 
 
-def _reference_points(grid: tuple[int, int], prefix: int) -> Tensor:
-    """Return the reference point of every token, ``[N, 2]``, (x, y)."""
-    y, x = ((torch.arange(length) + 0.5) / length for length in grid)
+@cached_tensors
+def token_places(grid: tuple[int, int], prefix: int, *, device: torch.device) -> Tensor:
+    """Return the place of every token, (x, y) from 0 to 1, ``[N, 2]``: of prefix tokens, the centre of the grid."""
+    y, x = ((torch.arange(length, device=device) + 0.5) / length for length in grid)
     patches = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1)
-    return torch.cat((torch.full((prefix, 2), 0.5), patches))
+    return torch.cat((torch.full((prefix, 2), 0.5, device=device), patches))

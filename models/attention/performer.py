@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..ops.forms import check_form
 from ..ops.linear_attention import FORMS, linear_attention
-from ..ops.precision import widen
+from ..ops.precision import autocast_disabled, widen
 from ..ops.random_features import features, orthogonal_directions
 from .tokens import TokenAttention
 
@@ -96,7 +96,7 @@ class PerformerAttention(TokenAttention):
             self.random.draw(epoch // self.redraw_epochs)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast(q.device.type, enabled=False):
+        with autocast_disabled(q.device.type):
             q, k = self.features(q, "query"), self.features(k, "key")
             return linear_attention(q, k, v, grid=self.grid, prefix=self.prefix, window=self.window, form=self.form)
 

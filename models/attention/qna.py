@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers import linear, pointwise
-from ..ops.precision import at_least_float32
+from ..ops.precision import at_least_float32, autocast_disabled
 from ..options import Option, StageOption, StageOptions, at_least, odd, one_of
 from ..tables import Resize, square_along
 from .letters import Mixer, register
@@ -90,7 +90,7 @@ class QueryAndAttend(nn.Module):
         scores = self._activate(scores.to(dtype), dims=(3, 4))
         prior = self._activate(self.rpb_table.to(dtype), dims=(0,))  # [K*K, queries * heads]
         values = scores.unsqueeze(3) * v.to(dtype).unsqueeze(1)  # [B, queries, heads, d, H, W]
-        with torch.autocast(v.device.type, enabled=False):
+        with autocast_disabled(v.device.type):
             numerator = self._window_sum(values, prior * self.attn_scale[0, 0])
             denominator = self._window_sum(scores.unsqueeze(3), prior)
         denominator = torch.where(denominator == 0, 1.0, denominator)  # linear scores may cancel

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..fusing import may_fuse
+from ..fusing import have_biases, may_fuse
 from ..layers import linear
 from ..options import StageOptions
 from .letters import Mixer, register
@@ -71,7 +71,8 @@ class SlideAttention(nn.Module):
 
     def _shifted(self, x: Tensor) -> Tensor:
         """Return maps ``[N, c, H, W]`` at the nine shifts, ``[N, c * 9, H, W]``."""
-        if not may_fuse(self.dep_conv, self.dep_conv1):
+        convs = self.dep_conv, self.dep_conv1
+        if not (may_fuse(*convs) and have_biases(*convs)):
             return self.dep_conv(x) + self.dep_conv1(x)
         weight = self.dep_conv.weight + self.dep_conv1.weight
         bias = self.dep_conv.bias + self.dep_conv1.bias

@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from transformers import DeformableDetrConfig, DeformableDetrModel
-from transformers.models.deformable_detr.modeling_deformable_detr import (
-    DeformableDetrMLPPredictionHead,
-    inverse_sigmoid,
-)
+from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrMLPPredictionHead as MLP
+from transformers.models.deformable_detr.modeling_deformable_detr import inverse_sigmoid
 
 from ..backbone import DATBackbone, TimmBackbone
 from .backbone_adapter import AdapterConfig, adapt
@@ -101,11 +99,11 @@ class DINO(SetDetector):
         adapt(self.transformer, backbone)
         width, heads = config.d_model, config.decoder_layers + 1  # the last one is for the encoder's proposals
         self.transformer.decoder.class_embed = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(heads))
-        self.transformer.decoder.bbox_embed = nn.ModuleList(_box_head(width, width, 4, 3) for _ in range(heads))
+        self.transformer.decoder.bbox_embed = nn.ModuleList(MLP(width, width, 4, 3) for _ in range(heads))
         draw_weights(self.transformer)
         set_prior(self.transformer, num_classes)
         self.contents = nn.Embedding(num_queries, width) if mixed_query_selection else None
-        self.anchor_position = _box_head(2 * width, width, width, 2) if anchor_positions else None
+        self.anchor_position = MLP(2 * width, width, width, 2) if anchor_positions else None
         self.label_contents = nn.Embedding(num_classes, width) if denoising else None
         if mixed_query_selection and anchor_positions:
             # These layers compute contents and positions from proposals.
@@ -248,7 +246,3 @@ class DINO(SetDetector):
         """Return positions and contents of queries, computed from boxes before the sigmoid as in Deformable DETR."""
         parts = self.transformer
         return parts.pos_trans_norm(parts.pos_trans(self._sine(logits))).chunk(2, dim=-1)
-
-
-def _box_head(width: int, hidden: int, out: int, layers: int) -> nn.Module:
-    return DeformableDetrMLPPredictionHead(width, hidden, out, layers)

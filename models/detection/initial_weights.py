@@ -20,7 +20,7 @@ def draw_weights(detector: nn.Module) -> None:
     for name, module in detector.named_modules():
         if isinstance(module, (nn.Embedding, nn.BatchNorm2d)):
             module.reset_parameters()
-        elif isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.any():
+        elif isinstance(module, (nn.Linear, nn.Conv2d)) and (module.weight.is_meta or module.weight.any()):
             if "bbox" in name and len(module.weight) == 4:  # (cx, cy, w, h)
                 nn.init.zeros_(module.weight)
                 nn.init.zeros_(module.bias)

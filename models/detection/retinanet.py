@@ -70,7 +70,8 @@ class RetinaNet(Detector):
         anchors = self.anchors(batch, maps)
         if self.training:
             return self.losses(logits, deltas, anchors, targets)
-        lengths = [x.shape[-2] * x.shape[-1] * number for x, number in zip(maps, self._per_pixel(), strict=True)]
+        per_pixel = self.anchors.num_anchors_per_location()
+        lengths = [x.shape[-2] * x.shape[-1] * number for x, number in zip(maps, per_pixel, strict=True)]
         levels = zip(logits.split(lengths, 1), deltas.split(lengths, 1), anchors[0].split(lengths), strict=True)
         found = [self._candidates_of(*level) for level in levels]
         return [self._detect([level[i] for level in found], size) for i, size in enumerate(batch.image_sizes)]
@@ -109,9 +110,6 @@ class RetinaNet(Detector):
         if not len(boxes):
             return torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
         return self._matcher(box_iou(boxes, anchors))
-
-    def _per_pixel(self) -> list[int]:
-        return self.anchors.num_anchors_per_location()
 
     def _candidates_of(self, logits: Tensor, deltas: Tensor, anchors: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Return boxes, scores and labels of the best detections of one map, for each image."""

@@ -87,8 +87,8 @@ def _check(
         len(level_start_index),
     ):
         raise ValueError(
-            f"value {list(value.shape)}, {levels} levels with {len(level_start_index)} starts and sampling_locations "
-            f"{list(locations.shape)} must agree in batch, heads and levels"
+            f"value {list(value.shape)}, spatial_shapes [{levels}, 2], level_start_index [{len(level_start_index)}] "
+            f"and sampling_locations {list(locations.shape)} must agree in batch, heads and levels"
         )
     if im2col_step < 1:
         raise ValueError(f"im2col_step = {im2col_step} is not allowed; give at least 1")

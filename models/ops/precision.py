@@ -21,7 +21,7 @@ def widen(x: Tensor) -> Tensor:
 
 def matmul_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which a tensor of any shape enters a matrix product; autocast does not touch float64."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if _autocasts(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
@@ -39,4 +39,9 @@ def autocast_disabled(device: str) -> AbstractContextManager:
 
     Entering `torch.autocast` costs as much as a small operation, so this does nothing if autocast is off.
     """
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    """Return whether autocast is on for a device type; for some, such as meta, PyTorch has none and raises an error."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

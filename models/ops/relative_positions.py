@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .caching import cached_tensors
 
 
 class Relation(NamedTuple):
@@ -52,18 +55,6 @@ class Buckets:
             distance = self.span + math.ceil(share * (self.span - 1) - 1e-9)
         return distance if displacement >= 0 else -distance
 
-    def table_index(self, grid: tuple[int, int], prefix: int) -> Tensor:
-        """Return the row of the table for every query and key, int64 ``[N, N]``."""
-        y, x = (
-            torch.tensor([[self.of(i - j) for j in range(length)] for i in range(length)]) + self.last
-            for length in grid
-        )
-        patches = (y[:, None, :, None] * self.side + x[:, None, :]).reshape(grid[0] * grid[1], -1)
-        index = torch.full((prefix + len(patches),) * 2, self.rows - 1)
-        index[:prefix, prefix:], index[prefix:, :prefix] = self.rows - 3, self.rows - 2
-        index[prefix:, prefix:] = patches
-        return index
-
     def relations(self, grid: tuple[int, int]) -> list[Relation]:
         """Return all relative positions of the patches of a grid."""
         axes = []
@@ -77,3 +68,28 @@ class Buckets:
 
     def _row(self, y: int, x: int) -> int:
         return (y + self.last) * self.side + x + self.last
+
+
+@cached_tensors
+@torch.compiler.assume_constant_result  # otherwise the graph would copy these lists to the device in every step
+def table_index(span: int, farthest: int, grid: tuple[int, int], prefix: int, device: torch.device) -> Tensor:
+    """Return the row of the table of `Buckets` for every query and key, int64 ``[N, N]``.
+
+    Args:
+        span: see `Buckets`.
+        farthest: see `Buckets`.
+        grid: number of rows and columns of patches.
+        prefix: number of tokens before the patches.
+        device: device of the index.
+    """
+    buckets = Buckets(span, farthest)
+    with _disable_current_modes():  # an exported graph holds the index itself, not how it is computed
+        y, x = (
+            torch.tensor([[buckets.of(i - j) for j in range(length)] for i in range(length)]) + buckets.last
+            for length in grid
+        )
+        patches = (y[:, None, :, None] * buckets.side + x[:, None, :]).reshape(grid[0] * grid[1], -1)
+        index = torch.full((prefix + len(patches),) * 2, buckets.rows - 1)
+        index[:prefix, prefix:], index[prefix:, :prefix] = buckets.rows - 3, buckets.rows - 2
+        index[prefix:, prefix:] = patches
+    return index.to(device)

@@ -44,7 +44,7 @@ def sample(x: Tensor, positions: Tensor, *, form: str = "auto") -> Tensor:
     maps = x.unflatten(-1, (groups, -1)).permute(0, 3, 4, 1, 2).flatten(0, 1)  # [B*g, C/g, H, W]
     grid = positions.flip(-1).flatten(0, 1).unsqueeze(1)  # [B*g, 1, Ns, (x, y)]
     samples = F.grid_sample(maps.to(grid.dtype), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    return samples.to(x.dtype).reshape(batch, x.shape[-1], -1).transpose(1, 2)
+    return samples.to(x.dtype).reshape(batch, x.shape[-1], positions.shape[2]).transpose(1, 2)
 
 
 def choose_form(x: Tensor) -> str:
@@ -59,7 +59,7 @@ def choose_form(x: Tensor) -> str:
 
 
 def _sample_rows(x: Tensor, positions: Tensor) -> Tensor:
-    batch, height, width, _ = x.shape
+    batch, height, width, channels = x.shape
     groups = positions.shape[1]
     (rows, row_weights), (columns, column_weights) = (
         neighbours(axis * ((length - 1) / 2), length)
@@ -69,6 +69,6 @@ def _sample_rows(x: Tensor, positions: Tensor) -> Tensor:
     group = torch.arange(groups, device=x.device).view(-1, 1, 1, 1)
     taps = ((image * height + rows.unsqueeze(-1)) * width + columns.unsqueeze(-2)) * groups + group  # [B, g, Ns, 2, 2]
     weights = row_weights.unsqueeze(-1) * column_weights.unsqueeze(-2)
-    pixels = x.to(weights.dtype).reshape(batch * height * width * groups, -1)
+    pixels = x.to(weights.dtype).reshape(batch * height * width * groups, channels // groups)
     samples = weighted_rows(pixels, taps.flatten(3), weights.flatten(3))  # [B, g, Ns, C/g]
     return samples.to(x.dtype).transpose(1, 2).flatten(2)

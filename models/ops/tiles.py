@@ -102,7 +102,7 @@ def tiles_of(size: tuple[int, int], kernel_size: int, device: torch.device, maps
     return Tiles(size, kernel_size, device, maps)
 
 
-@torch._dynamo.assume_constant_result  # otherwise the graph would copy these lists to the device in every step
+@torch.compiler.assume_constant_result  # otherwise the graph would copy these lists to the device in every step
 def _indices(size: tuple[int, int], kernel_size: int, device: torch.device, maps: int) -> list[Tensor]:
     """Return flat indices between tiles, maps and table of position biases.
 

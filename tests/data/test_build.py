@@ -235,7 +235,7 @@ def test_more_workers_than_cores(root: Path, monkeypatch: pytest.MonkeyPatch) ->
         assert build(small_config(root, NUM_WORKERS=32), rank=0, world_size=1).num_workers == 2
     assert loader_warnings(small_config(root, NUM_WORKERS=2), (32, 32)) == []
     assert loader_warnings(small_config(root, NUM_WORKERS=32), (32, 32)) == [
-        "DATA.NUM_WORKERS 32 is more than the 2 cores here; 2 are used"
+        "DATA.NUM_WORKERS 32 is reduced to 2, the number of cores here"
     ]
 
 
@@ -301,7 +301,7 @@ def test_splits_that_are_not_needed_are_not_opened(root: Path) -> None:
 
 
 def test_classes_without_held_out_images(root: Path) -> None:
-    assert open_dataset(small_config(root)).warnings() == ["1 of 3 classes have no held-out images: dog"]
+    assert open_dataset(small_config(root)).warnings() == ["1 of 3 classes without held-out images: dog"]
     assert open_dataset(small_config(root), ("train",)).warnings() == []
     assert open_dataset(small_config()).warnings() == []
 
@@ -319,7 +319,7 @@ def test_splits_that_are_swapped_by_size(root: Path) -> None:
     for name in ("cat", "dog", "emu"):
         (root / "train" / name).mkdir(exist_ok=True)
         shutil.copy(root / "val" / name / "0.jpg", root / "train" / name / "0.jpg")
-    with pytest.raises(ValueError, match=r"^there are 23 held-out and only \d training images: .*LARGER_VAL True"):
+    with pytest.raises(ValueError, match=r"^there are 23 images held out and only \d for training: .*LARGER_VAL True"):
         open_dataset(small_config(root))
     assert len(open_dataset(small_config(root, ALLOW_LARGER_VAL=True)).held_out) == 23
     assert len(open_dataset(small_config(root), ("val",)).held_out) == 23
@@ -374,7 +374,7 @@ def test_loaders_check_the_layout(root: Path) -> None:
 
 
 def test_data_set_smaller_than_an_update(root: Path) -> None:
-    with pytest.raises(ValueError, match="23 training images are fewer than one update needs"):
+    with pytest.raises(ValueError, match=r"one update needs .* training images, .*, and there are 23; reduce"):
         build_train_loader(small_config(root, BATCH_SIZE=24), rank=0, world_size=1)
 
 

@@ -85,7 +85,9 @@ def test_images_that_do_not_fit_or_are_unreadable_come_from_the_source(
     assert 3 <= cached.cached() < 6
     assert cached.get(6).data == source.get(6).data
     (warning,) = cached.warnings
-    assert warning.startswith(f"DATA.CACHE: {7 - len(cached._table)} of 7 images did not fit into {tmp_path}, which is")
+    assert warning.startswith(
+        f"DATA.CACHE: {7 - len(cached._table)} of 7 images read from the disk, as {tmp_path} is full"
+    )
     with pytest.raises(UnreadableImage):
         cached.get(1)
 

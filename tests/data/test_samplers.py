@@ -89,7 +89,9 @@ def test_position_beyond_the_end_is_rejected() -> None:
 
 
 def test_data_set_smaller_than_an_update_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"23 training images .* batch size 4 x 2 processes x 3 .* = 24; reduce DATA"):
+    with pytest.raises(
+        ValueError, match=r"needs 24 training images, batch size 4 x 2 processes x 3 .*, and there are 23; reduce DATA"
+    ):
         samplers(23, 4, 2, accumulation_steps=3)
 
 

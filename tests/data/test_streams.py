@@ -150,7 +150,7 @@ def test_label_lists_by_file_name_do_not_match(shards: Path) -> None:
 
 def test_fewer_shards_than_processes(shards: Path) -> None:
     config = stream_config(shards, TRAIN=f"pipe:cat {shards}/train-000000.tar")
-    with pytest.raises(ValueError, match=r"^DATA\.TRAIN has 1 shards for 2 processes, each of which needs one"):
+    with pytest.raises(ValueError, match=r"^DATA\.TRAIN has 1 shard for 2 processes, each of which needs one"):
         build_train_loader(config, rank=0, world_size=2)
 
 

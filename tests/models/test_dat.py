@@ -32,6 +32,31 @@ def test_any_size_gives_finite_values_and_gradients(variant: tuple[str, dict[str
     assert without_gradient(model) == []
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+@pytest.mark.parametrize("form", ["auto", "reference"])
+def test_a_batch_without_images_gives_no_logits(variant: tuple[str, dict[str, Any]], form: str) -> None:
+    letter, options = variant
+    model = build_small(letter, **options)
+    for module in model.modules():
+        if hasattr(module, "form"):
+            module.form = form
+    x = torch.zeros(0, 3, 64, 64, requires_grad=True)
+    logits = model(x)
+    logits.sum().backward()
+    assert logits.shape == (0, 10)
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+def test_networks_run_on_the_meta_device(variant: tuple[str, dict[str, Any]]) -> None:
+    letter, options = variant
+    with torch.device("meta"):
+        model = build_small(letter, **options)
+    logits = model(torch.zeros(2, 3, 50, 40, device="meta"))
+    logits.sum().backward()
+    assert (logits.shape, logits.device.type) == ((2, 10), "meta")
+
+
 @pytest.mark.parametrize("letters", ["LS", "ND", "PQ", "EX"])
 def test_large_rectangle(letters: str) -> None:
     torch.manual_seed(0)

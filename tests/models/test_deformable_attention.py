@@ -55,6 +55,30 @@ def with_gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
     return [out, vgrid, *torch.autograd.grad(loss, [x, *module.parameters()])]
 
 
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_module_built_on_the_meta_device_equals_the_one_whose_weights_it_loads(axes: int, assign: bool) -> None:
+    torch.manual_seed(0)
+    make = getattr(ours, NAMES[axes])
+    options = {"dim": 8, "heads": 2, "downsample_factor": 2, "offset_kernel_size": 4, "offset_scale": 3.0}
+    module, x = make(**options), torch.randn(2, 8, *(6, 5, 4)[:axes])
+    with torch.device("meta"):
+        other = make(**options)
+        assert other(torch.empty(x.shape)).shape == x.shape
+    other = other if assign else other.to_empty(device="cpu")
+    other.load_state_dict(module.state_dict(), assign=assign)
+    torch.testing.assert_close(other(x), module(x))
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_batch_without_maps_gives_an_empty_result(axes: int) -> None:
+    module = getattr(ours, NAMES[axes])(dim=8, heads=2)
+    x = torch.zeros(0, 8, *(6, 5, 4)[:axes], requires_grad=True)
+    out = module(x)
+    out.sum().backward()
+    assert out.shape == x.shape
+
+
 def without_offsets(module: nn.Module) -> nn.Module:
     nn.init.zeros_(module.to_offsets[2].weight)
     return module
@@ -176,7 +200,7 @@ def test_compiled_and_exported_equal_eager() -> None:
         ({"heads": 3, "offset_groups": 2}, "heads = 3 is not divisible by offset_groups = 2"),
         ({"dim": 9, "offset_groups": 2, "heads": 2}, "dim = 9 is not divisible by offset_groups = 2"),
         ({"downsample_factor": 4, "offset_kernel_size": 3}, "offset_kernel_size = .* give at least downsample_factor"),
-        ({"downsample_factor": (2, 2, 2)}, r"downsample_factor = \(2, 2, 2\) has 3 entries; give one number or 2"),
+        ({"downsample_factor": (2, 2, 2)}, r"downsample_factor = \(2, 2, 2\) must be one number, or one per axis, 2"),
         ({"downsample_factor": 0}, "downsample_factor = 0 is not allowed; give at least 1"),
         ({"coordinates": "corner"}, "coordinates = 'corner' is unknown; choose one of pixel, package"),
     ],

@@ -165,6 +165,20 @@ def test_dynamic_quantization_replaces_the_linear_layers(letters: str, options: 
     torch.testing.assert_close(logits, expected, atol=0.1 * expected.std().item(), rtol=0.1)
 
 
+@pytest.mark.parametrize("letter", list("LSNDPQEX"))
+def test_layers_may_lose_their_biases(letter: str) -> None:
+    torch.manual_seed(0)
+    model, x = build_small(letter, use_dwc_mlps=True, use_lpus=True), torch.randn(2, 3, 64, 64)
+    layers = [module for module in model.modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    for layer in layers:
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+    expected = model(x)
+    for layer in layers:
+        layer.bias = None
+    torch.testing.assert_close(model(x), expected)
+
+
 def test_layers_with_quantized_parameters_are_not_fused() -> None:
     class Packed(Tensor):
         pass

@@ -131,7 +131,7 @@ def test_timm_weights_load_strictly_and_new_entries_are_reported() -> None:
     weights, report = adapt(state, model)
     model.load_state_dict(weights)
     lines = "\n".join(report.lines())
-    assert "newly initialised (7 classes in the weights, 10 here): head.weight, head.bias" in lines
+    assert "newly initialised (number of classes: 7 in the weights, 10 here): head.weight, head.bias" in lines
     assert "newly initialised, not in weights of this kind: blocks.0.attn.sampling_offsets.weight" in lines
     state.pop("norm.weight")
     with pytest.raises(ValueError, match=r"the weights are of another architecture: norm\.weight is missing"):
@@ -179,7 +179,10 @@ def test_export_with_any_number_of_images(attention: str) -> None:
         ({"depth": 0}, "depth = 0 must be at least 1"),
         ({"locality_epochs": 5}, "locality_epochs = 5 must be a list"),
         ({"mlp_ratio": -1.0}, "mlp_ratio = -1.0 must be above 0"),
-        ({"locality_reach": [1]}, "locality_reach has 1 entries and locality_epochs 4; give one of each per window"),
+        (
+            {"locality_reach": [1]},
+            r"locality_reach = \[1\] and locality_epochs = \[5, 10, 15, 20\] differ in length; give one",
+        ),
         ({"locality_reach": [1, 2], "locality_epochs": [4, 2]}, r"locality_epochs = \[4, 2\] must increase"),
         ({"locality_reach": [1], "locality_epochs": [0]}, r"locality_epochs = \[0\] must be whole numbers of at"),
         ({"locality_reach": ["a"], "locality_epochs": [1]}, r"locality_reach = \['a'\] must be whole numbers of at"),

@@ -52,7 +52,7 @@ def test_the_head_is_new_for_another_number_of_classes() -> None:
     for name in ("cls_head.weight", "cls_head.bias"):
         assert torch.equal(target.state_dict()[name], own[name])
     assert torch.equal(target.cls_norm.norm.weight, source.cls_norm.norm.weight)
-    assert "newly initialised (10 classes in the weights, 3 here): cls_head.weight, cls_head.bias" in lines
+    assert "newly initialised (number of classes: 10 in the weights, 3 here): cls_head.weight, cls_head.bias" in lines
     assert sum("cls_head.weight" in line for line in lines) == 1
 
 
@@ -63,7 +63,7 @@ def test_sampled_tables_keep_their_values_when_resized() -> None:
     before, after = source.stages[3].attns[0].rpe_table, target.stages[3].attns[0].rpe_table
     assert (before.shape, after.shape) == ((8, 3, 3), (8, 7, 7))
     torch.testing.assert_close(after[:, ::3, ::3], before)
-    assert "resized from (8, 3, 3) to (8, 7, 7): 1 tables, stages.3.attns.0.rpe_table" in lines
+    assert "tables resized from (8, 3, 3) to (8, 7, 7): stages.3.attns.0.rpe_table" in lines
 
 
 @pytest.mark.parametrize(
@@ -143,10 +143,10 @@ def test_a_class_map_selects_the_rows_of_the_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1\n2\n", "has 2 lines for 3 classes"),
+        ("1\n2\n", "must have one line per class, 3, but has 2"),
         ("1\n2\n10\n", "line 3: '10' is not a class of the weights; give 0 to 9, or -1"),
         ("1\nn01440764\n3\n", "line 2: 'n01440764' is not a class"),
-        ("1\n\n3\n", "has 2 lines for 3 classes"),
+        ("1\n\n3\n", "must have one line per class, 3, but has 2"),
         (None, "cannot be read"),
     ],
 )

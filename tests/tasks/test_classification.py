@@ -41,13 +41,13 @@ def test_f1_of_several_labels() -> None:
     assert found.metrics["f1"] == pytest.approx(100 * f1_score(targets[:2], SCORES[:2] > 0, average="micro"))
     expected = nn.functional.binary_cross_entropy_with_logits(SCORES[:2], targets[:2])
     assert found.metrics["loss"] == pytest.approx(expected.item())
-    assert found.warnings == ["1 images could not be read and are not counted"]
+    assert found.warnings == ["1 image could not be read and is not counted"]
 
 
 def test_no_image_that_can_be_read_is_an_error() -> None:
     meter = F1(1, torch.device("cpu"))
     meter.add(Linear(), LabelledImages(torch.tensor([0]), torch.full((1, 3), -1.0)))
-    with pytest.raises(RuntimeError, match=r"^none of the 1 held-out images can be evaluated; repair the files"):
+    with pytest.raises(RuntimeError, match=r"^no held-out image of 1 can be evaluated; repair the files"):
         meter.result()
 
 

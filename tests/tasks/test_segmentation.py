@@ -111,7 +111,7 @@ def test_absent_classes_are_not_averaged_and_skipped_images_give_a_warning() -> 
     assert found.metrics["miou"] == pytest.approx((8 / 12 + 4 / 8) / 2)  # classes 2 and 3 are nowhere that counts
     assert found.metrics["accuracy"] == pytest.approx(12 / 16)
     assert found.lines[-1] == " * mIoU 0.583 accuracy 0.750 class accuracy 0.833"
-    assert found.warnings == ["1 images could not be read and are not counted"]
+    assert found.warnings == ["1 image could not be read and is not counted"]
     with pytest.raises(RuntimeError, match="evaluated 0 images of a data set of 2"):
         meter(2).result()
 
@@ -164,7 +164,7 @@ def name_fewer_classes(root: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "options", "says"),
     [
-        (remove_a_mask, [], r"1 of 8 images in .*images/train have no mask in .*masks/train: 3; add masks named as"),
+        (remove_a_mask, [], r"1 of 8 images in .*images/train without a mask in .*masks/train: 3; add masks named as"),
         (make_a_mask_too_small, [], r"val/0\.png' is 48 x 40 pixels, its mask 4 x 4; they must have the same size"),
         (
             name_fewer_classes,

@@ -48,12 +48,12 @@ def test_faults(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert status == 1
     for line in (
         "train: 11 images, 1 unreadable\n  cannot read image 'ROOT/train/dog/4.jpg': cannot identify image file\n",
-        "1 images are tiny, a side below 32 pixels\n  ROOT/train/cat/tiny.jpg (31 x 40)\n",
-        "1 images are oddly shaped, one side 4 times the other or more\n  ROOT/train/cat/wide.jpg (200 x 40)\n",
-        "1 images are in both train and val\n  ROOT/train/cat/0.jpg = ROOT/val/cat/again.jpg\n",
-        "1 images occur more than once in train\n  ROOT/train/dog/0.jpg = ROOT/train/dog/same pixels.png\n",
-        "note: 1 files in ROOT/train are skipped; Pillow cannot read their formats: 1 .heic\n",
-        "verdict: 1 unreadable images in train; 1 images are trained on and held out, so results are too good\n",
+        "1 image is tiny, a side below 32 pixels\n  ROOT/train/cat/tiny.jpg (31 x 40)\n",
+        "1 image is oddly shaped, one side 4 times the other or more\n  ROOT/train/cat/wide.jpg (200 x 40)\n",
+        "1 image is in both train and val\n  ROOT/train/cat/0.jpg = ROOT/val/cat/again.jpg\n",
+        "1 image occurs more than once in train\n  ROOT/train/dog/0.jpg = ROOT/train/dog/same pixels.png\n",
+        "note: 1 file skipped in ROOT/train, of formats that Pillow cannot read: 1 .heic\n",
+        "verdict: 1 unreadable image in train; 1 image is trained on and held out, so results are too good\n",
     ):
         assert line in said
 

@@ -16,7 +16,7 @@ from models.attention import NeighborhoodAttention, PyramidAttention, WindowAtte
 from models.detection import DETECTORS, Detector
 from tests.models.detection.small import small_arguments, small_backbone
 from tests.models.detection.test_detectors import REGIONS, TINY
-from tools.complexity import PUBLISHED, count_macs, count_parameters, main
+from tools.complexity import PUBLISHED, count_macs, count_parameters, main, with_plain_operations
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 ENTRIES = {
@@ -79,10 +79,7 @@ def test_heads_count_for_as_many_regions_as_are_kept(name: str) -> None:
 @pytest.mark.parametrize("name", ["retinanet", "dino", "d_fine"])
 def test_a_detector_counts_what_it_computes(name: str) -> None:
     detector = build_detector(name, **(TINY[name] if name == "retinanet" else small_arguments(name)))
-    detector.eval().requires_grad_(False)
-    for module in detector.modules():
-        if hasattr(module, "form"):
-            module.form = "reference"
+    with_plain_operations(detector.eval().requires_grad_(False))
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:
         detector(torch.rand(1, 3, 64, 96))

@@ -155,5 +155,7 @@ def test_wrong_arguments(
 def test_shard_missing_from_the_list(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", "--per-shard", 4)
     (tmp_path / "shards/train-000004.tar").unlink()  # the last one, whose absence numbers do not show
-    with pytest.raises(ValueError, match=r"lacks train-000004\.tar, which .*shards\.json lists; copy them again"):
+    with pytest.raises(
+        ValueError, match=r"lacks train-000004\.tar, which .*shards\.json lists; copy again what is missing"
+    ):
         opened(tmp_path / "shards")

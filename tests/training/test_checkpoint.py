@@ -78,6 +78,12 @@ def test_the_published_layout_is_read_as_plain_containers(tmp_path: Path, zipped
     load_strictly(nn.Linear(4, 3), weights, path)
 
 
+def test_published_files_still_load_with_timm_after_the_trainer_has_read_one(tmp_path: Path) -> None:
+    torch.save(published(), tmp_path / "published.pth")
+    load_checkpoint(tmp_path / "published.pth")
+    assert torch.load(tmp_path / "published.pth", weights_only=True)["epoch"] == 299  # as timm reads it
+
+
 @pytest.mark.parametrize(
     ("function", "command", "name"),
     [

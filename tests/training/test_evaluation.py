@@ -283,7 +283,7 @@ def test_any_label_of_an_image_is_correct(tmp_path: Path) -> None:
     (tmp_path / "real.json").write_text("[[3, 9], [], [4], [5]]")
     evaluation = build_evaluation(config, CPU)
     assert evaluation.notes[0].endswith(
-        "has labels for 2 of the 3 images, 3 of 3 classes; any label of an image counts as correct"
+        "has labels for 2 of 3 images, 3 of 3 classes; any label of an image counts as correct"
     )
     batch = evaluation.task.to_device(next(iter(evaluation.loader)), CPU.device)
     assert [row.nonzero().flatten().tolist() for row in batch.targets] == [[3, 9], [4], []]  # sorted by folder
@@ -295,7 +295,7 @@ def test_any_label_of_an_image_is_correct(tmp_path: Path) -> None:
     loss = -(share[9] + share[3]).log() - share[4].log()
     assert result.metrics == pytest.approx({"top1": 50.0, "top5": 50.0, "loss": loss.item() / 2})
     assert result.lines[-1] == "Accuracy of the network on the 2 test images: 50.0%"
-    assert result.warnings == ["1 images have no label and are not counted"]
+    assert result.warnings == ["1 image has no label and is not counted"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ BY_ITSELF = "the launcher restarts all processes from the last checkpoint"
     [
         (CLOSED, {}, "died: Connection closed", BY_HAND),
         (CLOSED, {"DAT_RESTARTS_LEFT": "1"}, "died: Connection closed", BY_ITSELF),
-        (LATE, {"DAT_RESTARTS_LEFT": "0"}, "did not answer for 30 minutes", BY_HAND),
+        (LATE, {"DAT_RESTARTS_LEFT": "0"}, "did not answer within DAT_TIMEOUT_MINUTES = 30", BY_HAND),
         (LATE, {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "2"}, "did not answer", BY_ITSELF),
         (CLOSED, {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_RESTART_COUNT": "3"}, "died", BY_HAND),
         (LATE, {"TORCHELASTIC_MAX_RESTARTS": "0", "DAT_RESTARTS_LEFT": "2"}, "did not answer", BY_ITSELF),

@@ -104,7 +104,7 @@ def test_hung_process_is_reported_in_one_line(tmp_path: Path) -> None:
     job.signal(signal.SIGKILL, 1)
     assert job.wait() == [75, -signal.SIGKILL]
     last = job.console().splitlines()[-1]
-    assert last.startswith("rank 0: another process did not answer for 0.1 minutes")
+    assert last.startswith("rank 0: another process did not answer within DAT_TIMEOUT_MINUTES = 0.1")
     assert last.endswith("the same command continues from the last checkpoint")
     assert last in (trial.folder / "log.txt").read_text(encoding="utf-8")
     assert "Traceback" not in job.console()

@@ -153,7 +153,7 @@ def test_suspicious_settings_give_warnings(tmp_path: Path) -> None:
     logged = (run.folder / "log.txt").read_text()
     assert "TRAIN.WARMUP_EPOCHS 2 is not below TRAIN.EPOCHS 2" in logged
     assert "dropped: 3 of 9 images, different ones in each epoch" in logged
-    assert "1 of 2 classes have no held-out images: red" in logged
+    assert "1 of 2 classes without held-out images: red" in logged
     run = build(tmp_path, "--tag", "updates", *flags, "TRAIN.WARMUP_EPOCHS", "2", "TRAIN.WARMUP_UPDATES", "1")
     assert "is not below TRAIN.EPOCHS" not in (run.folder / "log.txt").read_text()
     _, config = parse(["--cfg", str(write_config(tmp_path / "images")), "--warmup-epochs", "0"])

@@ -35,7 +35,7 @@ def test_check_reports_the_warnings_of_the_run(tmp_path: Path, capsys: pytest.Ca
     assert main([*flags, "--check"]) == 0
     printed = capsys.readouterr().out
     assert all(printed.count(warning) == 1 for warning in warnings)
-    assert "9 training and 1 held-out images, 2 epochs of 1 updates of 6 images on 1 x cpu" in printed
+    assert "9 training and 1 held-out image, 2 epochs of 1 update of 6 images on 1 x cpu" in printed
     assert re.search(r"learning rate: \S+e-\d+ [▁▂▃▄▅▆▇█]{2,} \S+e-\d+, highest", printed)
     assert re.search(r"a checkpoint takes [\d.]+ MiB, the 4 of the run at most [\d.]+ MiB", printed)
     assert printed.splitlines()[-1] == "checked: tiny, 2 classes"
@@ -52,7 +52,7 @@ def test_one_of_several_processes_reports(
     assert capsys.readouterr().out == ""
     monkeypatch.setenv("RANK", "0")
     assert main([*flags, "--batch-size", "4", "--check"]) == 0
-    assert "2 epochs of 1 updates of 8 images on 2 x cpu" in capsys.readouterr().out
+    assert "2 epochs of 1 update of 8 images on 2 x cpu" in capsys.readouterr().out
 
 
 def test_disk_that_is_too_small_gives_a_warning(
@@ -86,4 +86,4 @@ def test_the_number_of_checkpoints(tmp_path: Path, epochs: int, every: int, keep
 
 def test_a_schedule_is_drawn_in_its_proportions() -> None:
     rates = [(0.0, 0.0), (1.0, 0.8), (2.0, 0.4), (3.0, 0.0)]
-    assert draw_schedule(rates) == "learning rate: 0.00e+00 ▁█▅▁ 0.00e+00, highest 8.00e-01 after 1 epochs"
+    assert draw_schedule(rates) == "learning rate: 0.00e+00 ▁█▅▁ 0.00e+00, highest 8.00e-01 at epoch 1"

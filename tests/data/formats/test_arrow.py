@@ -106,7 +106,7 @@ def test_number_beyond_the_names(tmp_path: Path) -> None:
 
 def test_missing_shard(tmp_path: Path) -> None:
     table(tmp_path, [0, 1], Value("int64")).to_parquet(tmp_path / "train-00000-of-00002.parquet")
-    with pytest.raises(ValueError, match=r"shards 1 are missing next to .*train-00000-of-00002\.parquet; copy"):
+    with pytest.raises(ValueError, match=r"shard 1 missing next to .*train-00000-of-00002\.parquet; copy"):
         open_parquet(Request(path=str(tmp_path), needs=("train",)))
 
 

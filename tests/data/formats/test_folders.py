@@ -190,8 +190,7 @@ def test_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
     for name in ("a.HEIC", "b.heic", "notes.txt", "README", ".DS_Store"):
         (tmp_path / "train" / "cat" / name).write_text("no image")
     assert opened(tmp_path).warnings() == [
-        f"4 files in {tmp_path}/train are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt, "
-        "1 without extension"
+        f"4 files skipped in {tmp_path}/train, of formats that Pillow cannot read: 2 .heic, 1 .txt, 1 without extension"
     ]
 
 
@@ -348,7 +347,7 @@ def test_validation_images_in_one_folder(tmp_path: Path, where: str, name: str, 
     ("name", "content", "says"),
     [
         ("LOC_val_solution.csv", KAGGLE[:61], "does not match ROOT/val, which holds 2 files not in it, such as"),
-        ("val.txt", "a.JPEG n01\n", "ROOT/val.txt does not match ROOT/val, which lacks 1 images of it, such as a.JPEG"),
+        ("val.txt", "a.JPEG n01\n", "ROOT/val.txt does not match ROOT/val, which lacks 1 image of it, such as a.JPEG"),
         ("val.txt", "a.JPEG\n", "ROOT/val.txt must have a file name and its class on each line, not 'a.JPEG'"),
         (
             "val.txt",

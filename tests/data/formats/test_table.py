@@ -75,7 +75,7 @@ def test_several_labels(root: Path) -> None:
             "images/0.jpg,cat\nimages/9.jpg,cat\nimages/8.jpg,cat\n",
             "images/5.jpg,cat\n",
             "",
-            "ROOT/train.csv, line 2: there is no file ROOT/images/9.jpg, nor those of 1 more lines; paths are relative",
+            "ROOT/train.csv, line 2: there is no file ROOT/images/9.jpg, nor those of 1 more line; paths are relative",
         ),
         (
             "other/0.jpg,cat\n",
@@ -93,7 +93,7 @@ def test_several_labels(root: Path) -> None:
             "images/0.jpg,0\n",
             "images/5.jpg,-1\n",
             "a\n",
-            "ROOT/val.csv, line 1: label '-1' is out of range; classes.txt has 1 classes",
+            "ROOT/val.csv, line 1: label '-1' is out of range; classes.txt has 1 class",
         ),
         ("images/0.jpg,-1\n", "images/5.jpg,0\n", "", "ROOT/train.csv, line 1: label -1 is out of range; labels count"),
         (

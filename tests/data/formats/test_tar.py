@@ -153,7 +153,7 @@ def test_missing_shard(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards", size=2)
     (root / "train-000002.tar").unlink()
     assert refusal(root) == (
-        "shards 2 are missing next to ROOT/train-000000.tar and train-000004.tar; copy them again, or number the "
+        "shard 2 missing next to ROOT/train-000000.tar and train-000004.tar; copy again what is missing, or number the "
         "others without gaps"
     )
 
@@ -169,7 +169,7 @@ def test_shards_with_their_number_in_the_name(photos: Path, tmp_path: Path) -> N
     root = write_shards(photos, tmp_path / "shards", size=5)
     for number in (0, 1):
         (root / f"train-{number:06}.tar").rename(root / f"train-{number:05}-of-00003.tar")
-    assert refusal(root).startswith("shards 2 are missing next to")
+    assert refusal(root).startswith("shard 2 missing next to")
 
 
 def test_compressed_archive(root: Path) -> None:
@@ -207,7 +207,7 @@ def test_classes_that_differ(root: Path, photos: Path) -> None:
 def test_label_beyond_the_list_of_classes(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards")
     (root / "classes.txt").write_text("cat\n")
-    assert "train-000000.tar has the label 1, but classes.txt has 1 classes, labels 0 to 0" in refusal(root)
+    assert "train-000000.tar has the label 1, but classes.txt has 1 class, labels 0 to 0" in refusal(root)
 
 
 def test_image_without_label(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_files_that_are_skipped_are_counted(root: Path, photos: Path) -> None:
     for _ in ("built", "read again"):
         dataset = opened(root)
         assert len(dataset.train) == 3
-        skipped = "3 files in ROOT/train.tar are skipped; Pillow cannot read their formats: 2 .heic, 1 .txt"
+        skipped = "3 files skipped in ROOT/train.tar, of formats that Pillow cannot read: 2 .heic, 1 .txt"
         assert [line.replace(str(root), "ROOT") for line in dataset.warnings()] == [skipped]
     with tarfile.open(root / "val.tar", "w") as archive:
         archive.add(photos / "train/cat/0.jpg", "cat/0.heic")

@@ -25,7 +25,7 @@ def test_folders_pair_images_and_masks_by_name(tmp_path: Path) -> None:
     assert np.array_equal(mask, stored)
     (tmp_path / "images" / "val" / "0.png").unlink()
     warnings = open_masks(Request(path=str(tmp_path)), Labels()).format_warnings
-    assert warnings == [f"1 masks in {tmp_path / 'masks' / 'val'} have no image: 0"]
+    assert warnings == [f"1 mask without an image in {tmp_path / 'masks' / 'val'}: 0"]
 
 
 def test_ade20k_ignores_zero_and_shifts_the_others(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention.disentangled import DisentangledAttention, DisentangledPerformer
-from models.attention.patch_deformable import PatchDeformableAttention
+from models.attention.patch_deformable import PatchDeformableAttention, token_places
 from models.attention.performer import PerformerAttention
 from models.attention.tokens import SoftmaxAttention, TokenAttention
 from models.ops.linear_attention import choose_form, linear_attention
@@ -212,18 +212,23 @@ def test_features_are_redrawn_only_by_set_epoch() -> None:
     torch.testing.assert_close(module(x), second)
 
 
-@pytest.mark.parametrize("kind", ["performer", "disentangled performer"])
-def test_performers_are_built_on_the_meta_device(kind: str) -> None:
+@pytest.mark.parametrize("window", [None, Window("box", 1)], ids=str)
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_attentions_are_built_and_run_on_the_meta_device(kind: str, window: Window | None) -> None:
     with torch.device("meta"):
         module = build(kind)
+    module.window = window
     assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"meta"}
+    x = tokens().to("meta")
+    assert module(x).shape == x.shape
 
 
 @pytest.mark.parametrize("assign", [True, False])
-def test_a_performer_built_on_the_meta_device_loads_its_features(assign: bool) -> None:
-    module, x = build("performer"), tokens()
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_an_attention_built_on_the_meta_device_equals_the_one_whose_weights_it_loads(kind: str, assign: bool) -> None:
+    module, x = build(kind), tokens()
     with torch.device("meta"):
-        other = build("performer")
+        other = build(kind)
     other = other if assign else other.to_empty(device="cpu")
     other.load_state_dict(module.state_dict(), assign=assign)
     torch.testing.assert_close(other(x), module(x))
@@ -237,7 +242,7 @@ def test_without_offsets_a_patch_attends_to_its_own_position_on_every_grid() -> 
     x = tokens()
     assert module.shapes == [(4, 5), (2, 3)]
     planes = [nn.functional.adaptive_avg_pool2d(x[:, 1:].mT.unflatten(-1, GRID), shape) for shape in module.shapes]
-    places = (2 * module.reference_points - 1).expand(2, 1, -1, -1)
+    places = (2 * token_places(GRID, 1, device=x.device).double() - 1).expand(2, 1, -1, -1)
     samples = [nn.functional.grid_sample(plane, places, align_corners=False).squeeze(2) for plane in planes]
     # Beyond the border values are zero, so the bias of the projection counts only for the part of a sample inside.
     inside = [nn.functional.grid_sample(p[:, :1] * 0 + 1, places, align_corners=False).squeeze(2) for p in planes]

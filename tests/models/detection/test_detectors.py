@@ -7,6 +7,7 @@ import torch
 
 from models.backbone import DATBackbone, TimmBackbone
 from models.detection import DETECTORS, Detector
+from tests.models.detection.small import small_arguments, small_backbone
 from tests.models.small import SMALL, without_gradient
 
 REGIONS = {"channels": 16, "hidden": 16, "samples": 16, "proposals": 20, "detection": {"score_thresh": 0.0}}
@@ -68,3 +69,16 @@ def test_detections_lie_in_their_image_and_are_sorted(name: str, timm: bool) -> 
         assert (one["boxes"].amin(0) >= 0).all()
         assert (one["boxes"].amax(0)[2:] <= torch.tensor(image.shape[:0:-1])).all()
         assert ("masks" in one) == DETECTORS[name].masks
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_a_detector_built_on_the_meta_device_equals_the_one_whose_weights_it_loads(name: str) -> None:
+    kind, arguments = DETECTORS[name], TINY[name] if name in TINY else small_arguments(name)
+    stages = range(4 - kind.maps, 4)
+    torch.manual_seed(0)
+    detector = kind.build(small_backbone(*stages), num_classes=3, **arguments).eval()
+    with torch.device("meta"):
+        other = kind.build(small_backbone(*stages), num_classes=3, **arguments).eval()
+    other.load_state_dict(detector.state_dict(), assign=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(other(images()), detector(images()))

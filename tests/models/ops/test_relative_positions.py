@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.ops.relative_positions import Buckets
+from models.ops.relative_positions import Buckets, table_index
 
 
 def test_buckets_grow_with_the_distance() -> None:
@@ -21,7 +21,7 @@ def test_buckets_grow_with_the_distance() -> None:
 @pytest.mark.parametrize("grid", [(5, 7), (1, 4), (9, 2)], ids=str)
 def test_relations_reproduce_the_table_index(grid: tuple[int, int], span: int) -> None:
     buckets = Buckets(span, max(grid) - 1)
-    index = buckets.table_index(grid, 2)
+    index = table_index(span, max(grid) - 1, grid, 2, torch.device("cpu"))
     assert (index[:2, 2:] == buckets.rows - 3).all()
     assert (index[2:, :2] == buckets.rows - 2).all()
     assert (index[:2, :2] == buckets.rows - 1).all()

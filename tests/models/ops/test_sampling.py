@@ -25,6 +25,15 @@ def test_forms_agree(size: tuple[int, int], groups: int, reach: float) -> None:
         torch.testing.assert_close(rows, plain)
 
 
+@pytest.mark.parametrize("form", ["rows", "reference"])
+def test_a_batch_without_images_gives_no_samples(form: str) -> None:
+    x, positions = torch.zeros(0, 4, 5, 6, requires_grad=True), torch.zeros(0, 3, 7, 2, requires_grad=True)
+    samples = sample(x, positions, form=form)
+    samples.sum().backward()
+    assert samples.shape == (0, 7, 6)
+    assert (x.grad.shape, positions.grad.shape) == (x.shape, positions.shape)
+
+
 def test_positions_keep_their_precision() -> None:
     x = torch.arange(256.0).view(1, 1, 256, 1)
     positions = torch.tensor([[[[0.0, 0.3]]]])
