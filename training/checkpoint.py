@@ -39,7 +39,7 @@ FORMAT = 1
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint onto the CPU, unpickling only tensors and plain containers.
 
-    The yacs `CfgNode` of a published file becomes an `OrderedDict`, as `models.registry` has told PyTorch.
+    The yacs `CfgNode` of a published file becomes an `OrderedDict`: `models.registry` allows it for all of PyTorch.
 
     Args:
         path: a file, or a URL as accepted by `fetch`.

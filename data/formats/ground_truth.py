@@ -41,9 +41,11 @@ def _match(folder: Path, path: Path, classes: dict[str, str]) -> dict[str, str]:
     there = {name for name in _names(folder) if not name.startswith(".")} - {KAGGLE, DEVKIT, PAIRS}
     missing, unlisted = sorted(classes.keys() - there), sorted(there - classes.keys())
     if missing or unlisted:
-        what = f"lacks {counted(len(missing), 'image')} of it"
-        if not missing:
-            what = f"holds {counted(len(unlisted), 'file')} not in it"
+        what = (
+            f"lacks {counted(len(missing), 'image')} of it"
+            if missing
+            else f"holds {counted(len(unlisted), 'file')} not in it"
+        )
         raise ValueError(f"{path} does not match {folder}, which {what}, such as {(missing or unlisted)[0]}")
     return classes
 

@@ -36,9 +36,9 @@ def check_series(paths: Sequence[Path]) -> None:
     missing = sorted(set(wanted) - set(numbers))
     if missing:
         there = f"{paths[0]} and {paths[-1].name}" if len(paths) > 1 else str(paths[0])
-        numbers = shorten([str(number) for number in missing])
+        named = shorten([str(number) for number in missing])
         raise ValueError(
-            f"{'shards' if len(missing) > 1 else 'shard'} {numbers} missing next to {there}; copy again what is "
+            f"{'shards' if len(missing) > 1 else 'shard'} {named} missing next to {there}; copy again what is "
             "missing, or number the others without gaps"
         )
 

@@ -38,8 +38,8 @@ class OffsetScale(nn.Module):
             self.scale = tuple(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = torch.as_tensor(self.scale, dtype=x.dtype, device=x.device)
-        return x * scale.view(-1, *(1,) * len(scale))
+        # Number by number: a tensor made here would be copied to the device in every step.
+        return torch.stack([offsets * factor for offsets, factor in zip(x.unbind(1), self.scale, strict=True)], dim=1)
 
 
 class ContinuousPositionBias(nn.Module):
