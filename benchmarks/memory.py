@@ -1,8 +1,9 @@
-"""Memory saved by autograd, and peak GPU memory of a network."""
+"""Memory saved by autograd, and peak memory of an action."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -31,3 +32,27 @@ def peak_memory(action: Callable[[], object], network: nn.Module, device: torch.
     torch.cuda.reset_peak_memory_stats(device)
     action()
     return (torch.cuda.max_memory_allocated(device) - others) / 2**20
+
+
+def peak_increase(action: Callable[[], object], device: torch.device) -> float:
+    """Return the increase of peak memory by an action in MiB: allocated memory on a GPU, else resident memory (Linux).
+
+    A process should measure one action only, as memory freed by others would be used again.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        action()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    x = torch.ones(512, 512, requires_grad=True)
+    torch.nn.functional.linear(x, x).sum().backward()  # loads the libraries of the first product
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
+    before = _status("VmRSS")
+    action()
+    return _status("VmHWM") - before
+
+
+def _status(name: str) -> float:
+    """Return one of the kernel's memory figures of this process, in MiB."""
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines[name].split()[0]) / 2**10

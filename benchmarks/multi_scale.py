@@ -25,6 +25,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import Deforma
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.memory import peak_increase
 from benchmarks.timing import environment, spread, take_turns
 from models.attention import MSDeformAttn
 
@@ -39,7 +40,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
     if args.peak:
-        print(_peak(args, device, *args.peak))
+        layer, task = args.peak
+        print(peak_increase(partial(TASKS[task], *_layer(layer, args, device)), device))
         return
     queries = args.queries or sum(height * width for height, width in LEVELS)
     print(
@@ -127,28 +129,6 @@ TASKS = {"forward": _inference, "forward + backward": _training}
 def _in_fresh_process(name: str, task: str) -> str:
     command = [sys.executable, "-m", "benchmarks.multi_scale", *sys.argv[1:], "--peak", name, task]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def _peak(args: argparse.Namespace, device: torch.device, name: str, task: str) -> float:
-    """Return the increase of peak memory by a layer in MiB."""
-    run, leaves = _layer(name, args, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        TASKS[task](run, leaves)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    x = torch.ones(512, 512, requires_grad=True)
-    torch.nn.functional.linear(x, x).sum().backward()  # loads the libraries of the first product
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
-    before = _status("VmRSS")
-    TASKS[task](run, leaves)
-    return _status("VmHWM") - before
-
-
-def _status(name: str) -> float:
-    """Return one of the kernel's memory figures of this process, in MiB."""
-    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines[name].split()[0]) / 2**10
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from .table_rows import crop_bias, separable_bias, table_columns, table_crops
 SAVED = 1 << 22  # largest number of attention weights of a batch that is saved for the backward pass: 16 MiB
 CACHED = 1 << 20  # attention weights of larger batches computed at a time: 4 MiB, which stay in the CPU cache
 TOGETHER = 1 << 17  # attention weights of small images in one matrix product: 512 KiB
+BLOCK = 1 << 23  # attention weights of a large image computed at a time: 32 MiB, or those of COLUMNS columns of queries
+COLUMNS = 32  # the bias of a block is a sum of rows of a matrix with as many columns: shorter rows are slower
 
 
 def attention(
@@ -52,6 +54,8 @@ def attention(
         # The intermediates of the separable bias need more memory than the weights.
         if form == "crops" and len(q) * _weights_per_image(q, k) <= SAVED:
             return attend(matrix, q, k, v, *places)
+        if form == "separable":
+            return _by_columns(partial(_checkpointed, attend, matrix), q, k, v, *places)
         return _checkpointed(attend, matrix, q, k, v, *places)
 
 
@@ -62,6 +66,15 @@ def _table_axis(query: Tensor, key: Tensor, length: int) -> Tensor:
 
 def _weights_per_image(q: Tensor, k: Tensor) -> int:
     return k.shape[1] * q.shape[1:3].numel()
+
+
+def _by_columns(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Return ``attend(q, k, v, y, x)``, for large images computed for some columns of queries at a time."""
+    height, width = y.shape[-1], x.shape[-1]
+    columns = max(COLUMNS, BLOCK * width // _weights_per_image(q, k))
+    maps = q.unflatten(1, (height, width)).split(columns, dim=2)
+    parts = [attend(part.flatten(1, 2), k, v, y, at) for part, at in zip(maps, x.split(columns, dim=-1), strict=True)]
+    return torch.cat([part.unflatten(1, (height, -1)) for part in parts], dim=2).flatten(1, 2)
 
 
 def _checkpointed(attend: Callable[..., Tensor], matrix: Tensor, q: Tensor, k: Tensor, *tensors: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.memory import kept_for_backward
 from models.ops.cpu import deformable as on_cpu
@@ -68,6 +70,32 @@ def test_images_at_a_time_change_nothing(images: int, monkeypatch: pytest.Monkey
     q, k, *_ = tensors
     assert [len(some) for some, _ in on_cpu._few_images(q, k)] == {1: [1, 1, 1], 2: [2, 1], 3: [3]}[images]
     assert_same("crops", tensors, (6, 9))
+
+
+@pytest.mark.parametrize("columns", [1, 4, 9])
+def test_columns_at_a_time_change_nothing(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_cpu, "BLOCK", 1)
+    monkeypatch.setattr(on_cpu, "COLUMNS", columns)
+    assert_same("separable", inputs((6, 9), (7, 5)), (6, 9))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the number of values of the largest tensor that an operation returns."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001
+        out = func(*args, **(kwargs or {}))
+        self.values = max([self.values, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        return out
+
+
+def test_no_tensor_holds_all_weights_of_a_large_image() -> None:
+    size, keys = (48, 256), 512
+    tensors = [x.detach().float().requires_grad_() for x in inputs(size, (7, 7), keys=keys)]
+    with LargestTensor() as largest:
+        with_gradients("separable", tensors, size)
+    assert largest.values <= on_cpu.BLOCK < HEADS * keys * size[0] * size[1] / 2
 
 
 @pytest.mark.parametrize("coordinates", ["dat++", "cvpr22"])
