@@ -19,7 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from data.formats.folders import count_by_extension, extension_of, image_extensions, skipped_files
+from data.formats.folders import (
+    SYSTEM_FOLDERS,
+    count_by_extension,
+    extension_of,
+    image_extensions,
+    is_of_system,
+    skipped_files,
+)
 from data.formats.series import check_series, find_files, first_may_be_missing
 from data.images import StoredImage, UnreadableImage
 from data.listing import Listing, cache_folder, process_lock
@@ -339,7 +346,7 @@ def _members(path: Path, shard: int) -> Iterator[_Member]:
                 archive.members = []  # tarfile would keep all of them in memory
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else member.offset_data
                 name = PurePosixPath(member.name)
-                if name.name.startswith(".") or "__MACOSX" in name.parts or member.isdir():
+                if _is_of_system(name) or member.isdir():
                     continue
                 is_image = name.suffix.lower() in image_extensions()
                 if is_image and (member.islnk() or member.issym() or member.issparse()):
@@ -362,6 +369,11 @@ def _members(path: Path, shard: int) -> Iterator[_Member]:
             f"archive {path} has data after its end: several archives were joined, or it is damaged; use separate "
             f"shards (train-000000.tar, ...), or copy it again"
         )
+
+
+def _is_of_system(name: PurePosixPath) -> bool:
+    """Return whether a file is hidden or of the system; archives of whole paths may have hidden folders far above."""
+    return is_of_system(PurePosixPath(*name.parts[-2:])) or not SYSTEM_FOLDERS.isdisjoint(name.parts)
 
 
 def _key(name: str) -> str:

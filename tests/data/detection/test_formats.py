@@ -112,6 +112,21 @@ def test_yolo_boxes_are_shares_of_the_image(tmp_path: Path) -> None:
         open_yolo(Request(path=str(tmp_path)))
 
 
+def test_yolo_images_of_other_endings_are_read_or_counted(tmp_path: Path) -> None:
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "train").mkdir(parents=True)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    for name in ("a.jpg", "b.JFIF", "c.tif", "d.heic", "._a.jpg"):
+        file = tmp_path / "images" / "train" / name
+        Image.new("RGB", (40, 32)).save(file, "TIFF" if name == "c.tif" else "JPEG")
+        (tmp_path / "labels" / "train" / f"{file.stem}.txt").write_text("1 0.5 0.5 0.25 0.5\n")
+    dataset = open_yolo(Request(path=str(tmp_path), needs=("train",)))
+    assert len(dataset.train) == 3
+    (warning,) = dataset.format_warnings
+    assert warning.startswith("1 file skipped in ")
+    assert warning.endswith("with extensions that Pillow does not read: 1 .heic")
+
+
 def test_voc_names_may_contain_spaces(tmp_path: Path) -> None:
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / folder).mkdir(parents=True)
