@@ -59,7 +59,13 @@ def _find(classes: Sequence[str], known: Sequence[str], number: int, class_map: 
             f"the classes are numbers up to {max(map(int, classes))}, and the weights have {number} classes without "
             f"names: give DATA.CLASS_ORDER number if their order is that of the labels, otherwise a MODEL.CLASS_MAP"
         )
-    return find_labels(classes, synsets(number)), "by WordNet id"
+    return find_labels([_without_words(name) for name in classes], synsets(number)), "by WordNet id"
+
+
+def _without_words(name: str) -> str:
+    """Return the WordNet id at the beginning of a name such as n02085620-Chihuahua; other names unchanged."""
+    found = re.match(r"n\d{8}(?=[-_. ])", name)
+    return found[0] if found else name
 
 
 def describe_labels(classes: Sequence[str], labels: Sequence[int] | None = None) -> str:

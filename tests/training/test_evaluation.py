@@ -202,6 +202,7 @@ def test_a_class_map_labels_the_images_to_evaluate(tmp_path: Path) -> None:
 
 def test_folders_of_wordnet_ids_are_classes_of_imagenet() -> None:
     assert labels_of(["n01443537", "n01440764"], [], 1000, "") == ([1, 0], "by WordNet id")
+    assert labels_of(["n01443537-goldfish", "n01440764_tench"], [], 1000, "")[0] == [1, 0]
     assert labels_of(["cat"], [], 1000, "") == ([], "by WordNet id")
     assert labels_of(["cat"], ["dog"], 1, "")[0] == []
 
