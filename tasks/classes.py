@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.sources import compose
 from data.wording import shorten, with_similar
 from models.weights import NEW_ROW, as_numbers, find_labels, read_class_map, synsets
 
@@ -27,7 +28,7 @@ def labels_of(classes: Sequence[str], known: Sequence[str], number: int, class_m
         ValueError: the class map does not match, a class is unknown, two classes share a label, or numeric class names
             are not valid labels.
     """
-    labels, how = _find(classes, known, number, class_map)
+    labels, how = _find(classes, [compose(name) for name in known], number, class_map)
     if class_map and NEW_ROW in labels:
         name = classes[labels.index(NEW_ROW)]
         raise ValueError(f"class map {class_map} has no class of the weights for {name}; leave its images out")

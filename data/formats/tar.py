@@ -37,6 +37,7 @@ from data.sources import (
     ImageSource,
     Request,
     classes_of,
+    compose,
     join_classes,
     read_class_list,
     relabel,
@@ -386,12 +387,14 @@ def label_of(content: bytes, ending: str) -> str | None:
     """Return the label in a `.cls` or `.json` file of an image; None if there is none."""
     text = content.decode("utf-8", "replace").strip()
     if ending == ".cls":
-        return text
+        return compose(text)
     try:
         found = json.loads(text).get("label")
     except (ValueError, AttributeError):
         return None
-    return None if found is None else SEPARATOR.join(map(str, found)) if isinstance(found, list) else str(found)
+    if found is None:
+        return None
+    return compose(SEPARATOR.join(map(str, found)) if isinstance(found, list) else str(found))
 
 
 def _class_by_key(labels: dict[str, str], image: _Member, shards: Sequence[Path]) -> str:

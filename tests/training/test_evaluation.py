@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,11 @@ def test_image_folders_beside_imagenet_as_documented(
     evaluation = build_evaluation(parse([str(word) for word in words])[1], CPU)
     assert next(iter(evaluation.loader)).targets.tolist() == labels
     assert f"{folders[1]} {labels[1]}, " in f"{evaluation.notes[0]}, ".replace(";", ",")
+
+
+def test_names_of_the_weights_in_another_form_of_unicode_are_known() -> None:
+    composed, apart = (unicodedata.normalize(form, "K\u00e4se") for form in ("NFC", "NFD"))
+    assert labels_of([composed], [apart, "dog"], 2, "") == ([0], "by name")
 
 
 @pytest.mark.parametrize(

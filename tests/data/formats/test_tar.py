@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import tarfile
@@ -244,6 +245,18 @@ def test_labels_in_json_and_files_of_other_programs(tmp_path: Path) -> None:
     dataset = opened(tmp_path, "train")
     assert dataset.classes == ["0", "1", "2"]
     assert [dataset.train.label(index) for index in range(3)] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("ending", ["cls", "json"])
+def test_labels_in_two_forms_of_unicode_are_one_class(tmp_path: Path, ending: str) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for number, label in enumerate(("\u00e4", "a\u0308", "dog")):
+            add_bytes(archive, f"{number}.jpg", jpeg(number, tmp_path / "a.jpg"))
+            content = json.dumps({"label": label}) if ending == "json" else label  # JSON escapes the letters
+            add_bytes(archive, f"{number}.{ending}", content.encode())
+    dataset = opened(tmp_path, "train")
+    assert dataset.classes == ["dog", "\u00e4"]
+    assert [dataset.train.label(index) for index in range(3)] == [1, 1, 0]
 
 
 def test_archives_of_whole_paths_may_have_hidden_folders_above(tmp_path: Path) -> None:
