@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from models import build_model
 from tasks.pictures import palette
 from tests.browser import Browser, needs_browser
 from tests.models.detection.test_detectors import REGIONS
+from tests.runs import ROOT
 from tests.tools.samples import CLASSES, tiny_config, write_checkpoint, write_photograph
 from tools.predict import main
 from training.trained_model import load_trained
@@ -109,6 +113,16 @@ def test_files_of_folders_that_are_skipped_are_counted(
     assert status == 0
     assert len(out.splitlines()) == 3
     assert f"3 files skipped in {folder}, with extensions that Pillow does not read: 2 .heic, 1 .pdf\n" in err
+
+
+def test_names_that_the_console_cannot_show_are_escaped(tmp_path: Path) -> None:
+    names = ["K\u00e4se", "\u732b", *CLASSES[2:]]
+    checkpoint, photo = write_checkpoint(tmp_path, classes=names), write_photograph(tmp_path / "a.png")
+    words = (sys.executable, ROOT / "tools/predict.py", "--checkpoint", checkpoint, "--top", 10, photo)
+    done = subprocess.run(list(map(str, words)), capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+    assert "K\u00e4se" in done.stdout.decode("cp1252")
+    assert r"\u732b" in done.stdout.decode("cp1252")
 
 
 def test_half_precision_is_close(
