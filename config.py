@@ -6,6 +6,7 @@ declared here are errors, both in the file and on the command line.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -48,8 +49,11 @@ class RunOption(Option):
     synonyms: Sequence[str] = ()
 
 
-def _switch(default: bool, meaning: str, *, flag: str = "", may_change: bool = False) -> RunOption:
-    return RunOption(default, meaning, flag=flag, bare=True if flag else None, may_change=may_change)
+def _switch(
+    default: bool, meaning: str, *, flag: str = "", may_change: bool = False, synonyms: Sequence[str] = ()
+) -> RunOption:
+    bare = True if flag else None
+    return RunOption(default, meaning, flag=flag, bare=bare, may_change=may_change, synonyms=synonyms)
 
 
 _AREAS = Check(
@@ -145,7 +149,7 @@ OPTIONS: dict[str, Option] = {
         128,
         "Images per process and micro-batch; an update uses BATCH_SIZE x processes x TRAIN.ACCUMULATION_STEPS images.",
         at_least(1),
-        synonyms=("-b", "--bs"),
+        synonyms=("-b", "--bs", "--batch"),
         flag="--batch-size",
         metavar="N",
         may_change=True,
@@ -155,7 +159,7 @@ OPTIONS: dict[str, Option] = {
         "Size of the network's input in pixels: one side, or [height, width].",
         _SIZE,
         also_list=True,
-        synonyms=("--input-size", "--image-size", "--resolution", "--imgsz"),
+        synonyms=("--input-size", "--image-size", "--crop-size", "--resolution", "--imgsz"),
         flag="--img-size",
         metavar="N",
     ),
@@ -234,7 +238,16 @@ OPTIONS: dict[str, Option] = {
     "MODEL.RESUME": RunOption(
         "",
         "Checkpoint to resume or to evaluate.",
-        synonyms=("--checkpoint", "--ckpt", "--continue", "--load", "--resume-from"),
+        synonyms=(
+            "--checkpoint",
+            "--ckpt",
+            "--ckpt-path",
+            "--continue",
+            "--load",
+            "--load-checkpoint",
+            "--load-from",
+            "--resume-from",
+        ),
         flag="--resume",
         metavar="FILE",
         may_change=True,
@@ -243,7 +256,7 @@ OPTIONS: dict[str, Option] = {
     "MODEL.TIMM.NAME": RunOption(
         "",
         "A timm model, such as resnet50; the flag also sets MODEL.TYPE.",
-        synonyms=("--arch", "-a"),
+        synonyms=("--arch", "-a", "--backbone", "--model-name", "--network"),
         flag="--model",
         metavar="NAME",
     ),
@@ -303,7 +316,12 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.WARMUP_LR": RunOption(5e-7, "Learning rate at the start of the warm-up.", not_negative()),
     "TRAIN.MIN_LR": RunOption(5e-6, "Learning rate at the end of cosine and poly.", not_negative()),
-    "TRAIN.CLIP_GRAD": RunOption(5.0, "Maximum gradient norm; 0 disables clipping.", not_negative()),
+    "TRAIN.CLIP_GRAD": RunOption(
+        5.0,
+        "Maximum gradient norm; 0 disables clipping.",
+        not_negative(),
+        synonyms=("--grad-clip", "--clip-grad-norm", "--max-grad-norm"),
+    ),
     "TRAIN.AUTO_RESUME": _switch(True, "Resume from the newest checkpoint in the output folder.", may_change=True),
     "TRAIN.ALLOW_CONFIG_CHANGE": _switch(
         False,
@@ -357,13 +375,16 @@ OPTIONS: dict[str, Option] = {
         False,
         "Keep an exponential moving average of the weights and evaluate both; with --eval, evaluate the average.",
         flag="--ema",
+        synonyms=("--model-ema",),
     ),
-    "TRAIN.EMA.DECAY": RunOption(0.9999, "Decay of the average per update.", share()),
+    "TRAIN.EMA.DECAY": RunOption(
+        0.9999, "Decay of the average per update.", share(), synonyms=("--ema-decay", "--model-ema-decay")
+    ),
     "TRAIN.LR_SCHEDULER.NAME": RunOption(
         "cosine",
         "Learning rate schedule.",
         one_of("cosine", "linear", "poly", "step", "milestones"),
-        synonyms=("--sched", "--scheduler", "--lr-scheduler", "--lr-policy"),
+        synonyms=("--sched", "--scheduler", "--lr-scheduler", "--lr-schedule", "--lr-policy"),
     ),
     "TRAIN.LR_SCHEDULER.WARMUP_PREFIX": _switch(
         False,
@@ -391,7 +412,9 @@ OPTIONS: dict[str, Option] = {
         0.9, "poly, which ends at MIN_LR: exponent of the fraction of updates left.", positive()
     ),
     "TRAIN.OPTIMIZER.NAME": RunOption(
-        "adamw", "adamw, sgd, or another optimizer of timm, such as lion or lamb.", synonyms=("--opt", "--optimizer")
+        "adamw",
+        "adamw, sgd, or another optimizer of timm, such as lion or lamb.",
+        synonyms=("--opt", "--optim", "--optimizer"),
     ),
     "TRAIN.OPTIMIZER.EPS": RunOption(1e-8, "Epsilon of adamw.", not_negative()),
     "TRAIN.OPTIMIZER.BETAS": RunOption([0.9, 0.999], "Betas of adamw.", _BETAS),
@@ -545,18 +568,25 @@ OPTIONS: dict[str, Option] = {
         "default",
         "Name of this run.",
         _PLAIN_NAME,
-        synonyms=("--name", "--experiment", "--exp", "--exp-name"),
+        synonyms=("--name", "--experiment", "--exp", "--exp-name", "--run-name"),
         flag="--tag",
         metavar="NAME",
         may_change=True,
     ),
     "PRINT_FREQ": RunOption(
-        10, "Updates between log lines.", at_least(1), flag="--print-freq", metavar="N", may_change=True
+        10,
+        "Updates between log lines.",
+        at_least(1),
+        synonyms=("--log-interval", "--log-every", "--print-every"),
+        flag="--print-freq",
+        metavar="N",
+        may_change=True,
     ),
     "SAVE_FREQ": RunOption(
         10,
         "Epochs between copies epoch_N.pth (0: none); `last.pth` is written after every epoch.",
         not_negative(),
+        synonyms=("--save-every", "--save-interval", "--checkpoint-freq"),
         may_change=True,
     ),
     "KEEP_CHECKPOINTS": RunOption(
@@ -790,13 +820,26 @@ def _no_option(key: str) -> str:
         return f"{key} is a section; set one of its options, such as {below}"
     known = {name.upper(): name for name in OPTIONS}
     last = {name.rpartition(".")[2]: option for name, option in known.items()}
+    flags = {
+        flag.lstrip("-").replace("-", "_").upper(): name
+        for name, option in options().items()
+        for flag in filter(None, (option.flag, *option.synonyms))
+        if name.startswith(key.upper().rpartition(".")[0])
+    }
+    near = {name: option for name, option in known.items() if _are_near(name, key.upper())}
     hint = (
-        did_you_mean(key.upper(), known, shown=known, cutoff=0.85)
+        did_you_mean(key.upper().rpartition(".")[2], flags, shown=flags, cutoff=1)  # LR or TRAIN.LR, as --lr
+        or did_you_mean(key.upper(), near, shown=near, cutoff=0.85)
         # EPOCHS or DATA.EPOCHS instead of TRAIN.EPOCHS
         or did_you_mean(key.upper().rpartition(".")[2], last, shown=last, cutoff=0.8)
         or "; config.py lists all options"
     )
     return f"unknown option {key}{hint}"
+
+
+def _are_near(one: str, other: str) -> bool:
+    """Return whether the last words of two keys are similar; long sections make whole keys similar."""
+    return difflib.SequenceMatcher(None, one.rpartition(".")[2], other.rpartition(".")[2]).ratio() >= 0.6
 
 
 def _coerce(key: str, value: Any) -> Any:

@@ -24,6 +24,13 @@ from collections.abc import Callable, Iterable
 from itertools import chain, repeat
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from training import startup
+
+if __name__ == "__main__":
+    startup.begin()
+
 import numpy as np
 import PIL
 import simplejpeg
@@ -32,8 +39,6 @@ import torch
 from timm.data import create_dataset, create_loader
 from timm.data.auto_augment import NAME_TO_OP
 from yacs.config import CfgNode
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import default_config
 from data.build import build_train_loader, open_dataset

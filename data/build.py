@@ -35,6 +35,10 @@ F = TypeVar("F")
 SHARED_MEMORY = Path("/dev/shm")
 # Batches prefetched per worker.
 PREFETCHED = 2
+# Batches beside these: one in use, and the next one, which is received before that is released.
+_IN_USE = 2
+# Bytes of a pixel: its colours; the fourth is for its label, or for the label of the image.
+_PIXEL = 4
 
 
 def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Dataset:
@@ -183,7 +187,9 @@ def _source(config: CfgNode, source: ImageSource, split: str, rank: int) -> Imag
         raise ValueError(f"DATA.CACHE needs {SHARED_MEMORY}, which this system does not have; leave it off")
     processes = _local_processes()
     key = f"{_launch_id(processes)}-{split}"
-    return CachedSource(source, SHARED_MEMORY, key, processes=processes, is_main=rank == 0)
+    needed, free = _shared_memory(config, config.image_size)
+    reserved = needed if needed <= free else 0  # batches that do not fit go through pipes
+    return CachedSource(source, SHARED_MEMORY, key, processes=processes, is_main=rank == 0, reserved=reserved)
 
 
 def _local_processes() -> int:
@@ -292,9 +298,9 @@ def _shared_memory(config: CfgNode, size: tuple[int, int]) -> tuple[float, float
     """Return the bytes needed for prefetched batches in all processes of this machine, and the free bytes."""
     if not SHARED_MEMORY.is_dir():
         return 0, math.inf  # other systems have no such limit
-    batch = config.DATA.BATCH_SIZE * size[0] * size[1] * 3
+    batch = config.DATA.BATCH_SIZE * size[0] * size[1] * _PIXEL
     workers = _workers(config)
-    needed = _local_processes() * batch * (PREFETCHED * workers + 1) * (workers > 0)
+    needed = _local_processes() * batch * (PREFETCHED * workers + _IN_USE) * (workers > 0)
     return needed, shutil.disk_usage(SHARED_MEMORY).free
 
 

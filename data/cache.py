@@ -21,7 +21,7 @@ from data.wording import counted
 
 # Images read concurrently: network files have a high latency, not a low throughput.
 _READERS = 16
-# Fraction of the memory kept free for prefetched batches.
+# Fraction of the memory kept free.
 _RESERVE = 0.1
 _COLUMNS = {"offset": np.int64, "size": np.int64, "exif": np.uint8}
 
@@ -40,9 +40,12 @@ class CachedSource(ImageSource):
         key: unique name of the cache, the same for all processes that share it.
         processes: number of processes that share it.
         is_main: whether this process shows progress.
+        reserved: bytes to keep free for prefetched batches.
     """
 
-    def __init__(self, source: ImageSource, folder: Path, key: str, *, processes: int, is_main: bool) -> None:
+    def __init__(
+        self, source: ImageSource, folder: Path, key: str, *, processes: int, is_main: bool, reserved: float = 0
+    ) -> None:
         self._source = source
         self.labels = source.labels
         content, table, opened, in_use = (
@@ -56,7 +59,7 @@ class CachedSource(ImageSource):
                     self._lock = FileLock(in_use)
                     self._lock.acquire()
             if is_first:
-                _make(source, content, table, show=is_main)
+                _make(source, content, table, show=is_main, reserved=reserved)
             self._table = Listing.load(table)
             with content.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
@@ -98,14 +101,14 @@ def _remove(in_use: Path) -> None:
         path.unlink()
 
 
-def _make(source: ImageSource, content: Path, table: Path, *, show: bool) -> None:
+def _make(source: ImageSource, content: Path, table: Path, *, show: bool, reserved: float) -> None:
     """Write the files of images and their table.
 
     Raises:
         ValueError: the folder has no space even for the table.
     """
     try:
-        Listing.of(_fill(source, content, show=show), _COLUMNS, {}).save(table)
+        Listing.of(_fill(source, content, show=show, reserved=reserved), _COLUMNS, {}).save(table)
     except OSError as error:
         _remove(content.with_suffix(".lock"))
         raise ValueError(
@@ -114,10 +117,10 @@ def _make(source: ImageSource, content: Path, table: Path, *, show: bool) -> Non
         ) from None
 
 
-def _fill(source: ImageSource, path: Path, *, show: bool) -> Iterator[tuple[bytes, int, int, int]]:
+def _fill(source: ImageSource, path: Path, *, show: bool, reserved: float) -> Iterator[tuple[bytes, int, int, int]]:
     """Concatenate image files while they fit, and yield name, offset, size and orientation of each."""
     offset, disk = 0, shutil.disk_usage(path.parent)
-    room = disk.free - _RESERVE * disk.total
+    room = disk.free - max(_RESERVE * disk.total, reserved)
     with path.open("wb") as file, ThreadPoolExecutor(_READERS) as readers:
         for first in tqdm(range(0, len(source), 1024), "reading images into memory", disable=None if show else True):
             indices = range(first, min(first + 1024, len(source)))

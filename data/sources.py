@@ -307,7 +307,7 @@ def join_classes(
     Raises:
         ValueError: "val" has classes that "train" does not have, or two names of a split are equal.
     """
-    composed = {split: [unicodedata.normalize("NFC", name) for name in known] for split, known in names.items()}
+    composed = {split: [compose(name) for name in known] for split, known in names.items()}
     for split, known in composed.items():
         if len(set(known)) < len(known):
             twice = sorted({name for name in known if known.count(name) > 1})
@@ -359,6 +359,11 @@ def read_lines(path: Path) -> list[str]:
     return [line.strip() for line in lines if line.strip()]
 
 
+def compose(name: str) -> str:
+    """Return a name in the Unicode normalisation NFC, in which names are compared; macOS writes another one."""
+    return unicodedata.normalize("NFC", name)
+
+
 def read_class_list(folder: Path) -> list[str]:
     """Return the classes in `classes.txt` of a folder, one per line; empty if there is no such file.
 
@@ -368,7 +373,7 @@ def read_class_list(folder: Path) -> list[str]:
     path = folder / "classes.txt"
     if not path.is_file():
         return []
-    classes = read_lines(path)
+    classes = [compose(name) for name in read_lines(path)]
     twice = sorted({name for name in classes if classes.count(name) > 1}) if len(set(classes)) < len(classes) else []
     if twice:
         raise ValueError(f"{path} names {shorten(twice)} twice; give each class once, in the order of the labels")

@@ -206,6 +206,7 @@ def _adapt_head(
         report.head = "the weights have no classifier"
         return {}
     source, target = len(weights[entries[0]]), len(own[entries[0]])
+    names = [unicodedata.normalize("NFC", name) for name in names]
     if class_map is not None:
         rows = read_class_map(class_map, num_classes=source, classes=classes or [""] * target, names=names)
         origin = str(class_map)

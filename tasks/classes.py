@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.sources import compose
 from data.wording import shorten, with_similar
 from models.weights import NEW_ROW, as_numbers, find_labels, read_class_map, synsets
 
@@ -27,7 +28,7 @@ def labels_of(classes: Sequence[str], known: Sequence[str], number: int, class_m
         ValueError: the class map does not match, a class is unknown, two classes share a label, or numeric class names
             are not valid labels.
     """
-    labels, how = _find(classes, known, number, class_map)
+    labels, how = _find(classes, [compose(name) for name in known], number, class_map)
     if class_map and NEW_ROW in labels:
         name = classes[labels.index(NEW_ROW)]
         raise ValueError(f"class map {class_map} has no class of the weights for {name}; leave its images out")
@@ -59,7 +60,13 @@ def _find(classes: Sequence[str], known: Sequence[str], number: int, class_map: 
             f"the classes are numbers up to {max(map(int, classes))}, and the weights have {number} classes without "
             f"names: give DATA.CLASS_ORDER number if their order is that of the labels, otherwise a MODEL.CLASS_MAP"
         )
-    return find_labels(classes, synsets(number)), "by WordNet id"
+    return find_labels([_without_words(name) for name in classes], synsets(number)), "by WordNet id"
+
+
+def _without_words(name: str) -> str:
+    """Return the WordNet id at the beginning of a name such as n02085620-Chihuahua; other names unchanged."""
+    found = re.match(r"n\d{8}(?=[-_. ])", name)
+    return found[0] if found else name
 
 
 def describe_labels(classes: Sequence[str], labels: Sequence[int] | None = None) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from yacs.config import CfgNode
 
 from data.build import loader_warnings
+from data.sources import compose
 from data.wording import counted
 from models.build import num_classes, set_num_classes
 from tasks.base import Task
@@ -64,6 +65,6 @@ class LabelledTask(Task):
 def class_changes(checkpoint: dict[str, Any], classes: list[str]) -> list[str]:
     """Return a message about the first class with a different name in `checkpoint`, if it has class names."""
     known = checkpoint.get("classes")
-    known = known if isinstance(known, list) else classes
+    known = [compose(name) for name in known] if isinstance(known, list) else classes
     changed = [label for label, (before, now) in enumerate(zip(known, classes, strict=False)) if before != now]
     return [f"class {label}: {known[label]!r} in the checkpoint, {classes[label]!r} now" for label in changed[:1]]

@@ -734,6 +734,15 @@ ROWS = [
         *("--data-path", "wrong", "--eval", "--resume", "trained.pth"),
     ),
     weights(
+        "number of classes without names",
+        lambda: (
+            write_folder(Path("wrong"), {"val/a": 1, "val/b": 1, "val/c": 1}),
+            save({"model": trained()["model"]}),
+        ),
+        "trained for 2 classes, the data set has 3; to evaluate it, name their labels in a MODEL.CLASS_MAP, or fine-",
+        *("--data-path", "wrong", "--eval", "--resume", "wrong.pth"),
+    ),
+    weights(
         "missing class map",
         lambda: None,
         "class map map.txt cannot be read: .*No such file",

@@ -20,6 +20,7 @@ from training import startup
 if __name__ == "__main__":
     startup.begin()
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -73,19 +74,21 @@ def epochs_of(train: list[Row], rows: list[Row]) -> list[float]:
 
     A row tells its epoch and how many updates of the size of that time the run has taken. The last row of a finished
     epoch gives the updates of an epoch. After a change of the batch size, that is another number: a row takes the
-    latest one that puts it into its own epoch.
+    latest one that puts it into its own epoch. If there is none, as after two changes within an epoch, it is placed
+    between its neighbours.
     """
     sizes = {row["epoch"]: row["update"] / row["epoch"] for row in rows}
     finished = {row["epoch"] for row in rows if row["kind"] != "train"} | {
         epoch for epoch in sizes if epoch < max(sizes)
     }
-    positions = []
-    for row in train:
+    positions: dict[int, float] = {}
+    for number, row in enumerate(train):
         epoch, update = row["epoch"], row["update"]
         known = [sizes[other] for other in sorted(finished, reverse=True) if other <= epoch]
         inside = (update / size for size in [*known, sizes[epoch]] if epoch - 1 < update / size <= epoch)
-        positions.append(next(inside, float(epoch)))
-    return positions
+        if (position := next(inside, None)) is not None:
+            positions[number] = position
+    return np.interp(range(len(train)), list(positions), list(positions.values())).tolist()
 
 
 def planned_rates(run: Path) -> list[tuple[float, float]]:

@@ -31,6 +31,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from data.formats.folders import count_by_extension, select_images, skipped_files
 from data.wording import counted
 from models.contract import compile_parts
 from tasks.pictures import SHOWN
@@ -79,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
-    files = list(find_images(args.images, sys.stdin))
+    files, warnings = find_images(args.images, sys.stdin)
+    for warning in warnings:
+        print(warning, file=sys.stderr)
     model = load_trained(args.checkpoint, cfg=args.cfg, weights=args.weights)
     print(model.words(), file=sys.stderr)
     network = model.network.to(args.device, memory_format=torch.channels_last)
@@ -112,28 +115,33 @@ def run(args: argparse.Namespace) -> int:
     return 1 if unreadable else 0
 
 
-def find_images(names: Sequence[str], listed: TextIO) -> Iterator[str]:
-    """Yield the files of the command line: files that Pillow can read in folders, and those of a list.
+def find_images(names: Sequence[str], listed: TextIO) -> tuple[list[str], list[str]]:
+    """Return the files of the command line, those in folders and in a list included, and warnings of skipped files.
+
+    In folders, hidden files and those that Pillow cannot read are skipped.
 
     Raises:
         ValueError: a name does not exist, or a folder or the list holds no images.
     """
-    endings = Image.registered_extensions()
+    files, warnings = [], []
     for name in names:
         if name == "-":
             found = [line for line in (line.rstrip("\r\n") for line in listed) if line]
             if not found:
                 raise ValueError("no images were listed on standard input")
-            yield from found
+            files += found
         elif Path(name).is_dir():
-            found = sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in endings)
+            found, skipped = select_images(Path(name), below=True)
             if not found:
-                raise ValueError(f"folder {name} contains no images")
-            yield from found
+                held = f", but {count_by_extension(skipped)}" if skipped else ""
+                raise ValueError(f"folder {name} contains no images{held}")
+            files += map(str, found)
+            warnings += filter(None, [skipped_files(Path(name), skipped)])
         elif Path(name).exists():
-            yield name
+            files.append(name)
         else:
             raise ValueError(f"{name} does not exist; give images, folders, or - for a list on standard input")
+    return files, warnings
 
 
 # The number that comes with a class: for an image, for the pixels of a segmenter, for the object of a detector.

@@ -25,7 +25,7 @@ from tasks import Task, build_task
 from training.checkpoint import CheckpointFolder, load_strictly
 from training.environment import write_environment
 from training.output_folder import lock_folder, open_folder, set_aside
-from training.resume import Resumed, find_resumed, start_from_pretrained
+from training.resume import Resumed, find_resumed, start_from_pretrained, written_config
 from training.run import BadImages, Run, TrainingState
 from training.teacher import add_teacher
 from training.weight_sets import RAW, pick_weights
@@ -202,9 +202,14 @@ def rate_jump_warning(config: CfgNode, state: TrainingState, saved: dict[str, An
     before, now = (groups[0]["lr"] for groups in (saved["optimizer"]["param_groups"], state.optimizer.param_groups))
     if state.position.epoch >= config.TRAIN.EPOCHS or before / _LARGEST_JUMP <= now <= before * _LARGEST_JUMP:
         return []
+    hint, schedule = "", config.TRAIN.LR_SCHEDULER
+    if schedule.PLANNED_EPOCHS and schedule.AFTER == "rewarm":
+        hint = ". TRAIN.LR_SCHEDULER.AFTER hold keeps the rate"
+    elif not schedule.PLANNED_EPOCHS and written_config(saved).TRAIN.EPOCHS != config.TRAIN.EPOCHS:
+        hint = ". To keep the rate of a finished run, set TRAIN.LR_SCHEDULER.PLANNED_EPOCHS to its number of epochs"
     return [
         f"the learning rate goes from {before:.2e} to {now:.2e} where the run continues, so its accuracy may drop at "
-        "first. To keep the rate of a finished run, set TRAIN.LR_SCHEDULER.PLANNED_EPOCHS to its number of epochs"
+        f"first{hint}"
     ]
 
 

@@ -18,11 +18,13 @@ import re
 import shutil
 import warnings
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -35,9 +37,21 @@ from utils import STAGED
 
 FORMAT = 1
 
+# Plain values that other trainers save beside the weights: their parsed arguments, and numbers of NumPy, such as the
+# best accuracy. None of them executes code when unpickled. Files of NumPy 1 name another module.
+_SCALAR = np.float64(0).__reduce__()[0]
+_PLAIN = [
+    Namespace,
+    np.dtype,
+    *(type(np.dtype(code)) for code in f"?{np.typecodes['AllInteger']}{np.typecodes['Float']}"),
+    (_SCALAR, "numpy.core.multiarray.scalar"),
+    (_SCALAR, "numpy._core.multiarray.scalar"),
+]
+torch.serialization.add_safe_globals(_PLAIN)
+
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint onto the CPU, unpickling only tensors and plain containers.
+    """Load a checkpoint onto the CPU, unpickling only tensors, plain containers and plain values.
 
     The yacs `CfgNode` of a published file becomes an `OrderedDict`: `models.registry` allows it for all of PyTorch.
 
@@ -159,7 +173,7 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
         if classes != wanted:
             raise ValueError(
                 f"{path} was trained for {counted(classes, 'class', 'classes')}, the data set has {wanted}; "
-                "evaluate it on the data it was trained on, or fine-tune it with --pretrained"
+                "to evaluate it, name their labels in a MODEL.CLASS_MAP, or fine-tune it with --pretrained"
             )
     problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]
     problems += [f"{name} is not in this model" for name in weights.keys() - expected.keys()]

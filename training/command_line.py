@@ -13,8 +13,16 @@ from config import OPTIONS, RunOption, check_pairs, load_config
 from models.options import did_you_mean
 from training.weight_sets import EMA, RAW
 
-# Flags of other trainers for flags that set no option.
-_SYNONYMS = {"--config": "--cfg", "--config-file": "--cfg", "--evaluate": "--eval", "--test": "--eval"}
+# Flags of other trainers for flags that set no option, or that need a value.
+_SYNONYMS = {
+    **dict.fromkeys(("--config", "--config-file"), "--cfg"),
+    **dict.fromkeys(("--evaluate", "--test", "--test-only", "--validate"), "--eval"),
+    **dict.fromkeys(("--cfg-options", "--set"), "--opts KEY VALUE"),
+    **dict.fromkeys(("--cpu", "--no-cuda"), "--device cpu"),
+    "--dry-run": "--check",
+    "--no-amp": "--amp off",
+    "--no-resume": "--opts TRAIN.AUTO_RESUME False",
+}
 # Options that name the output folder.
 _FOLDER = {"OUTPUT", "MODEL.NAME", "TAG"}
 
@@ -44,7 +52,7 @@ def _suggestion(flag: str, flags: Sequence[str]) -> str:
     return (
         did_you_mean(flag, exact, shown=exact, cutoff=1)
         or did_you_mean(flag.lstrip("-"), similar, shown=similar, cutoff=0.75)
-        or did_you_mean(flag, flags, cutoff=0.7)
+        or did_you_mean(flag, flags, cutoff=0.78)
     )
 
 

@@ -47,6 +47,8 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
         if isinstance(error, (ConnectionError, EOFError)):
             reason = f"DataLoader worker died while sending a batch: {reason}"
         hint = " (fewer DATA.NUM_WORKERS need less memory)" if _is_lost_worker(error) else ""
+        if "shared memory" in reason:
+            hint = " (give the container more with --shm-size or --ipc=host, or use smaller batches)"
         log.error(f"rank {launched_as().rank}: {reason}{hint}; {_continuation()}")
         return LOST_PEER
     if _is_out_of_memory(error):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import io
 import os
 import platform
 import signal
@@ -27,6 +28,8 @@ def begin() -> None:
     forever.
     """
     _require_packages()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # not that of a notebook
+        sys.stdout.reconfigure(errors="backslashreplace")  # code pages of Windows lack most letters of names
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in the background
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if "TORCHELASTIC_RUN_ID" in os.environ:

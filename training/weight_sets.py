@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from data.wording import counted
 from models.contract import classifier, converts_weights
 
 # Sets of weights in a file: raw, and their exponential moving average.
@@ -26,7 +27,7 @@ _IN_WORDS = {RAW: "raw weights", EMA: "averaged weights"}
 # Wrappers of torch.compile, activation checkpointing and FSDP, which can appear before any part of a name.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 # Entries and prefixes of moving averages; the teacher of self-distillation is the average of its student.
-_AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?|shadow|teacher|momentum)(?:[._]|$)")
+_AVERAGED = re.compile(r"(?:^|[._])(?:ema|swa|avg|averaged?|shadow|polyak|teacher|momentum)(?:[._]|$)")
 # Fraction of the network's names that must be found. Other architectures share a few names.
 _RECOGNISED = 0.1
 # Sets with at least this fraction of the names of the best one are alternatives to it.
@@ -64,7 +65,7 @@ class _Candidate:
 
     @property
     def kind(self) -> str:
-        averaged = "n_averaged" in self.others or _AVERAGED.search(f"{self.entry}.{self.prefix}")
+        averaged = "n_averaged" in self.others or _is_averaged(f"{self.entry}.{self.prefix}")
         return EMA if averaged else RAW
 
     def place(self) -> str:
@@ -123,14 +124,14 @@ def count_classes(weights: dict[str, Tensor], network: nn.Module) -> int:
 
 def layout(checkpoint: dict[str, Any]) -> str:
     """Describe the contents of a file: its entries, the number of tensors in each, and their first names."""
-    words = [f"{entry or 'at the top level'}: {_first(list(held), 'tensors')}" for entry, held in _tensors(checkpoint)]
+    words = [f"{entry or 'at the top level'}: {_first(list(held), 'tensor')}" for entry, held in _tensors(checkpoint)]
     tops = {entry.partition(".")[0] for entry, held in _tensors(checkpoint)}
     others = [str(name) for name, value in checkpoint.items() if name not in tops and not isinstance(value, Tensor)]
-    return "; ".join(words + ([_first(others, "other entries")] if others else [])) or "nothing"
+    return "; ".join(words + ([_first(others, "other entry", "other entries")] if others else [])) or "nothing"
 
 
-def _first(names: list[str], what: str, most: int = 3) -> str:
-    return f"{len(names)} {what}, {', '.join(names[:most])}" + (", ..." if len(names) > most else "")
+def _first(names: list[str], one: str, several: str = "", most: int = 3) -> str:
+    return f"{counted(len(names), one, several)}, {', '.join(names[:most])}" + (", ..." if len(names) > most else "")
 
 
 def _tensors(held: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
@@ -149,10 +150,15 @@ def _tensors(held: Any, entry: str = "", depth: int = 0) -> Iterator[tuple[str, 
         yield from _tensors(value, f"{entry}.{name}" if entry else name, depth + 1)
 
 
+def _is_averaged(entry: str) -> bool:
+    """Return whether an entry holds averaged weights, by its words: ema_model, modelEma, EMACallback."""
+    return bool(_AVERAGED.search(re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", entry).lower()))
+
+
 def _nameless_averages(held: Any, entry: str = "", depth: int = 0) -> str:
     """Return the entry with averaged weights as a list of tensors, like `shadow_params` of torch_ema; else empty."""
     if isinstance(held, (list, tuple)) and held and all(isinstance(value, Tensor) for value in held):
-        return entry if _AVERAGED.search(entry) else ""
+        return entry if _is_averaged(entry) else ""
     if not isinstance(held, dict) or depth > _DEPTH:
         return ""
     below = (
@@ -203,7 +209,8 @@ def _notes(taken: _Candidate, sets: list[_Candidate], path: str | Path) -> list[
     if taken.entry not in ("", "model", "ema") or taken.prefix or taken.wrappers:
         notes.append(f"{path}: the weights were recognised in {taken.place()}")
     if taken.others and taken.prefix:
-        notes.append(f"{path}: not used: {_first(taken.others, 'entries without that prefix')}")
+        left = _first(taken.others, "entry without that prefix", "entries without that prefix")
+        notes.append(f"{path}: not used: {left}")
     if {one.entry for one in sets} - {"model", "ema"} and len(sets) > 1:
         rest = "; ".join(one.place() for one in sets if one is not taken)
         notes.append(f"{path}: {_IN_WORDS[taken.kind]} are taken from {taken.place()}; it also contains {rest}")

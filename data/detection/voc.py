@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 from data.detection.annotated import AnnotatedImages, Annotation, Faults, split_warnings
 from data.detection.sources import DetectionDataset
-from data.sources import Request, read_class_list, read_lines
+from data.sources import Request, compose, read_class_list, read_lines
 
 _LAYOUT = "expected Annotations/*.xml, JPEGImages/ and ImageSets/Main/{train,val}.txt"
 
@@ -24,9 +24,7 @@ def open_voc(request: Request) -> DetectionDataset:
     root = request.root(_LAYOUT)
     lists = {split: root / "ImageSets" / "Main" / f"{getattr(request, split) or split}.txt" for split in request.needs}
     trees = {split: _trees(root, path) for split, path in lists.items()}
-    named = {
-        one.findtext("name", "") for of_split in trees.values() for tree in of_split for one in tree.iter("object")
-    }
+    named = {_name(one) for of_split in trees.values() for tree in of_split for one in tree.iter("object")}
     classes = read_class_list(root) or sorted(named)
     sources, warnings = {}, []
     for split, of_split in trees.items():
@@ -57,8 +55,12 @@ def _trees(root: Path, listed: Path) -> list[ElementTree.Element]:
     return found
 
 
+def _name(one: ElementTree.Element) -> str:
+    return compose(one.findtext("name", ""))
+
+
 def _annotation(one: ElementTree.Element, image: str, classes: list[str]) -> Annotation:
-    name = one.findtext("name", "")
+    name = _name(one)
     x1, y1, x2, y2 = (_number(one, f"bndbox/{side}", "nan", image) for side in ("xmin", "ymin", "xmax", "ymax"))
     return Annotation(
         name=f"{name} in {image}",

@@ -8,10 +8,10 @@ from PIL import ExifTags, Image
 
 from data.detection.annotated import AnnotatedImages, Annotation, Faults, split_warnings
 from data.detection.sources import DetectionDataset
+from data.formats.folders import select_images, skipped_files
 from data.sources import Request, read_class_list
 
 _TURNED = range(5, 9)  # EXIF orientations that exchange height and width
-_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
 _LAYOUT = "expected images/{train,val}/, labels/{train,val}/*.txt and classes.txt"
 
 
@@ -33,7 +33,8 @@ def open_yolo(request: Request) -> DetectionDataset:
         if not folder.is_dir():
             raise ValueError(f"no folder {folder} in data path {root}; {_LAYOUT}")
         source, faults, without = AnnotatedImages(exif=request.exif), Faults(), []
-        for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in _ENDINGS):
+        images, skipped = select_images(folder, below=False)
+        for path in images:
             size = _size(path, exif=request.exif)
             labels = root / "labels" / folder.name / f"{path.stem}.txt"
             objects = _annotations(labels, size, len(classes)) if labels.is_file() else []
@@ -41,6 +42,7 @@ def open_yolo(request: Request) -> DetectionDataset:
                 without.append(path.name)
         sources[split] = source
         warnings += split_warnings(source, folder, faults, without)
+        warnings += filter(None, [skipped_files(folder, skipped)])
     return DetectionDataset(
         classes=classes, masks=False, train=sources.get("train"), held_out=sources.get("val"), format_warnings=warnings
     )

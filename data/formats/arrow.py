@@ -15,7 +15,17 @@ import numpy as np
 from data.formats.series import check_series, find_files
 from data.images import StoredImage, read_file
 from data.listing import cache_folder
-from data.sources import SPLITS, Dataset, ImageSource, Request, check_no_decimals, join_classes, relabel, to_matrix
+from data.sources import (
+    SPLITS,
+    Dataset,
+    ImageSource,
+    Request,
+    check_no_decimals,
+    compose,
+    join_classes,
+    relabel,
+    to_matrix,
+)
 from data.wording import shorten
 
 SAVED_LAYOUT = "DATA_PATH is a folder that save_to_disk of a DatasetDict with train and validation wrote"
@@ -195,7 +205,9 @@ def _labels(table: Any, request: Request, where: Path) -> tuple[Any, list[str]]:
             raise ValueError(f"{where}: label {wrong} is out of range; labels count from 0")
         classes = [str(number) for number in range(max(flat) + 1)]
     elif classes is None:
-        classes = sorted(set(map(str, flat)))
-        place = {name: label for label, name in enumerate(classes)}
-        values = [[place[str(v)] for v in row] for row in values] if several else [place[str(v)] for v in values]
+        names = {value: compose(str(value)) for value in set(flat)}
+        classes = sorted(set(names.values()))
+        labels = {name: label for label, name in enumerate(classes)}
+        place = {value: labels[name] for value, name in names.items()}
+        values = [[place[value] for value in row] for row in values] if several else [place[value] for value in values]
     return (values if several else np.array(values, dtype=np.int32)), classes

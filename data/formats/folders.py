@@ -26,7 +26,7 @@ from data.wording import counted, shorten
 LAYOUT = "the layout is DATA_PATH/train/<class>/*.jpg and DATA_PATH/val/<class>/*.jpg"
 
 # Folders created by operating systems and network storage.
-_NO_CLASSES = {
+SYSTEM_FOLDERS = {
     *("__MACOSX", "lost+found", "$RECYCLE.BIN", "System Volume Information"),
     *("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot"),
 }
@@ -131,7 +131,7 @@ def list_images(folder: Path) -> Listing:
 
 def class_folders(folder: Path) -> list[str]:
     """Return the sorted names of the folders in `folder`, without hidden ones and those of operating systems."""
-    entries = [entry for entry in _entries(folder) if not entry.name.startswith(".") and entry.name not in _NO_CLASSES]
+    entries = [entry for entry in _entries(folder) if not is_of_system(PurePath(entry.name))]
     dangling = [entry.path for entry in entries if entry.is_symlink() and not Path(entry.path).exists()]
     if dangling:
         raise ValueError(f"{shorten(dangling)} is a broken link; repair or remove it")
@@ -175,7 +175,9 @@ def _rows(
     for label, name in enumerate(classes):
         count, others = 0, Counter()
         for parent, below, files in os.walk(folder / name, followlinks=True, onerror=_refuse):
-            below[:] = sorted(name for name in below if name not in _NO_CLASSES and not _leads_up(parent, name))
+            below[:] = sorted(
+                name for name in below if not is_of_system(PurePath(name)) and not _leads_up(parent, name)
+            )
             folders.append([parent[prefix:], Path(parent).stat().st_mtime_ns])
             for file in sorted(files):
                 if file.startswith("."):
@@ -213,6 +215,24 @@ def _is_current(listing: Listing, folder: Path) -> bool:
         return False
 
 
+def is_of_system(path: PurePath) -> bool:
+    """Return whether a path within a data set is hidden, or in a folder of an operating system or network storage."""
+    return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in path.parts)
+
+
+def select_images(folder: Path, *, below: bool) -> tuple[list[Path], Counter[str]]:
+    """Return the files that Pillow can open, in order, and the number of other files by extension.
+
+    Args:
+        folder: where the files are; those of the system are left out.
+        below: whether folders inside are searched, too.
+    """
+    paths = sorted(folder.rglob("*") if below else folder.iterdir())
+    files = [path for path in paths if not is_of_system(path.relative_to(folder)) and path.is_file()]
+    skipped = Counter(ending for path in files if (ending := extension_of(path)) not in image_extensions())
+    return [path for path in files if extension_of(path) in image_extensions()], skipped
+
+
 def extension_of(path: PurePath) -> str:
     """Return the extension of a file in lower case, or "without extension"."""
     return path.suffix.lower() or "without extension"
@@ -231,7 +251,7 @@ def skipped_files(place: Path, skipped: Mapping[str, int] | None) -> str:
     if not skipped:
         return ""
     files = counted(sum(skipped.values()), "file")
-    return f"{files} skipped in {place}, of formats that Pillow cannot read: {count_by_extension(skipped)}"
+    return f"{files} skipped in {place}, with extensions that Pillow does not read: {count_by_extension(skipped)}"
 
 
 def count_by_extension(skipped: Mapping[str, int]) -> str:

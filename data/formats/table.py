@@ -18,6 +18,7 @@ from data.sources import (
     Request,
     check_no_decimals,
     classes_of,
+    compose,
     join_classes,
     read_class_list,
     split_labels,
@@ -96,7 +97,7 @@ def read_rows(path: Path, split: str, *, multi_label: bool) -> list[Row]:
         if len(cells) <= max(index for index in columns if index is not None) or (columns[2] is None and not cells[0]):
             raise ValueError(f"{path}, line {line}: a path and a label are expected, not {cells!r}; {LAYOUT}")
         if columns[2] is None or cells[columns[2]].strip() in SPLITS[split]:
-            text = cells[columns[1]].strip()
+            text = compose(cells[columns[1]].strip())
             if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):  # bytes that are not UTF-8
                 raise ValueError(f"{path}, line {line}: label {text!r} is not UTF-8 text; save the table as UTF-8")
             labels = split_labels(text) if multi_label else (text,)

@@ -19,7 +19,14 @@ from typing import Any
 
 import numpy as np
 
-from data.formats.folders import count_by_extension, extension_of, image_extensions, skipped_files
+from data.formats.folders import (
+    SYSTEM_FOLDERS,
+    count_by_extension,
+    extension_of,
+    image_extensions,
+    is_of_system,
+    skipped_files,
+)
 from data.formats.series import check_series, find_files, first_may_be_missing
 from data.images import StoredImage, UnreadableImage
 from data.listing import Listing, cache_folder, process_lock
@@ -30,6 +37,7 @@ from data.sources import (
     ImageSource,
     Request,
     classes_of,
+    compose,
     join_classes,
     read_class_list,
     relabel,
@@ -339,7 +347,7 @@ def _members(path: Path, shard: int) -> Iterator[_Member]:
                 archive.members = []  # tarfile would keep all of them in memory
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else member.offset_data
                 name = PurePosixPath(member.name)
-                if name.name.startswith(".") or "__MACOSX" in name.parts or member.isdir():
+                if _is_of_system(name) or member.isdir():
                     continue
                 is_image = name.suffix.lower() in image_extensions()
                 if is_image and (member.islnk() or member.issym() or member.issparse()):
@@ -364,6 +372,11 @@ def _members(path: Path, shard: int) -> Iterator[_Member]:
         )
 
 
+def _is_of_system(name: PurePosixPath) -> bool:
+    """Return whether a file is hidden or of the system; archives of whole paths may have hidden folders far above."""
+    return is_of_system(PurePosixPath(*name.parts[-2:])) or not SYSTEM_FOLDERS.isdisjoint(name.parts)
+
+
 def _key(name: str) -> str:
     """Return the common key of the files of one image: the path up to the first dot of the file name."""
     path = PurePosixPath(name)
@@ -374,12 +387,14 @@ def label_of(content: bytes, ending: str) -> str | None:
     """Return the label in a `.cls` or `.json` file of an image; None if there is none."""
     text = content.decode("utf-8", "replace").strip()
     if ending == ".cls":
-        return text
+        return compose(text)
     try:
         found = json.loads(text).get("label")
     except (ValueError, AttributeError):
         return None
-    return None if found is None else SEPARATOR.join(map(str, found)) if isinstance(found, list) else str(found)
+    if found is None:
+        return None
+    return compose(SEPARATOR.join(map(str, found)) if isinstance(found, list) else str(found))
 
 
 def _class_by_key(labels: dict[str, str], image: _Member, shards: Sequence[Path]) -> str:

@@ -242,7 +242,7 @@ def test_more_workers_than_cores(root: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_small_shared_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(root, NUM_WORKERS=1)
     wanted = train_batches(config)
-    needed = 3 * 4 * 32 * 32 * 3  # three batches of four images
+    needed = 4 * 4 * 32 * 32 * 4  # four batches of four images
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, needed))
     assert loader_warnings(config, (32, 32)) == []
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")

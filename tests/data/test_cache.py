@@ -92,6 +92,21 @@ def test_images_that_do_not_fit_or_are_unreadable_come_from_the_source(
         cached.get(1)
 
 
+def test_memory_of_prefetched_batches_stays_free(
+    tmp_path: Path, source: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setattr(build, "SHARED_MEMORY", folder)
+    monkeypatch.setattr(build.os, "sched_getaffinity", lambda _: {0}, raising=False)
+    config = small_config(tmp_path / "photos", CACHE=True, NUM_WORKERS=1)
+    batches = 4 * 4 * 32 * 32 * 4  # four batches of four images
+    for free, cached in ((batches - 1, 7), (batches, 0), (batches + len(source.get(0).data), 1)):
+        disk = type("", (), {"free": free, "total": 0})
+        monkeypatch.setattr(cache.shutil, "disk_usage", lambda _, disk=disk: disk)
+        assert build._source(config, source, "train", 0).cached() == cached
+
+
 def test_batches_are_the_same(source: ImageSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "SHARED_MEMORY", tmp_path)
     root, batches = tmp_path / "photos", []

@@ -243,6 +243,7 @@ def test_a_class_unknown_to_the_weights_gets_a_new_row() -> None:
     [
         (["0", "10", "11", "1", *map(str, range(2, 10))], [], [0, 10, 11, 1, *range(2, 10)]),  # by number
         (["cat", "ant"], ["ant", "bee", "cat", *"abcdefghi"], [2, 0]),  # by name
+        (["\u00e4", "ant"], ["ant", "a\u0308", *"bcdefghijk"], [1, 0]),  # by name, in two forms of Unicode
         ([*"abcdefghijkl"], [], list(range(12))),  # no names: unchanged
     ],
 )

@@ -57,6 +57,13 @@ def test_batch_size_change_keeps_earlier_epochs_in_place(later: int) -> None:
     assert epochs_of(train, rows) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.1, 2.25, 2.5, 3.0])
 
 
+def test_two_batch_size_changes_within_an_epoch_keep_the_order() -> None:
+    rows = [*train_rows(1, [50, 100]), eval_row(1, 100), *train_rows(2, [110, 120])]
+    rows += [*train_rows(2, [65, 75]), *train_rows(2, [350, 400]), eval_row(2, 400)]  # of 100, 50 and 200 an epoch
+    train = [row for row in rows if row["kind"] == "train"]
+    assert epochs_of(train, rows) == pytest.approx([0.5, 1.0, 1.1, 1.2, 1.2 + 0.55 / 3, 1.2 + 1.1 / 3, 1.75, 2.0])
+
+
 def test_unfinished_epoch_has_the_length_of_the_previous_one() -> None:
     rows = [*train_rows(1, [50, 100]), eval_row(1, 100), *train_rows(2, [110, 120])]
     assert epochs_of([row for row in rows if row["kind"] == "train"], rows) == pytest.approx([0.5, 1.0, 1.1, 1.2])

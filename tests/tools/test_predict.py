@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from models import build_model
 from tasks.pictures import palette
 from tests.browser import Browser, needs_browser
 from tests.models.detection.test_detectors import REGIONS
+from tests.runs import ROOT
 from tests.tools.samples import CLASSES, tiny_config, write_checkpoint, write_photograph
 from tools.predict import main
 from training.trained_model import load_trained
@@ -98,6 +102,29 @@ def test_files_that_cannot_be_read_are_named_and_skipped(
     assert f"skipped: cannot read image '{photographs[1]}'" in err
 
 
+def test_files_of_folders_that_are_skipped_are_counted(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "photos"
+    photographs[0].rename(folder / "a.jfif")
+    for name in ("d.heic", "more/e.HEIC", "f.pdf", "._a.jpg"):
+        (folder / name).write_bytes(b"no image")
+    status, out, err = predict(monkeypatch, capsys, "--checkpoint", write_checkpoint(tmp_path), "--top", 1, folder)
+    assert status == 0
+    assert len(out.splitlines()) == 3
+    assert f"3 files skipped in {folder}, with extensions that Pillow does not read: 2 .heic, 1 .pdf\n" in err
+
+
+def test_names_that_the_console_cannot_show_are_escaped(tmp_path: Path) -> None:
+    names = ["K\u00e4se", "\u732b", *CLASSES[2:]]
+    checkpoint, photo = write_checkpoint(tmp_path, classes=names), write_photograph(tmp_path / "a.png")
+    words = (sys.executable, ROOT / "tools/predict.py", "--checkpoint", checkpoint, "--top", 10, photo)
+    done = subprocess.run(list(map(str, words)), capture_output=True, env={**os.environ, "PYTHONIOENCODING": "cp1252"})
+    assert done.returncode == 0, done.stderr
+    assert "K\u00e4se" in done.stdout.decode("cp1252")
+    assert r"\u732b" in done.stdout.decode("cp1252")
+
+
 def test_half_precision_is_close(
     tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -115,6 +142,7 @@ def test_half_precision_is_close(
         (["nowhere.jpg"], "nowhere.jpg does not exist; give images, folders, or -"),
         (["photos", "--top", "0"], "--top must be at least 1, not 0"),
         (["empty"], "folder empty contains no images"),
+        (["phone"], "folder phone contains no images, but 1 .heic"),
         (["-"], "no images were listed on standard input"),
     ],
 )
@@ -127,6 +155,8 @@ def test_wrong_input_is_reported(
     said: str,
 ) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "a.heic").touch()
     monkeypatch.chdir(tmp_path)
     status, _, err = predict(monkeypatch, capsys, "--checkpoint", write_checkpoint(tmp_path), *words)
     assert status == 2

@@ -7,6 +7,7 @@ import io
 import os
 import re
 import resource
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -25,6 +26,8 @@ from tests.runs import Killed
 from training.checkpoint import CheckpointFolder, load_checkpoint, load_strictly
 from training.resume import config_changes
 from training.weight_sets import pick_weights
+
+OLD = {"_use_new_zipfile_serialization": False}  # the pickle is then the file, whose content can be edited
 
 
 def published() -> dict[str, Any]:
@@ -122,6 +125,18 @@ def test_other_pickled_class_is_rejected_by_name(tmp_path: Path, value: Any, nam
     message = refusal(path)
     assert "contains a pickled" in message
     assert name in message
+
+
+@pytest.mark.parametrize("module", [b"numpy._core", b"numpy.core"])
+def test_plain_values_of_other_trainers_are_read(tmp_path: Path, module: bytes) -> None:
+    path = tmp_path / "checkpoint.pth"
+    arguments = Namespace(lr=0.1, model="dat_tiny", betas=(0.9, 0.999))
+    numbers = {"best": np.float64(83.5), "epoch": np.int64(3), "low": np.float32(0.5), "done": np.bool_(True)}
+    torch.save({"model": {"weight": torch.ones(2)}, "args": arguments, **numbers}, path, **OLD)
+    path.write_bytes(path.read_bytes().replace(b"numpy._core", module))
+    loaded = load_checkpoint(path)
+    assert loaded["args"] == arguments
+    assert {name: loaded[name] for name in numbers} == numbers
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9, 0.99, 0.9999])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -202,6 +203,7 @@ def test_a_class_map_labels_the_images_to_evaluate(tmp_path: Path) -> None:
 
 def test_folders_of_wordnet_ids_are_classes_of_imagenet() -> None:
     assert labels_of(["n01443537", "n01440764"], [], 1000, "") == ([1, 0], "by WordNet id")
+    assert labels_of(["n01443537-goldfish", "n01440764_tench"], [], 1000, "")[0] == [1, 0]
     assert labels_of(["cat"], [], 1000, "") == ([], "by WordNet id")
     assert labels_of(["cat"], ["dog"], 1, "")[0] == []
 
@@ -225,6 +227,11 @@ def test_image_folders_beside_imagenet_as_documented(
     evaluation = build_evaluation(parse([str(word) for word in words])[1], CPU)
     assert next(iter(evaluation.loader)).targets.tolist() == labels
     assert f"{folders[1]} {labels[1]}, " in f"{evaluation.notes[0]}, ".replace(";", ",")
+
+
+def test_names_of_the_weights_in_another_form_of_unicode_are_known() -> None:
+    composed, apart = (unicodedata.normalize(form, "K\u00e4se") for form in ("NFC", "NFD"))
+    assert labels_of([composed], [apart, "dog"], 2, "") == ([0], "by name")
 
 
 @pytest.mark.parametrize(

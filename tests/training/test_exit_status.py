@@ -77,6 +77,23 @@ def test_killed_worker_is_reported_at_any_moment(
     assert logged == [f"rank 0: {reason} (fewer DATA.NUM_WORKERS need less memory); {BY_HAND}"]
 
 
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "RuntimeError: unable to allocate shared memory(shm) for file </torch_7_1_4>: No space left on device (28)",
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit.",
+    ],
+)
+def test_full_shared_memory_is_reported_with_its_cure(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
+    monkeypatch.delenv("DAT_RESTARTS_LEFT", raising=False)
+    assert report_failure(RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n{reason}\n")) == LOST_PEER
+    cure = "give the container more with --shm-size or --ipc=host, or use smaller batches"
+    assert logged == [f"rank 0: {reason} ({cure}); {BY_HAND}"]
+
+
 def test_killed_process_is_not_reported_as_timeout(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
     job = trial.start(DAT_RESTARTS_LEFT="2")
@@ -89,11 +106,12 @@ def test_killed_process_is_not_reported_as_timeout(tmp_path: Path) -> None:
 
 
 SETUP = ROOT / "tools" / "setup_env.py"
-PROGRAMS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "startup.begin()" in path.read_text("utf-8")]
+FILES = [path for folder in ("tools", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
+PROGRAMS = [path for path in FILES if "startup.begin()" in path.read_text("utf-8")]
 
 
-def test_tools_check_that_their_packages_are_installed() -> None:
-    started = {path for path in (ROOT / "tools").glob("*.py") if '"__main__"' in path.read_text("utf-8")}
+def test_programs_check_that_their_packages_are_installed() -> None:
+    started = {path for path in FILES if '"__main__"' in path.read_text("utf-8")}
     assert started - set(PROGRAMS) == {SETUP}
 
 

@@ -212,7 +212,9 @@ def test_changed_options_are_allowed_once_and_a_rate_jump_gives_a_warning(tmp_pa
     run.save()
     longer = build(tmp_path, "--epochs", "4", "--allow-config-change")
     longer.lock.close()
-    assert "the learning rate goes from " in (run.folder / "log.txt").read_text()
+    logged = (run.folder / "log.txt").read_text()
+    assert "the learning rate goes from " in logged
+    assert "set TRAIN.LR_SCHEDULER.PLANNED_EPOCHS to its number of epochs\n" in logged
     again = build(tmp_path, "--epochs", "4")
     again.lock.close()
     own = load_config(run.folder / "config.yaml")  # with the changed options
@@ -224,8 +226,14 @@ def test_changed_options_are_allowed_once_and_a_rate_jump_gives_a_warning(tmp_pa
     held = ("--epochs", "4", "--allow-config-change", "--opts", "TRAIN.LR_SCHEDULER.PLANNED_EPOCHS", "2")
     (run.folder / "log.txt").unlink()
     run.save()
-    assert build(tmp_path, *held).state.position.epoch == 2
+    continued = build(tmp_path, *held)
+    continued.lock.close()
+    assert continued.state.position.epoch == 2
     assert "the learning rate goes" not in (run.folder / "log.txt").read_text()
+    build(tmp_path, *held, "TRAIN.LR_SCHEDULER.AFTER", "rewarm").lock.close()
+    assert "drop at first. TRAIN.LR_SCHEDULER.AFTER hold keeps the rate\n" in (run.folder / "log.txt").read_text()
+    build(tmp_path, *held, "TRAIN.BASE_LR", "0.5")
+    assert "drop at first\n" in (run.folder / "log.txt").read_text()
 
 
 def test_weights_of_a_run_on_the_same_classes_give_a_warning(tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ def test_entries_without_the_prefix_are_named() -> None:
         {"student": state(1.0, "module.backbone."), "teacher": state(2.0, "backbone.") | EXTRA},
         {"state_dict": state(1.0, "model.") | state(2.0, "ema_model.module.")},
         {"params": state(), "params_ema": state(2.0)},
+        {"model": state(), "modelEma": state(2.0)},
+        {"state_dict": state(), "callbacks": {"EMACallback": {"weights": state(2.0)}}},
+        {"model": state(), "polyak_model": state(2.0)},
     ],
 )
 def test_averaged_weights_are_preferred_by_default(checkpoint: dict[str, Any]) -> None:

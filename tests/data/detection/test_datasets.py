@@ -58,7 +58,7 @@ def test_batches_that_exceed_shared_memory_go_through_pipes(tmp_path: Path, monk
     config = small_config(write_coco(tmp_path), DATASET="coco", NUM_WORKERS=1)
     config.DETECTION.SHORT_SIDES, config.DETECTION.TEST_SHORT_SIDE, config.DETECTION.LONG_SIDE = [48], 48, 60
     dataset = open_dataset(config, ("train", "val"))
-    needed = 3 * 4 * 48 * 60 * 3  # three batches of four images, larger than DATA.IMG_SIZE
+    needed = 4 * 4 * 48 * 60 * 4  # four batches of four images, larger than DATA.IMG_SIZE
     batches = {}
     for free in (needed, needed - 1):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(0, 0, free))

@@ -112,6 +112,39 @@ def test_yolo_boxes_are_shares_of_the_image(tmp_path: Path) -> None:
         open_yolo(Request(path=str(tmp_path)))
 
 
+def test_yolo_images_of_other_endings_are_read_or_counted(tmp_path: Path) -> None:
+    for kind in ("images", "labels"):
+        (tmp_path / kind / "train").mkdir(parents=True)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    for name in ("a.jpg", "b.JFIF", "c.tif", "d.heic", "._a.jpg"):
+        file = tmp_path / "images" / "train" / name
+        Image.new("RGB", (40, 32)).save(file, "TIFF" if name == "c.tif" else "JPEG")
+        (tmp_path / "labels" / "train" / f"{file.stem}.txt").write_text("1 0.5 0.5 0.25 0.5\n")
+    dataset = open_yolo(Request(path=str(tmp_path), needs=("train",)))
+    assert len(dataset.train) == 3
+    (warning,) = dataset.format_warnings
+    assert warning.startswith("1 file skipped in ")
+    assert warning.endswith("with extensions that Pillow does not read: 1 .heic")
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_voc_names_in_two_forms_of_unicode_are_one_class(tmp_path: Path, listed: bool) -> None:
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (tmp_path / folder).mkdir(parents=True)
+    box = "<bndbox><xmin>3</xmin><ymin>1</ymin><xmax>9</xmax><ymax>8</ymax></bndbox>"
+    size = "<size><width>40</width><height>32</height></size>"
+    objects = "".join(f"<object><name>{name}</name>{box}</object>" for name in ("\u00e4", "a\u0308"))
+    content = f"<annotation><filename>a.png</filename>{size}{objects}</annotation>"
+    (tmp_path / "Annotations" / "a.xml").write_text(content, encoding="utf-8")
+    Image.new("RGB", (40, 32)).save(tmp_path / "JPEGImages" / "a.png")
+    (tmp_path / "ImageSets" / "Main" / "train.txt").write_text("a\n")
+    if listed:
+        (tmp_path / "classes.txt").write_text("a\u0308\n", encoding="utf-8")
+    dataset = open_voc(Request(path=str(tmp_path), needs=("train",)))
+    assert dataset.classes == ["\u00e4"]
+    assert dataset.train.objects(0).labels.tolist() == [0, 0]
+
+
 def test_voc_names_may_contain_spaces(tmp_path: Path) -> None:
     for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
         (tmp_path / folder).mkdir(parents=True)

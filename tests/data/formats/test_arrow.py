@@ -95,6 +95,13 @@ def test_wrong_labels(tmp_path: Path, train: list, val: list, label: object, say
         open_saved(Request(path=str(root)))
 
 
+def test_names_in_two_forms_of_unicode_are_one_class(tmp_path: Path) -> None:
+    train = table(tmp_path, ["\u00e4", "a\u0308", "dog"], Value("string"))
+    dataset = open_saved(Request(path=str(save(tmp_path, train, table(tmp_path, ["a\u0308"], Value("string"))))))
+    assert dataset.classes == ["dog", "\u00e4"]
+    assert [dataset.train.label(index) for index in range(3)] == [1, 1, 0]
+
+
 def test_number_beyond_the_names(tmp_path: Path) -> None:
     """The library rejects it when writing, but not when reading."""
     labels = table(tmp_path, [0, 1], ClassLabel(names=["a", "b"]))

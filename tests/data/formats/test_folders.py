@@ -190,7 +190,8 @@ def test_files_that_are_skipped_are_counted(tmp_path: Path) -> None:
     for name in ("a.HEIC", "b.heic", "notes.txt", "README", ".DS_Store"):
         (tmp_path / "train" / "cat" / name).write_text("no image")
     assert opened(tmp_path).warnings() == [
-        f"4 files skipped in {tmp_path}/train, of formats that Pillow cannot read: 2 .heic, 1 .txt, 1 without extension"
+        f"4 files skipped in {tmp_path}/train, with extensions that Pillow does not read: 2 .heic, 1 .txt, 1 without "
+        "extension"
     ]
 
 
@@ -206,16 +207,17 @@ def test_class_with_only_skipped_files(tmp_path: Path) -> None:
     assert "no images in ROOT/train/emu; add some or remove the folder (they contain 1 .heic; " in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", ".ipynb_checkpoints"])
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", ".ipynb_checkpoints", ".AppleDouble"])
 def test_folders_of_operating_systems_are_ignored(tmp_path: Path, name: str) -> None:
     write_folder(tmp_path, GOOD)
     for folder in (tmp_path / name, tmp_path / "train" / name, tmp_path / "train" / "cat" / name):
         folder.mkdir()
         (folder / "._0.jpg").write_text("no image")
         (folder / "0.txt").write_text("no image")
+        (folder / "0.jpg").write_text("part of an image, a preview or a copy")
     dataset = opened(tmp_path)
     assert dataset.classes == ["cat", "dog"]
-    assert dataset.warnings() == [] or name == ".ipynb_checkpoints"
+    assert dataset.warnings() == []
     assert len(dataset.train) == 5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,13 @@ def test_split_column_without_rows(root: Path) -> None:
     (root / "all.csv").write_text("path,label,split\nimages/0.jpg,cat,train\n")
     with pytest.raises(ValueError, match=r"all.csv has no images whose split is val or validation or valid or test"):
         open_table(Request(path=str(root / "all.csv")))
+
+
+def test_names_in_two_forms_of_unicode_are_one_class(root: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "K\u00e4se") for form in ("NFC", "NFD"))
+    written = f"images/0.jpg,{apart}\nimages/1.jpg,{composed}\nimages/2.jpg,dog\n"
+    dataset = opened(root, written, f"images/5.jpg,{apart}\n")
+    assert (dataset.classes, labels(dataset), dataset.held_out.label(0)) == ([composed, "dog"], [0, 0, 1], 0)
+    (root / "classes.txt").write_text(f"dog\n{apart}\n", encoding="utf-8")
+    dataset = opened(root, written, f"images/5.jpg,{composed}\n")
+    assert (dataset.classes, labels(dataset), dataset.held_out.label(0)) == (["dog", composed], [1, 1, 0], 1)

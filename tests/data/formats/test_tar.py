@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import tarfile
@@ -240,9 +241,30 @@ def test_labels_in_json_and_files_of_other_programs(tmp_path: Path) -> None:
             add_bytes(archive, f"{name.partition('.')[0]}.json", f'{{"label": {2 - number}, "width": 48}}'.encode())
         add_bytes(archive, "x/._a.b.jpg", b"left behind by macOS")
         add_bytes(archive, "__MACOSX/x/a.jpg", b"left behind by macOS")
+        add_bytes(archive, "@eaDir/x/a.jpg", b"a preview of network storage")
     dataset = opened(tmp_path, "train")
     assert dataset.classes == ["0", "1", "2"]
     assert [dataset.train.label(index) for index in range(3)] == [2, 1, 0]
+
+
+@pytest.mark.parametrize("ending", ["cls", "json"])
+def test_labels_in_two_forms_of_unicode_are_one_class(tmp_path: Path, ending: str) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for number, label in enumerate(("\u00e4", "a\u0308", "dog")):
+            add_bytes(archive, f"{number}.jpg", jpeg(number, tmp_path / "a.jpg"))
+            content = json.dumps({"label": label}) if ending == "json" else label  # JSON escapes the letters
+            add_bytes(archive, f"{number}.{ending}", content.encode())
+    dataset = opened(tmp_path, "train")
+    assert dataset.classes == ["dog", "\u00e4"]
+    assert [dataset.train.label(index) for index in range(3)] == [1, 1, 0]
+
+
+def test_archives_of_whole_paths_may_have_hidden_folders_above(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for number, name in enumerate(("cat/0.jpg", "dog/1.jpg", "dog/.ipynb_checkpoints/2.jpg", "@eaDir/3.jpg/s.jpg")):
+            add_bytes(archive, f"home/me/.cache/{name}", jpeg(number, tmp_path / "a.jpg"))
+    dataset = opened(tmp_path, "train")
+    assert (dataset.classes, len(dataset.train)) == (["cat", "dog"], 2)
 
 
 def test_files_that_are_skipped_are_counted(root: Path, photos: Path) -> None:
@@ -253,7 +275,7 @@ def test_files_that_are_skipped_are_counted(root: Path, photos: Path) -> None:
     for _ in ("built", "read again"):
         dataset = opened(root)
         assert len(dataset.train) == 3
-        skipped = "3 files skipped in ROOT/train.tar, of formats that Pillow cannot read: 2 .heic, 1 .txt"
+        skipped = "3 files skipped in ROOT/train.tar, with extensions that Pillow does not read: 2 .heic, 1 .txt"
         assert [line.replace(str(root), "ROOT") for line in dataset.warnings()] == [skipped]
     with tarfile.open(root / "val.tar", "w") as archive:
         archive.add(photos / "train/cat/0.jpg", "cat/0.heic")

@@ -19,6 +19,12 @@ from tests.data.segmentation.samples import CLASSES, write_masks
 def test_folders_pair_images_and_masks_by_name(tmp_path: Path) -> None:
     data = open_masks(Request(path=str(write_masks(tmp_path))), Labels())
     assert (data.classes, len(data.train), len(data.held_out)) == (list(CLASSES), 8, 5)
+    for kind, name in (("images", "\u00e4.png"), ("masks", "a\u0308.png")):  # one of them written by macOS
+        (tmp_path / kind / "train" / "7.png").rename(tmp_path / kind / "train" / name)
+    (tmp_path / "images" / "train" / "@eaDir").mkdir()  # of network storage
+    (tmp_path / "images" / "train" / "@eaDir" / "0.png").write_bytes(b"a preview")
+    data = open_masks(Request(path=str(tmp_path)), Labels())
+    assert len(data.train) == 8
     image, mask = data.train.pair(1)
     assert mask.shape == (image.height, image.width) == (41, 48)
     stored = np.asarray(Image.open(tmp_path / "masks" / "train" / "1.png"))
