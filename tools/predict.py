@@ -31,10 +31,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from data.formats.folders import image_extensions
 from data.wording import counted
 from models.contract import compile_parts
 from tasks.pictures import SHOWN
 from tools import pages
+from tools.arguments import refuse
 from tools.predictions import Prediction, Predictor
 from training.run import AUTOCAST
 from training.trained_model import TrainedModel, load_trained
@@ -67,7 +69,7 @@ def main() -> None:
     try:
         sys.exit(run(args))
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        refuse(error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         compile_parts(network)
     task, unreadable = model.config.TASK, []
     if args.draw and task not in ("detection", "segmentation"):
-        raise ValueError(f"--draw takes the checkpoint of a detector or segmenter; {args.checkpoint} is of {task}")
+        raise ValueError(f"--draw takes a detector or segmenter; the TASK of {args.checkpoint} is {task}")
     settings = {name: getattr(args, name) for name in ("top", "threshold", "batch_size", "amp")}
     for folder in filter(None, (args.draw, args.html and args.html.parent)):
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +120,6 @@ def find_images(names: Sequence[str], listed: TextIO) -> Iterator[str]:
     Raises:
         ValueError: a name does not exist, or a folder or the list holds no images.
     """
-    endings = Image.registered_extensions()
     for name in names:
         if name == "-":
             found = [line for line in (line.rstrip("\r\n") for line in listed) if line]
@@ -126,7 +127,7 @@ def find_images(names: Sequence[str], listed: TextIO) -> Iterator[str]:
                 raise ValueError("no images were listed on standard input")
             yield from found
         elif Path(name).is_dir():
-            found = sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in endings)
+            found = sorted(str(file) for file in Path(name).rglob("*") if file.suffix.lower() in image_extensions())
             if not found:
                 raise ValueError(f"folder {name} contains no images")
             yield from found

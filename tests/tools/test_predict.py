@@ -98,6 +98,17 @@ def test_files_that_cannot_be_read_are_named_and_skipped(
     assert f"skipped: cannot read image '{photographs[1]}'" in err
 
 
+def test_folders_are_searched_for_images_that_pillow_decodes(
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    for name in ("notes.pdf", "film.mpg", "drawing.eps"):  # which Pillow writes or recognises
+        (tmp_path / "photos" / name).write_bytes(b"no image")
+    words = ("--checkpoint", write_checkpoint(tmp_path), "--format", "jsonl", tmp_path / "photos")
+    status, out, err = predict(monkeypatch, capsys, *words)
+    assert [json.loads(line)["file"] for line in out.splitlines()] == [str(path) for path in photographs]
+    assert (status, "skipped" in err) == (0, False)
+
+
 def test_half_precision_is_close(
     tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -130,7 +141,8 @@ def test_wrong_input_is_reported(
     monkeypatch.chdir(tmp_path)
     status, _, err = predict(monkeypatch, capsys, "--checkpoint", write_checkpoint(tmp_path), *words)
     assert status == 2
-    assert said in err
+    assert err.startswith(f"predict.py: {said}")
+    assert err.count("\n") == 1
 
 
 @needs_browser
@@ -238,4 +250,4 @@ def test_classifiers_do_not_draw(
     words = ("--checkpoint", write_checkpoint(tmp_path), photographs[0], "--draw", tmp_path / "maps")
     status, _, err = predict(monkeypatch, capsys, *words)
     assert status == 2
-    assert "--draw takes the checkpoint of a detector or segmenter" in err
+    assert "--draw takes a detector or segmenter; the TASK of " in err
