@@ -80,7 +80,7 @@ class TrainSampler(Sampler[Draw]):
             raise ValueError(
                 f"one update needs {self._update} training images, batch size {batch_size} x "
                 f"{counted(world_size, 'process', 'processes')} x {counted(accumulation_steps, 'accumulation step')}, "
-                f"and there are {length}; reduce DATA.BATCH_SIZE, TRAIN.ACCUMULATION_STEPS or the number of processes"
+                f"and there are {length}; reduce --batch-size, --accumulation-steps or the number of processes"
             )
 
     def set_position(self, epoch: int, start: int = 0) -> None:

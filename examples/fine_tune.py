@@ -20,7 +20,9 @@ from torchvision.transforms.functional import to_pil_image
 import models  # noqa: F401  registers the names with timm
 
 
-def main(name: str, folder: str, *, size: int | None = None, classes: int = 3) -> nn.Module:
+def main(
+    name: str = "dat_tiny", folder: str = "output/fine_tune", *, size: int | None = None, classes: int = 3
+) -> nn.Module:
     """Train a head on two images for one step, and return the network loaded from `folder`.
 
     Args:

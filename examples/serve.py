@@ -76,7 +76,8 @@ def build_app(path: str | Path) -> FastAPI:
         try:
             picture = classify.read(image.file.read())
         except Exception as error:  # decoders can raise any exception on damaged files
-            raise HTTPException(415, f"{image.filename} is not a readable image: {error}") from None
+            reason = str(error).partition(" <")[0]  # without the object in memory that Pillow names
+            raise HTTPException(415, f"{image.filename} is not a readable image: {reason}") from None
         return classify(picture, top)
 
     return app

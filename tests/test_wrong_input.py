@@ -394,7 +394,7 @@ ROWS = [
     Wrong(
         name="data: batch larger than the data set",
         flags=("--batch-size", "16"),
-        says="one update needs .* training images, .*, and there are 8; reduce DATA.BATCH_SIZE",
+        says="one update needs .* training images, .*, and there are 8; reduce --batch-size, --accumulation-steps or",
     ),
     Wrong(
         name="data: odd batch with mixup",
@@ -720,6 +720,12 @@ ROWS = [
         lambda: None,
         "trained.pth has a different architecture than --cfg: cls_head.weight is .* and [0-9]+ more",
         *("--eval", "--resume", "trained.pth", "--opts", "MODEL.DAT.dims", "[8, 16, 16, 32]"),
+    ),
+    weights(
+        "of another task, to evaluate",
+        lambda: save(trained(config=trained()["config"].replace("TASK: classification", "TASK: detection"))),
+        "wrong.pth is of TASK detection and --cfg of classification; give the config of that run",
+        *("--eval", "--resume", "wrong.pth"),
     ),
     weights(
         "architecture, to fine-tune",

@@ -34,6 +34,7 @@ from data.build import open_dataset
 from data.images import UnreadableImage
 from data.sources import Dataset, ImageSource
 from data.wording import counted
+from tools.arguments import refuse
 from tools.make_shards import dataset_config
 
 # An image is tiny if a side has fewer pixels than TINY, and unusual if its aspect ratio is at least ODD.
@@ -67,7 +68,7 @@ def main() -> None:
         dataset = open_dataset(dataset_config(args.dataset, args.data_path, args.opts), args.parts)
         faults = check(dataset, args.parts, workers=max(1, args.workers), show=args.show)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        refuse(error)
     print("verdict: " + ("; ".join(faults) if faults else "no problems found"))
     sys.exit(1 if faults else 0)
 
@@ -116,6 +117,9 @@ def _inspect(index: int, source: ImageSource) -> ImageStatistics:
 def _describe_classes(dataset: Dataset, source: ImageSource) -> None:
     counts = dataset.counts(source)
     few, many = int(np.argmin(counts)), int(np.argmax(counts))
+    if counts[few] == counts[many]:
+        print(f"classes: {len(counts)}, of {counted(counts[few], 'image')} each")
+        return
     print(
         f"classes: {len(counts)}, of {counts[few]} ({dataset.classes[few]}) to {counts[many]} "
         f"({dataset.classes[many]}) images, median {np.median(counts):g}"

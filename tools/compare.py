@@ -38,6 +38,7 @@ from config import load_config
 from logger import read_rows
 from models import build_model
 from models.vit import ATTENTIONS
+from tools.arguments import refuse
 from tools.complexity import count_macs, count_parameters
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
@@ -114,7 +115,7 @@ def _parse_arguments() -> tuple[argparse.Namespace, dict[str, Variant], Path]:
     try:
         return args, *choose(args.configs, args.variants, args.opts)
     except ValueError as error:
-        parser.error(str(error))
+        refuse(error)
 
 
 def choose(configs: Sequence[str], names: Sequence[str] | None, opts: Sequence[str]) -> tuple[dict[str, Variant], Path]:

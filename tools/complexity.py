@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import load_config
 from models import build_model
 from models.detection import Detector
-from tools.arguments import image_size
+from tools.arguments import image_size, refuse
 
 
 class Published(NamedTuple):
@@ -131,7 +131,7 @@ def main() -> None:
         try:
             print(table_row(path, arguments.size, arguments.opts), flush=True)
         except ValueError as error:
-            parser.error(str(error))
+            refuse(error)
 
 
 if __name__ == "__main__":

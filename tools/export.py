@@ -33,7 +33,7 @@ from data.wording import counted
 from logger import RunLog
 from models.build import num_classes
 from tasks import build_task
-from tools.arguments import image_size
+from tools.arguments import image_size, refuse
 from tools.exported import FORMATS, Run, Source
 from training.trained_model import TrainedModel, load_trained, untrained
 from training.weight_sets import WEIGHTS
@@ -78,7 +78,7 @@ def main() -> None:
     try:
         sys.exit(run(args))
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        refuse(error)
 
 
 def run(args: argparse.Namespace) -> int:

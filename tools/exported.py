@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from typing import NamedTuple
 
 import onnx
@@ -21,6 +23,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from torch import Tensor, nn
 from torch._dynamo.exc import UserError
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 from torch.export import Dim, ExportedProgram
 
 from models.attention import MSDeformAttn
@@ -88,8 +91,8 @@ class Source:
             if not self.dynamic:
                 raise ValueError(f"{name} cannot be exported for any number of images: {reason}") from error
             raise ValueError(
-                f"--dynamic-size: the graph of {name} depends on the size of the images ({reason}); export one file "
-                "per size with --size"
+                f"--dynamic-size: the graph of {name} depends on the size of the images "
+                f"({shorten(reason, 100, placeholder='...')}); export from a larger --size, or one file per --size"
             ) from error
         return program
 
@@ -170,9 +173,11 @@ def _write_int8(source: Source, path: Path) -> None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(folded)  # with transposed weights as constants
         onnxruntime.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
+        logging.disable(logging.WARNING)  # it advises to fold constants first, as done above
         quantize_dynamic(
             folded, path, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
         )
+        logging.disable(logging.NOTSET)
 
 
 def run_onnx(path: Path) -> Run:
@@ -182,7 +187,12 @@ def run_onnx(path: Path) -> Run:
 
 
 def _write_aoti(source: Source, path: Path) -> None:
-    torch._inductor.aoti_compile_and_package(source.program, package_path=str(path))
+    try:
+        torch._inductor.aoti_compile_and_package(source.program, package_path=str(path))
+    except InductorError as error:
+        if not isinstance(error.inner_exception, InvalidCxxCompiler):
+            raise
+        raise ValueError("aoti needs a C++ compiler, and none works; install g++, or name one in CXX") from error
 
 
 def _write_safetensors(source: Source, path: Path) -> None:
@@ -202,6 +212,8 @@ def _write_safetensors(source: Source, path: Path) -> None:
     }
     labels = {"label_names": source.model.classes}
     save_for_hf(network, path, model_config=labels, safe_serialization=True, data_config=preprocessing)
+    # safetensors writes a file for its owner alone; the server that reads it may be another user.
+    (path / "model.safetensors").chmod((path / "config.json").stat().st_mode)
 
 
 def _run_safetensors(path: Path) -> Run:

@@ -42,6 +42,7 @@ from data.formats.tar import MANIFEST, build_index, index_name
 from data.images import StoredImage, UnreadableImage
 from data.sources import SEPARATOR, Dataset, ImageSource
 from data.wording import counted
+from tools.arguments import refuse
 from utils import write_atomically
 
 PLAN = "plan.json"
@@ -81,9 +82,9 @@ def main() -> None:
     try:
         pack(args)
     except UnreadableImage as error:
-        sys.exit(f"error: {error}; repair or remove it; tools/check_data.py finds all such images")
+        refuse(f"{error}; repair or remove it; tools/check_data.py finds all such images")
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        refuse(error)
 
 
 def _parse_arguments() -> argparse.Namespace:
@@ -118,6 +119,8 @@ def pack(args: argparse.Namespace) -> None:
         for part, source in sources.items()
         for number, first in enumerate(range(0, len(source), args.per_shard))
     ]
+    if kept := sum((args.output / shard.name).exists() for shard in shards):
+        print(f"continuing: {kept} of {counted(len(shards), 'shard')} in {args.output} are complete", flush=True)
     write = partial(_write, sources=sources, folder=args.output, plan=plan)
     entries = {}
     with (
@@ -183,8 +186,9 @@ def _begin(folder: Path, plan: Plan) -> None:
     elif any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty; nothing is overwritten, give another --output")
     else:
-        (folder / "classes.txt").write_text("".join(f"{name}\n" for name in plan.classes), encoding="utf-8")
         write_atomically(folder / PLAN, json.dumps(asdict(plan), indent=1))
+    # After the plan: a folder with other files and no plan is not continued.
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in plan.classes), encoding="utf-8")
 
 
 def _label(label: int | np.ndarray) -> bytes:

@@ -41,7 +41,7 @@ def plot_curves(runs: dict[str, Path], target: Path, *, planned: Sequence[tuple[
     Args:
         runs: the `metrics.jsonl` of each run, by the name of the run.
         target: the picture to write.
-        planned: learning rates to come, as `lr_scheduler.planned_schedule` gives them.
+        planned: learning rates of all epochs, as `lr_scheduler.planned_schedule` gives them.
 
     Raises:
         ValueError: a file is missing or has no training rows.
@@ -63,6 +63,8 @@ def plot_curves(runs: dict[str, Path], target: Path, *, planned: Sequence[tuple[
             found = [row for row in rows if row["kind"] == kind]
             if found:
                 _draw_evaluations(loss, score, found, f"{prefix}{title}", next(colours))
+    if not score.lines:
+        score.text(0.5, 0.5, "no evaluation yet", ha="center", va="center", transform=score.transAxes)
     _finish(loss, "loss")
     _finish(score, "score on the validation set")
     _finish(rate, "learning rate")
@@ -173,7 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="default: curves.png or comparison.png in the first RUN"
     )
-    parser.add_argument("--planned", action="store_true", help="also draw the planned learning rate")
+    parser.add_argument("--planned", action="store_true", help="also draw the planned learning rate of the first RUN")
     args = parser.parse_args(argv)
     try:
         runs = dict(zip(_names(args.runs), (run / "metrics.jsonl" for run in args.runs), strict=True))

@@ -36,6 +36,7 @@ from data.wording import counted
 from models.contract import compile_parts
 from tasks.pictures import SHOWN
 from tools import pages
+from tools.arguments import refuse
 from tools.predictions import Prediction, Predictor
 from training.run import AUTOCAST
 from training.trained_model import TrainedModel, load_trained
@@ -68,7 +69,7 @@ def main() -> None:
     try:
         sys.exit(run(args))
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        refuse(error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         compile_parts(network)
     task, unreadable = model.config.TASK, []
     if args.draw and task not in ("detection", "segmentation"):
-        raise ValueError(f"--draw takes the checkpoint of a detector or segmenter; {args.checkpoint} is of {task}")
+        raise ValueError(f"--draw takes a detector or segmenter; the TASK of {args.checkpoint} is {task}")
     settings = {name: getattr(args, name) for name in ("top", "threshold", "batch_size", "amp")}
     for folder in filter(None, (args.draw, args.html and args.html.parent)):
         folder.mkdir(parents=True, exist_ok=True)

@@ -37,6 +37,7 @@ from logger import read_rows
 from tasks import TASKS, build_task
 from tasks.classification import Classification
 from tools import pages
+from tools.arguments import refuse
 from tools.confusion import Predictions, predict_all
 from tools.plot import plot_curves
 from training.environment import read_environment
@@ -63,7 +64,7 @@ def main() -> None:
             plot_curves({run.name: run / "metrics.jsonl"}, run / "curves.png")
             print(write_report(run, torch.device(args.device), data_path=args.data_path))
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        refuse(error)
 
 
 def write_report(

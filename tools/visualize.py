@@ -37,7 +37,7 @@ from data.transforms import as_pixels
 from data.wording import counted
 from models.vit import VisionTransformer
 from tools import pages
-from tools.arguments import image_size
+from tools.arguments import image_size, refuse
 from tools.deformations import BlockAttention, Place, inspect_blocks
 from tools.drawing import NetworkAttention, draw
 from tools.windows import draw_windows
@@ -55,7 +55,7 @@ def main() -> None:
     try:
         visualize(args)
     except (ValueError, OSError) as error:
-        parser.error(str(error))
+        refuse(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -191,7 +191,9 @@ def _networks(args: argparse.Namespace) -> list[tuple[str, TrainedModel]]:
             raise ValueError("give --checkpoint FILE, or --cfg FILE for a network with random weights")
         if args.before is not None:
             raise ValueError("--before needs the --checkpoint that comes after it")
-        return [("random weights", untrained(load_config(args.cfg, args.opts)))]
+        random = untrained(load_config(args.cfg, args.opts))
+        print(random.words())
+        return [("random weights", random)]
     if args.opts:
         raise ValueError("--opts changes a config without weights; remove it, or --checkpoint")
     after = load_trained(args.checkpoint, cfg=args.cfg, weights=args.weights)

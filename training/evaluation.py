@@ -17,6 +17,7 @@ from models.contract import compile_parts, set_epoch
 from tasks import Task, build_task
 from training.build import build_network, prepare_device
 from training.checkpoint import load_checkpoint, load_strictly
+from training.resume import written_config
 from training.run import AUTOCAST
 from training.weight_sets import count_classes, pick_weights
 from utils import World
@@ -78,6 +79,9 @@ def build_evaluation(config: CfgNode, world: World, *, amp: str = "off") -> Chec
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
     task = build_task(config, world, training=False)
     checkpoint = load_checkpoint(path)
+    written = written_config(checkpoint)
+    if written is not None and written.get("TASK", config.TASK) != config.TASK:
+        raise ValueError(f"{path} is of TASK {written.TASK} and --cfg of {config.TASK}; give the config of that run")
     network = build_network(task, world)
     given = pick_weights(checkpoint, path, network, kind=config.MODEL.WEIGHTS)
     if found := task.take_classes(checkpoint, count_classes(given.weights, network)):

@@ -90,7 +90,8 @@ def test_position_beyond_the_end_is_rejected() -> None:
 
 def test_data_set_smaller_than_an_update_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"needs 24 training images, batch size 4 x 2 processes x 3 .*, and there are 23; reduce DATA"
+        ValueError,
+        match=r"needs 24 training images, batch size 4 x 2 processes x 3 .*, and there are 23; reduce --batch",
     ):
         samplers(23, 4, 2, accumulation_steps=3)
 

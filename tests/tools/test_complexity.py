@@ -104,4 +104,7 @@ def test_wrong_input(
     with pytest.raises(SystemExit) as exit_info:
         main()
     assert exit_info.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said.startswith("complexity.py: ")
+    assert message in said
+    assert said.count("\n") == 1

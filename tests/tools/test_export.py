@@ -15,6 +15,7 @@ import timm
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
+from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from config import load_config
 from data.images import read_image
@@ -44,12 +45,18 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
 
 @pytest.mark.slow
 def test_files_of_a_checkpoint_equal_the_network_and_are_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     checkpoint = write_checkpoint(tmp_path)
     formats = ("onnx", "onnx-fp16", "onnx-int8", "pt2", "safetensors")
     assert run(monkeypatch, "--checkpoint", checkpoint, "--output", tmp_path, "--formats", *formats) == 0
     assert capsys.readouterr().out.count("largest difference") == len(formats)
+    assert "pre-processing" not in caplog.text
+    modes = {(tmp_path / "tiny" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
+    assert len(modes) == 1  # whoever may read the one may read the other
     model, path = load_trained(checkpoint), tmp_path / "tiny.onnx"
     assert not any(node.metadata_props for node in onnx.load(path).graph.node)  # no paths of this machine
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
@@ -68,7 +75,9 @@ def test_files_of_a_checkpoint_equal_the_network_and_are_served(
     (answer,) = client.post("/predict?top=1", files={"image": photograph.read_bytes()}).json()
     assert answer["class"] == CLASSES[best.indices]
     assert answer["probability"] == pytest.approx(best.values.item(), abs=1e-5)
-    assert client.post("/predict", files={"image": b"no image"}).status_code == 415
+    refused = client.post("/predict", files={"image": ("notes.txt", b"no image")})
+    assert refused.status_code == 415
+    assert refused.json()["detail"] == "notes.txt is not a readable image: cannot identify image file"
 
 
 @pytest.mark.parametrize("path", ["", "nowhere.onnx"])
@@ -152,6 +161,26 @@ def test_size_that_cannot_be_dynamic_is_rejected() -> None:
     model = untrained(load_config(CONFIGS / "compare" / "digits.yaml", ["MODEL.VIT.depth", "1"]))
     with pytest.raises(ValueError, match="depends on the size of the images"):
         _ = Source(model, (24, 24), dynamic=True).program
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [32, 48])
+def test_dynamic_sizes_start_where_no_window_is_padded(size: int) -> None:
+    source = Source(untrained(load_config(CONFIGS / "digits.yaml")), (size, size), dynamic=True)
+    if size == 48:  # the window of 3 times the stride of 16
+        assert source.program
+        return
+    with pytest.raises(ValueError, match=r"digits depends on .*; export from a larger --size"):
+        _ = source.program
+
+
+def test_a_missing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile_program(*_: object, **__: object) -> None:
+        raise InductorError(InvalidCxxCompiler(), None)
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compile_program)
+    with pytest.raises(ValueError, match=r"aoti needs a C\+\+ compiler, and none works; install g\+\+"):
+        FORMATS["aoti"].write(SimpleNamespace(program=None), tmp_path / "x.pt2")
 
 
 class OfTwoImages(torch.nn.Module):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,6 +32,13 @@ def photos(tmp_path: Path) -> Path:
 def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
     monkeypatch.setattr("sys.argv", ["make_shards.py", "--workers", "1", *map(str, words)])
     make_shards.main()
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Return what the tool says on wrong input."""
+    with pytest.raises(SystemExit, match="2"):
+        run(monkeypatch, *words)
+    return capsys.readouterr().err
 
 
 def opened(root: Path) -> Dataset:
@@ -91,9 +99,10 @@ def test_images_of_several_labels(photos: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_kill_leaves_whole_shards_and_the_same_command_continues(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(monkeypatch, "--data-path", photos, "--output", tmp_path / "whole", "--per-shard", 2)
+    assert "continuing" not in capsys.readouterr().out
     output = tmp_path / "killed"
     command = [sys.executable, ROOT / "tools/make_shards.py", "--data-path", photos, "--output", output]
     # A shard that takes a second: the machine is fast, the photographs are small.
@@ -111,28 +120,55 @@ def test_a_kill_leaves_whole_shards_and_the_same_command_continues(
     assert "shards.json" not in before
     assert "plan.json" in before
     run(monkeypatch, "--data-path", photos, "--output", output, "--per-shard", 2)
+    kept = sum(name.endswith(".tar") for name in before)
+    assert f"continuing: {kept} of 12 shards in {output} are complete\n" in capsys.readouterr().out
     assert files(output) == files(tmp_path / "whole")
 
 
-def test_nothing_is_overwritten(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("written", [False, True])
+def test_a_kill_at_the_beginning_does_not_block_the_same_command(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool
+) -> None:
+    def killed(path: Path, text: str) -> None:
+        if written:
+            path.write_text(text)
+        raise KeyboardInterrupt
+
+    words = ("--data-path", photos, "--per-shard", 4, "--output")
+    with monkeypatch.context() as context:
+        context.setattr(make_shards, "write_atomically", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(context, *words, tmp_path / "killed")
+    for name in ("killed", "whole"):
+        run(monkeypatch, *words, tmp_path / name)
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_nothing_is_overwritten(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ("--data-path", photos, "--output", tmp_path / "shards")
     run(monkeypatch, *words)
     before = files(tmp_path / "shards")
-    with pytest.raises(SystemExit, match=r"^error: .*shards contains a finished set of shards; give another --output$"):
-        run(monkeypatch, *words)
+    said = refused(monkeypatch, capsys, *words)
+    assert said == f"make_shards.py: {tmp_path}/shards contains a finished set of shards; give another --output\n"
     assert files(tmp_path / "shards") == before
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "notes.txt").write_text("mine")
-    with pytest.raises(SystemExit, match=r"^error: .*other is not empty; nothing is overwritten"):
-        run(monkeypatch, *words[:2], "--output", tmp_path / "other")
+    said = refused(monkeypatch, capsys, *words[:2], "--output", tmp_path / "other")
+    assert said.startswith(f"make_shards.py: {tmp_path}/other is not empty; nothing is overwritten")
 
 
-def test_another_plan_is_refused(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_plan_is_refused(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (photos / "train/dog/7.jpg").write_text("no image")
-    with pytest.raises(SystemExit, match=r"^error: cannot read image '.*dog/7\.jpg': .*; repair or remove it"):
-        run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards")
-    with pytest.raises(SystemExit, match=r"^error: .*shards contains the beginning of other shards"):
-        run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", "--short-side", 20)
+    words = ("--data-path", photos, "--output", tmp_path / "shards")
+    said = refused(monkeypatch, capsys, *words)
+    assert said.startswith(f"make_shards.py: cannot read image '{photos}/train/dog/7.jpg': ")
+    assert "; repair or remove it; " in said
+    said = refused(monkeypatch, capsys, *words, "--short-side", 20)
+    assert said.startswith(f"make_shards.py: {tmp_path}/shards contains the beginning of other shards")
 
 
 @pytest.mark.parametrize(
@@ -146,10 +182,15 @@ def test_another_plan_is_refused(photos: Path, tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_wrong_arguments(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple, says: str
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: tuple,
+    says: str,
 ) -> None:
-    with pytest.raises(SystemExit, match=f"^error: {says}"):
-        run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", *words)
+    said = refused(monkeypatch, capsys, "--data-path", photos, "--output", tmp_path / "shards", *words)
+    assert re.match(f"make_shards.py: {says}", said)
 
 
 def test_shard_missing_from_the_list(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,13 @@ def test_error_if_nothing_can_be_drawn(name: str, says: str, tmp_path: Path, cap
     assert says in capsys.readouterr().err
 
 
+def test_a_run_without_an_evaluation_says_so(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
+    begun = train_rows(1, [10])
+    for name, rows, texts in (("begun", begun, ["no evaluation yet"]), ("one", [*begun, eval_row(1, 10)], [])):
+        assert main([str(write_run(tmp_path / name, rows))]) == 0
+        assert [text.get_text() for text in drawn[-1].axes[1].texts] == texts
+
+
 def test_a_picture_is_written(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [*train_rows(1, [10]), eval_row(1, 10)])
     assert main([str(run)]) == 0

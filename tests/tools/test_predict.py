@@ -160,7 +160,8 @@ def test_wrong_input_is_reported(
     monkeypatch.chdir(tmp_path)
     status, _, err = predict(monkeypatch, capsys, "--checkpoint", write_checkpoint(tmp_path), *words)
     assert status == 2
-    assert said in err
+    assert err.startswith(f"predict.py: {said}")
+    assert err.count("\n") == 1
 
 
 @needs_browser
@@ -268,4 +269,4 @@ def test_classifiers_do_not_draw(
     words = ("--checkpoint", write_checkpoint(tmp_path), photographs[0], "--draw", tmp_path / "maps")
     status, _, err = predict(monkeypatch, capsys, *words)
     assert status == 2
-    assert "--draw takes the checkpoint of a detector or segmenter" in err
+    assert "--draw takes a detector or segmenter; the TASK of " in err

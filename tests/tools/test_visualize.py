@@ -205,6 +205,7 @@ def test_windows_of_a_vision_transformer_by_epochs(
     config = write_config(tmp_path, MODEL={"TYPE": "vit", "VIT": vit}, DATA={"IMG_SIZE": 16})
     words = ("--cfg", config, "--output", tmp_path / "out")
     visualize(monkeypatch, *words, "--opts", "MODEL.VIT.locality", "box")
+    assert ", random weights\n" in capsys.readouterr().out
     assert (tmp_path / "out" / "windows.png").stat().st_size > 1000
     (tmp_path / "dat").mkdir()
     dat = ("--cfg", write_config(tmp_path / "dat"))
