@@ -88,15 +88,14 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     size = max(launch.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a launcher that has started none yet
     resolve_options(config, pick_device(config.DEVICE, 0, size if launch.size == 1 else launch.local_size))
     world, lines, warnings = World(0, size, 0, torch.device("cpu")), [], []
-    config.DATA.CACHE = False  # it would read all images
     if args.throughput:
         summary = build_throughput(config, world).size()
     elif args.eval:
-        evaluation = build_evaluation(config, world)
+        evaluation = build_evaluation(config, world, cached=False)
         lines, warnings = evaluation.notes, evaluation.warnings
         summary = f"{counted(len(evaluation.loader.dataset), 'held-out image')}, {evaluation.task.summary()}"
     else:
-        assembly = assemble(config, world)
+        assembly = assemble(config, world, cached=False)
         try_folder(config.run_folder)
         lines, warnings = preview(assembly, config, world)
         summary = assembly.task.summary()

@@ -140,15 +140,21 @@ def build_run(config: CfgNode, world: World) -> Run:
     return run
 
 
-def assemble(config: CfgNode, world: World) -> Assembly:
+def assemble(config: CfgNode, world: World, *, cached: bool = True) -> Assembly:
     """Build the parts of a run, resumed from its newest checkpoint or started from pretrained weights, if any.
 
     Writes nothing and does not communicate with other processes.
 
+    Args:
+        config: options of the run.
+        world: its processes.
+        cached: whether DATA.CACHE takes effect; it reads all images.
+
     Raises:
         ValueError: wrong input.
     """
-    task = build_task(config, world, training=True)
+    task = build_task(config, world, training=True)  # which may reject DATA.CACHE
+    config.DATA.CACHE &= cached
     train_loader, eval_loader = task.train_loader(), task.eval_loader()
     check_recorders(config)
     notes, warnings = [*task.notes, *add_teacher(config, task)], []

@@ -65,19 +65,21 @@ class CheckpointEvaluation:
         return 0
 
 
-def build_evaluation(config: CfgNode, world: World, *, amp: str = "off") -> CheckpointEvaluation:
+def build_evaluation(config: CfgNode, world: World, *, amp: str = "off", cached: bool = True) -> CheckpointEvaluation:
     """Load the checkpoint of --resume, or of --pretrained, into the network of the config.
 
     Args:
         config: options of the run.
         world: its processes.
         amp: precision, as in `AMP`. The config's AMP only applies to training.
+        cached: whether DATA.CACHE takes effect; it reads all images.
 
     Raises:
         ValueError: wrong input.
     """
     path = config.MODEL.RESUME or config.MODEL.PRETRAINED
-    task = build_task(config, world, training=False)
+    task = build_task(config, world, training=False)  # which may reject DATA.CACHE
+    config.DATA.CACHE &= cached
     checkpoint = load_checkpoint(path)
     written = written_config(checkpoint)
     if written is not None and written.get("TASK", config.TASK) != config.TASK:

@@ -193,6 +193,7 @@ def name_fewer_classes(root: Path) -> None:
             r"DATA\.BATCH_SIZE 1 on 1 process is too small for upernet, whose batch norms need 2 images",
         ),
         (None, ["MODEL.TYPE", "vit"], r"MODEL\.TYPE = 'vit' cannot be a backbone; choose dat or timm"),
+        (None, ["DATA.CACHE", "True"], r"DATA\.CACHE is not supported by TASK segmentation; leave it at False"),
         (None, ["SEGMENTATION.TEST_SCALES", "[]"], "SEGMENTATION.TEST_SCALES must be a list of numbers above 0"),
     ],
 )

@@ -42,6 +42,14 @@ def test_check_reports_the_warnings_of_the_run(tmp_path: Path, capsys: pytest.Ca
     assert not (tmp_path / "output").exists()
 
 
+def test_check_fills_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("data.build.CachedSource")
+    flags = [*doubtful(tmp_path), "--opts", "DATA.CACHE", "True"]
+    assert main([*flags, "--check"]) == 0
+    with pytest.raises(NameError, match="CachedSource"):
+        assemble(parse(flags)[1], CPU)
+
+
 def test_one_of_several_processes_reports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
