@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from models.attention.letters import MIXERS
 from models.dat import DAT
 
 SMALL = {
@@ -29,19 +30,12 @@ SMALL = {
 
 # Letters and options that differ from SMALL; an option per stage is given as one value for all stages.
 VARIANTS = [
-    ("L", {}),
-    ("S", {}),
-    ("N", {}),
+    *((letter, {}) for letter in MIXERS),
     ("N", {"nat_rpb": False}),
     ("N", {"use_dwc_mlps": True, "use_lpus": True}),
-    ("P", {}),
-    ("E", {}),
-    ("X", {}),
     ("X", {"layer_scale_values": 0.1, "use_lpus": True}),
-    ("Q", {}),
     ("Q", {"qna_activation": "sigmoid"}),
     ("Q", {"qna_activation": "linear"}),
-    ("D", {}),
     ("D", {"img_size": 32}),
     ("D", {"img_size": 32, "fixed_pes": True}),
     ("D", {"use_conv_patches": False, "layer_scale_values": 0.1}),

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from models.attention import deformable
+from models.attention.letters import MIXERS
 from models.dat import DAT
 from tests.models.small import SMALL, VARIANTS, build_small, variant_id, without_gradient
 
@@ -171,7 +172,7 @@ def test_dropout_is_random_in_training_and_off_in_evaluation() -> None:
 
 
 def test_maps_stay_channels_last() -> None:
-    for letter in "LSNDPQEX":
+    for letter in MIXERS:
         maps = build_small(letter, use_lpus=True, use_dwc_mlps=True).forward_intermediates(
             torch.randn(2, 3, 64, 64), intermediates_only=True
         )

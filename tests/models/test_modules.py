@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
 from models import build_model
+from models.attention.letters import MIXERS
 from models.fusing import may_fuse
 from tests.models.small import VARIANTS, build_small, variant_id, without_gradient
 from tests.models.test_build import CONFIGS, FILES, narrow
@@ -165,7 +166,7 @@ def test_dynamic_quantization_replaces_the_linear_layers(letters: str, options: 
     torch.testing.assert_close(logits, expected, atol=0.1 * expected.std().item(), rtol=0.1)
 
 
-@pytest.mark.parametrize("letter", list("LSNDPQEX"))
+@pytest.mark.parametrize("letter", list(MIXERS))
 def test_layers_may_lose_their_biases(letter: str) -> None:
     torch.manual_seed(0)
     model, x = build_small(letter, use_dwc_mlps=True, use_lpus=True), torch.randn(2, 3, 64, 64)
@@ -255,7 +256,7 @@ def test_vectorized_over_images_and_networks(letters: str) -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_independent(duplicate: Callable[[nn.Module], nn.Module]) -> None:
-    model = build_small("NDLSPQEX", **DAT_PP)
+    model = build_small("".join(MIXERS), **DAT_PP)
     twin = duplicate(model)
     expected = model(images())
     assert torch.equal(twin(images()), expected)

@@ -1,4 +1,4 @@
-"""Every format gives the same data set: classes, labels, bytes and order."""
+"""Every format gives the same data set: classes, labels, pixels and order."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def opened(stored: tuple[str, Path], *needs: str) -> Dataset:
 
 
 def content(source: object) -> list[tuple[int, bytes]]:
-    return [(source.label(index), source.get(index).data) for index in range(len(source))]
+    return [(source.label(index), source.read(index).tobytes()) for index in range(len(source))]
 
 
 def test_format_has_the_images_of_the_folders(photos: Path, stored: tuple[str, Path]) -> None:
