@@ -207,7 +207,7 @@ OPTIONS: dict[str, Option] = {
     # ---- network
     "MODEL.TYPE": RunOption(
         "dat",
-        "Model family; each has a section of options: MODEL.DAT, MODEL.VIT or MODEL.TIMM.",
+        "Model family; each has its section of options, such as MODEL.DAT.",
         one_of(*FAMILIES),
     ),
     "MODEL.NAME": RunOption("dat", "Name of the output folder.", _PLAIN_NAME),
