@@ -47,7 +47,6 @@ _PLAIN = [
     (_SCALAR, "numpy.core.multiarray.scalar"),
     (_SCALAR, "numpy._core.multiarray.scalar"),
 ]
-torch.serialization.add_safe_globals(_PLAIN)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if kind := _other_archive(path):
         raise ValueError(f"{path} is {kind}")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
             warnings.simplefilter("ignore")  # problems are reported below, in one line
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
