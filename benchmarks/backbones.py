@@ -11,7 +11,6 @@ only), allocated memory on a GPU.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import models  # noqa: F401  registers DAT with timm
-from benchmarks.memory import peak_increase
+from benchmarks.memory import peak_in_new_process, peak_increase
 from benchmarks.timing import AMP_DTYPES, environment, precision, spread, take_turns
 
 
@@ -53,7 +52,7 @@ def main() -> None:
         seconds = take_turns(candidates, runs=args.runs, device=device)
         for name, runs in seconds.items():
             best, ratio = f"{min(runs) * 1e3:.0f} ({spread(runs)})", min(runs) / min(seconds[args.models[0]])
-            peak = float(_in_fresh_process(name, task)) / 2**10
+            peak = peak_in_new_process("benchmarks.backbones", name, task) / 2**10
             print(f"| {task} | {name} | {best} | {ratio:.2f} | {peak:.2f} |", flush=True)
 
 
@@ -91,11 +90,6 @@ def _training(backbone: nn.Module, image: Tensor, amp: str) -> None:
 
 
 TASKS = {"inference": _inference, "training": _training}
-
-
-def _in_fresh_process(name: str, task: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.backbones", *sys.argv[1:], "--peak", name, task]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,7 +39,7 @@ def peak_memory(action: Callable[[], object], network: nn.Module, device: torch.
 def peak_increase(action: Callable[[], object], device: torch.device) -> float:
     """Return the increase of peak memory by an action in MiB: allocated memory on a GPU, else resident memory (Linux).
 
-    A process should measure one action only, as memory freed by others would be used again.
+    A process should measure one action only, as memory freed by others would be used again: see `peak_in_new_process`.
     """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -50,6 +52,17 @@ def peak_increase(action: Callable[[], object], device: torch.device) -> float:
     before = _status("VmRSS")
     action()
     return _status("VmHWM") - before
+
+
+def peak_in_new_process(module: str, *words: str) -> float:
+    """Return the MiB that the benchmark ``module`` prints for its flag ``--peak``, run with the flags of this process.
+
+    Args:
+        module: name of the module.
+        words: values of the flag: what to measure.
+    """
+    command = [sys.executable, "-m", module, *sys.argv[1:], "--peak", *words]
+    return float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
 
 
 def _status(name: str) -> float:

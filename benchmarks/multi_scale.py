@@ -11,7 +11,6 @@ on a CPU (Linux only), allocated memory on a GPU.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,7 @@ from torch import Tensor
 from transformers.models.deformable_detr.configuration_deformable_detr import DeformableDetrConfig
 from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrMultiscaleDeformableAttention
 
-from benchmarks.memory import peak_increase
+from benchmarks.memory import peak_in_new_process, peak_increase
 from benchmarks.timing import environment, spread, take_turns
 from models.attention import MSDeformAttn
 
@@ -59,7 +58,7 @@ def main() -> None:
         candidates = {name: partial(TASKS[task], *_layer(name, args, device)) for name in LAYERS}
         seconds = take_turns(candidates, runs=args.runs, device=device)
         times = {name: min(runs) * 1e3 for name, runs in seconds.items()}
-        peaks = {name: float(_in_fresh_process(name, task)) for name in LAYERS}
+        peaks = {name: peak_in_new_process("benchmarks.multi_scale", name, task) for name in LAYERS}
         cells = [f"{times[name]:.0f} ({spread(seconds[name])})" for name in LAYERS]
         memory = [f"{peaks[name]:.0f}" for name in LAYERS]
         ratios = [f"{values['ours'] / values['transformers']:.2f}" for values in (times, peaks)]
@@ -129,11 +128,6 @@ def _training(run: Callable[[], Tensor], leaves: list[Tensor]) -> None:
 
 
 TASKS = {"forward": _inference, "forward + backward": _training}
-
-
-def _in_fresh_process(name: str, task: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.multi_scale", *sys.argv[1:], "--peak", name, task]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 if __name__ == "__main__":

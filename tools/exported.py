@@ -173,11 +173,12 @@ def _write_int8(source: Source, path: Path) -> None:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(folded)  # with transposed weights as constants
         onnxruntime.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
+        kinds = {"weight_type": QuantType.QInt8, "op_types_to_quantize": ["MatMul", "Gemm"]}
         logging.disable(logging.WARNING)  # it advises to fold constants first, as done above
-        quantize_dynamic(
-            folded, path, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=["MatMul", "Gemm"]
-        )
-        logging.disable(logging.NOTSET)
+        try:
+            quantize_dynamic(folded, path, per_channel=True, **kinds)
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def run_onnx(path: Path) -> Run:

@@ -43,7 +43,7 @@ from data.images import StoredImage, UnreadableImage
 from data.sources import SEPARATOR, Dataset, ImageSource
 from data.wording import counted
 from tools.arguments import refuse
-from utils import write_atomically
+from utils import STAGED, write_atomically
 
 PLAN = "plan.json"
 _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
@@ -183,7 +183,7 @@ def _begin(folder: Path, plan: Plan) -> None:
     if (folder / PLAN).exists():
         if json.loads((folder / PLAN).read_text(encoding="utf-8")) != asdict(plan):
             raise ValueError(f"{folder} contains the beginning of other shards; give another --output, or remove them")
-    elif any(folder.iterdir()):
+    elif any(file.name != f"{PLAN}{STAGED}" for file in folder.iterdir()):
         raise ValueError(f"{folder} is not empty; nothing is overwritten, give another --output")
     else:
         write_atomically(folder / PLAN, json.dumps(asdict(plan), indent=1))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from fractions import Fraction
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from matplotlib.ticker import MaxNLocator
 from config import load_config
 from logger import read_rows
 from lr_scheduler import learning_rates, planned_schedule
+from tools.arguments import refuse
 
 _KINDS = {"eval": "validation, raw weights", "eval_ema": "validation, averaged weights"}
 _COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
@@ -79,7 +81,7 @@ def epochs_of(train: list[Row], rows: list[Row]) -> list[float]:
     latest one that puts it into its own epoch. If there is none, as after two changes within an epoch, it is placed
     between its neighbours.
     """
-    sizes = {row["epoch"]: row["update"] / row["epoch"] for row in rows}
+    sizes = {row["epoch"]: Fraction(row["update"], row["epoch"]) for row in rows}
     finished = {row["epoch"] for row in rows if row["kind"] != "train"} | {
         epoch for epoch in sizes if epoch < max(sizes)
     }
@@ -89,7 +91,7 @@ def epochs_of(train: list[Row], rows: list[Row]) -> list[float]:
         known = [sizes[other] for other in sorted(finished, reverse=True) if other <= epoch]
         inside = (update / size for size in [*known, sizes[epoch]] if epoch - 1 < update / size <= epoch)
         if (position := next(inside, None)) is not None:
-            positions[number] = position
+            positions[number] = float(position)
     return np.interp(range(len(train)), list(positions), list(positions.values())).tolist()
 
 
@@ -168,8 +170,8 @@ def _names(folders: list[Path]) -> list[str]:
     raise ValueError("a run is named twice")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(prog="plot.py", description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument(
@@ -183,11 +185,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         planned = planned_rates(args.runs[0]) if args.planned else ()
         plot_curves(runs, target, planned=planned)
     except (ValueError, OSError) as problem:
-        print(f"plot.py: {problem}", file=sys.stderr)
-        return 2
+        refuse(problem)
     print(target)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

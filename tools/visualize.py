@@ -191,9 +191,9 @@ def _networks(args: argparse.Namespace) -> list[tuple[str, TrainedModel]]:
             raise ValueError("give --checkpoint FILE, or --cfg FILE for a network with random weights")
         if args.before is not None:
             raise ValueError("--before needs the --checkpoint that comes after it")
-        random = untrained(load_config(args.cfg, args.opts))
-        print(random.words())
-        return [("random weights", random)]
+        initial = untrained(load_config(args.cfg, args.opts))
+        print(initial.words())
+        return [("random weights", initial)]
     if args.opts:
         raise ValueError("--opts changes a config without weights; remove it, or --checkpoint")
     after = load_trained(args.checkpoint, cfg=args.cfg, weights=args.weights)

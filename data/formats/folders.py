@@ -131,7 +131,7 @@ def list_images(folder: Path) -> Listing:
 
 def class_folders(folder: Path) -> list[str]:
     """Return the sorted names of the folders in `folder`, without hidden ones and those of operating systems."""
-    entries = [entry for entry in _entries(folder) if not is_of_system(PurePath(entry.name))]
+    entries = [entry for entry in _entries(folder) if not is_system_file(PurePath(entry.name))]
     dangling = [entry.path for entry in entries if entry.is_symlink() and not Path(entry.path).exists()]
     if dangling:
         raise ValueError(f"{shorten(dangling)} is a broken link; repair or remove it")
@@ -176,7 +176,7 @@ def _rows(
         count, others = 0, Counter()
         for parent, below, files in os.walk(folder / name, followlinks=True, onerror=_refuse):
             below[:] = sorted(
-                name for name in below if not is_of_system(PurePath(name)) and not _leads_up(parent, name)
+                name for name in below if not is_system_file(PurePath(name)) and not _leads_up(parent, name)
             )
             folders.append([parent[prefix:], Path(parent).stat().st_mtime_ns])
             for file in sorted(files):
@@ -215,7 +215,7 @@ def _is_current(listing: Listing, folder: Path) -> bool:
         return False
 
 
-def is_of_system(path: PurePath) -> bool:
+def is_system_file(path: PurePath) -> bool:
     """Return whether a path within a data set is hidden, or in a folder of an operating system or network storage."""
     return any(part.startswith(".") or part in SYSTEM_FOLDERS for part in path.parts)
 
@@ -228,7 +228,7 @@ def select_images(folder: Path, *, below: bool) -> tuple[list[Path], Counter[str
         below: whether folders inside are searched, too.
     """
     paths = sorted(folder.rglob("*") if below else folder.iterdir())
-    files = [path for path in paths if not is_of_system(path.relative_to(folder)) and path.is_file()]
+    files = [path for path in paths if not is_system_file(path.relative_to(folder)) and path.is_file()]
     skipped = Counter(ending for path in files if (ending := extension_of(path)) not in image_extensions())
     return [path for path in files if extension_of(path) in image_extensions()], skipped
 

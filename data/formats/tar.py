@@ -24,7 +24,7 @@ from data.formats.folders import (
     count_by_extension,
     extension_of,
     image_extensions,
-    is_of_system,
+    is_system_file,
     skipped_files,
 )
 from data.formats.series import check_series, find_files, first_may_be_missing
@@ -347,7 +347,7 @@ def _members(path: Path, shard: int) -> Iterator[_Member]:
                 archive.members = []  # tarfile would keep all of them in memory
                 end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isreg() else member.offset_data
                 name = PurePosixPath(member.name)
-                if _is_of_system(name) or member.isdir():
+                if _is_system_member(name) or member.isdir():
                     continue
                 is_image = name.suffix.lower() in image_extensions()
                 if is_image and (member.islnk() or member.issym() or member.issparse()):
@@ -372,9 +372,9 @@ def _members(path: Path, shard: int) -> Iterator[_Member]:
         )
 
 
-def _is_of_system(name: PurePosixPath) -> bool:
+def _is_system_member(name: PurePosixPath) -> bool:
     """Return whether a file is hidden or of the system; archives of whole paths may have hidden folders far above."""
-    return is_of_system(PurePosixPath(*name.parts[-2:])) or not SYSTEM_FOLDERS.isdisjoint(name.parts)
+    return is_system_file(PurePosixPath(*name.parts[-2:])) or not SYSTEM_FOLDERS.isdisjoint(name.parts)
 
 
 def _key(name: str) -> str:

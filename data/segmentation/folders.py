@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.formats.folders import image_extensions, is_of_system
+from data.formats.folders import image_extensions, is_system_file
 from data.images import StoredImage, read_file
 from data.segmentation.sources import Labels, MaskedDataset, MaskedSource, read_mask
 from data.sources import SPLITS, Request, compose, read_class_list, read_lines
@@ -91,7 +91,7 @@ def _pairs(images: Path, masks: Path) -> tuple[list[tuple[str, str]], list[str]]
 
 def _by_stem(folder: Path, allowed: frozenset[str] | set[str]) -> dict[str, str]:
     files = {file: file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in allowed}
-    return {compose(str(name.with_suffix(""))): str(file) for file, name in files.items() if not is_of_system(name)}
+    return {compose(str(name.with_suffix(""))): str(file) for file, name in files.items() if not is_system_file(name)}
 
 
 class FolderSource(MaskedSource):

@@ -125,13 +125,13 @@ def test_a_kill_leaves_whole_shards_and_the_same_command_continues(
     assert files(output) == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("left", [[], ["plan.json.tmp"], ["plan.json"]])
 def test_a_kill_at_the_beginning_does_not_block_the_same_command(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, written: bool
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: list[str]
 ) -> None:
     def killed(path: Path, text: str) -> None:
-        if written:
-            path.write_text(text)
+        for name in left:
+            path.with_name(name).write_text(text)
         raise KeyboardInterrupt
 
     words = ("--data-path", photos, "--per-shard", 4, "--output")

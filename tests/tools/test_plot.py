@@ -71,6 +71,11 @@ def test_unfinished_epoch_has_the_length_of_the_previous_one() -> None:
     assert all(0 < position <= 1 for position in epochs_of(begun, begun))
 
 
+def test_rows_of_a_late_epoch_alone_have_positions() -> None:
+    rows = train_rows(7, [16, 17])  # 17 / (17 / 7) is rounded up
+    assert epochs_of(rows, rows) == pytest.approx([7 * 16 / 17, 7.0])
+
+
 def test_legends_name_the_weights_and_the_best(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
     rows = [*train_rows(1, [10]), eval_row(1, 10, 40.0), eval_row(1, 10, 30.0, "eval_ema")]
     rows += [*train_rows(2, [20]), eval_row(2, 20, None), eval_row(2, 20, 45.5, "eval_ema")]
@@ -90,7 +95,7 @@ def test_several_runs_share_a_picture(
 ) -> None:
     rows = [*train_rows(1, [10]), eval_row(1, 10)]
     runs = [write_run(tmp_path / name / "default", rows) for name in ("one", "two")]
-    assert main([str(run) for run in runs]) == 0
+    main([str(run) for run in runs])
     assert capsys.readouterr().out.strip() == str(runs[0] / "comparison.png")
     labels = legend(drawn[0].axes[0])
     assert labels[0::2] == ["one/default: training", "two/default: training"]
@@ -103,19 +108,19 @@ def test_the_folder_of_the_run_may_be_the_current_one(
     rows = [*train_rows(1, [10]), eval_row(1, 10)]
     monkeypatch.chdir(write_run(tmp_path / "one", rows))
     write_run(tmp_path / "two", rows)
-    assert main(["."]) == 0
-    assert main([".", "../two"]) == 0
+    main(["."])
+    main([".", "../two"])
     assert legend(drawn[1].axes[0])[0::2] == ["one: training", "two: training"]
 
 
 def test_names_of_runs_are_no_formulas_and_none_is_left_out(tmp_path: Path) -> None:
     rows = [*train_rows(1, [10]), eval_row(1, 10)]
     runs = [write_run(tmp_path / "tiny" / name, rows) for name in ("$x^$", "_second")]
-    assert main([str(run) for run in runs] + ["--output", str(tmp_path / "both.svg")]) == 0
+    main([str(run) for run in runs] + ["--output", str(tmp_path / "both.svg")])
     drawn = (tmp_path / "both.svg").read_text(encoding="utf-8")
     assert "<!-- tiny/$x^$: training -->" in drawn
     assert "<!-- tiny/_second: training -->" in drawn
-    assert main([str(runs[0]), "--output", str(tmp_path / "curves")]) == 0
+    main([str(runs[0]), "--output", str(tmp_path / "curves")])
     assert (tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
 
 
@@ -125,7 +130,7 @@ def test_part_of_a_line_that_a_killed_run_left_is_not_drawn(
     run = write_run(tmp_path / "run", [*train_rows(1, [10, 20]), eval_row(1, 20)])
     with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"kind": "train", "epo')
-    assert main([str(run)]) == 0
+    main([str(run)])
     assert drawn[0].axes[0].lines[0].get_xdata().tolist() == [0.5, 1.0]
 
 
@@ -138,7 +143,7 @@ def test_the_planned_schedule_is_that_of_the_run(tmp_path: Path, drawn: list[mat
     planned = dict(planned_rates(run))
     assert [planned[(row["update"] - 1) / 20] for row in rows] == pytest.approx([row["lr"] for row in rows])
     assert max(planned) == 399 / 20
-    assert main(["--planned", str(run)]) == 0
+    main(["--planned", str(run)])
     assert legend(drawn[0].axes[2]) == ["planned", "as trained"]
 
 
@@ -147,18 +152,19 @@ def test_the_planned_schedule_is_that_of_the_run(tmp_path: Path, drawn: list[mat
 )
 def test_error_if_nothing_can_be_drawn(name: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     write_run(tmp_path / "empty", [])
-    assert main([str(tmp_path / name)]) == 2
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / name)])
     assert says in capsys.readouterr().err
 
 
 def test_a_run_without_an_evaluation_says_so(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
     begun = train_rows(1, [10])
     for name, rows, texts in (("begun", begun, ["no evaluation yet"]), ("one", [*begun, eval_row(1, 10)], [])):
-        assert main([str(write_run(tmp_path / name, rows))]) == 0
+        main([str(write_run(tmp_path / name, rows))])
         assert [text.get_text() for text in drawn[-1].axes[1].texts] == texts
 
 
 def test_a_picture_is_written(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [*train_rows(1, [10]), eval_row(1, 10)])
-    assert main([str(run)]) == 0
+    main([str(run)])
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
