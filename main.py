@@ -21,7 +21,7 @@ from functools import partial
 import torch
 from yacs.config import CfgNode
 
-from data.images import UnreadableImage
+from data.images import UnreadableImage, UnusableImage
 from data.wording import counted
 from logger import RunLog
 from training.build import assemble, build_run, resolve_options
@@ -51,9 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = job()
         close_world()
         return status
-    except UnreadableImage as error:
-        hint = "repair or delete it, or leave such images out by --opts DATA.BAD_IMAGES skip"
-        report_wrong_input(f"{error}; {hint}", alone=True)
+    except UnusableImage as error:
+        hint = "; repair or delete it, or leave such images out by --opts DATA.BAD_IMAGES skip"
+        report_wrong_input(f"{error}{hint if isinstance(error, UnreadableImage) else ''}", alone=True)
         return WRONG_INPUT if args.eval else FAILED
     except TrainingStopped as error:
         # All ranks stop for the same reason, but each reports its own modules.
@@ -93,7 +93,8 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     elif args.eval:
         evaluation = build_evaluation(config, world, cached=False)
         lines, warnings = evaluation.notes, evaluation.warnings
-        summary = f"{counted(len(evaluation.loader.dataset), 'held-out image')}, {evaluation.task.summary()}"
+        images = counted(len(evaluation.loader.dataset), "held-out image")
+        summary = f"{evaluation.path}, {images}, {evaluation.task.summary()}"
     else:
         assembly = assemble(config, world, cached=False)
         try_folder(config.run_folder)

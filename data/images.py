@@ -32,18 +32,29 @@ _ERRORS_OF_FILES = {
 }
 
 
-class UnreadableImage(ValueError):
-    """A file that cannot be decoded. The message is one line that names the file and the reason.
+class UnusableImage(ValueError):
+    """An image that cannot be used, found while a run reads its data. The message is one line that says which, and why.
 
     Args:
         message: the line, or a traceback that ends with it.
+    """
+
+    def __init__(self, message: str) -> None:
+        # For an exception in a worker, DataLoader raises the same class with the traceback as its message.
+        line = message.strip().rpartition("\n")[2]
+        super().__init__(line.removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+class UnreadableImage(UnusableImage):
+    """A file that cannot be decoded.
+
+    Args:
+        message: as for `UnusableImage`.
         path: the file; empty if the exception was raised in a `DataLoader` worker.
     """
 
     def __init__(self, message: str, path: str = "") -> None:
-        # For an exception in a worker, DataLoader raises the same class with the traceback as its message.
-        line = message.strip().rpartition("\n")[2]
-        super().__init__(line.removeprefix(f"{__name__}.{type(self).__name__}: "))
+        super().__init__(message)
         self.path = path
 
 

@@ -40,5 +40,6 @@ def build_task(config: Any, world: World, *, training: bool) -> Task:
     values = dict(flatten(config))
     for key in task.unsupported:
         if values[key] != (default := OPTIONS[key].default):
-            raise ValueError(f"{key} is not supported by TASK {config.TASK}; leave it at {default}")
+            advice = f"leave it at {default}" if default != "" else "remove it"
+            raise ValueError(f"{key} is not supported by TASK {config.TASK}; {advice}")
     return task(config, world, training=training)

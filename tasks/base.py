@@ -85,20 +85,27 @@ class Meter(ABC):
         Sums use `utils.sum_over_ranks`; other results are gathered.
 
         Raises:
-            RuntimeError: not every sample of the data set was counted once, see `check_counts`.
+            EvaluationFailed: not every sample of the data set was counted once, see `check_counts`.
         """
+
+
+class EvaluationFailed(RuntimeError):
+    """An evaluation without a result. All processes raise it."""
 
 
 def check_counts(evaluated: float, left_out: float, samples: int) -> list[str]:
     """Check that every sample was counted once, and return a warning about those left out.
 
     Raises:
-        RuntimeError: the counts differ, or all samples were left out.
+        EvaluationFailed: the counts differ, or all samples were left out.
     """
     if evaluated + left_out != samples:
-        raise RuntimeError(f"evaluated {counted(int(evaluated + left_out), 'image')} of a data set of {samples}")
+        raise EvaluationFailed(
+            f"evaluated {counted(int(evaluated + left_out), 'image')} of a data set of {samples}; for a stream, "
+            "DATA.STREAM.VAL_IMAGES must be the exact number"
+        )
     if not evaluated:
-        raise RuntimeError(f"no held-out image of {samples} can be evaluated; repair the files, or name others")
+        raise EvaluationFailed(f"no held-out image of {samples} can be evaluated; repair the files, or name others")
     if not left_out:
         return []
     unread = counted(int(left_out), "image could not be read and is", "images could not be read and are")

@@ -15,8 +15,14 @@ from models.build import num_classes, set_num_classes
 from tasks.base import Task
 from utils import World
 
-# Options that only the loaders and losses of classification implement.
-CLASSIFICATION_ONLY = ("DATA.BALANCE", "DATA.CACHE", "DATA.MULTI_LABEL")
+# Options that only the loaders, losses and evaluation of classification implement.
+CLASSIFICATION_ONLY = (
+    "DATA.BALANCE",
+    "DATA.CACHE",
+    "DATA.MULTI_LABEL",
+    "TEST.CLASSES",
+    "TEST.LABELS",
+)
 
 
 class LabelledTask(Task):

@@ -534,6 +534,11 @@ ROWS = [
         for task in ("detection", "segmentation")
     ),
     Wrong(
+        name="data: label lists for objects",
+        config={"TASK": "detection", "DATA": {"DATASET": "digit_scenes"}, "TEST": {"LABELS": "real.json"}},
+        says="TEST.LABELS is not supported by TASK detection; remove it",
+    ),
+    Wrong(
         name="data: stream without a size",
         config={"DATA": {"DATASET": "webdataset", "DATA_PATH": ".", "TRAIN": "pipe:cat train-{0..3}.tar"}},
         files={"classes.txt": "cat\ndog\n"},

@@ -20,7 +20,7 @@ from training.checkpoint import load_checkpoint, load_strictly
 from training.resume import written_config
 from training.run import AUTOCAST
 from training.weight_sets import count_classes, pick_weights
-from utils import World
+from utils import World, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -103,17 +103,21 @@ class ThroughputTest:
 
     config: CfgNode
     network: nn.Module
-    device: torch.device
+    world: World
 
     def run(self) -> int:
-        """Print images per second of inference on random images and return the exit status."""
-        if self.config.COMPILE:
+        """Print images per second of inference on random images, of all processes together; return the exit status."""
+        config, world = self.config, self.world
+        if config.COMPILE:
             compile_parts(self.network)
-        rate = measure_throughput(self.network, self.config, self.device)
-        print(
-            f"{self.config.MODEL.NAME}: {rate:.1f} images/s at {self.size()}, batch {self.config.DATA.BATCH_SIZE}, on "
-            f"{self.device.type}"
-        )
+        rate = measure_throughput(self.network, config, world.device)
+        total = sum_over_ranks(torch.tensor(rate, device=world.device)).item()
+        if world.is_main:
+            processes = f", {world.size} processes" if world.size > 1 else ""
+            print(
+                f"{config.MODEL.NAME}: {total:.1f} images/s at {self.size()}, batch {config.DATA.BATCH_SIZE}, on "
+                f"{world.device.type}{processes}"
+            )
         return 0
 
     def size(self) -> str:
@@ -129,7 +133,7 @@ def build_throughput(config: CfgNode, world: World) -> ThroughputTest:
     """
     prepare_device(config)
     network = build_model(config).to(world.device, memory_format=torch.channels_last)
-    return ThroughputTest(config, network, world.device)
+    return ThroughputTest(config, network, world)
 
 
 @torch.inference_mode()

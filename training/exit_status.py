@@ -12,6 +12,7 @@ import sys
 
 import torch
 
+from tasks.base import EvaluationFailed
 from utils import Launch, collective_timeout, launched_as, restarts_left
 
 FAILED = 1
@@ -36,7 +37,7 @@ def report_wrong_input(error: Exception | str, *, alone: bool = False) -> int:
 
 
 def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> int:
-    """Log a failure of memory, a file system or another process and return the exit status.
+    """Log a failure of memory, a file system, another process or an evaluation and return the exit status.
 
     Raises:
         RuntimeError: `error` is something else.
@@ -51,6 +52,10 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
             hint = " (give the container more with --shm-size or --ipc=host, or use smaller batches)"
         log.error(f"rank {launched_as().rank}: {reason}{hint}; {_continuation()}")
         return LOST_PEER
+    if isinstance(error, EvaluationFailed):
+        if launched_as().rank == 0:
+            log.error(str(error))
+        return FAILED
     if _is_out_of_memory(error):
         log.error(
             "out of memory; reduce --batch-size and raise --accumulation-steps, pass --use-checkpoint, or use a "

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.formats.folders import image_extensions
 from data.formats.tar import label_of
-from data.images import StoredImage
+from data.images import StoredImage, UnusableImage
 from data.sources import Dataset, Request, read_class_list, split_labels, to_matrix
 
 LAYOUT = (
@@ -60,7 +60,7 @@ class ImageStream:
 
         Raises:
             OSError: the shard cannot be read to its end.
-            ValueError: an image has no label, or an unknown one.
+            UnusableImage: an image has no label, or an unknown one.
         """
         for sample in _samples(url):
             ending = next((key for key in sample if f".{key}" in image_extensions()), None)
@@ -71,11 +71,11 @@ class ImageStream:
     def _label(self, sample: dict[str, Any], name: str) -> int | np.ndarray:
         written = next((label_of(sample[key], f".{key}") for key in ("cls", "json") if key in sample), None)
         if written is None:
-            raise ValueError(f"{name} has no label; {LAYOUT}")
+            raise UnusableImage(f"{name} has no label; {LAYOUT}")
         names = split_labels(written) if self.multi_label else (written,)
         unknown = next((one for one in names if one not in self.labels), None)
         if unknown is not None:
-            raise ValueError(f"{name} has the label {unknown!r}, which is neither a class nor a line of classes.txt")
+            raise UnusableImage(f"{name} has the label {unknown!r}, which is neither a class nor a line of classes.txt")
         places = [self.labels[one] for one in names]
         return to_matrix([places], 1 + max(self.labels.values()))[0] if self.multi_label else places[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,13 @@ import torch
 from yacs.config import CfgNode
 
 from data.datasets import Batch
-from data.images import UnreadableImage
+from data.images import UnreadableImage, UnusableImage
 from tests.data.formats.writers import write_shards
 from tests.data.samples import build_eval_loader, build_train_loader, small_config, write_folder
-from tests.launched import run_forked
+from tests.launched import Job, run_forked
 from tests.runs import write_config
 from tools.report import write_report
+from training.exit_status import FAILED
 
 LAYOUT = {"train/cat": 6, "train/dog": 6, "val/cat": 4, "val/dog": 3}
 
@@ -157,11 +159,35 @@ def test_fewer_shards_than_processes(shards: Path) -> None:
 def test_labels_by_name_and_in_numbers(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("dog\n")
     config = stream_config(shards, DATA_PATH=str(tmp_path))
-    with pytest.raises(ValueError, match=r"has the label '1', which is neither a class nor a line of classes\.txt$"):
+    with pytest.raises(UnusableImage, match=r"has the label '1', which is neither a class nor a line of classes\.txt$"):
         training(config)
     (tmp_path / "classes.txt").write_text("10\n2\n")
     config.DATA.CLASS_ORDER = "number"
     assert np.unique(np.concatenate([batch.targets for batch in training(config)])).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("classes", "images", "says"),
+    [
+        ("dog\n", 7, "main.py: .*jpg has the label '1', which is neither a class nor a line of classes.txt"),
+        (
+            "cat\ndog\n",
+            9,
+            "evaluated 7 images of a data set of 9; for a stream, DATA.STREAM.VAL_IMAGES must be the exact",
+        ),
+    ],
+)
+def test_run_on_a_stream_with_a_wrong_description(
+    shards: Path, tmp_path: Path, classes: str, images: int, says: str
+) -> None:
+    (tmp_path / "classes.txt").write_text(classes)
+    stream = {"STREAM": {"IMAGES": 12, "VAL_IMAGES": images}, "DATA_PATH": str(tmp_path)}
+    data = {**stream_options(shards), **stream, "BATCH_SIZE": 2, "NUM_WORKERS": 1}
+    config = write_config(tmp_path, OUTPUT=str(tmp_path), DATA=data, TRAIN={"EPOCHS": 1})
+    job = Job(("--cfg", config), tmp_path / "console.txt")
+    assert job.wait(240) == [FAILED]
+    assert re.search(says, job.console())
+    assert "Traceback" not in job.console()
 
 
 @pytest.mark.xdist_group("resume")

@@ -10,6 +10,7 @@ from sklearn.metrics import f1_score
 from torch import nn
 
 import main
+from tasks.base import EvaluationFailed
 from tasks.classification import F1, LabelledImages
 from tasks.labelled import class_changes
 from tests.data.samples import write_folder
@@ -47,7 +48,7 @@ def test_f1_of_several_labels() -> None:
 def test_no_image_that_can_be_read_is_an_error() -> None:
     meter = F1(1, torch.device("cpu"))
     meter.add(Linear(), LabelledImages(torch.tensor([0]), torch.full((1, 3), -1.0)))
-    with pytest.raises(RuntimeError, match=r"^no held-out image of 1 can be evaluated; repair the files"):
+    with pytest.raises(EvaluationFailed, match=r"^no held-out image of 1 can be evaluated; repair the files"):
         meter.result()
 
 

@@ -20,6 +20,7 @@ from data.segmentation.sources import IGNORED
 from logger import RunLog
 from models.segmentation.parts import resize
 from tasks import build_task
+from tasks.base import EvaluationFailed
 from tasks.pictures import palette
 from tasks.segmentation import LabelledPixels, MeanIoU, predict
 from tests.data.segmentation.samples import write_masks
@@ -112,7 +113,7 @@ def test_absent_classes_are_not_averaged_and_skipped_images_give_a_warning() -> 
     assert found.metrics["accuracy"] == pytest.approx(12 / 16)
     assert found.lines[-1] == " * mIoU 0.583 accuracy 0.750 class accuracy 0.833"
     assert found.warnings == ["1 image could not be read and is not counted"]
-    with pytest.raises(RuntimeError, match="evaluated 0 images of a data set of 2"):
+    with pytest.raises(EvaluationFailed, match="evaluated 0 images of a data set of 2"):
         meter(2).result()
 
 

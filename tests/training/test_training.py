@@ -97,3 +97,9 @@ def test_a_finished_run_is_not_trained_again(trained: tuple[Path, Path, str]) ->
 def test_throughput_needs_no_data(trained: tuple[Path, Path, str]) -> None:
     printed = run_forked("--cfg", trained[0], "--throughput", "--batch-size", 2)
     assert float(re.search(r"([\d.]+) images/s", printed)[1]) > 0
+
+
+def test_throughput_of_several_processes_is_printed_once(trained: tuple[Path, Path, str]) -> None:
+    printed = run_forked("--cfg", trained[0], "--throughput", "--batch-size", 2, processes=2)
+    assert printed.count("images/s") == 1
+    assert printed.rstrip().endswith("on cpu, 2 processes")
