@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -362,6 +363,16 @@ def read_lines(path: Path) -> list[str]:
 def compose(name: str) -> str:
     """Return a name in the Unicode normalisation NFC, in which names are compared; macOS writes another one."""
     return unicodedata.normalize("NFC", name)
+
+
+def other_form(path: Path) -> str:
+    """Return a hint if a missing file exists under the same name in another Unicode normalisation; else ""."""
+    while not path.parent.is_dir() and path != path.parent:
+        path = path.parent
+    others = os.listdir(path.parent) if path.parent.is_dir() and not path.exists() else []
+    if any(compose(entry) == compose(path.name) for entry in others):
+        return f"; {path.name} is there in another Unicode normalisation, convert one of the names"
+    return ""
 
 
 def read_class_list(folder: Path) -> list[str]:

@@ -16,6 +16,7 @@ from faster_coco_eval.core import mask as rle
 
 from data.detection.sources import DetectionSource, Objects
 from data.images import StoredImage, read_file
+from data.sources import other_form
 from data.wording import counted, shorten
 
 
@@ -170,8 +171,11 @@ def split_warnings(source: AnnotatedImages, where: object, faults: Faults, witho
     if without:
         found.append(f"{where}: not trained on {counted(len(without), 'image')} without objects: {shorten(without)}")
     missing = source.missing()
+    hint = other_form(Path(missing[0])) if missing else ""
     if len(missing) == len(source):
-        raise ValueError(f"none of the {len(source)} images of {where} exists: {shorten(missing)}; check the data path")
+        hint = hint or "; check the data path"
+        raise ValueError(f"none of the {len(source)} images of {where} exists: {shorten(missing)}{hint}")
     if missing:
-        found.append(f"{where}: {counted(len(missing), 'image')} missing, see DATA.BAD_IMAGES: {shorten(missing)}")
+        names = shorten(missing) + hint
+        found.append(f"{where}: {counted(len(missing), 'image')} missing, see DATA.BAD_IMAGES: {names}")
     return found

@@ -20,6 +20,7 @@ from data.sources import (
     classes_of,
     compose,
     join_classes,
+    other_form,
     read_class_list,
     split_labels,
     to_matrix,
@@ -189,10 +190,11 @@ def _check_files(path: Path, rows: Sequence[Row]) -> None:
         if name not in known[folder]:
             missing.append(row)
     if missing:
+        first = path.parent / missing[0].path
         raise ValueError(
-            f"{path}, line {missing[0].line}: there is no file {path.parent / missing[0].path}"
+            f"{path}, line {missing[0].line}: there is no file {first}"
             + (f", nor those of {counted(len(missing) - 1, 'more line')}" if len(missing) > 1 else "")
-            + "; paths are relative to the table"
+            + (other_form(first) or "; paths are relative to the table")
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,17 @@ def test_yolo_images_of_other_endings_are_read_or_counted(tmp_path: Path) -> Non
     (warning,) = dataset.format_warnings
     assert warning.startswith("1 file skipped in ")
     assert warning.endswith("with extensions that Pillow does not read: 1 .heic")
+
+
+def test_coco_file_in_another_form_of_unicode(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    Image.new("RGB", (40, 32)).save(tmp_path / "val" / "a\u0308.png")
+    image = {"id": 1, "file_name": "\u00e4.png", "height": 32, "width": 40}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [3, 1, 6, 7]}
+    content = {"images": [image], "annotations": [box], "categories": [{"id": 1, "name": "dog"}]}
+    (tmp_path / "instances_val.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"exists: .*; \u00e4\.png is there in another Unicode normalisation, convert"):
+        open_coco(Request(path=str(tmp_path), needs=("val",)))
 
 
 @pytest.mark.parametrize("listed", [False, True])

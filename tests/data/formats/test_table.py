@@ -158,3 +158,11 @@ def test_names_in_two_forms_of_unicode_are_one_class(root: Path) -> None:
     (root / "classes.txt").write_text(f"dog\n{apart}\n", encoding="utf-8")
     dataset = opened(root, written, f"images/5.jpg,{composed}\n")
     assert (dataset.classes, labels(dataset), dataset.held_out.label(0)) == (["dog", composed], [1, 1, 0], 1)
+
+
+def test_missing_file_in_another_form_of_unicode(root: Path) -> None:
+    composed, apart = (unicodedata.normalize(form, "K\u00e4se.jpg") for form in ("NFC", "NFD"))
+    (root / "images" / "0.jpg").rename(root / "images" / apart)
+    says = rf"line 1: there is no file .*/{composed}; {composed} is there in another Unicode normalisation, convert one"
+    with pytest.raises(ValueError, match=says):
+        opened(root, f"images/{composed},cat\n", "images/5.jpg,cat\n")
