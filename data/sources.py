@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -369,8 +368,8 @@ def other_form(path: Path) -> str:
     """Return a hint if a missing file exists under the same name in another Unicode normalisation; else ""."""
     while not path.parent.is_dir() and path != path.parent:
         path = path.parent
-    others = os.listdir(path.parent) if path.parent.is_dir() and not path.exists() else []
-    if any(compose(entry) == compose(path.name) for entry in others):
+    others = path.parent.iterdir() if path.parent.is_dir() and not path.exists() else ()
+    if any(compose(other.name) == compose(path.name) for other in others):
         return f"; {path.name} is there in another Unicode normalisation, convert one of the names"
     return ""
 
