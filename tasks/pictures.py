@@ -20,6 +20,7 @@ SAMPLES = 4  # images in the picture of an evaluation
 SHOWN = 0.5  # minimum score of drawn objects
 _HEIGHT = 288  # height of a row in pixels
 _TITLE = 20  # height of a title in pixels
+_LEGEND = 20  # maximum classes in a legend
 _SIDE = 256  # minimum short side in pixels for legible names
 
 
@@ -44,6 +45,29 @@ def paint(pixels: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """
     below = np.asarray(Image.fromarray(pixels).resize(labels.shape[::-1]), dtype=np.float32)
     return (_OPACITY * palette()[labels] + (1 - _OPACITY) * below).round().astype(np.uint8)
+
+
+def with_legend(pixels: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> np.ndarray:
+    """Return a painted class map with the colours of its largest classes on the right.
+
+    Args:
+        pixels: `[h, w, 3]`, uint8, as `paint` returns it.
+        labels: classes of the pixels, `[h, w]`.
+        classes: names by label.
+    """
+    counts = np.bincount(labels.ravel(), minlength=len(classes))[: len(classes)]
+    shown = [int(label) for label in np.argsort(-counts, kind="stable")[:_LEGEND] if counts[label]]
+    font = ImageFont.load_default(_TITLE - 6)
+    width = _TITLE + 8 + round(max(map(font.getlength, (classes[label] for label in shown)), default=0))
+    height = max(pixels.shape[0], _TITLE * len(shown))
+    picture = Image.new("RGB", (pixels.shape[1] + width, height), "white")
+    picture.paste(Image.fromarray(pixels))
+    draw, left = ImageDraw.Draw(picture), pixels.shape[1] + 4
+    for row, label in enumerate(shown):
+        top = _TITLE * row + 3
+        draw.rectangle((left, top, left + _TITLE - 6, top + _TITLE - 6), tuple(palette()[label].tolist()), "black")
+        draw.text((left + _TITLE, top - 1), classes[label], "black", font)
+    return np.asarray(picture)
 
 
 def draw_objects(

@@ -20,7 +20,7 @@ from data.segmentation import transforms as segmentation
 from data.transforms import normalize
 from tasks.coco import Detections
 from tasks.detection import detect
-from tasks.pictures import draw_objects, paint
+from tasks.pictures import draw_objects, paint, with_legend
 from tasks.segmentation import predict as predict_pixels
 from training.run import AUTOCAST
 from training.trained_model import TrainedModel
@@ -35,22 +35,24 @@ class Prediction:
         top: names and probabilities, the most probable first; of a segmenter, names and shares of the pixels.
         objects: of a detector: those that `top` names, in the same order.
         labels: of a segmenter: the class of each pixel, `[height, width]`, uint8.
+        classes: of a segmenter: names by label.
     """
 
     path: str
     top: list[tuple[str, float]]
     objects: Detections | None = None
     labels: np.ndarray | None = None
+    classes: Sequence[str] = ()
 
     def drawn(self, image: Image.Image) -> Image.Image:
-        """Return the image with its objects or class map drawn over it, if any."""
+        """Return the image with its objects, or its class map and a legend, drawn over it, if any."""
         pixels = np.asarray(image)
         if self.objects is not None:
             words = [f"{name} {score:.2f}" for name, score in self.top]
             found = self.objects
             pixels = draw_objects(pixels, found.boxes, found.labels, words, found.masks)
         if self.labels is not None:
-            pixels = paint(pixels, self.labels)
+            pixels = with_legend(paint(pixels, self.labels), self.labels, self.classes)
         return Image.fromarray(pixels)
 
 
@@ -111,7 +113,7 @@ class Predictor:
                 pixels = normalize(transform.apply(image).to(self._device))
                 labels = predict_pixels(self.model.network, pixels, (image.height, image.width)).cpu()
             shares = torch.bincount(labels.flatten(), minlength=len(self.model.classes)) / labels.numel()
-            yield Prediction(path, self._largest(shares), labels=labels.byte().numpy())
+            yield Prediction(path, self._largest(shares), labels=labels.byte().numpy(), classes=self.model.classes)
 
     def _detect(self, images: Iterator[tuple[str, Image.Image]]) -> Iterator[Prediction]:
         options = self.model.config.DETECTION
