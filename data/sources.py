@@ -145,6 +145,17 @@ class Request:
         except RuntimeError:
             raise ValueError(f"data path {path}: there is no such user; give the full path") from None
 
+    def existing_root(self, layout: str) -> Path:
+        """Return the folder of the data set, as `root`.
+
+        Raises:
+            ValueError: no path was given, or it does not exist.
+        """
+        root = self.root(layout)
+        if not root.exists():
+            raise ValueError(f"data path {root} does not exist; {layout}")
+        return root
+
     def find_split(self, split: str, root: Path, names: Sequence[str], extension: str = "") -> Path | None:
         """Return the path of a split; None if it has no option and no usual name.
 

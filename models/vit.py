@@ -109,6 +109,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
     def __init__(self, *, img_size: int | tuple[int, int] = 32, use_checkpoint: bool = False, **options: Any) -> None:
         values = complete(options, OPTIONS)
         _check(values)
+        _check_size(img_size, values["patch_size"])
         embed_dim, num_heads, drop_rate = values["embed_dim"], values["num_heads"], values["drop_rate"]
         weight_init, attention = INITS[values["weight_init"]], values["attention"]
         super().__init__(
@@ -180,6 +181,12 @@ class VisionTransformer(timm_vit.VisionTransformer):
     def set_input_size(self, *_: Any, **__: Any) -> None:
         """Raise a ValueError: the attentions are built for a fixed grid."""
         raise ValueError("the grid of patches is fixed; build a network with the new img_size and load the weights")
+
+
+def _check_size(img_size: int | tuple[int, int], patch_size: int) -> None:
+    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+    if len(sides) != 2 or any(side < patch_size or side % patch_size for side in sides):
+        raise ValueError(f"img_size = {img_size} must be one or two multiples of patch_size = {patch_size}")
 
 
 def _check(values: dict[str, Any]) -> None:

@@ -533,6 +533,19 @@ ROWS = [
         )
         for task in ("detection", "segmentation")
     ),
+    *(
+        Wrong(
+            name=f"data: no folder of {kind}",
+            config={"TASK": task, "DATA": {"DATASET": kind, "DATA_PATH": "nowhere"}},
+            says="data path nowhere does not exist; ",
+        )
+        for task, kind in (
+            ("classification", "tar"),
+            ("classification", "parquet"),
+            ("detection", "coco"),
+            ("segmentation", "masks"),
+        )
+    ),
     Wrong(
         name="data: label lists for objects",
         config={"TASK": "detection", "DATA": {"DATASET": "digit_scenes"}, "TEST": {"LABELS": "real.json"}},

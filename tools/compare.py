@@ -40,6 +40,7 @@ from models import build_model
 from models.vit import ATTENTIONS
 from tools.arguments import refuse
 from tools.complexity import count_macs, count_parameters
+from training.exit_status import WRONG_INPUT
 
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 ATTENTION_OPTIONS = {
@@ -85,7 +86,12 @@ def main() -> int:
             if len(accuracies(variant.folder / tag)) < epochs:
                 command = [sys.executable, str(MAIN), "--cfg", variant.config, "--tag", tag]
                 if status := _train([*command, "--opts", "SEED", str(seed), *variant.options]):
-                    print(f"compare.py: {tag} ended with status {status}; the same command continues")
+                    advice = (
+                        "correct the options, or choose another OUTPUT"
+                        if status == WRONG_INPUT
+                        else "the same command continues"
+                    )
+                    print(f"compare.py: {tag} ended with status {status}; {advice}")
                     return status
             if name not in costs:
                 costs[name] = measure(variant)
@@ -109,7 +115,7 @@ def _parse_arguments() -> tuple[argparse.Namespace, dict[str, Variant], Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files; or one with MODEL.VIT and MODEL.DAT")
     parser.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these: attentions, or names of files")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of the runs of each variant")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override options of the configs")
     args = parser.parse_args()
     try:

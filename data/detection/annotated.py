@@ -53,7 +53,9 @@ class Faults:
         inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0]))
         if annotation.label is None:
             self.names["of an unknown class"].append(annotation.name)
-        elif not all(map(math.isfinite, annotation.box)) or x2 <= x1 or y2 <= y1:
+        elif not all(map(math.isfinite, annotation.box)):
+            self.names["with coordinates that are not finite"].append(annotation.name)
+        elif x2 <= x1 or y2 <= y1:
             self.names["without an area"].append(annotation.name)
         elif inside[2] <= inside[0] or inside[3] <= inside[1]:
             self.names["outside of the image"].append(annotation.name)

@@ -35,7 +35,7 @@ def open_coco(request: Request) -> DetectionDataset:
     Raises:
         ValueError: a file is missing, is not an annotation file, or has other classes than that of the training split.
     """
-    root = request.root(_LAYOUT)
+    root = request.existing_root(_LAYOUT)
     files = {split: _find(request, split, root) for split in request.needs}
     contents = {split: _read(path) for split, (path, _) in files.items()}
     names = {split: [c["name"] for c in _categories(content)] for split, content in contents.items()}

@@ -21,7 +21,7 @@ def open_voc(request: Request) -> DetectionDataset:
     Raises:
         ValueError: a file is missing or cannot be read.
     """
-    root = request.root(_LAYOUT)
+    root = request.existing_root(_LAYOUT)
     lists = {split: root / "ImageSets" / "Main" / f"{getattr(request, split) or split}.txt" for split in request.needs}
     trees = {split: _trees(root, path) for split, path in lists.items()}
     named = {_name(one) for of_split in trees.values() for tree in of_split for one in tree.iter("object")}

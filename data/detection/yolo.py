@@ -23,7 +23,7 @@ def open_yolo(request: Request) -> DetectionDataset:
     Raises:
         ValueError: a folder or the list of classes is missing, or a label file holds something else.
     """
-    root = request.root(_LAYOUT)
+    root = request.existing_root(_LAYOUT)
     classes = read_class_list(root)
     if not classes:
         raise ValueError(f"no file classes.txt in data path {root}; {_LAYOUT}")

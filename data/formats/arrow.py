@@ -44,7 +44,7 @@ def open_saved(request: Request) -> Dataset:
         ValueError: the folder is something else, a split or column is missing, or classes differ.
     """
     datasets = _library()
-    root = request.root(SAVED_LAYOUT)
+    root = request.existing_root(SAVED_LAYOUT)
     try:
         saved = datasets.load_from_disk(str(root))
     except (OSError, ValueError, KeyError) as error:
@@ -74,7 +74,7 @@ def open_parquet(request: Request) -> Dataset:
         ValueError: files are missing or damaged, a column is missing, or classes differ.
     """
     datasets = _library()
-    root = request.root(PARQUET_LAYOUT)
+    root = request.existing_root(PARQUET_LAYOUT)
     tables, where = {}, {}
     for split in ("train", "val"):
         files = _parquet_files(request, split, root)

@@ -86,7 +86,7 @@ def open_stream(request: Request) -> Dataset:
     Raises:
         ValueError: a split is not given, has no size or an invalid name, or the list of classes is missing.
     """
-    root = request.root(LAYOUT)
+    root = request.existing_root(LAYOUT)
     classes = read_class_list(root)
     if not classes:
         raise ValueError(f"{root} has no classes.txt; {LAYOUT}")

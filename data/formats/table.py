@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,13 +132,19 @@ def _lines(path: Path) -> Iterator[tuple[int, list[str]]]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     try:
         with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-            for line, cells in enumerate(csv.reader(file, delimiter=delimiter), 1):
-                if any("\0" in cell for cell in cells):
-                    raise ValueError(f"table {path} is not UTF-8 text; convert it")
+            for line, cells in enumerate(csv.reader(_text(path, file), delimiter=delimiter), 1):
                 if cells:
                     yield line, cells
     except (OSError, csv.Error) as error:
         raise ValueError(f"table {path} cannot be read: {error}; {LAYOUT}") from None
+
+
+def _text(path: Path, file: Iterable[str]) -> Iterator[str]:
+    """Yield the lines of a table; another encoding shows by its zeros, of which only some versions of csv complain."""
+    for text in file:
+        if "\0" in text:
+            raise ValueError(f"table {path} is not UTF-8 text; convert it")
+        yield text
 
 
 def _columns(titles: Sequence[str]) -> tuple[int, int, int | None] | None:

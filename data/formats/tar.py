@@ -71,7 +71,7 @@ def open_tar(request: Request) -> Dataset:
         ValueError: an archive is missing, compressed or truncated, the index is of other archives, or classes differ
             between the splits.
     """
-    root = request.root(LAYOUT)
+    root = request.existing_root(LAYOUT)
     _open.cache_clear()  # archives may have been replaced
     shards = {split: find_shards(request, split, root) for split in request.needs}
     several = request.multi_label

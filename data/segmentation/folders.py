@@ -28,7 +28,7 @@ def open_ade20k(request: Request, labels: Labels) -> MaskedDataset:
     Raises:
         ValueError: a folder is missing, or an image has no mask.
     """
-    root = request.root(ADE20K_LAYOUT)
+    root = request.existing_root(ADE20K_LAYOUT)
     names = root / _ADE20K_NAMES
     if names.is_file():
         classes = [row.split("\t")[-1].split(",")[0].strip() for row in read_lines(names)[1:]]
@@ -44,7 +44,7 @@ def open_masks(request: Request, labels: Labels) -> MaskedDataset:
     Raises:
         ValueError: a folder or the list of classes is missing, or an image has no mask.
     """
-    root = request.root(LAYOUT)
+    root = request.existing_root(LAYOUT)
     classes = read_class_list(root)
     if not 0 < len(classes) <= 255:
         raise ValueError(f"{root / 'classes.txt'} has {len(classes)} classes; write 1 to 255, one per line, in order")

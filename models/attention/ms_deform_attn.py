@@ -94,6 +94,20 @@ class MSDeformAttn(nn.Module):
                 f"reference_points {list(reference_points.shape)} do not fit; "
                 f"give [batch, queries, {self.n_levels}, 2 or 4]"
             )
+        if reference_points.shape[:2] != query.shape[:2]:
+            raise ValueError(
+                f"reference_points {list(reference_points.shape)} and query {list(query.shape)} must agree in batch "
+                "and queries"
+            )
+        for name, tensor in (("query", query), ("input_flatten", input_flatten)):
+            if tensor.shape[-1] != self.d_model:
+                raise ValueError(f"{name} {list(tensor.shape)} must have d_model = {self.d_model} channels")
+        mask = input_padding_mask
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != input_flatten.shape[:2]):
+            raise ValueError(
+                f"input_padding_mask {list(mask.shape)}, {mask.dtype}, must be boolean, [batch, pixels] = "
+                f"{list(input_flatten.shape[:2])}, true for padding"
+            )
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask.unsqueeze(-1), 0.0)

@@ -31,7 +31,7 @@ def ms_deform_attn(
     Args:
         value: values of all levels, flattened and concatenated, ``[B, S, heads, C]``.
         spatial_shapes: height and width of every level, ``[levels, 2]``; a list avoids a GPU synchronisation.
-        level_start_index: index of the first value of every level, ``[levels]``.
+        level_start_index: index of the first value of every level, ``[levels]``; levels follow each other without gaps.
         sampling_locations: ``[B, Q, heads, levels, points, 2]``, (x, y). The edges of a level are at 0 and 1, the
             centre of pixel i of n at (i + 0.5) / n. Values are zero outside. Cast to at least float32.
         attention_weights: ``[B, Q, heads, levels, points]``.
@@ -98,13 +98,17 @@ def _check(
 
 
 def check_levels(levels: Levels, starts: Sequence[int], pixels: int) -> None:
-    """Raise ValueError if a level lies outside the values."""
+    """Raise ValueError if the levels do not follow each other from the first value to the last."""
+    end = 0
     for (height, width), start in zip(levels, starts, strict=True):
-        if height < 1 or width < 1 or start < 0 or start + height * width > pixels:
+        if height < 1 or width < 1 or start != end:
             raise ValueError(
-                f"a level of {height} x {width} from {start} on does not fit into {pixels} values; "
+                f"a level of {height} x {width} from {start} on does not follow the one that ends at {end}; "
                 "check spatial_shapes and level_start_index"
             )
+        end += height * width
+    if end != pixels:
+        raise ValueError(f"levels of {end} pixels do not fit to {pixels} values; check spatial_shapes")
 
 
 def _reference(value: Tensor, levels: Levels, starts: Sequence[int], locations: Tensor, weights: Tensor) -> Tensor:

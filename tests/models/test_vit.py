@@ -179,6 +179,9 @@ def test_export_with_any_number_of_images(attention: str) -> None:
         ({"depth": 0}, "depth = 0 must be at least 1"),
         ({"locality_epochs": 5}, "locality_epochs = 5 must be a list"),
         ({"mlp_ratio": -1.0}, "mlp_ratio = -1.0 must be above 0"),
+        ({"img_size": 33}, "img_size = 33 must be one or two multiples of patch_size = 4"),
+        ({"img_size": 16, "patch_size": 32}, "img_size = 16 must be one or two multiples of patch_size = 32"),
+        ({"img_size": (16,)}, r"img_size = \(16,\) must be one or two multiples"),
         (
             {"locality_reach": [1]},
             r"locality_reach = \[1\] and locality_epochs = \[5, 10, 15, 20\] differ in length; give one",

@@ -47,7 +47,8 @@ def test_invalid_annotations_are_skipped_and_named(tmp_path: Path) -> None:
     assert len(dataset.train) == 2  # the one without objects is not trained on
     assert dataset.train.objects(0).boxes.tolist() == [[5, 5, 15, 15], [0, 0, 10, 10]]
     text = "\n".join(dataset.format_warnings)
-    assert "left out 2 boxes without an area: annotation 1, annotation 4" in text
+    assert "left out 1 box without an area: annotation 1" in text
+    assert "left out 1 box with coordinates that are not finite: annotation 4" in text
     assert "left out 1 box outside of the image: annotation 2" in text
     assert "left out 1 box of an unknown class: annotation 9" in text
     assert "not trained on 1 image without objects: 1.png" in text

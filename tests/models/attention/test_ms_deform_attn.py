@@ -131,3 +131,14 @@ def test_arguments_that_do_not_fit_are_rejected() -> None:
     flat = torch.zeros(1, 4, 8)
     with pytest.raises(ValueError, match=r"reference_points \[1, 4, 1, 3\] do not fit; give \[batch, queries, 1, 2 or"):
         layer(flat, torch.zeros(1, 4, 1, 3), flat, [[2, 2]], [0])
+    points = torch.zeros(1, 4, 1, 2)
+    for arguments, says in (
+        ((flat, points[:, :3], flat), r"reference_points \[1, 3, 1, 2\] and query \[1, 4, 8\] must agree in batch"),
+        ((flat[..., :6], points, flat), r"query \[1, 4, 6\] must have d_model = 8 channels"),
+        ((flat, points, flat[..., :6]), r"input_flatten \[1, 4, 6\] must have d_model = 8 channels"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            layer(*arguments, [[2, 2]], [0])
+    for mask in (torch.zeros(1, 4), torch.zeros(4, 1, dtype=torch.bool)):
+        with pytest.raises(ValueError, match=r"input_padding_mask .* must be boolean, \[batch, pixels\] = \[1, 4\]"):
+            layer(flat, points, flat, [[2, 2]], [0], mask)
