@@ -133,7 +133,7 @@ def test_a_command_that_fails(shards: Path, command: str, says: str) -> None:
             {"STREAM": CfgNode({"IMAGES": 0, "VAL_IMAGES": 0})},
             r"the number of images of a stream is unknown; set DATA\.STREAM\.IMAGES$",
         ),
-        ({"DATA_PATH": "nowhere"}, r"^nowhere has no classes\.txt; "),
+        ({"DATA_PATH": "nowhere"}, r"^data path nowhere does not exist; "),
         ({"BALANCE": "loss"}, r"^DATA\.BALANCE loss needs random access, which a stream does not have; leave it at"),
         ({"CACHE": True}, r"^DATA\.CACHE True needs random access"),
     ],

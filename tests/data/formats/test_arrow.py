@@ -118,8 +118,11 @@ def test_missing_shard(tmp_path: Path) -> None:
 
 
 def test_missing_and_damaged(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"data path .*nowhere cannot be opened: .*; DATA_PATH is a folder"):
+    with pytest.raises(ValueError, match=r"data path .*nowhere does not exist; DATA_PATH is a folder"):
         open_saved(Request(path=str(tmp_path / "nowhere")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"data path .*empty cannot be opened: .*; DATA_PATH is a folder"):
+        open_saved(Request(path=str(tmp_path / "empty")))
     table(tmp_path, [0, 1], Value("int64")).save_to_disk(tmp_path / "one")
     with pytest.raises(ValueError, match="is one data set without splits"):
         open_saved(Request(path=str(tmp_path / "one")))
