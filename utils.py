@@ -179,6 +179,10 @@ def equal_on_all_ranks(number: int) -> bool:
     return bool(extremes[0] == -extremes[1])
 
 
+class EvaluationFailed(RuntimeError):
+    """An evaluation without a result. All processes raise it."""
+
+
 @contextmanager
 def fail_together() -> Iterator[None]:
     """If the block raises on any rank, raise that error on all of them.

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -146,14 +147,18 @@ class Request:
             raise ValueError(f"data path {path}: there is no such user; give the full path") from None
 
     def existing_root(self, layout: str) -> Path:
-        """Return the folder of the data set, as `root`.
+        """Return the folder or file of the data set, as `root`.
 
         Raises:
-            ValueError: no path was given, or it does not exist.
+            ValueError: no path was given, or it does not exist or cannot be read.
         """
         root = self.root(layout)
-        if not root.exists():
-            raise ValueError(f"data path {root} does not exist; {layout}")
+        try:
+            root.stat()
+        except FileNotFoundError:
+            raise ValueError(f"data path {root} does not exist; {layout}") from None
+        except OSError as error:
+            raise ValueError(f"data path {root} cannot be read: {error.strerror}; {layout}") from None
         return root
 
     def find_split(self, split: str, root: Path, names: Sequence[str], extension: str = "") -> Path | None:
@@ -377,11 +382,12 @@ def compose(name: str) -> str:
 
 def other_form(path: Path) -> str:
     """Return a hint if a missing file exists under the same name in another Unicode normalisation; else ""."""
-    while not path.parent.is_dir() and path != path.parent:
-        path = path.parent
-    others = path.parent.iterdir() if path.parent.is_dir() and not path.exists() else ()
-    if any(compose(other.name) == compose(path.name) for other in others):
-        return f"; {path.name} is there in another Unicode normalisation, convert one of the names"
+    with suppress(OSError):  # a name that is too long, or a folder that cannot be read: there is no hint
+        while not path.parent.is_dir() and path != path.parent:
+            path = path.parent
+        others = path.parent.iterdir() if path.parent.is_dir() and not path.exists() else ()
+        if any(compose(other.name) == compose(path.name) for other in others):
+            return f"; {path.name} is there in another Unicode normalisation, convert one of the names"
     return ""
 
 

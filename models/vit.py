@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from timm.layers import to_2tuple
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
@@ -184,9 +186,15 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
 
 def _check_size(img_size: int | tuple[int, int], patch_size: int) -> None:
-    sides = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-    if len(sides) != 2 or any(side < patch_size or side % patch_size for side in sides):
-        raise ValueError(f"img_size = {img_size} must be one or two multiples of patch_size = {patch_size}")
+    sides = to_2tuple(img_size)
+    if len(sides) != 2 or min(sides) < patch_size:
+        raise ValueError(f"img_size = {img_size} must be one or two numbers of at least patch_size = {patch_size}")
+    if any(side % patch_size for side in sides):
+        warnings.warn(
+            f"img_size = {img_size} is not a multiple of patch_size = {patch_size}: pixels at the right and bottom "
+            "edge are not seen",
+            stacklevel=3,
+        )
 
 
 def _check(values: dict[str, Any]) -> None:

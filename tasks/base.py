@@ -21,7 +21,7 @@ from data.streams import Loader
 from data.wording import counted
 from logger import RunLog
 from models import build_model
-from utils import LateReader, StopSignal, World, sum_over_ranks
+from utils import EvaluationFailed, LateReader, StopSignal, World, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -89,10 +89,6 @@ class Meter(ABC):
         """
 
 
-class EvaluationFailed(RuntimeError):
-    """An evaluation without a result. All processes raise it."""
-
-
 def check_counts(evaluated: float, left_out: float, samples: int) -> list[str]:
     """Check that every sample was counted once, and return a warning about those left out.
 
@@ -101,8 +97,8 @@ def check_counts(evaluated: float, left_out: float, samples: int) -> list[str]:
     """
     if evaluated + left_out != samples:
         raise EvaluationFailed(
-            f"evaluated {counted(int(evaluated + left_out), 'image')} of a data set of {samples}; for a stream, "
-            "DATA.STREAM.VAL_IMAGES must be the exact number"
+            f"evaluated {counted(int(evaluated + left_out), 'image')} of a data set of {samples} "
+            "(DATA.STREAM.VAL_IMAGES, if it is a stream)"
         )
     if not evaluated:
         raise EvaluationFailed(f"no held-out image of {samples} can be evaluated; repair the files, or name others")

@@ -21,6 +21,8 @@ SHOWN = 0.5  # minimum score of drawn objects
 _HEIGHT = 288  # height of a row in pixels
 _TITLE = 20  # height of a title in pixels
 _LEGEND = 20  # maximum classes in a legend
+_LEGIBLE = 480  # longest side in pixels up to which a legend has the size of a title; it grows with larger pictures
+_LETTERS = 30  # of a name in a legend
 _SIDE = 256  # minimum short side in pixels for legible names
 
 
@@ -56,18 +58,25 @@ def with_legend(pixels: np.ndarray, labels: np.ndarray, classes: Sequence[str]) 
         classes: names by label.
     """
     counts = np.bincount(labels.ravel(), minlength=len(classes))[: len(classes)]
-    shown = [int(label) for label in np.argsort(-counts, kind="stable")[:_LEGEND] if counts[label]]
-    font = ImageFont.load_default(_TITLE - 6)
-    width = _TITLE + 8 + round(max(map(font.getlength, (classes[label] for label in shown)), default=0))
-    height = max(pixels.shape[0], _TITLE * len(shown))
-    picture = Image.new("RGB", (pixels.shape[1] + width, height), "white")
+    present = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
+    rows = [(_shortened(classes[label]), tuple(palette()[label].tolist())) for label in present[:_LEGEND]]
+    if len(present) > _LEGEND:
+        rows.append((f"and {len(present) - _LEGEND} more", (255, 255, 255)))
+    step = round(_TITLE * max(1.0, max(pixels.shape[:2]) / _LEGIBLE))
+    font, side = ImageFont.load_default(0.7 * step), round(0.7 * step)
+    width = step + side + round(max((font.getlength(name) for name, _ in rows), default=0))
+    picture = Image.new("RGB", (pixels.shape[1] + width, max(pixels.shape[0], step * len(rows))), "white")
     picture.paste(Image.fromarray(pixels))
-    draw, left = ImageDraw.Draw(picture), pixels.shape[1] + 4
-    for row, label in enumerate(shown):
-        top = _TITLE * row + 3
-        draw.rectangle((left, top, left + _TITLE - 6, top + _TITLE - 6), tuple(palette()[label].tolist()), "black")
-        draw.text((left + _TITLE, top - 1), classes[label], "black", font)
+    draw, left = ImageDraw.Draw(picture), pixels.shape[1] + step // 4
+    for row, (name, colour) in enumerate(rows):
+        top = step * row + step // 8
+        draw.rectangle((left, top, left + side, top + side), colour, "black" if colour != (255, 255, 255) else None)
+        draw.text((left + step, top - step // 20), name, "black", font)
     return np.asarray(picture)
+
+
+def _shortened(name: str) -> str:
+    return name if len(name) <= _LETTERS else f"{name[: _LETTERS - 1]}…"
 
 
 def draw_objects(

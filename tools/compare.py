@@ -40,8 +40,14 @@ from models import build_model
 from models.vit import ATTENTIONS
 from tools.arguments import refuse
 from tools.complexity import count_macs, count_parameters
-from training.exit_status import WRONG_INPUT
+from training.exit_status import FAILED, WRONG_INPUT
 
+CONTINUE = "the same command continues"
+# By exit status of a training.
+ADVICE = {
+    FAILED: "repeating the command does not help by itself, see the message above",
+    WRONG_INPUT: "correct the options, or choose another OUTPUT",
+}
 MAIN = Path(__file__).resolve().parents[1] / "main.py"
 ATTENTION_OPTIONS = {
     **{
@@ -86,12 +92,7 @@ def main() -> int:
             if len(accuracies(variant.folder / tag)) < epochs:
                 command = [sys.executable, str(MAIN), "--cfg", variant.config, "--tag", tag]
                 if status := _train([*command, "--opts", "SEED", str(seed), *variant.options]):
-                    advice = (
-                        "correct the options, or choose another OUTPUT"
-                        if status == WRONG_INPUT
-                        else "the same command continues"
-                    )
-                    print(f"compare.py: {tag} ended with status {status}; {advice}")
+                    print(f"compare.py: {tag} ended with status {status}; {ADVICE.get(status, CONTINUE)}")
                     return status
             if name not in costs:
                 costs[name] = measure(variant)

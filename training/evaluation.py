@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from yacs.config import CfgNode
 
@@ -146,6 +147,8 @@ def measure_throughput(network: nn.Module, config: CfgNode, device: torch.device
         for _ in range(max(runs // 10, 1)):
             network(images)
         _wait_for(device)
+        if dist.is_initialized():
+            dist.barrier()  # so that all processes are measured at the same time
         begin = time.perf_counter()
         for _ in range(runs):
             network(images)

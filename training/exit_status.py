@@ -12,8 +12,7 @@ import sys
 
 import torch
 
-from tasks.base import EvaluationFailed
-from utils import Launch, collective_timeout, launched_as, restarts_left
+from utils import EvaluationFailed, Launch, collective_timeout, launched_as, restarts_left
 
 FAILED = 1
 WRONG_INPUT = 2

@@ -71,11 +71,13 @@ class ImageStream:
     def _label(self, sample: dict[str, Any], name: str) -> int | np.ndarray:
         written = next((label_of(sample[key], f".{key}") for key in ("cls", "json") if key in sample), None)
         if written is None:
-            raise UnusableImage(f"{name} has no label; {LAYOUT}")
+            raise UnusableImage(f"{name!r} has no label; {LAYOUT}")
         names = split_labels(written) if self.multi_label else (written,)
         unknown = next((one for one in names if one not in self.labels), None)
         if unknown is not None:
-            raise UnusableImage(f"{name} has the label {unknown!r}, which is neither a class nor a line of classes.txt")
+            raise UnusableImage(
+                f"{name!r} has the label {unknown!r}, which is neither a class nor a line of classes.txt"
+            )
         places = [self.labels[one] for one in names]
         return to_matrix([places], 1 + max(self.labels.values()))[0] if self.multi_label else places[0]
 

@@ -89,25 +89,7 @@ class MSDeformAttn(nn.Module):
         Raises:
             ValueError: shapes do not fit.
         """
-        if reference_points.shape[-1] not in (2, 4) or reference_points.shape[2] != self.n_levels:
-            raise ValueError(
-                f"reference_points {list(reference_points.shape)} do not fit; "
-                f"give [batch, queries, {self.n_levels}, 2 or 4]"
-            )
-        if reference_points.shape[:2] != query.shape[:2]:
-            raise ValueError(
-                f"reference_points {list(reference_points.shape)} and query {list(query.shape)} must agree in batch "
-                "and queries"
-            )
-        for name, tensor in (("query", query), ("input_flatten", input_flatten)):
-            if tensor.shape[-1] != self.d_model:
-                raise ValueError(f"{name} {list(tensor.shape)} must have d_model = {self.d_model} channels")
-        mask = input_padding_mask
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != input_flatten.shape[:2]):
-            raise ValueError(
-                f"input_padding_mask {list(mask.shape)}, {mask.dtype}, must be boolean, [batch, pixels] = "
-                f"{list(input_flatten.shape[:2])}, true for padding"
-            )
+        self._check(query, reference_points, input_flatten, input_padding_mask)
         value = self.value_proj(input_flatten)
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask.unsqueeze(-1), 0.0)
@@ -121,6 +103,24 @@ class MSDeformAttn(nn.Module):
             form=self.form,
         )
         return self.output_proj(out)
+
+    def _check(self, query: Tensor, points: Tensor, pixels: Tensor, mask: Tensor | None) -> None:
+        for name, tensor in (("query", query), ("input_flatten", pixels)):
+            if tensor.shape[-1] != self.d_model:
+                raise ValueError(f"{name} {list(tensor.shape)} must have d_model = {self.d_model} channels")
+        if points.dim() != 4 or points.shape[-1] not in (2, 4) or points.shape[2] != self.n_levels:
+            raise ValueError(
+                f"reference_points {list(points.shape)} do not fit; give [batch, queries, {self.n_levels}, 2 or 4]"
+            )
+        if points.shape[1] != query.shape[1] or points.shape[0] not in (1, query.shape[0]):
+            raise ValueError(
+                f"reference_points {list(points.shape)} and query {list(query.shape)} must agree in batch and queries"
+            )
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != pixels.shape[:2]):
+            raise ValueError(
+                f"input_padding_mask {list(mask.shape)}, {mask.dtype}, must be boolean, [batch, pixels] = "
+                f"{list(pixels.shape[:2])}, true for padding"
+            )
 
     def sampling_locations(
         self, query: Tensor, reference_points: Tensor, spatial_shapes: Tensor | Sequence[Sequence[int]]

@@ -45,7 +45,7 @@ def ms_deform_attn(
         ``[B, Q, heads * C]`` in the dtype of ``value``.
 
     Raises:
-        ValueError: shapes do not fit, or the form is unknown.
+        ValueError: shapes do not fit, or the form is unknown. Levels given as tensors on a GPU are not checked.
     """
     check_form(form, FORMS, "multi-scale attention")
     _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step)
@@ -53,6 +53,7 @@ def ms_deform_attn(
     sampling_locations, attention_weights = sampling_locations.to(dtype), attention_weights.to(dtype)
     if form == "reference" or (form == "auto" and torch.onnx.is_in_onnx_export()):
         levels, starts = _numbers(spatial_shapes), _numbers(level_start_index)
+        check_levels(levels, starts, value.shape[1])
         return _reference(value, levels, starts, sampling_locations, attention_weights)
     shapes, starts = (
         torch.as_tensor(numbers, dtype=torch.int64, device=value.device)
@@ -92,9 +93,10 @@ def _check(
         )
     if im2col_step < 1:
         raise ValueError(f"im2col_step = {im2col_step} is not allowed; give at least 1")
-    if isinstance(spatial_shapes, Tensor):  # reading it could synchronise with a GPU; the operator checks it
-        return
-    check_levels(spatial_shapes, _numbers(level_start_index), value.shape[1])
+    if not isinstance(
+        spatial_shapes, Tensor
+    ):  # reading one could synchronise with a GPU; on a CPU, the operator checks
+        check_levels(spatial_shapes, _numbers(level_start_index), value.shape[1])
 
 
 def check_levels(levels: Levels, starts: Sequence[int], pixels: int) -> None:

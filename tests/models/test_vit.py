@@ -179,9 +179,8 @@ def test_export_with_any_number_of_images(attention: str) -> None:
         ({"depth": 0}, "depth = 0 must be at least 1"),
         ({"locality_epochs": 5}, "locality_epochs = 5 must be a list"),
         ({"mlp_ratio": -1.0}, "mlp_ratio = -1.0 must be above 0"),
-        ({"img_size": 33}, "img_size = 33 must be one or two multiples of patch_size = 4"),
-        ({"img_size": 16, "patch_size": 32}, "img_size = 16 must be one or two multiples of patch_size = 32"),
-        ({"img_size": (16,)}, r"img_size = \(16,\) must be one or two multiples"),
+        ({"img_size": 16, "patch_size": 32}, "img_size = 16 must be one or two numbers of at least patch_size = 32"),
+        ({"img_size": (16,)}, r"img_size = \(16,\) must be one or two numbers"),
         (
             {"locality_reach": [1]},
             r"locality_reach = \[1\] and locality_epochs = \[5, 10, 15, 20\] differ in length; give one",
@@ -195,6 +194,11 @@ def test_export_with_any_number_of_images(attention: str) -> None:
 def test_options_that_are_not_allowed_are_rejected(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VisionTransformer(**{**SMALL, **options})
+
+
+def test_pixels_that_no_patch_sees_give_a_warning() -> None:
+    with pytest.warns(UserWarning, match="img_size = 33 is not a multiple of patch_size = 4: pixels at the right"):
+        VisionTransformer(**{**SMALL, "img_size": 33})
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -10,12 +10,12 @@ from sklearn.metrics import f1_score
 from torch import nn
 
 import main
-from tasks.base import EvaluationFailed
 from tasks.classification import F1, LabelledImages
 from tasks.labelled import class_changes
 from tests.data.samples import write_folder
 from tests.runs import read_metrics, write_config
 from training.trained_model import load_trained
+from utils import EvaluationFailed
 
 
 def test_classes_are_known_by_name() -> None:

@@ -20,13 +20,12 @@ from data.segmentation.sources import IGNORED
 from logger import RunLog
 from models.segmentation.parts import resize
 from tasks import build_task
-from tasks.base import EvaluationFailed
 from tasks.pictures import palette
 from tasks.segmentation import LabelledPixels, MeanIoU, predict
 from tests.data.segmentation.samples import write_masks
 from tests.launched import CONTEXT, free_port
 from tests.runs import write_config
-from utils import World
+from utils import EvaluationFailed, World
 
 
 class Colours(nn.Module):

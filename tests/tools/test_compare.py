@@ -79,9 +79,13 @@ def test_finished_runs_are_not_repeated(
     assert compare.main() == 75
     assert started == ["softmax_seed7", "dat_seed7"]
     assert "dat_seed7 ended with status 75; the same command continues" in capsys.readouterr().out
-    monkeypatch.setattr(compare.subprocess, "run", lambda _: type("Refused", (), {"returncode": 2}))
-    assert compare.main() == 2
-    assert "dat_seed7 ended with status 2; correct the options, or choose another OUTPUT" in capsys.readouterr().out
+    for status, advice in (
+        (1, "repeating the command does not help"),
+        (2, "correct the options, or choose another OUT"),
+    ):
+        monkeypatch.setattr(compare, "_train", lambda _, status=status: status)
+        assert compare.main() == status
+        assert f"dat_seed7 ended with status {status}; {advice}" in capsys.readouterr().out
     assert len((tmp_path / "compare_digits" / "comparison.md").read_text().splitlines()) == 4
 
 

@@ -20,7 +20,7 @@ from data.detection.transforms import EvalTransform
 from data.images import read_image
 from data.transforms import normalize
 from models import build_model
-from tasks.pictures import palette
+from tasks.pictures import palette, with_legend
 from tests.browser import Browser, needs_browser
 from tests.models.detection.test_detectors import REGIONS
 from tests.runs import ROOT
@@ -229,6 +229,16 @@ def test_segmenter_prints_shares_of_pixels_and_draws_them(
     legend = drawn[:, width:].reshape(-1, 3)
     shown = [label for label in range(len(CLASSES)) if (legend == palette()[label]).all(-1).sum() > 100]
     assert shown == [3]
+
+
+def test_a_legend_names_the_largest_classes_first_and_counts_the_rest() -> None:
+    labels = np.repeat(np.arange(30), np.arange(1, 31)).reshape(15, -1).astype(np.uint8)
+    pixels = np.full((*labels.shape, 3), 7, np.uint8)
+    drawn = with_legend(pixels, labels, [f"class {i}" for i in range(30)])
+    assert (drawn[: labels.shape[0], : labels.shape[1]] == 7).all()
+    assert drawn.shape[0] == 21 * 20  # twenty classes, and the number of others
+    squares = drawn[10::20, labels.shape[1] + 10]
+    assert squares[:20].tolist() == palette()[np.arange(29, 9, -1)].tolist()
 
 
 def test_detector_prints_and_draws_objects(

@@ -133,6 +133,7 @@ def test_arguments_that_do_not_fit_are_rejected() -> None:
         layer(flat, torch.zeros(1, 4, 1, 3), flat, [[2, 2]], [0])
     points = torch.zeros(1, 4, 1, 2)
     for arguments, says in (
+        ((flat, points[:, :, 0], flat), r"reference_points \[1, 4, 2\] do not fit; give \[batch, queries, 1, 2 or 4\]"),
         ((flat, points[:, :3], flat), r"reference_points \[1, 3, 1, 2\] and query \[1, 4, 8\] must agree in batch"),
         ((flat[..., :6], points, flat), r"query \[1, 4, 6\] must have d_model = 8 channels"),
         ((flat, points, flat[..., :6]), r"input_flatten \[1, 4, 6\] must have d_model = 8 channels"),

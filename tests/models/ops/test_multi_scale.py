@@ -150,18 +150,19 @@ def test_gradients_are_deterministic(form: str) -> None:
 
 def test_arguments_that_do_not_fit_are_rejected() -> None:
     value, shapes, starts, locations, weights = random_arguments(8)
-    fewer = len(value[0]) - 1
+    pixels = len(value[0])
     for levels, begins, says in (
         ([[9, 9], *shapes[1:]], starts, "levels of .* do not fit to|does not follow"),
         (shapes, [start + 1 for start in starts], "from 1 on does not follow the one that ends at 0"),
         ([[0, 4], *shapes[1:]], starts, "a level of 0 x 4 from 0 on"),
     ):
-        with pytest.raises(ValueError, match=says):
-            ms_deform_attn(value, levels, begins, locations, weights)
-        with pytest.raises(ValueError, match=says):
-            ms_deform_attn(value, torch.tensor(levels), torch.tensor(begins), locations, weights)
-    with pytest.raises(ValueError, match=f"levels of {fewer + 1} pixels do not fit to {fewer} values"):
-        ms_deform_attn(value[:, :fewer], shapes, starts, locations, weights)
+        for form in ("op", "reference"):
+            with pytest.raises(ValueError, match=says):
+                ms_deform_attn(value, levels, begins, locations, weights, form=form)
+            with pytest.raises(ValueError, match=says):
+                ms_deform_attn(value, torch.tensor(levels), torch.tensor(begins), locations, weights, form=form)
+    with pytest.raises(ValueError, match=f"levels of {pixels} pixels do not fit to {pixels - 1} values"):
+        ms_deform_attn(value[:, :-1], shapes, starts, locations, weights)
     with pytest.raises(ValueError, match="must agree in batch, heads and levels"):
         ms_deform_attn(value, [*shapes, [1, 1]], starts, locations, weights)
     with pytest.raises(ValueError, match=r"attention_weights .* must have the shape"):
