@@ -59,18 +59,20 @@ def with_legend(pixels: np.ndarray, labels: np.ndarray, classes: Sequence[str]) 
     """
     counts = np.bincount(labels.ravel(), minlength=len(classes))[: len(classes)]
     present = [int(label) for label in np.argsort(-counts, kind="stable") if counts[label]]
-    rows = [(_shortened(classes[label]), tuple(palette()[label].tolist())) for label in present[:_LEGEND]]
+    colours = palette()[present[:_LEGEND]]
+    names = [_shortened(classes[label]) for label in present[:_LEGEND]]
     if len(present) > _LEGEND:
-        rows.append((f"and {len(present) - _LEGEND} more", (255, 255, 255)))
+        names.append(f"and {len(present) - _LEGEND} more")
     step = round(_TITLE * max(1.0, max(pixels.shape[:2]) / _LEGIBLE))
     font, side = ImageFont.load_default(0.7 * step), round(0.7 * step)
-    width = step + side + round(max((font.getlength(name) for name, _ in rows), default=0))
-    picture = Image.new("RGB", (pixels.shape[1] + width, max(pixels.shape[0], step * len(rows))), "white")
+    width = step + side + round(max(map(font.getlength, names), default=0))
+    picture = Image.new("RGB", (pixels.shape[1] + width, max(pixels.shape[0], step * len(names))), "white")
     picture.paste(Image.fromarray(pixels))
     draw, left = ImageDraw.Draw(picture), pixels.shape[1] + step // 4
-    for row, (name, colour) in enumerate(rows):
+    for row, name in enumerate(names):
         top = step * row + step // 8
-        draw.rectangle((left, top, left + side, top + side), colour, "black" if colour != (255, 255, 255) else None)
+        if row < len(colours):
+            draw.rectangle((left, top, left + side, top + side), tuple(colours[row].tolist()), "black")
         draw.text((left + step, top - step // 20), name, "black", font)
     return np.asarray(picture)
 

@@ -72,9 +72,8 @@ def test_the_mlp_saves_nothing_without_gradients(grad: bool, monkeypatch: pytest
         monkeypatch.setattr(depthwise, "product", recorded)
         torch.testing.assert_close(conv_mlp(*tensors), expected)
     assert len(alive) == 5  # one per image
-    assert (
-        max(alive) == 5 if grad else max(alive) <= 2
-    )  # an image's values are freed after those of the next one are computed
+    # Without gradients, an image's values are freed at the latest after those of the next one are computed.
+    assert max(alive) == 5 if grad else max(alive) <= 2
 
 
 def test_gpus_use_triton() -> None:
