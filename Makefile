@@ -11,7 +11,7 @@ export OMP_NUM_THREADS ?= 1
 help:
 	@echo "make setup      set up .venv (once: about 6 GB, one to five minutes)"
 	@echo "make demo       train a small DAT++ on handwritten digits (about 70 s of CPU time)"
-	@echo "make test       run every test, on all cores; TESTS=tests/data runs a part"
+	@echo "make test       run all tests but the long ones, on all cores; TESTS=tests/data runs a part"
 	@echo "make test-long  the tests that kill and resume runs at many moments, and other long tests"
 	@echo "make test-slurm train_slurm.sh on a SLURM of two nodes on this machine (Debian's slurm-wlm and munge, root)"
 	@echo "make bench-gpu  on a GPU: check the kernels on it, measure networks, write benchmarks/gpu.md"

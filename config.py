@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,11 +68,16 @@ _WRITERS = Check(
 )
 _BETAS = Check(lambda pair: len(pair) == 2 and all(0 <= beta < 1 for beta in pair), "two numbers from 0 to below 1")
 _SIZE = Check(
-    lambda size: min(size) >= 1 and len(size) == 2 if isinstance(size, list) else size >= 1,
+    lambda size: len(size) == 2 and min(size) >= 1 if isinstance(size, list) else size >= 1,
     "a number of pixels, at least 1, or [height, width]",
 )
 _COUNTS = Check(
     lambda sides: all(isinstance(side, int) and side >= 1 for side in sides), "a list of positive whole numbers"
+)
+_SIDES = Check(lambda sides: bool(sides) and _COUNTS.holds(sides), "a list of positive whole numbers, not empty")
+_RANGE = Check(
+    lambda pair: len(pair) == 2 and _COUNTS.holds(pair) and pair[0] <= pair[1],
+    "two positive whole numbers [smallest, largest]",
 )
 _FRACTION = Check(lambda value: 0 < value <= 1, "above 0 and at most 1")
 _MILESTONES = Check(
@@ -110,7 +115,9 @@ OPTIONS: dict[str, Option] = {
         may_change=True,
     ),
     "DATA.TRAIN": RunOption("", "Name or path of the training split, relative to DATA_PATH or absolute; empty: train."),
-    "DATA.VAL": RunOption("", "Likewise for the held-out split; empty: val, validation, valid or test."),
+    "DATA.VAL": RunOption(
+        "", "Likewise for the held-out split; empty: val, validation, valid or test; in TASK detection val."
+    ),
     "DATA.DOWNLOAD": _switch(False, "Download the data set from its published location, for formats that have one."),
     "DATA.SCENES": RunOption(600, "Training scenes of digit_scenes; 150 others are held out.", at_least(1)),
     "DATA.STREAM.IMAGES": RunOption(
@@ -378,7 +385,10 @@ OPTIONS: dict[str, Option] = {
         synonyms=("--model-ema",),
     ),
     "TRAIN.EMA.DECAY": RunOption(
-        0.9999, "Decay of the average per update.", share(), synonyms=("--ema-decay", "--model-ema-decay")
+        0.9999,
+        "Largest decay of the average per update; after u updates it is at most 1 - u^(-2/3).",
+        share(),
+        synonyms=("--ema-decay", "--model-ema-decay"),
     ),
     "TRAIN.LR_SCHEDULER.NAME": RunOption(
         "cosine",
@@ -454,7 +464,9 @@ OPTIONS: dict[str, Option] = {
         at_least(1),
     ),
     "AUG.HFLIP": RunOption(0.5, "Probability of a horizontal flip.", share()),
-    "AUG.COLOR_JITTER": RunOption(0.4, "Strength of the colour jitter; 0: none.", not_negative()),
+    "AUG.COLOR_JITTER": RunOption(
+        0.4, "Strength of the colour jitter, if AUTO_AUGMENT is empty or 3a; 0: none.", not_negative()
+    ),
     "AUG.AUTO_AUGMENT": RunOption(
         "rand-m9-mstd0.5-inc1",
         'A timm policy: this one and others of RandAugment, "3a" (three-augment), "original" (AutoAugment), '
@@ -462,7 +474,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "AUG.REPROB": RunOption(0.25, "Probability of random erasing.", share()),
     "AUG.REMODE": RunOption("pixel", "Fill of erased areas.", one_of("pixel", "rand", "const")),
-    "AUG.RECOUNT": RunOption(1, "Number of erased areas.", not_negative()),
+    "AUG.RECOUNT": RunOption(1, "Largest number of erased areas of an image.", not_negative()),
     "AUG.MIXUP": RunOption(0.8, "Alpha of mixup; 0: none.", not_negative()),
     "AUG.CUTMIX": RunOption(1.0, "Alpha of cutmix; 0: none.", not_negative()),
     "AUG.MIXUP_PROB": RunOption(1.0, "Probability of mixup or cutmix.", share()),
@@ -475,7 +487,7 @@ OPTIONS: dict[str, Option] = {
     "DETECTION.SHORT_SIDES": RunOption(
         list(range(480, 801, 32)),
         "Training images are resized to one of these short sides, in pixels.",
-        _COUNTS,
+        _SIDES,
     ),
     "DETECTION.LONG_SIDE": RunOption(1333, "Maximum of the long side, also in evaluation.", at_least(1)),
     "DETECTION.CROP_SIDES": RunOption(
@@ -483,7 +495,7 @@ OPTIONS: dict[str, Option] = {
         "Half of the training images are first resized to one of these short sides and cropped; empty: none.",
         _COUNTS,
     ),
-    "DETECTION.CROP": RunOption([384, 600], "Minimum and maximum side of that crop, in pixels.", _COUNTS),
+    "DETECTION.CROP": RunOption([384, 600], "Minimum and maximum side of that crop, in pixels.", _RANGE),
     "DETECTION.TEST_SHORT_SIDE": RunOption(800, "Short side of held-out images, in pixels.", at_least(1)),
     # ---- segmentation
     "SEGMENTATION.SCALE": RunOption(
@@ -750,6 +762,24 @@ def flatten(config: CfgNode, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flatten(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def check_unsupported(config: CfgNode, keys: Iterable[str], by: str) -> None:
+    """Check that options have their defaults.
+
+    Args:
+        config: options of a run.
+        keys: the options, as dotted keys.
+        by: what does not support them, for the message.
+
+    Raises:
+        ValueError: one has another value.
+    """
+    values = dict(flatten(config))
+    for key in keys:
+        if values[key] != (default := OPTIONS[key].default):
+            advice = f"leave it at {default}" if default != "" else "remove it"
+            raise ValueError(f"{key} is not supported by {by}; {advice}")
 
 
 def _merge_file(config: CfgNode, path: Path, children: tuple[Path, ...] = ()) -> None:

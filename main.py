@@ -16,6 +16,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -86,7 +87,8 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     """
     launch = launched_as()
     size = max(launch.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a launcher that has started none yet
-    resolve_options(config, pick_device(config.DEVICE, 0, size if launch.size == 1 else launch.local_size))
+    device = pick_device(config.DEVICE, 0, size if launch.size == 1 else launch.local_size)
+    resolve_options(config, device)
     world, lines, warnings = World(0, size, 0, torch.device("cpu")), [], []
     if args.throughput:
         summary = build_throughput(config, world).size()
@@ -98,7 +100,7 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     else:
         assembly = assemble(config, world, cached=False)
         try_folder(config.run_folder)
-        lines, warnings = preview(assembly, config, world)
+        lines, warnings = preview(assembly, config, replace(world, device=device))
         summary = assembly.task.summary()
     log = RunLog(None, config, is_main=launch.rank == 0)
     log.begin(lines, warnings)

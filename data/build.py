@@ -49,12 +49,15 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Da
         needs: the splits to open: `("val",)` if there is no training.
 
     Raises:
-        ValueError: DATA.DATASET is unknown, or the data path is missing or has a wrong layout.
+        ValueError: DATA.DATASET is unknown or has one label per image although DATA.MULTI_LABEL is set, or the data
+            path is missing or has a wrong layout.
     """
     open_format = choose_format(config, FORMATS)
     if is_stream(config.DATA.DATASET):
         _check_stream(config)
     dataset = open_format(request(config, needs))
+    if config.DATA.MULTI_LABEL and not (is_stream(config.DATA.DATASET) or dataset.has_several_labels()):
+        raise ValueError(f"DATA.DATASET {config.DATA.DATASET} has one label per image; leave DATA.MULTI_LABEL at False")
     if not config.DATA.ALLOW_LARGER_VAL:
         dataset.check_splits()
     return dataset.by_number() if config.DATA.CLASS_ORDER == "number" else dataset

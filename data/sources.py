@@ -202,7 +202,7 @@ class Dataset:
     def warnings(self) -> list[str]:
         """Return warnings about the data set, one line each."""
         found = list(self.format_warnings)
-        if len(self.classes) == 1 and not self._has_several_labels():
+        if len(self.classes) == 1 and not self.has_several_labels():
             found.append(f"the data set has only one class, {self.classes[0]}")
         folded: dict[str, str] = {}
         for name in self.classes:
@@ -223,7 +223,8 @@ class Dataset:
                 )
         return found
 
-    def _has_several_labels(self) -> bool:
+    def has_several_labels(self) -> bool:
+        """Return whether an image may have several labels, or none; False for streams."""
         return any(isinstance(one, ImageSource) and one.labels.ndim == 2 for one in (self.train, self.held_out))
 
     def is_numbered(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def model_options(name: str) -> dict[str, Any]:
         hint = did_you_mean(name, known) or f"; choose one of {', '.join(CONFIGS)}"
         raise ValueError(f"there is no published model {name!r}{hint}")
     options = read_config(FOLDER / CONFIGS[known[name]])["MODEL"]["DAT"]
-    return {option: value for option, value in options.items() if option != "drop_path_rate"}
+    return {option: deepcopy(value) for option, value in options.items() if option != "drop_path_rate"}
 
 
 def _default_cfg(name: str) -> dict[str, Any]:

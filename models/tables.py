@@ -43,23 +43,31 @@ def square_along(axis: int) -> Resize:
     return resize
 
 
-def per_query_and_key(queries: tuple[int, int], keys: tuple[int, int]) -> Resize:
-    """Return the function that resizes a table ``[heads, H*W, Hk*Wk]`` to other grids of queries and keys."""
+def per_query_and_key(
+    queries: tuple[int, int], keys: tuple[int, int], *, stored: tuple[tuple[int, int] | None, ...] = (None, None)
+) -> Resize:
+    """Return the function that resizes a table ``[heads, H*W, Hk*Wk]`` to other grids of queries and keys.
+
+    Args:
+        queries: height and width of the map of queries.
+        keys: height and width of the grid of keys.
+        stored: those of the table; None if unknown.
+    """
 
     def resize(table: Tensor, shape: torch.Size) -> Tensor:  # noqa: ARG001
-        return _resize_axis(_resize_axis(table, 1, queries), 2, keys)
+        return _resize_axis(_resize_axis(table, 1, queries, stored[0]), 2, keys, stored[1])
 
     return resize
 
 
-def _resize_axis(table: Tensor, axis: int, grid: tuple[int, int]) -> Tensor:
-    """Resize a grid that is flattened along an axis: a square, or else a grid with the aspect ratio of the target.
+def _resize_axis(table: Tensor, axis: int, grid: tuple[int, int], stored: tuple[int, int] | None = None) -> Tensor:
+    """Resize a grid that is flattened along an axis; other axes are not changed.
 
-    Other axes are not changed.
+    If the ``stored`` grid is unknown, it is taken for a square, or else for one with the aspect ratio of the new grid.
     """
     cells = table.shape[axis]
-    height = isqrt(cells)
-    if height**2 != cells:
+    height = stored[0] if stored else isqrt(cells)
+    if height**2 != cells and not stored:
         height = isqrt(cells * grid[0] // grid[1])
     if height == 0 or cells % height or (height, cells // height) == grid:
         return table

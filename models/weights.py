@@ -36,7 +36,7 @@ class Report:
         channels: shapes before and after of each layer that was adapted to other image channels.
         remapped: entries of the head whose rows were selected by class.
         reinitialised: entries of the head that keep the network's own initialisation.
-        new: entries that networks of the kind of the weights do not have.
+        new: entries without a counterpart in weights of this kind, newly initialised.
         left_out: entries of the weights that were not used.
         head: how the classes were mapped; empty if the head was loaded unchanged.
     """
@@ -310,12 +310,13 @@ def read_class_map(path: Path, *, num_classes: int, classes: Sequence[str], name
         )
     labels = []
     for number, label in lines:
-        if not (re.fullmatch(r"-1|[0-9]+", label) and int(label) < num_classes) and label not in known:
+        is_index = re.fullmatch(r"-1|[0-9]+", label) and int(label) < num_classes
+        if not is_index and label not in known:
             raise ValueError(
                 f"class map {path}, line {number}: {label!r} is not a class of the weights; give 0 to "
                 f"{num_classes - 1}, or -1"
             )
-        labels.append(known[label] if label in known and not label.isdecimal() else int(label))
+        labels.append(int(label) if is_index else known[label])
     return labels
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from config import OPTIONS, flatten
+from config import check_unsupported
 from models.options import did_you_mean
 from utils import World
 
@@ -37,9 +37,5 @@ def build_task(config: Any, world: World, *, training: bool) -> Task:
         hint = did_you_mean(config.TASK, TASKS)
         raise ValueError(f"TASK must be one of {', '.join(TASKS)}, not {config.TASK!r}{hint}")
     task = TASKS[config.TASK]
-    values = dict(flatten(config))
-    for key in task.unsupported:
-        if values[key] != (default := OPTIONS[key].default):
-            advice = f"leave it at {default}" if default != "" else "remove it"
-            raise ValueError(f"{key} is not supported by TASK {config.TASK}; {advice}")
+    check_unsupported(config, task.unsupported, by=f"TASK {config.TASK}")
     return task(config, world, training=training)

@@ -123,7 +123,7 @@ class Task(ABC):
 
     Attributes:
         score: the metric that decides which epoch is the best.
-        unsupported: options of a run that the task ignores; other values than their defaults are errors.
+        unsupported: options that must not be set for this task; other values than their defaults are errors.
         notes: lines about the data for the log at the start.
 
     Raises:
@@ -138,6 +138,11 @@ class Task(ABC):
         self.world = world
         self.training = training
         self.notes: list[str] = []
+
+    @classmethod
+    def score_of(cls, config: CfgNode) -> Score:  # noqa: ARG003
+        """Return the `score` of runs with these options."""
+        return cls.score
 
     @abstractmethod
     def train_loader(self) -> Loader:

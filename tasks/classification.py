@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from yacs.config import CfgNode
 
+from config import check_unsupported
 from data.build import build_erasing, build_eval_loader, build_mixup, build_train_loader, loader_warnings, open_dataset
 from data.datasets import Batch
 from data.images import StoredImage
@@ -30,6 +31,9 @@ from tasks.classes import describe_labels, labels_of, order_warning, read_label_
 from tasks.distillation import Distillation
 from tasks.labelled import LabelledTask
 from utils import StopSignal, World, sum_over_ranks
+
+# Options that suppose one label per image.
+SINGLE_LABEL_ONLY = ("DATA.BALANCE", "MODEL.CLASS_MAP", "TEST.CLASSES", "TEST.LABELS")
 
 
 class LabelledImages(NamedTuple):
@@ -64,6 +68,8 @@ class Classification(LabelledTask):
     score = Score("top1", "accuracy", "%")
 
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
+        if config.DATA.MULTI_LABEL:
+            check_unsupported(config, SINGLE_LABEL_ONLY, by="DATA.MULTI_LABEL")
         super().__init__(config, world, training=training)
         if training and config.TEST.LABELS:
             raise ValueError("TEST.LABELS is only for --eval; remove it from the options of a run")
@@ -74,9 +80,12 @@ class Classification(LabelledTask):
         self._warnings: list[str] = []
         self._present: list[int] | None = None
         self._distillation: Distillation | None = None
-        if config.DATA.MULTI_LABEL:
-            self.score = Score("f1", "F1", "%")
+        self.score = self.score_of(config)
         self._criterion = self._build_criterion()
+
+    @classmethod
+    def score_of(cls, config: CfgNode) -> Score:
+        return Score("f1", "F1", "%") if config.DATA.MULTI_LABEL else cls.score
 
     def open_dataset(self, needs: Sequence[str]) -> Dataset:
         return open_dataset(self.config, needs)
@@ -84,16 +93,13 @@ class Classification(LabelledTask):
     def _build_criterion(self) -> nn.Module:
         config = self.config
         if config.DATA.MULTI_LABEL:
-            if config.DATA.BALANCE != "none":
-                raise ValueError(
-                    f"DATA.BALANCE {config.DATA.BALANCE} balances single labels; leave it at none for DATA.MULTI_LABEL"
-                )
             return nn.BCEWithLogitsLoss()
-        weights = None
+        smoothing = 0.0 if self._mixup else config.MODEL.LABEL_SMOOTHING
         if config.DATA.BALANCE == "loss" and self.training:
             weights = balancing_weights(self._dataset.counts(self._dataset.train)).to(self.world.device)
-        smoothing = 0.0 if self._mixup else config.MODEL.LABEL_SMOOTHING
-        return nn.CrossEntropyLoss(weights, label_smoothing=smoothing)
+            # PyTorch's mean divides by the weights of the micro-batch, so the loss would depend on its size.
+            return nn.CrossEntropyLoss(weights, label_smoothing=smoothing, reduction="none")
+        return nn.CrossEntropyLoss(label_smoothing=smoothing)
 
     def train_loader(self) -> Loader:
         return self._build_loader(build_train_loader)
@@ -131,7 +137,7 @@ class Classification(LabelledTask):
 
     def loss(self, model: nn.Module, batch: LabelledImages) -> Tensor | dict[str, Tensor]:
         logits = model(batch.images)
-        loss = self._criterion(logits, batch.targets)
+        loss = self._criterion(logits, batch.targets).mean()
         return self._distillation.losses(loss, logits, batch.images) if self._distillation else loss
 
     def as_evaluated(self, model: nn.Module) -> nn.Module:

@@ -42,7 +42,7 @@ class Detection(LabelledTask):
     """Boxes and classes of objects, and masks if the detector predicts them."""
 
     score = Score("AP", "AP", digits=3)
-    unsupported = CLASSIFICATION_ONLY
+    unsupported = (*CLASSIFICATION_ONLY, "MODEL.CLASS_MAP", "TEST.FLIP")
 
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         super().__init__(config, world, training=training)

@@ -248,6 +248,12 @@ ROWS = [
     opts(
         "frozen part", "TRAIN.FREEZE", "[patch_prj]", "TRAIN.FREEZE: the network has no part named 'patch_prj'; did you"
     ),
+    opts("image without sides", "DATA.IMG_SIZE", "[]", r"DATA.IMG_SIZE must be a number of pixels, at least 1, or"),
+    opts("one side of a crop", "DETECTION.CROP", "[384]", r"DETECTION.CROP must be two positive whole numbers"),
+    opts(
+        "sides of a crop swapped", "DETECTION.CROP", "[600,384]", r"DETECTION.CROP must be two positive whole numbers"
+    ),
+    opts("no short side", "DETECTION.SHORT_SIDES", "[]", "DETECTION.SHORT_SIDES must be a list of positive whole"),
     opts("recorder", "LOG.TO", "[wandbb]", "LOG.TO must be a list of tensorboard, wandb and mlflow, not"),
     opts(
         "sides",
@@ -547,9 +553,24 @@ ROWS = [
         )
     ),
     Wrong(
+        name="data: several labels in folders",
+        config={"DATA": {"DATASET": "imagenet", "MULTI_LABEL": True}, "AUG": {"MIXUP": 0.0, "CUTMIX": 0.0}},
+        says="DATA.DATASET imagenet has one label per image; leave DATA.MULTI_LABEL at False",
+    ),
+    Wrong(
+        name="data: several labels, balanced",
+        config={"DATA": {"DATASET": "csv", "MULTI_LABEL": True, "BALANCE": "loss"}},
+        says="DATA.BALANCE is not supported by DATA.MULTI_LABEL; leave it at none",
+    ),
+    Wrong(
         name="data: label lists for objects",
         config={"TASK": "detection", "DATA": {"DATASET": "digit_scenes"}, "TEST": {"LABELS": "real.json"}},
         says="TEST.LABELS is not supported by TASK detection; remove it",
+    ),
+    Wrong(
+        name="data: mirrored images for objects",
+        config={"TASK": "detection", "DATA": {"DATASET": "digit_scenes"}, "TEST": {"FLIP": True}},
+        says="TEST.FLIP is not supported by TASK detection; leave it at False",
     ),
     Wrong(
         name="data: stream without a size",

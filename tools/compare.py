@@ -129,9 +129,12 @@ def choose(configs: Sequence[str], names: Sequence[str] | None, opts: Sequence[s
     """Return the variants to compare by name, and the folder of the results.
 
     Raises:
-        ValueError: a config is wrong, two have one name, or a chosen name is unknown.
+        ValueError: a config is wrong or is not that of a classifier, two have one name, or a chosen name is unknown.
     """
     loaded = {path: load_config(path, opts) for path in configs}
+    for path, config in loaded.items():
+        if config.TASK != "classification" or config.DATA.MULTI_LABEL:
+            raise ValueError(f"{path} is not compared: only classifiers of one label per image have a top-1 accuracy")
     first = loaded[configs[0]]
     if len(loaded) == 1 and first.MODEL.TYPE == "vit":
         folder = Path(first.OUTPUT) / first.MODEL.NAME

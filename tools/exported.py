@@ -198,6 +198,8 @@ def _write_aoti(source: Source, path: Path) -> None:
 
 def _write_safetensors(source: Source, path: Path) -> None:
     config = source.model.config
+    if config.TASK in ("detection", "segmentation"):
+        raise ValueError(f"safetensors: timm has no networks for TASK {config.TASK}; choose another format")
     if config.MODEL.TYPE not in ("dat", "timm"):
         raise ValueError(f"safetensors: timm has no name for MODEL.TYPE {config.MODEL.TYPE}; export dat or timm")
     is_dat = config.MODEL.TYPE == "dat"

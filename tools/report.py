@@ -108,7 +108,7 @@ def write_report(
 
 def _tiles(config: CfgNode, evaluations: Sequence[dict[str, Any]], speed: Sequence[dict[str, Any]]) -> str:
     """Return the headline numbers."""
-    score = TASKS[config.TASK].score if config.TASK in TASKS else None
+    score = TASKS[config.TASK].score_of(config) if config.TASK in TASKS else None
     tiles = [("epochs", f"{max((row['epoch'] for row in evaluations), default=0)} of {config.TRAIN.EPOCHS}")]
     scored = [row for row in evaluations if score and row.get(score.key) is not None]
     if scored:

@@ -27,6 +27,7 @@ from training.environment import write_environment
 from training.output_folder import lock_folder, open_folder, set_aside
 from training.resume import Resumed, find_resumed, start_from_pretrained, written_config
 from training.run import BadImages, Run, TrainingState
+from training.running_statistics import RunningStatistics
 from training.teacher import add_teacher
 from training.weight_sets import RAW, pick_weights
 from utils import (
@@ -125,6 +126,7 @@ def build_run(config: CfgNode, world: World) -> Run:
         train_loader=assembly.train_loader,
         eval_loader=assembly.eval_loader,
         state=assembly.state,
+        statistics=RunningStatistics(assembly.state.network),
         model=_distribute(assembly.state.network, world),
         folder=folder,
         log=RunLog(folder, config, is_main=world.is_main, updates_done=assembly.state.updates_done),

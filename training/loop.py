@@ -126,7 +126,8 @@ def train_one_epoch(run: Run) -> bool:
 def take_update(run: Run, batches: Iterator[Any]) -> Update:
     """Take one update: forward and backward over its micro-batches, then one step of the optimizer.
 
-    If the loss or a gradient is not finite on any rank, weights and optimizer stay unchanged on every rank.
+    If the loss or a gradient is not finite on any rank, weights, running statistics and optimizer stay unchanged on
+    all ranks.
     """
     config, state, task, device = run.config, run.state, run.task, run.world.device
     position, optimizer, steps = state.position, state.optimizer, config.TRAIN.ACCUMULATION_STEPS
@@ -153,6 +154,7 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
     norm = nn.utils.clip_grad_norm_(weights, config.TRAIN.CLIP_GRAD or math.inf)
     broken = sum_over_ranks((~(norm.isfinite() & total.isfinite())).float()).clamp(max=1)
     step_unless(broken, optimizer)
+    run.statistics.agree(run.world.size, broken=broken)
     if state.scaler.is_enabled():
         state.scaler.update()
     optimizer.zero_grad(set_to_none=True)

@@ -53,7 +53,8 @@ def checkpoint_bytes(state: TrainingState) -> int:
         for weight in group["params"]:
             weight.grad = torch.zeros_like(weight)
     state.optimizer.step()
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(state.to_dict()))
+    once = {id(tensor): tensor for tensor in _tensors(state.to_dict())}  # averaged weights have two names
+    return sum(tensor.numel() * tensor.element_size() for tensor in once.values())
 
 
 def checkpoint_files(config: CfgNode) -> int:

@@ -22,6 +22,7 @@ from lr_scheduler import Continued
 from optimizer import keeps_state, skips_on_device
 from tasks import Task
 from training.checkpoint import FORMAT, CheckpointFolder, load_strictly
+from training.running_statistics import RunningStatistics
 from training.weight_sets import EMA, RAW, pick_weights
 from utils import STAGED, StopSignal, World
 
@@ -186,6 +187,7 @@ class Run:
     train_loader: Loader
     eval_loader: Loader
     state: TrainingState
+    statistics: RunningStatistics
     # The network, wrapped for distributed training if there are several processes.
     model: nn.Module
     folder: Path

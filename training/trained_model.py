@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from tasks.classes import describe_labels
 from training.checkpoint import load_checkpoint, load_strictly
 from training.resume import written_config
 from training.weight_sets import EMA, RAW, count_classes, pick_weights
+from utils import seed_everything
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,8 @@ def load_trained(path: str | Path, *, cfg: str | Path | None = None, weights: st
 
 
 def untrained(config: CfgNode, classes: list[str] | None = None) -> TrainedModel:
-    """Return the network of a config with the initial weights of a run with its seed."""
-    torch.manual_seed(config.SEED)
+    """Return the network of a config with the random weights that a run with its seed starts from."""
+    seed_everything(config.SEED)
     network = build_model(config).eval()
     return TrainedModel(network, config, _class_names(classes, num_classes(config)), "", "")
 

@@ -32,13 +32,14 @@ OPTIONS = {
     "ksizes": StageOption((9, 7, 5, 3), "Kernel size of the offset network of D.", each=at_least(1)),
     "offset_range_factor": StageOption(
         (1.0, 2.0, 3.0, 4.0),
-        "Largest offset of D in key cells; if negative, offsets are unbounded and positions are limited to the map.",
+        "Largest offset of D, in halves of the distance between keys; if negative, offsets are unbounded and positions "
+        "are limited to the map. With `coordinates: cvpr22`, 0 means unbounded offsets.",
     ),
     "no_offs": StageOption(OFF, "D pools the map instead of sampling it; no offsets and no position bias."),
     "use_pes": StageOption(OFF, "D has a position bias: a sampled table, unless one of the next three is set."),
-    "dwc_pes": StageOption(OFF, "The position bias of D is a depthwise convolution of the queries."),
-    "fixed_pes": StageOption(OFF, "The position bias of D is a table with one value per query and key."),
-    "log_cpb": StageOption(OFF, "The position bias of D is an MLP of log-spaced displacements."),
+    "dwc_pes": StageOption(OFF, "The position bias of D (`use_pes`) is a depthwise convolution of the queries."),
+    "fixed_pes": StageOption(OFF, "The position bias of D (`use_pes`) is a table with one value per query and key."),
+    "log_cpb": StageOption(OFF, "The position bias of D (`use_pes`) is an MLP of log-spaced displacements."),
     "coordinates": Option(
         "dat++",
         "Convention of reference points and query grid of D; `cvpr22` for the weights of the CVPR 2022 paper.",
@@ -78,7 +79,7 @@ class DeformableAttention(nn.Module):
         map_size: native height and width of the map, which determine the size of the position tables.
         stride: pixels per key on each axis.
         kernel_size: kernel of the depthwise convolution of the offset network.
-        offset_range_factor: largest offset in key cells; negative for unbounded offsets.
+        offset_range_factor: largest offset, in halves of the distance between keys; negative for unbounded offsets.
         use_offsets: False pools the map instead of sampling it.
         position_bias: ``table``, ``log_cpb``, ``fixed``, ``dwc`` or ``none``.
         coordinates: ``dat++`` or ``cvpr22``, see `models.ops.grids`.
@@ -86,9 +87,9 @@ class DeformableAttention(nn.Module):
         proj_drop: dropout rate of the output.
 
     Attributes:
-        form: form of the attention with a table, see `models.ops.deformable`. Unless it is ``reference``, the keys of
-            larger batches are recomputed in the backward pass, so the weights must not change between forward and
-            backward.
+        form: form of the attention with a table, see `models.ops.deformable`. Unless it is ``reference``, what the keys
+            of larger batches are computed from is recomputed in the backward pass, so the weights must not change
+            between forward and backward.
     """
 
     def __init__(
@@ -195,8 +196,12 @@ class DeformableAttention(nn.Module):
 
     def set_map_size(self, size: Size) -> None:
         """Resize the position table to maps of another native height and width."""
-        self.native_size = size
-        for name, resize in self.position_tables().items():
+        before, self.native_size = self.native_size, size
+        resizes = self.position_tables()
+        if self.position_bias == "fixed":
+            (new, old) = ((grid, self._key_size(grid)) for grid in (size, before))
+            resizes = {"rpe_table": per_query_and_key(*new, stored=old)}
+        for name, resize in resizes.items():
             table = getattr(self, name)
             resized = resize(table.detach(), self._table_shape())
             setattr(self, name, nn.Parameter(resized, requires_grad=table.requires_grad))
@@ -300,7 +305,7 @@ class DeformableAttention(nn.Module):
         return positions.flatten(1, 2).transpose(1, 2), key_size
 
     def _bounded(self, offsets: Tensor, cells: Sequence[int]) -> Tensor:
-        """Bound offsets ``[..., 2]`` to a factor of the size of a key cell, given the number of cells per axis."""
+        """Bound offsets ``[..., 2]`` to a multiple of half the distance between keys, ``1 / cells`` on each axis."""
         y, x = (offsets.tanh() * self.offset_range_factor).unbind(-1)
         return torch.stack((y / cells[0], x / cells[1]), dim=-1)
 

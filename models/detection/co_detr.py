@@ -17,7 +17,11 @@ from .atss import ATSSHead
 from .dino import DINO, Memory
 from .faster_rcnn_head import FasterRCNNHead
 from .positives import as_queries
-from .queries import ALONE, Assignment, Queries, Targets
+from .queries import Assignment, Queries, Targets
+
+# Groups of the queries from the heads, see `Queries`: below MATCHED, so that they do not see the matched queries, and
+# not PADDED.
+GROUPS = {"atss": -2, "faster_rcnn": -3}
 
 
 class CoDETR(DINO):
@@ -61,7 +65,7 @@ class CoDETR(DINO):
         }
         for i, (name, (named, positives)) in enumerate(found.items()):
             some = [one.at_most(self.positive_queries) for one in positives]
-            queries, assignment = as_queries(some, batch.image_sizes, self.positive_contents[i], ALONE - 1 - i)
+            queries, assignment = as_queries(some, batch.image_sizes, self.positive_contents[i], GROUPS[name])
             extra.append(queries)
             assignments[f"{name}_queries"] = assignment
             losses[name] = self.head_weight * sum(named.values())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import box_convert
 
-from .queries import ALONE, MATCHED, NO_OBJECT, PADDING, Assignment, Queries, Targets
+from .queries import MATCHED, NO_OBJECT, PADDED, PADDING, Assignment, Queries, Targets
 
 
 def noised_queries(
@@ -15,7 +15,7 @@ def noised_queries(
     """Return noised copies of all objects: positives, to be reconstructed, and negatives, to be rejected.
 
     Args:
-        truth: the objects, at least one.
+        truth: the objects; without any, there are no queries.
         label_contents: content of a query by label.
         number: approximate number of positives per image: every image gets complete groups of its objects, at least
             one.
@@ -27,7 +27,7 @@ def noised_queries(
         The queries, group after group, and their assigned objects.
     """
     device, longest = truth.boxes.device, max(truth.counts)
-    groups = max(number // longest, 1)
+    groups = max(number // max(longest, 1), 1)
     # One row per image, its objects first: [B, longest].
     place = torch.arange(longest, device=device).expand(len(truth.counts), -1)
     there = place < torch.tensor(truth.counts, device=device)[:, None]
@@ -42,7 +42,7 @@ def noised_queries(
     boxes = _noised(truth.boxes[rows][:, None, None].expand(*shape, 4), positive, box_noise)
     group = torch.arange(MATCHED + 1, MATCHED + 1 + groups, device=device)[:, None, None].expand(shape)
     assignment = torch.where(positive, place[:, None, None], NO_OBJECT).masked_fill(~there, PADDING)
-    queries = Queries(label_contents(labels).flatten(1, 3), boxes.flatten(1, 3), group.where(there, ALONE).flatten(1))
+    queries = Queries(label_contents(labels).flatten(1, 3), boxes.flatten(1, 3), group.where(there, PADDED).flatten(1))
     return queries, assignment.flatten(1)
 
 

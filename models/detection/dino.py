@@ -135,8 +135,9 @@ class DINO(SetDetector):
         batch: ImageList,  # noqa: ARG002
     ) -> tuple[list[Queries], dict[str, Assignment], dict[str, Tensor]]:
         """Return additional queries for training whose objects are known, these objects, and additional losses."""
-        if not self.denoising or not truth.total:
+        if not self.denoising:
             return [], {}, {}
+        # Also without objects: all ranks must have the same losses, collectives and parameters with a gradient.
         noised, assignment = noised_queries(
             truth, self.label_contents, self.denoising, label_noise=self.label_noise, box_noise=self.box_noise
         )

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert
 
-from .queries import ALONE, PADDING, Assignment, Queries
+from .queries import PADDED, PADDING, Assignment, Queries
 
 
 class Positives(NamedTuple):
@@ -50,5 +50,5 @@ def as_queries(
     ]
     assignment = pad_sequence([one.objects for one in positives], batch_first=True, padding_value=PADDING)
     features = pad_sequence([one.features for one in positives], batch_first=True)
-    groups = torch.full_like(assignment, group).masked_fill(assignment == PADDING, ALONE)
+    groups = torch.full_like(assignment, group).masked_fill(assignment == PADDING, PADDED)
     return Queries(content(features), pad_sequence(boxes, batch_first=True).clamp(0, 1), groups), assignment

@@ -14,7 +14,7 @@ from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatche
 # [B, Q]: the index of the object of the image that is assigned to each query, or NO_OBJECT or PADDING.
 Assignment = Tensor
 NO_OBJECT, PADDING = -1, -2
-MATCHED, ALONE = 0, -1  # groups of queries, see `Queries`
+MATCHED, PADDED = 0, -1  # groups of queries, see `Queries`
 CLASS_COST, L1_COST, GIOU_COST = 2.0, 5.0, 2.0
 CLASS_WEIGHT, L1_WEIGHT, GIOU_WEIGHT = 1.0, 5.0, 2.0
 
@@ -26,7 +26,8 @@ class Queries(NamedTuple):
         contents: ``[B, Q, C]``.
         boxes: ``[B, Q, 4]`` (cx, cy, w, h), relative to the sides of the image.
         groups: ``[B, Q]``. Queries attend to the queries of their own group; those of groups above MATCHED also attend
-            to the matched queries, but not vice versa. Padding has the group ALONE.
+            to the matched queries, but not vice versa. All padding is in the group PADDED, so that it attends to
+            something: a softmax over nothing would be NaN.
     """
 
     contents: Tensor

@@ -55,6 +55,8 @@ class TransformersDetector(SetDetector):
         labels = relative_targets(targets, batch.image_sizes if self.kind.masked else padded_sizes(batch))
         out = self.detector(batch.tensors, **self._mask(inside), labels=labels)
         losses = self._summed(out.loss_dict)
+        if self.kind.pyramid:
+            losses["vfl"] = losses["vfl"] + self._zero()
         if getattr(self.config, "two_stage", False):
             losses["encoder"] = self._proposal_loss(out, labels)
         return losses
@@ -66,6 +68,15 @@ class TransformersDetector(SetDetector):
 
     def _mask(self, inside: Tensor) -> dict[str, Tensor]:
         return {"pixel_mask": inside.long()} if self.kind.masked else {}
+
+    def _zero(self) -> Tensor | float:
+        """Return 0 as a function of the contents of the denoising queries.
+
+        transformers has no denoising queries if the batch has no objects. DistributedDataParallel needs a gradient of
+        every parameter on every rank, though, so theirs is then zero.
+        """
+        contents = getattr(self.detector.model, "denoising_class_embed", None)
+        return 0.0 if contents is None else 0.0 * contents.weight.sum()
 
     def _summed(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the weighted losses, summed over layers by kind."""

@@ -34,6 +34,9 @@ class Mask2Former(Segmenter):
         ValueError: an option is unknown.
     """
 
+    # Not a classifier in the sense of `get_classifier`, whose rows are the classes: the last row is "no object".
+    sized_by_classes = ("decode_head.class_predictor.", "decode_head.criterion.empty_weight")
+
     def __init__(self, backbone: DATBackbone | TimmBackbone, num_classes: int, **options: Any) -> None:
         super().__init__(backbone)
         unknown = options.keys() - Mask2FormerConfig.__annotations__.keys()

@@ -8,10 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import DATBackbone, TimmBackbone
-from ..contract import ConvertedWeights
 from .parts import ConvModule, Segmenter, classifier_layer, cross_entropy, resize
-
-_AUXILIARY_LOGITS = "auxiliary_head.conv_seg."
 
 
 class UperNet(Segmenter):
@@ -26,6 +23,8 @@ class UperNet(Segmenter):
         auxiliary_weight: weight of the auxiliary loss.
         dropout: probability of dropping a channel before the logits.
     """
+
+    sized_by_classes = ("auxiliary_head.conv_seg.",)
 
     def __init__(
         self,
@@ -48,13 +47,6 @@ class UperNet(Segmenter):
     def get_classifier(self) -> nn.Module:
         """Return the layer that computes the logits."""
         return self.decode_head.conv_seg
-
-    def convert_weights(self, weights: dict[str, Tensor]) -> ConvertedWeights:
-        """Convert weights; if the classes differ, the last layer of the auxiliary head is newly initialised."""
-        weights, new, unused = super().convert_weights(weights)
-        auxiliary = {name: x for name, x in self.state_dict().items() if name.startswith(_AUXILIARY_LOGITS)}
-        reset = {name for name, x in auxiliary.items() if name in weights and weights[name].shape != x.shape}
-        return ConvertedWeights({name: x for name, x in weights.items() if name not in reset}, new | reset, unused)
 
     def logits(self, maps: list[Tensor]) -> Tensor:
         return self.decode_head(maps)

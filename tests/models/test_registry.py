@@ -47,6 +47,11 @@ def test_registered_names_match_the_published_configs() -> None:
         assert default.crop_pct == (config.TEST.CROP_RATIO if config.TEST.CROP else 1.0), name
 
 
+def test_options_of_a_model_may_be_changed() -> None:
+    model_options("dat_tiny")["dims"][0] = 96
+    assert model_options("dat_tiny")["dims"][0] == 64
+
+
 def test_timm_preprocesses_images_like_the_trainer() -> None:
     y, x = np.mgrid[:300, :200]
     image = Image.fromarray(np.stack((y * 255 // 300, x * 255 // 200, (x + y) % 256), axis=-1).astype(np.uint8))

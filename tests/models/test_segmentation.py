@@ -21,7 +21,7 @@ from models.weights import adapt
 from tests.launched import CONTEXT, free_port
 from tests.models.small import SMALL, without_gradient
 from tests.runs import ROOT
-from training.weight_sets import pick_weights
+from training.weight_sets import count_classes, pick_weights
 
 WB = ("weight", "bias")
 SMALL_QUERIES = {
@@ -92,11 +92,35 @@ def test_all_entries_of_mmsegmentation_files_load(name: str) -> None:
     assert all(torch.equal(state[key], x) for key, x in theirs.items())
 
 
-def test_fine_tuning_for_other_classes_resets_the_classifiers() -> None:
-    state, report = adapt(small("upernet", 3).state_dict(), small("upernet", 5))
-    new = {f"{head}.conv_seg.{part}" for head in ("decode_head", "auxiliary_head") for part in WB}
+@pytest.mark.parametrize(
+    ("name", "layers", "buffers"),
+    [
+        ("fpn", ["decode_head.conv_seg"], []),
+        ("upernet", ["decode_head.conv_seg", "auxiliary_head.conv_seg"], []),
+        ("mask2former", ["decode_head.class_predictor"], ["decode_head.criterion.empty_weight"]),
+    ],
+)
+def test_fine_tuning_for_other_classes_resets_the_classifiers(name: str, layers: list[str], buffers: list[str]) -> None:
+    segmenter = small(name, 5)
+    own = segmenter.state_dict()
+    state, report = adapt(small(name, 3).state_dict(), segmenter)
+    new = {f"{layer}.{part}" for layer in layers for part in WB} | set(buffers)
     assert set(report.reinitialised) | set(report.new) == new
     assert len(report.loaded) + len(new) == len(state)
+    assert all(torch.equal(state[entry], own[entry]) for entry in new)
+    segmenter.load_state_dict(state)
+
+
+def test_mask2former_keeps_its_classifier_for_the_same_number_of_classes() -> None:
+    given = small("mask2former", 3).state_dict()
+    head = "decode_head.class_predictor.weight"
+    given[head] = torch.rand_like(given[head])
+    segmenter = small("mask2former", 3)
+    state, report = adapt(given, segmenter)
+    assert len(report.loaded) == len(state)
+    assert torch.equal(state[head], given[head])
+    # The last row is "no object": it must not be taken for a class.
+    assert count_classes(given, segmenter) in (0, 3)
 
 
 # The configs of 80,000 updates have the networks of those of 40,000.

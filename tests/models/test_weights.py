@@ -100,6 +100,14 @@ def test_fixed_tables_are_resized_over_queries_and_keys() -> None:
     torch.testing.assert_close(after[:, 1::3, 1::3, 1::3, 1::3], before)
 
 
+def test_fixed_tables_of_a_rectangle_are_resized_from_it() -> None:
+    model = build_small("D", fixed_pes=True, img_size=[128, 32])  # 32 x 8 pixels are as many as 16 x 16
+    before = model.stages[0].attns[0].rpe_table.detach().reshape(1, 32, 8, 4, 1)
+    model.set_input_size([384, 96])
+    after = model.stages[0].attns[0].rpe_table.reshape(1, 96, 24, 12, 3)
+    torch.testing.assert_close(after[:, 1::3, 1::3, 1::3, 1::3], before)
+
+
 def test_index_and_mask_buffers_are_the_models_own() -> None:
     source, target = build_small("LS"), build_small("LS", window_sizes=4)
     own = weights_of(target)
@@ -138,6 +146,14 @@ def test_a_class_map_selects_the_rows_of_the_head(tmp_path: Path) -> None:
     assert torch.equal(target.cls_head.bias[[0, 2]], source.cls_head.bias[[7, 0]])
     assert torch.equal(target.cls_head.weight[1], own["cls_head.weight"][1])
     assert any("2 of 3 classes out of 10" in line and "newly initialised: class 1" in line for line in lines)
+
+
+def test_a_class_map_of_names_that_are_numbers(tmp_path: Path) -> None:
+    class_map, names = tmp_path / "map.txt", [str(1000 * number) for number in range(10)]
+    class_map.write_text("7000\n-1\n3\n")
+    source, target = build_small("N"), build_small("N", num_classes=3)
+    state, _ = adapt(weights_of(source), target, class_map=class_map, names=names)
+    assert torch.equal(state["cls_head.weight"][[0, 2]], source.cls_head.weight[[7, 3]])
 
 
 @pytest.mark.parametrize(

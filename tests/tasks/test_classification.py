@@ -14,6 +14,7 @@ from tasks.classification import F1, LabelledImages
 from tasks.labelled import class_changes
 from tests.data.samples import write_folder
 from tests.runs import read_metrics, write_config
+from tools.report import write_report
 from training.trained_model import load_trained
 from utils import EvaluationFailed
 
@@ -64,6 +65,7 @@ def test_a_run_on_images_of_several_labels(tmp_path: Path) -> None:
     (row,) = read_metrics(tmp_path / "tiny" / "default", "eval")
     assert 0 <= row["f1"] <= 100
     assert row["loss"] > 0
+    assert "best F1, in epoch 1" in write_report(tmp_path / "tiny" / "default", torch.device("cpu")).read_text()
     assert main.main(["--cfg", str(config), "--opts", "AUG.MIXUP", "0.8", "TAG", "mixed"]) == 2
 
 

@@ -115,7 +115,12 @@ def test_several_configs_are_trained_as_they_are(monkeypatch: pytest.MonkeyPatch
 
 def test_wrong_variants_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     one, other = (str(ROOT / f"configs/{folder}/resnet.yaml") for folder in ("cifar10", "cifar100"))
-    for arguments, said in (([one, other], "same file name"), ([one, "--variants", "vit"], "choose from resnet")):
+    for arguments, said in (
+        ([one, other], "same file name"),
+        ([one, "--variants", "vit"], "choose from resnet"),
+        ([one, str(ROOT / "configs/detection/digits_retinanet.yaml")], "digits_retinanet.yaml is not compared: only"),
+        ([one, "--opts", "DATA.MULTI_LABEL", "True"], "resnet.yaml is not compared: only classifiers of one label"),
+    ):
         monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
         with pytest.raises(SystemExit):
             compare.main()

@@ -33,7 +33,7 @@ class Regression(Task):
         return DataLoader(Points(), 8, sampler=EvalSampler(256, rank=self.world.rank, world_size=self.world.size))
 
     def build_model(self) -> nn.Module:
-        return nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 2))
+        return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 2))
 
     def prepare(self, batch: dict, device: torch.device) -> dict:
         return {"x": batch["x"].to(device), "wanted": {k: v.to(device) for k, v in batch["wanted"].items()}}

@@ -9,13 +9,17 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
+from torch import nn
 
+from config import load_config
 from main import main
 from optimizer import keep_frozen_in_eval
-from tasks.classification import Classification, balancing_weights
+from tasks import build_task
+from tasks.classification import Classification, LabelledImages, balancing_weights
 from tests.data.samples import write_folder
 from tests.runs import read_metrics, write_config
 from tests.tools.samples import write_checkpoint
+from utils import World
 
 pytestmark = pytest.mark.xdist_group("training")
 
@@ -113,6 +117,19 @@ def test_weights_of_classes() -> None:
     weights = balancing_weights([17, 6, 2, 0])
     torch.testing.assert_close(weights[:3] * torch.tensor([17.0, 6, 2]), torch.full((3,), 25 / 3))
     assert weights[3] == 0
+
+
+def test_the_balanced_loss_of_a_batch_is_the_mean_over_its_parts(tmp_path: Path) -> None:
+    write_folder(tmp_path, {"train/cat": 9, "train/dog": 3, "val/cat": 1, "val/dog": 1})
+    data = {"DATASET": "imagenet", "DATA_PATH": str(tmp_path), "BALANCE": "loss"}
+    config = load_config(write_config(tmp_path, DATA=data, AUG={"MIXUP": 0.0, "CUTMIX": 0.0}))
+    task = build_task(config, World(0, 1, 0, torch.device("cpu")), training=True)
+    images, targets = torch.randn(4, 2), torch.tensor([0, 0, 0, 1])
+    whole, *parts = (
+        task.loss(nn.Identity(), LabelledImages(images[part], targets[part]))
+        for part in (slice(None), slice(0, 2), slice(2, 4))
+    )
+    torch.testing.assert_close(whole, sum(parts) / 2)
 
 
 def test_frozen_norms_and_dropout_stay_in_evaluation_mode() -> None:

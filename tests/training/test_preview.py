@@ -81,7 +81,7 @@ def test_the_size_of_a_checkpoint_is_that_of_its_file(tmp_path: Path) -> None:
     torch.save(state.to_dict(), tmp_path / "last.pth")
     assert expected == pytest.approx((tmp_path / "last.pth").stat().st_size, rel=0.5)  # of small tensors, names weigh
     weights = sum(weight.numel() for weight in state.network.parameters())
-    assert expected >= 4 * 4 * weights  # weights, average, and two moments in float32
+    assert 4 * 4 * weights <= expected < 4.4 * 4 * weights  # weights, average, and two moments in float32
 
 
 @pytest.mark.parametrize(

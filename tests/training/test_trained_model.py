@@ -11,9 +11,13 @@ import yaml
 from PIL import Image
 from torch import nn
 
+from config import load_config
 from data.images import read_image
+from tests.runs import write_config
 from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
-from training.trained_model import load_trained
+from training.build import assemble
+from training.trained_model import load_trained, untrained
+from utils import World
 
 
 def holds(network: nn.Module, weights: dict[str, torch.Tensor]) -> bool:
@@ -74,6 +78,12 @@ def test_options_added_since_the_checkpoint_have_their_defaults(tmp_path: Path) 
     del options["TEST"]
     torch.save(whole | {"config": yaml.safe_dump(options)}, path)
     assert load_trained(path).config.TEST.CROP is True
+
+
+def test_untrained_weights_are_those_that_a_run_starts_from(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, SEED=3))
+    started = assemble(config, World(0, 1, 0, torch.device("cpu"))).state.network
+    assert holds(untrained(config).network, started.state_dict())
 
 
 def test_the_transform_is_that_of_evaluation(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 
 from models.backbone import DATBackbone, TimmBackbone
-from models.detection import DETECTORS, Detector
+from models.detection import DETECTORS, Detector, queries
 from tests.models.detection.small import small_arguments, small_backbone
 from tests.models.small import SMALL, without_gradient
 
@@ -42,6 +44,12 @@ def build(name: str, *, timm: bool = False) -> Detector:
     return kind.build(backbone, num_classes=3, **TINY[name])
 
 
+def build_any(name: str) -> Detector:
+    kind, arguments = DETECTORS[name], TINY[name] if name in TINY else small_arguments(name)
+    torch.manual_seed(0)
+    return kind.build(small_backbone(*range(4 - kind.maps, 4)), num_classes=3, **arguments)
+
+
 def images() -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     return [torch.randn(3, 64, 48, generator=generator), torch.randn(3, 60, 64, generator=generator)]
@@ -54,6 +62,22 @@ def test_losses_are_finite_and_train_every_parameter(name: str) -> None:
     assert all(loss.ndim == 0 and loss.isfinite() for loss in losses.values())
     sum(losses.values()).backward()
     assert without_gradient(detector) == []
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_ranks_with_and_without_objects_agree(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Otherwise ranks would wait for each other: for a collective, for a gradient, or for a loss to be averaged.
+    detector, losses, means = build_any(name), [], []
+    for targets in (TARGETS, TARGETS[1:] * 2):
+        means.append(Mock(side_effect=torch.Tensor.float))
+        monkeypatch.setattr(queries, "_mean_over_ranks", means[-1])
+        detector.zero_grad()
+        losses.append(detector(images(), targets))
+        assert all(loss.isfinite() for loss in losses[-1].values())
+        sum(losses[-1].values()).backward()
+        assert without_gradient(detector) == []
+    assert list(losses[0]) == list(losses[1])
+    assert means[0].call_count == means[1].call_count
 
 
 @pytest.mark.parametrize("name", OURS)
@@ -73,12 +97,9 @@ def test_detections_lie_in_their_image_and_are_sorted(name: str, timm: bool) -> 
 
 @pytest.mark.parametrize("name", DETECTORS)
 def test_a_detector_built_on_the_meta_device_equals_the_one_whose_weights_it_loads(name: str) -> None:
-    kind, arguments = DETECTORS[name], TINY[name] if name in TINY else small_arguments(name)
-    stages = range(4 - kind.maps, 4)
-    torch.manual_seed(0)
-    detector = kind.build(small_backbone(*stages), num_classes=3, **arguments).eval()
+    detector = build_any(name).eval()
     with torch.device("meta"):
-        other = kind.build(small_backbone(*stages), num_classes=3, **arguments).eval()
+        other = build_any(name).eval()
     other.load_state_dict(detector.state_dict(), assign=True)
     with torch.inference_mode():
         torch.testing.assert_close(other(images()), detector(images()))
