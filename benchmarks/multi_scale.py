@@ -14,6 +14,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -88,8 +89,7 @@ def _layer(name: str, args: argparse.Namespace, device: torch.device) -> tuple[C
     if args.queries is None:
         points = _centres(device).expand(args.batch_size, -1, -1, -1)
     points = points.expand(-1, -1, len(LEVELS), -1)
-    shapes = torch.tensor(LEVELS, device=device)
-    starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
+    starts = [0, *accumulate(height * width for height, width in LEVELS[:-1])]
     leaves = [query.clone().requires_grad_(), pixels.clone().requires_grad_()]
     if name == "ours":
         layer = layer.to(device)
@@ -98,13 +98,14 @@ def _layer(name: str, args: argparse.Namespace, device: torch.device) -> tuple[C
     theirs = DeformableDetrMultiscaleDeformableAttention(config, HEADS, POINTS)
     theirs.load_state_dict(layer.state_dict())
     theirs = theirs.to(device)
+    shapes, start_index = torch.tensor(LEVELS, device=device), torch.tensor(starts, device=device)
     return lambda: theirs(
         leaves[0],
         encoder_hidden_states=leaves[1],
         reference_points=points,
         spatial_shapes=shapes,
         spatial_shapes_list=LEVELS,
-        level_start_index=starts,
+        level_start_index=start_index,
     )[0], [*leaves, *theirs.parameters()]
 
 

@@ -37,7 +37,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def have_biases(*layers: nn.Module) -> bool:
-    """Return whether all of some layers have a bias."""
+    """Return whether every layer has a bias."""
     return all(getattr(layer, "bias", None) is not None for layer in layers)
 
 

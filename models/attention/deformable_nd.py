@@ -8,18 +8,34 @@ section 3.3) instead of a table, so inputs may have any size. Arguments and para
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..layers import Float32Conv2d, Float32Linear
 from ..ops.points import cell_grid, sample_points
-from ..ops.precision import widen
 
 COORDINATES = ("pixel", "package")
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # The axis of the map to which each coordinate of an offset belongs. Trained weights depend on this order.
 AXES = {1: (0,), 2: (1, 0), 3: (0, 1, 2)}  # (n), (x, y), (frame, y, x)
+
+
+class Float32Conv1d(nn.Conv1d):
+    """`Float32Conv2d` for sequences."""
+
+    forward = Float32Conv2d.forward
+
+
+class Float32Conv3d(nn.Conv3d):
+    """`Float32Conv2d` for volumes."""
+
+    forward = Float32Conv2d.forward
+
+
+FLOAT32_CONVS = {1: Float32Conv1d, 2: Float32Conv2d, 3: Float32Conv3d}
 
 
 class OffsetScale(nn.Module):
@@ -38,8 +54,7 @@ class OffsetScale(nn.Module):
             self.scale = tuple(scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Number by number: a tensor made here would be copied to the device in every step.
-        return torch.stack([offsets * factor for offsets, factor in zip(x.unbind(1), self.scale, strict=True)], dim=1)
+        return _scaled(x, self.scale, dim=1)
 
 
 class ContinuousPositionBias(nn.Module):
@@ -55,7 +70,9 @@ class ContinuousPositionBias(nn.Module):
     def __init__(self, dim: int, *, axes: int, heads: int, log_distance: bool) -> None:
         super().__init__()
         self.log_distance = log_distance
-        hidden = (nn.Sequential(nn.Linear(width, dim), nn.ReLU()) for width in (axes, dim))
+        # Displacements would lose digits in lower precision; hidden values need not be exact, and are many.
+        first, second = Float32Linear(axes, dim), nn.Linear(dim, dim)
+        hidden = (nn.Sequential(layer, nn.ReLU()) for layer in (first, second))
         self.mlp = nn.ModuleList([*hidden, nn.Linear(dim, heads)])
 
     def forward(self, queries: Tensor, keys: Tensor) -> Tensor:
@@ -63,8 +80,8 @@ class ContinuousPositionBias(nn.Module):
         bias = queries[:, None] - keys[:, None]
         if self.log_distance:
             bias = bias.sign() * bias.abs().log1p()
-        bias = bias.to(self.mlp[-1].weight.dtype)
-        for layer in self.mlp:
+        bias = self.mlp[0](bias).to(self.mlp[1][0].weight.dtype)
+        for layer in self.mlp[1:]:
             bias = layer(bias)
         return bias.permute(0, 3, 1, 2)
 
@@ -78,7 +95,8 @@ class _DeformableAttentionND(nn.Module):
         heads: attention heads.
         dropout: probability of dropping an attention weight.
         downsample_factor: cells of the map per key, one number or one per axis.
-        offset_scale: largest offset in key cells, one number or one per axis; ``downsample_factor`` if None.
+        offset_scale: largest offset in distances between keys, one number or one per axis; ``downsample_factor`` if
+            None.
         offset_groups: offset groups g, each of which samples its channels at its own positions; divides ``heads`` and
             ``dim``. One group per head if None.
         offset_kernel_size: kernel of the offset network, one number or one per axis; at least ``downsample_factor``.
@@ -123,12 +141,12 @@ class _DeformableAttentionND(nn.Module):
         self.offset_groups = groups
         self.downsample_factor = factors
         self.coordinates = coordinates
-        inner, conv = dim_head * heads, CONVS[axes]
+        inner, conv, float32_conv = dim_head * heads, CONVS[axes], FLOAT32_CONVS[axes]
         width = inner // groups
         self.to_offsets = nn.Sequential(
-            conv(width, width, kernels, stride=factors, groups=width),
+            float32_conv(width, width, kernels, stride=factors, groups=width),
             nn.GELU(),
-            conv(width, axes, 1, bias=False),
+            float32_conv(width, axes, 1, bias=False),
             nn.Tanh(),
             OffsetScale([scales[axis] for axis in AXES[axes]], saved=axes == 3),
         )
@@ -146,8 +164,8 @@ class _DeformableAttentionND(nn.Module):
 
         Args:
             x: sequence, image or volume.
-            return_vgrid: also return the key positions in key cells: ``[B*g, Nk]`` for a sequence; (x, y) for an image,
-                ``[B*g, 2, Hk, Wk]``; (frame, y, x) for a volume, ``[B*g, 3, Fk, Hk, Wk]``.
+            return_vgrid: also return the key positions in cells of the key grid: ``[B*g, Nk]`` for a sequence; (x, y)
+                for an image, ``[B*g, 2, Hk, Wk]``; (frame, y, x) for a volume, ``[B*g, 3, Fk, Hk, Wk]``.
 
         Raises:
             ValueError: the input has the wrong number of axes or channels.
@@ -178,9 +196,10 @@ class _DeformableAttentionND(nn.Module):
         return out
 
     def _key_cells(self, q: Tensor) -> Tensor:
-        """Return the key positions in key cells, ``[B*g, *key_size, axes]``, at least float32.
+        """Return the key positions in cells of the key grid, ``[B*g, *key_size, axes]``, at least float32.
 
-        The map of queries is padded or cropped so that the kernels of the offset network are centred on the key cells.
+        The map of queries is padded or cropped so that there is one kernel of the offset network per key. In ``pixel``,
+        the kernels together are centred on the map.
         """
         kernels, package = self.to_offsets[0].kernel_size, self.coordinates == "package"
         padding = []
@@ -189,7 +208,7 @@ class _DeformableAttentionND(nn.Module):
             total = count * factor + kernel - factor - length
             first = (kernel - factor if package else total) // 2
             padding = [first, total - first, *padding]
-        offsets = widen(self.to_offsets(F.pad(self._by_group(q), padding))).movedim(1, -1)
+        offsets = self.to_offsets(F.pad(self._by_group(q), padding)).movedim(1, -1)
         return self._cells(offsets.shape[1:-1], offsets) + offsets
 
     def _by_group(self, x: Tensor) -> Tensor:
@@ -204,8 +223,8 @@ class _DeformableAttentionND(nn.Module):
         """Scale positions ``[..., *size, axes]``, in cells of a map of that size, to [-1, 1]."""
         size = cells.shape[-1 - self.axes : -1]
         if self.coordinates == "package":
-            return cells * cells.new_tensor([2 / max(length - 1, 1) for length in size]) - 1
-        return (2 * cells + 1) * cells.new_tensor([1 / size[axis] for axis in AXES[self.axes]]) - 1
+            return _scaled(cells, [2 / max(length - 1, 1) for length in size], dim=-1) - 1
+        return _scaled(2 * cells + 1, [1 / size[axis] for axis in AXES[self.axes]], dim=-1) - 1
 
     def _as_sampled(self, positions: Tensor) -> Tensor:
         """Return positions in the order of `F.grid_sample`: the coordinate of the last axis first."""
@@ -234,6 +253,12 @@ class DeformableAttention3D(_DeformableAttentionND):
 DeformableAttention = DeformableAttention2D
 
 
+def _scaled(x: Tensor, factors: Sequence[float | Tensor], *, dim: int) -> Tensor:
+    """Multiply the coordinates along one dimension of a tensor by one factor each."""
+    # Number by number: a tensor made here would be copied to the device in every step.
+    return torch.stack([part * factor for part, factor in zip(x.unbind(dim), factors, strict=True)], dim=dim)
+
+
 def _per_axis(name: str, value: float | Sequence[float], axes: int) -> tuple:
     if not isinstance(value, Sequence):
         return (value,) * axes
@@ -251,11 +276,12 @@ def _check(
     kernels: Sequence[int],
     coordinates: str,
 ) -> None:
-    numbers = {"dim": dim, "dim_head": dim_head, "heads": heads, "offset_groups": groups}
-    numbers["downsample_factor"], numbers["offset_kernel_size"] = min(factors), min(kernels)
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name} = {value} is not allowed; give at least 1")
+    numbers = {"dim": [dim], "dim_head": [dim_head], "heads": [heads], "offset_groups": [groups]}
+    numbers |= {"downsample_factor": factors, "offset_kernel_size": kernels}
+    for name, values in numbers.items():
+        for value in values:
+            if not isinstance(value, Integral) or value < 1:
+                raise ValueError(f"{name} = {value} is not allowed; give a whole number of at least 1")
     for name, value in (("heads", heads), ("dim", dim)):
         if value % groups:
             raise ValueError(f"{name} = {value} is not divisible by offset_groups = {groups}; change one of them")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import ms_deform_attn
+from ..ops.multi_scale import integers
 from ..ops.precision import widen
 
 
@@ -79,7 +80,8 @@ class MSDeformAttn(nn.Module):
             reference_points: points ``[B, Q, levels, 2]``, (x, y), where 0 and 1 are the edges of the map; or boxes
                 ``[B, Q, levels, 4]``, (cx, cy, w, h), which scale the offsets by half their width and height.
             input_flatten: pixels of all maps, flattened and concatenated, ``[B, S, C]``.
-            input_spatial_shapes: height and width of every map, ``[levels, 2]``; a list avoids a GPU synchronisation.
+            input_spatial_shapes: height and width of every map, ``[levels, 2]``. Lists and tensors on the device avoid
+                GPU synchronisations, see `models.ops.ms_deform_attn`.
             input_level_start_index: index of the first pixel of every map, ``[levels]``.
             input_padding_mask: ``[B, S]``, true for padding, whose values are set to zero.
 
@@ -129,7 +131,7 @@ class MSDeformAttn(nn.Module):
         offsets = widen(self.sampling_offsets(query)).unflatten(-1, (self.n_heads, self.n_levels, self.n_points, 2))
         points = reference_points.to(offsets.dtype)[:, :, None, :, None]
         if points.shape[-1] == 2:
-            sizes = torch.as_tensor(spatial_shapes, device=query.device).flip(-1)[:, None]  # [levels, 1, (w, h)]
+            sizes = integers(spatial_shapes, query.device).flip(-1)[:, None]  # [levels, 1, (w, h)]
             return points + offsets / sizes
         return points[..., :2] + offsets / self.n_points * points[..., 2:] * 0.5
 

@@ -74,7 +74,7 @@ class Sampling(nn.Module):
         attention_weights: Tensor,
         im2col_step: int,
     ) -> Tensor:
-        levels = value_spatial_shapes_list  # Python numbers, which avoid a GPU synchronisation
+        levels = value_spatial_shapes_list  # in contrast to tensors, all forms read lists without a GPU synchronisation
         starts = [0, *accumulate(height * width for height, width in levels[:-1])]
         return ms_deform_attn(value, levels, starts, sampling_locations, attention_weights, im2col_step, form=self.form)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 from torch._guards import detect_fake_mode
@@ -29,7 +28,7 @@ def cached_tensors(function: Callable[..., T]) -> Callable[..., T]:
             return function(*args, **kwargs)
 
     new_cache = functools.lru_cache(maxsize=MAX_ENTRIES)
-    cache, fake_caches = new_cache(compute), WeakKeyDictionary()
+    cache = new_cache(compute)
 
     @functools.wraps(function)
     def look_up(*args, **kwargs) -> T:
@@ -38,9 +37,11 @@ def cached_tensors(function: Callable[..., T]) -> Callable[..., T]:
         mode = detect_fake_mode() if torch._C._len_torch_dispatch_stack() else None
         if mode is None:
             return cache(*args, **kwargs)
-        if mode not in fake_caches:
-            fake_caches[mode] = new_cache(compute)
-        return fake_caches[mode](*args, **kwargs)
+        # In an attribute of the mode: fake tensors refer to their mode, so a cache of ours would keep it alive.
+        caches = vars(mode).setdefault("_cached_tensors", {})
+        if compute not in caches:
+            caches[compute] = new_cache(compute)
+        return caches[compute](*args, **kwargs)
 
     look_up.cache_clear = cache.cache_clear
     return look_up

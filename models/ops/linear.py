@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cpu.onednn import multiply, product, suits
-from .forms import check_form, suits_cpu_forms
+from .forms import check_form, is_transformed, suits_cpu_forms
 from .precision import matmul_dtype
 
 FORMS = ("auto", "reference", "onednn")
@@ -21,7 +21,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
         weight: ``[out, in]``.
         bias: ``[out]`` or None.
         form: ``reference`` is `F.linear`. ``onednn`` computes the output and the gradient of ``x`` with oneDNN; it
-            needs an x86 CPU and float32, or bfloat16 as tensor or autocast dtype. ``auto`` uses `choose_form`.
+            needs an x86 CPU and float32, or bfloat16 as tensor or autocast dtype, and supports no transforms of
+            `torch.func`. ``auto`` uses `choose_form`.
 
     Returns:
         ``[..., out]``.
@@ -30,10 +31,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
         ValueError: the form is unknown or does not support the arguments.
     """
     check_form(form, FORMS, "a linear layer")
-    if form == "onednn" and not _is_possible(x, weight, bias):
+    if form == "onednn" and (is_transformed() or not _is_possible(x, weight, bias)):
         raise ValueError(
-            "form 'onednn' of a linear layer needs matching shapes, float32 or bfloat16 and an x86 CPU; "
-            "choose auto or reference"
+            "form 'onednn' of a linear layer needs matching shapes, float32 or bfloat16 and an x86 CPU, and supports "
+            "no transforms of torch.func; choose auto or reference"
         )
     if (choose_form(x, weight, bias) if form == "auto" else form) == "reference":
         return F.linear(x, weight, bias)
@@ -56,9 +57,7 @@ def _is_possible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """`F.linear` by oneDNN, with reverse-mode, forward-mode and higher derivatives and `torch.func.vmap`."""
-
-    generate_vmap_rule = True
+    """`F.linear` by oneDNN, with first and higher derivatives in reverse mode."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -69,7 +68,6 @@ class _Linear(torch.autograd.Function):
         x, weight, _ = inputs
         to_x, to_weight, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if to_weight else None, weight if to_x else None)
-        ctx.save_for_forward(x, weight)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
@@ -81,13 +79,3 @@ class _Linear(torch.autograd.Function):
             rows.t() @ torch.atleast_2d(x).flatten(0, -2) if to_weight else None,
             rows.sum(0) if to_bias else None,
         )
-
-    @staticmethod
-    def jvp(ctx, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias_tangent: Tensor | None) -> Tensor:  # noqa: ANN001
-        x, weight = ctx.saved_tensors
-        parts = [
-            None if x_tangent is None else linear(x_tangent, weight, None),
-            None if weight_tangent is None else linear(x, weight_tangent, None),
-        ]
-        out = sum(part for part in parts if part is not None)
-        return out if bias_tangent is None else out + bias_tangent

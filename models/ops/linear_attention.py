@@ -60,7 +60,11 @@ def linear_attention(
 
 
 def choose_form(tokens: int, features: int, channels: int) -> str:
-    """Return the form that `linear_attention` uses for ``auto`` and a window: the one that holds fewer numbers."""
+    """Return the form that `linear_attention` uses for ``auto`` and a window.
+
+    ``reference`` if the sums would hold at least `SUM_OVER_WEIGHT` times as many numbers as the N x N matrix, else
+    ``sums``.
+    """
     return "reference" if SUM_OVER_WEIGHT * tokens <= features * channels else "sums"
 
 

@@ -7,8 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import gpu
+from .caching import cached_tensors
 from .cpu import multi_scale as cpu
-from .forms import check_form, operator
+from .forms import check_form, is_transformed, operator
 from .precision import at_least_float32
 from .rows import neighbours
 
@@ -30,36 +32,68 @@ def ms_deform_attn(
 
     Args:
         value: values of all levels, flattened and concatenated, ``[B, S, heads, C]``.
-        spatial_shapes: height and width of every level, ``[levels, 2]``; a list avoids a GPU synchronisation.
+        spatial_shapes: height and width of every level, ``[levels, 2]``. ``op`` synchronises with a GPU only to copy
+            lists there, at the first call with them, or tensors on a CPU; ``reference`` at every call with tensors.
         level_start_index: index of the first value of every level, ``[levels]``; levels follow each other without gaps.
+            Like ``spatial_shapes``, a tensor or a list.
         sampling_locations: ``[B, Q, heads, levels, points, 2]``, (x, y). The edges of a level are at 0 and 1, the
             centre of pixel i of n at (i + 0.5) / n. Values are zero outside. Cast to at least float32.
         attention_weights: ``[B, Q, heads, levels, points]``.
         im2col_step: number of images processed at a time, which bounds the memory; the result does not depend on it.
         form: ``op`` is a custom operator, ``ms_deform_attn`` in `torch.ops`, which compiler, export and profiler see as
             one node: sums of rows on a CPU, Triton kernels on a GPU. It is deterministic and has no second derivatives.
-            ``reference`` consists of PyTorch's own operations and can be differentiated any number of times. ``auto``
-            uses ``op``, except in an ONNX export, because ONNX has no such operator.
+            ``reference`` consists of PyTorch's own operations and can be differentiated any number of times, also by
+            transforms of `torch.func`. ``auto`` uses `choose_form`.
 
     Returns:
         ``[B, Q, heads * C]`` in the dtype of ``value``.
 
     Raises:
-        ValueError: shapes do not fit, or the form is unknown. Levels given as tensors on a GPU are not checked.
+        ValueError: shapes do not fit, or the form is unknown or does not support the arguments. Levels are not checked
+            if a tensor on a GPU gives them.
     """
     check_form(form, FORMS, "multi-scale attention")
+    if form == "op" and not _has_op(value):
+        raise ValueError(
+            "form 'op' of multi-scale attention needs a CPU, or a GPU and Triton, and supports no transforms of "
+            "torch.func; choose auto or reference"
+        )
     _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step)
     dtype = at_least_float32(sampling_locations.dtype)
     sampling_locations, attention_weights = sampling_locations.to(dtype), attention_weights.to(dtype)
-    if form == "reference" or (form == "auto" and torch.onnx.is_in_onnx_export()):
+    if (choose_form(value) if form == "auto" else form) == "reference":
         levels, starts = _numbers(spatial_shapes), _numbers(level_start_index)
         check_levels(levels, starts, value.shape[1])
         return _reference(value, levels, starts, sampling_locations, attention_weights)
-    shapes, starts = (
-        torch.as_tensor(numbers, dtype=torch.int64, device=value.device)
-        for numbers in (spatial_shapes, level_start_index)
-    )
+    shapes, starts = (integers(numbers, value.device) for numbers in (spatial_shapes, level_start_index))
     return _op(value, shapes, starts, sampling_locations, attention_weights, im2col_step)
+
+
+def choose_form(value: Tensor) -> str:
+    """Return the form that `ms_deform_attn` uses for ``auto``: ``op`` if possible. ONNX has no such operator."""
+    return "op" if _has_op(value) and not torch.onnx.is_in_onnx_export() else "reference"
+
+
+def _has_op(value: Tensor) -> bool:
+    """Return whether the operator can process a tensor of any shape; on the meta device, it returns shapes."""
+    if is_transformed():
+        return False
+    return gpu.has_triton(value) if value.is_cuda else value.device.type in ("cpu", "meta")
+
+
+def integers(numbers: Tensor | Sequence, device: torch.device) -> Tensor:
+    """Return sizes or indices as a tensor on a device.
+
+    The copy of a list to a GPU waits for the GPU and cannot be captured in a CUDA graph, so it is made only once.
+    """
+    if isinstance(numbers, Tensor):
+        return numbers.to(device, torch.int64)
+    return _copied(tuple(tuple(row) if isinstance(row, (list, tuple)) else row for row in numbers), device)
+
+
+@cached_tensors
+def _copied(numbers: tuple, device: torch.device) -> Tensor:
+    return torch.as_tensor(numbers, dtype=torch.int64, device=device)
 
 
 def _numbers(tensor: Tensor | Sequence) -> list:
@@ -93,10 +127,9 @@ def _check(
         )
     if im2col_step < 1:
         raise ValueError(f"im2col_step = {im2col_step} is not allowed; give at least 1")
-    if not isinstance(
-        spatial_shapes, Tensor
-    ):  # reading one could synchronise with a GPU; on a CPU, the operator checks
-        check_levels(spatial_shapes, _numbers(level_start_index), value.shape[1])
+    # Reading a tensor could synchronise with a GPU. If one is on a CPU, the operator checks.
+    if not isinstance(spatial_shapes, Tensor) and not isinstance(level_start_index, Tensor):
+        check_levels(spatial_shapes, level_start_index, value.shape[1])
 
 
 def check_levels(levels: Levels, starts: Sequence[int], pixels: int) -> None:
@@ -167,20 +200,20 @@ def _op_backward(
 def _op_cuda(
     value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, im2col_step: int
 ) -> Tensor:
-    from .gpu import multi_scale as gpu  # needs Triton, which only GPU builds of torch include
+    from .gpu import multi_scale as kernels  # needs Triton, which only GPU builds of torch include
 
     parts = zip(*(x.split(im2col_step) for x in (value, locations, weights)), strict=True)
-    return _joined([gpu.forward(shapes, starts, *part) for part in parts])
+    return _joined([kernels.forward(shapes, starts, *part) for part in parts])
 
 
 @_op_backward.register_kernel("cuda")
 def _op_backward_cuda(
     grad: Tensor, value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor, im2col_step: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from .gpu import multi_scale as gpu
+    from .gpu import multi_scale as kernels
 
     parts = zip(*(x.split(im2col_step) for x in (grad, value, locations, weights)), strict=True)
-    grads = [gpu.backward(shapes, starts, *part) for part in parts]
+    grads = [kernels.backward(shapes, starts, *part) for part in parts]
     return tuple(_joined(column) for column in zip(*grads, strict=True))
 
 

@@ -9,8 +9,10 @@ import deformable_attention as package
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import models.deformable_attention as ours
+from benchmarks.launches import Launches
 from models.attention.deformable_nd import AXES
 
 NAMES = {1: "DeformableAttention1D", 2: "DeformableAttention2D", 3: "DeformableAttention3D"}
@@ -184,6 +186,57 @@ def test_lower_precision_keeps_positions() -> None:
     assert module.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
+def with_exact_queries(axes: int) -> tuple[nn.Module, Tensor]:
+    """Return a module and an input whose queries are the same numbers in every precision: the input itself."""
+    torch.manual_seed(0)
+    module = getattr(ours, NAMES[axes])(dim=16, dim_head=8, heads=2, offset_scale=8.0)
+    with torch.no_grad():
+        module.to_q.weight.copy_(torch.eye(8).repeat(2, 1).view(16, 8, *(1,) * axes))
+    return module.bfloat16().float(), torch.randn(2, 16, *(9, 5, 6)[:axes]).bfloat16().float()
+
+
+def gradients_of_offsets(module: nn.Module, vgrid: Tensor) -> list[Tensor]:
+    parameters = [parameter for parameter in module.to_offsets.parameters() if parameter.requires_grad]
+    return [gradient.float() for gradient in torch.autograd.grad(vgrid.square().sum(), parameters)]
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_positions_are_computed_in_float32(axes: int) -> None:
+    module, x = with_exact_queries(axes)
+    _, expected = module(x, return_vgrid=True)
+    gradients = gradients_of_offsets(module, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, vgrid = module(x, return_vgrid=True)
+    torch.testing.assert_close(vgrid, expected)
+    torch.testing.assert_close(gradients_of_offsets(module, vgrid), gradients, rtol=1e-4, atol=1e-4)
+    _, vgrid = module.bfloat16()(x.bfloat16(), return_vgrid=True)
+    torch.testing.assert_close(vgrid, expected)
+    torch.testing.assert_close(gradients_of_offsets(module, vgrid), gradients, rtol=1e-2, atol=1e-2)
+
+
+def test_displacements_enter_the_position_bias_in_float32() -> None:
+    bias, seen = with_exact_queries(2)[0].rel_pos_bias, []
+    bias.mlp[0].register_forward_hook(lambda module, inputs, out: seen.append(out))
+    positions = torch.rand(6, 2) * 2 - 1, torch.rand(3, 4, 2) * 2 - 1
+    expected = bias(*positions)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(bias(*positions).float(), expected, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(bias.bfloat16()(*positions).float(), expected, rtol=2e-2, atol=2e-2)
+    assert all(torch.equal(out, seen[0]) for out in seen)
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_no_numbers_are_copied_to_a_gpu(axes: int) -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        module, x = getattr(ours, NAMES[axes])(dim=8, heads=2), torch.randn(2, 8, *(6, 5, 4)[:axes])
+        for coordinates in ("pixel", "package"):
+            module.coordinates = coordinates
+            with Launches() as launches:
+                module(x)
+            assert not launches.kernels["_to_copy"]
+            assert not launches.kernels["lift_fresh"]
+
+
 def test_compiled_and_exported_equal_eager() -> None:
     torch.manual_seed(0)
     module = ours.DeformableAttention2D(dim=8, dim_head=4, heads=2).eval()
@@ -201,7 +254,8 @@ def test_compiled_and_exported_equal_eager() -> None:
         ({"dim": 9, "offset_groups": 2, "heads": 2}, "dim = 9 is not divisible by offset_groups = 2"),
         ({"downsample_factor": 4, "offset_kernel_size": 3}, "offset_kernel_size = .* give at least downsample_factor"),
         ({"downsample_factor": (2, 2, 2)}, r"downsample_factor = \(2, 2, 2\) must be one number, or one per axis, 2"),
-        ({"downsample_factor": 0}, "downsample_factor = 0 is not allowed; give at least 1"),
+        ({"downsample_factor": 0}, "downsample_factor = 0 is not allowed; give a whole number of at least 1"),
+        ({"downsample_factor": (4, 2.5)}, "downsample_factor = 2.5 is not allowed; give a whole number of at least 1"),
         ({"coordinates": "corner"}, "coordinates = 'corner' is unknown; choose one of pixel, package"),
     ],
     ids=str,

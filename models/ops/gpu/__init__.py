@@ -23,12 +23,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+def has_triton(x: Tensor) -> bool:
+    """Return whether Triton can run on the device of a tensor: on a GPU, or under Triton's interpreter."""
+    return _INSTALLED and (x.is_cuda or INTERPRETED)
+
+
 def suits(x: Tensor) -> bool:
-    """Return whether the kernels can process a tensor of any shape: on a GPU, or under Triton's interpreter.
+    """Return whether the kernels can process a tensor of any shape.
 
     They have only first derivatives, in reverse mode, so they are not used under transforms of `torch.func`.
     """
-    return _INSTALLED and x.dtype in TYPES and (x.is_cuda or INTERPRETED) and not is_transformed()
+    return x.dtype in TYPES and has_triton(x) and not is_transformed()
 
 
 def suits_heads(x: Tensor) -> bool:

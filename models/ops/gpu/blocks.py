@@ -18,6 +18,19 @@ def dot(a, b, PRECISION: tl.constexpr):
     return tl.dot(a, b, input_precision=PRECISION)
 
 
+@triton.jit
+def move_closer(place, length):
+    """Return positions in cells of an axis, of which those far outside are moved closer to it; NaN is kept."""
+    place = tl.where(place < -2.0, -2.0, place)
+    return tl.where(place > length + 1.0, length + 1.0, place)
+
+
+@triton.jit
+def as_index(place):
+    """Return whole numbers as integers; -2, outside of every axis, for NaN, whose conversion is undefined."""
+    return tl.where(place == place, place, -2.0).to(tl.int32)
+
+
 def launch(kernel, programs: int, *arguments, **options) -> None:
     """Run a kernel on the device of its first argument, which is a tensor.
 

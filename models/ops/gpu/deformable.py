@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..forms import operator
-from .blocks import dot, head_blocks, launch
+from .blocks import as_index, dot, head_blocks, launch, move_closer
 
 QUERIES = 64  # queries per block
 KEYS = 16  # keys per block
@@ -32,16 +32,18 @@ PROGRAMS = 1024  # programs of `_backward_table` to aim for: images are split in
 
 @triton.jit
 def _cells(grid, position, length):
-    """Return positions on an axis of the table; those far outside are moved closer, where the bias is also zero."""
-    cell = ((grid - position) / 2 + 1) * ((length - 1) / 2)
-    return tl.minimum(tl.maximum(cell, -2.0), length + 1.0)
+    """Return positions on an axis of the table; those far outside are moved closer, where the bias is also zero.
+
+    NaN is kept, as it is on a CPU.
+    """
+    return move_closer(((grid - position) / 2 + 1) * ((length - 1) / 2), length)
 
 
 @triton.jit
 def _corners(table, y, x, rows, columns):
     """Return the four values of the table around a position and its distance from the first of them."""
     top, left = tl.floor(y), tl.floor(x)
-    row, column = top.to(tl.int32), left.to(tl.int32)
+    row, column = as_index(top), as_index(left)
     place = table + row * columns + column
     row0, row1 = (row >= 0) & (row < rows), (row >= -1) & (row < rows - 1)
     column0, column1 = (column >= 0) & (column < columns), (column >= -1) & (column < columns - 1)

@@ -149,7 +149,8 @@ def depthwise_residual_backward(
     )  # fmt: skip
     sums = by_part.sum(0)
     dx = _launch_forward(dz, weight, bias, flipped=True, with_bias=False, gelu=False)
-    return dx, sums[:-1].t().reshape(weight.shape).to(weight.dtype), sums[-1].to(bias.dtype, copy=True)
+    dweight = sums[:-1].t().reshape(weight.shape).to(weight.dtype).contiguous()  # until here a transposed view
+    return dx, dweight, sums[-1].to(bias.dtype, copy=True)
 
 
 @depthwise_residual_backward.register_fake

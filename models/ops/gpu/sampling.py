@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..forms import operator
-from .blocks import dot, launch
+from .blocks import as_index, dot, launch, move_closer
 
 SAMPLES = 16  # samples per block
 PIXELS = 64  # pixels per block
@@ -23,11 +23,14 @@ LAUNCH = {"num_warps": 4, "num_stages": 1}
 
 @triton.jit
 def _places(positions, sample, samples, height, width):
-    """Return sample positions in pixels; those far outside are moved closer, where samples are also zero."""
+    """Return sample positions in pixels; those far outside are moved closer, where samples are also zero.
+
+    NaN is kept, as it is on a CPU.
+    """
     there = sample < samples
     y = (tl.load(positions + sample * 2, mask=there, other=0.0) + 1) * ((height - 1) / 2)
     x = (tl.load(positions + sample * 2 + 1, mask=there, other=0.0) + 1) * ((width - 1) / 2)
-    return tl.minimum(tl.maximum(y, -2.0), height + 1.0), tl.minimum(tl.maximum(x, -2.0), width + 1.0)
+    return move_closer(y, height), move_closer(x, width)
 
 
 @triton.jit
@@ -35,7 +38,7 @@ def _cells(positions, sample, samples, height, width):
     """Return row and column of the pixel at the top left of each sample, and the distances of the sample from it."""
     y, x = _places(positions, sample, samples, height, width)
     top, left = tl.floor(y), tl.floor(x)
-    return top.to(tl.int32), left.to(tl.int32), (y - top)[:, None], (x - left)[:, None]
+    return as_index(top), as_index(left), (y - top)[:, None], (x - left)[:, None]
 
 
 @triton.jit

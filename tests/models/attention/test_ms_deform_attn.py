@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.deformable_detr.configuration_deformable_detr import DeformableDetrConfig
 from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrMultiscaleDeformableAttention
 
+from benchmarks.launches import Launches
 from models.attention import MSDeformAttn
 from tests.models.small import without_gradient
 
@@ -120,6 +123,29 @@ def test_autocast_keeps_positions(dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.float(), expected, atol=0.05, rtol=0.05)
     out.float().square().sum().backward()
     assert without_gradient(layer) == []
+
+
+def test_transforms_agree_with_derivatives_in_eager_mode() -> None:
+    rng = random.Random(1)
+    torch.manual_seed(1)
+    layer = random_layer(rng).double()
+    (query, points, flat), shapes = random_input(layer, rng, coordinates=2)
+    attend = partial(layer, reference_points=points, input_flatten=flat, input_spatial_shapes=shapes)
+    attend = partial(attend, input_level_start_index=starts_of(shapes))
+    expected = torch.autograd.functional.jacobian(attend, query)
+    for _ in range(2):  # also with levels that the first call left in the cache
+        torch.testing.assert_close(torch.func.jacrev(attend)(query), expected)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(attend, query), expected)
+
+
+def test_levels_are_copied_to_a_gpu_once() -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        layer, points, flat = MSDeformAttn(8, n_levels=1), torch.rand(1, 4, 1, 2), torch.rand(1, 4, 8)
+        layer(flat, points, flat, [[2, 2]], [0])
+        with Launches() as launches:
+            layer(flat, points, flat, [[2, 2]], [0])
+    assert launches.kernels["ms_deform_attn"] == 1
+    assert not launches.kernels["_to_copy"]
 
 
 def test_arguments_that_do_not_fit_are_rejected() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -37,6 +40,15 @@ def test_fake_tensors_are_cached_by_mode() -> None:
         assert fake is steps(5, device=CPU)
         assert fake.fake_mode is mode
     assert type(steps(5, device=CPU)) is Tensor
+
+
+def test_cached_fake_tensors_do_not_keep_their_mode() -> None:
+    with FakeTensorMode() as mode:
+        steps(5, device=CPU)
+    alive = weakref.ref(mode)
+    del mode
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_compiled_graph_does_not_use_the_cache() -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks.launches import Launches
 from models.ops import ms_deform_attn
+from models.ops.multi_scale import _op, choose_form
 
 
 def random_arguments(
@@ -120,6 +124,10 @@ def test_the_operator_passes_opcheck(seed: int) -> None:
     leaves = [x.requires_grad_() for x in (value, locations, weights)]
     arguments = (leaves[0], torch.tensor(shapes), torch.tensor(starts), *leaves[1:], 64)
     torch.library.opcheck(torch.ops.dat_clone.ms_deform_attn.default, arguments)
+    arguments = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
+    backward = torch.ops.dat_clone.ms_deform_attn_backward.default
+    grad = torch.randn_like(_op(*arguments))
+    torch.library.opcheck(backward, (grad, *arguments), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_compiler_and_export_see_one_node() -> None:
@@ -139,6 +147,58 @@ def test_compiler_and_export_see_one_node() -> None:
     torch.testing.assert_close(exported.module()(value, locations, weights), expected)
     nodes = [node for node in exported.graph.nodes if node.op == "call_function"]
     assert sum(node.target is torch.ops.dat_clone.ms_deform_attn.default for node in nodes) == 1
+
+
+@pytest.mark.parametrize(
+    ("device", "form"), [("cpu", "op"), ("cuda", "op"), ("meta", "op"), ("mps", "reference"), ("xpu", "reference")]
+)
+def test_the_operator_is_used_where_it_can_run(device: str, form: str) -> None:
+    with FakeTensorMode():
+        assert choose_form(torch.empty(1, 1, 1, 1, device=device)) == form
+
+
+def test_the_plain_form_is_used_on_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("models.ops.gpu._INSTALLED", False)
+    with FakeTensorMode(), Launches() as launches, torch.device("cuda"):
+        arguments = random_arguments(3, dtype=torch.float32)
+        assert choose_form(arguments[0]) == "reference"
+        ms_deform_attn(*arguments)
+        with pytest.raises(ValueError, match=r"form 'op' of multi-scale attention needs a CPU, or a GPU and Triton"):
+            ms_deform_attn(*arguments, form="op")
+    assert launches.kernels["gather"]
+    assert not launches.kernels["ms_deform_attn"]
+
+
+def test_meta_tensors_have_the_shapes_of_results() -> None:
+    value, shapes, starts, locations, weights = random_arguments(3)
+    expected = ms_deform_attn(value, shapes, starts, locations, weights).shape
+    value, shapes, starts, locations, weights = (
+        torch.as_tensor(x).to("meta") for x in (value, shapes, starts, locations, weights)
+    )
+    assert ms_deform_attn(value, shapes, starts, locations, weights).shape == expected
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_use_the_plain_form() -> None:
+    value, shapes, starts, locations, weights = random_arguments(8, reach=0.0)
+
+    def attend(value: Tensor, form: str = "auto") -> Tensor:
+        return ms_deform_attn(value, shapes, starts, locations, weights, form=form)
+
+    expected = torch.autograd.functional.jacobian(attend, value)
+    for transform in (torch.func.jacrev, torch.func.jacfwd):
+        torch.testing.assert_close(transform(attend)(value), expected)
+        with pytest.raises(ValueError, match=r"form 'op' .* supports no transforms of torch.func; choose auto or"):
+            transform(partial(attend, form="op"))(value)
+
+
+def test_lists_of_levels_are_copied_to_a_gpu_once() -> None:
+    with FakeTensorMode(), torch.device("cuda"):
+        arguments = random_arguments(3, dtype=torch.float32)
+        ms_deform_attn(*arguments)
+        with Launches() as launches:
+            ms_deform_attn(*arguments)
+    assert launches.kernels == {"ms_deform_attn": 1}
 
 
 @pytest.mark.parametrize("form", ["op", "reference"])

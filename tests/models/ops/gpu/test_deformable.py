@@ -94,6 +94,24 @@ def test_the_operator_passes_opcheck() -> None:
     torch.library.opcheck(kernels.attention, tensors)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_operator_passes_opcheck(dtype: torch.dtype) -> None:
+    tensors = [tensor.detach() for tensor in inputs((2, 3), (2, 3), images=1, keys=2, dtype=dtype)]
+    numbers = [2, 3], [2.0, -1.0, 1.0, -1.0], 0.3
+    out, sums = kernels.attention(*tensors, *numbers)
+    arguments = torch.randn_like(out), *tensors, out, sums, *numbers
+    torch.library.opcheck(kernels.attention_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_nan_stays_nan() -> None:
+    tensors = [tensor.detach() for tensor in inputs((2, 3), (2, 3), groups=2, keys=2)]
+    tensors[3][0, 1, 0, 1] = float("nan")
+    out = deformable_attention(*tensors, map_size=(2, 3), coordinates="dat++", scale=0.3, form="triton")
+    assert out[0, :, 1].isnan().all()
+    assert out[0, :, 0].isfinite().all()
+    assert out[1].isfinite().all()
+
+
 def test_results_are_deterministic() -> None:
     tensors = inputs((3, 7), (3, 7))
     for one, other in zip(*(with_gradients("triton", tensors, (3, 7), "dat++") for _ in range(2)), strict=True):

@@ -62,6 +62,13 @@ def test_the_operator_passes_opcheck() -> None:
     torch.library.opcheck(kernels.depthwise_residual, (*inputs((1, 2, 3, 4)), True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_operator_passes_opcheck(dtype: torch.dtype) -> None:
+    tensors = [tensor.detach().to(dtype) for tensor in inputs((1, 2, 3, 4))]
+    arguments = torch.randn_like(tensors[0]), *tensors, True
+    torch.library.opcheck(kernels.depthwise_residual_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_the_convolutional_mlp_equals_the_plain_form() -> None:
     torch.manual_seed(0)
     arguments = [torch.randn(*shape) for shape in ((2, 3, 4, 6), (10, 6), (10,), (10, 1, 3, 3), (10,), (6, 10), (6,))]

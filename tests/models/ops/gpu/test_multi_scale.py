@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.ops.gpu import multi_scale as kernels
+from models.ops.multi_scale import _op_backward_fake, _op_fake
 from tests.models.ops.test_multi_scale import random_arguments, with_gradients
 
 
@@ -37,6 +38,17 @@ def test_precision() -> None:
     assert [x.dtype for x in results] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
     torch.testing.assert_close(results, with_gradients(arguments, form="reference"), atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(run(arguments), results, rtol=0, atol=0)
+
+
+def test_fake_results_look_like_those_of_the_kernels() -> None:
+    value, shapes, starts, locations, weights = random_arguments(4, dtype=torch.float32)
+    value = value.bfloat16().transpose(1, 2).contiguous().transpose(1, 2)
+    locations = locations.transpose(0, 1).contiguous().transpose(0, 1)
+    results = run((value, shapes, starts, locations, weights))
+    fake_gradients = _op_backward_fake(results[0], value, None, None, locations, weights)
+    fakes = _op_fake(value, None, None, locations), *fake_gradients
+    for result, fake in zip(results, fakes, strict=True):
+        assert (result.shape, result.stride(), result.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 def test_nan_and_infinite_locations() -> None:

@@ -91,6 +91,16 @@ def test_the_operator_passes_opcheck() -> None:
     torch.library.opcheck(kernels.attention, [*inputs((3, 4), 3), 3, 0.3])
 
 
+@pytest.mark.parametrize("table", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_operator_passes_opcheck(dtype: torch.dtype, table: bool) -> None:
+    *maps, rpb = (tensor.detach() for tensor in inputs((3, 3), 3, dtype=dtype))
+    arguments = *maps, rpb if table else None, 3, 0.3
+    out, sums = kernels.attention(*arguments)
+    arguments = torch.randn_like(out), *arguments[:4], out, sums, *arguments[4:]
+    torch.library.opcheck(kernels.attention_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_results_are_deterministic() -> None:
     tensors = inputs((3, 4), 3, images=2)
     for one, other in zip(*(with_gradients("triton", tensors, 3) for _ in range(2)), strict=True):

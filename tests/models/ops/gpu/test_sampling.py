@@ -61,6 +61,23 @@ def test_the_operator_passes_opcheck() -> None:
     torch.library.opcheck(kernels.sample, inputs((1, 3, 4, 6)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_operator_passes_opcheck(dtype: torch.dtype) -> None:
+    x, positions = (tensor.detach() for tensor in inputs((1, 3, 4, 6), groups=2, dtype=dtype))
+    arguments = torch.randn(1, 5, 6, dtype=dtype), x, positions
+    torch.library.opcheck(kernels.sample_backward, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_nan_stays_nan() -> None:
+    x, positions = (tensor.detach() for tensor in inputs((1, 3, 4, 6), groups=2))
+    positions[0, 0, 1, 0], positions[0, 1, 3, 1] = float("nan"), float("nan")
+    out = sample(x, positions, form="triton")
+    torch.testing.assert_close(out, sample(x, positions, form="rows"), equal_nan=True)
+    assert out[0, 1, :3].isnan().all()
+    assert out[0, 3, 3:].isnan().all()
+    assert out.isnan().sum() == 6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("groups", [1, 2, 4])
