@@ -935,9 +935,9 @@ def _validate(config: CfgNode) -> None:
             hint = did_you_mean(str(values[key]), [str(choice) for choice in option.check.choices])
             raise ValueError(f"{key} must be {option.check.words}, not {values[key]!r}{hint}")
     settings = config.TRAIN.OPTIMIZER
-    for name in ("EPS", "BETAS", "MOMENTUM") if settings.NAME not in ("adamw", "sgd") else ():
+    for name, only in {"EPS": "adamw", "BETAS": "adamw", "MOMENTUM": "sgd"}.items():
         key = f"TRAIN.OPTIMIZER.{name}"
-        if values[key] != OPTIONS[key].default:
-            raise ValueError(
-                f"{key} is only for adamw and sgd; use TRAIN.OPTIMIZER.ARGS.{name.lower()} for {settings.NAME}"
-            )
+        if only != settings.NAME and values[key] != OPTIONS[key].default:
+            known = settings.NAME in ("adamw", "sgd")
+            advice = "remove it" if known else f"use TRAIN.OPTIMIZER.ARGS.{name.lower()} for {settings.NAME}"
+            raise ValueError(f"{key} is only for {only}; {advice}")

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -171,12 +171,13 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def equal_on_all_ranks(number: int) -> bool:
-    """Return whether `number` is the same in all processes; a collective call."""
-    extremes = torch.tensor([number, -number])
+def different_on_ranks(facts: dict[str, object]) -> list[str]:
+    """Return the names of the facts that are not the same in all processes; a collective call with the same result."""
+    everywhere = [facts]
     if dist.is_initialized():
-        dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
-    return bool(extremes[0] == -extremes[1])
+        everywhere *= dist.get_world_size()
+        dist.all_gather_object(everywhere, facts)
+    return [name for name in facts if any(there[name] != facts[name] for there in everywhere)]
 
 
 class EvaluationFailed(RuntimeError):
@@ -319,10 +320,11 @@ class StopSignal:
                 if now - first_interrupt >= self._SAME_CTRL_C:
                     os._exit(128 + signal.SIGINT)
                 first_interrupt = min(first_interrupt, now)
-            if self.received is None and launched_as().rank == 0:
+            is_first, self.received = self.received is None, number
+            if is_first and launched_as().rank == 0:
                 again = "; Ctrl-C again ends at once" if number == signal.SIGINT else ""
-                print(f"{signal.Signals(number).name}: stopping after this update{again}", file=sys.stderr)
-            self.received = number
+                with suppress(OSError, ValueError):  # a terminal that was closed must not stop this thread
+                    print(f"{signal.Signals(number).name}: stopping after this update{again}", file=sys.stderr)
 
 
 def _leave_to_thread(_number: int, _frame: FrameType | None) -> None:

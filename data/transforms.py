@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -142,16 +143,21 @@ def resize(pixels: np.ndarray, size: Size, interpolation: str) -> np.ndarray:
 
 def normalize(images: Tensor) -> Tensor:
     """Normalise `[..., 3, H, W]`, uint8, to float32 with ImageNet's mean and standard deviation, on its device."""
-    mean, deviation = (
-        torch.tensor(values, device=images.device).view(3, 1, 1)
-        for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    )
+    mean, deviation = _statistics(images.device)
     return images.float().div_(255).sub_(mean).div_(deviation)
+
+
+@cache  # a copy to a GPU in every step would wait for the step before it
+@torch.inference_mode(False)
+def _statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return ImageNet's mean and standard deviation, `[3, 1, 1]` each."""
+    mean, deviation = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=device).view(2, 3, 1, 1)
+    return mean, deviation
 
 
 def as_pixels(image: Tensor) -> np.ndarray:
     """Return a normalised image `[3, H, W]` as pixels `[H, W, 3]`, uint8, on the CPU."""
-    mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    mean, deviation = _statistics(torch.device("cpu"))
     levels = (image.float().cpu() * deviation + mean) * 255
     return levels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 

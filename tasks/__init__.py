@@ -13,13 +13,20 @@ from .classification import Classification
 from .detection import Detection
 from .segmentation import Segmentation
 
-__all__ = ["TASKS", "Evaluation", "Meter", "Score", "Task", "build_task"]
+__all__ = ["TASKS", "Evaluation", "Meter", "Score", "Task", "build_task", "check_task"]
 
 TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "detection": Detection,
     "segmentation": Segmentation,
 }
+
+
+def check_task(config: Any) -> None:
+    """Raise a ValueError if there is no task ``config.TASK``."""
+    if config.TASK not in TASKS:
+        hint = did_you_mean(config.TASK, TASKS)
+        raise ValueError(f"TASK must be one of {', '.join(TASKS)}, not {config.TASK!r}{hint}")
 
 
 def build_task(config: Any, world: World, *, training: bool) -> Task:
@@ -33,9 +40,7 @@ def build_task(config: Any, world: World, *, training: bool) -> Task:
     Raises:
         ValueError: the task is unknown or does not support an option, or its data set is missing or has a wrong layout.
     """
-    if config.TASK not in TASKS:
-        hint = did_you_mean(config.TASK, TASKS)
-        raise ValueError(f"TASK must be one of {', '.join(TASKS)}, not {config.TASK!r}{hint}")
+    check_task(config)
     task = TASKS[config.TASK]
     check_unsupported(config, task.unsupported, by=f"TASK {config.TASK}")
     return task(config, world, training=training)

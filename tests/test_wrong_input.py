@@ -254,6 +254,15 @@ ROWS = [
         "sides of a crop swapped", "DETECTION.CROP", "[600,384]", r"DETECTION.CROP must be two positive whole numbers"
     ),
     opts("no short side", "DETECTION.SHORT_SIDES", "[]", "DETECTION.SHORT_SIDES must be a list of positive whole"),
+    opts(
+        "another optimizer's", "TRAIN.OPTIMIZER.MOMENTUM", "0.8", "TRAIN.OPTIMIZER.MOMENTUM is only for sgd; remove it"
+    ),
+    opts(
+        "teacher missing",
+        "DISTILL.KIND",
+        "hard",
+        "DISTILL.KIND is not supported by a run without a teacher; leave it at",
+    ),
     opts("recorder", "LOG.TO", "[wandbb]", "LOG.TO must be a list of tensorboard, wandb and mlflow, not"),
     opts(
         "sides",

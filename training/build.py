@@ -34,7 +34,7 @@ from utils import (
     StopSignal,
     World,
     collective_timeout,
-    equal_on_all_ranks,
+    different_on_ranks,
     fail_together,
     seed_everything,
     write_atomically,
@@ -110,7 +110,7 @@ def build_run(config: CfgNode, world: World) -> Run:
             lock = lock_folder(open_folder(folder), patience=min(120, collective_timeout().total_seconds() / 2))
     with fail_together():
         assembly = assemble(config, world)
-    _check_agreement(assembly.state, folder)
+    _check_agreement(assembly, config)
     changed, config.TRAIN.ALLOW_CONFIG_CHANGE = config.TRAIN.ALLOW_CONFIG_CHANGE, False  # applies only once
     begins = assembly.continued_from is None or assembly.continued_from.parent.resolve() != folder.resolve()
     notes = list(assembly.notes)
@@ -238,14 +238,32 @@ def _restore(state: TrainingState, config: CfgNode, resumed: Resumed) -> list[st
     return notes
 
 
-def _check_agreement(state: TrainingState, folder: Path) -> None:
-    """Check that all processes start at the same update.
+def _check_agreement(assembly: Assembly, config: CfgNode) -> None:
+    """Check that all processes start at the same update, on the same data and in the same precision.
 
     Raises:
         ValueError: they do not.
     """
-    if not all([equal_on_all_ranks(state.position.epoch), equal_on_all_ranks(state.position.update)]):
-        raise ValueError(f"the processes do not see the same checkpoints in {folder}; it must be a shared folder")
+    position = assembly.state.position
+    facts = {
+        "checkpoints": (position.epoch, position.update),
+        "training images": len(assembly.train_loader.dataset),
+        "held-out images": len(assembly.eval_loader.dataset),
+        "classes": assembly.task.describe(),
+        "AMP": config.AMP,
+    }
+    different = different_on_ranks(facts)
+    if "checkpoints" in different:
+        raise ValueError(
+            f"the processes do not see the same checkpoints in {config.run_folder}; it must be a shared folder"
+        )
+    if different == ["AMP"]:
+        raise ValueError("--amp chooses bf16 or fp16 by the GPU, and the GPUs differ; give --amp fp16")
+    if different:
+        raise ValueError(
+            f"the processes do not see the same {different[0]}; all machines need the same data, in a shared folder or "
+            "as complete copies"
+        )
 
 
 def _lock_new_folder(folder: Path) -> TextIO:

@@ -15,13 +15,13 @@ from data.wording import counted
 from logger import RunLog
 from models import build_model
 from models.contract import compile_parts, set_epoch
-from tasks import Task, build_task
+from tasks import Task, build_task, check_task
 from training.build import build_network, prepare_device
 from training.checkpoint import load_checkpoint, load_strictly
 from training.resume import written_config
 from training.run import AUTOCAST
 from training.weight_sets import count_classes, pick_weights
-from utils import World, sum_over_ranks
+from utils import EvaluationFailed, World, different_on_ranks, sum_over_ranks
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class CheckpointEvaluation:
     def run(self) -> int:
         """Evaluate, log the results in the published format, and return the exit status."""
         config, world = self.task.config, self.task.world
+        if different_on_ranks({"images": len(self.loader.dataset), "classes": self.task.describe()}):
+            raise EvaluationFailed("the processes do not see the same data set; all machines need the same copy of it")
         log = RunLog(None, config, is_main=world.is_main)
         log.begin(self.notes, self.warnings)
         if config.COMPILE:
@@ -132,6 +134,7 @@ def build_throughput(config: CfgNode, world: World) -> ThroughputTest:
     Raises:
         ValueError: wrong input.
     """
+    check_task(config)
     prepare_device(config)
     network = build_model(config).to(world.device, memory_format=torch.channels_last)
     return ThroughputTest(config, network, world)

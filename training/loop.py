@@ -44,7 +44,7 @@ class Update(NamedTuple):
         norm: gradient norm before clipping, unscaled; NaN if the update was skipped.
         named_losses: those whose sum is `loss`; empty if the task returns a single loss.
         unreadable: number of files in these micro-batches that could not be read.
-        batches: the micro-batches as passed to the network, if TRAIN.ANOMALY_REPORT is set.
+        batches: the micro-batches of the loader, if TRAIN.ANOMALY_REPORT is set.
     """
 
     loss: Tensor
@@ -67,7 +67,7 @@ def train(run: Run) -> int:
 def train_epochs(run: Run) -> int:
     """Train and evaluate epoch by epoch; return the exit status."""
     config, position, log = run.config, run.state.position, run.log
-    saved = not position.nonfinite_in_row
+    saved = True
     while position.epoch < config.TRAIN.EPOCHS and not run.early_stop_reason():
         finished = train_one_epoch(run)
         run.save()  # the evaluation may be interrupted, too
@@ -77,10 +77,7 @@ def train_epochs(run: Run) -> int:
             log.info(f"stopped as asked in epoch {position.epoch + 1}, update {position.update}; {how} continues")
             return run.stop.exit_status()
         scores = [run.task.score.of(result.metrics) for result in results]
-        sound = all(math.isfinite(score) for score in scores)
-        if sound:  # then the weights are finite, even if the last updates were skipped
-            position.nonfinite_in_row = 0
-        position.finish_epoch(scores[-1] if sound else -math.inf)
+        position.finish_epoch(scores[-1] if all(map(math.isfinite, scores)) else -math.inf)
         if position.best_epoch:
             log.info(run.task.best_line(position.best_accuracy))
         keep = config.SAVE_FREQ > 0 and position.epoch % config.SAVE_FREQ == 0
@@ -137,9 +134,9 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
         run.bad_images.add(task.unreadable(batch), partial(run.log.warning, alone=True))
         unreadable += len(task.unreadable(batch))
         seed_everything(config.SEED, position.epoch, position.update, step, run.world.rank)
-        batch = task.prepare(batch, device)
         if config.TRAIN.ANOMALY_REPORT:
             kept.append(batch)
+        batch = task.prepare(batch, device)
         with run.gradient_sync(enabled=step == steps - 1):
             with run.autocast():
                 losses = task.loss(run.model, batch)
@@ -225,8 +222,9 @@ def anomaly_report(run: Run, update: int, batches: list[Any]) -> str:
         total = torch.zeros((), device=run.world.device)
         for step, batch in enumerate(batches):
             seed_everything(run.config.SEED, run.state.position.epoch, update - 1, step, run.world.rank)
+            prepared = run.task.prepare(batch, run.world.device)  # draws from the same generators
             with run.autocast():
-                losses = run.task.loss(network, batch)
+                losses = run.task.loss(network, prepared)
             total = total + total_loss(losses)
         return total
 

@@ -109,6 +109,13 @@ class TrainingState:
         """Updates since the start of the run."""
         return self.position.epoch * self.updates_per_epoch + self.position.update
 
+    def is_finite(self) -> bool:
+        """Return whether all weights and their averages are finite."""
+        networks = [self.network, *([self.ema.module] if self.ema else [])]
+        entries = [value for network in networks for value in network.state_dict().values()]
+        finite = [value.isfinite().all() for value in entries if value.is_floating_point()]
+        return bool(torch.stack(finite).all())
+
     def to_dict(self) -> dict[str, Any]:
         """Return the state in the layout of a checkpoint."""
         averaged = self.ema.module.state_dict() if self.ema else None
@@ -217,15 +224,15 @@ class Run:
     def save(self, *, best: bool = False, epoch: int | None = None) -> bool:
         """Write a checkpoint and return whether it succeeded; otherwise the previous one stays in use.
 
-        Nothing is written while updates are not finite.
+        Weights that are not finite are not written.
 
         Args:
             best: also write `best.pth`.
             epoch: also write `epoch_N.pth` of this epoch.
         """
         position = self.state.position
-        if position.nonfinite_in_row:  # the weights may be the cause
-            self.log.info("not saved: the last update was not finite")
+        if not self.state.is_finite():
+            self.log.info("not saved: the weights are not finite")
             return False
         if not self.world.is_main:
             return True

@@ -6,6 +6,7 @@ import timm
 from timm.data import resolve_data_config
 from yacs.config import CfgNode
 
+from config import check_unsupported
 from data.wording import counted
 from tasks import Task
 from tasks.distillation import Teacher
@@ -22,7 +23,10 @@ def add_teacher(config: CfgNode, task: Task) -> list[str]:
     if settings.TEACHER and settings.TIMM:
         raise ValueError("DISTILL.TEACHER and DISTILL.TIMM both name a teacher; remove one of them")
     if not settings.TEACHER and not settings.TIMM:
+        check_unsupported(config, [f"DISTILL.{name}" for name in settings], by="a run without a teacher")
         return []
+    if settings.TIMM:
+        check_unsupported(config, ["DISTILL.CONFIG"], by="DISTILL.TIMM")
     ours = task.describe().get("classes", [])
     if settings.TEACHER:
         trained = load_trained(settings.TEACHER, cfg=settings.CONFIG or None)

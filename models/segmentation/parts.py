@@ -133,7 +133,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     processes therefore does not depend on how the ignored pixels are distributed.
     """
     logits = resize(logits.float(), labels.shape[-2:])
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
+    # Summed here: PyTorch's sum of this loss has no deterministic kernel on a GPU.
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none").sum() / labels.numel()
 
 
 def classifier_layer(channels: int, num_classes: int) -> nn.Conv2d:

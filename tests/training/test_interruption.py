@@ -410,6 +410,6 @@ def test_nonfinite_updates_change_nothing_and_end_the_run(tmp_path: Path, proces
     assert f"Rank {processes - 1}: every module's output is finite, the loss is not" in console
     assert "Traceback" not in console
     state = load_checkpoint(trial.folder / "last.pth")
-    assert state["update"] == 0  # update 2 and 4 were not finite
-    assert state["nonfinite_in_row"] == 0
+    assert state["update"] == 4  # skipped, so the weights are those after update 3
+    assert state["nonfinite_in_row"] == 1
     assert all(row["loss"] is None or row["loss"] > 0 for row in read_metrics(trial.folder, "train"))

@@ -6,15 +6,19 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from yacs.config import CfgNode
 
 from config import load_config
 from data.build import build_eval_loader, open_dataset
@@ -26,7 +30,7 @@ from tests.data.samples import write_folder
 from tests.runs import Killed, read_metrics, write_config
 from training import build as build_module
 from training import loop
-from training.build import assemble, build_run
+from training.build import Assembly, assemble, build_run
 from training.command_line import parse
 from training.finish import describe_result
 from training.loop import train, train_one_epoch
@@ -276,12 +280,49 @@ def test_run_resumed_from_another_folder_moves_earlier_files(tmp_path: Path) -> 
 
 def test_the_end_of_an_epoch_is_not_the_beginning_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process fell back to `previous.pth`, after as many updates, but before the evaluation."""
-    run = build(tmp_path)
-    run.state.position.epoch, run.state.position.update = 1, 0
-    others = {1: 0, 0: run.state.updates_per_epoch}
-    monkeypatch.setattr(build_module, "equal_on_all_ranks", lambda number: number == others[number])
+
+    def gather(everywhere: list[Any], facts: dict[str, Any]) -> None:
+        everywhere[:] = [facts, facts | {"checkpoints": (0, 29)}]
+
+    assembly, config = assembled(tmp_path)
+    assembly.state.position.epoch = 1
+    pretend_two_ranks(monkeypatch, gather)
     with pytest.raises(ValueError, match="the processes do not see the same checkpoints in"):
-        build_module._check_agreement(run.state, run.folder)
+        build_module._check_agreement(assembly, config)
+
+
+@pytest.mark.parametrize(
+    ("fact", "other", "says"),
+    [
+        ("training images", 1436, "do not see the same training images; all machines need the same data"),
+        ("held-out images", 359, "do not see the same held-out images"),
+        ("classes", {"classes": ["1", "0"]}, "do not see the same classes"),
+        ("AMP", "fp16", "--amp chooses bf16 or fp16 by the GPU, and the GPUs differ; give --amp fp16"),
+    ],
+)
+def test_processes_with_other_data_or_precision_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fact: str, other: Any, says: str
+) -> None:
+    def gather(everywhere: list[Any], facts: dict[str, Any]) -> None:
+        assert fact in facts
+        everywhere[:] = [facts, facts | {fact: other}]
+
+    assembly, config = assembled(tmp_path)
+    build_module._check_agreement(assembly, config)
+    pretend_two_ranks(monkeypatch, gather)
+    with pytest.raises(ValueError, match=re.escape(says)):
+        build_module._check_agreement(assembly, config)
+
+
+def assembled(folder: Path) -> tuple[Assembly, CfgNode]:
+    _, config = parse(["--cfg", str(write_config(folder)), "--output", str(folder / "output")])
+    return assemble(config, CPU), config
+
+
+def pretend_two_ranks(monkeypatch: pytest.MonkeyPatch, gather: Callable[[list[Any], Any], None]) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", gather)
 
 
 class _Constant(nn.Module):
