@@ -58,11 +58,10 @@ def average_precision(
     """
     indices = sorted(found)  # independent of the order of evaluation
     truth = COCO(ground_truth(source, indices, classes))
-    guesses = [row for index in indices for row in _rows(index, found[index])]
     kinds = {"bbox": ""} | ({"segm": "mask_"} if all(found[index].masks is not None for index in indices) else {})
     metrics = {}
     for kind, prefix in kinds.items():
-        values = _evaluate(truth, guesses, kind)
+        values = _evaluate(truth, [row for index in indices for row in _rows(index, found[index], kind)], kind)
         metrics |= {f"{prefix}{name}": value for name, value in zip(METRICS, values, strict=False)}
     return metrics
 
@@ -98,17 +97,16 @@ def ground_truth(source: DetectionSource, indices: Sequence[int], classes: Seque
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _rows(index: int, found: Detections) -> list[dict[str, Any]]:
-    """Return the detections of an image in the format of a COCO result file."""
+def _rows(index: int, found: Detections, kind: str) -> list[dict[str, Any]]:
+    """Return the boxes (`bbox`) or masks (`segm`) detected in an image in the format of a COCO result file.
+
+    Rows of masks have no box: COCO's evaluation would take the area of the box for that of the mask.
+    """
     rows = []
     for i, (x1, y1, x2, y2) in enumerate(found.boxes.astype(np.float64).tolist()):
-        row = {
-            "image_id": index,
-            "category_id": int(found.labels[i]) + 1,
-            "bbox": [x1, y1, x2 - x1, y2 - y1],
-            "score": float(found.scores[i]),
-        }
-        rows.append(row | ({"segmentation": found.masks[i]} if found.masks is not None else {}))
+        row = {"image_id": index, "category_id": int(found.labels[i]) + 1, "score": float(found.scores[i])}
+        place = {"bbox": [x1, y1, x2 - x1, y2 - y1]} if kind == "bbox" else {"segmentation": found.masks[i]}
+        rows.append(row | place)
     return rows
 
 

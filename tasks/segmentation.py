@@ -15,7 +15,7 @@ from data.segmentation.datasets import Batch
 from data.segmentation.sources import IGNORED, MaskedDataset
 from data.transforms import as_pixels, normalize
 from data.wording import counted
-from models.segmentation.parts import resize
+from models.segmentation.parts import Segmenter, resize
 from tasks.base import Evaluation, Meter, Score, check_counts
 from tasks.labelled import CLASSIFICATION_ONLY, LabelledTask
 from tasks.pictures import SAMPLES, paint, stack_rows
@@ -139,7 +139,7 @@ class MeanIoU(Meter):
 
 
 def predict(
-    model: nn.Module, image: Tensor, size: Sequence[int], views: Sequence[tuple[float, bool]] = ((1.0, False),)
+    model: Segmenter, image: Tensor, size: Sequence[int], views: Sequence[tuple[float, bool]] = ((1.0, False),)
 ) -> Tensor:
     """Return the classes `[height, width]` of an image.
 
@@ -154,7 +154,7 @@ def predict(
         view = image[None] if scale == 1 else resize(image[None], [round(scale * side) for side in image.shape[-2:]])
         logits = model(view.flip(-1) if mirrored else view).float()
         logits = resize(logits.flip(-1) if mirrored else logits, size)
-        total = total + (logits.softmax(1) if len(views) > 1 else logits)
+        total = total + (logits.softmax(1) if len(views) > 1 and not model.gives_probabilities else logits)
     return total[0].argmax(0)
 
 

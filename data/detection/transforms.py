@@ -41,8 +41,10 @@ class TrainTransform:
         if crop_sides:
             cropped = v2.Compose([v2.RandomShortestSize(list(crop_sides)), RandomSizedCrop(*crop), resized])
             resized = v2.RandomChoice([resized, cropped])
-        # Boxes smaller than a pixel after a crop are removed.
-        self._steps = v2.Compose([v2.RandomHorizontalFlip(hflip), resized, v2.SanitizeBoundingBoxes(min_size=1)])
+        # Boxes smaller than a pixel after a crop are removed, and so would be those on the border that rounding moves
+        # beyond it.
+        cleaned = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
+        self._steps = v2.Compose([v2.RandomHorizontalFlip(hflip), resized, *cleaned])
 
     def __call__(self, image: tv_tensors.Image, target: dict[str, Any]) -> Pair:
         """Return the image with the remaining objects of its target."""

@@ -34,6 +34,7 @@ class Mask2Former(Segmenter):
         ValueError: an option is unknown.
     """
 
+    gives_probabilities = True
     # Not a classifier in the sense of `get_classifier`, whose rows are the classes: the last row is "no object".
     sized_by_classes = ("decode_head.class_predictor.", "decode_head.criterion.empty_weight")
 

@@ -27,6 +27,7 @@ class Segmenter(DenseModel):
         smallest_batch: smallest number of images per micro-batch in training, over all processes.
         sized_by_classes: beginnings of the names of the entries, apart from those of the classifier, whose shape
             depends on the number of classes.
+        gives_probabilities: whether the outputs are not logits, but already in the scale of probabilities.
 
     Raises:
         ValueError: the backbone has maps of other strides.
@@ -34,6 +35,7 @@ class Segmenter(DenseModel):
 
     smallest_batch = 1
     sized_by_classes: tuple[str, ...] = ()
+    gives_probabilities = False
 
     def __init__(self, backbone: DATBackbone | TimmBackbone) -> None:
         super().__init__(backbone)

@@ -31,6 +31,8 @@ from utils import EvaluationFailed, World
 class Colours(nn.Module):
     """Returns logits that are functions of the colours."""
 
+    gives_probabilities = False
+
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -147,6 +149,19 @@ def test_several_views_are_averaged() -> None:
     expected = sum(x.softmax(1) for x in logits)[0].argmax(0)
     with torch.inference_mode():
         assert np.array_equal(predict(network, image, (16, 20), views), expected)
+
+
+def test_probabilities_of_several_views_are_averaged_as_they_are() -> None:
+    """The mean of [.6, .5] and [.05, .16] is largest for the second class, that of their softmax for the first."""
+
+    class Fixed(nn.Module):
+        gives_probabilities = True
+        outputs = iter(([0.60, 0.50, 0.0], [0.05, 0.16, 0.0]))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return torch.tensor(next(self.outputs))[:, None, None].expand(1, 3, *images.shape[-2:])
+
+    assert (predict(Fixed(), torch.zeros(3, 4, 4), (4, 4), [(1.0, False), (1.0, True)]) == 1).all()
 
 
 def remove_a_mask(root: Path) -> None:
