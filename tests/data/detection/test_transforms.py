@@ -43,7 +43,7 @@ def test_objects_keep_their_pixels(crop_sides: list[int], hflip: float) -> None:
         for box, label, mask in zip(target["boxes"], target["labels"], target["masks"], strict=True):
             there = pixels_of(image, int(label))
             perimeter = 2 * (there.any(0).sum() + there.any(1).sum())
-            assert (there ^ (mask > 0)).sum() <= 1.5 * perimeter, (seed, int(label))  # masks are not interpolated
+            assert (there ^ (mask > 0)).sum() <= 2 * perimeter, (seed, int(label))  # masks are not interpolated
             torch.testing.assert_close(box, masks_to_boxes(there[None])[0] + torch.tensor([0, 0, 1, 1]), atol=2, rtol=0)
         gone = set(range(4)) - set(target["labels"].tolist())
         slivers = (pixels_of(image, label) for label in gone)  # the rest of a box below a pixel, before it was enlarged
