@@ -6,7 +6,8 @@ from torch import Tensor
 
 from . import gpu
 from .cpu import deformable as cpu
-from .forms import check_form, needs_plain_operations
+from .cpu import operators
+from .forms import check_form, is_compiled_for_inference, needs_plain_operations
 from .grids import query_grid, query_steps
 from .position_bias import table_bias
 from .products import dot_product_attention
@@ -87,9 +88,8 @@ def deformable_attention(
     if form == "triton":
         return _on_gpu(q, k, v, positions, table, map_size=map_size, coordinates=coordinates, scale=scale)
     if form in ("crops", "separable"):
-        return cpu.attention(
-            q, k, v, positions, table, map_size=map_size, coordinates=coordinates, scale=scale, form=form
-        )
+        attend = operators.deformable_attention if is_compiled_for_inference(q) else cpu.attention
+        return attend(q, k, v, positions, table, map_size=map_size, coordinates=coordinates, scale=scale, form=form)
     grid = query_grid(map_size, coordinates=coordinates, dtype=positions.dtype, device=positions.device)
     return attention(q, k, v, table_bias(table, grid, positions), scale=scale, dropout=dropout)
 
@@ -97,8 +97,8 @@ def deformable_attention(
 def choose_form(q: Tensor, *, native: bool, dropout: float = 0.0) -> str:
     """Return the form that `deformable_attention` uses for ``auto``.
 
-    GPUs use the fused kernel, CPUs the faster of the forms that store no displacements. In compiled graphs the compiler
-    fuses the plain form itself, and the transforms of `torch.func` need it.
+    GPUs use the fused kernel, CPUs the faster of the forms that store no displacements. Graphs for training and the
+    transforms of `torch.func` need the plain form.
 
     Args:
         q: queries ``[B, H*W, heads, d]``.
@@ -109,9 +109,9 @@ def choose_form(q: Tensor, *, native: bool, dropout: float = 0.0) -> str:
         return "reference"
     if q.is_cuda:
         return "triton" if gpu.suits_heads(q) else "reference"
-    if q.device.type != "cpu" or needs_plain_operations():
-        return "reference"
-    return "crops" if native else "separable"
+    if is_compiled_for_inference(q) or (q.device.type == "cpu" and not needs_plain_operations()):
+        return "crops" if native else "separable"
+    return "reference"
 
 
 def _is_native(map_size: tuple[int, int], table: Tensor) -> bool:

@@ -11,6 +11,8 @@ from torch.utils import checkpoint
 
 from .precision import matmul_dtype
 
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of the CPU forms
+
 
 def operator(name: str) -> str:
     """Return the qualified name of a custom operator, in the namespace ``dat`` of the installed package.
@@ -50,12 +52,22 @@ def needs_plain_operations() -> bool:
 def suits_cpu_forms(x: Tensor) -> bool:
     """Return whether the forms written for CPU caches, with a custom backward, can process a tensor of any shape.
 
-    They are not used in a compiled graph, where the compiler fuses plain operations better, nor under dispatch modes
-    such as operation counters, which do not know oneDNN's operators.
+    They are not used in a compiled graph, except as custom operators, see `is_compiled_for_inference`, nor under
+    dispatch modes such as operation counters, which do not know oneDNN's operators.
     """
     if x.device.type != "cpu" or needs_plain_operations() or torch._C._len_torch_dispatch_stack():
         return False
-    return matmul_dtype(x) in (torch.float32, torch.float64, torch.bfloat16)
+    return matmul_dtype(x) in CPU_DTYPES
+
+
+def is_compiled_for_inference(x: Tensor) -> bool:
+    """Return whether a graph without derivatives is being compiled for a CPU.
+
+    It contains the CPU forms as custom operators. Exported graphs do not: they must run without this package.
+    """
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.is_grad_enabled():
+        return False
+    return x.device.type == "cpu" and matmul_dtype(x) in CPU_DTYPES
 
 
 def is_checkpointed() -> bool:

@@ -6,11 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .cpu.onednn import multiply, product, suits
-from .forms import check_form, is_transformed, suits_cpu_forms
+from .cpu import operators
+from .cpu.onednn import multiply, product, suits, supports
+from .forms import check_form, is_compiled_for_inference, is_transformed, suits_cpu_forms
 from .precision import matmul_dtype
 
 FORMS = ("auto", "reference", "onednn")
+LARGE = 1 << 18  # numbers of a float32 input from which on a custom operator pays in a compiled graph
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto") -> Tensor:
@@ -31,6 +33,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
         ValueError: the form is unknown or does not support the arguments.
     """
     check_form(form, FORMS, "a linear layer")
+    if form == "auto" and is_compiled_for_inference(x) and _operator_pays(x):
+        return operators.linear(
+            *(None if tensor is None else tensor.to(matmul_dtype(x)) for tensor in (x, weight, bias))
+        )
     if form == "onednn" and (is_transformed() or not _is_possible(x, weight, bias)):
         raise ValueError(
             "form 'onednn' of a linear layer needs matching shapes, float32 or bfloat16 and an x86 CPU, and supports "
@@ -47,6 +53,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, form: str = "auto"
 def choose_form(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
     """Return the form that `linear` uses for ``auto``."""
     return "onednn" if suits_cpu_forms(x) and _is_possible(x, weight, bias) else "reference"
+
+
+def _operator_pays(x: Tensor) -> bool:
+    """Return whether oneDNN saves more time than the call of a custom operator takes."""
+    dtype = matmul_dtype(x)
+    return supports(dtype) and (dtype == torch.bfloat16 or x.numel() >= LARGE)
 
 
 def _is_possible(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import gpu
+from .cpu import operators
 from .cpu.neighborhood import TiledAttention
-from .forms import check_form, suits_cpu_forms
-from .precision import cast_for_matmul
+from .forms import check_form, is_compiled_for_inference, suits_cpu_forms
+from .precision import cast_for_matmul, matmul_dtype
 from .products import dot_product_attention
 from .tiles import tiles_of
 
@@ -61,21 +62,15 @@ def neighborhood_attention(
         return attention(q, k, v, rpb if rpb is None else rpb.contiguous(), kernel_size, scale)[0]
     if form == "reference":
         return _reference(q, k, v, rpb, kernel_size=kernel_size, scale=scale, dropout=dropout)
-    heads = q.shape[3]
     if rpb is None:
-        rpb = q.new_zeros(heads, 2 * kernel_size - 1, 2 * kernel_size - 1)
+        rpb = q.new_zeros(q.shape[3], 2 * kernel_size - 1, 2 * kernel_size - 1)
+    if form == "tiles_by_hand" and is_compiled_for_inference(q):
+        return operators.neighborhood_attention(*(x.to(matmul_dtype(x)) for x in (q, k, v)), rpb, scale)
     if form == "tiles_by_hand":
         keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v, rpb))
         with cast_for_matmul(q, k, v) as (q, k, v):
             return TiledAttention.apply(q, k, v, rpb, scale, keep)
-    tiles = tiles_of(tuple(q.shape[1:3]), kernel_size, q.device)
-    bias = tiles.expand_bias(tiles.bias(rpb)).to(q.dtype)
-    q_maps, k_maps, v_maps = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2) for x in (q, k, v))
-    cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)
-    cuts = (x.unflatten(0, (-1, len(bias))) for x in cuts)  # [B, heads * tiles, ...]
-    x = dot_product_attention(*cuts, bias[None], scale=scale, dropout=dropout)  # fused kernels need four axes
-    x = tiles.join(x.flatten(0, 1)).view(q.shape[0], heads, *q.shape[1:3], -1)  # len(q) would be a constant in a graph
-    return x.permute(0, 2, 3, 1, 4)
+    return _tiled(q, k, v, rpb, kernel_size=kernel_size, scale=scale, dropout=dropout)
 
 
 def choose_form(q: Tensor, *, dropout: float = 0.0) -> str:
@@ -86,7 +81,20 @@ def choose_form(q: Tensor, *, dropout: float = 0.0) -> str:
         return "tiles"
     if q.is_cuda and gpu.suits_heads(q):
         return "triton"
-    return "tiles_by_hand" if suits_cpu_forms(q) else "tiles"
+    return "tiles_by_hand" if suits_cpu_forms(q) or is_compiled_for_inference(q) else "tiles"
+
+
+def _tiled(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, *, kernel_size: int, scale: float, dropout: float) -> Tensor:
+    tiles = tiles_of(tuple(q.shape[1:3]), kernel_size, q.device)
+    bias = tiles.expand_bias(tiles.bias(rpb)).to(q.dtype)
+    q_maps, k_maps, v_maps = (x.permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1, 2) for x in (q, k, v))
+    cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)
+    cuts = (x.unflatten(0, (-1, len(bias))) for x in cuts)  # [B, heads * tiles, ...]
+    x = dot_product_attention(*cuts, bias[None], scale=scale, dropout=dropout)  # fused kernels need four axes
+    x = tiles.join(x.flatten(0, 1)).view(
+        q.shape[0], q.shape[3], *q.shape[1:3], -1
+    )  # len(q) would be a constant in a graph
+    return x.permute(0, 2, 3, 1, 4)
 
 
 def window_rows(length: int, kernel_size: int, device: torch.device) -> Tensor:

@@ -21,10 +21,14 @@ _BFLOAT16 = _BUILT_IN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 def suits(dtype: torch.dtype, *tensors: Tensor | None) -> bool:
     """Return whether oneDNN supports a dtype and tensors of any shape; a tensor may be None."""
-    supported = dtype == torch.float32 or (dtype == torch.bfloat16 and _BFLOAT16)
-    if not (_BUILT_IN and supported and torch._C._get_mkldnn_enabled()):
+    if not (supports(dtype) and torch._C._get_mkldnn_enabled()):
         return False
     return all(x is None or _is_plain(x) for x in tensors)
+
+
+def supports(dtype: torch.dtype) -> bool:
+    """Return whether this PyTorch has the operators for a dtype on this CPU."""
+    return _BUILT_IN and (dtype == torch.float32 or (dtype == torch.bfloat16 and _BFLOAT16))
 
 
 def _is_plain(x: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.ops import depthwise
+from models.ops.cpu import conv_mlp as cpu
 from models.ops.cpu.onednn import product
 from models.ops.depthwise import choose_form, conv_mlp, depthwise_residual
 
@@ -30,7 +30,7 @@ def with_gradients(form: str, tensors: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("kernel_size", [3, 5])
 @pytest.mark.parametrize("images", [1, 2, 8])
 def test_forms_of_the_mlp_agree(images: int, kernel_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depthwise, "CACHED", images * 6 * 7 * 16)
+    monkeypatch.setattr(cpu, "CACHED", images * 6 * 7 * 16)
     tensors = inputs(kernel_size=kernel_size)
     for fast, plain in zip(with_gradients("by_hand", tensors), with_gradients("reference", tensors), strict=True):
         torch.testing.assert_close(fast, plain)
@@ -56,7 +56,7 @@ def test_mlp_of_a_map_in_any_layout() -> None:
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_the_mlp_saves_nothing_without_gradients(grad: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depthwise, "CACHED", 1)
+    monkeypatch.setattr(cpu, "CACHED", 1)
     hidden, alive = [], []
 
     def recorded(*arguments: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ def test_the_mlp_saves_nothing_without_gradients(grad: bool, monkeypatch: pytest
     tensors = inputs()
     with torch.set_grad_enabled(grad):
         expected = conv_mlp(*tensors, form="reference")
-        monkeypatch.setattr(depthwise, "product", recorded)
+        monkeypatch.setattr(cpu, "product", recorded)
         torch.testing.assert_close(conv_mlp(*tensors), expected)
     assert len(alive) == 5  # one per image
     # Without gradients, an image's values are freed at the latest after those of the next one are computed.
