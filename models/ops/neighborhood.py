@@ -91,9 +91,8 @@ def _tiled(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, *, kernel_size: int, sc
     cuts = tiles.cut(q_maps), tiles.windows(k_maps), tiles.windows(v_maps)
     cuts = (x.unflatten(0, (-1, len(bias))) for x in cuts)  # [B, heads * tiles, ...]
     x = dot_product_attention(*cuts, bias[None], scale=scale, dropout=dropout)  # fused kernels need four axes
-    x = tiles.join(x.flatten(0, 1)).view(
-        q.shape[0], q.shape[3], *q.shape[1:3], -1
-    )  # len(q) would be a constant in a graph
+    # Not len(q), which would be a constant in a graph.
+    x = tiles.join(x.flatten(0, 1)).view(q.shape[0], q.shape[3], *q.shape[1:3], -1)
     return x.permute(0, 2, 3, 1, 4)
 
 
