@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from data.formats.series import check_series, find_files
-from data.images import StoredImage, read_file
+from data.images import StoredImage, UnreadableImage, read_file
 from data.listing import cache_folder
 from data.sources import (
     SPLITS,
@@ -115,12 +115,19 @@ class ArrowSource(ImageSource):
         self.labels = labels
 
     def get(self, index: int) -> StoredImage:
-        """Return the bytes of an image; raises `UnreadableImage`."""
+        """Return the bytes of an image.
+
+        Raises:
+            UnreadableImage: the row has no image, or its file cannot be read.
+        """
         value = self._table[index].column(0)[0].as_py()
         name = f"{self._name}, row {index}"
         if isinstance(value, dict):
-            value = value["bytes"] if value["bytes"] is not None else read_file(value["path"])
-        return StoredImage(value or b"", name, exif=self._exif)
+            path, value = value["path"], value["bytes"]
+            value = read_file(path) if value is None and path else value
+        if value is None:
+            raise UnreadableImage(f"cannot read image {name!r}: the row has no image", name)
+        return StoredImage(value, name, exif=self._exif)
 
 
 def _library() -> ModuleType:
@@ -183,13 +190,15 @@ def _labels(table: Any, request: Request, where: Path) -> tuple[Any, list[str]]:
     """Return the labels of all rows, as lists for multi-label data, and the class names."""
     column = _column(table, request.label_column, _LABELS, "DATA.LABEL_COLUMN", where)
     feature = table.features[column]
-    values = table.with_format("arrow")[:].column(column).to_pylist()
-    several = isinstance(values[0], list) if values else False
+    stored = table.with_format("arrow")[:].column(column)
+    values, several = stored.to_pylist(), hasattr(stored.type, "value_field")  # which all types of lists have
     if several != request.multi_label:
         raise ValueError(
             f"{where}: column {column} holds {'lists of labels' if several else 'one label a row'}; set "
             f"DATA.MULTI_LABEL {several}, or choose another column by DATA.LABEL_COLUMN"
         )
+    if several:
+        values = [[] if row is None else row for row in values]
     named = getattr(feature, "feature", feature)
     flat = [value for row in values for value in row] if several else values
     classes = list(named.names) if getattr(named, "names", None) else None

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import numpy as np
 from PIL import Image
 
-from data.formats.ground_truth import read_ground_truth
+from data.formats.ground_truth import find_lists, read_ground_truth
 from data.images import StoredImage, read_file
 from data.listing import Listing, cache_folder, process_lock
 from data.sources import Dataset, ImageSource, Request, join_classes, relabel
@@ -115,8 +115,8 @@ def image_extensions() -> frozenset[str]:
 def list_images(folder: Path) -> Listing:
     """Return the images of the class folders in `folder` with their labels; its `about` names the classes.
 
-    Files are not opened. A long list is cached in a file until a folder changes, so that the processes of a machine
-    build it once and share it. If the cache cannot be written, every process builds its own.
+    Files are not opened. A long list is cached in a file until a folder or the list of its classes changes, so that the
+    processes of a machine build it once and share it. If the cache cannot be written, every process builds its own.
 
     Raises:
         ValueError: the folder has no classes, a class has no images, or something cannot be read.
@@ -142,6 +142,7 @@ def _scan(folder: Path) -> Listing:
     """List the images of all class folders, or of a folder with a list of classes."""
     about: dict[str, Any] = {"scanned": time.time_ns(), "folders": [[".", folder.stat().st_mtime_ns]]}
     if not (classes := class_folders(folder)):
+        about["lists"] = _lists(folder)
         if not (truth := read_ground_truth(folder)):
             raise ValueError(f"no class folders in {folder}; {LAYOUT}")
         about["classes"] = sorted(set(truth.values()))
@@ -171,12 +172,14 @@ def _rows(
     empty: dict[str, Counter[str]],
 ) -> Iterator[tuple[bytes, int]]:
     """Yield names and labels of the images below `folder`; record folders, skipped extensions and empty classes."""
-    readable, prefix = image_extensions(), len(os.fspath(folder)) + 1
+    readable = image_extensions()
+    above = os.path.join(folder, "")  # noqa: PTH118 - Path would drop a "." or double the slash of "/"
+    prefix = len(above)
     for label, name in enumerate(classes):
         count, others = 0, Counter()
-        for parent, below, files in os.walk(folder / name, followlinks=True, onerror=_refuse):
+        for parent, below, files in os.walk(above + name, followlinks=True, onerror=_refuse):
             below[:] = sorted(
-                name for name in below if not is_system_file(PurePath(name)) and not _leads_up(parent, name)
+                inner for inner in below if not is_system_file(PurePath(inner)) and not _leads_up(parent, inner)
             )
             folders.append([parent[prefix:], Path(parent).stat().st_mtime_ns])
             for file in sorted(files):
@@ -193,9 +196,17 @@ def _rows(
 
 
 def _leads_up(parent: str, name: str) -> bool:
-    """Return whether a folder is a link to one of its parents, which would be an endless recursion."""
+    """Return whether a folder is a link to one of its parents, which would be an endless recursion.
+
+    These are the folders that were followed to it, some of which may be links, and those that contain it.
+    """
     path = Path(parent, name)
-    return path.is_symlink() and path.resolve() in (Path(parent).resolve(), *Path(parent).resolve().parents)
+    if not path.is_symlink():
+        return False
+    target, containing = path.resolve(), path.parent.resolve()
+    return target in (containing, *containing.parents) or any(
+        target == followed.resolve() for followed in path.absolute().parents
+    )
 
 
 def _by_number(numbers: Sequence[str], classes: Sequence[str], folder: Path) -> list[str]:
@@ -207,12 +218,20 @@ def _by_number(numbers: Sequence[str], classes: Sequence[str], folder: Path) -> 
 
 
 def _is_current(listing: Listing, folder: Path) -> bool:
-    """Return whether no folder of the listing has changed since, by the time stamps of the file system."""
+    """Return whether nothing that the listing was read from has changed since, by the time stamps of files."""
     before = listing.about["scanned"] - 2 * 10**9  # a change within the clock resolution would be missed
     try:
-        return all((folder / name).stat().st_mtime_ns == changed < before for name, changed in listing.about["folders"])
+        # A list of classes is only used for images in one folder, whose listing says whether they are numbered.
+        lists = _lists(folder) if "numbered" in listing.about else []
+        folders = ((folder / name).stat().st_mtime_ns == changed < before for name, changed in listing.about["folders"])
+        return all(folders) and listing.about.get("lists", []) == lists and all(stamp < before for _, stamp in lists)
     except OSError:
         return False
+
+
+def _lists(folder: Path) -> list[list[Any]]:
+    """Return the paths and time stamps of the files that name the classes of the images in one folder."""
+    return [[str(path.resolve()), path.stat().st_mtime_ns] for path in find_lists(folder)]
 
 
 def is_system_file(path: PurePath) -> bool:

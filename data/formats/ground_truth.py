@@ -12,6 +12,8 @@ from data.wording import counted
 KAGGLE = "LOC_val_solution.csv"
 DEVKIT = "ILSVRC2012_validation_ground_truth.txt"
 PAIRS = "val.txt"
+# Names the classes of the numbers in the development kit.
+META = "meta.mat"
 
 
 def read_ground_truth(folder: Path) -> dict[str, str]:
@@ -24,11 +26,19 @@ def read_ground_truth(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: the list does not match the images.
     """
-    for name, read in ((KAGGLE, _kaggle), (DEVKIT, _devkit), (PAIRS, _pairs)):
-        for place in _places(folder):
-            if (place / name).is_file():
-                return _match(folder, place / name, read(place / name, folder))
-    return {}
+    readers = {KAGGLE: _kaggle, DEVKIT: _devkit, PAIRS: _pairs}
+    lists = find_lists(folder)
+    return _match(folder, lists[0], readers[lists[0].name](lists[0], folder)) if lists else {}
+
+
+def find_lists(folder: Path) -> list[Path]:
+    """Return the list of the classes of the images in `folder` and the file it refers to; empty if there is none."""
+    paths = (place / name for name in (KAGGLE, DEVKIT, PAIRS) for place in _places(folder))
+    path = next(filter(Path.is_file, paths), None)
+    if path is None:
+        return []
+    meta = path.with_name(META)
+    return [path, meta] if path.name == DEVKIT and meta.is_file() else [path]
 
 
 def _places(folder: Path) -> Iterator[Path]:
@@ -38,7 +48,7 @@ def _places(folder: Path) -> Iterator[Path]:
 
 def _match(folder: Path, path: Path, classes: dict[str, str]) -> dict[str, str]:
     """Check that list and folder name the same images."""
-    there = {name for name in _names(folder) if not name.startswith(".")} - {KAGGLE, DEVKIT, PAIRS}
+    there = {name for name in _names(folder) if not name.startswith(".")} - {KAGGLE, DEVKIT, PAIRS, META}
     missing, unlisted = sorted(classes.keys() - there), sorted(there - classes.keys())
     if missing or unlisted:
         what = (
@@ -62,7 +72,7 @@ def _kaggle(path: Path, folder: Path) -> dict[str, str]:
 def _devkit(path: Path, folder: Path) -> dict[str, str]:
     from scipy.io import loadmat
 
-    meta = path.with_name("meta.mat")
+    meta = path.with_name(META)
     if not meta.is_file():
         raise ValueError(f"{path} needs meta.mat of the same development kit next to it, which names its classes")
     synsets = {str(row[0]): str(row[1]) for row in loadmat(meta, squeeze_me=True)["synsets"]}
@@ -89,4 +99,4 @@ def _names(folder: Path) -> list[str]:
 
 
 def _ending(folder: Path) -> str:
-    return next((Path(name).suffix for name in _names(folder) if name.startswith("ILSVRC")), ".JPEG")
+    return next((Path(name).suffix for name in _names(folder) if name.startswith("ILSVRC2012_val_")), ".JPEG")

@@ -50,11 +50,17 @@ def open_table(request: Request) -> Dataset:
     """Open a data set of tables; every file in them must exist.
 
     Raises:
-        ValueError: a table is missing or malformed, a file does not exist, or a label is out of range.
+        ValueError: a table is missing or malformed, one for both splits has no column `split`, a file does not exist,
+            or a label is out of range.
     """
     root = request.root(LAYOUT)
     tables = dict.fromkeys(request.needs, root) if root.is_file() else _tables(request, root)
     rows = {split: read_rows(path, split, multi_label=request.multi_label) for split, path in tables.items()}
+    if root.is_file() and len(tables) > 1 and not _has_splits(root):
+        raise ValueError(
+            f"table {root} has no column split, so that the same images would be used for training and held out; add "
+            "the column, with train or val on each line, or give a folder with train.csv and val.csv"
+        )
     for split, path in tables.items():
         _check_files(path, rows[split])
     listed = read_class_list(next(iter(tables.values())).parent)
@@ -92,7 +98,7 @@ def read_rows(path: Path, split: str, *, multi_label: bool) -> list[Row]:
     rows = []
     columns = (0, 1, None)
     for line, cells in _lines(path):
-        if line == 1 and (titles := _columns([cell.strip().casefold() for cell in cells])):
+        if line == 1 and (titles := _columns(cells)):
             columns = titles
             continue
         if len(cells) <= max(index for index in columns if index is not None) or (columns[2] is None and not cells[0]):
@@ -147,8 +153,14 @@ def _text(path: Path, file: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def _columns(titles: Sequence[str]) -> tuple[int, int, int | None] | None:
+def _has_splits(path: Path) -> bool:
+    columns = next((_columns(cells) for line, cells in _lines(path) if line == 1), None)
+    return columns is not None and columns[2] is not None
+
+
+def _columns(cells: Sequence[str]) -> tuple[int, int, int | None] | None:
     """Return the columns of path, label and split in a header line, or None if it is not a header."""
+    titles = [cell.strip().casefold() for cell in cells]
     path = next((titles.index(name) for name in _PATHS if name in titles), None)
     label = next((titles.index(name) for name in _LABELS if name in titles), None)
     if path is None or label is None:

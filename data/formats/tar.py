@@ -7,15 +7,17 @@ have the same guarantees as folders: every image once per epoch, in an order tha
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import os
 import re
 import tarfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,7 +63,11 @@ _SHORT_NAME = 90
 _MOST_CLASSES = 1_000_000
 # Maximum number of zero bytes after the end of an archive, which programs append to fill a record.
 _PADDING = 2**20
-_COLUMNS = {"shard": np.int32, "offset": np.int64, "size": np.int64, "label": np.int32}
+# Indices of other versions are built again: older ones counted other pictures of a sample as images.
+_VERSION = 2
+_EVERY_SPLIT = frozenset(name for names in SPLITS.values() for name in names)
+_PLACE = {"shard": np.int32, "offset": np.int64, "size": np.int64}
+_COLUMNS = {**_PLACE, "label": np.int32}
 
 
 def open_tar(request: Request) -> Dataset:
@@ -142,14 +148,17 @@ class TarSource(ImageSource):
 
 
 def read_at(path: Path, offset: int, size: int) -> bytes:
-    """Return bytes of a file, which is kept open per process."""
-    file = _open(path, os.getpid())
+    """Return bytes of a file, which is kept open; several threads and processes may read it at the same time."""
+    if hasattr(os, "pread"):
+        file = _open(path)  # another thread may remove it from the cache; this reference keeps it open
+        return os.pread(file.fileno(), size, offset)
+    file = _open(path, threading.get_ident())  # Windows: each thread needs its own file position
     file.seek(offset)
     return file.read(size)
 
 
 @functools.lru_cache(maxsize=256)
-def _open(path: Path, process: int) -> Any:  # noqa: ARG001 - each process needs its own file position
+def _open(path: Path, thread: int | None = None) -> Any:  # noqa: ARG001 - it is a part of the cache's key
     return path.open("rb", buffering=0)
 
 
@@ -227,16 +236,27 @@ def _index(root: Path, split: str, shards: Sequence[Path], *, several: bool) -> 
     """Return the index of a split, built on first use and stored where that is possible."""
     inside = SPLITS[split] if root.is_file() else ()
     path = shards[0].parent / f"{root.stem + '.' if root.is_file() else ''}{index_name(split, several=several)}"
-    if not path.exists() and not os.access(path.parent, os.W_OK):
-        path = cache_folder() / "tar" / f"{str(path.absolute()).strip('/').replace('/', '%')}"
     with process_lock(path):
-        listing = Listing.load(path) if path.exists() else build_index(shards, inside, several=several).shared(path)
+        listing = _stored_index(path)
+        if listing is None and not os.access(path.parent, os.W_OK):
+            path = cache_folder() / "tar" / f"{str(path.absolute()).strip('/').replace('/', '%')}"
+            listing = _stored_index(path)
+        if listing is None:
+            listing = build_index(shards, inside, several=several).shared(path)
     _check_index(listing, path, shards)
     return listing
 
 
+def _stored_index(path: Path) -> Listing | None:
+    """Return a stored index; None if there is none, or one of another version."""
+    if not path.exists():
+        return None
+    listing = Listing.load(path)
+    return listing if listing.about.get("version") == _VERSION else None
+
+
 def _check_index(listing: Listing, path: Path, shards: Sequence[Path]) -> None:
-    """Check that an index matches the archives: names, sizes, and the headers of some members."""
+    """Check that an index matches the archives: names, sizes, and the headers and labels of some members."""
     stale = f"index {path} does not match the archives: {{}}; if these are correct, delete the index to rebuild it"
     recorded, there = listing.about["shards"], [[shard.name, shard.stat().st_size] for shard in shards]
     if recorded != there:
@@ -247,28 +267,47 @@ def _check_index(listing: Listing, path: Path, shards: Sequence[Path]) -> None:
             raise ValueError(stale.format(what))
         name, size, now = next((a, b, d) for (a, b), (_, d) in zip(recorded, there, strict=True) if b != d)
         raise ValueError(stale.format(f"{name} had {size} bytes and has {now}"))
-    for row in np.linspace(0, len(listing) - 1, min(_PROBES, len(listing))).astype(int).tolist():
-        shard, offset, size = (int(listing.numbers[key][row]) for key in ("shard", "offset", "size"))
-        name = os.fsdecode(listing.name(row))
-        try:
-            header = tarfile.TarInfo.frombuf(
-                read_at(shards[shard], offset - _BLOCK, _BLOCK), "utf-8", "surrogateescape"
-            )
-            same = header.size == size and header.isreg()
-            if name.isascii() and len(name) <= _SHORT_NAME:
-                same = same and header.name.removeprefix("./") == name
-        except tarfile.HeaderError:
-            same = False
-        if not same:
-            raise ValueError(stale.format(f"{shards[shard].name} does not contain {name} at the indexed offset"))
+    images = (
+        _Member(os.fsdecode(listing.name(row)), *(int(listing.numbers[key][row]) for key in _PLACE))
+        for row in _probes(len(listing))
+    )
+    labels = [(_Member(*place), digest) for *place, digest in listing.about["labels"]]
+    for member in (*images, *(member for member, _ in labels)):
+        if not _is_there(member, shards):
+            name = shards[member.shard].name
+            raise ValueError(stale.format(f"{name} does not contain {member.name} at the indexed offset"))
+    for member, digest in labels:
+        if _digest(member, shards) != digest:
+            raise ValueError(stale.format(f"{shards[member.shard].name} has another label in {member.name}"))
 
 
-@dataclass
+@dataclass(slots=True)
 class _Member:
     name: str
     shard: int
     offset: int
     size: int
+
+
+def _probes(images: int) -> list[int]:
+    """Return the images that are compared with the index whenever it is opened."""
+    return np.linspace(0, images - 1, min(_PROBES, images)).astype(int).tolist()
+
+
+def _is_there(member: _Member, shards: Sequence[Path]) -> bool:
+    """Return whether an archive has the header of a member where it is expected."""
+    block = read_at(shards[member.shard], member.offset - _BLOCK, _BLOCK)
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    has_name = member.name.isascii() and len(member.name) <= _SHORT_NAME
+    same_name = not has_name or header.name.removeprefix("./") == member.name
+    return same_name and header.size == member.size and header.isreg()
+
+
+def _digest(member: _Member, shards: Sequence[Path]) -> str:
+    return hashlib.sha256(read_at(shards[member.shard], member.offset, member.size)).hexdigest()
 
 
 def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: bool = False) -> Listing:
@@ -294,7 +333,7 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
         images.sort(key=lambda image: (*PurePosixPath(image.name).parts[:-1], "", PurePosixPath(image.name).name))
         written = _classes_by_folder(images, inside)
     else:
-        written = [_class_by_key(labels, image, shards) for image in images]
+        written = [_label_of_image(labels, image, shards).text for image in images]
     sets = {text: split_labels(text) if several else (text,) for text in dict.fromkeys(written)}
     if labels and not several and (joined := next((text for text in sets if SEPARATOR in text), None)):
         raise ValueError(f"{shards[0]} has several labels for an image, {joined!r}; set DATA.MULTI_LABEL True")
@@ -312,29 +351,46 @@ def build_index(shards: Sequence[Path], inside: Sequence[str] = (), *, several: 
         for image, text in zip(images, written, strict=True)
     )
     about: dict[str, Any] = {"shards": [[shard.name, shard.stat().st_size] for shard in shards], "classes": classes}
-    about["skipped"] = dict(skipped)
+    about |= {"version": _VERSION, "skipped": dict(skipped), "labels": []}
+    if labels:
+        probed = [_label_of_image(labels, images[row], shards).member for row in _probes(len(images))]
+        about["labels"] = [[*astuple(member), _digest(member, shards)] for member in probed]
     if several:
         about["sets"] = [[place[name] for name in one] for one in sets.values()]
     return Listing.of(rows, _COLUMNS, about)
 
 
-def _collect(shards: Sequence[Path], inside: Sequence[str]) -> tuple[list[_Member], dict[str, str], Counter[str]]:
-    """Return the images in archives, the labels of those with `<key>.cls` or `<key>.json`, and skipped extensions."""
-    images, labels, skipped = [], {}, Counter()
+class _Label(NamedTuple):
+    text: str
+    member: _Member
+
+
+def _collect(shards: Sequence[Path], inside: Sequence[str]) -> tuple[list[_Member], dict[str, _Label], Counter[str]]:
+    """Return the images in archives, the labels by key of `<key>.cls` or `<key>.json`, and skipped extensions.
+
+    If there are such labels, a sample may have other pictures, such as `<key>.mask.png`, which are skipped.
+    """
+    images, skipped = [], Counter()
+    labels: dict[str, dict[str, _Label]] = {".json": {}, ".cls": {}}
     for number, shard in enumerate(shards):
         for member in _members(shard, number):
             path = PurePosixPath(member.name)
-            if inside and not any(name in path.parts[:-1] for name in inside):
+            # Only the first name decides: a class may have the name of a split.
+            if inside and next((part for part in path.parts[:-1] if part in _EVERY_SPLIT), None) not in inside:
                 continue
             if path.suffix.lower() in image_extensions():
                 images.append(member)
-            elif path.suffix in (".cls", ".json"):
-                label = label_of(read_at(shard, member.offset, member.size), path.suffix)
+            elif (ending := _ending(member.name)) in labels:
+                label = label_of(read_at(shard, member.offset, member.size), ending)
                 if label is not None:
-                    labels[f"{number}/{_key(member.name)}"] = label
+                    labels[ending][f"{number}/{_key(member.name)}"] = _Label(label, member)
             else:
                 skipped[extension_of(path)] += 1
-    return images, labels, skipped
+    by_key = labels[".json"] | labels[".cls"]
+    if by_key:
+        skipped.update(ending for image in images if (ending := _ending(image.name)) not in image_extensions())
+        images = [image for image in images if _ending(image.name) in image_extensions()]
+    return images, by_key, skipped
 
 
 def _members(path: Path, shard: int) -> Iterator[_Member]:
@@ -383,6 +439,11 @@ def _key(name: str) -> str:
     return str(path.parent / path.name.partition(".")[0])
 
 
+def _ending(name: str) -> str:
+    """Return the extension of a file of a sample in lower case: all that follows its key."""
+    return "." + PurePosixPath(name).name.partition(".")[2].lower()
+
+
 def label_of(content: bytes, ending: str) -> str | None:
     """Return the label in a `.cls` or `.json` file of an image; None if there is none."""
     text = content.decode("utf-8", "replace").strip()
@@ -397,7 +458,7 @@ def label_of(content: bytes, ending: str) -> str | None:
     return compose(SEPARATOR.join(map(str, found)) if isinstance(found, list) else str(found))
 
 
-def _class_by_key(labels: dict[str, str], image: _Member, shards: Sequence[Path]) -> str:
+def _label_of_image(labels: dict[str, _Label], image: _Member, shards: Sequence[Path]) -> _Label:
     label = labels.get(f"{image.shard}/{_key(image.name)}")
     if label is None:
         raise ValueError(f"{shards[image.shard]} holds {image.name} without a label; {LAYOUT}")

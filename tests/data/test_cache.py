@@ -6,6 +6,8 @@ import errno
 import multiprocessing
 import os
 import signal
+import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +16,11 @@ import pytest
 from data import build, cache
 from data.build import build_train_loader, open_dataset
 from data.cache import CachedSource
+from data.formats.tar import open_tar
 from data.images import UnreadableImage
 from data.listing import Listing
-from data.sources import ImageSource
+from data.sources import ImageSource, Request
+from tests.data.formats.writers import add_bytes
 from tests.data.samples import small_config, write_folder
 
 
@@ -156,3 +160,22 @@ def test_full_shared_memory_is_reported_in_one_line(
     ):
         CachedSource(source, folder, "run", processes=1, is_main=True)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("system", ["Linux", "Windows"])
+def test_images_of_an_archive_that_is_read_by_several_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    if system == "Windows":
+        monkeypatch.delattr(os, "pread", raising=False)
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for number in range(2000):
+            add_bytes(archive, f"cat/{number:04}.jpg", f"image {number:04}".encode())
+    source = open_tar(Request(path=str(tmp_path), needs=("train",))).train
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        cached = CachedSource(source, tmp_path, "run", processes=1, is_main=True)
+    finally:
+        sys.setswitchinterval(interval)
+    assert [cached.get(index).data for index in range(2000)] == [f"image {n:04}".encode() for n in range(2000)]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
+from pyarrow import parquet
 
 from data.formats.arrow import open_parquet, open_saved
+from data.images import UnreadableImage
 from data.sources import Request
 from tests.data.samples import photograph
 
@@ -136,3 +140,21 @@ def test_missing_and_damaged(tmp_path: Path) -> None:
     (tmp_path / "train.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"train\.parquet cannot be read: "):
         open_parquet(Request(path=str(tmp_path), needs=("train",)))
+
+
+def test_rows_without_a_list_of_labels_have_none(tmp_path: Path) -> None:
+    table(tmp_path, [None, [1, 0], []], List(Value("int64"))).to_parquet(tmp_path / "train.parquet")
+    request = Request(path=str(tmp_path), needs=("train",), multi_label=True)
+    assert np.array_equal(open_parquet(request).train.labels, [[0, 0], [1, 1], [0, 0]])
+    with pytest.raises(ValueError, match=r"column label holds lists of labels; set DATA.MULTI_LABEL True"):
+        open_parquet(replace(request, multi_label=False))
+
+
+@pytest.mark.parametrize("image", [{"bytes": None, "path": None}, {"bytes": None, "path": ""}, None])
+def test_row_without_an_image(tmp_path: Path, image: dict | None) -> None:
+    schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
+    rows = pa.Table.from_pylist([{"image": image, "label": 0}, {"image": None, "label": 0}], schema)
+    parquet.write_table(rows, tmp_path / "train.parquet")
+    images = open_parquet(Request(path=str(tmp_path), needs=("train",))).train
+    with pytest.raises(UnreadableImage, match=r"cannot read image '.*train\.parquet, row 0': the row has no image"):
+        images.get(0)

@@ -300,6 +300,31 @@ def test_long_lists_need_no_writable_cache(tmp_path: Path, monkeypatch: pytest.M
     assert len(opened(write_folder(tmp_path / "photos", GOOD)).train) == 5
 
 
+@pytest.mark.parametrize("changed", ["content", "place"])
+def test_a_kept_list_of_images_in_one_folder_follows_its_list_of_classes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("data.formats.folders.SHARED_FROM", 3)
+    names = [f"ILSVRC2012_val_0000000{number}.JPEG" for number in (1, 2, 3)]
+    root = truth(tmp_path / "photos", "", "val.txt", "".join(f"{name} n01\n" for name in names))
+    for path in (root / "val", root / "val.txt"):
+        os.utime(path, ns=(0, time.time_ns() - 10**11))
+    for _ in range(2):
+        assert opened(root, "val").held_out.labels.tolist() == [0, 0, 0]
+    with monkeypatch.context() as patch:
+        patch.setattr("data.formats.folders._scan", lambda folder: pytest.fail(f"listed {folder} again"))
+        list_images(root / "val")
+    if changed == "content":
+        (root / "val.txt").write_text("".join(f"{name} n02\n" for name in names))
+        os.utime(root / "val.txt", ns=(0, time.time_ns() - 10**10))
+    else:  # an earlier place has precedence
+        (root / "LOC_val_solution.csv").write_text(
+            "ImageId,PredictionString\n" + "".join(f"{n[:-5]},n02 1\n" for n in names)
+        )
+    assert opened(root, "val").held_out.labels.tolist() == [1, 1, 1]
+
+
 def truth(tmp_path: Path, where: str, name: str, content: str) -> Path:
     """Write photos whose held-out ones lie in one folder, and the list of their classes."""
     write_folder(tmp_path, {"train/n01": 2, "train/n02": 1, "train/n03": 1, "val": 0})
@@ -331,11 +356,12 @@ KAGGLE = (
             "".join(f"val/ILSVRC2012_val_0000000{i}.JPEG {name}\n" for i, name in ((1, "n03"), (2, "n01"), (3, "n03"))),
         ),
         ("ILSVRC2012_devkit_t12/data", "ILSVRC2012_validation_ground_truth.txt", "7\n9\n7\n"),
+        ("val", "ILSVRC2012_validation_ground_truth.txt", "7\n9\n7\n"),
     ],
 )
 def test_validation_images_in_one_folder(tmp_path: Path, where: str, name: str, content: str) -> None:
     root = truth(tmp_path, where, name, content)
-    if where.startswith("ILSVRC"):
+    if name.startswith("ILSVRC"):
         synsets = np.array([(7, "n03", "x"), (9, "n01", "y")], dtype=[("ID", "i4"), ("WNID", "O"), ("words", "O")])
         savemat(root / where / "meta.mat", {"synsets": synsets})
     for needs in (("train", "val"), ("val",)):
@@ -380,3 +406,22 @@ def test_link_to_a_parent_folder_is_not_followed(tmp_path: Path) -> None:
     (root / "train/cat/near/loop").symlink_to(root / "train/cat")
     (root / "train/cat/linked").symlink_to(root / "elsewhere")
     assert len(list_images(root / "train")) == 5
+
+
+def test_links_that_lead_to_each_other_are_followed_once(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, {"train/cat": 1, "train/dog": 1})
+    (root / "train/cat/dogs").symlink_to(root / "train/dog")
+    (root / "train/dog/cats").symlink_to(root / "train/cat")
+    listing = list_images(root / "train")
+    assert [listing.name(index) for index in range(len(listing))] == [
+        *(b"cat/0.jpg", b"cat/dogs/0.jpg"),
+        *(b"dog/0.jpg", b"dog/cats/0.jpg"),
+    ]
+
+
+def test_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(write_folder(tmp_path, {"cat": 1, "dog/more": 1}))
+    images = open_folders(Request(path=".", needs=("train",), train=".")).train
+    assert [images.read(index).size for index in range(2)] == 2 * [(48, 36)]
+    assert [images.file_name(index) for index in range(2)] == ["0.jpg", "0.jpg"]
+    assert [list_images(Path()).name(index) for index in range(2)] == [b"cat/0.jpg", b"dog/more/0.jpg"]

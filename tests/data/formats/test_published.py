@@ -123,3 +123,11 @@ def test_processes_download_one_after_the_other(mnist: Path, monkeypatch: pytest
     with ThreadPoolExecutor(3) as processes:
         list(processes.map(open_mnist_digits, 3 * [Request(path=str(mnist), download=True)]))
     assert most == 1
+
+
+def test_mnist_with_a_damaged_compressed_file(mnist: Path) -> None:
+    path = mnist / "train-images-idx3-ubyte.gz"
+    content = path.read_bytes()
+    path.write_bytes(content[:10] + b"\xff" * 10 + content[20:])  # the header is whole
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz cannot be read: .*; download it again"):
+        open_mnist_digits(Request(path=str(mnist)))

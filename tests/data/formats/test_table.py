@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -166,3 +167,12 @@ def test_missing_file_in_another_form_of_unicode(root: Path) -> None:
     says = rf"line 1: there is no file .*/{composed}; {composed} is there in another Unicode normalisation, convert one"
     with pytest.raises(ValueError, match=says):
         opened(root, f"images/{composed},cat\n", "images/5.jpg,cat\n")
+
+
+@pytest.mark.parametrize("header", ["", "path,label\n"])
+def test_one_table_without_a_split_column_is_not_used_for_both_splits(root: Path, header: str) -> None:
+    (root / "all.csv").write_text(f"{header}images/0.jpg,cat\nimages/1.jpg,dog\n")
+    request = Request(path=str(root / "all.csv"))
+    with pytest.raises(ValueError, match=r"\Atable .*all\.csv has no column split, .*; add the column, [^\n]+\Z"):
+        open_table(request)
+    assert len(open_table(replace(request, needs=("val",))).held_out) == 2

@@ -12,6 +12,7 @@ import pytest
 
 from data.formats.tar import open_tar
 from data.images import UnreadableImage
+from data.listing import Listing
 from data.sources import Dataset, Request
 from tests.data.formats.writers import add_bytes, write_shards, write_tar
 from tests.data.samples import photograph, write_folder
@@ -121,6 +122,36 @@ def test_index_of_members_of_other_names(tmp_path: Path) -> None:
         if names[0] == "cat":
             opened(tmp_path, "train")
     assert is_stale(refusal(tmp_path, "train"), "train.tar does not contain cat/0.jpg at the indexed offset")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "says"),
+    [
+        (["3", "7"], ["3", "3"], "train.tar has another label in 1.cls"),
+        (["3", "7"], ["3", "70"], "train.tar does not contain 1.cls at the indexed offset"),
+    ],
+)
+def test_labels_that_were_corrected_after_indexing(
+    tmp_path: Path, before: list[str], after: list[str], says: str
+) -> None:
+    write_labels(tmp_path / "train.tar", before)
+    for _ in range(2):
+        assert opened(tmp_path, "train").train.labels.tolist() == [3, 7]
+    size = (tmp_path / "train.tar").stat().st_size
+    write_labels(tmp_path / "train.tar", after)
+    assert (tmp_path / "train.tar").stat().st_size == size
+    assert is_stale(refusal(tmp_path, "train"), says)
+
+
+def test_index_of_an_older_version_is_built_again(tmp_path: Path) -> None:
+    write_labels(tmp_path / "train.tar", ["3", "7"])
+    opened(tmp_path, "train")
+    current = (tmp_path / "train.index").read_bytes()
+    listing = Listing.load(tmp_path / "train.index")
+    del listing.about["version"]
+    listing.save(tmp_path / "train.index")
+    assert opened(tmp_path, "train").train.labels.tolist() == [3, 7]
+    assert (tmp_path / "train.index").read_bytes() == current
 
 
 def test_archive_in_preallocated_space(root: Path) -> None:
@@ -236,15 +267,46 @@ def test_links_have_no_bytes(tmp_path: Path, photos: Path) -> None:
 
 def test_labels_in_json_and_files_of_other_programs(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "train.tar", "w") as archive:
-        for number, name in enumerate(("x/a.b", "x/c", "x/d")):
+        for number, name in enumerate(("x/a", "x/c", "x/d")):
             add_bytes(archive, f"{name}.jpg", jpeg(number, tmp_path / "a.jpg"))
-            add_bytes(archive, f"{name.partition('.')[0]}.json", f'{{"label": {2 - number}, "width": 48}}'.encode())
+            add_bytes(archive, f"{name}.json", f'{{"label": {2 - number}, "width": 48}}'.encode())
         add_bytes(archive, "x/._a.b.jpg", b"left behind by macOS")
         add_bytes(archive, "__MACOSX/x/a.jpg", b"left behind by macOS")
         add_bytes(archive, "@eaDir/x/a.jpg", b"a preview of network storage")
     dataset = opened(tmp_path, "train")
     assert dataset.classes == ["0", "1", "2"]
     assert [dataset.train.label(index) for index in range(3)] == [2, 1, 0]
+
+
+def test_samples_of_several_files(tmp_path: Path) -> None:
+    """As in `data/formats/stream.py`, the extension begins at the first dot, and `.cls` has precedence."""
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for number in range(2):
+            for ending, content in (
+                *(("JPG", b"image"), ("mask.png", b"mask"), ("depth.png", b"depth")),
+                *(("cls", f"{number}".encode()), ("json", b'{"label": 5}'), ("seg.cls", b"7")),
+            ):
+                add_bytes(archive, f"{number:03}.{ending}", content)
+    dataset = opened(tmp_path, "train")
+    assert [dataset.train.get(index).data for index in range(len(dataset.train))] == [b"image", b"image"]
+    assert (dataset.classes, dataset.train.labels.tolist()) == (["0", "1"], [0, 1])
+    assert dataset.warnings()[0].endswith("2 .cls, 2 .depth.png, 2 .mask.png")
+
+
+def test_class_with_the_name_of_a_split(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "all.tar", "w") as archive:
+        for name in ("train/cat/0.png", "train/train/1.png", "val/train/2.png", "val/test/3.png", "train/test/4.png"):
+            add_bytes(archive, f"cifar100/{name}", name.encode())
+    dataset = opened(tmp_path / "all.tar")
+    assert dataset.classes == ["cat", "test", "train"]
+    for source, names in (
+        (dataset.train, ["train/cat/0.png", "train/test/4.png", "train/train/1.png"]),
+        (dataset.held_out, ["val/test/3.png", "val/train/2.png"]),
+    ):
+        assert [source.get(index).data.decode() for index in range(len(source))] == names
+        assert [dataset.classes[source.label(index)] for index in range(len(source))] == [
+            n.split("/")[1] for n in names
+        ]
 
 
 @pytest.mark.parametrize("ending", ["cls", "json"])
