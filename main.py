@@ -28,7 +28,7 @@ from logger import RunLog
 from training.build import assemble, build_run, resolve_options
 from training.command_line import parse
 from training.evaluation import build_evaluation, build_throughput
-from training.exit_status import FAILED, WRONG_INPUT, report_failure, report_wrong_input
+from training.exit_status import FAILED, is_machine_failure, on_one_line, report_failure, report_wrong_input
 from training.loop import TrainingStopped, train
 from training.output_folder import try_folder
 from training.preview import preview
@@ -45,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         resolve_options(config, world.device)
         job = build_job(args, config, world)
     except (ValueError, OSError) as error:
-        return report_wrong_input(error)
-    except RuntimeError as error:
+        return report_failure(error) if is_machine_failure(error) else report_wrong_input(error)
+    except (RuntimeError, MemoryError) as error:
         return report_failure(error)
     try:
         status = job()
@@ -54,8 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except UnusableImage as error:
         hint = "; repair or delete it, or leave such images out by --opts DATA.BAD_IMAGES skip"
-        report_wrong_input(f"{error}{hint if isinstance(error, UnreadableImage) else ''}", alone=True)
-        return WRONG_INPUT if args.eval else FAILED
+        message = f"{error}{hint if isinstance(error, UnreadableImage) else ''}"
+        if args.eval:
+            return report_wrong_input(message, alone=True)
+        logging.getLogger("dat").error(on_one_line(message))  # in log.txt, too, if rank 0 met it
+        return FAILED
     except TrainingStopped as error:
         # All ranks stop for the same reason, but each reports its own modules.
         if world.is_main or config.TRAIN.ANOMALY_REPORT:
@@ -88,7 +91,10 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     launch = launched_as()
     size = max(launch.size, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))  # of a launcher that has started none yet
     device = pick_device(config.DEVICE, 0, size if launch.size == 1 else launch.local_size)
+    precision = config.AMP
     resolve_options(config, device)
+    if precision == "auto" and device.type == "cpu":  # perhaps in place of a job's GPU, which chooses bf16 or fp16
+        config.AMP = precision
     world, lines, warnings = World(0, size, 0, torch.device("cpu")), [], []
     if args.throughput:
         summary = build_throughput(config, world).size()

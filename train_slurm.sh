@@ -20,6 +20,8 @@ if [[ ${1:-} == --inside-job ]]; then
     folder=$(mktemp -d "$2/$SLURM_JOB_ID.XXXXXX") # shared by all nodes
     trap 'rm -rf "$folder"' EXIT
     shift 2
+    [[ ${SLURM_RESTART_COUNT:-0} != 0 ]] || DAT_LAUNCHED=$(date +%s) # a requeued job keeps the time of its submission
+    export DAT_LAUNCHED
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK # srun does not inherit it from sbatch
     for ((restart = 0; ; restart++)); do
         highest=0
@@ -69,6 +71,8 @@ flags+=(--signal "USR1@${GRACE:-180}" --output "$root/output/slurm/%x-%j.log" --
 [[ -z ${PARTITION:-} ]] || flags+=(--partition "$PARTITION")
 $cpu_only || flags+=(--gres "gpu:$per_node")
 mkdir -p "$root/output/slurm"
+DAT_LAUNCHED=$(date +%s)
+export DAT_LAUNCHED # sbatch passes it to the job
 # shellcheck disable=SC2086  # SBATCH_FLAGS holds several words on purpose
 exec sbatch "${flags[@]}" ${SBATCH_FLAGS:-} "$root/train_slurm.sh" --inside-job "$root/output/slurm" \
     "$python" "$root/main.py" --cfg "$config" --tag "$name" "$@"

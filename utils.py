@@ -96,6 +96,8 @@ def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
         if count == 0:
             raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver")
         if local_size > count:
+            if _has_own_gpus(local_size):
+                return torch.device("cuda", 0)
             raise ValueError(
                 f"{local_size} processes were started here, but this machine has {count} GPU{'s' * (count > 1)}; "
                 f"start at most {count}, or use --device cpu"
@@ -104,6 +106,17 @@ def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
     if name == "mps" and (not torch.backends.mps.is_available() or local_size > 1):
         raise ValueError("--device mps: needs an Apple GPU and a single process; use --device cpu")
     return torch.device(name)
+
+
+def _has_own_gpus(local_size: int) -> bool:
+    """Return whether a launcher gave each process GPUs of its own, so that it sees no others."""
+    if launched_as().size == 1:
+        return False
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:  # srun counts the GPUs of all tasks on this machine
+        return int(os.environ.get("SLURM_GPUS_ON_NODE", "0")) >= local_size
+    # torchrun passes the variable of the user to all processes.
+    visible = "" if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return bool(visible) and "," not in visible
 
 
 def init_world(device_name: str) -> World:
@@ -189,19 +202,29 @@ def fail_together() -> Iterator[None]:
     """If the block raises on any rank, raise that error on all of them.
 
     Raises:
-        ValueError: with the message of the first rank that met a ValueError or OSError.
+        ValueError: that of the first rank that met an error.
+        OSError: likewise, with its number.
     """
     error = None
     try:
         yield
     except (ValueError, OSError) as met:
         error = met
-    messages = [error and str(error)]
+    errors = [error and _as_built_in(error)]
     if dist.is_initialized():
-        messages *= dist.get_world_size()
-        dist.all_gather_object(messages, messages[0])
-    if found := next(filter(None, messages), None):
-        raise ValueError(found) from error
+        errors *= dist.get_world_size()
+        dist.all_gather_object(errors, errors[0])
+    found = next((there for there in errors if there is not None), None)
+    if found is not None:
+        raise found from error
+
+
+def _as_built_in(error: ValueError | OSError) -> ValueError | OSError:
+    """Return a copy of `error` that can be sent to other processes; subclasses of libraries need not allow that."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, error.strerror, error.filename, None, error.filename2)
+    kind = next(kind for kind in (TimeoutError, OSError, ValueError) if isinstance(error, kind))
+    return kind(str(error) or type(error).__name__)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import pickle
+import re
 import sys
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import torch
 import main
 import utils
 from config import load_config
-from tests.runs import ROOT, run_command
+from tests.runs import ROOT, run_command, write_config
 from training.build import resolve_options
 from training.command_line import parse
 
@@ -66,6 +69,87 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
     assert utils.pick_device("cpu", 3, 4) == torch.device("cpu")
     with pytest.raises(ValueError, match="4 processes were started here, but this machine has 2 GPUs; start at most 2"):
         utils.pick_device("", 3, 4)
+
+
+BOUND = {"CUDA_VISIBLE_DEVICES": "0"}
+SHARED = "4 processes were started here, but this machine has 1 GPU;"
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({**SRUN, "SLURM_GPUS_ON_NODE": "4"}, ""),  # srun --ntasks=4 --gpus-per-task=1
+        ({**SRUN, "SLURM_GPUS_ON_NODE": "4", **BOUND}, ""),
+        ({**SRUN, "SLURM_GPUS_ON_NODE": "1", **BOUND}, SHARED),  # srun --ntasks=4 --gpus=1
+        ({**SRUN, **BOUND}, SHARED),
+        ({**TORCHRUN, **BOUND}, ""),  # another launcher that sets the variables of torchrun
+        ({**TORCHRUN, "TORCHELASTIC_RUN_ID": "none", **BOUND}, SHARED),
+        ({**TORCHRUN, "SLURM_GPUS_ON_NODE": "4"}, SHARED),
+        (TORCHRUN, SHARED),
+        ({"LOCAL_WORLD_SIZE": "4", **BOUND}, SHARED),  # the check before a launch
+        ({}, SHARED),
+    ],
+)
+def test_a_process_with_a_gpu_of_its_own_uses_that_one(
+    environment: pytest.MonkeyPatch, variables: dict[str, str], says: str
+) -> None:
+    for name in ("CUDA_VISIBLE_DEVICES", "TORCHELASTIC_RUN_ID"):
+        environment.delenv(name, raising=False)
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    environment.setattr(torch.cuda, "is_available", lambda: True)
+    environment.setattr(torch.cuda, "device_count", lambda: 1)
+    if says:
+        with pytest.raises(ValueError, match=says):
+            utils.pick_device("cuda", 3, 4)
+    else:
+        assert utils.pick_device("", 3, 4) == torch.device("cuda", 0)
+
+
+class OfALibrary(OSError):
+    """An error that does not survive being sent to another process."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(f"{file}: {reason}")
+
+
+def fail_together(error: Exception | None) -> None:
+    """Raise the error of this rank, if any, where all ranks fail together."""
+    with utils.fail_together():
+        if error:
+            raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "says"),
+    [
+        (ValueError("is wrong"), ValueError, "is wrong"),
+        (ValueError(), ValueError, "ValueError"),
+        (UnicodeDecodeError("utf-8", b"x", 0, 1, "bad"), ValueError, "'utf-8' codec can't decode byte 0x78 "),
+        (TimeoutError(), TimeoutError, "TimeoutError"),
+        (OfALibrary("a.arrow", "is wrong"), OSError, "a.arrow: is wrong"),
+        (OSError(errno.EIO, "it failed", "a.jpg"), OSError, f"[Errno {errno.EIO}] it failed: 'a.jpg'"),
+        (OSError(errno.EXDEV, "it failed", "a", None, "b"), OSError, f"[Errno {errno.EXDEV}] it failed: 'a' -> 'b'"),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("rank", [None, 0, 1])
+def test_an_error_of_one_rank_is_raised_on_all(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[Exception], says: str, rank: int | None
+) -> None:
+    def gather(gathered: list, here: object) -> None:
+        assert (here is None) == (rank == 1)
+        there = None if rank == 0 else utils._as_built_in(error)
+        gathered[:] = [pickle.loads(pickle.dumps(value)) for value in (here, there)]
+
+    if rank is not None:
+        monkeypatch.setattr(utils.dist, "is_initialized", lambda: True)
+        monkeypatch.setattr(utils.dist, "get_world_size", lambda: 2)
+        monkeypatch.setattr(utils.dist, "all_gather_object", gather)
+    with pytest.raises(kind, match=f"^{re.escape(says)}") as caught:
+        fail_together(None if rank == 1 else error)
+    assert caught.type is kind
+    assert getattr(caught.value, "errno", None) == getattr(error, "errno", None)
 
 
 def test_first_host_of_a_slurm_job_is_the_master_address(environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -148,6 +232,12 @@ def test_check_before_a_launch_resolves_the_precision_of_the_gpu(monkeypatch: py
     args, config = parse(["--cfg", str(ROOT / "configs" / "digits.yaml"), "--amp"])
     assert main.check(args, config) == 0
     assert config.AMP == "fp16"
+
+
+def test_check_on_another_machine_leaves_the_precision_open(tmp_path: Path) -> None:
+    args, config = parse(["--cfg", str(write_config(tmp_path)), "--output", str(tmp_path / "output"), "--amp"])
+    assert main.check(args, config) == 0
+    assert config.AMP == "auto"
 
 
 @pytest.mark.parametrize("option", [("COMPILE", True), ("MODEL.DAT.attn_drop_rate", 0.1)])

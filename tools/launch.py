@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
@@ -54,6 +55,8 @@ def main(words: Sequence[str]) -> int:
         return 2
     restarts = int(wanted)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    if os.environ.get("SLURM_RESTART_COUNT", "0") == "0":  # a requeued job also continues from before this launch
+        os.environ["DAT_LAUNCHED"] = str(time.time())
     if hasattr(signal, "SIGUSR1"):  # not on Windows
         signal.signal(signal.SIGUSR1, _stop)  # as torchrun does for the other signals
     try:

@@ -19,8 +19,8 @@ import shutil
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -33,6 +33,7 @@ from torch import nn
 from data.wording import counted
 from models.contract import classifier
 from models.options import did_you_mean
+from training.exit_status import is_machine_failure, is_out_of_memory
 from utils import STAGED
 
 FORMAT = 1
@@ -59,6 +60,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is missing, damaged, not a checkpoint, or contains any other pickled class.
+        OSError: the machine failed to read it, so it need not be damaged.
+        MemoryError: out of memory; PyTorch raises a RuntimeError.
     """
     path = fetch(str(path)) if "://" in str(path) else Path(path)
     begin = _first_bytes(path)
@@ -66,10 +69,18 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         return _load_safetensors(path)
     if kind := _other_archive(path):
         raise ValueError(f"{path} is {kind}")
+    with _naming_file(path):
+        loaded = _unpickle(path)
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} contains a {type(loaded).__name__}, not a dict with `model`")
+    return loaded
+
+
+def _unpickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_PLAIN):
             warnings.simplefilter("ignore")  # problems are reported below, in one line
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error)
         if "Unsupported global" in reason or "GLOBAL" in reason:
@@ -78,11 +89,21 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
                 f"{path} contains a pickled {name}, which could execute code when loaded; it is rejected"
             ) from None
         raise ValueError(f"{path} is damaged or not a PyTorch checkpoint") from None
-    except Exception as error:  # torch.load can raise any exception on a damaged file
+    except Exception as error:  # torch.load can raise any other exception on a damaged file, also an OSError
+        if is_machine_failure(error) or is_out_of_memory(error):
+            raise
         raise ValueError(f"{path} is damaged, truncated or not a PyTorch checkpoint ({type(error).__name__})") from None
-    if not isinstance(loaded, dict):
-        raise ValueError(f"{path} contains a {type(loaded).__name__}, not a dict with `model`")
-    return loaded
+
+
+@contextmanager
+def _naming_file(path: Path) -> Iterator[None]:
+    """Add the path to failures of the machine, and raise other errors of reading the file as `ValueError`."""
+    try:
+        yield
+    except OSError as error:
+        if is_machine_failure(error):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
 def _first_bytes(path: Path) -> bytes:
@@ -90,17 +111,15 @@ def _first_bytes(path: Path) -> bytes:
 
     Raises:
         ValueError: the file is missing, cannot be read, is empty or a text page.
+        OSError: the machine failed to read it.
     """
     if path.is_dir():
         raise ValueError(f"checkpoint {path} is a folder; name a file in it")
     if not path.is_file():
         beside = {file.name: file for file in path.parent.glob("*.pth")}
         raise ValueError(f"checkpoint {path} does not exist{did_you_mean(path.name, beside, shown=beside)}")
-    try:
-        with path.open("rb") as file:
-            begin = file.read(512)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    with _naming_file(path), path.open("rb") as file:
+        begin = file.read(512)
     text = begin.lstrip().lower()
     if not text or text.startswith((b"<", b"version https://git-lfs")):
         kind = "a text page, not a checkpoint" if text else "empty"
@@ -221,16 +240,21 @@ class CheckpointFolder:
             staged.unlink(missing_ok=True)
         _sync(self.folder)
 
-    def newest(self, warn: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
-        """Return path and content of the newest readable checkpoint, or None if there is no checkpoint.
+    def newest(self, warn: Callable[[str], None], *, since: float = 0) -> tuple[Path, dict[str, Any]] | None:
+        """Return path and content of the newest undamaged checkpoint, or None if there is no checkpoint.
+
+        Args:
+            warn: receives a line for each damaged one that is passed over.
+            since: only consider files written at this time or later, in seconds since 1970.
 
         Raises:
-            ValueError: there are checkpoints, but none can be read.
+            ValueError: there are checkpoints, but all are damaged.
+            OSError: the machine failed to read one.
         """
         candidates = [self.folder / "last.pth", self.folder / "previous.pth", *reversed(self._epochs())]
         broken = []
         for path in candidates:
-            if not path.exists():
+            if not path.exists() or path.stat().st_mtime < since:
                 continue
             try:
                 state = load_checkpoint(path)
@@ -248,7 +272,7 @@ class CheckpointFolder:
         """Return the epoch of `best.pth`; 0 if it does not exist or cannot be read."""
         try:
             return load_checkpoint(self.folder / "best.pth").get("best_epoch", 0)
-        except ValueError:
+        except (ValueError, OSError, MemoryError, RuntimeError):
             return 0
 
     def _epochs(self) -> list[Path]:

@@ -6,6 +6,7 @@ restart the run; 128 + n: stopped by signal n.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import sys
@@ -18,6 +19,23 @@ FAILED = 1
 WRONG_INPUT = 2
 # EX_TEMPFAIL in sysexits.h: retrying may help.
 LOST_PEER = 75
+
+# A disk, a file server or the network failed, or the machine lacks memory; no system has all of these errors.
+_OF_THE_MACHINE = {
+    number
+    for name in (
+        *("EIO", "EREMOTEIO", "ESTALE", "ENFILE", "ENOMEM", "ENOLINK", "ECOMM", "ENOTCONN"),
+        *("EHOSTDOWN", "EHOSTUNREACH", "ENETDOWN", "ENETRESET", "ENETUNREACH"),
+    )
+    if (number := getattr(errno, name, None)) is not None
+}
+
+
+def is_machine_failure(error: Exception) -> bool:
+    """Return whether the machine, a file server or the network failed, so that retrying may help."""
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    return isinstance(error, OSError) and error.errno in _OF_THE_MACHINE
 
 
 def report_wrong_input(error: Exception | str, *, alone: bool = False) -> int:
@@ -44,7 +62,7 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
     log = logging.getLogger("dat")
     if isinstance(error, OSError) or _is_lost_worker(error):
         reason = on_one_line((str(error).strip() or type(error).__name__).splitlines()[-1])
-        if isinstance(error, (ConnectionError, EOFError)):
+        if _is_broken_socket(error):
             reason = f"DataLoader worker died while sending a batch: {reason}"
         hint = " (fewer DATA.NUM_WORKERS need less memory)" if _is_lost_worker(error) else ""
         if "shared memory" in reason:
@@ -55,7 +73,7 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
         if launched_as().rank == 0:
             log.error(str(error))
         return FAILED
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         log.error(
             "out of memory; reduce --batch-size and raise --accumulation-steps, pass --use-checkpoint, or use a "
             "smaller network"
@@ -81,10 +99,15 @@ def _is_lost_worker(error: Exception) -> bool:
 
     PyTorch raises a plain RuntimeError. If the worker dies before its batch is received, the socket fails instead.
     """
-    return isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error)
+    return _is_broken_socket(error) or "DataLoader worker" in str(error)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_broken_socket(error: Exception) -> bool:
+    """Return whether the connection to a worker failed; an error of a file on another machine names the file."""
+    return isinstance(error, (ConnectionError, EOFError)) and getattr(error, "filename", None) is None
+
+
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether `error` means out of memory; on the CPU PyTorch raises a plain RuntimeError."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from pathlib import Path
 from types import NoneType
 from typing import Any, NamedTuple
@@ -50,9 +52,11 @@ def find_resumed(config: CfgNode, task: Task, *, training_images: int) -> Resume
         ValueError: it cannot be resumed with this config.
     """
     found, warnings = None, []
-    if config.TRAIN.AUTO_RESUME or was_restarted():
+    since = _accepted_since(auto_resume=config.TRAIN.AUTO_RESUME)
+    if since < math.inf:
         try:
-            found = CheckpointFolder(config.run_folder, keep=config.KEEP_CHECKPOINTS).newest(warnings.append)
+            folder = CheckpointFolder(config.run_folder, keep=config.KEEP_CHECKPOINTS)
+            found = folder.newest(warnings.append, since=since)
         except ValueError as error:
             if not config.MODEL.RESUME:
                 raise
@@ -73,6 +77,17 @@ def find_resumed(config: CfgNode, task: Task, *, training_images: int) -> Resume
             "the config.yaml next to the checkpoint has its options"
         )
     return Resumed(path, state, warnings + [f"continuing with other options: {change}" for change in changes])
+
+
+def _accepted_since(*, auto_resume: bool) -> float:
+    """Return the time in seconds since 1970 from which on checkpoints of the output folder belong to this run.
+
+    Without TRAIN.AUTO_RESUME the first start accepts none, and a restart those written since the launch: the run may
+    have died before it had set the files of an earlier run aside. torchrun alone does not tell when it was launched.
+    """
+    if auto_resume:
+        return 0
+    return float(os.environ.get("DAT_LAUNCHED", "0")) if was_restarted() else math.inf
 
 
 def _began_from(state: dict[str, Any]) -> str:
@@ -154,7 +169,7 @@ def config_changes(
     changes = [
         f"{key}: {before!r} in the checkpoint, {now!r} now"
         for key, before, now in differences(complete(written_config(checkpoint)), config)
-        if key not in free
+        if key not in free and not (key == "AMP" and _may_become(now, before))
     ]
     if checkpoint["images_per_update"] != images_per_update:
         changes.append(
@@ -164,3 +179,8 @@ def config_changes(
     if (before := checkpoint.get("training_images", training_images)) != training_images:
         changes.append(f"training images: {before} in the checkpoint, {training_images} now")
     return changes
+
+
+def _may_become(now: str, before: str) -> bool:
+    """Return whether the GPU of the run may choose the precision of its checkpoint; only `--check` leaves that open."""
+    return now == "auto" and before != "off"

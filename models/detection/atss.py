@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
+from . import queries
 from .initial_weights import set_prior
 from .positives import Positives
 
@@ -44,6 +45,8 @@ class ATSSHead(nn.Module):
     ) -> tuple[dict[str, Tensor], list[Positives]]:
         """Return the losses for maps ``[B, C, h, w]``, and the positive samples of each image.
 
+        The losses are divided by numbers of positive samples that are averaged over ranks.
+
         Args:
             maps: maps of the encoder, finest first.
             strides: strides of the maps in pixels.
@@ -68,13 +71,14 @@ class ATSSHead(nn.Module):
         positive_anchors = torch.cat([one.boxes for one in positives])
         predicted = self.coder.decode_single(changes[positive].float(), positive_anchors)
         wanted = _centerness(positive_anchors, boxes)
-        number = positive.sum().clamp(min=1)
+        totals = torch.stack([positive.sum().float(), wanted.sum()])
+        number, centerness_sum = queries._mean_over_ranks(totals).clamp(min=1)
         focal = sigmoid_focal_loss(logits.float(), classes, alpha=0.25, gamma=2.0, reduction="sum")
         giou = generalized_box_iou_loss(predicted, boxes) * wanted
         entropy = F.binary_cross_entropy_with_logits(centerness[positive].float(), wanted, reduction="sum")
         losses = {
             "class": focal / number,
-            "box": BOX_WEIGHT * giou.sum() / wanted.sum().clamp(min=1e-6),
+            "box": BOX_WEIGHT * giou.sum() / centerness_sum,
             "centerness": entropy / number,
         }
         return losses, positives

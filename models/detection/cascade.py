@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.ops import clip_boxes_to_image
 
+from .mask_loss import mask_loss
 from .mask_rcnn import TwoStageDetector
 from .pyramid import AlignedPool
 
@@ -25,6 +26,8 @@ _WEIGHTS = (1.0, 0.5, 0.25)
 
 class CascadeMaskRCNN(TwoStageDetector):
     """Cascade Mask R-CNN with class-agnostic box regression."""
+
+    proposals_in_training = 2
 
     def build_heads(
         self,
@@ -113,17 +116,12 @@ class CascadeHeads(RoIHeads):
             box_loss = F.smooth_l1_loss(offsets[positive], torch.cat(wanted)[positive], reduction="sum")
             has_object = [region_labels > 0 for region_labels in labels]
             boxes = [region[mask] for region, mask in zip(regions, has_object, strict=True)]
-            mask_loss = maskrcnn_loss(
-                stage.masks(self.mask_roi_pool(maps, boxes)),
-                boxes,
-                [target["masks"] for target in targets],
-                [target["labels"] for target in targets],
-                [match[mask] for match, mask in zip(matched, has_object, strict=True)],
-            )
+            objects = [match[mask] for match, mask in zip(matched, has_object, strict=True)]
+            of_masks = mask_loss(stage.masks(self.mask_roi_pool(maps, boxes)), boxes, targets, objects)
             losses |= {
                 f"classifier_{number}": weight * F.cross_entropy(logits, label),
                 f"box_reg_{number}": weight * box_loss / len(label),
-                f"mask_{number}": weight * mask_loss,
+                f"mask_{number}": weight * of_masks,
             }
             refined = self._refined(coder, offsets.detach(), regions, sizes)
             # `select_training_samples` added the true boxes, and does so again in the next stage.

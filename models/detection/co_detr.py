@@ -31,7 +31,9 @@ class CoDETR(DINO):
         backbone: maps images to feature maps; has ``channels`` and ``strides``.
         num_classes: number of classes, without "no object".
         positive_queries: largest number of positive samples per head and image that become queries.
-        head_weight: weight of the losses of the heads: the second lambda of the paper, whose first lambda is 1.
+        head_weight: weight of the losses of the heads: the second lambda of the paper, whose first lambda is 1. As in
+            the authors' configs, it is multiplied by the number of decoder layers, over which the other losses are
+            summed.
         **options: options of `DINO`.
     """
 
@@ -68,5 +70,5 @@ class CoDETR(DINO):
             queries, assignment = as_queries(some, batch.image_sizes, self.positive_contents[i], GROUPS[name])
             extra.append(queries)
             assignments[f"{name}_queries"] = assignment
-            losses[name] = self.head_weight * sum(named.values())
+            losses[name] = self.head_weight * self.transformer.config.decoder_layers * sum(named.values())
         return extra, assignments, losses

@@ -52,4 +52,5 @@ def _noised(boxes: Tensor, positive: Tensor, scale: float) -> Tensor:
     signs = torch.randint_like(corners, 2) * 2 - 1
     far = torch.rand_like(corners) + (~positive).unsqueeze(-1)
     moved = (corners + signs * far * halves * scale).clamp(0, 1)
-    return box_convert(moved, "xyxy", "cxcywh")
+    # Opposite corners of negatives may pass each other. The side is then 0, as in the authors' code, not negative.
+    return box_convert(moved, "xyxy", "cxcywh").clamp(min=0)

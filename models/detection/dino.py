@@ -65,7 +65,7 @@ class DINO(SetDetector):
         label_noise: twice the probability that a denoising query gets a random label.
         box_noise: scale of the noise of the corners of a box, in halves of its sides.
         mixed_query_selection: whether the contents of queries are learned; otherwise they are computed from the
-            positions of the best proposals.
+            positions of the best proposals, which have a single class, and the encoder's loss covers all pixels.
         anchor_positions: whether the positions of queries follow their boxes from layer to layer, as in DAB-DETR.
         look_forward_twice: whether the loss of a layer's boxes also trains the previous layer.
         **arguments: arguments of transformers' `DeformableDetrConfig`, such as ``d_model``.
@@ -171,17 +171,22 @@ class DINO(SetDetector):
         return memory._replace(features=encoded.last_hidden_state)
 
     def select_queries(self, memory: Memory) -> tuple[tuple[Tensor, Tensor], Queries]:
-        """Return logits and boxes of the encoder's proposals, and the queries initialised from the best proposals."""
+        """Return logits and boxes of the encoder's proposals, and the queries initialised from the best proposals.
+
+        The proposals are those that the loss covers: the best ones in DINO, all in Deformable DETR.
+        """
         decoder = self.transformer.decoder
         features, priors = self.transformer.gen_encoder_output_proposals(memory.features, ~memory.mask, memory.shapes)
         logits, boxes = decoder.class_embed[-1](features), decoder.bbox_embed[-1](features) + priors
         # Proposals have the classes of the data set in DINO, but only one class, "object", in Deformable DETR.
         score = logits[..., 0] if self.contents is None else logits.amax(-1)
         best = score.topk(min(self.num_queries, score.shape[1]), dim=1).indices.unsqueeze(-1)
-        anchors = boxes.gather(1, best.expand(-1, -1, 4)).detach()
+        selected = boxes.gather(1, best.expand(-1, -1, 4))
+        anchors = selected.detach()
         if self.contents is None:
             contents = self._from_positions(anchors)[1]
         else:
+            logits, boxes = logits.gather(1, best.expand(-1, -1, logits.shape[-1])), selected
             contents = self.contents.weight[: anchors.shape[1]].expand(anchors.shape[0], -1, -1)
         return (logits, boxes.sigmoid()), Queries.matched(contents, anchors.sigmoid())
 
@@ -220,7 +225,7 @@ class DINO(SetDetector):
         """Return the losses of proposals, matched queries and additional queries, summed over layers.
 
         Args:
-            proposals: logits ``[B, Q, classes]`` and boxes ``[B, Q, 4]`` of the encoder.
+            proposals: logits ``[B, Q, classes]`` and boxes ``[B, Q, 4]`` of the encoder, see `select_queries`.
             layers: logits and boxes of each layer of the decoder, the additional queries first.
             truth: the objects.
             extra: assigned objects of each set of additional queries, by name, in the order of the queries.

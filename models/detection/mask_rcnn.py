@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 
 from ..backbone import DATBackbone, TimmBackbone
 from .detector import Detector, pad_images
-from .pyramid import AlignedPool, Anchors, Pyramid
+from .mask_loss import mask_loss
+from .proposals import RegionProposals
+from .pyramid import AlignedPool, Pyramid
 
 
 class TwoStageDetector(Detector):
@@ -27,10 +28,15 @@ class TwoStageDetector(Detector):
         channels: channels of the pyramid and of the mask head.
         hidden: width of the two hidden layers of the box head.
         anchor_scale: side of a square anchor, as a multiple of the stride.
-        proposals: number of proposals per image.
+        proposals: number of proposals per image in evaluation; training uses `proposals_in_training` times as many.
         samples: number of proposals per image that train the heads.
         detection: ``score_thresh``, ``nms_thresh`` and ``detections_per_img`` of torchvision's `RoIHeads`.
+
+    Attributes:
+        proposals_in_training: number of proposals per image in training, as a multiple of those in evaluation.
     """
+
+    proposals_in_training = 1
 
     def __init__(
         self,
@@ -46,17 +52,12 @@ class TwoStageDetector(Detector):
     ) -> None:
         super().__init__(backbone)
         self.neck = Pyramid(backbone.channels, backbone.strides, width=channels, convolved=False)
-        anchors = Anchors(self.neck.strides, scales=[anchor_scale])
-        self.rpn = RegionProposalNetwork(
-            anchors,
-            RPNHead(channels, anchors.num_anchors_per_location()[0]),
-            fg_iou_thresh=0.7,
-            bg_iou_thresh=0.3,
-            batch_size_per_image=256,
-            positive_fraction=0.5,
-            pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
-            post_nms_top_n={"training": proposals, "testing": proposals},
-            nms_thresh=0.7,
+        self.rpn = RegionProposals(
+            channels,
+            self.neck.strides,
+            anchor_scale=anchor_scale,
+            candidates={"training": 2 * proposals, "testing": proposals},
+            proposals={"training": self.proposals_in_training * proposals, "testing": proposals},
         )
         settings = {
             "fg_iou_thresh": 0.5,
@@ -131,10 +132,10 @@ class MaskRCNN(TwoStageDetector):
         mask_pool: AlignedPool,
         settings: dict[str, Any],
     ) -> RoIHeads:
-        return RoIHeads(
+        return _Heads(
             box_pool,
             TwoMLPHead(channels * 7**2, hidden),
-            FastRCNNPredictor(hidden, classes),
+            _BoxPredictor(hidden, classes),
             mask_roi_pool=mask_pool,
             mask_head=MaskRCNNHeads(channels, [channels] * 4, dilation=1),
             mask_predictor=MaskRCNNPredictor(channels, channels, classes),
@@ -145,3 +146,35 @@ class MaskRCNN(TwoStageDetector):
         heads = self.roi_heads
         heads.box_predictor(heads.box_head(for_boxes))
         heads.mask_predictor(heads.mask_head(for_masks))
+
+
+class _BoxPredictor(FastRCNNPredictor):
+    """Returns float32: torchvision computes boxes in the precision of the offsets, half precision under autocast."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits, offsets = super().forward(x)
+        return logits.float(), offsets.float()
+
+
+class _Heads(RoIHeads):
+    """torchvision's heads with `mask_loss`, as torchvision's masks are half a pixel off."""
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: Sequence[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        """Return detections and losses. Detections are empty in training, losses in evaluation."""
+        if not self.training:
+            return super().forward(features, proposals, image_shapes)
+        regions, matched, labels, wanted = self.select_training_samples(proposals, targets)
+        found = self.box_predictor(self.box_head(self.box_roi_pool(features, regions)))
+        class_loss, box_loss = fastrcnn_loss(*found, labels, wanted)
+        has_object = [of_image > 0 for of_image in labels]
+        boxes = [region[mask] for region, mask in zip(regions, has_object, strict=True)]
+        objects = [match[mask] for match, mask in zip(matched, has_object, strict=True)]
+        logits = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes)))
+        losses = {"loss_classifier": class_loss, "loss_box_reg": box_loss}
+        return [], losses | {"loss_mask": mask_loss(logits, boxes, targets, objects)}

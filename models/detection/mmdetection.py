@@ -69,8 +69,6 @@ def _renamed(name: str, laterals: int) -> str:
 def _with_background_first(name: str, value: Tensor) -> Tensor:
     if ".fc_cls." in name:
         return value.roll(1, dims=0)
-    of_each_class = ".conv_logits." in name or (".fc_reg." in name and len(value) > 4)
-    if not of_each_class:
-        return value
-    rows = 4 if ".fc_reg." in name else 1
+    # Mask R-CNN has a box per class; the stages of a cascade, which have numbers, have one for all classes.
+    rows = 1 if ".conv_logits." in name else 4 if ".bbox_head.fc_reg." in name else 0
     return torch.cat([value.new_zeros(rows, *value.shape[1:]), value])

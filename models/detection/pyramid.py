@@ -112,12 +112,13 @@ class AlignedPool(nn.Module):
         """Return ``[regions, channels, size, size]`` for the boxes ``[n, 4]`` of each image."""
         levels = list(maps.values())[: len(self._strides)]
         image = torch.cat([torch.full_like(b[:, :1], i) for i, b in enumerate(boxes)])
-        regions = torch.cat([image, torch.cat(list(boxes))], dim=1)
+        regions = torch.cat([image, torch.cat(list(boxes))], dim=1).float()
         sides = ((regions[:, 3] - regions[:, 1]) * (regions[:, 4] - regions[:, 2])).clamp(min=0).sqrt()
         chosen = torch.log2(2 * sides / self._second + 1e-6).floor().clamp(0, len(levels) - 1)
         pooled = levels[0].new_zeros(len(regions), levels[0].shape[1], self._size, self._size)
         for level, (x, stride) in enumerate(zip(levels, self._strides, strict=True)):
             here = torch.where(chosen == level)[0]
-            part = roi_align(x, regions[here].to(x.dtype), self._size, 1 / stride, sampling_ratio=0, aligned=True)
+            # In float32, since half precision would round coordinates by up to several pixels.
+            part = roi_align(x.float(), regions[here], self._size, 1 / stride, sampling_ratio=0, aligned=True)
             pooled = pooled.index_put((here,), part.to(pooled.dtype))
         return pooled

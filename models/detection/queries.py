@@ -94,13 +94,17 @@ class Targets:
 def match(logits: Tensor, boxes: Tensor, truth: Targets) -> Assignment:
     """Return the matching of queries and objects with the lowest cost, by transformers' Hungarian matcher.
 
+    The matcher raises an error for NaN, which would stop this rank while the others wait for it. NaN is therefore
+    replaced; the losses of the matched queries still contain it, so that all ranks skip the update.
+
     Args:
         logits: ``[B, Q, classes]``.
         boxes: ``[B, Q, 4]`` (cx, cy, w, h), relative to the sides of the image.
         truth: the objects.
     """
     matcher = DeformableDetrHungarianMatcher(CLASS_COST, L1_COST, GIOU_COST)
-    pairs = matcher({"logits": logits.float(), "pred_boxes": boxes.float()}, truth.images)
+    predictions = {"logits": logits.float().nan_to_num(), "pred_boxes": boxes.float().nan_to_num(0.5)}
+    pairs = matcher(predictions, truth.images)
     assignment = torch.full(logits.shape[:2], NO_OBJECT, device=logits.device)
     for row, (queries, objects) in zip(assignment, pairs, strict=True):
         row[queries.to(row.device)] = objects.to(row.device)
@@ -130,6 +134,19 @@ def set_losses(logits: Tensor, boxes: Tensor, assignment: Assignment, truth: Tar
         "l1": L1_WEIGHT * (found - wanted).abs().sum() / number,
         "giou": GIOU_WEIGHT * generalized_box_iou_loss(*corners, reduction="sum") / number,
     }
+
+
+def all_ranks_factor(objects: int, device: torch.device) -> Tensor:
+    """Return the factor that turns a loss divided by the objects of a rank into one divided by their mean over ranks.
+
+    The gradient, which is averaged over ranks, is then that of one process with all images. Every rank must call it.
+
+    Args:
+        objects: number of objects of this rank.
+        device: device of the factor.
+    """
+    own = torch.tensor(objects, device=device)
+    return own.clamp(min=1) / _mean_over_ranks(own).clamp(min=1)
 
 
 def _mean_over_ranks(count: Tensor) -> Tensor:

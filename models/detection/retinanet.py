@@ -8,12 +8,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection._utils import BoxCoder
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, sigmoid_focal_loss
 
 from ..backbone import DATBackbone, TimmBackbone
 from .detector import Detector, pad_images
+from .matching import AnchorMatcher
 from .pyramid import Anchors, Pyramid
 
 _SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
@@ -53,7 +54,7 @@ class RetinaNet(Detector):
         self.anchors = Anchors(self.neck.strides, scales=[anchor_scale * scale for scale in _SCALES])
         norm = partial(nn.GroupNorm, norm_groups) if norm_groups else None
         self.head = RetinaNetHead(channels, self.anchors.num_anchors_per_location()[0], num_classes, norm)
-        self._matcher = Matcher(0.5, 0.4, allow_low_quality_matches=True)
+        self._matcher = AnchorMatcher(0.5, 0.4, best_iou=0.0)
         self._coder = BoxCoder((1.0, 1.0, 1.0, 1.0))
         self._score_threshold = score_threshold
         self._nms_threshold = nms_threshold
@@ -98,7 +99,7 @@ class RetinaNet(Detector):
             chosen = matches[i][positive[i]]
             wanted[i, positive[i], target["labels"][chosen]] = 1.0
             boxes.append(self._coder.encode_single(target["boxes"][chosen], anchors[i][positive[i]]))
-        counted = matches != Matcher.BETWEEN_THRESHOLDS
+        counted = matches != AnchorMatcher.BETWEEN_THRESHOLDS
         number = positive.sum().clamp(min=1)
         return {
             "classification": sigmoid_focal_loss(logits[counted], wanted[counted], reduction="sum") / number,
@@ -108,7 +109,7 @@ class RetinaNet(Detector):
     def _match(self, anchors: Tensor, boxes: Tensor) -> Tensor:
         """Return the index of the box that each anchor matches, ``[anchors]``; negative for none."""
         if not len(boxes):
-            return torch.full((len(anchors),), Matcher.BELOW_LOW_THRESHOLD, device=anchors.device)
+            return torch.full((len(anchors),), AnchorMatcher.BELOW_LOW_THRESHOLD, device=anchors.device)
         return self._matcher(box_iou(boxes, anchors))
 
     def _candidates_of(self, logits: Tensor, deltas: Tensor, anchors: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:

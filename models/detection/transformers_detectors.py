@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
-from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher, DeformableDetrImageLoss
 
 from ..backbone import DATBackbone, TimmBackbone
 from ..options import did_you_mean
 from .backbone_adapter import AdapterConfig, adapt
 from .detector import pad_images
 from .initial_weights import draw_weights, set_prior
+from .queries import all_ranks_factor
 from .set_prediction import DIVISOR, SetDetector, best_boxes, image_mask, padded_sizes, relative_targets
 from .transformers_kinds import KINDS
+from .transformers_losses import guarded_loss
 
 
 class TransformersDetector(SetDetector):
-    """A detector of transformers, with its losses.
+    """A detector of transformers, with its losses, which are divided by the objects of all ranks.
 
     Args:
         kind: a name in `KINDS`.
@@ -36,11 +39,14 @@ class TransformersDetector(SetDetector):
 
     def __init__(self, kind: str, backbone: DATBackbone | TimmBackbone, *, num_classes: int, **arguments: Any) -> None:
         super().__init__(backbone)
-        self.kind = KINDS[kind]
+        self.name, self.kind = kind, KINDS[kind]
         self.config = _configuration(kind, backbone, num_classes, arguments)
         self.detector = getattr(transformers, f"{self.kind.name}ForObjectDetection")(self.config)
         self._weights = {} if self.kind.pyramid else _weights(self.config, self.kind.class_weight)
-        draw_weights(self.detector)
+        self.detector.loss_function = partial(guarded_loss, self.detector.loss_function)
+        two_stage = getattr(self.config, "two_stage", False)
+        self._proposals = "two_stage_num_proposals" if two_stage else self.kind.proposals
+        draw_weights(self.detector, 0.0 if two_stage else self.kind.size_bias)
         adapt(self.detector, backbone)
         if not (self.kind.background or self.kind.pyramid):
             set_prior(self.detector, num_classes)
@@ -53,21 +59,39 @@ class TransformersDetector(SetDetector):
         if not self.training:
             return best_boxes(*self.predict(batch.tensors, inside), batch, of_padded=not self.kind.masked)
         labels = relative_targets(targets, batch.image_sizes if self.kind.masked else padded_sizes(batch))
-        out = self.detector(batch.tensors, **self._mask(inside), labels=labels)
-        losses = self._summed(out.loss_dict)
+        out = self._run(batch.tensors, inside, labels=labels)
+        factor = all_ranks_factor(sum(len(target["boxes"]) for target in labels), batch.tensors.device)
+        losses = self._summed(out.loss_dict, factor)
         if self.kind.pyramid:
             losses["vfl"] = losses["vfl"] + self._zero()
         if getattr(self.config, "two_stage", False):
-            losses["encoder"] = self._proposal_loss(out, labels)
+            losses["encoder"] = sum(self._summed(self._proposal_losses(out, labels), factor).values())
         return losses
 
     def predict(self, images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.detector(images, **self._mask(inside))
+        out = self._run(images, inside)
         scores = out.logits.softmax(-1)[..., :-1] if self.kind.background else out.logits.sigmoid()
         return scores, out.pred_boxes
 
-    def _mask(self, inside: Tensor) -> dict[str, Tensor]:
-        return {"pixel_mask": inside.long()} if self.kind.masked else {}
+    def _run(self, images: Tensor, inside: Tensor, **labels: Any) -> Any:
+        """Return the output of the detector in transformers."""
+        if self._proposals:
+            self._check_size(*images.shape[-2:])
+        mask = {"pixel_mask": inside.long()} if self.kind.masked else {}
+        return self.detector(images, **mask, **labels)
+
+    def _check_size(self, height: int, width: int) -> None:
+        """Raise an error if an image has fewer pixels in all maps than queries are chosen from them."""
+        strides = list(self.backbone.strides)
+        while len(strides) < self.config.num_feature_levels:
+            strides.append(2 * strides[-1])
+        pixels = sum(math.ceil(height / stride) * math.ceil(width / stride) for stride in strides)
+        wanted = getattr(self.config, self._proposals)
+        if pixels < wanted:
+            raise ValueError(
+                f"an image padded to {height} x {width} pixels has {pixels} proposals, fewer than {self._proposals} = "
+                f"{wanted} of {self.name}; make images larger or the option at most {pixels}"
+            )
 
     def _zero(self) -> Tensor | float:
         """Return 0 as a function of the contents of the denoising queries.
@@ -78,8 +102,13 @@ class TransformersDetector(SetDetector):
         contents = getattr(self.detector.model, "denoising_class_embed", None)
         return 0.0 if contents is None else 0.0 * contents.weight.sum()
 
-    def _summed(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the weighted losses, summed over layers by kind."""
+    def _summed(self, named: dict[str, Tensor], factor: Tensor) -> dict[str, Tensor]:
+        """Return the weighted losses, summed over layers by kind.
+
+        Args:
+            named: losses of transformers.
+            factor: factor of the losses that are divided by the number of objects, see `all_ranks_factor`.
+        """
         sums: dict[str, Tensor] = {}
         for name, value in named.items():
             measure = re.match(r"loss_[a-z]+", name)
@@ -87,19 +116,19 @@ class TransformersDetector(SetDetector):
                 weight = self._weights.get(measure[0], 1.0)
                 short = measure[0].removeprefix("loss_")
                 sums[short] = sums.get(short, 0.0) + weight * value
-        return sums
+        # Cross-entropy with "no object" and D-FINE's distillation are means, not divided by the number of objects.
+        means = {"ddf", "ce"} if self.kind.background else {"ddf"}
+        return {name: loss if name in means else factor * loss for name, loss in sums.items()}
 
-    def _proposal_loss(self, out: Any, labels: list[dict[str, Tensor]]) -> Tensor:
-        """Return the loss of the proposals of two-stage models, which transformers omits (section A.4 of the paper).
+    def _proposal_losses(self, out: Any, labels: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the losses of the proposals of two-stage models, which transformers omits (section A.4 of the paper).
 
         Proposals have only one class, "object", whose label is 0.
         """
-        config = self.config
-        matcher = DeformableDetrHungarianMatcher(config.class_cost, config.bbox_cost, config.giou_cost)
-        criterion = DeformableDetrImageLoss(matcher, config.num_labels, config.focal_alpha, ["labels", "boxes"])
-        proposals = {"logits": out.enc_outputs_class, "pred_boxes": out.enc_outputs_coord_logits.sigmoid()}
+        logits, boxes = out.enc_outputs_class, out.enc_outputs_coord_logits.sigmoid()
         objects = [{**target, "class_labels": torch.zeros_like(target["class_labels"])} for target in labels]
-        return sum(self._summed(criterion(proposals, objects)).values())
+        layers = logits[None], boxes[None]  # a single layer: no auxiliary losses
+        return self.detector.loss_function(logits, objects, logits.device, boxes, self.config, *layers)[1]
 
 
 def _configuration(kind: str, backbone: DATBackbone | TimmBackbone, num_classes: int, arguments: dict[str, Any]) -> Any:

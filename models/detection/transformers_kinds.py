@@ -19,6 +19,9 @@ class Kind:
         masked: whether it uses a padding mask; boxes are then relative to the image without padding.
         pyramid: whether it is configured with channels and strides of its maps and sets its own prior probability.
         class_weight: weight of its class loss in the paper; in transformers it is always 1.
+        size_bias: initial bias of width and height without two stages, see `initial_weights.draw_weights`.
+        proposals: option that sets the number of queries that are chosen from the pixels of all maps; empty if queries
+            are learned. With two stages, Deformable DETR chooses them, too.
     """
 
     name: str
@@ -28,16 +31,19 @@ class Kind:
     masked: bool = True
     pyramid: bool = False
     class_weight: float = 1.0
+    size_bias: float | None = 0.0
+    proposals: str = ""
 
 
-_DEFORMABLE = partial(Kind, "DeformableDetr", maps=3, class_weight=2.0)
+_DEFORMABLE = partial(Kind, "DeformableDetr", maps=3, class_weight=2.0, size_bias=-2.0)
+_PYRAMID = partial(Kind, maps=3, masked=False, pyramid=True, proposals="num_queries")
 KINDS = {
-    "detr": Kind("Detr", background=True),
+    "detr": Kind("Detr", background=True, size_bias=None),
     "conditional_detr": Kind("ConditionalDetr", class_weight=2.0),
     "dab_detr": Kind("DabDetr"),
     "deformable_detr": _DEFORMABLE(),
     "deformable_detr_refined": _DEFORMABLE(defaults={"with_box_refine": True}),
     "deformable_detr_two_stage": _DEFORMABLE(defaults={"with_box_refine": True, "two_stage": True}),
-    "rt_detr": Kind("RTDetr", maps=3, masked=False, pyramid=True),
-    "d_fine": Kind("DFine", maps=3, masked=False, pyramid=True),
+    "rt_detr": _PYRAMID("RTDetr"),
+    "d_fine": _PYRAMID("DFine"),
 }

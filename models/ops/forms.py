@@ -61,7 +61,7 @@ def suits_cpu_forms(x: Tensor) -> bool:
 
 
 def is_compiled_for_inference(x: Tensor) -> bool:
-    """Return whether a graph without derivatives is being compiled for a CPU.
+    """Return whether a graph without derivatives is being compiled for a CPU, given a tensor of any shape.
 
     It contains the CPU forms as custom operators. Exported graphs do not: they must run without this package.
     """

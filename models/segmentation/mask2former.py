@@ -15,6 +15,7 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from ..backbone import DATBackbone, TimmBackbone
+from ..detection.queries import all_ranks_factor
 from .parts import IGNORED, Segmenter, resize
 
 _LOSSES = {"class": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dice"}
@@ -79,7 +80,10 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
         return list(found.masks_queries_logits), classes
 
     def losses(self, masks: list[Tensor], classes: list[Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Return the weighted losses for labels ``[B, H, W]``; every class of an image is one target mask."""
+        """Return the weighted losses for labels ``[B, H, W]``; every class of an image is one target mask.
+
+        Mask and dice loss are divided by the mean number of target masks over ranks, as in the authors' code.
+        """
         present = [found[found != IGNORED] for found in (image.unique() for image in labels)]
         wanted = [(image == found[:, None, None]).float() for image, found in zip(labels, present, strict=True)]
         earlier = [
@@ -87,7 +91,9 @@ class Mask2FormerHead(Mask2FormerPreTrainedModel):
             for m, c in zip(masks[:-1], classes[:-1], strict=True)
         ]
         terms = self.criterion(masks[-1], classes[-1], wanted, present, earlier)
-        return {
+        losses = {
             name: self.criterion.weight_dict[key] * sum(term for n, term in terms.items() if n.startswith(key))
             for name, key in _LOSSES.items()
         }
+        factor = all_ranks_factor(sum(map(len, present)), labels.device)
+        return {name: loss if name == "class" else factor * loss for name, loss in losses.items()}

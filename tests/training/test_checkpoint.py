@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
@@ -209,6 +210,35 @@ def test_file_without_read_permission_is_not_called_damaged(tmp_path: Path, monk
     assert refusal(path) == f"{path} cannot be read: Permission denied"
 
 
+def test_a_read_error_of_the_machine_is_not_an_error_of_the_file() -> None:
+    path = Path("/proc/self/mem")  # the beginning of the memory cannot be read
+    with pytest.raises(OSError, match=re.escape(f"[Errno {errno.EIO}] Input/output error: '{path}'")):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ESTALE, "Stale file handle"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"),
+    ],
+)
+def test_a_failure_of_the_machine_does_not_fall_back_to_an_earlier_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    folder = CheckpointFolder(tmp_path, keep=0)
+    for value in (1, 2):
+        folder.save(state(value), best=True)
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error), match=f"'{tmp_path / 'last.pth'}'$" if isinstance(error, OSError) else None):
+        folder.newest(pytest.fail)
+    assert folder.best_epoch() == 0
+
+
 class Classifier(nn.Module):
     """The smallest network with a head of the published name."""
 
@@ -263,6 +293,18 @@ def test_only_options_that_change_the_result_are_changes() -> None:
     assert changes[-1] == "training images: 9000 in the checkpoint, 9001 now"
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "same"), [("fp16", "auto", True), ("bf16", "auto", True), ("off", "auto", False)]
+)
+def test_a_precision_that_is_still_open_may_become_that_of_the_checkpoint(before: str, now: str, same: bool) -> None:
+    written, config = default_config(), default_config()
+    written.AMP, config.AMP = before, now
+    changes = config_changes(
+        {"config": written.dump(), "images_per_update": 512}, config, images_per_update=512, training_images=9000
+    )
+    assert changes == ([] if same else [f"AMP: {before!r} in the checkpoint, {now!r} now"])
+
+
 def state(value: float, size: int = 10) -> dict[str, Any]:
     return {"model": {"weight": torch.full((size,), value)}, "epoch": int(value)}
 
@@ -306,6 +348,24 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     values = {name: value_in(tmp_path / name) for name in names(tmp_path)}
     assert values == {"last.pth": 3, "previous.pth": 2, "best.pth": 2, "epoch_3.pth": 3}
     assert newest(tmp_path) == ("last.pth", 3, [])
+
+
+def test_checkpoints_before_a_given_time_are_left_out(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path, keep=0)
+    for epoch in (1, 2, 3):
+        folder.save(state(epoch), epoch=epoch)
+    (tmp_path / "epoch_2.pth").unlink()
+    for name, seconds in (("last.pth", 3000), ("previous.pth", 2000), ("epoch_1.pth", 1000)):
+        os.utime(tmp_path / name, (seconds, seconds))  # epoch_3.pth is the same file as last.pth
+    for since, found in ((1000, "last.pth"), (3000, "last.pth"), (3000.5, None)):
+        newest = folder.newest(pytest.fail, since=since)
+        assert (newest and newest[0].name) == found
+    (tmp_path / "last.pth").write_bytes(b"PK half a checkpoint")
+    (tmp_path / "epoch_3.pth").unlink()
+    os.utime(tmp_path / "last.pth", (3000, 3000))
+    assert folder.newest(lambda _: None, since=2000)[0].name == "previous.pth"
+    with pytest.raises(ValueError, match="can be read"):
+        folder.newest(pytest.fail, since=2500)
 
 
 def test_pruning_only_removes_the_oldest_epochs(tmp_path: Path) -> None:

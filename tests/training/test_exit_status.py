@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import signal
 import sys
 from importlib import metadata
@@ -11,11 +13,12 @@ from pathlib import Path
 import pytest
 from packaging.utils import canonicalize_name
 
+import main
 from tests.launched import Trial
 from tests.runs import ROOT, run_command
 from tests.test_requirements import read
 from training import startup
-from training.exit_status import LOST_PEER, report_failure
+from training.exit_status import FAILED, LOST_PEER, WRONG_INPUT, report_failure
 
 CLOSED = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:537] Connection closed by peer [127.0.0.1]:1"
 LATE = "[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 6000ms for recv"
@@ -92,6 +95,70 @@ def test_full_shared_memory_is_reported_with_its_cure(monkeypatch: pytest.Monkey
     assert report_failure(RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n{reason}\n")) == LOST_PEER
     cure = "give the container more with --shm-size or --ipc=host, or use smaller batches"
     assert logged == [f"rank 0: {reason} ({cure}); {BY_HAND}"]
+
+
+FILE = "images/cat.jpg"
+
+
+@pytest.mark.parametrize("name", ["EIO", "ESTALE", "EREMOTEIO", "ENOLINK", "EHOSTDOWN", "ETIMEDOUT", "ECONNRESET"])
+def test_a_file_that_the_machine_fails_to_read_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
+    monkeypatch.delenv("DAT_RESTARTS_LEFT", raising=False)
+    number = getattr(errno, name)
+    assert report_failure(OSError(number, "it failed", FILE)) == LOST_PEER
+    assert logged == [f"rank 0: [Errno {number}] it failed: '{FILE}'; {BY_HAND}"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        *((OSError(number, "it failed", FILE), LOST_PEER) for number in (errno.EIO, errno.ESTALE, errno.ECONNRESET)),
+        (TimeoutError(), LOST_PEER),
+        *((OSError(number, "is wrong", FILE), WRONG_INPUT) for number in (errno.ENOENT, errno.EACCES, errno.ENOSPC)),
+        (OSError("is wrong"), WRONG_INPUT),
+        (ValueError("is wrong"), WRONG_INPUT),
+        (MemoryError(), FAILED),
+    ],
+    ids=repr,
+)
+def test_only_a_failure_of_the_machine_while_building_is_worth_a_restart(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, status: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(main, "build_job", fail)
+    assert main.main(["--cfg", str(ROOT / "configs" / "digits.yaml"), "--device", "cpu"]) == status
+
+
+def _fail_to_read(*_: object) -> None:
+    raise OSError(errno.EIO, "Input/output error", FILE)
+
+
+def _break_disk_of_rank_1() -> None:
+    from tasks import classification
+
+    if os.environ["RANK"] == "1":
+        classification.open_dataset = _fail_to_read
+
+
+def test_all_processes_end_alike_if_one_fails_to_read_while_building(tmp_path: Path) -> None:
+    job = Trial(tmp_path / "trial", 2, 0).start(prepare=_break_disk_of_rank_1)
+    assert job.wait() == [LOST_PEER, LOST_PEER], job.console()
+    reason = f"[Errno {errno.EIO}] Input/output error: '{FILE}'; {BY_HAND}"
+    assert sorted(job.console().splitlines()) == [f"rank {rank}: {reason}" for rank in range(2)]
+
+
+def test_an_unreadable_held_out_image_is_named_in_the_log_of_the_run(tmp_path: Path) -> None:
+    trial = Trial(tmp_path / "trial", 1, 0, TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
+    path = next(trial.images.glob("val/3/*.png"))
+    path.write_text("no image")
+    job = trial.start()
+    assert job.wait() == [FAILED], job.console()
+    says = f"cannot read image '{path}': cannot identify image file; repair or delete it"
+    assert job.console().count(says) == 1
+    assert f"ERROR {says}" in (trial.folder / "log.txt").read_text(encoding="utf-8").splitlines()[-1]
 
 
 def test_killed_process_is_not_reported_as_timeout(tmp_path: Path) -> None:

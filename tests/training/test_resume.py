@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import re
 import shutil
@@ -11,8 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from config import load_config
 from tests.launched import Job, Trial, Uninterrupted, first_difference
+from tests.runs import ROOT
+from training.resume import find_resumed
 
 pytestmark = pytest.mark.xdist_group("resume")
 
@@ -79,6 +84,39 @@ def test_a_killed_run_ends_as_one_that_was_not(
         if re.search(r": epoch \d, update [1-9]", next(folder.glob("*/console.txt")).read_text()):
             return
     pytest.fail("no job was killed in the middle of an epoch")
+
+
+@pytest.mark.parametrize(
+    ("env", "accepted"),
+    [
+        ({}, False),
+        ({"DAT_LAUNCHED": "1000"}, False),
+        ({"DAT_RESTART_COUNT": "1"}, True),
+        ({"DAT_RESTART_COUNT": "1", "DAT_LAUNCHED": "1999.5"}, True),
+        ({"DAT_RESTART_COUNT": "1", "DAT_LAUNCHED": "2000.5"}, False),
+        ({"SLURM_RESTART_COUNT": "2", "DAT_LAUNCHED": "1999"}, True),
+        ({"SLURM_RESTART_COUNT": "2", "DAT_LAUNCHED": "2001"}, False),
+    ],
+)
+@pytest.mark.parametrize("automatic", [True, False])
+def test_a_restart_does_not_continue_a_run_that_ended_before_the_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, env: dict[str, str], accepted: bool, automatic: bool
+) -> None:
+    for name in ("DAT_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "DAT_LAUNCHED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    options = ["OUTPUT", str(tmp_path), "TRAIN.AUTO_RESUME", automatic]
+    config = load_config(ROOT / "configs" / "digits.yaml", options)
+    last = config.run_folder / "last.pth"
+    last.parent.mkdir(parents=True)
+    torch.save({"model": {}}, last)
+    os.utime(last, (2000, 2000))
+    if accepted or automatic:
+        with pytest.raises(ValueError, match=r"last\.pth has no training state"):
+            find_resumed(config, None, training_images=1)
+    else:
+        assert find_resumed(config, None, training_images=1) is None
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """The CPU forms as custom operators, for graphs that are compiled for inference.
 
 The compiler's own code for these operations is slower on the CPUs measured, see `benchmarks`. The operators have no
-derivatives. Shapes are those of the functions of the same names in `models.ops`.
+derivatives. Arguments are those of the functions of the same names in `models.ops`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .onednn import product
 
 @torch.library.custom_op(operator("cpu_linear"), mutates_args=())
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``x weight^T + bias``."""
+    """Return ``x weight^T + bias``, for ``x [..., in]`` and ``weight [out, in]``."""
     return product(x, weight, bias)
 
 
@@ -32,7 +32,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
 def conv_mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, kernel: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:
-    """Return the MLP around a depthwise convolution whose ``kernel`` includes the skip connection."""
+    """Return the MLP of ``x [B, H, W, C]`` around a depthwise convolution whose ``kernel`` includes the skip connection."""
     with autocast_disabled("cpu"):
         return ConvMLP.forward(None, x, weight1, bias1, kernel, bias, weight2, bias2, False)
 
@@ -44,7 +44,7 @@ def _(x: Tensor, *weights: Tensor) -> Tensor:
 
 @torch.library.custom_op(operator("cpu_neighborhood"), mutates_args=())
 def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, rpb: Tensor, scale: float) -> Tensor:
-    """Attend to the neighborhood of every query."""
+    """Attend to the neighborhood of every query; ``q``, ``k`` and ``v`` are ``[B, H, W, heads, d]``."""
     with autocast_disabled("cpu"):
         return TiledAttention.forward(None, q, k, v, rpb, scale, False)
 
@@ -66,7 +66,7 @@ def deformable_attention(
     scale: float,
     form: str,
 ) -> Tensor:
-    """Attend to sampled keys, with a bias sampled from a table; ``form`` is ``crops`` or ``separable``."""
+    """Attend from ``q [B, H*W, heads, d]`` to sampled keys; ``form`` is ``crops`` or ``separable``."""
     options = {"map_size": tuple(map_size), "coordinates": coordinates, "scale": scale, "form": form}
     return deformable.attention(q, k, v, positions, table, **options).contiguous()
 

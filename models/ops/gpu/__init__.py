@@ -24,7 +24,7 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def has_triton(x: Tensor) -> bool:
-    """Return whether Triton can run on the device of a tensor: on a GPU, or under Triton's interpreter."""
+    """Return whether Triton can run on the device of a tensor of any shape: on a GPU, or under Triton's interpreter."""
     return _INSTALLED and (x.is_cuda or INTERPRETED)
 
 

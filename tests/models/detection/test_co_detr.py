@@ -39,6 +39,16 @@ def test_every_parameter_gets_a_gradient(options: dict[str, Any]) -> None:
 
 
 @torch.no_grad()
+def test_heads_weigh_as_much_as_all_layers_of_the_decoder() -> None:
+    detector, named = small_co_detr(head_weight=3.0), {}
+    for name in ("atss", "faster_rcnn"):
+        getattr(detector, name).register_forward_hook(lambda _, __, out, name=name: named.update({name: out[0]}))
+    losses = detector(*two_images())
+    for name, terms in named.items():
+        torch.testing.assert_close(losses[name], 3 * DECODER["decoder_layers"] * sum(terms.values()))
+
+
+@torch.no_grad()
 def test_evaluation_equals_dino() -> None:
     detector = small_co_detr().eval()
     dino = DINO(small_backbone(1, 2, 3), num_classes=CLASSES, num_queries=20, **DECODER).eval()

@@ -82,8 +82,22 @@ def test_query_initialisations_share_the_encoder_and_its_proposals(added: dict[s
     expected = theirs(batch.tensors, image_mask(batch).long())
     memory = dino.encode(batch.tensors, image_mask(batch))
     proposals, queries = dino.select_queries(memory)
-    torch.testing.assert_close(proposals[0], expected.enc_outputs_class, rtol=0, atol=1e-5)
+    wanted = expected.enc_outputs_class
+    if dino.contents is not None:
+        wanted = wanted.gather(1, wanted.amax(-1, keepdim=True).topk(20, dim=1).indices.expand(-1, -1, CLASSES))
+    torch.testing.assert_close(proposals[0], wanted, rtol=0, atol=1e-5)
     assert (dino.decode(memory, queries)[-1][0] - expected.logits).abs().max() > 1e-3
+
+
+def test_the_loss_of_the_encoder_covers_the_selected_proposals_and_trains_their_boxes() -> None:
+    dino = small_dino()
+    batch = pad_images(two_images()[0], 32)
+    (logits, boxes), queries = dino.select_queries(dino.encode(batch.tensors, image_mask(batch)))
+    assert logits.shape == (2, 20, CLASSES)
+    assert torch.equal(boxes, queries.boxes)
+    (grad,) = torch.autograd.grad(boxes.sum(), dino.transformer.decoder.bbox_embed[-1].layers[-1].bias)
+    assert bool(grad.any())
+    assert not queries.boxes.requires_grad
 
 
 def test_looking_forward_twice_trains_the_layer_before() -> None:
@@ -160,9 +174,25 @@ def test_noise_has_the_documented_scale() -> None:
     moved = (corners - torch.tensor([0.4, 0.45, 0.6, 0.55])).abs() / torch.tensor([0.1, 0.05, 0.1, 0.05])
     positive, negative = moved[assignment >= 0], moved[assignment == NO_OBJECT]
     assert 0.9 < positive.max() <= 1.0001
-    # A corner that moves beyond the opposite one swaps with it.
+    # Where opposite corners pass each other, the side is 0 and not negative.
+    assert (queries.boxes >= 0).all()
+    assert (size[assignment == NO_OBJECT] == 0).any()
     assert negative.max() <= 2.0001
     assert negative.mean() > positive.mean() + 0.5
+
+
+def test_nan_in_a_prediction_makes_the_loss_nan_but_not_the_matching() -> None:
+    torch.manual_seed(0)
+    truth = Targets(relative_targets(two_images()[1], [(64, 48), (60, 64)]))
+    logits, boxes = torch.randn(2, 20, CLASSES), torch.rand(2, 20, 4) / 2 + 0.25
+    expected = match(logits, boxes, truth)
+    unused = int((expected[0] == NO_OBJECT).nonzero()[0])
+    logits[0, unused], boxes[0, unused] = torch.nan, torch.nan
+    assert (match(logits, boxes, truth) >= 0).sum() == truth.total
+    assert (match(logits * torch.nan, boxes * torch.nan, truth) >= 0).sum() == truth.total
+    dino = small_dino()
+    torch.nn.init.constant_(dino.transformer.decoder.bbox_embed[0].layers[-1].bias, torch.nan)
+    assert sum(dino(*two_images()).values()).isnan()
 
 
 def test_losses_equal_those_of_transformers() -> None:

@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from models.detection import DETECTORS
 from models.detection.mmdetection import from_mmdetection
 from models.weights import adapt
-from tests.models.detection.test_detectors import build
+from tests.models.detection.test_detectors import TINY, build
 from training.weight_sets import pick_weights
 
 WIDTH, HIDDEN, CLASSES = 16, 16, 3
 
 
-def published(name: str, backbone: dict[str, Tensor], channels: list[int]) -> dict[str, Tensor]:
+def published(name: str, backbone: dict[str, Tensor], channels: list[int], classes: int = CLASSES) -> dict[str, Tensor]:
     """Return random weights under the names of mmdetection 2."""
     shapes = {}
     for i, number in enumerate(channels):
@@ -26,17 +27,17 @@ def published(name: str, backbone: dict[str, Tensor], channels: list[int]) -> di
         shapes |= {"neck.fpn_convs.3.conv": (WIDTH, channels[-1], 3, 3), "neck.fpn_convs.4.conv": (WIDTH, WIDTH, 3, 3)}
         for i in range(4):
             shapes |= {f"bbox_head.{kind}_convs.{i}.conv": (WIDTH, WIDTH, 3, 3) for kind in ("cls", "reg")}
-        shapes |= {"bbox_head.retina_cls": (9 * CLASSES, WIDTH, 3, 3), "bbox_head.retina_reg": (36, WIDTH, 3, 3)}
+        shapes |= {"bbox_head.retina_cls": (9 * classes, WIDTH, 3, 3), "bbox_head.retina_reg": (36, WIDTH, 3, 3)}
     else:
         shapes |= {"rpn_head.rpn_conv": (WIDTH, WIDTH, 3, 3), "rpn_head.rpn_cls": (3, WIDTH, 1, 1)}
         shapes |= {"rpn_head.rpn_reg": (12, WIDTH, 1, 1)}
         for stage in ("0.", "1.", "2.") if name == "cascade" else ("",):
             box, mask = f"roi_head.bbox_head.{stage}", f"roi_head.mask_head.{stage}"
             shapes |= {f"{box}shared_fcs.0": (HIDDEN, WIDTH * 49), f"{box}shared_fcs.1": (HIDDEN, HIDDEN)}
-            shapes |= {f"{box}fc_cls": (CLASSES + 1, HIDDEN)}
-            shapes |= {f"{box}fc_reg": (4 if name == "cascade" else 4 * CLASSES, HIDDEN)}
+            shapes |= {f"{box}fc_cls": (classes + 1, HIDDEN)}
+            shapes |= {f"{box}fc_reg": (4 if name == "cascade" else 4 * classes, HIDDEN)}
             shapes |= {f"{mask}convs.{i}.conv": (WIDTH, WIDTH, 3, 3) for i in range(4)}
-            shapes |= {f"{mask}upsample": (WIDTH, WIDTH, 2, 2), f"{mask}conv_logits": (CLASSES, WIDTH, 1, 1)}
+            shapes |= {f"{mask}upsample": (WIDTH, WIDTH, 2, 2), f"{mask}conv_logits": (classes, WIDTH, 1, 1)}
     torch.manual_seed(3)
     heads = {f"{module}.weight": torch.rand(shape) for module, shape in shapes.items()}
     heads |= {f"{module}.bias": torch.rand(shape[0]) for module, shape in shapes.items()}
@@ -59,6 +60,20 @@ def test_all_entries_of_published_weights_load(name: str) -> None:
         boxes = state["roi_heads.box_predictor.bbox_pred.weight"]
         assert torch.equal(boxes[4:], weights["roi_head.bbox_head.fc_reg.weight"])
         assert not boxes[:4].any()
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "cascade"])
+def test_weights_of_one_class_load(name: str) -> None:
+    kind, several = DETECTORS[name], build(name)
+    detector = kind.build(several.backbone, num_classes=1, **TINY[name])
+    weights = published(name, detector.backbone.state_dict(), detector.backbone.channels, classes=1)
+    state, report = adapt(weights, detector)
+    assert not report.new
+    assert not report.left_out
+    detector.load_state_dict(state)
+    if name == "mask_rcnn":
+        boxes = state["roi_heads.box_predictor.bbox_pred.weight"]
+        assert torch.equal(boxes[4:], weights["roi_head.bbox_head.fc_reg.weight"])
 
 
 def test_unknown_entries_are_an_error() -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers.loss.loss_for_object_detection import ImageLoss
 
 from models.backbone import TimmBackbone
 from models.detection.detector import pad_images
@@ -17,10 +19,18 @@ from tests.models.detection.small import CLASSES, small_arguments, small_backbon
 from tests.models.small import without_gradient
 
 
-def small_detector(kind: str) -> TransformersDetector:
+def small_detector(kind: str, **arguments: Any) -> TransformersDetector:
     torch.manual_seed(0)
     maps = range(4 - KINDS[kind].maps, 4)
-    return TransformersDetector(kind, small_backbone(*maps), num_classes=CLASSES, **small_arguments(kind))
+    return TransformersDetector(
+        kind, small_backbone(*maps), num_classes=CLASSES, **{**small_arguments(kind), **arguments}
+    )
+
+
+def box_layers(detector: TransformersDetector) -> dict[str, nn.Linear]:
+    """Return the last layers of the box heads by name."""
+    named = detector.detector.named_modules()
+    return {name: module for name, module in named if re.search(r"bbox.*layers\.2$", name)}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,9 +71,95 @@ def test_initial_weights_have_xaviers_scale(kind: str) -> None:
     for name, module in small_detector(kind).detector.named_modules():
         if isinstance(module, nn.BatchNorm2d):
             assert bool((module.weight == 1).all())
-        elif isinstance(module, nn.Linear) and module.weight.any():
+        elif isinstance(module, nn.Linear) and module.weight.any() and name != "bbox_predictor.layers.2":
             outputs, inputs = module.weight.shape
             assert module.weight.abs().max() > 0.8 * (6 / (inputs + outputs)) ** 0.5, name  # Xavier's bound
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_boxes_are_those_of_the_authors(kind: str) -> None:
+    layers = box_layers(small_detector(kind))
+    for name, layer in layers.items():
+        first = kind.startswith("deformable_detr") and (kind == "deformable_detr" or ".0." in f".{name}")
+        small = first and kind != "deformable_detr_two_stage"
+        assert bool(layer.weight.any()) == (kind == "detr"), name
+        if kind != "detr":
+            size = -2.0 if small else 0.0
+            assert layer.bias[:4].tolist() == [0.0, 0.0, size, size], name
+    assert layers
+
+
+def test_two_stages_do_not_start_with_small_boxes_however_they_are_chosen() -> None:
+    detector = small_detector(
+        "deformable_detr", with_box_refine=True, two_stage=True, two_stage_num_proposals=20, num_queries=300
+    )
+    assert not any(layer.bias.any() for layer in box_layers(detector).values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_nan_in_a_prediction_makes_the_loss_nan(kind: str) -> None:
+    # An error would stop this rank while the others wait for it; a loss that is not finite skips the update on all.
+    detector = small_detector(kind)
+    for layer in box_layers(detector).values():
+        nn.init.constant_(layer.bias, torch.nan)
+    losses = detector(*two_images())
+    assert sum(losses.values()).isnan()
+
+
+def test_an_infinite_logit_makes_the_loss_infinite_or_nan() -> None:
+    detector = small_detector("deformable_detr")
+    nn.init.constant_(detector.detector.class_embed[0].bias, torch.inf)
+    assert not sum(detector(*two_images()).values()).isfinite()
+
+
+@pytest.mark.parametrize("kind", ["detr", "deformable_detr"])
+def test_outputs_in_half_precision_have_the_loss_of_float32(kind: str) -> None:
+    detector = small_detector(kind, auxiliary_loss=False)
+    labels = [{"class_labels": torch.tensor([1]), "boxes": torch.full((1, 4), 0.5)}]
+    logits = torch.full((1, 20, CLASSES + detector.kind.background), -5.0)
+    logits[..., CLASSES:] = 5.0
+    logits[0, 7, 1] = 20.0  # certain: its probability is 1 in float16
+    boxes = torch.full((1, 20, 4), 0.5)
+    expected, found = (
+        detector.detector.loss_function(x, labels, x.device, y, detector.config)[1]
+        for x, y in ((logits, boxes), (logits.half(), boxes.half()))
+    )
+    assert expected["loss_ce"] < 0.1
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_loss_is_computed_without_autocast() -> None:
+    detector, enabled = small_detector("deformable_detr_two_stage"), []
+    loss = detector.detector.loss_function
+    hook = ImageLoss.forward
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16):
+        patch.setattr(
+            ImageLoss,
+            "forward",
+            lambda self, outputs, targets: (
+                enabled.append((torch.is_autocast_enabled("cpu"), outputs["logits"].dtype))
+                or hook(self, outputs, targets)
+            ),
+        )
+        detector(*two_images())
+    assert loss is detector.detector.loss_function
+    assert enabled == [(False, torch.float32)] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "pixels"),
+    [
+        ("rt_detr", "num_queries", 21),
+        ("d_fine", "num_queries", 21),
+        ("deformable_detr_two_stage", "two_stage_num_proposals", 22),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_images_that_are_too_small_are_named(kind: str, option: str, pixels: int, training: bool) -> None:
+    detector = small_detector(kind, **{option: 30}).train(training)
+    images, targets = [torch.rand(3, 30, 32)] * 2, two_images()[1]
+    with pytest.raises(ValueError, match=f"32 x 32 pixels has {pixels} proposals, fewer than {option} = 30 of {kind}"):
+        detector(images, targets if training else None)
 
 
 def test_the_backbone_is_stored_once_and_keeps_its_weights() -> None:
