@@ -32,7 +32,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
 def conv_mlp(
     x: Tensor, weight1: Tensor, bias1: Tensor, kernel: Tensor, bias: Tensor, weight2: Tensor, bias2: Tensor
 ) -> Tensor:
-    """Return the MLP of ``x [B, H, W, C]`` around a depthwise convolution whose ``kernel`` includes the skip connection."""
+    """Return the MLP of ``x [B, H, W, C]`` around a depthwise convolution; ``kernel`` includes the skip connection."""
     with autocast_disabled("cpu"):
         return ConvMLP.forward(None, x, weight1, bias1, kernel, bias, weight2, bias2, False)
 
