@@ -81,8 +81,10 @@ class TrainTransform:
     def _resized_crop(self, stored: StoredImage) -> np.ndarray:
         height, width = stored.size()
         blank = Image.new("1", (width, height))  # timm only reads its size
-        window = RandomResizedCropAndInterpolation.get_params(blank, self._scale, self._ratio)
-        return resize(stored.crop(*window, at_least=self._size), self._size, self._interpolation)
+        top, left, rows, columns = RandomResizedCropAndInterpolation.get_params(blank, self._scale, self._ratio)
+        rows, columns = max(rows, 1), max(columns, 1)  # timm rounds the sides of a crop of a few pixels to 0
+        top, left = min(top, height - rows), min(left, width - columns)
+        return resize(stored.crop(top, left, rows, columns, at_least=self._size), self._size, self._interpolation)
 
     def _padded_crop(self, stored: StoredImage) -> np.ndarray:
         height, width = stored.size()

@@ -28,6 +28,8 @@ class Classifier:
         self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         metadata = self.session.get_modelmeta().custom_metadata_map
         self.about = {key: json.loads(value) for key, value in metadata.items()}
+        if (task := self.about.get("task", "classification")) != "classification":
+            raise ValueError(f"{path} is a network for {task}; this server takes classifiers")
         self.classes: list[str] = self.about["classes"]
 
     def read(self, content: bytes) -> Image.Image:
@@ -56,8 +58,11 @@ class Classifier:
     def __call__(self, image: Image.Image, top: int) -> list[dict[str, str | float]]:
         """Return the most probable classes of an RGB image with their probabilities."""
         (logits,) = self.session.run(None, {"images": self.prepare(image)})[0]
-        shares = np.exp(logits - logits.max())
-        shares /= shares.sum()
+        if self.about.get("multi_label"):  # each class has a probability of its own
+            shares = np.exp(-np.logaddexp(0, -logits))
+        else:
+            shares = np.exp(logits - logits.max())
+            shares /= shares.sum()
         return [
             {"class": self.classes[label], "probability": float(shares[label])} for label in np.argsort(-shares)[:top]
         ]

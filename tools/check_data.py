@@ -17,7 +17,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,9 +43,10 @@ ODD = 4
 
 @dataclass(frozen=True, slots=True)
 class ImageStatistics:
-    """Statistics of one image: size, hash and sums of its pixels; or why it cannot be read."""
+    """Statistics of one image: name, size, hash and sums of its pixels; or why it cannot be read."""
 
     index: int
+    name: str = ""
     size: tuple[int, int] = (0, 0)
     digest: bytes = b""
     mean: tuple[float, ...] = ()
@@ -89,29 +89,38 @@ def check(dataset: Dataset, parts: Sequence[str], *, workers: int, show: int) ->
         if broken:
             faults.append(f"{counted(len(broken), 'unreadable image')} in {part}")
         _describe_classes(dataset, source)
-        _describe_sizes(source, whole, show)
+        _describe_sizes(whole, show)
         if whole:
             _describe_colours(whole)
         for one in whole:
-            places[one.digest][part].append(source.get(one.index).name)
+            places[one.digest][part].append(one.name)
     return faults + _duplicates(places, parts, show)
 
 
 def _inspect_all(source: ImageSource, workers: int) -> Iterator[ImageStatistics]:
-    with multiprocessing.get_context("fork" if hasattr(os, "fork") else None).Pool(workers) as pool:
-        yield from pool.imap(partial(_inspect, source=source), range(len(source)), chunksize=64)
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
+    with context.Pool(workers, initializer=_begin, initargs=(source,)) as pool:
+        yield from pool.imap(_inspect, range(len(source)), chunksize=64)
 
 
-def _inspect(index: int, source: ImageSource) -> ImageStatistics:
+_worker: dict[str, ImageSource] = {}  # the source of a process; as an argument it would be sent with every chunk
+
+
+def _begin(source: ImageSource) -> None:
+    _worker["source"] = source
+
+
+def _inspect(index: int) -> ImageStatistics:
     try:
-        image = source.read(index)
+        stored = _worker["source"].get(index)
+        image = stored.decode()
     except UnreadableImage as error:
         return ImageStatistics(index, error=str(error))
     pixels = np.asarray(image)
     digest = hashlib.blake2b(pixels.tobytes() + str(image.size).encode(), digest_size=16).digest()
     values = pixels.reshape(-1, 3) / 255
     mean, square = (tuple(channels.mean(0).tolist()) for channels in (values, values**2))
-    return ImageStatistics(index, image.size, digest, mean, square)
+    return ImageStatistics(index, stored.name, image.size, digest, mean, square)
 
 
 def _describe_classes(dataset: Dataset, source: ImageSource) -> None:
@@ -126,7 +135,7 @@ def _describe_classes(dataset: Dataset, source: ImageSource) -> None:
     )
 
 
-def _describe_sizes(source: ImageSource, seen: Sequence[ImageStatistics], show: int) -> None:
+def _describe_sizes(seen: Sequence[ImageStatistics], show: int) -> None:
     if not seen:
         return
     sizes = np.array([one.size for one in seen])
@@ -141,7 +150,7 @@ def _describe_sizes(source: ImageSource, seen: Sequence[ImageStatistics], show: 
         if chosen.any():
             print(f"{counted(chosen.sum(), 'image is', 'images are')} {kind}")
             found = np.flatnonzero(chosen)
-            names = (f"{source.get(seen[i].index).name} ({sizes[i][0]} x {sizes[i][1]})" for i in found[:show])
+            names = (f"{seen[i].name} ({sizes[i][0]} x {sizes[i][1]})" for i in found[:show])
             _list(list(names), show, len(found))
 
 

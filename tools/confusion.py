@@ -13,6 +13,24 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tasks import Task
+from tasks.classes import describe_labels
+from training.checkpoint import load_checkpoint
+
+
+def check_classes(task: Task, path: str) -> None:
+    """Check that the data of a task have the classes that a checkpoint was trained on, in their order.
+
+    A checkpoint that does not name its classes is not checked.
+
+    Raises:
+        ValueError: they differ.
+    """
+    known, classes = load_checkpoint(path).get("classes") if path else None, getattr(task, "classes", None)
+    if classes is not None and isinstance(known, list) and list(classes) != known:
+        raise ValueError(
+            f"the classes of the data ({describe_labels(classes)}) are not those of {path} ({describe_labels(known)}); "
+            f"give the data set of that run, or one of the same classes"
+        )
 
 
 class Stopped(Exception):

@@ -34,6 +34,7 @@ from logger import RunLog
 from models.build import num_classes
 from tasks import build_task
 from tools.arguments import image_size, refuse
+from tools.confusion import check_classes
 from tools.exported import FORMATS, Run, Source
 from training.trained_model import TrainedModel, load_trained, untrained
 from training.weight_sets import WEIGHTS
@@ -158,6 +159,7 @@ def _scorer(model: TrainedModel, size: tuple[int, int], data_path: str | None) -
     if num_classes(config) != expected:
         classes = counted(num_classes(config), "class", "classes")
         raise ValueError(f"--validate: the images have {classes}, the network {expected}")
+    check_classes(task, model.path)
     log = RunLog(None, config, is_main=True)
     return lambda network: task.score.of(task.evaluate(network, task.eval_loader(), log).metrics)
 

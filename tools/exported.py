@@ -127,15 +127,21 @@ class Source:
     def metadata(self) -> dict[str, object]:
         """Return preprocessing and class names."""
         config = self.model.config
-        return {
-            "classes": self.model.classes,
-            "size": self.size,
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
+        # Detectors and segmenters resize whole images, each by its own rule.
+        cropped = {
             "interpolation": config.DATA.INTERPOLATION,
             "crop_ratio": config.TEST.CROP_RATIO if config.TEST.CROP else 1.0,
             "resize": config.TEST.RESIZE,
+        }
+        return {
+            "task": config.TASK,
+            "classes": self.model.classes,
+            "multi_label": config.DATA.MULTI_LABEL,
+            "size": self.size,
+            "mean": IMAGENET_DEFAULT_MEAN,
+            "std": IMAGENET_DEFAULT_STD,
             "exif": config.DATA.EXIF,
+            **(cropped if config.TASK == "classification" else {}),
         }
 
 
@@ -209,6 +215,8 @@ def _write_safetensors(source: Source, path: Path) -> None:
     network.load_state_dict(source.model.network.state_dict())
     preprocessing = {
         "input_size": (3, *source.size),
+        "mean": IMAGENET_DEFAULT_MEAN,  # timm's default is that of the architecture
+        "std": IMAGENET_DEFAULT_STD,
         "interpolation": config.DATA.INTERPOLATION,
         "crop_pct": config.TEST.CROP_RATIO if config.TEST.CROP else 1.0,
         "crop_mode": "squash" if config.TEST.RESIZE == "squash" else "center",

@@ -53,6 +53,9 @@ _ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "g
 class Plan:
     """The parameters of the shards."""
 
+    dataset: str
+    data_path: str
+    options: list[str]
     images: dict[str, int]
     classes: list[str]
     content: str
@@ -150,11 +153,11 @@ def dataset_config(dataset: str, path: str, options: Sequence[str]) -> CfgNode:
     Raises:
         ValueError: an option does not exist, a value is invalid, or the data set is a stream.
     """
-    if is_stream(dataset):
-        raise ValueError(f"--dataset {dataset} has no random access; read its shards as tar")
     config = default_config()
     config.DATA.DATASET, config.DATA.DATA_PATH = dataset, path
     apply_overrides(config, options)
+    if is_stream(config.DATA.DATASET):
+        raise ValueError(f"--dataset {config.DATA.DATASET} has no random access; read its shards as tar")
     return config
 
 
@@ -168,7 +171,17 @@ def _plan(args: argparse.Namespace, dataset: Dataset, sources: dict[str, ImageSo
     for source in sources.values():
         content.update(source.labels.astype("<i8").tobytes())
     images = {part: len(source) for part, source in sources.items()}
-    return Plan(images, dataset.classes, content.hexdigest(), args.per_shard, args.short_side, args.quality)
+    return Plan(
+        dataset=args.dataset,
+        data_path=str(Path(args.data_path).absolute()) if args.data_path else os.environ.get("DATA_PATH", ""),
+        options=args.opts,
+        images=images,
+        classes=dataset.classes,
+        content=content.hexdigest(),
+        per_shard=args.per_shard,
+        short_side=args.short_side,
+        quality=args.quality,
+    )
 
 
 def _begin(folder: Path, plan: Plan) -> None:

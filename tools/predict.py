@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("--top", args.top), ("--batch-size", args.batch_size)):
         if value < 1:
             raise ValueError(f"{flag} must be at least 1, not {value}")
+    if "-" in args.images and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # file names are bytes, as on the command line
     files, warnings = find_images(args.images, sys.stdin)
     for warning in warnings:
         print(warning, file=sys.stderr)

@@ -38,7 +38,7 @@ from tasks import TASKS, build_task
 from tasks.classification import Classification
 from tools import pages
 from tools.arguments import refuse
-from tools.confusion import Predictions, predict_all
+from tools.confusion import Predictions, check_classes, predict_all
 from tools.plot import plot_curves
 from training.environment import read_environment
 from training.trained_model import load_trained
@@ -175,6 +175,7 @@ def _mistakes(checkpoint: Path, config: CfgNode, device: torch.device, wanted: C
     model = load_trained(checkpoint)
     config.DATA.CACHE = False  # each image is read once
     task = build_task(config, World(0, 1, 0, device), training=False)
+    check_classes(task, str(checkpoint))
     network = model.network.to(device, memory_format=torch.channels_last)
     found = predict_all(task.as_evaluated(network), task, task.eval_loader(), model.classes, wanted=wanted)
     pictures = (_mistake(found, place, task.held_out(int(found.index[place]))) for place in found.worst(WORST))

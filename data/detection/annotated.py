@@ -59,6 +59,10 @@ class Faults:
             self.names["without an area"].append(annotation.name)
         elif inside[2] <= inside[0] or inside[3] <= inside[1]:
             self.names["outside of the image"].append(annotation.name)
+        elif annotation.outline is not None and not _is_outline(annotation.outline, size):
+            self.names["whose outline is neither polygons nor run lengths of the image's [height, width]"].append(
+                annotation.name
+            )
         else:
             return inside
         return None
@@ -79,6 +83,7 @@ class AnnotatedImages(DetectionSource):
 
     Attributes:
         masks: whether every object so far has an outline.
+        empty: whether no image so far has an object, crowds aside.
     """
 
     def __init__(self, *, exif: bool) -> None:
@@ -88,6 +93,7 @@ class AnnotatedImages(DetectionSource):
         # One string per image: Python objects for a million annotations would take gigabytes in every worker.
         self._objects: list[bytes] = []
         self.masks = True
+        self.empty = True
 
     def add(
         self, path: Path, size: tuple[int, int], annotations: Sequence[Annotation], faults: Faults, *, empty: bool
@@ -107,8 +113,10 @@ class AnnotatedImages(DetectionSource):
             for one, box in boxes
             if box is not None
         ]
-        if not empty and all(row[3] for row in rows):
+        bare = all(row[3] for row in rows)
+        if not empty and bare:
             return False
+        self.empty &= bare
         self.masks &= all(row[4] for row in rows)
         self._paths.append(os.fspath(path))
         self._sizes.append(size)
@@ -146,6 +154,31 @@ def _area(box: Sequence[float]) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
+def _is_outline(outline: Any, size: tuple[int, int]) -> bool:
+    """Return whether it is polygons of at least three points, or run lengths of an image of this height and width."""
+    if isinstance(outline, list):
+        return bool(outline) and all(map(_is_polygon, outline))
+    if not isinstance(outline, dict) or outline.get("size") != list(size):
+        return False
+    counts = outline.get("counts")
+    return isinstance(counts, str) or (
+        isinstance(counts, list)
+        and set(map(type, counts)) == {int}
+        and min(counts) >= 0
+        and sum(counts) == math.prod(size)
+    )
+
+
+def _is_polygon(points: Any) -> bool:
+    return (
+        isinstance(points, list)
+        and len(points) >= 6  # four numbers would be taken for a box
+        and len(points) % 2 == 0
+        and set(map(type, points)) <= {int, float}
+        and math.isfinite(sum(points))
+    )
+
+
 def _encoded(outline: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Convert polygons or run lengths to compressed run lengths."""
     if isinstance(outline, list):
@@ -168,7 +201,7 @@ def split_warnings(source: AnnotatedImages, where: object, faults: Faults, witho
         ValueError: the split has no image with an object, or none of its files exists.
     """
     found = faults.warnings(where)
-    if not len(source):
+    if source.empty:
         raise ValueError("; ".join([f"{where} has no image with an object", *found]))
     if without:
         found.append(f"{where}: not trained on {counted(len(without), 'image')} without objects: {shorten(without)}")

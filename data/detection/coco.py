@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from data.detection.annotated import AnnotatedImages, Annotation, Faults, split_warnings
 from data.detection.sources import DetectionDataset
 from data.sources import Request, join_classes
+from data.wording import shorten
 
 _LAYOUT = (
     "expected instances_train.json, instances_val.json, train/ and val/, or annotations/instances_train2017.json, "
     "annotations/instances_val2017.json, train2017/ and val2017/"
 )
-# Its lists, and the required keys of their entries.
+# Its lists, and the required keys of their entries with the types of their values.
+_ID = {int: "a number", float: "a number", str: "text"}
 _ENTRIES = {
-    "images": {"id", "file_name", "height", "width"},
-    "annotations": {"id", "image_id", "category_id", "bbox"},
-    "categories": {"id", "name"},
+    "images": {"id": _ID, "file_name": {str: "text"}, "height": {int: "an integer"}, "width": {int: "an integer"}},
+    "annotations": {"id": {}, "image_id": _ID, "category_id": _ID, "bbox": {}},  # boxes have a message of their own
+    "categories": {"id": _ID, "name": {str: "text"}},
 }
 
 
@@ -38,8 +42,14 @@ def open_coco(request: Request) -> DetectionDataset:
     root = request.existing_root(_LAYOUT)
     files = {split: _find(request, split, root) for split in request.needs}
     contents = {split: _read(path) for split, (path, _) in files.items()}
-    names = {split: [c["name"] for c in _categories(content)] for split, content in contents.items()}
-    classes, labels = join_classes(names, {split: path for split, (path, _) in files.items()}, _LAYOUT)
+    where = {split: path for split, (path, _) in files.items()}
+    names = {split: _names(content, where[split]) for split, content in contents.items()}
+    if "train" not in names:  # the classes are those of training also if it is not needed
+        with suppress(ValueError):  # it need not exist
+            where["train"] = _find(request, "train", root)[0]
+    if "train" in where.keys() - names.keys():
+        names["train"] = _names(_read(where["train"]), where["train"])
+    classes, labels = join_classes(names, where, _LAYOUT)
     sources, warnings = {}, []
     for split, (path, folder) in files.items():
         ids = [category["id"] for category in _categories(contents[split])]
@@ -76,9 +86,12 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a COCO annotation file: it has no list of {', '.join(absent)}")
     for key, needed in _ENTRIES.items():
         for entry in lists[key]:
-            if not isinstance(entry, dict) or not needed <= entry.keys():
+            if not isinstance(entry, dict) or not needed.keys() <= entry.keys():
                 names = ", ".join(sorted(needed))
                 raise ValueError(f"{path}: each of its {key} needs {names}, unlike {str(entry)[:80]}")
+            _check_types(entry, needed, f"{path}: {{}} of its {key} must be {{}}, unlike {{!r}} in {{}}")
+        if len({isinstance(entry["id"], str) for entry in lists[key]}) > 1:
+            raise ValueError(f"{path}: some ids of its {key} are numbers and others text; use one of them")
     broken = next((one for one in lists["annotations"] if not _is_box(one["bbox"])), None)
     if broken:
         raise ValueError(
@@ -88,12 +101,28 @@ def _read(path: Path) -> dict[str, Any]:
     return content
 
 
+def _check_types(entry: dict[str, Any], needed: Mapping[str, Mapping[type, str]], message: str) -> None:
+    for name, types in needed.items():
+        if types and type(entry[name]) not in types:
+            allowed = " or ".join(dict.fromkeys(types.values()))
+            raise ValueError(message.format(name, allowed, entry[name], str(entry)[:80]))
+
+
 def _is_box(box: Any) -> bool:
     return isinstance(box, list) and len(box) == 4 and all(type(side) in (int, float) for side in box)
 
 
 def _categories(content: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(content["categories"], key=lambda category: category["id"])
+
+
+def _names(content: dict[str, Any], path: Path) -> list[str]:
+    """Return the names of the categories by id."""
+    names = [category["name"] for category in _categories(content)]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise ValueError(f"{path} has two categories of the name {shorten(twice)}; give each name once")
+    return names
 
 
 def _read_split(
@@ -109,16 +138,21 @@ def _read_split(
         size = image["height"], image["width"]
         if not source.add(folder / image["file_name"], size, objects, faults, empty=not learned):
             without.append(image["file_name"])
+    strays = by_image.keys() - {image["id"] for image in content["images"]}
+    if strays:
+        of_strays = [f"annotation {one['id']}" for one in content["annotations"] if one["image_id"] in strays]
+        faults.names["of images that are not listed"] += of_strays
     return source, split_warnings(source, path, faults, without)
 
 
 def _annotation(one: dict[str, Any], labels: dict[int, int]) -> Annotation:
     x, y, width, height = one["bbox"]
+    outline = one.get("segmentation")
     return Annotation(
         name=f"annotation {one['id']}",
         box=(x, y, x + width, y + height),
         label=labels.get(one["category_id"]),
         area=one.get("area"),
         crowd=bool(one.get("iscrowd", 0)),
-        outline=one.get("segmentation") or None,
+        outline=outline if outline and outline != [[]] else None,  # some programs write these for boxes alone
     )

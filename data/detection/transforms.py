@@ -14,6 +14,10 @@ from torchvision.transforms.v2 import functional as F
 # An image `[3, h, w]`, uint8, and its target: `boxes`, `labels`, and optionally `masks`.
 Pair = tuple[tv_tensors.Image, dict[str, Any]]
 
+# Limit of the long side before a crop, relative to the largest side of the options. Only images of which one side is
+# over four times the other reach it, and very thin ones would take gigabytes without it.
+_LONGEST = 4
+
 
 class TrainTransform:
     """The augmentation of DETR (Carion et al., arXiv 2005.12872, section 4), with torch's generator.
@@ -37,12 +41,13 @@ class TrainTransform:
         crop: Sequence[int],
         hflip: float,
     ) -> None:
-        resized: v2.Transform = _resize(short_sides, long_side)
+        resized: v2.Transform = RandomShortSide(short_sides, long_side)
         if crop_sides:
-            cropped = v2.Compose([v2.RandomShortestSize(list(crop_sides)), RandomSizedCrop(*crop), resized])
+            longest = _LONGEST * max(long_side, *crop_sides)
+            cropped = v2.Compose([RandomShortSide(crop_sides, longest), RandomSizedCrop(*crop), resized])
             resized = v2.RandomChoice([resized, cropped])
-        # Boxes smaller than a pixel after a crop are removed, and so would be those on the border that rounding moves
-        # beyond it.
+        # Boxes smaller than a pixel after resizing or a crop are removed, and so would be those on the border that
+        # rounding moves beyond it.
         cleaned = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)]
         self._steps = v2.Compose([v2.RandomHorizontalFlip(hflip), resized, *cleaned])
 
@@ -60,15 +65,27 @@ class EvalTransform:
     """
 
     def __init__(self, *, short_side: int, long_side: int) -> None:
-        self._resize = _resize([short_side], long_side)
+        self._resize = RandomShortSide([short_side], long_side)
 
     def __call__(self, image: tv_tensors.Image) -> tv_tensors.Image:
         """Return the image resized."""
         return self._resize(image)
 
 
-def _resize(short_sides: Sequence[int], long_side: int) -> v2.RandomShortestSize:
-    return v2.RandomShortestSize(list(short_sides), max_size=long_side)
+class RandomShortSide(v2.RandomShortestSize):
+    """Resizing to a random short side, in which no side of a thin image is rounded to 0 pixels.
+
+    Args:
+        short_sides: one of these is drawn for the short side, in pixels.
+        long_side: maximum of the long side.
+    """
+
+    def __init__(self, short_sides: Sequence[int], long_side: int) -> None:
+        super().__init__(list(short_sides), max_size=long_side)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, tuple[int, ...]]:
+        """Draw the short side, and return the height and width that follow."""
+        return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
 
 
 class RandomSizedCrop(v2.Transform):

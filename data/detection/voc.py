@@ -22,15 +22,14 @@ def open_voc(request: Request) -> DetectionDataset:
         ValueError: a file is missing or cannot be read.
     """
     root = request.existing_root(_LAYOUT)
-    lists = {split: root / "ImageSets" / "Main" / f"{getattr(request, split) or split}.txt" for split in request.needs}
+    lists = {split: _list(request, root, split) for split in request.needs}
     trees = {split: _trees(root, path) for split, path in lists.items()}
-    named = {_name(one) for of_split in trees.values() for tree in of_split for one in tree.iter("object")}
-    classes = read_class_list(root) or sorted(named)
+    classes = read_class_list(root) or _named(request, root, trees)
     sources, warnings = {}, []
     for split, of_split in trees.items():
         source, faults, without = AnnotatedImages(exif=request.exif), Faults(), []
         for tree in of_split:
-            path = root / "JPEGImages" / tree.findtext("filename", "")
+            path = root / "JPEGImages" / tree.findtext("filename", "").strip()
             size = tuple(int(_number(tree, f"size/{side}", "0", path.name)) for side in ("height", "width"))
             objects = [_annotation(one, path.name, classes) for one in tree.iter("object")]
             if not source.add(path, size, objects, faults, empty=split != "train"):
@@ -42,6 +41,19 @@ def open_voc(request: Request) -> DetectionDataset:
     )
 
 
+def _list(request: Request, root: Path, split: str) -> Path:
+    return root / "ImageSets" / "Main" / f"{getattr(request, split) or split}.txt"
+
+
+def _named(request: Request, root: Path, trees: dict[str, list[ElementTree.Element]]) -> list[str]:
+    """Return the names in the annotations; those of training also if only held-out images are needed."""
+    listed = _list(request, root, "train")
+    more = _trees(root, listed) if "train" not in trees and listed.is_file() else []
+    return sorted(
+        {_name(one) for of_split in [*trees.values(), more] for tree in of_split for one in tree.iter("object")}
+    )
+
+
 def _trees(root: Path, listed: Path) -> list[ElementTree.Element]:
     if not listed.is_file():
         raise ValueError(f"no file {listed} in data path {root}; {_LAYOUT}")
@@ -50,13 +62,13 @@ def _trees(root: Path, listed: Path) -> list[ElementTree.Element]:
         path = root / "Annotations" / f"{name}.xml"
         try:
             found.append(ElementTree.parse(path).getroot())
-        except (OSError, ElementTree.ParseError) as error:
+        except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: of the encoding
             raise ValueError(f"{path} cannot be read as XML: {error}") from None
     return found
 
 
 def _name(one: ElementTree.Element) -> str:
-    return compose(one.findtext("name", ""))
+    return compose(one.findtext("name", "").strip())
 
 
 def _annotation(one: ElementTree.Element, image: str, classes: list[str]) -> Annotation:
@@ -66,7 +78,7 @@ def _annotation(one: ElementTree.Element, image: str, classes: list[str]) -> Ann
         name=f"{name} in {image}",
         box=(x1 - 1, y1 - 1, x2, y2),
         label=classes.index(name) if name in classes else None,
-        crowd=one.findtext("difficult", "0") == "1",
+        crowd=one.findtext("difficult", "0").strip() == "1",
     )
 
 

@@ -30,13 +30,15 @@ def open_yolo(request: Request) -> DetectionDataset:
     sources, warnings = {}, []
     for split in request.needs:
         folder = root / "images" / (getattr(request, split) or split)
-        if not folder.is_dir():
-            raise ValueError(f"no folder {folder} in data path {root}; {_LAYOUT}")
+        labelled = root / "labels" / folder.name
+        for needed in (folder, labelled):
+            if not needed.is_dir():
+                raise ValueError(f"no folder {needed} in data path {root}; {_LAYOUT}")
         source, faults, without = AnnotatedImages(exif=request.exif), Faults(), []
         images, skipped = select_images(folder, below=False)
         for path in images:
             size = _size(path, exif=request.exif)
-            labels = root / "labels" / folder.name / f"{path.stem}.txt"
+            labels = labelled / f"{path.stem}.txt"
             objects = _annotations(labels, size, len(classes)) if labels.is_file() else []
             if not source.add(path, size, objects, faults, empty=split != "train"):
                 without.append(path.name)
@@ -55,7 +57,8 @@ def _size(path: Path, *, exif: bool) -> tuple[int, int]:
     """
     try:
         with Image.open(path) as image:
-            turned = exif and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+            # Pillow rotates TIFF files itself, and gives their size after that.
+            turned = exif and image.format != "TIFF" and image.getexif().get(ExifTags.Base.Orientation) in _TURNED
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception:  # decoders can raise any exception on damaged files
         return 1, 1
@@ -63,7 +66,13 @@ def _size(path: Path, *, exif: bool) -> tuple[int, int]:
 
 def _annotations(path: Path, size: tuple[int, int], classes: int) -> list[Annotation]:
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # editors of Windows write a byte order mark
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             label, x, y, width, height = (float(word) for word in line.split())
         except ValueError:

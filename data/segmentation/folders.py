@@ -90,8 +90,17 @@ def _pairs(images: Path, masks: Path) -> tuple[list[tuple[str, str]], list[str]]
 
 
 def _by_stem(folder: Path, allowed: frozenset[str] | set[str]) -> dict[str, str]:
-    files = {file: file.relative_to(folder) for file in folder.rglob("*") if file.suffix.lower() in allowed}
-    return {compose(str(name.with_suffix(""))): str(file) for file, name in files.items() if not is_system_file(name)}
+    """Return the files by relative path without extension; raises ValueError if two of them are equal."""
+    found: dict[str, str] = {}
+    for file in folder.rglob("*"):
+        name = file.relative_to(folder)
+        if file.suffix.lower() not in allowed or is_system_file(name):
+            continue
+        other = found.setdefault(compose(str(name.with_suffix(""))), str(file))
+        if other != str(file):
+            first, second = sorted((other, str(file)))
+            raise ValueError(f"{first} and {second} have the same name but for the extension; rename or remove one")
+    return found
 
 
 class FolderSource(MaskedSource):

@@ -121,6 +121,18 @@ def test_small_images_are_cropped_like_others() -> None:
     assert (sharp.diff(dim=2).abs().mean() < torch.tensor(normalised(image)).diff(dim=2).abs().mean() * 0.7).item()
 
 
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 3), (3, 1)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_images_of_a_few_pixels_are_cropped(size: tuple[int, int], kind: str) -> None:
+    transform = plain_train_transform(8, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3))
+    image = stored(Image.new("RGB", size, (100, 150, 200)), kind)
+    seed_generators(0)
+    for _ in range(100):
+        pixels = transform(image)
+        assert pixels.shape == (8, 8, 3)
+        assert (np.abs(pixels.astype(int) - [100, 150, 200]) <= 4).all()
+
+
 def test_colour_jitter() -> None:
     image = Image.new("RGB", (32, 32), (100, 150, 200))
     values = {tuple(t[:, 0, 0].tolist()) for t in draws(plain_train_transform(color_jitter=0.4), image, 20)}

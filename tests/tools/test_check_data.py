@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.data.samples import photograph, write_folder
+from data.build import open_dataset
+from tests.data.samples import photograph, small_config, write_folder
 from tools import check_data
 
 
@@ -77,3 +78,19 @@ def test_wrong_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     said = capsys.readouterr().err
     assert said.startswith("check_data.py: cannot read folder ")
     assert "gone: No such file or directory" in said
+
+
+def test_images_are_read_once_and_the_source_is_not_sent_with_them(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the source was pickled")
+
+    dataset, here = open_dataset(small_config(root)), []
+    kind = type(dataset.train)
+    get = kind.get
+    monkeypatch.setattr(kind, "get", lambda self, index: here.append(index) or get(self, index))
+    monkeypatch.setattr(kind, "__reduce_ex__", refuse)
+    assert check_data.check(dataset, ("train", "val"), workers=1, show=3) == []
+    assert here == []  # they are read in the worker
+    assert "train: 8 images, 0 unreadable" in capsys.readouterr().out

@@ -23,7 +23,7 @@ from examples import serve
 from examples.serve import Classifier, build_app
 from models.vit import ATTENTIONS
 from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
-from tools import export
+from tools import export, exported
 from tools.export import Difference, Exported, compare
 from tools.exported import FORMATS, Source, run_onnx
 from training.trained_model import load_trained, untrained
@@ -57,6 +57,8 @@ def test_files_of_a_checkpoint_equal_the_network_and_are_served(
     assert "pre-processing" not in caplog.text
     modes = {(tmp_path / "tiny" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
     assert len(modes) == 1  # whoever may read the one may read the other
+    stored = json.loads((tmp_path / "tiny" / "config.json").read_text())["pretrained_cfg"]
+    assert (stored["mean"], stored["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     model, path = load_trained(checkpoint), tmp_path / "tiny.onnx"
     assert not any(node.metadata_props for node in onnx.load(path).graph.node)  # no paths of this machine
     parameters = sum(parameter.numel() for parameter in model.network.parameters())
@@ -94,6 +96,44 @@ def classifier(monkeypatch: pytest.MonkeyPatch, exif: str = "ignore") -> Classif
     session = SimpleNamespace(get_modelmeta=lambda: SimpleNamespace(custom_metadata_map=metadata))
     monkeypatch.setattr(serve.onnxruntime, "InferenceSession", lambda *_, **__: session)
     return Classifier("file.onnx")
+
+
+def test_the_server_gives_several_labels_their_own_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
+    served = classifier(monkeypatch)
+    served.session.run = lambda *_: [np.array([[0.0, 2.0, -200.0, *[-3.0] * 7]], np.float32)]
+    image = Image.new("RGB", (32, 32))
+    assert sum(one["probability"] for one in served(image, 10)) == pytest.approx(1)
+    served.about["multi_label"] = True
+    assert [one["probability"] for one in served(image, 2)] == pytest.approx([0.8808, 0.5], abs=1e-4)
+
+
+def test_metadata_have_the_task_and_crops_of_classifiers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = untrained(load_config(CONFIGS / "digits.yaml"))
+    about = Source(model, (32, 32)).metadata()
+    assert (about["task"], about["multi_label"], "crop_ratio" in about) == ("classification", False, True)
+    model.config.TASK = "segmentation"
+    about = Source(model, (32, 32)).metadata()
+    assert (about["task"], "crop_ratio" in about, "resize" in about) == ("segmentation", False, False)
+
+
+def test_safetensors_have_the_normalisation_of_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def save(network: object, path: Path, **given: dict) -> None:
+        stored.update(given["data_config"])
+        for name in ("config.json", "model.safetensors"):
+            (path / name).touch()
+
+    stored: dict[str, object] = {}
+    monkeypatch.setattr(exported, "save_for_hf", save)
+    FORMATS["safetensors"].write(Source(untrained(load_config(CONFIGS / "digits.yaml")), (32, 32)), tmp_path)
+    assert (stored["mean"], stored["std"]) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def test_validation_refuses_images_of_other_classes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_trained(write_checkpoint(tmp_path, classes=CLASSES[::-1]))
+    task = SimpleNamespace(classes=CLASSES)
+    monkeypatch.setattr(export, "build_task", lambda *_, **__: task)
+    with pytest.raises(ValueError, match=r"the classes of the data .* are not those of .*best\.pth"):
+        export._scorer(model, (32, 32), None)
 
 
 @pytest.mark.parametrize(("exif", "size"), [("ignore", (60, 40)), ("apply", (40, 60))])

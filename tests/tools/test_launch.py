@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,3 +51,30 @@ def test_only_a_lost_process_is_started_again(tmp_path: Path, plan: list, runs: 
     process.join(60)
     assert process.exitcode == status
     assert len(list(tmp_path.glob("main.py.*.0"))) == runs
+
+
+@pytest.mark.parametrize("requeued", ["0", "1"])
+def test_every_start_is_told_when_the_launcher_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requeued: str
+) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", requeued)
+    monkeypatch.setenv("DAT_LAUNCHED", "1")  # of another launcher
+    monkeypatch.setenv("DAT_RESTART_COUNT", "0")  # restored after the test, as the others
+    monkeypatch.setenv("DAT_RESTARTS_LEFT", "0")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30")
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    told = []
+
+    def run_once(*_: object) -> list[int]:
+        told.append(os.environ["DAT_LAUNCHED"])
+        return [75]
+
+    monkeypatch.setattr(launch, "run_once", run_once)
+    begin = time.time()
+    assert launch.main(["2"]) == 75
+    assert len(told) == 4
+    assert len(set(told)) == 1
+    if requeued == "0":
+        assert begin <= float(told[0]) <= time.time()
+    else:  # the checkpoints of the job before it was requeued count, too
+        assert told[0] == "1"

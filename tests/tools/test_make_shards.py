@@ -169,6 +169,11 @@ def test_another_plan_is_refused(
     assert "; repair or remove it; " in said
     said = refused(monkeypatch, capsys, *words, "--short-side", 20)
     assert said.startswith(f"make_shards.py: {tmp_path}/shards contains the beginning of other shards")
+    said = refused(monkeypatch, capsys, *words, "--opts", "DATA.EXIF", "apply")
+    assert "the beginning of other shards" in said
+    photos.rename(tmp_path / "others")
+    said = refused(monkeypatch, capsys, "--data-path", tmp_path / "others", *words[2:])
+    assert "the beginning of other shards" in said
 
 
 @pytest.mark.parametrize(
@@ -179,6 +184,7 @@ def test_another_plan_is_refused(
         (("--opts", "DATA.VAL"), "--opts takes pairs of KEY VALUE; 'DATA.VAL' has no value"),
         (("--opts", "DATA.EXIF", "applied"), "DATA.EXIF must be .*, not 'applied'; did you mean apply?"),
         (("--dataset", "tgz"), "DATA.DATASET must be one of"),
+        (("--opts", "DATA.DATASET", "webdataset"), "--dataset webdataset has no random access"),
     ],
 )
 def test_wrong_arguments(

@@ -91,6 +91,19 @@ def test_text_csv_and_lists(
     assert sum(float(rows[0][f"probability{place}"]) for place in range(1, 11)) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_list_may_have_names_that_are_not_utf_8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    name = os.fsencode(tmp_path) + b"/\xe4.png"
+    Path(os.fsdecode(name)).write_bytes(write_photograph(tmp_path / "a.png").read_bytes())
+    listed = io.TextIOWrapper(io.BytesIO(name + b"\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.argv", ["predict.py", "--checkpoint", str(write_checkpoint(tmp_path)), "-"])
+    monkeypatch.setattr("sys.stdin", listed)
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    assert "\\udce4.png: " in capsys.readouterr().out
+
+
 def test_files_that_cannot_be_read_are_named_and_skipped(
     tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:

@@ -203,3 +203,140 @@ def test_digit_scenes_are_exact_and_always_the_same(tmp_path: Path) -> None:
     assert (dataset.train.objects(3).decoded((128, 128)) == scene.masks).all()
     # A path takes their place.
     assert open_digit_scenes(Request(path=str(write_coco(tmp_path)))).classes == ["dog", "cat"]
+
+
+IMAGE = {"id": 10, "file_name": "0.png", "height": 32, "width": 40}
+
+
+def test_objects_with_invalid_outlines_are_skipped_and_named(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    square = [3, 3, 9, 3, 9, 9, 3, 9]
+    runs = {"size": [32, 40], "counts": [64, 64, 32 * 40 - 128]}
+    wrong = [[square, square[:4]], [square[:7]], [[*square[:5], "9"]], {"size": [40, 32], "counts": [1280]}]
+    outlines = [[square], runs, *wrong, runs | {"counts": [64]}]
+    annotations = [row(i, 10, 3, [3, 3, 6, 6], segmentation=outline) for i, outline in enumerate(outlines)]
+    write_instances(tmp_path, "val", [IMAGE], annotations)
+    dataset = open_coco(Request(path=str(tmp_path)))
+    assert dataset.masks
+    assert dataset.held_out.objects(0).decoded((32, 40)).shape == (2, 32, 40)
+    assert "left out 5 boxes whose outline is neither polygons nor run lengths" in dataset.format_warnings[0]
+
+
+def test_empty_outlines_are_boxes_alone(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    annotations = [row(i, 10, 3, [3, 3, 6, 6], segmentation=outline) for i, outline in enumerate(([], [[]]))]
+    write_instances(tmp_path, "val", [IMAGE], annotations)
+    dataset = open_coco(Request(path=str(tmp_path)))
+    assert not dataset.masks
+    assert len(dataset.held_out.objects(0).boxes) == 2
+
+
+def test_held_out_images_without_any_object_are_refused(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    write_instances(tmp_path, "val", [IMAGE], [row(1, "10", 3, [3, 3, 6, 6])])
+    with pytest.raises(
+        ValueError, match=r"val.json has no image with an object; .* 1 box of images that are not listed"
+    ):
+        open_coco(Request(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("height", None, "height of its images must be an integer, unlike None"),
+        ("width", "40", "width of its images must be an integer, unlike '40'"),
+        ("file_name", 5, "file_name of its images must be text, unlike 5"),
+        ("id", None, "id of its images must be a number or text, unlike None"),
+        ("id", "a", "some ids of its images are numbers and others text"),
+    ],
+)
+def test_values_of_wrong_types_are_refused(tmp_path: Path, name: str, value: object, message: str) -> None:
+    write_coco(tmp_path)
+    write_instances(tmp_path, "val", [IMAGE, IMAGE | {"id": 11, name: value}], [row(1, 10, 3, [3, 3, 6, 6])])
+    with pytest.raises(ValueError, match=rf"instances_val\.json: {message}"):
+        open_coco(Request(path=str(tmp_path)))
+
+
+def test_names_of_categories_are_text_and_occur_once(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    path = tmp_path / "instances_val.json"
+    content = json.loads(path.read_text())
+    for second, message in (
+        (1, "name of its categories must be text"),
+        ("cat", "two categories of the name cat; give"),
+    ):
+        path.write_text(json.dumps(content | {"categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": second}]}))
+        with pytest.raises(ValueError, match=message):
+            open_coco(Request(path=str(tmp_path)))
+
+
+def test_evaluation_takes_the_classes_of_training(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    path = tmp_path / "instances_val.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"categories": [{"id": 7, "name": "cat"}]}))
+    dataset = open_coco(Request(path=str(tmp_path), needs=("val",)))
+    assert dataset.classes == ["dog", "cat"]
+    assert set(dataset.held_out.objects(0).labels.tolist()) == {1}
+    (tmp_path / "instances_train.json").unlink()
+    assert open_coco(Request(path=str(tmp_path), needs=("val",))).classes == ["cat"]
+
+
+def write_voc(root: Path, objects: dict[str, str], head: str = "") -> None:
+    """Write an annotation file, with an image and a list of its own, for each split."""
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    box = "<bndbox><xmin>3</xmin><ymin>1</ymin><xmax>9</xmax><ymax>8</ymax></bndbox>"
+    size = "<size><width>40</width><height>32</height></size>"
+    for split, content in objects.items():
+        one = f"{head}<annotation><filename> {split}.png </filename>{size}<object>{content}{box}</object></annotation>"
+        (root / "Annotations" / f"{split}.xml").write_text(one)
+        Image.new("RGB", (40, 32)).save(root / "JPEGImages" / f"{split}.png")
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{split}\n")
+
+
+def test_voc_text_is_stripped_and_classes_are_those_of_both_lists(tmp_path: Path) -> None:
+    extra = "<object><name>bird</name><difficult> 1 </difficult></object>"
+    write_voc(tmp_path, {"train": "<name>cat</name>", "val": "<name> dog </name><difficult> 0 </difficult>"})
+    assert open_voc(Request(path=str(tmp_path), needs=("val",))).classes == ["cat", "dog"]
+    path = tmp_path / "Annotations" / "val.xml"
+    box = "<bndbox><xmin>3</xmin><ymin>1</ymin><xmax>9</xmax><ymax>8</ymax></bndbox></object>"
+    path.write_text(path.read_text().replace("<object>", extra.replace("</object>", box) + "<object>"))
+    assert open_voc(Request(path=str(tmp_path))).held_out.objects(0).crowd.tolist() == [True, False]
+
+
+def test_voc_files_of_unknown_encodings_are_named(tmp_path: Path) -> None:
+    for encoding in ("gb2312", "none-such"):
+        write_voc(tmp_path, {"train": "<name>cat</name>"}, head=f'<?xml version="1.0" encoding="{encoding}"?>')
+        with pytest.raises(ValueError, match=r"train\.xml cannot be read as XML"):
+            open_voc(Request(path=str(tmp_path), needs=("train",)))
+
+
+def write_yolo(root: Path, content: bytes) -> None:
+    """Write one held-out image with a label file."""
+    for kind in ("images", "labels"):
+        (root / kind / "val").mkdir(parents=True)
+    Image.new("RGB", (40, 32)).save(root / "images" / "val" / "a.png")
+    (root / "labels" / "val" / "a.txt").write_bytes(content)
+    (root / "classes.txt").write_text("cat\ndog\n")
+
+
+def test_yolo_label_files_of_windows_and_in_other_encodings(tmp_path: Path) -> None:
+    write_yolo(tmp_path, b"\xef\xbb\xbf1 0.5 0.5 0.25 0.5\r\n\r\n  \n")
+    request = Request(path=str(tmp_path), needs=("val",))
+    assert open_yolo(request).held_out.objects(0).boxes.tolist() == [[15, 8, 25, 24]]
+    (tmp_path / "labels" / "val" / "a.txt").write_bytes(b"\xe4")
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text"):
+        open_yolo(request)
+    (tmp_path / "labels" / "val").rename(tmp_path / "labels" / "validation")
+    with pytest.raises(ValueError, match=r"no folder .*labels.val in data path"):
+        open_yolo(request)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_yolo_sizes_of_rotated_tiff_files(tmp_path: Path, turned: bool) -> None:
+    write_yolo(tmp_path, b"1 0.5 0.5 0.25 0.5\n")
+    (tmp_path / "images" / "val" / "a.png").unlink()
+    Image.new("RGB", (40, 32)).save(tmp_path / "images" / "val" / "a.tif", tiffinfo={274: 6})
+    images = open_yolo(Request(path=str(tmp_path), needs=("val",), exif=turned)).held_out
+    assert images.size(0) == np.asarray(images.get(0).decode()).shape[:2]

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
+from torchvision.transforms import v2
 
-from data.detection.transforms import Pair, TrainTransform, to_target
+from data.detection.transforms import EvalTransform, Pair, RandomShortSide, TrainTransform, to_target
 
 SIZE = (120, 160)
 PLACES = [(10, 12, 70, 60), (100, 5, 150, 50), (30, 70, 60, 110), (90, 60, 158, 118)]  # x1, y1, x2, y2
@@ -51,6 +52,36 @@ def test_objects_keep_their_pixels(crop_sides: list[int], hflip: float) -> None:
         seen, removed = seen + len(target["boxes"]), removed + len(gone)
     assert seen >= 40
     assert bool(removed) == bool(crop_sides)
+
+
+@pytest.mark.parametrize("size", [(1, 2000), (2000, 1)])
+def test_thin_images_keep_a_pixel_and_do_not_grow_without_limit(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes, resize = [], v2.RandomShortestSize.transform
+    monkeypatch.setattr(
+        v2.RandomShortestSize, "transform", lambda *args: sizes.append(args[2]["size"]) or resize(*args)
+    )
+    image, box = tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8)), torch.tensor([[0.0, 0, size[1], size[0]]])
+    assert min(EvalTransform(short_side=800, long_side=1333)(image).shape) == 1
+    transform = TrainTransform(short_sides=[800], long_side=1333, crop_sides=[600], crop=(384, 600), hflip=0.0)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        pixels, target = transform(image, to_target(box, torch.zeros(1, dtype=torch.int64), None, size))
+        assert min(pixels.shape) >= 1
+        assert max(pixels.shape) <= 1333
+        assert len(target["boxes"]) <= 1
+    assert max(max(size) for size in sizes) < 10_000
+
+
+def test_usual_images_are_resized_as_by_torchvision() -> None:
+    for height, width in ((480, 640), (333, 500), (1080, 1920), (500, 100)):
+        blank = tv_tensors.Image(torch.zeros(1, height, width, dtype=torch.uint8))
+        for sides, longest in (([480, 512, 800], 1333), ([400, 500, 600], 5332)):
+            torch.manual_seed(height)
+            expected = v2.RandomShortestSize(sides, max_size=longest).make_params([blank])
+            torch.manual_seed(height)
+            assert RandomShortSide(sides, longest).make_params([blank]) == expected
 
 
 def test_a_flip_moves_boxes_to_the_other_side() -> None:

@@ -34,6 +34,13 @@ def test_folders_pair_images_and_masks_by_name(tmp_path: Path) -> None:
     assert warnings == [f"1 mask without an image in {tmp_path / 'masks' / 'val'}: 0"]
 
 
+def test_images_of_one_name_are_refused(tmp_path: Path) -> None:
+    folder = write_masks(tmp_path) / "images" / "train"
+    (folder / "0.jpg").write_bytes((folder / "0.png").read_bytes())
+    with pytest.raises(ValueError, match=r"0\.jpg and .*0\.png have the same name but for the extension"):
+        open_masks(Request(path=str(tmp_path)), Labels())
+
+
 def test_ade20k_ignores_zero_and_shifts_the_others(tmp_path: Path) -> None:
     write_masks(tmp_path, values=(0, 1, 150), parts=("training", "validation"), masks="annotations")
     (tmp_path / "classes.txt").unlink()
