@@ -15,6 +15,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import FeaturePyramidNetwork, roi_align
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
+from ..layers import Float32Conv2d
+
 
 class Pyramid(nn.Module):
     """A feature pyramid network (Lin et al., arXiv 1612.03144) with additional coarser maps.
@@ -46,8 +48,9 @@ class _Convolutions(ExtraFPNBlock):
 
     def __init__(self, channels: int, width: int) -> None:
         super().__init__()
-        self.p6 = nn.Conv2d(channels, width, 3, stride=2, padding=1)
-        self.p7 = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        # In bfloat16 on a CPU, PyTorch's gradient of a strided convolution of a single pixel is wrong.
+        self.p6 = Float32Conv2d(channels, width, 3, stride=2, padding=1)
+        self.p7 = Float32Conv2d(width, width, 3, stride=2, padding=1)
         for module in (self.p6, self.p7):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)

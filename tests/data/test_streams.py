@@ -169,7 +169,7 @@ def test_labels_by_name_and_in_numbers(shards: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("classes", "images", "says"),
     [
-        ("dog\n", 7, "main.py: .*jpg' has the label '1', which is neither a class nor a line of classes.txt"),
+        ("dog\n", 7, ".*jpg' has the label '1', which is neither a class nor a line of classes.txt"),
         ("cat\ndog\n", 9, r"evaluated 7 images of a data set of 9 \(DATA\.STREAM\.VAL_IMAGES, if it is a stream"),
     ],
 )
