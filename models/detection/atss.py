@@ -72,7 +72,7 @@ class ATSSHead(nn.Module):
         predicted = self.coder.decode_single(changes[positive].float(), positive_anchors)
         wanted = _centerness(positive_anchors, boxes)
         totals = torch.stack([positive.sum().float(), wanted.sum()])
-        number, centerness_sum = queries._mean_over_ranks(totals).clamp(min=1)
+        number, centerness_sum = queries.mean_over_ranks(totals).clamp(min=1)
         focal = sigmoid_focal_loss(logits.float(), classes, alpha=0.25, gamma=2.0, reduction="sum")
         giou = generalized_box_iou_loss(predicted, boxes) * wanted
         entropy = F.binary_cross_entropy_with_logits(centerness[positive].float(), wanted, reduction="sum")

@@ -125,7 +125,7 @@ def set_losses(logits: Tensor, boxes: Tensor, assignment: Assignment, truth: Tar
     objects = (assignment + truth.starts[:, None])[positive]
     classes = torch.zeros_like(logits)
     classes[positive] = torch.nn.functional.one_hot(truth.labels[objects], logits.shape[-1]).to(classes.dtype)
-    number = _mean_over_ranks(positive.sum()).clamp(min=1)
+    number = mean_over_ranks(positive.sum()).clamp(min=1)
     focal = sigmoid_focal_loss(logits, classes, alpha=0.25, gamma=2.0)[assignment != PADDING]
     found, wanted = boxes[positive], truth.boxes[objects]
     corners = (box_convert(x, "cxcywh", "xyxy") for x in (found, wanted))
@@ -146,11 +146,12 @@ def all_ranks_factor(objects: int, device: torch.device) -> Tensor:
         device: device of the factor.
     """
     own = torch.tensor(objects, device=device)
-    return own.clamp(min=1) / _mean_over_ranks(own).clamp(min=1)
+    return own.clamp(min=1) / mean_over_ranks(own).clamp(min=1)
 
 
-def _mean_over_ranks(count: Tensor) -> Tensor:
-    count = count.float()
+def mean_over_ranks(count: Tensor) -> Tensor:
+    """Return the mean over all ranks of numbers of any shape, in float32; every rank must call it."""
+    count = count.to(torch.float32, copy=True)
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(count)
         count /= dist.get_world_size()

@@ -70,7 +70,7 @@ def test_ranks_with_and_without_objects_agree(name: str, monkeypatch: pytest.Mon
     detector, losses, means = build_any(name), [], []
     for targets in (TARGETS, TARGETS[1:] * 2):
         means.append(Mock(side_effect=torch.Tensor.float))
-        monkeypatch.setattr(queries, "_mean_over_ranks", means[-1])
+        monkeypatch.setattr(queries, "mean_over_ranks", means[-1])
         detector.zero_grad()
         losses.append(detector(images(), targets))
         assert all(loss.isfinite() for loss in losses[-1].values())

@@ -23,7 +23,7 @@ def losses_with(
 ) -> tuple[dict[str, Tensor], int]:
     """Return losses as if ranks had ``mean`` objects on average, and the number of averages over ranks."""
     averaged = []
-    patch.setattr(queries, "_mean_over_ranks", lambda count: averaged.append(count) or torch.tensor(mean))
+    patch.setattr(queries, "mean_over_ranks", lambda count: averaged.append(count) or torch.tensor(mean))
     torch.manual_seed(1)
     return model(*batch), len(averaged)
 
