@@ -274,13 +274,12 @@ class DeformableAttention(nn.Module):
         """
         conv, *rest = self.conv_offset
         q = pad_small(q, conv.kernel_size[0] - 2 * conv.padding[0])
-        if self.groups == 1:
-            return rearrange(self.conv_offset(q), "b yx h w -> b h w 1 yx")
         if not (may_fuse(self.conv_offset, conv) and have_biases(conv)):
             offsets = self.conv_offset(rearrange(q, "b (g c) h w -> (b g) c h w", g=self.groups))
             return rearrange(offsets, "(b g) yx h w -> b h w g yx", g=self.groups)
-        weight, bias = conv.weight.repeat(self.groups, 1, 1, 1), conv.bias.repeat(self.groups)
-        x = F.conv2d(q, weight, bias, conv.stride, conv.padding, groups=q.shape[1])
+        dtype = at_least_float32(q.dtype) if q.is_cpu else q.dtype  # widened if the module itself is in bfloat16
+        weight, bias = conv.weight.to(dtype).repeat(self.groups, 1, 1, 1), conv.bias.to(dtype).repeat(self.groups)
+        x = F.conv2d(q.to(dtype), weight, bias, conv.stride, conv.padding, groups=q.shape[1]).to(q.dtype)
         x = x.permute(0, 2, 3, 1).unflatten(-1, (self.groups, -1)).flatten(2, 3).permute(0, 3, 1, 2)
         for layer in rest:  # [B, C/g, Hk, Wk*g] -> [B, 2, Hk, Wk*g]
             x = layer(x)

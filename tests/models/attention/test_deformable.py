@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.attention import DeformableAttention, deformable
 from models.ops.grids import reference_points
@@ -88,6 +89,24 @@ def test_the_offset_network_runs_in_float32_under_autocast_on_a_cpu(groups: int)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         offsets = module._offsets(q)
     torch.testing.assert_close(offsets, module._offsets(q.float()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_depthwise_convolutions_of_bfloat16_modules_run_in_float32_on_a_cpu(groups: int) -> None:
+    # With an even kernel, the gradient of PyTorch's bfloat16 kernel depends on uninitialised memory.
+    module = build(groups=groups, kernel_size=4).bfloat16()
+    seen = []
+
+    class Convolutions(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten.convolution_backward.default and args[9] > 1:
+                seen.extend(tensor.dtype for tensor in args[:3])
+            return function(*args, **(kwargs or {}))
+
+    offsets = module._offsets(torch.randn(1, 16, 8, 8).bfloat16())
+    with Convolutions():
+        offsets.sum().backward()
+    assert seen == [torch.float32] * 3
 
 
 def test_pooling_replaces_sampling_without_offsets() -> None:
