@@ -375,6 +375,9 @@ OPTIONS: dict[str, Option] = {
     "TRAIN.HEAD_LR_SCALE": RunOption(
         1.0, "Factor on the learning rate of the layer that computes the logits, such as 10 for a new one.", positive()
     ),
+    "TRAIN.BACKBONE_LR_SCALE": RunOption(
+        1.0, "Factor on the learning rate of the backbone of a detector or segmenter.", positive()
+    ),
     "TRAIN.PATIENCE": RunOption(
         0, "Stop after this many consecutive epochs without a better score; 0: no early stopping.", not_negative()
     ),

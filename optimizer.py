@@ -71,7 +71,12 @@ def _with_parents(name: str) -> Iterator[str]:
 
 
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, layer_decay: float = 1.0, head_scale: float = 1.0
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    head_scale: float = 1.0,
+    backbone_scale: float = 1.0,
 ) -> list[dict]:
     """Return the trained parameters in groups, those with weight decay first.
 
@@ -81,17 +86,18 @@ def parameter_groups(
         layer_decay: factor on the learning rate from each layer to the preceding one (BEiT, arXiv 2106.08254,
             appendix); the layers are those of the network's `group_matcher`, as in timm.
         head_scale: factor on the learning rate of the layer that computes the logits.
+        backbone_scale: factor on the learning rate of the backbone of a detector or segmenter.
 
     Returns:
-        Two groups; with a factor other than 1 two for each layer and for the head, the last layer first. timm's
-        schedules apply their `lr_scale`.
+        Two groups; with a factor other than 1 two for each layer, for the head and for the backbone: the head first,
+        the backbone last, of the layers the last one first. timm's schedules apply their `lr_scale`.
 
     Raises:
-        ValueError: a factor is given, but the network does not define its layers or its classifier.
+        ValueError: a factor is given, but the network does not define its layers, or has no classifier or backbone.
     """
     exceptions = no_weight_decay(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if layer_decay == head_scale == 1:
+    if layer_decay == head_scale == backbone_scale == 1:
         decayed = {name: decays(name, parameter, exceptions) for name, parameter in trained}
         return [
             {"params": [parameter for name, parameter in trained if decayed[name]], "weight_decay": weight_decay},
@@ -99,17 +105,19 @@ def parameter_groups(
         ]
     depths = _depths(model) if layer_decay != 1 else {}
     head = _head(model) if head_scale != 1 else None
-    groups = defaultdict(list)  # by depth, not in the head, not decayed: in this order
+    backbone = _backbone(model) if backbone_scale != 1 else None
+    scales = head_scale, 1.0, backbone_scale
+    groups = defaultdict(list)  # by depth, part, not decayed: in this order
     for name, parameter in trained:
-        in_head = head is not None and name.startswith(f"{head}.")
-        groups[depths.get(name, 0), not in_head, not decays(name, parameter, exceptions)].append(parameter)
+        part = 0 if _is_in(name, head) else 2 if _is_in(name, backbone) else 1
+        groups[depths.get(name, 0), part, not decays(name, parameter, exceptions)].append(parameter)
     return [
         {
-            "params": groups[depth, in_body, undecayed_group],
+            "params": groups[depth, part, undecayed_group],
             "weight_decay": 0.0 if undecayed_group else weight_decay,
-            "lr_scale": layer_decay**depth * (1.0 if in_body else head_scale),
+            "lr_scale": layer_decay**depth * scales[part],
         }
-        for depth, in_body, undecayed_group in sorted(groups)
+        for depth, part, undecayed_group in sorted(groups)
     ]
 
 
@@ -126,6 +134,18 @@ def _head(model: nn.Module) -> str:
     if not classifier(model):
         raise ValueError(f"TRAIN.HEAD_LR_SCALE: {type(model).__name__} has no classifier; leave it at 1.0")
     return classifier(model)
+
+
+def _backbone(model: nn.Module) -> str:
+    """Return the name of the backbone of a detector or segmenter."""
+    if not isinstance(getattr(model, "backbone", None), nn.Module):
+        raise ValueError(f"TRAIN.BACKBONE_LR_SCALE: {type(model).__name__} has no backbone; leave it at 1.0")
+    return "backbone"
+
+
+def _is_in(name: str, module: str | None) -> bool:
+    """Return whether a parameter is in a module, given their dotted names."""
+    return module is not None and name.startswith(f"{module}.")
 
 
 def learning_rate_scale(config: CfgNode, world_size: int) -> float:
@@ -173,7 +193,11 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
     """
     settings, train = config.TRAIN.OPTIMIZER, config.TRAIN
     groups = parameter_groups(
-        model, weight_decay=train.WEIGHT_DECAY, layer_decay=train.LAYER_DECAY, head_scale=train.HEAD_LR_SCALE
+        model,
+        weight_decay=train.WEIGHT_DECAY,
+        layer_decay=train.LAYER_DECAY,
+        head_scale=train.HEAD_LR_SCALE,
+        backbone_scale=train.BACKBONE_LR_SCALE,
     )
     arguments = {"lr": train.BASE_LR * learning_rate_scale(config, world_size), **_own_arguments(settings.ARGS)}
     _check_name(settings.NAME)

@@ -72,6 +72,11 @@ def set_epoch(model: nn.Module, epoch: int) -> None:
         model.set_epoch(epoch)
 
 
+def rename_weights(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of the same network in another library under the names of ``model``."""
+    return model.rename_weights(weights) if hasattr(model, "rename_weights") else weights
+
+
 def convert_weights(model: nn.Module, weights: dict[str, Tensor]) -> ConvertedWeights:
     """Return the weights of another kind of network under the names of ``model``."""
     return model.convert_weights(weights) if converts_weights(model) else ConvertedWeights(weights)

@@ -16,7 +16,7 @@ from yacs.config import CfgNode
 from config import load_config
 from lr_scheduler import build_scheduler, learning_rates
 from models import build_model
-from models.contract import no_weight_decay
+from models.contract import classifier, no_weight_decay
 from optimizer import (
     OPTIMIZERS,
     build_optimizer,
@@ -231,6 +231,22 @@ def test_rates_fall_from_layer_to_layer_and_the_head_has_its_own() -> None:
     assert scales["pos_embed"] == (0.125, 0.0)  # which timm's model exempts
 
 
+def test_the_backbone_has_its_own_learning_rate() -> None:
+    config = load_config(
+        "configs/segmentation/digits_fpn.yaml", ["TRAIN.BACKBONE_LR_SCALE", 0.1, "TRAIN.HEAD_LR_SCALE", 5]
+    )
+    network = build_model(config)
+    optimizer = build_optimizer(config, network, 1)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    seen = {name: scales[id(parameter)] for name, parameter in network.named_parameters()}
+    head = classifier(network)
+    assert seen.keys() == {name for name, _ in network.named_parameters()}
+    for name, scale in seen.items():
+        assert scale == (0.1 if name.startswith("backbone.") else 5.0 if name.startswith(f"{head}.") else 1.0), name
+    assert set(seen.values()) == {0.1, 1.0, 5.0}
+    assert optimizer.param_groups[0]["lr_scale"] == 5.0  # the head, whose factor `learning_rate` divides by
+
+
 def test_a_schedule_applies_the_factors_of_the_groups() -> None:
     config = load_config("configs/dat_tiny.yaml", ["TRAIN.HEAD_LR_SCALE", 10])
     network = timm.create_model("vit_tiny_patch16_224", depth=1, num_classes=3)
@@ -278,7 +294,12 @@ def test_unknown_frozen_part_is_rejected(patterns: list[str], says: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("option", "needs"), [("LAYER_DECAY", "does not define its layers"), ("HEAD_LR_SCALE", "no clas")]
+    ("option", "needs"),
+    [
+        ("LAYER_DECAY", "does not define its layers"),
+        ("HEAD_LR_SCALE", "no classifier"),
+        ("BACKBONE_LR_SCALE", "no backbone"),
+    ],
 )
 def test_factor_without_matching_part_of_the_network_is_rejected(option: str, needs: str) -> None:
     config = load_config("configs/dat_tiny.yaml", [f"TRAIN.{option}", "0.5"])

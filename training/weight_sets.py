@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from data.wording import counted
-from models.contract import classifier, converts_weights
+from models.contract import classifier, converts_weights, rename_weights
 
 # Sets of weights in a file: raw, and their exponential moving average.
 RAW, EMA = "raw", "ema"
@@ -114,7 +114,10 @@ def pick_weights(checkpoint: dict[str, Any], path: str | Path, network: nn.Modul
     notes = _notes(taken, sets, path)
     if wanted == RAW and (nameless := _nameless_averages(checkpoint)):
         notes.append(f"{path}: averaged weights in {nameless} have no names and are not used")
-    return WeightSet(taken.tensors, wanted, choice, notes)
+    weights = rename_weights(network, taken.tensors)
+    if weights.keys() != taken.tensors.keys():
+        notes.append(f"{path}: the names of another library were translated")
+    return WeightSet(weights, wanted, choice, notes)
 
 
 def count_classes(weights: dict[str, Tensor], network: nn.Module) -> int:

@@ -42,9 +42,13 @@ class Detector(DenseModel):
         """
         raise NotImplementedError
 
+    def rename_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return weights of mmdetection under the names of this detector, and others unchanged."""
+        return from_mmdetection(weights) if is_mmdetection(weights) else weights
+
     def convert_weights(self, weights: dict[str, Tensor]) -> ConvertedWeights:
         """Convert weights of mmdetection, of the same detector, or of a classifier (for the backbone)."""
-        return super().convert_weights(from_mmdetection(weights) if is_mmdetection(weights) else weights)
+        return super().convert_weights(self.rename_weights(weights))
 
 
 def pad_images(images: Sequence[Tensor], divisor: int) -> ImageList:

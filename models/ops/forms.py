@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils import checkpoint
 
 from .precision import matmul_dtype
 
+PLAIN = os.environ.get("DAT_PLAIN") == "1"  # every operation consists of PyTorch's own, on a CPU and on a GPU
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)  # of the CPU forms
 
 
@@ -46,7 +48,7 @@ def is_transformed() -> bool:
 
 def needs_plain_operations() -> bool:
     """Return whether only PyTorch's own operations can be used."""
-    return is_captured() or is_transformed()
+    return PLAIN or is_captured() or is_transformed()
 
 
 def suits_cpu_forms(x: Tensor) -> bool:
@@ -65,7 +67,7 @@ def is_compiled_for_inference(x: Tensor) -> bool:
 
     It contains the CPU forms as custom operators. Exported graphs do not: they must run without this package.
     """
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.is_grad_enabled():
+    if PLAIN or not torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.is_grad_enabled():
         return False
     return x.device.type == "cpu" and matmul_dtype(x) in CPU_DTYPES
 

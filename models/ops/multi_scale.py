@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import gpu
+from . import forms, gpu
 from .caching import cached_tensors
 from .cpu import multi_scale as cpu
 from .forms import check_form, is_transformed, operator
@@ -71,7 +71,7 @@ def ms_deform_attn(
 
 def choose_form(value: Tensor) -> str:
     """Return the form that `ms_deform_attn` uses for ``auto``: ``op`` if possible. ONNX has no such operator."""
-    return "op" if _has_op(value) and not torch.onnx.is_in_onnx_export() else "reference"
+    return "op" if _has_op(value) and not forms.PLAIN and not torch.onnx.is_in_onnx_export() else "reference"
 
 
 def _has_op(value: Tensor) -> bool:

@@ -13,7 +13,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..forms import is_transformed
+from .. import forms
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_HEAD = 128  # values per head
@@ -25,7 +25,7 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 
 def has_triton(x: Tensor) -> bool:
     """Return whether Triton can run on the device of a tensor of any shape: on a GPU, or under Triton's interpreter."""
-    return _INSTALLED and (x.is_cuda or INTERPRETED)
+    return _INSTALLED and not forms.PLAIN and (x.is_cuda or INTERPRETED)
 
 
 def suits(x: Tensor) -> bool:
@@ -33,7 +33,7 @@ def suits(x: Tensor) -> bool:
 
     They have only first derivatives, in reverse mode, so they are not used under transforms of `torch.func`.
     """
-    return x.dtype in TYPES and has_triton(x) and not is_transformed()
+    return x.dtype in TYPES and has_triton(x) and not forms.is_transformed()
 
 
 def suits_heads(x: Tensor) -> bool:

@@ -12,6 +12,7 @@ from models.detection import DETECTORS
 from models.detection.mmdetection import from_mmdetection
 from models.weights import adapt
 from tests.models.detection.test_detectors import TINY, build
+from training.checkpoint import load_strictly
 from training.weight_sets import pick_weights
 
 WIDTH, HIDDEN, CLASSES = 16, 16, 3
@@ -60,6 +61,15 @@ def test_all_entries_of_published_weights_load(name: str) -> None:
         boxes = state["roi_heads.box_predictor.bbox_pred.weight"]
         assert torch.equal(boxes[4:], weights["roi_head.bbox_head.fc_reg.weight"])
         assert not boxes[:4].any()
+
+
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade"])
+def test_published_weights_can_be_evaluated(name: str) -> None:
+    detector = build(name)
+    weights = published(name, detector.backbone.state_dict(), detector.backbone.channels)
+    given = pick_weights({"meta": {"epoch": 12}, "state_dict": weights}, "file.pth", detector)
+    assert given.notes[-1] == "file.pth: the names of another library were translated"
+    load_strictly(detector, given.weights, "file.pth")
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "cascade"])
