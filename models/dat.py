@@ -288,22 +288,23 @@ class DAT(nn.Module):
                 yield path, getattr(module, method)()
 
     def compile_blocks(self, *, backend: str = "inductor") -> None:
-        """Compile every mixer and MLP separately, for inputs of fixed size; parameters keep their names.
+        """Compile every mixer and MLP separately, for each size of the input; parameters keep their names.
 
         Blocks of the same kind and width share code, so this is much faster than compiling the whole network. Compiled
-        blocks save all activations for the backward pass; use ``use_checkpoint`` to save memory.
+        blocks save all activations for the backward pass; use ``use_checkpoint`` to save memory. Beyond the limit of
+        `torch._dynamo.config.recompile_limit`, with images of dozens of sizes, blocks run without being compiled.
 
-        Side effect: raises `torch._dynamo.config.recompile_limit` of the process to at least 64.
+        Side effect: raises that limit to at least 64 for the process.
 
         Args:
             backend: backend of `torch.compile`.
         """
         # All modules of a class share the limit, and each shape counts: 4 stages, training and evaluation, full and
-        # partial batches.
+        # partial batches. With fullgraph=True, the limit would be an error.
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
         for stage in self.stages:
             for module in (*stage.attns, *stage.mlps):
-                module.compile(backend=backend, fullgraph=True, dynamic=False)
+                module.compile(backend=backend, dynamic=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))

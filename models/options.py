@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -249,10 +250,19 @@ def as_table(options: Mapping[str, Option]) -> str:
     for name, option in options.items():
         check = getattr(option, "each", None) or option.check
         allowed = f" Must be {check.words}." if check else ""
+        flag = f" Flag: `{option.flag}`." if getattr(option, "flag", "") else ""
         default = option.default
         if name == "stage_spec":
             default = ["".join(letters) for letters in default]
         elif isinstance(default, tuple):
             default = list(default)
-        rows.append(f"| `{name}` | `{default}` | {option.meaning}{allowed} |")
+        shown = "" if default == "" else f"`{default}`"
+        rows.append(f"| `{name}` | {shown} | {_escaped(option.meaning + allowed + flag)} |")
     return "\n".join(rows)
+
+
+def _escaped(text: str) -> str:
+    """Return text with a backslash before the characters that mean something in a Markdown table, except in code."""
+    parts = text.split("`")
+    parts[::2] = [re.sub(r"([|<*])", r"\\\1", part) for part in parts[::2]]
+    return "`".join(parts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from config import OPTIONS, complete, default_config, differences, flatten, load_config, set_option
 from models.dat import DAT
+from models.options import as_table
 from tests.runs import ROOT
 from training.command_line import parse
 
@@ -114,6 +116,17 @@ def test_every_option_has_a_meaning_and_a_default_that_passes_its_check() -> Non
         assert OPTIONS[key].check is None or OPTIONS[key].check.holds(value), key
     flags = [option.flag for option in OPTIONS.values() if getattr(option, "flag", "")]
     assert len(set(flags)) == len(flags)
+
+
+def test_the_documentation_lists_every_option() -> None:
+    sections = defaultdict(dict)
+    for key, option in OPTIONS.items():
+        if not key.startswith(("MODEL.DAT.", "MODEL.VIT.")):  # arguments of the models, see their pages
+            sections[key.rpartition(".")[0]][key] = option
+    page = (Path(__file__).parents[1] / "docs/options.md").read_text(encoding="utf-8")
+    for section, options in sections.items():
+        if (table := as_table(options)) not in page:
+            pytest.fail(f"docs/options.md should hold, under {section or 'Run'},\n{table}", pytrace=False)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,20 @@ def test_compile_blocks_changes_nothing_and_shares_code() -> None:
     assert counter.frame_count == 12
 
 
+def test_images_of_more_sizes_than_are_compiled() -> None:
+    torch._dynamo.reset()
+    model = build_small("ND", **DAT_PP).eval()
+    sizes = [(64, 64), (64, 96), (96, 64), (128, 64)]
+    with torch.no_grad():
+        expected = [model(torch.ones(1, 3, *size)) for size in sizes]
+        counter = CompileCounterWithBackend("eager")
+        model.compile_blocks(backend=counter)
+        with torch._dynamo.config.patch(recompile_limit=5):  # 3 kinds of module, 4 stages, 4 sizes
+            compiled = [model(torch.ones(1, 3, *size)) for size in sizes]
+    torch.testing.assert_close(compiled, expected)
+    assert counter.frame_count == 3 * 5
+
+
 @pytest.mark.parametrize("kind", [pytest.param("D", marks=pytest.mark.slow), "MLP"])
 def test_generated_code_equals_eager(kind: str) -> None:
     """The default backend, which generates C++ on a CPU."""
