@@ -42,7 +42,13 @@ class Detection(LabelledTask):
     """Boxes and classes of objects, and masks if the detector predicts them."""
 
     score = Score("AP", "AP", digits=3)
-    unsupported = (*CLASSIFICATION_ONLY, "MODEL.CLASS_MAP", "TEST.FLIP")
+    unsupported = (
+        *CLASSIFICATION_ONLY,
+        "DATA.IGNORE_LABEL",
+        "DATA.REDUCE_ZERO_LABEL",
+        "MODEL.CLASS_MAP",
+        "TEST.FLIP",
+    )
 
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         super().__init__(config, world, training=training)

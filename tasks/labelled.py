@@ -15,12 +15,14 @@ from models.build import num_classes, set_num_classes
 from tasks.base import Task
 from utils import World
 
-# Options that only the loaders, losses and evaluation of classification implement.
+# Options that only the loaders and the evaluation of classification implement. Others without effect, such as those of
+# mixup, are not refused: their defaults are those of classification, so a config may well turn them off.
 CLASSIFICATION_ONLY = (
     "DATA.BALANCE",
     "DATA.CACHE",
+    "DATA.CLASS_ORDER",
+    "DATA.INTERPOLATION",
     "DATA.MULTI_LABEL",
-    "MODEL.LABEL_SMOOTHING",
     "TEST.CLASSES",
     "TEST.LABELS",
 )

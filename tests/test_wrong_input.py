@@ -582,6 +582,11 @@ ROWS = [
         says="TEST.FLIP is not supported by TASK detection; leave it at False",
     ),
     Wrong(
+        name="data: masks for objects",
+        config={"TASK": "detection", "DATA": {"DATASET": "digit_scenes", "IGNORE_LABEL": 0}},
+        says="DATA.IGNORE_LABEL is not supported by TASK detection; leave it at 255",
+    ),
+    Wrong(
         name="data: stream without a size",
         config={"DATA": {"DATASET": "webdataset", "DATA_PATH": ".", "TRAIN": "pipe:cat train-{0..3}.tar"}},
         files={"classes.txt": "cat\ndog\n"},
