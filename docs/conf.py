@@ -26,7 +26,7 @@ default_role = "code"
 
 def _name_files_of_the_repository(app: Sphinx, name: str, source: list[str]) -> None:  # noqa: ARG001
     """Replace links to files outside docs/, which are not on the site, by their paths."""
-    source[0] = re.sub(r"\[([^\]]*)\]\(\.\./([^)]*)\)", r"\1 (`\2`)", source[0])
+    source[0] = re.sub(r"(?<!!)\[([^\]]*)\]\(\.\./([^)]*)\)", r"\1 (`\2`)", source[0])
 
 
 def setup(app: Sphinx) -> None:
