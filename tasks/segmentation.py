@@ -26,12 +26,12 @@ class LabelledPixels(NamedTuple):
     """A batch on the device.
 
     Attributes:
-        images: normalised; `[b, 3, H, W]` in training, otherwise `[3, h, w]` each.
+        images: normalised; `[b, 3, H, W]` in training, otherwise `[3, h, w]` of each image and scale.
         labels: classes of the pixels, int64, `IGNORED` where unknown; `[b, H, W]` in training, otherwise `[H, W]` each,
             empty for an image that is left out.
     """
 
-    images: Tensor | Sequence[Tensor]
+    images: Tensor | Sequence[Sequence[Tensor]]
     labels: Tensor | Sequence[Tensor]
 
 
@@ -65,15 +65,14 @@ class Segmentation(LabelledTask):
         return LabelledPixels(images, batch.labels.to(device, non_blocking=True).long())
 
     def to_device(self, batch: Batch, device: torch.device) -> LabelledPixels:
-        images = [normalize(image.to(device, non_blocking=True)) for image in batch.images]
+        images = [[normalize(view.to(device, non_blocking=True)) for view in views] for views in batch.images]
         return LabelledPixels(images, [labels.to(device, non_blocking=True).long() for labels in batch.labels])
 
     def loss(self, model: nn.Module, batch: LabelledPixels) -> dict[str, Tensor]:
         return model(batch.images, batch.labels)
 
     def meter(self, samples: int, device: torch.device) -> Meter:
-        scales, flip = self.config.SEGMENTATION.TEST_SCALES, self.config.TEST.FLIP
-        return MeanIoU(self.classes, samples, device, scales=scales, flip=flip)
+        return MeanIoU(self.classes, samples, device, flip=self.config.TEST.FLIP)
 
     def summary(self) -> str:
         return f"{self.config.MODEL.SEGMENTER.NAME}, {counted(len(self.classes), 'class', 'classes')}"
@@ -88,16 +87,13 @@ class MeanIoU(Meter):
         classes: names by label.
         samples: number of images, over all ranks.
         device: of the network.
-        scales: factors on the image size, over which probabilities are averaged.
-        flip: whether to include mirrored images.
+        flip: whether to average over mirrored images, too.
     """
 
-    def __init__(
-        self, classes: Sequence[str], samples: int, device: torch.device, *, scales: Sequence[float], flip: bool
-    ) -> None:
+    def __init__(self, classes: Sequence[str], samples: int, device: torch.device, *, flip: bool) -> None:
         self._classes = classes
         self._samples = samples
-        self._views = [(scale, mirrored) for scale in scales for mirrored in ([False, True] if flip else [False])]
+        self._flip = flip
         self._rows: list[list[np.ndarray]] = []
         # Pixels by true and predicted class; then images, and images left out. Integers, so that the result does not
         # depend on the order of summation over processes.
@@ -105,13 +101,13 @@ class MeanIoU(Meter):
 
     def add(self, model: nn.Module, batch: LabelledPixels) -> None:
         # One by one: images differ in size, and results must not depend on the rest of the batch.
-        for image, labels in zip(batch.images, batch.labels, strict=True):
+        for views, labels in zip(batch.images, batch.labels, strict=True):
             self._counts[-2 if labels.numel() else -1] += 1
             if labels.numel():
-                found = predict(model, image, labels.shape, self._views)
+                found = predict(model, views, labels.shape, flip=self._flip)
                 self._counts[:-2] += confusion(found, labels, len(self._classes)).flatten()
                 if len(self._rows) < SAMPLES:
-                    pixels = as_pixels(image)
+                    pixels = as_pixels(max(views, key=Tensor.numel))
                     self._rows.append([pixels, *(paint(pixels, x.cpu().numpy()) for x in (labels, found))])
 
     def result(self) -> Evaluation:
@@ -138,21 +134,20 @@ class MeanIoU(Meter):
         return Evaluation(metrics, lines, warnings, pictures)
 
 
-def predict(
-    model: Segmenter, image: Tensor, size: Sequence[int], views: Sequence[tuple[float, bool]] = ((1.0, False),)
-) -> Tensor:
+def predict(model: Segmenter, image: Tensor | Sequence[Tensor], size: Sequence[int], *, flip: bool = False) -> Tensor:
     """Return the classes `[height, width]` of an image.
 
     Args:
         model: a segmenter in evaluation mode.
-        image: `[3, h, w]`, normalised.
+        image: `[3, h, w]`, normalised; or several of them, the image at several scales.
         size: height and width of the result.
-        views: factor on the image and whether it is mirrored; over several views, probabilities are averaged.
+        flip: whether to include the mirror image. Over several images, probabilities are averaged.
     """
-    total = torch.zeros((), device=image.device)
-    for scale, mirrored in views:
-        view = image[None] if scale == 1 else resize(image[None], [round(scale * side) for side in image.shape[-2:]])
-        logits = model(view.flip(-1) if mirrored else view).float()
+    scales = [image] if isinstance(image, Tensor) else image
+    views = [(view, mirrored) for view in scales for mirrored in ([False, True] if flip else [False])]
+    total = torch.zeros((), device=scales[0].device)
+    for view, mirrored in views:
+        logits = model(view[None].flip(-1) if mirrored else view[None]).float()
         logits = resize(logits.flip(-1) if mirrored else logits, size)
         total = total + (logits.softmax(1) if len(views) > 1 and not model.gives_probabilities else logits)
     return total[0].argmax(0)

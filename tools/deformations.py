@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from models.attention.deformable import DeformableAttention, Deformation
 
 Place = tuple[float, float]
+# The name of a block of a DAT, which may be the backbone of a detector or segmenter.
+_BLOCK = re.compile(r"(?:^|\.)stages\.(\d+)\.attns\.(\d+)$")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class BlockAttention:
     @property
     def title(self) -> str:
         """The name of the block, counted from 1: ``stage 3, block 2``."""
-        found = re.search(r"stages\.(\d+)\.attns\.(\d+)$", self.name)
+        found = _BLOCK.search(self.name)
         return f"stage {int(found[1]) + 1}, block {int(found[2]) + 1}" if found else self.name
 
     @property
@@ -109,8 +111,8 @@ def _choose(network: nn.Module, stages: Sequence[int], *, every_block: bool) -> 
     by_stage: dict[str, dict[str, DeformableAttention]] = {}
     for name, module in network.named_modules():
         if isinstance(module, DeformableAttention):
-            stage = re.match(r"stages\.(\d+)\.", name)
-            by_stage.setdefault(str(int(stage[1]) + 1) if stage else name, {})[name] = module
+            block = _BLOCK.search(name)
+            by_stage.setdefault(str(int(block[1]) + 1) if block else name, {})[name] = module
     if not by_stage:
         raise ValueError("this network has no deformable attention, the letter D; there is nothing to draw")
     wanted = [str(stage) for stage in stages] or list(by_stage)

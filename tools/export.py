@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +31,11 @@ from data.build import is_stream
 from data.wording import counted
 from logger import RunLog
 from models.build import num_classes
-from tasks import build_task
+from tasks import Score, Task, build_task
 from tools.arguments import image_size, refuse
 from tools.confusion import check_classes
 from tools.exported import FORMATS, Run, Source
-from training.trained_model import TrainedModel, load_trained, untrained
+from training.trained_model import load_trained, untrained
 from training.weight_sets import WEIGHTS
 from utils import World
 
@@ -73,7 +72,7 @@ def main() -> None:
     parser.add_argument("--validate", action="store_true", help="compare scores on the held-out images of the config")
     parser.add_argument("--data-path", metavar="PATH", help="their location")
     parser.add_argument(
-        "--max-loss", type=float, default=0.5, help="maximum loss of the score, in its unit (default: 0.5)"
+        "--max-loss", type=float, help="maximum loss of the score (default: 0.5 of percentages, 0.005 of other scores)"
     )
     args = parser.parse_args()
     try:
@@ -97,8 +96,8 @@ def run(args: argparse.Namespace) -> int:
     print(model.words())
     size = image_size(args.size) if args.size else model.config.image_size
     source = Source(model, size, dynamic=args.dynamic_size, opset=args.opset)
-    scored = _scorer(model, source.size, args.data_path) if args.validate else None
-    score = scored(model.network) if scored else 0.0
+    task = _held_out(source, args.data_path) if args.validate else None
+    score = _evaluate(task, source, model.network) if task else 0.0
     args.output.mkdir(parents=True, exist_ok=True)
     failed = False
     for name in args.formats:
@@ -109,10 +108,10 @@ def run(args: argparse.Namespace) -> int:
         difference = compare(source.network, exported, source.sizes())
         words = f"largest difference {difference.largest:.1e} of logits up to {difference.reach:.1f}"
         good = difference.within(kind.tolerance)
-        if scored:
-            exported_score = scored(Exported(exported))
-            words += f", score {exported_score:.2f} (the network: {score:.2f})"
-            good &= score - exported_score <= args.max_loss
+        if task:
+            exported_score = _evaluate(task, source, exported)
+            words += f", score {task.score.show(exported_score)} (the network: {task.score.show(score)})"
+            good &= score - exported_score <= (_max_loss(task.score) if args.max_loss is None else args.max_loss)
         print(f"{path}  {_megabytes(path):.1f} MB  {words}{'' if good else '  MISMATCH'}")
         failed |= not good
     return int(failed)
@@ -133,25 +132,54 @@ def compare(network: nn.Module, exported: Run, sizes: list[tuple[int, int]]) -> 
 
 
 class Exported(nn.Module):
-    """An exported file as a network, for a task to evaluate."""
+    """An exported file, or the network that it was exported from, for a task to evaluate.
 
-    def __init__(self, run: Run) -> None:
+    Args:
+        run: the file or the network.
+        source: what was exported.
+
+    Attributes:
+        gives_probabilities: that of a segmenter, see `models.segmentation.parts`.
+    """
+
+    def __init__(self, run: Run, source: Source) -> None:
         super().__init__()
         self._run = run.__call__  # a module would become a part, and a program of torch.export has no eval()
+        self._size = None if source.dynamic else source.size
+        self.gives_probabilities = getattr(source.network, "gives_probabilities", False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images ``[B, 3, H, W]`` to logits ``[B, classes]``."""
-        return self._run(images.contiguous())
+        """Map images ``[B, 3, H, W]`` to logits, ``[B, classes]`` or of a segmenter ``[B, classes, H, W]``.
+
+        Raises:
+            ValueError: the file does not take images of this size.
+        """
+        size = tuple(images.shape[-2:])
+        become = f"--validate: held-out images become {size[0]} x {size[1]} pixels (height x width), but the file"
+        if self._size not in (None, size):
+            raise ValueError(
+                f"{become} has a fixed size of {self._size[0]} x {self._size[1]}; add --dynamic-size, or leave "
+                f"--validate out"
+            )
+        try:
+            return self._run(images.contiguous())
+        except AssertionError as error:  # a guard of torch.export
+            raise ValueError(f"{become} does not take them; leave --validate out, or export onnx") from error
 
 
-def _scorer(model: TrainedModel, size: tuple[int, int], data_path: str | None) -> Callable[[nn.Module], float]:
-    """Return a function that evaluates a network on the held-out images of the config by the task's score."""
+def _held_out(source: Source, data_path: str | None) -> Task:
+    """Return the task of the config with its held-out images, for the size of the source.
+
+    Raises:
+        ValueError: they cannot be evaluated with the exported file.
+    """
+    model = source.model
     config = model.config.clone()
     if config.TASK == "detection":
         raise ValueError("--validate: detectors need images of any size, but the file has a fixed size; leave it out")
     if is_stream(config.DATA.DATASET):
         raise ValueError("--validate: the run read its images from commands, which are not executed from a checkpoint")
-    config.DATA.IMG_SIZE = list(size)
+    config.DATA.IMG_SIZE = list(source.size)
     if data_path:
         config.DATA.DATA_PATH = data_path
     expected = num_classes(config)
@@ -160,8 +188,18 @@ def _scorer(model: TrainedModel, size: tuple[int, int], data_path: str | None) -
         classes = counted(num_classes(config), "class", "classes")
         raise ValueError(f"--validate: the images have {classes}, the network {expected}")
     check_classes(task, model.path)
-    log = RunLog(None, config, is_main=True)
-    return lambda network: task.score.of(task.evaluate(network, task.eval_loader(), log).metrics)
+    return task
+
+
+def _evaluate(task: Task, source: Source, run: Run) -> float:
+    """Return the score of a file, or of the network, on the held-out images."""
+    log = RunLog(None, task.config, is_main=True)
+    return task.score.of(task.evaluate(Exported(run, source), task.eval_loader(), log).metrics)
+
+
+def _max_loss(score: Score) -> float:
+    """Return the default of ``--max-loss``: half a percent of the scale."""
+    return 0.5 if score.unit == "%" else 0.005
 
 
 def _megabytes(path: Path) -> float:

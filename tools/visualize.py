@@ -31,10 +31,16 @@ if __name__ == "__main__":
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 
 from config import load_config
-from data.transforms import as_pixels
+from data.detection import transforms as detection
+from data.segmentation import transforms as segmentation
+from data.transforms import as_pixels, normalize
 from data.wording import counted
+from models.segmentation.parts import pad_to
 from models.vit import VisionTransformer
 from tools import pages
 from tools.arguments import image_size, refuse
@@ -142,12 +148,29 @@ def attention_of(
     every_block: bool = False,
 ) -> tuple[NDArray[np.uint8], list[NetworkAttention]]:
     """Return the input pixels ``[H, W, 3]`` of an image file, and the attention of each network."""
-    tensors = [model.transform(size)(model.read(path)) for _, model in networks]
+    tensors = [_prepare(model, model.read(path), size) for _, model in networks]
     seen = [
         NetworkAttention(title, inspect_blocks(model.network, tensor, stages=stages, every_block=every_block))
         for (title, model), tensor in zip(networks, tensors, strict=True)
     ]
     return as_pixels(tensors[-1]), seen
+
+
+def _prepare(model: TrainedModel, image: Image.Image, size: tuple[int, int] | None) -> Tensor:
+    """Return the input ``[3, H, W]`` of the network: of this size, or as in the evaluation of its task."""
+    config = model.config
+    if config.TASK not in ("detection", "segmentation"):
+        return model.transform(size)(image)
+    if size:
+        pixels = model.transform(size)(image)
+    elif config.TASK == "segmentation":
+        pixels = normalize(segmentation.EvalTransform(config.image_size).apply(image))
+    else:
+        sides = {"short_side": config.DETECTION.TEST_SHORT_SIDE, "long_side": config.DETECTION.LONG_SIDE}
+        resized = detection.EvalTransform(**sides)(tv_tensors.Image(F.pil_to_tensor(image)))
+        pixels = normalize(resized.as_subclass(Tensor))
+    # Padded as the network would do: the figures show places as shares of the image that its backbone sees.
+    return pad_to(pixels, model.network.backbone.strides[-1])
 
 
 def page_entry(name: str, pixels: NDArray[np.uint8], seen: Sequence[NetworkAttention]) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from data.images import StoredImage, read_file
 from data.sources import other_form
 from data.wording import counted, shorten
 
+UNKNOWN = -1  # label of invalid annotations
+
 
 @dataclass(frozen=True, kw_only=True)
 class Annotation:
@@ -50,7 +52,7 @@ class Faults:
     def keep(self, annotation: Annotation, size: tuple[int, int]) -> tuple[float, ...] | None:
         """Return the box clipped to an image of this height and width; record it and return None if it is invalid."""
         x1, y1, x2, y2 = annotation.box
-        inside = max(x1, 0.0), max(y1, 0.0), min(x2, float(size[1])), min(y2, float(size[0]))
+        inside = _clipped(annotation.box, size)
         if annotation.label is None:
             self.names["of an unknown class"].append(annotation.name)
         elif not all(map(math.isfinite, annotation.box)):
@@ -80,14 +82,17 @@ class AnnotatedImages(DetectionSource):
 
     Args:
         exif: whether to apply the EXIF orientation.
+        pixels: for the classes of pixels: images without objects are kept, crowds count as objects, and invalid
+            annotations are objects with the label `UNKNOWN`, with the outline of their box if their own is invalid.
 
     Attributes:
         masks: whether every object so far has an outline.
-        empty: whether no image so far has an object, crowds aside.
+        empty: whether no image so far has an object, crowds aside unless `pixels`.
     """
 
-    def __init__(self, *, exif: bool) -> None:
+    def __init__(self, *, exif: bool, pixels: bool = False) -> None:
         self._exif = exif
+        self._pixels = pixels
         self._paths: list[str] = []
         self._sizes: list[tuple[int, int]] = []
         # One string per image: Python objects for a million annotations would take gigabytes in every worker.
@@ -113,10 +118,17 @@ class AnnotatedImages(DetectionSource):
             for one, box in boxes
             if box is not None
         ]
-        bare = all(row[3] for row in rows)
-        if not empty and bare:
+        bare = not rows if self._pixels else all(row[3] for row in rows)
+        if bare and not (empty or self._pixels):
             return False
         self.empty &= bare
+        if self._pixels:
+            left_out = [(one, _region(one, size)) for one, box in boxes if box is None]
+            rows += [
+                [one.box, UNKNOWN, int(rle.area(_encoded(region, size))), one.crowd, region]
+                for one, region in left_out
+                if region
+            ]
         self.masks &= all(row[4] for row in rows)
         self._paths.append(os.fspath(path))
         self._sizes.append(size)
@@ -152,6 +164,19 @@ class AnnotatedImages(DetectionSource):
 
 def _area(box: Sequence[float]) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _clipped(box: Sequence[float], size: tuple[int, int]) -> tuple[float, float, float, float]:
+    """Return the part of a box inside of an image of this height and width."""
+    return max(box[0], 0.0), max(box[1], 0.0), min(box[2], float(size[1])), min(box[3], float(size[0]))
+
+
+def _region(annotation: Annotation, size: tuple[int, int]) -> Any:
+    """Return the outline of an annotation, or of its box if that is invalid; None if the box has no area, either."""
+    if annotation.outline is not None and _is_outline(annotation.outline, size):
+        return annotation.outline
+    x1, y1, x2, y2 = _clipped(annotation.box, size)
+    return [[x1, y1, x2, y1, x2, y2, x1, y2]] if x1 < x2 and y1 < y2 else None  # None for NaN, too
 
 
 def _is_outline(outline: Any, size: tuple[int, int]) -> bool:

@@ -30,11 +30,15 @@ _ENTRIES = {
 }
 
 
-def open_coco(request: Request) -> DetectionDataset:
+def open_coco(request: Request, *, pixels: bool = False) -> DetectionDataset:
     """Open a data set in the layout of COCO. Labels follow the ids of the categories.
 
     Crowds are not learned; boxes without an area, outside of their image or of an unknown class are left out, and
     images without objects are not trained on. Each is counted and named in the warnings.
+
+    Args:
+        request: what to open.
+        pixels: for the classes of pixels, see `AnnotatedImages`.
 
     Raises:
         ValueError: a file is missing, is not an annotation file, or has other classes than that of the training split.
@@ -55,8 +59,8 @@ def open_coco(request: Request) -> DetectionDataset:
         ids = [category["id"] for category in _categories(contents[split])]
         by_id = dict(zip(ids, labels[split].tolist(), strict=True))
         content = contents.pop(split)
-        sources[split], found = _read_split(content, by_id, folder, path, request, learned=split == "train")
-        warnings += found
+        sources[split] = AnnotatedImages(exif=request.exif, pixels=pixels)
+        warnings += _read_split(content, by_id, folder, path, sources[split], learned=split == "train")
     return DetectionDataset(
         classes=classes,
         masks=all(source.masks for source in sources.values()),
@@ -126,10 +130,10 @@ def _names(content: dict[str, Any], path: Path) -> list[str]:
 
 
 def _read_split(
-    content: dict[str, Any], labels: dict[int, int], folder: Path, path: Path, request: Request, *, learned: bool
-) -> tuple[AnnotatedImages, list[str]]:
-    """Return the images of an annotation file, and warnings about them."""
-    source, faults, without = AnnotatedImages(exif=request.exif), Faults(), []
+    content: dict[str, Any], labels: dict[int, int], folder: Path, path: Path, source: AnnotatedImages, *, learned: bool
+) -> list[str]:
+    """Add the images of an annotation file to a source, and return warnings about them."""
+    faults, without = Faults(), []
     by_image = defaultdict(list)
     for annotation in content["annotations"]:
         by_image[annotation["image_id"]].append(annotation)
@@ -142,7 +146,7 @@ def _read_split(
     if strays:
         of_strays = [f"annotation {one['id']}" for one in content["annotations"] if one["image_id"] in strays]
         faults.names["of images that are not listed"] += of_strays
-    return source, split_warnings(source, path, faults, without)
+    return split_warnings(source, path, faults, without)
 
 
 def _annotation(one: dict[str, Any], labels: dict[int, int]) -> Annotation:

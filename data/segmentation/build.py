@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from torch.utils.data import DataLoader
@@ -62,12 +63,14 @@ def build_train_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, wo
 
 
 def build_eval_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, world_size: int) -> DataLoader:
-    """Return the loader of this rank's share of `dataset.held_out`; its `sampler` is an `EvalSampler`."""
-    unreadable = on_unreadable(config, training=False)
-    transform = EvalTransform(config.image_size)
+    """Return the loader of this rank's share of `dataset.held_out` at all scales; its `sampler` is an `EvalSampler`."""
+    unreadable, scales = on_unreadable(config, training=False), config.SEGMENTATION.TEST_SCALES
+    transform = EvalTransform(config.image_size, scales)
     images = MaskedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=unreadable)
     sampler = EvalSampler(len(images), rank=rank, world_size=world_size)
-    return build_loader(config, images, sampler, fit_shared_memory(config, config.image_size, collate))
+    factor = math.hypot(*scales)  # of a side of one image with the pixels of all scales
+    height, width = (math.ceil(factor * side) for side in config.image_size)
+    return build_loader(config, images, sampler, fit_shared_memory(config, (height, width), collate))
 
 
 def _labels(config: CfgNode) -> Labels:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from data.detection.annotated import UNKNOWN
 from data.detection.coco import open_coco as open_objects
 from data.detection.sources import DetectionSource
 from data.images import StoredImage
-from data.segmentation.sources import Labels, MaskedDataset, MaskedSource
+from data.segmentation.sources import IGNORED, Labels, MaskedDataset, MaskedSource
 from data.sources import Request
 
 
@@ -17,7 +18,7 @@ def open_coco(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG00
     Raises:
         ValueError: as for detection, or objects have only boxes, or there are too many classes for a mask.
     """
-    objects = open_objects(request)
+    objects = open_objects(request, pixels=True)
     if not objects.masks:
         raise ValueError(
             f"data path {request.path}: some objects have only a box; TASK segmentation needs the outline of each "
@@ -36,7 +37,13 @@ def open_coco(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG00
 
 
 class ObjectSource(MaskedSource):
-    """Images whose pixels have the class of the smallest object over them, crowds included; 0 if there is none."""
+    """Images whose pixels have the class of the smallest object over them, crowds included; 0 if there is none.
+
+    Pixels of invalid annotations, whose class or shape is not known, are `IGNORED`.
+
+    Args:
+        objects: the images, whose objects include invalid ones with the label `UNKNOWN`.
+    """
 
     def __init__(self, objects: DetectionSource) -> None:
         self._objects = objects
@@ -51,6 +58,7 @@ class ObjectSource(MaskedSource):
         size, objects = self._objects.size(index), self._objects.objects(index)
         found = np.zeros(size, dtype=np.uint8)
         outlines = objects.decoded(size)
+        classes = np.where(objects.labels == UNKNOWN, IGNORED, objects.labels + 1)
         for number in np.argsort(-objects.areas, kind="stable"):  # small ones are drawn over large ones
-            found[outlines[number] > 0] = objects.labels[number] + 1
+            found[outlines[number] > 0] = classes[number]
         return found

@@ -12,13 +12,19 @@ from torch import Tensor
 from data.datasets import OnUnreadable, SeededSamples
 from data.segmentation.sources import IGNORED, MaskedSource
 
-Transform = Callable[[Image.Image, Tensor], tuple[Tensor, Tensor]]
+Transform = Callable[[Image.Image, Tensor], tuple[Tensor | list[Tensor], Tensor]]
 
 
 class Sample(NamedTuple):
-    """An image `[3, h, w]`, the classes of its pixels `[H, W]`, both uint8, and the unreadable files it replaces."""
+    """An image and the classes of its pixels.
 
-    image: Tensor
+    Attributes:
+        image: uint8; in training `[3, H, W]`, otherwise `[3, h, w]` of each scale.
+        labels: `[H, W]`, uint8.
+        unreadable: paths of the unreadable files that it replaces.
+    """
+
+    image: Tensor | list[Tensor]
     labels: Tensor
     unreadable: list[str]
 
@@ -27,13 +33,13 @@ class Batch(NamedTuple):
     """Images of one micro-batch.
 
     Attributes:
-        images: uint8; in training `[b, 3, H, W]`, otherwise `[3, h, w]` each.
+        images: uint8; in training `[b, 3, H, W]`, otherwise `[3, h, w]` of each image and scale.
         labels: classes of the pixels, uint8, `IGNORED` where unknown; in training `[b, H, W]`, otherwise `[H, W]` each,
             `[0, 0]` for an image that is left out.
         unreadable: paths of the files that could not be read.
     """
 
-    images: Sequence[Tensor] | Tensor
+    images: Sequence[list[Tensor]] | Tensor
     labels: Sequence[Tensor] | Tensor
     unreadable: list[str]
 
@@ -58,9 +64,8 @@ class MaskedImages(SeededSamples[Sample]):
         return Sample(*self.transform(image, torch.from_numpy(mask)), unreadable)
 
     def left_out(self, index: int, unreadable: list[str]) -> Sample:  # noqa: ARG002
-        return Sample(
-            torch.zeros(3, 1, 1, dtype=torch.uint8), torch.full((0, 0), IGNORED, dtype=torch.uint8), unreadable
-        )
+        pixel = torch.zeros(3, 1, 1, dtype=torch.uint8)
+        return Sample([pixel], torch.full((0, 0), IGNORED, dtype=torch.uint8), unreadable)
 
 
 def collate(samples: list[Sample]) -> Batch:

@@ -18,6 +18,9 @@ from data.segmentation.sources import IGNORED
 _PADDING = {tv_tensors.Image: [round(255 * value) for value in IMAGENET_DEFAULT_MEAN], tv_tensors.Mask: IGNORED}
 _LONGEST = 4  # maximum ratio of long to short side, as 2048 to 512
 _CROPS = 10  # maximum number of crops drawn to limit the share of a class
+_BRIGHTNESS = 32  # largest change of a pixel's values, of 255
+_FACTORS = (0.5, 1.5)  # of contrast and saturation
+_HUE = 0.1  # largest change, as a share of the circle
 
 
 class TrainTransform:
@@ -28,7 +31,7 @@ class TrainTransform:
         scale: range of the scale relative to an image whose short side is that of the crop.
         largest_share: maximum share of one class in a crop; larger ones are redrawn.
         hflip: probability of a horizontal flip.
-        photometric: probability of each of brightness, contrast, saturation, hue and another order of channels.
+        photometric: see `PhotometricDistortion`.
     """
 
     def __init__(
@@ -37,8 +40,8 @@ class TrainTransform:
         self._size = size
         self._scale = tuple(scale)
         self._largest_share = largest_share
-        distort = [v2.RandomPhotometricDistort(p=photometric)] if photometric else []
-        self._rest = v2.Compose([*distort, v2.RandomHorizontalFlip(hflip)])
+        self._distort = PhotometricDistortion(photometric)
+        self._flip = v2.RandomHorizontalFlip(hflip)
 
     def __call__(self, image: Image.Image, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return an image `[3, height, width]` and the classes `[height, width]` of its pixels, both uint8."""
@@ -47,7 +50,8 @@ class TrainTransform:
         size = resized(pixels.shape[-2:], factor * min(self._size))
         pixels, labels = F.resize(pixels, size), F.resize(labels, size, v2.InterpolationMode.NEAREST)
         window = self._window(labels)
-        pixels, labels = self._rest(*(self._filled(F.crop(x, *window)) for x in (pixels, labels)))
+        pixels, labels = self._distort(F.crop(pixels, *window)), F.crop(labels, *window)
+        pixels, labels = self._flip(self._filled(pixels), self._filled(labels))
         return pixels.as_subclass(Tensor), labels.as_subclass(Tensor)
 
     def _window(self, labels: Tensor) -> tuple[int, int, int, int]:
@@ -71,23 +75,55 @@ class TrainTransform:
         return F.pad(x, [0, 0, right, below], fill=_PADDING[type(x)]) if below or right else x
 
 
+class PhotometricDistortion:
+    """Brightness, contrast, saturation and hue as in the recipe of ADE20K, which is that of SSD (arXiv 1512.02325).
+
+    Brightness is added to the pixels, contrast multiplies them, before or after saturation and hue.
+
+    Args:
+        probability: of each of them.
+    """
+
+    def __init__(self, probability: float) -> None:
+        self._probability = probability
+
+    def __call__(self, pixels: tv_tensors.Image) -> tv_tensors.Image:
+        """Return an image `[3, H, W]`, uint8, with changed colours."""
+        if self._drawn():
+            shifted = pixels + torch.empty(()).uniform_(-_BRIGHTNESS, _BRIGHTNESS)
+            pixels = tv_tensors.wrap(shifted.round().clamp(0, 255).byte(), like=pixels)
+        # What torchvision calls brightness is a factor on the pixels; its contrast would preserve their mean.
+        order = [F.adjust_saturation, F.adjust_hue]
+        order.insert(2 if torch.rand(()) < 0.5 else 0, F.adjust_brightness)
+        for change in order:
+            if self._drawn():
+                limits = (-_HUE, _HUE) if change is F.adjust_hue else _FACTORS
+                pixels = change(pixels, torch.empty(()).uniform_(*limits).item())
+        return pixels
+
+    def _drawn(self) -> bool:
+        return bool(torch.rand(()) < self._probability)
+
+
 class EvalTransform:
-    """The whole image resized to a short side; its mask unchanged.
+    """The whole image resized to one or several short sides; its mask unchanged.
 
     Args:
         size: height and width of the network's images, of which the smaller is the short side.
+        scales: factors on the short side.
     """
 
-    def __init__(self, size: tuple[int, int]) -> None:
+    def __init__(self, size: tuple[int, int], scales: Sequence[float] = (1.0,)) -> None:
         self._short = min(size)
+        self._scales = scales
 
-    def __call__(self, image: Image.Image, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return an image `[3, h, w]` and the classes `[height, width]` of its pixels, both uint8."""
-        return self.apply(image), mask
+    def __call__(self, image: Image.Image, mask: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return an image `[3, h, w]` of each scale and the classes `[height, width]` of its pixels, all uint8."""
+        return [self.apply(image, scale) for scale in self._scales], mask
 
-    def apply(self, image: Image.Image) -> Tensor:
-        """Return an image as `[3, h, w]`, uint8."""
-        return F.resize(F.pil_to_tensor(image), resized((image.height, image.width), self._short))
+    def apply(self, image: Image.Image, scale: float = 1.0) -> Tensor:
+        """Return an image at one scale as `[3, h, w]`, uint8."""
+        return F.resize(F.pil_to_tensor(image), resized((image.height, image.width), scale * self._short))
 
 
 def resized(size: Sequence[int], short: float) -> list[int]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import main
 from config import load_config
 from data.segmentation.sources import IGNORED
+from data.transforms import as_pixels
 from logger import RunLog
 from models.segmentation.parts import resize
 from tasks import build_task
@@ -78,7 +79,7 @@ def by_hand(folder: Path) -> dict[str, float]:
     pixels, network = [], Colours().eval()
     for batch in task.eval_loader():
         moved = task.to_device(batch, torch.device("cpu"))
-        for image, labels in zip(moved.images, moved.labels, strict=True):
+        for (image,), labels in zip(moved.images, moved.labels, strict=True):
             found = resize(network(image[None]), labels.shape)[0].argmax(0)
             pixels += zip(labels.flatten().tolist(), found.flatten().tolist(), strict=True)
     pixels = [(label, found) for label, found in pixels if label != IGNORED]
@@ -94,7 +95,7 @@ def by_hand(folder: Path) -> dict[str, float]:
 
 
 def meter(samples: int, classes: int = 3) -> MeanIoU:
-    return MeanIoU([f"class {i}" for i in range(classes)], samples, torch.device("cpu"), scales=[1.0], flip=False)
+    return MeanIoU([f"class {i}" for i in range(classes)], samples, torch.device("cpu"), flip=False)
 
 
 def test_absent_classes_are_not_averaged_and_skipped_images_give_a_warning() -> None:
@@ -108,7 +109,7 @@ def test_absent_classes_are_not_averaged_and_skipped_images_give_a_warning() -> 
         def forward(self, images: Tensor) -> Tensor:
             return torch.cat([images, torch.zeros_like(images[:, :1])], dim=1)
 
-    counted.add(Same(), LabelledPixels([image, image[:, :1, :1]], [labels, torch.empty(0, 0)]))
+    counted.add(Same(), LabelledPixels([[image], [image[:, :1, :1]]], [labels, torch.empty(0, 0)]))
     found = counted.result()
     assert found.metrics["miou"] == pytest.approx((8 / 12 + 4 / 8) / 2)  # classes 2 and 3 are nowhere that counts
     assert found.metrics["accuracy"] == pytest.approx(12 / 16)
@@ -127,7 +128,7 @@ def test_the_picture_shows_image_truth_and_what_was_found() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return torch.eye(3)[2, :, None, None].expand(1, 3, *images.shape[-2:])
 
-    counted.add(Second(), LabelledPixels([image], [labels]))
+    counted.add(Second(), LabelledPixels([[image]], [labels]))
     picture = counted.result().pictures["samples"]
     height = picture.shape[1] // 3
     titles, picture = np.split(picture, [-height])
@@ -143,12 +144,35 @@ def test_the_picture_shows_image_truth_and_what_was_found() -> None:
 
 def test_several_views_are_averaged() -> None:
     network, image = Colours().eval(), torch.rand(3, 16, 20)
-    views = [(1.0, False), (1.0, True), (0.5, False)]
-    small = resize(network(resize(image[None], (8, 10))), (16, 20))
-    logits = [network(image[None]), network(image[None].flip(-1)).flip(-1), small]
-    expected = sum(x.softmax(1) for x in logits)[0].argmax(0)
+    views = [image, torch.rand(3, 8, 10)]
+    logits = [resize(network(view[None]), (16, 20)) for view in views]
+    logits += [resize(network(view[None].flip(-1)).flip(-1), (16, 20)) for view in views]
+    expected = [sum(x.softmax(1) for x in some)[0].argmax(0) for some in (logits[:2], logits)]
     with torch.inference_mode():
-        assert np.array_equal(predict(network, image, (16, 20), views), expected)
+        assert np.array_equal(predict(network, views, (16, 20)), expected[0])
+        assert np.array_equal(predict(network, views, (16, 20), flip=True), expected[1])
+
+
+def test_held_out_images_are_evaluated_at_every_scale_of_the_stored_pixels(tmp_path: Path) -> None:
+    root = write_masks(tmp_path / "data", val=1)
+    data = {"DATASET": "masks", "DATA_PATH": str(root), "IMG_SIZE": 20, "BATCH_SIZE": 2, "NUM_WORKERS": 0}
+    path = write_config(tmp_path, TASK="segmentation", DATA=data, SEGMENTATION={"TEST_SCALES": [0.01, 2.0]})
+    config = load_config(path)
+    task = build_task(config, World(0, 1, 0, torch.device("cpu")), training=False)
+    (batch,) = task.eval_loader()
+    ((small, large),) = task.to_device(batch, torch.device("cpu")).images
+    assert small.shape == (3, 1, 1) or small.shape == (3, 1, 2)
+    stored = np.asarray(Image.open(root / "images" / "val" / "0.png"))  # 48 x 40 pixels
+    assert np.array_equal(as_pixels(large), stored)
+    seen: list[Tensor] = []
+
+    class Recorder(Colours):
+        def forward(self, images: Tensor) -> Tensor:
+            seen.append(images)
+            return super().forward(images)
+
+    task.evaluate(Recorder(), task.eval_loader(), RunLog(None, config, is_main=False))
+    assert [images.shape for images in seen] == [(1, *small.shape), (1, *large.shape)]
 
 
 def test_probabilities_of_several_views_are_averaged_as_they_are() -> None:
@@ -161,7 +185,7 @@ def test_probabilities_of_several_views_are_averaged_as_they_are() -> None:
         def forward(self, images: Tensor) -> Tensor:
             return torch.tensor(next(self.outputs))[:, None, None].expand(1, 3, *images.shape[-2:])
 
-    assert (predict(Fixed(), torch.zeros(3, 4, 4), (4, 4), [(1.0, False), (1.0, True)]) == 1).all()
+    assert (predict(Fixed(), torch.zeros(3, 4, 4), (4, 4), flip=True) == 1).all()
 
 
 def remove_a_mask(root: Path) -> None:

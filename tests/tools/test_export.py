@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import timm
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
+from torch import Tensor
 from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
 from config import load_config
@@ -22,6 +25,11 @@ from data.images import read_image
 from examples import serve
 from examples.serve import Classifier, build_app
 from models.vit import ATTENTIONS
+from tasks import Task
+from tasks.classification import Classification
+from tasks.segmentation import Segmentation
+from tests.data.segmentation.samples import write_masks
+from tests.runs import write_config
 from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
 from tools import export, exported
 from tools.export import Difference, Exported, compare
@@ -133,7 +141,7 @@ def test_validation_refuses_images_of_other_classes(tmp_path: Path, monkeypatch:
     task = SimpleNamespace(classes=CLASSES)
     monkeypatch.setattr(export, "build_task", lambda *_, **__: task)
     with pytest.raises(ValueError, match=r"the classes of the data .* are not those of .*best\.pth"):
-        export._scorer(model, (32, 32), None)
+        export._held_out(Source(model, (32, 32)), None)
 
 
 @pytest.mark.parametrize(("exif", "size"), [("ignore", (60, 40)), ("apply", (40, 60))])
@@ -166,21 +174,93 @@ def test_a_file_that_differs_is_an_error(
     assert not Difference(float("nan"), 1.0).within(1e-4)
 
 
-def test_a_score_that_falls_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([90.0, 89.0])
-    monkeypatch.setattr(export, "_scorer", lambda *_: lambda _: next(scores))
-    near = FORMATS["pt2"]._replace(
-        write=lambda source, path: path.touch() or networks.append(source.model.network), load=lambda _: networks[0]
-    )
-    networks: list[torch.nn.Module] = []
-    monkeypatch.setitem(export.FORMATS, "pt2", near)
+@pytest.mark.parametrize(
+    ("task", "scores", "flags", "status", "said"),
+    [
+        (Classification, (90.0, 89.4), (), 1, "score 89.40 % (the network: 90.00 %)"),
+        (Classification, (90.0, 89.6), (), 0, "score 89.60 % (the network: 90.00 %)"),
+        (Classification, (90.0, 89.6), ("--max-loss", 0.3), 1, "score 89.60 %"),
+        (Segmentation, (0.92, 0.45), (), 1, "score 0.450 (the network: 0.920)"),
+        (Segmentation, (0.92, 0.916), (), 0, "score 0.916 (the network: 0.920)"),
+    ],
+)
+def test_a_score_that_falls_is_an_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    task: type[Task],
+    scores: tuple[float, float],
+    flags: tuple,
+    status: int,
+    said: str,
+) -> None:
+    write_exact(monkeypatch)
+    results = iter(scores)
+    monkeypatch.setattr(export, "_held_out", lambda *_: SimpleNamespace(score=task.score))
+    monkeypatch.setattr(export, "_evaluate", lambda *_: next(results))
     words = ("--checkpoint", write_checkpoint(tmp_path), "--output", tmp_path, "--formats", "pt2", "--validate")
-    assert run(monkeypatch, *words) == 1
+    assert run(monkeypatch, *words, *flags) == status
+    assert said in capsys.readouterr().out
+
+
+def write_exact(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] | None = None) -> None:
+    """Replace pt2 by files that are the network itself, optionally for images of one height and width."""
+
+    def load(_: Path) -> Callable[[Tensor], Tensor]:
+        def network(images: Tensor) -> Tensor:
+            assert size in (None, tuple(images.shape[-2:]))
+            return networks[-1](images)
+
+        return network
+
+    networks: list[torch.nn.Module] = []
+    kind = FORMATS["pt2"]._replace(
+        write=lambda source, path: path.touch() or networks.append(source.network), load=load
+    )
+    monkeypatch.setitem(export.FORMATS, "pt2", kind)
+
+
+def segmenter(folder: Path, *, images: int = 2, **sections: object) -> tuple[object, ...]:
+    """Return arguments that export and validate a segmenter of images of 32 x 32 pixels."""
+    root = write_masks(folder / "data", val=images)  # the first is 48 x 40 pixels
+    data = {"DATASET": "masks", "DATA_PATH": str(root), "IMG_SIZE": 32, "BATCH_SIZE": 2, "NUM_WORKERS": 0}
+    config = write_config(folder, TASK="segmentation", DATA=data, MODEL={"DAT": {"num_classes": 3}}, **sections)
+    return "--cfg", config, "--output", folder, "--formats", "pt2", "--validate"
+
+
+def test_a_segmenter_is_validated_over_mirrored_images_and_scales(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write_exact(monkeypatch)
+    words = segmenter(tmp_path, TEST={"FLIP": True}, SEGMENTATION={"TEST_SCALES": [1.0, 1.5]})
+    assert run(monkeypatch, *words, "--dynamic-size") == 0
+    found = re.search(r"score (0\.\d{3}) \(the network: (0\.\d{3})\)", capsys.readouterr().out)
+    assert found[1] == found[2]
+
+
+def test_validation_refuses_images_of_other_sizes_than_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write_exact(monkeypatch, (32, 32))
+    assert run(monkeypatch, *segmenter(tmp_path)) == 2
+    says = "become 32 x 38 pixels (height x width), but the file has a fixed size of 32 x 32; add --dynamic-size"
+    assert says in capsys.readouterr().err
+
+
+def test_validation_of_a_segmenter_whose_images_have_the_size_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_exact(monkeypatch, (40, 48))
+    assert run(monkeypatch, *segmenter(tmp_path, images=1), "--size", 40, 48) == 0
 
 
 def test_a_program_of_torch_export_can_be_evaluated() -> None:
-    program = torch.export.export(torch.nn.Flatten(), (torch.ones(2, 3),)).module()
-    assert Exported(program).eval()(torch.ones(2, 3)).shape == (2, 3)
+    source = Source(untrained(load_config(CONFIGS / "digits.yaml")), (2, 3))
+    program = torch.export.export(torch.nn.Flatten(), (torch.ones(2, 3, 2, 3),)).module()
+    assert Exported(program, source).eval()(torch.ones(2, 3, 2, 3)).shape == (2, 18)
+    source.dynamic = True
+    with pytest.raises(ValueError, match=r"become 2 x 4 pixels .* but the file does not take them; leave --validate"):
+        Exported(program, source)(torch.ones(2, 3, 2, 4))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from yacs.config import CfgNode
 
 from models import build_model
 from models.vit import VisionTransformer
@@ -20,8 +21,9 @@ from tests.runs import run_command, write_config
 from tests.tools.samples import tiny_config, write_checkpoint, write_photograph
 from tools.deformations import inspect_blocks
 from tools.drawing import first_heads
-from tools.visualize import main
+from tools.visualize import attention_of, main
 from tools.windows import draw_windows
+from training.trained_model import untrained
 
 
 def visualize(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
@@ -85,6 +87,37 @@ def test_stages_without_deformable_attention_are_refused(tmp_path: Path) -> None
         inspect_blocks(network, torch.randn(3, 32, 32), stages=[1])
     with pytest.raises(ValueError, match="the letter D"):
         inspect_blocks(torch.nn.Linear(3, 3), torch.randn(3, 32, 32))
+
+
+@pytest.mark.parametrize(("task", "section"), [("segmentation", "SEGMENTER"), ("detection", "DETECTOR")])
+def test_blocks_of_a_detector_or_segmenter_are_found_by_stage(tmp_path: Path, task: str, section: str) -> None:
+    config = tiny_config(tmp_path)
+    config.TASK, config.MODEL.DAT.depths, config.MODEL.DAT.stage_spec[2] = task, [1, 1, 2, 1], "DD"
+    config.MODEL[section].ARGS = CfgNode({"channels": 8})
+    network, image = build_model(config).eval(), torch.randn(3, 64, 64)
+    seen = inspect_blocks(network, image)
+    assert [one.title for one in seen] == ["stage 2, block 1", "stage 3, block 2", "stage 4, block 1"]
+    seen = inspect_blocks(network, image, stages=[3], every_block=True)
+    assert [one.name for one in seen] == ["backbone.stages.2.attns.0", "backbone.stages.2.attns.1"]
+
+
+@pytest.mark.parametrize(
+    ("task", "size", "shape"),
+    [
+        ("segmentation", None, (32, 64)),  # 32 x 48 pixels, padded to whole cells
+        ("segmentation", (64, 32), (64, 32)),
+        ("detection", None, (64, 96)),  # 60 x 90 pixels, padded
+    ],
+)
+def test_images_are_prepared_as_in_the_evaluation_of_the_task(
+    tmp_path: Path, task: str, size: tuple[int, int] | None, shape: tuple[int, int]
+) -> None:
+    config = tiny_config(tmp_path)
+    config.TASK, config.MODEL.DETECTOR.ARGS, config.DETECTION.TEST_SHORT_SIDE = task, CfgNode({"channels": 8}), 60
+    model, photograph = untrained(config), write_photograph(tmp_path / "one.png")  # 60 x 40 pixels
+    pixels, (seen,) = attention_of(photograph, [("one", model)], size, stages=[4])
+    assert pixels.shape == (*shape, 3)
+    assert seen.blocks[0].map_size == (shape[0] // 32, shape[1] // 32)
 
 
 def test_a_picture_for_each_photograph_and_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

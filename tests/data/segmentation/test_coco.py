@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.segmentation.coco import open_coco
-from data.segmentation.sources import Labels
+from data.segmentation.sources import IGNORED, Labels
 from data.sources import Request
 from tests.data.detection.samples import row, write_coco, write_instances
 
@@ -30,6 +30,44 @@ def test_a_pixel_has_the_class_of_the_smallest_object_over_it(tmp_path: Path) ->
     expected[2:6, 5:9] = 2
     assert np.array_equal(mask, expected)
     assert (data.train.mask(0)[:, 2:4] == 2).any()  # a crowd has a class, too
+
+
+IMAGE = {"id": 10, "file_name": "0.png", "height": 32, "width": 40}
+SQUARE = [[4, 4, 12, 4, 12, 12, 4, 12]]
+
+
+@pytest.mark.parametrize(
+    ("faulty", "place"),
+    [
+        (row(1, 10, 99, [4, 4, 8, 8], segmentation=SQUARE), (slice(4, 12), slice(4, 12))),  # an unknown category
+        (row(1, 10, 99, [4, 4, 8, 6]), (slice(4, 10), slice(4, 12))),
+        (row(1, 10, 3, [4, 4, 0, 8], segmentation=SQUARE), (slice(4, 12), slice(4, 12))),
+        (row(1, 10, 3, [float("nan"), 4, 8, 8], segmentation=SQUARE), (slice(4, 12), slice(4, 12))),
+        (row(1, 10, 3, [-6, 4, 8, 8], segmentation=[[4, 4, 12, 4]]), (slice(4, 12), slice(0, 2))),
+        (row(1, 10, 3, [4, 4, 0, 8], segmentation=[[4, 4, 12, 4]]), (slice(0), slice(0))),
+        (row(1, 10, 3, [50, 4, 8, 8], segmentation=[[50, 4, 58, 4, 58, 12, 50, 12]]), (slice(0), slice(0))),
+    ],
+)
+def test_pixels_of_invalid_annotations_are_ignored(tmp_path: Path, faulty: dict, place: tuple[slice, slice]) -> None:
+    root = write_coco(tmp_path)
+    small = row(2, 10, 7, [6, 6, 2, 2], segmentation=[[6, 6, 8, 6, 8, 8, 6, 8]])
+    write_instances(root, "val", [IMAGE], [faulty, small])
+    data = open_coco(Request(path=str(root)), Labels())
+    expected = np.zeros((32, 40), dtype=np.uint8)
+    expected[place] = IGNORED
+    expected[6:8, 6:8] = 2
+    assert np.array_equal(data.held_out.mask(0), expected)
+    assert "left out 1 box" in data.format_warnings[0]
+
+
+def test_training_images_without_objects_are_background(tmp_path: Path) -> None:
+    root = write_coco(tmp_path)
+    crowd = row(2, 11, 7, [4, 4, 8, 8], segmentation={"size": [32, 40], "counts": [64, 64, 1152]}, iscrowd=1)
+    images = [{**IMAGE, "id": 10 + i, "file_name": f"{i}.png"} for i in range(3)]
+    write_instances(root, "train", images, [row(1, 10, 3, [4, 4, 8, 8], segmentation=SQUARE), crowd])
+    data = open_coco(Request(path=str(root)), Labels())
+    assert [np.unique(data.train.mask(index)).tolist() for index in range(len(data.train))] == [[0, 1], [0, 2], [0]]
+    assert data.format_warnings == []
 
 
 def test_data_set_without_masks_is_rejected(tmp_path: Path) -> None:

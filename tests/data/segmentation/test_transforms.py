@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import colorsys
+
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,30 @@ def test_scale_flip_and_distortion_are_drawn() -> None:
         assert torch.equal(one.flip(-1), other)
 
 
+def distorted(colour: tuple[int, int, int], seed: int) -> Tensor:
+    """Return a colour after all distortions, `[3]`; below the image, the crop is padded."""
+    transform = TrainTransform((4, 2), **{**PLAIN, "scale": (1.0, 1.0), "photometric": 1.0})
+    torch.manual_seed(seed)
+    image, labels = transform(Image.new("RGB", (8, 2), colour), torch.zeros(2, 8, dtype=torch.uint8))
+    assert (labels[2:] == IGNORED).all()
+    assert image[:, 2:].float().mean((1, 2)).tolist() == [124, 116, 104]  # the mean colour is not distorted
+    return image[:, 0, 0].float() / 255
+
+
+def test_hue_changes_by_a_tenth_of_the_circle_and_channels_keep_their_order() -> None:
+    hues = [colorsys.rgb_to_hsv(*distorted((160, 60, 60), seed).tolist())[0] for seed in range(60)]
+    hues = [(hue + 0.5) % 1 - 0.5 for hue in hues]  # red is 0
+    assert 0.07 < max(hues) < 0.11
+    assert -0.11 < min(hues) < -0.07
+
+
+def test_brightness_is_added_and_contrast_multiplied() -> None:
+    black, grey = (torch.stack([distorted((level,) * 3, seed) for seed in range(60)]) * 255 for level in (0, 100))
+    assert 24 < black.max() <= 48  # of at most 32, times 1.5
+    assert 34 <= grey.min() < 50
+    assert 150 < grey.max() <= 198
+
+
 def test_a_crop_of_mostly_one_class_is_drawn_again() -> None:
     image = Image.new("RGB", (80, 20))
     mask = torch.zeros(20, 80, dtype=torch.uint8)
@@ -86,9 +112,18 @@ def test_short_side_is_limited_by_the_long_side(size: tuple[int, int], short: in
 
 def test_held_out_masks_are_unchanged() -> None:
     image, mask = Stripes().pair(1)
-    pixels, labels = EvalTransform((32, 64))(image, torch.from_numpy(mask))
+    (pixels,), labels = EvalTransform((32, 64))(image, torch.from_numpy(mask))
     assert pixels.shape == (3, 32, round(64 * 32 / 41))
     assert np.array_equal(labels, mask)
+
+
+def test_each_scale_is_resized_from_the_stored_image() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    transform = EvalTransform((20, 30), (0.01, 1.0, 2.0))
+    views, _ = transform(Image.fromarray(noise), torch.zeros(40, 50))
+    assert [tuple(view.shape) for view in views] == [(3, 1, 1), (3, 20, 25), (3, 40, 50)]
+    assert np.array_equal(views[1], transform.apply(Image.fromarray(noise)))
+    assert np.array_equal(views[2].permute(1, 2, 0), noise)
 
 
 def test_samples_depend_on_seed_and_draw_alone_and_batches_go_through_pipes() -> None:
