@@ -75,8 +75,11 @@ class DATBackbone(BackboneMixin, PreTrainedModel):
 
         Args:
             pixel_values: images.
-            output_hidden_states: also return the outputs, before the norms, of all stages up to the last returned map.
+            output_hidden_states: also return the outputs, before the norms, of all stages up to the last returned map;
+                None for the value in the config.
         """
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         stages = self.backbone.forward_intermediates(pixel_values, intermediates_only=True)
         maps = tuple(self.backbone.norms[i](stages[i]) for i in self.backbone.out_indices)
         return BackboneOutput(feature_maps=maps, hidden_states=tuple(stages) if output_hidden_states else None)

@@ -52,7 +52,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), init))
+        self.weight = nn.Parameter(torch.full((dim,), float(init)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight[:, None, None]

@@ -170,15 +170,17 @@ class VisionTransformer(timm_vit.VisionTransformer):
 
         Patch and position embeddings are resized. ``deformable`` takes the value and output projections of softmax
         attention. Embeddings of relative positions, random features, and the sampling offsets and attention weights of
-        ``deformable`` are newly initialised.
+        ``deformable`` are newly initialised, or left out if this network has none.
         """
         weights = timm_vit.checkpoint_filter_fn(dict(weights), self)
         if isinstance(self.blocks[0].attn, PatchDeformableAttention):
             for name in [name for name in weights if ".attn.qkv." in name]:
                 weights[name.replace("qkv", "value_proj")] = weights.pop(name).chunk(3)[2]
             weights = {name.replace(".attn.proj.", ".attn.output_proj."): x for name, x in weights.items()}
-        missing = self.state_dict().keys() - weights.keys()
-        return ConvertedWeights(weights, {name for name in missing if NEW_ENTRIES.search(name)})
+        own = self.state_dict().keys()
+        unused = {name for name in weights.keys() - own if NEW_ENTRIES.search(name)}
+        kept = {name: x for name, x in weights.items() if name not in unused}
+        return ConvertedWeights(kept, {name for name in own - kept.keys() if NEW_ENTRIES.search(name)}, unused)
 
     def set_input_size(self, *_: Any, **__: Any) -> None:
         """Raise a ValueError: the attentions are built for a fixed grid."""

@@ -177,7 +177,7 @@ class DeformableAttention(nn.Module):
                 coordinates=self.coordinates,
                 scale=self.scale,
                 dropout=dropout,
-                clamped=self.coordinates == "dat++" and self.offset_range_factor < 0,
+                clamped=self.use_offsets and self.coordinates == "dat++" and self.offset_range_factor < 0,
                 form=self.form,
             )
         else:

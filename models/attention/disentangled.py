@@ -38,9 +38,7 @@ class RelativeKeys(nn.Module):
 
     def forward(self, qkv: nn.Linear, heads: int) -> tuple[Tensor, Tensor]:
         """Return the embeddings as queries and as keys, ``[heads, rows, d]``, projected like the content."""
-        dim = self.table.shape[1]
-        both = F.linear(self.table, qkv.weight[: 2 * dim], qkv.bias[: 2 * dim])
-        q, k = both.unflatten(-1, (2, heads, -1)).permute(1, 2, 0, 3)
+        q, k, _ = qkv(self.table).unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
         return q, k
 
     def index(self, q: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import linear, pad_small
+from ..ops.forms import needs_plain_operations
 from ..ops.neighborhood import neighborhood_attention
 from ..options import Option, StageOption, StageOptions, odd
 from ..tables import Resize, by_cells
@@ -86,8 +87,7 @@ class NeighborhoodAttention(nn.Module):
         possible = self.rpb is None and not dropout and natten_attention() is not None
         if self.form == "natten" and not possible:
             raise ValueError("form 'natten' needs NATTEN installed, nat_rpb: false and attn_drop_rate: 0")
-        chosen = self.form == "auto" and q.is_cuda and not torch.compiler.is_compiling()
-        return possible and (self.form == "natten" or chosen)
+        return possible and (self.form == "natten" or (self.form == "auto" and suits_natten(q, self.kernel_size)))
 
 
 @functools.cache
@@ -98,6 +98,15 @@ def natten_attention() -> Callable[..., Tensor] | None:
     except ImportError:
         return None
     return na2d
+
+
+def suits_natten(q: Tensor, kernel_size: int) -> bool:
+    """Return whether NATTEN's kernels can process queries ``[B, H, W, heads, d]`` on a GPU."""
+    if not q.is_cuda or kernel_size == 1 or needs_plain_operations():
+        return False
+    from natten.backends import get_compatible_backends
+
+    return bool(get_compatible_backends(q, q, q, torch_compile=False))
 
 
 def _build(stage: StageOptions) -> NeighborhoodAttention:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ..ops.caching import cached_tensors
 from ..ops.locality import Window
+from ..ops.precision import at_least_float32
 from .ms_deform_attn import MSDeformAttn
+from .tokens import check_unmasked
 
 
 class PatchDeformableAttention(MSDeformAttn):
@@ -56,9 +58,14 @@ class PatchDeformableAttention(MSDeformAttn):
     def set_epoch(self, epoch: int) -> None:
         """Do nothing; other attentions prepare for an epoch here."""
 
-    def forward(self, x: Tensor, **_: None) -> Tensor:
-        """Map tokens ``[B, N, C]`` to the same shape; timm's blocks pass masks, which are None here."""
-        places = token_places(self.grid, self.prefix, device=x.device)
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Map tokens ``[B, N, C]`` to the same shape.
+
+        Raises:
+            ValueError: timm's blocks pass a mask, which only timm's own attention supports.
+        """
+        check_unmasked(attn_mask, is_causal=is_causal)
+        places = token_places(self.grid, self.prefix, dtype=at_least_float32(x.dtype), device=x.device)
         reference = places[:, None].expand(x.shape[0], -1, self.n_levels, -1)
         return self.proj_drop(super().forward(x, reference, self._pyramid(x), self.shapes, self.starts))
 
@@ -100,8 +107,8 @@ class PatchDeformableAttention(MSDeformAttn):
 
 
 @cached_tensors
-def token_places(grid: tuple[int, int], prefix: int, *, device: torch.device) -> Tensor:
+def token_places(grid: tuple[int, int], prefix: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the place of every token, (x, y) from 0 to 1, ``[N, 2]``: of prefix tokens, the centre of the grid."""
-    y, x = ((torch.arange(length, device=device) + 0.5) / length for length in grid)
+    y, x = ((torch.arange(length, dtype=dtype, device=device) + 0.5) / length for length in grid)
     patches = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=-1).flatten(0, 1)
-    return torch.cat((torch.full((prefix, 2), 0.5, device=device), patches))
+    return torch.cat((torch.full((prefix, 2), 0.5, dtype=dtype, device=device), patches))

@@ -46,8 +46,13 @@ class TokenAttention(nn.Module):
     def set_epoch(self, epoch: int) -> None:
         """Prepare for an epoch, counted from 0; does nothing here."""
 
-    def forward(self, x: Tensor, **_: None) -> Tensor:
-        """Map tokens ``[B, N, C]`` to the same shape; timm's blocks pass masks, which are None here."""
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """Map tokens ``[B, N, C]`` to the same shape.
+
+        Raises:
+            ValueError: timm's blocks pass a mask, which only timm's own attention supports.
+        """
+        check_unmasked(attn_mask, is_causal=is_causal)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, heads, N, d]
         x = self.attend(q, k, v).to(v.dtype)
         return self.proj_drop(self.proj(x.transpose(1, 2).flatten(2)))
@@ -61,6 +66,12 @@ class TokenAttention(nn.Module):
         if self.window is None:
             return None
         return window_mask(self.grid, self.prefix, self.window, device=like.device)
+
+
+def check_unmasked(attn_mask: Tensor | None, *, is_causal: bool) -> None:
+    """Raise a ValueError if a mask of any shape is given."""
+    if attn_mask is not None or is_causal:
+        raise ValueError("attn_mask and is_causal are not supported; leave them out")
 
 
 class SoftmaxAttention(TokenAttention):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from torch._guards import detect_fake_mode
 
 T = TypeVar("T")
@@ -14,7 +15,7 @@ T = TypeVar("T")
 MAX_ENTRIES = 128  # cached results per function; the least recently used one is evicted
 
 
-def cached_tensors(function: Callable[..., T]) -> Callable[..., T]:
+def cached_tensors(function: Callable[..., T], *, entries: int = MAX_ENTRIES) -> Callable[..., T]:
     """Cache the tensors that a function computes from sizes, dtypes and a device.
 
     They are created outside inference mode, so that training can use them, too. A compiled graph calls the function
@@ -27,7 +28,7 @@ def cached_tensors(function: Callable[..., T]) -> Callable[..., T]:
         with torch.inference_mode(False):
             return function(*args, **kwargs)
 
-    new_cache = functools.lru_cache(maxsize=MAX_ENTRIES)
+    new_cache = functools.lru_cache(maxsize=entries)
     cache = new_cache(compute)
 
     @functools.wraps(function)
@@ -45,3 +46,12 @@ def cached_tensors(function: Callable[..., T]) -> Callable[..., T]:
 
     look_up.cache_clear = cache.cache_clear
     return look_up
+
+
+def under_modes(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of any shape that was made without dispatch modes on a device, for use under the active ones.
+
+    Under `FakeTensorMode` that is a fake copy. A graph that is being compiled or exported holds the tensor itself.
+    """
+    mode = detect_fake_mode() if torch._C._len_torch_dispatch_stack() and not torch.compiler.is_compiling() else None
+    return (x if mode is None else mode.from_tensor(x)).to(device)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .caching import cached_tensors
+from .caching import cached_tensors, under_modes
 
 
 class Relation(NamedTuple):
@@ -92,4 +92,4 @@ def table_index(span: int, farthest: int, grid: tuple[int, int], prefix: int, de
         index = torch.full((prefix + len(patches),) * 2, buckets.rows - 1)
         index[:prefix, prefix:], index[prefix:, :prefix] = buckets.rows - 3, buckets.rows - 2
         index[prefix:, prefix:] = patches
-    return index.to(device)
+    return under_modes(index, device)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .caching import cached_tensors
+from .caching import cached_tensors, under_modes
 
 LARGEST_TILE = 8  # query rows of a tile, if one or two tiles cover the map
 INNER_TILE = 6  # otherwise; with windows of 7, a tile then has 12 rows of keys, the fastest size measured on CPUs
@@ -129,7 +129,7 @@ def _indices(size: tuple[int, int], kernel_size: int, device: torch.device, maps
         queries, keys = (number * (y.length * x.length) + pixels for pixels in (queries, keys))
         places, beyond = (number * len(inside) + rows.flatten() for rows in (places, beyond))
         kinds = kinds.repeat(maps, 1)
-    return [index.flatten().to(device) for index in (queries, places, beyond, keys, kinds, cells)]
+    return [under_modes(index, device).flatten() for index in (queries, places, beyond, keys, kinds, cells)]
 
 
 _OUTSIDE = -1

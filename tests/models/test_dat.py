@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from models.attention import deformable
 from models.attention.letters import MIXERS
@@ -229,3 +231,11 @@ def test_position_tables_start_small() -> None:
             assert parameter.std().item() == pytest.approx(std, rel=0.35), name
             seen.add(kind)
     assert seen == set(tables)
+
+
+@pytest.mark.parametrize("letter", ["N", "D", "S"])
+def test_the_network_runs_on_fake_tensors(letter: str) -> None:
+    model, mode = build_small(letter), FakeTensorMode()
+    weights = {name: mode.from_tensor(value) for name, value in model.state_dict().items()}
+    with mode:
+        assert functional_call(model, weights, torch.empty(2, 3, 50, 40)).shape == (2, 10)

@@ -82,3 +82,11 @@ def test_transformers_timm_backbone_finds_the_names() -> None:
     model = AutoBackbone.from_config(TimmBackboneConfig(backbone="dat_tiny", out_indices=[1, 2, 3]))
     maps = model(torch.rand(1, 3, 64, 64)).feature_maps
     assert [x.shape[1] for x in maps] == model.channels == [128, 256, 512]
+
+
+def test_the_config_may_ask_for_hidden_states() -> None:
+    images = torch.rand(1, 3, 64, 64)
+    assert AutoBackbone.from_config(config())(images).hidden_states is None
+    model = AutoBackbone.from_config(config(output_hidden_states=True))
+    assert len(model(images).hidden_states) == 4
+    assert model(images, output_hidden_states=False).hidden_states is None

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.layers import ConvMLP, LayerNorm, Residual, pointwise
+from models.layers import ConvMLP, LayerNorm, LayerScale, Residual, pointwise
 
 
 def test_stochastic_depth_keeps_the_mean_and_drops_whole_samples() -> None:
@@ -38,3 +38,8 @@ def test_conv_mlp_adds_the_depthwise_convolution_to_its_input() -> None:
     hidden = F.conv2d(x, first.weight, first.bias)
     hidden = F.gelu(hidden + F.conv2d(hidden, mlp.dwc.weight, mlp.dwc.bias, padding=1, groups=12))
     torch.testing.assert_close(mlp(x), F.conv2d(hidden, second.weight, second.bias))
+
+
+def test_a_layer_scale_may_be_a_whole_number() -> None:
+    scale = LayerScale(3, 1)
+    assert scale.weight.dtype == torch.float32

@@ -138,6 +138,17 @@ def test_timm_weights_load_strictly_and_new_entries_are_reported() -> None:
         adapt(state, model)
 
 
+@pytest.mark.parametrize("source", ["performer", "disentangled", "disentangled_performer"])
+@pytest.mark.parametrize("target", ["softmax", "performer", "disentangled"])
+def test_weights_of_one_attention_start_another(source: str, target: str) -> None:
+    weights, model = build(source, seed=1).state_dict(), build(target)
+    state, report = adapt(weights, model)
+    model.load_state_dict(state)
+    assert torch.equal(model.blocks[0].attn.qkv.weight, weights["blocks.0.attn.qkv.weight"])
+    foreign = {name for name in weights.keys() - model.state_dict().keys() if ".attn." in name}
+    assert set(report.left_out) == foreign
+
+
 def test_a_performer_with_many_features_approximates_pretrained_softmax() -> None:
     softmax, performer = build("softmax").eval(), build("performer", num_features=4096).eval()
     performer.load_state_dict(performer.convert_weights(softmax.state_dict())[0], strict=False)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..caching import cached_tensors
+from ..precision import at_least_float32
 from ..tiles import Tiles, tiles_of
 
+SIZES = 48  # cached indices: those of a map of 200 x 334 pixels and 4 heads take about 15 MB
 CACHED = 1 << 19  # attention weights of small images computed at a time: 2 MiB, which stay in the CPU cache
 
 
@@ -22,7 +26,7 @@ class TiledAttention(torch.autograd.Function):
         dV = P^T G      dP = G V^T      dS = P * (dP - sum over keys of P * dP)
         dQ = scale dS K                 dK = scale dS^T Q               dbias = sum over images of dS
 
-    ``dK`` and ``dV`` of overlapping windows are summed. Sums over images have the precision of the table.
+    ``dK`` and ``dV`` of overlapping windows are summed. The gradient of the table is summed in at least float32.
     """
 
     @staticmethod
@@ -49,7 +53,7 @@ class TiledAttention(torch.autograd.Function):
         q, k, v, kept = ctx.saved_tensors
         tiles, scale, shape, grad = ctx.tiles, ctx.scale, grad.shape, _stack(grad, ctx.maps)
         dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))  # [B/maps, maps*H*W, heads, d]
-        dbias = kept.new_zeros(kept.shape[1:], dtype=ctx.table_dtype)
+        dbias = kept.new_zeros(kept.shape[1:], dtype=at_least_float32(ctx.table_dtype))
         q_rows, k_rows, v_rows, grad_rows, rows = (TileRows.of(tiles, x) for x in (q, k, v, grad, dq))
         for stack, weights in enumerate(kept):
             grads = grad_rows.cut(grad[stack], zeros_beyond=True)
@@ -102,9 +106,6 @@ class TileRows:
         self._queries = (head[:, None] + tiles.queries * pitch).flatten()
         self._keys = (head[:, None] + tiles.keys * pitch).flatten()
         self._places = (tiles.places[:, None] + head * len(tiles.queries)).flatten()
-        pixels = (head[:, None] + tiles.keys * heads).flatten()
-        self._by_pixel = pixels.argsort(stable=True)
-        self._pixels = torch.searchsorted(pixels[self._by_pixel], torch.arange(len(self._places), device=head.device))
 
     @staticmethod
     def of(tiles: Tiles, x: Tensor) -> TileRows:
@@ -131,8 +132,9 @@ class TileRows:
 
     def sum_windows(self, x: Tensor) -> Tensor:
         """Sum the keys of all tiles by pixel, ``[H*W, heads, d]``: the gradient of `windows`."""
+        by_pixel, pixels = _keys_by_pixel(self._tiles, self._heads)
         dim = x.shape[-1]
-        return F.embedding_bag(self._by_pixel, x.view(-1, dim), self._pixels, mode="sum").view(-1, self._heads, dim)
+        return F.embedding_bag(by_pixel, x.view(-1, dim), pixels, mode="sum").view(-1, self._heads, dim)
 
     def _rows(self, x: Tensor) -> Tensor:
         """Return an image as rows ``[rows, d]``, including those of other tensors in between."""
@@ -140,6 +142,15 @@ class TileRows:
         return x.as_strided(((pixels - 1) * self._pitch + heads, dim), (dim, 1))
 
 
-@cached_tensors
+@partial(cached_tensors, entries=SIZES)
 def _tile_rows(tiles: Tiles, heads: int, pitch: int) -> TileRows:
     return TileRows(tiles, heads, pitch)
+
+
+@partial(cached_tensors, entries=SIZES)
+def _keys_by_pixel(tiles: Tiles, heads: int) -> tuple[Tensor, Tensor]:
+    """Return the rows of the keys of all tiles, sorted by pixel and head, and where each of these begins."""
+    head = torch.arange(heads, device=tiles.keys.device)
+    pixels = (head[:, None] + tiles.keys * heads).flatten()
+    by_pixel = pixels.argsort(stable=True)
+    return by_pixel, torch.searchsorted(pixels[by_pixel], torch.arange(len(tiles.places) * heads, device=head.device))

@@ -43,8 +43,8 @@ def launch(kernel, programs: int, *arguments, **options) -> None:
 def head_blocks(q: Tensor) -> dict[str, int | str]:
     """Return kernel parameters for the heads of ``[..., heads, d]``: size, padded size and precision of products.
 
-    Products of float32 use TF32 only if `torch.set_float32_matmul_precision` allows it.
+    Products of float32 use TF32 only if PyTorch's own do: `torch.backends.cuda.matmul.fp32_precision`.
     """
     width = max(16, triton.next_power_of_2(q.shape[-1]))  # 16 is the smallest side of tl.dot
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     return {"HEAD": q.shape[-1], "WIDTH": width, "PRECISION": precision}

@@ -123,6 +123,14 @@ def test_pooling_replaces_sampling_without_offsets() -> None:
     torch.testing.assert_close(module(other)[..., 1:, :], module(x)[..., 1:, :])
 
 
+def test_pooling_may_have_a_position_table() -> None:
+    module = build(use_offsets=False)
+    x = torch.randn(2, 16, 8, 8, dtype=torch.float64)  # the last reference points lie outside of the map
+    fast = module(x)
+    module.form = "reference"
+    torch.testing.assert_close(fast, module(x))
+
+
 def test_keys_are_recomputed_with_the_same_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build()
     monkeypatch.setattr(deformable, "RECOMPUTE_FROM", 0)

@@ -242,7 +242,7 @@ def test_without_offsets_a_patch_attends_to_its_own_position_on_every_grid() -> 
     x = tokens()
     assert module.shapes == [(4, 5), (2, 3)]
     planes = [nn.functional.adaptive_avg_pool2d(x[:, 1:].mT.unflatten(-1, GRID), shape) for shape in module.shapes]
-    places = (2 * token_places(GRID, 1, device=x.device).double() - 1).expand(2, 1, -1, -1)
+    places = (2 * token_places(GRID, 1, dtype=torch.float64, device=x.device) - 1).expand(2, 1, -1, -1)
     samples = [nn.functional.grid_sample(plane, places, align_corners=False).squeeze(2) for plane in planes]
     # Beyond the border values are zero, so the bias of the projection counts only for the part of a sample inside.
     inside = [nn.functional.grid_sample(p[:, :1] * 0 + 1, places, align_corners=False).squeeze(2) for p in planes]
@@ -280,3 +280,28 @@ def test_compiled_equals_eager(kind: str, window: Window | None) -> None:
 def test_the_base_class_is_abstract() -> None:
     with pytest.raises(NotImplementedError):
         TokenAttention(DIM, heads=2, grid=GRID, prefix=1)(tokens().float())
+
+
+@pytest.mark.parametrize("kind", ["softmax", "deformable"])
+def test_masks_are_rejected(kind: str) -> None:
+    module, x = build(kind), tokens()
+    for mask in ({"attn_mask": torch.zeros(21, 21)}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="attn_mask and is_causal are not supported"):
+            module(x, **mask)
+
+
+def test_positions_are_projected_by_the_layer_of_the_content() -> None:
+    """An adapter that replaces the layer, or a hook on it, takes effect on both."""
+    module = build("disentangled")
+    plain = module.relative(module.qkv, 2)
+    module.qkv.register_forward_hook(lambda _module, _inputs, out: 3 * out)
+    torch.testing.assert_close(module.relative(module.qkv, 2), tuple(3 * x for x in plain))
+
+
+def test_places_of_tokens_do_not_depend_on_the_default_dtype() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        places = token_places((3, 7), 1, dtype=torch.float32, device=torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert places[1].tolist() == pytest.approx([0.5 / 7, 0.5 / 3])

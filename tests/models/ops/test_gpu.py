@@ -147,3 +147,15 @@ def compile_for(kernel, args: tuple, options: dict, *, capability: int):  # noqa
     )
     launch = {key: options[key] for key in ("num_warps", "num_stages") if key in options}
     return triton.compile(source, target=triton.backends.compiler.GPUTarget("cuda", capability, 32), options=launch)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_precision_of_products(precision: str) -> None:
+    from models.ops.gpu.blocks import head_blocks
+
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = precision
+        assert head_blocks(torch.empty(1, 4, 2, 24))["PRECISION"] == precision
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before

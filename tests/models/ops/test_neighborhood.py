@@ -8,6 +8,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.attention import NeighborhoodAttention
+from models.attention.neighborhood import suits_natten
+from models.ops import forms
 from models.ops.cpu import neighborhood as cpu
 from models.ops.cpu.neighborhood import TileRows
 from models.ops.neighborhood import FORMS, choose_form, neighborhood_attention
@@ -203,6 +205,19 @@ def test_natten_is_rejected_with_a_position_bias() -> None:
         mixer(torch.randn(1, 8, 5, 5))
 
 
+def test_natten_is_used_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = pytest.importorskip("natten.backends")
+    monkeypatch.setattr(backends, "get_compatible_backends", lambda q, *_, **__: ["fna"] * (q.dtype == torch.float16))
+    with FakeTensorMode(), torch.device("cuda"):
+        half, double = (torch.empty(1, 9, 9, 2, 32, dtype=dtype) for dtype in (torch.float16, torch.float64))
+    assert suits_natten(half, 5)
+    assert not suits_natten(double, 5)
+    assert not suits_natten(half, 1)
+    assert not suits_natten(torch.empty(1, 9, 9, 2, 32, dtype=torch.float16), 5)
+    monkeypatch.setattr(forms, "PLAIN", True)
+    assert not suits_natten(half, 5)
+
+
 def test_unknown_forms_are_rejected() -> None:
     with pytest.raises(ValueError, match="form 'fastest' of neighborhood attention is unknown; choose one of auto"):
         neighborhood_attention(*inputs((3, 3), 3), kernel_size=3, scale=1, form="fastest")
@@ -239,3 +254,17 @@ def test_exported_graphs_with_dynamic_map_sizes_equal_eager() -> None:
     for size in ((12, 10), (17, 23)):
         x = torch.randn(2, *size, 2, 4)
         torch.testing.assert_close(exported(x), Attend()(x), atol=1e-6, rtol=1e-5)
+
+
+def test_the_gradient_of_the_table_is_summed_in_float32() -> None:
+    """In bfloat16, a sum of equal numbers stops growing at 256 times that number."""
+    q, k = torch.zeros(2, 512, 8, 8, 1, 8, dtype=torch.bfloat16)
+    v = (torch.arange(8) - 3.5).bfloat16()[:, None, None].expand_as(q)  # the keys on the right have larger values
+    gradients = []
+    for form, dtype in (("tiles_by_hand", torch.bfloat16), ("reference", torch.float64)):
+        table = torch.zeros(1, 5, 5, dtype=dtype, requires_grad=True)
+        out = neighborhood_attention(*(x.to(dtype) for x in (q, k, v)), table, kernel_size=3, scale=1.0, form=form)
+        gradients += torch.autograd.grad(out.double().sum(), table)
+    narrow, wide = gradients
+    assert narrow.dtype == torch.bfloat16
+    assert (narrow - wide).norm() < 0.01 * wide.norm()
