@@ -24,7 +24,13 @@ class DenseModel(nn.Module):
 
     Args:
         backbone: maps images to feature maps ``[B, channels[i], H / strides[i], W / strides[i]]``.
+
+    Attributes:
+        sized_by_classes: beginnings of the names of the entries, apart from those of the classifier, whose first
+            dimension depends on the number of classes. Weights of other classes do not change them.
     """
+
+    sized_by_classes: tuple[str, ...] = ()
 
     def __init__(self, backbone: DATBackbone | TimmBackbone) -> None:
         super().__init__()

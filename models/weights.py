@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,7 @@ class Report:
         channels: shapes before and after of each layer that was adapted to other image channels.
         remapped: entries of the head whose rows were selected by class.
         reinitialised: entries of the head that keep the network's own initialisation.
+        of_other_classes: further entries that depend on the classes, newly initialised because these differ.
         new: entries without a counterpart in weights of this kind, newly initialised.
         left_out: entries of the weights that were not used.
         head: how the classes were mapped; empty if the head was loaded unchanged.
@@ -47,6 +48,7 @@ class Report:
     channels: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     remapped: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
+    of_other_classes: list[str] = field(default_factory=list)
     new: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     head: str = ""
@@ -64,8 +66,12 @@ class Report:
         for words, names in (
             (f"rows selected ({self.head})", self.remapped),
             (f"newly initialised ({self.head})", self.reinitialised),
+            ("newly initialised, as the weights are of other classes", self.of_other_classes),
             ("newly initialised, not in weights of this kind", self.new),
-            ("left out of the weights", [name for name in self.left_out if name not in self.reinitialised]),
+            (
+                "left out of the weights",
+                [name for name in self.left_out if name not in {*self.reinitialised, *self.of_other_classes}],
+            ),
         ):
             if names:
                 lines.append(f"{words}: {', '.join(names)}")
@@ -86,7 +92,8 @@ def adapt(
     only on sizes and are always the model's own. Weights for three image channels are adapted to other numbers as in
     timm: summed for one, repeated and scaled for more. If the classes differ, the rows of the head are selected by
     ``class_map``, by class name, by number if there are no names, or by synset from a head for ImageNet-22K, 21K or 12K
-    to ImageNet-1K. Otherwise the head is newly initialised.
+    to ImageNet-1K. Otherwise the head is newly initialised. Other entries of detectors and segmenters that depend on
+    the classes (see `models.dense`) are newly initialised whenever these differ.
 
     Args:
         weights: state dict of another network; not modified.
@@ -103,15 +110,28 @@ def adapt(
     """
     own = model.state_dict()
     weights, new, unused = convert_weights(model, weights)
-    buffers = {name for name, _ in model.named_buffers() if not name.endswith(_STATISTICS)}
+    names = [unicodedata.normalize("NFC", name) for name in names]
+    report = Report(entries=len(own), left_out=sorted(unused))
     head = _head_entries(weights, own, classifier(model))
+    state = own | _adapt_head(weights, own, head, class_map, classes, names, report)
+    done = {*head, *_other_classes(weights, model, classes, names, report)}
+    return state | _adapt_entries(weights, model, [name for name in own if name not in done], new, report), report
+
+
+def _adapt_entries(
+    weights: dict[str, Tensor], model: nn.Module, entries: Sequence[str], new: Set[str], report: Report
+) -> dict[str, Tensor]:
+    """Return entries that do not depend on the classes, and add them to the report; ``new`` are not in the weights.
+
+    Raises:
+        ValueError: the weights are of another architecture.
+    """
+    own, state = model.state_dict(), {}
+    buffers = {name for name, _ in model.named_buffers() if not name.endswith(_STATISTICS)}
     tables, inputs = position_tables(model), {f"{name}.weight" for name in input_convs(model)}
-    state, report = dict(own), Report(entries=len(own), left_out=sorted(unused))
     mismatches = _unknown_entries(weights, model, report)
-    for name, target in own.items():
-        value = weights.get(name)
-        if name in head:
-            continue
+    for name in entries:
+        value, target = weights.get(name), own[name]
         if name in new:
             report.new.append(name)
         elif name in buffers:
@@ -131,7 +151,7 @@ def adapt(
             mismatches.append(f"{name} is {tuple(value.shape)} instead of {tuple(target.shape)}")
     if mismatches:
         raise ValueError(f"the weights are of another architecture: {_shorten(mismatches)}")
-    return state | _adapt_head(weights, own, head, class_map, classes, names, report), report
+    return state
 
 
 def _unknown_entries(weights: dict[str, Tensor], model: nn.Module, report: Report) -> list[str]:
@@ -189,6 +209,23 @@ def _head_entries(weights: dict[str, Tensor], own: dict[str, Tensor], head: str)
     return names if same and len({len(weights[name]) for name in names}) == 1 else []
 
 
+def _other_classes(
+    weights: dict[str, Tensor], model: nn.Module, classes: Sequence[str], names: Sequence[str], report: Report
+) -> list[str]:
+    """Return the entries of the weights that depend on other classes, except for the head; add them to the report.
+
+    They have another number of rows. With as many, the classes differ if their names do or rows of the head moved.
+    """
+    own, sized = model.state_dict(), getattr(model, "sized_by_classes", ())
+    differ = bool(report.remapped) or bool(names and classes and list(names) != list(classes))
+    for name in (name for name in own if name in weights and name.startswith(sized)):
+        before, after = weights[name].shape, own[name].shape
+        if before[1:] == after[1:] and (differ or before != after):
+            report.of_other_classes.append(name)
+    report.left_out += report.of_other_classes
+    return report.of_other_classes
+
+
 def _adapt_head(
     weights: dict[str, Tensor],
     own: dict[str, Tensor],
@@ -206,7 +243,6 @@ def _adapt_head(
         report.head = "the weights have no classifier"
         return {}
     source, target = len(weights[entries[0]]), len(own[entries[0]])
-    names = [unicodedata.normalize("NFC", name) for name in names]
     if class_map is not None:
         rows = read_class_map(class_map, num_classes=source, classes=classes or [""] * target, names=names)
         origin = str(class_map)

@@ -16,7 +16,8 @@ def open_voc(request: Request) -> DetectionDataset:
     """Open a data set in the layout of Pascal VOC.
 
     Classes are those of `classes.txt`, one a line, or else all names in the annotations, sorted. Pixels count from 1 in
-    these files; objects marked as difficult are treated as crowds, which VOC leaves out in the same way.
+    these files. Objects marked as difficult are treated as crowds: training leaves them out, and evaluation
+    ignores detections that mostly lie in one. VOC ignores only those with an IoU above 0.5, not those of its parts.
 
     Raises:
         ValueError: a file is missing or cannot be read.

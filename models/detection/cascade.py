@@ -28,6 +28,11 @@ class CascadeMaskRCNN(TwoStageDetector):
     """Cascade Mask R-CNN with class-agnostic box regression."""
 
     proposals_in_training = 2
+    sized_by_classes = tuple(
+        f"roi_heads.stages.{stage}.{layer}."
+        for stage in range(len(_IOUS))
+        for layer in ("cls_score", "mask_predictor.mask_fcn_logits")
+    )
 
     def build_heads(
         self,

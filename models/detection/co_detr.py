@@ -37,6 +37,8 @@ class CoDETR(DINO):
         **options: options of `DINO`.
     """
 
+    sized_by_classes = (*DINO.sized_by_classes, "atss.class_logits.", "faster_rcnn.roi_heads.box_predictor.")
+
     def __init__(
         self,
         backbone: DATBackbone | TimmBackbone,

@@ -22,9 +22,19 @@ from ..backbone import DATBackbone, TimmBackbone
 from .backbone_adapter import AdapterConfig, adapt
 from .denoising import noised_queries
 from .detector import pad_images
+from .float32_boxes import compute_boxes_in_float32
 from .initial_weights import draw_weights, set_prior
 from .queries import Assignment, Queries, Targets, match, set_losses
 from .set_prediction import DIVISOR, SetDetector, best_boxes, image_mask, relative_targets
+from .transformers_config import build_config, check_names
+
+# Arguments of transformers' config with an effect on DINO; losses, matching and the number of queries are its own.
+ARGUMENTS = (
+    *("d_model", "num_feature_levels", "position_embedding_type", "activation_function"),
+    *("encoder_layers", "encoder_ffn_dim", "encoder_attention_heads", "encoder_n_points"),
+    *("decoder_layers", "decoder_ffn_dim", "decoder_attention_heads", "decoder_n_points"),
+    *("dropout", "attention_dropout", "activation_dropout"),
+)
 
 
 class Memory(NamedTuple):
@@ -68,8 +78,13 @@ class DINO(SetDetector):
             positions of the best proposals, which have a single class, and the encoder's loss covers all pixels.
         anchor_positions: whether the positions of queries follow their boxes from layer to layer, as in DAB-DETR.
         look_forward_twice: whether the loss of a layer's boxes also trains the previous layer.
-        **arguments: arguments of transformers' `DeformableDetrConfig`, such as ``d_model``.
+        **arguments: arguments of transformers' `DeformableDetrConfig` that are in `ARGUMENTS`, such as ``d_model``.
+
+    Raises:
+        ValueError: an argument is unknown, or its value has the wrong type.
     """
+
+    sized_by_classes = ("transformer.decoder.class_embed.", "label_contents.")
 
     def __init__(
         self,
@@ -86,9 +101,12 @@ class DINO(SetDetector):
         **arguments: Any,
     ) -> None:
         super().__init__(backbone)
+        check_names(type(self).__name__, arguments, {*ARGUMENTS, *DINO.__init__.__kwdefaults__})
         self.num_classes, self.num_queries, self.denoising = num_classes, num_queries, denoising
         self.label_noise, self.box_noise, self.look_forward_twice = label_noise, box_noise, look_forward_twice
-        config = DeformableDetrConfig(
+        config = build_config(
+            type(self).__name__,
+            DeformableDetrConfig,
             backbone_config=AdapterConfig(channels=list(backbone.channels)),
             num_labels=num_classes,
             two_stage=True,
@@ -100,6 +118,7 @@ class DINO(SetDetector):
         width, heads = config.d_model, config.decoder_layers + 1  # the last one is for the encoder's proposals
         self.transformer.decoder.class_embed = nn.ModuleList(nn.Linear(width, num_classes) for _ in range(heads))
         self.transformer.decoder.bbox_embed = nn.ModuleList(MLP(width, width, 4, 3) for _ in range(heads))
+        compute_boxes_in_float32(self.transformer)
         draw_weights(self.transformer)
         set_prior(self.transformer, num_classes)
         self.contents = nn.Embedding(num_queries, width) if mixed_query_selection else None

@@ -123,6 +123,8 @@ class TwoStageDetector(Detector):
 class MaskRCNN(TwoStageDetector):
     """Mask R-CNN with one box and one mask per class."""
 
+    sized_by_classes = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+
     def build_heads(
         self,
         channels: int,

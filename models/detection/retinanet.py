@@ -36,6 +36,8 @@ class RetinaNet(Detector):
         detections: largest number of detections per image.
     """
 
+    sized_by_classes = ("head.classification_head.cls_logits.",)
+
     def __init__(
         self,
         backbone: DATBackbone | TimmBackbone,

@@ -46,7 +46,17 @@ class AllQueries(nn.Module):
         self.detector = detector
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images ``[B, 3, H, W]`` to boxes and probabilities ``[B, Q, 4 + classes]``, see `SetDetector.predict`."""
+        """Map images ``[B, 3, H, W]`` to boxes and probabilities ``[B, Q, 4 + classes]``, see `SetDetector.predict`.
+
+        Raises:
+            ValueError: H or W is not a multiple of `DIVISOR`.
+        """
+        height, width = images.shape[-2:]
+        if height % DIVISOR or width % DIVISOR:
+            raise ValueError(
+                f"images of {height} x {width} pixels (height x width) need padding, which the detector is exported "
+                f"without; choose a size that {DIVISOR} divides"
+            )
         scores, boxes = self.detector.predict(images, _without_padding(images))
         return torch.cat([boxes, scores], -1)
 

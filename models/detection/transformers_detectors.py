@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 
 from ..backbone import DATBackbone, TimmBackbone
-from ..options import did_you_mean
 from .backbone_adapter import AdapterConfig, adapt
 from .detector import pad_images
+from .float32_boxes import compute_boxes_in_float32
 from .initial_weights import draw_weights, set_prior
 from .queries import all_ranks_factor
 from .set_prediction import DIVISOR, SetDetector, best_boxes, image_mask, padded_sizes, relative_targets
+from .transformers_config import build_config, check_names
 from .transformers_kinds import KINDS
 from .transformers_losses import guarded_loss
 
@@ -37,6 +38,14 @@ class TransformersDetector(SetDetector):
         ValueError: the kind or an argument is unknown, or arguments contradict each other.
     """
 
+    sized_by_classes = (
+        "detector.class_labels_classifier.",
+        "detector.class_embed.",
+        "detector.model.decoder.class_embed.",
+        "detector.model.enc_score_head.",
+        "detector.model.denoising_class_embed.",
+    )
+
     def __init__(self, kind: str, backbone: DATBackbone | TimmBackbone, *, num_classes: int, **arguments: Any) -> None:
         super().__init__(backbone)
         self.name, self.kind = kind, KINDS[kind]
@@ -48,6 +57,7 @@ class TransformersDetector(SetDetector):
         self._proposals = "two_stage_num_proposals" if two_stage else self.kind.proposals
         draw_weights(self.detector, 0.0 if two_stage else self.kind.size_bias)
         adapt(self.detector, backbone)
+        compute_boxes_in_float32(self.detector)
         if not (self.kind.background or self.kind.pyramid):
             set_prior(self.detector, num_classes)
 
@@ -75,23 +85,27 @@ class TransformersDetector(SetDetector):
 
     def _run(self, images: Tensor, inside: Tensor, **labels: Any) -> Any:
         """Return the output of the detector in transformers."""
-        if self._proposals:
-            self._check_size(*images.shape[-2:])
         mask = {"pixel_mask": inside.long()} if self.kind.masked else {}
-        return self.detector(images, **mask, **labels)
+        with self._at_most_all_pixels(*images.shape[-2:]) if self._proposals else nullcontext():
+            return self.detector(images, **mask, **labels)
 
-    def _check_size(self, height: int, width: int) -> None:
-        """Raise an error if an image has fewer pixels in all maps than queries are chosen from them."""
+    @contextmanager
+    def _at_most_all_pixels(self, height: int, width: int) -> Iterator[None]:
+        """Choose no more queries from the pixels of all maps than there are, for padded images of this size.
+
+        transformers reads their number from the config in each forward pass.
+        """
         strides = list(self.backbone.strides)
         while len(strides) < self.config.num_feature_levels:
             strides.append(2 * strides[-1])
         pixels = sum(math.ceil(height / stride) * math.ceil(width / stride) for stride in strides)
         wanted = getattr(self.config, self._proposals)
         if pixels < wanted:
-            raise ValueError(
-                f"an image padded to {height} x {width} pixels has {pixels} proposals, fewer than {self._proposals} = "
-                f"{wanted} of {self.name}; make images larger or the option at most {pixels}"
-            )
+            setattr(self.config, self._proposals, int(pixels))  # an int also if the size is symbolic
+        try:
+            yield
+        finally:
+            setattr(self.config, self._proposals, wanted)
 
     def _zero(self) -> Tensor | float:
         """Return 0 as a function of the contents of the denoising queries.
@@ -132,30 +146,24 @@ class TransformersDetector(SetDetector):
 
 
 def _configuration(kind: str, backbone: DATBackbone | TimmBackbone, num_classes: int, arguments: dict[str, Any]) -> Any:
-    """Return the config of a detector. Unknown arguments are an error; transformers would ignore them."""
-    cls = getattr(transformers, f"{KINDS[kind].name}Config")
-    known = set(cls.__dataclass_fields__)
-    for name in arguments:
-        if name not in known:
-            raise ValueError(f"{kind} has no argument {name!r}{did_you_mean(name, known)}")
-    channels = list(backbone.channels)
+    """Return the config of a detector."""
+    cls, channels = getattr(transformers, f"{KINDS[kind].name}Config"), list(backbone.channels)
     given = {"auxiliary_loss": True, **KINDS[kind].defaults, **arguments}
-    if given.get("decoder_layers", 2) < 2:
-        raise ValueError(f"decoder_layers = {given['decoder_layers']} of {kind} is not allowed; give at least 2")
+    fixed = {"backbone_config": AdapterConfig(channels=channels), "num_labels": num_classes}
     if KINDS[kind].pyramid:
-        width = given.get("encoder_hidden_dim", 256)
-        given |= {
+        fixed |= {
             "encoder_in_channels": channels,
             "feat_strides": list(backbone.strides),
             "encode_proj_layers": [len(channels) - 1],
-            "decoder_in_channels": [width] * len(channels),
+            "decoder_in_channels": [given.get("encoder_hidden_dim", 256)] * len(channels),
             "num_feature_levels": len(channels),
             "freeze_backbone_batch_norms": False,
         }
-    try:
-        return cls(backbone_config=AdapterConfig(channels=channels), num_labels=num_classes, **given)
-    except StrictDataclassError as error:
-        raise ValueError(f"{kind}: {' '.join(str(error).split())}") from None
+    check_names(kind, arguments, cls.__annotations__.keys() - fixed.keys())
+    config = build_config(kind, cls, **given, **fixed)
+    if config.decoder_layers < 2:
+        raise ValueError(f"decoder_layers = {config.decoder_layers} of {kind} is not allowed; give at least 2")
+    return config
 
 
 def _weights(config: Any, classes: float) -> dict[str, float]:

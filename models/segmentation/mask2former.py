@@ -16,8 +16,10 @@ from transformers.models.mask2former.modeling_mask2former import (
 
 from ..backbone import DATBackbone, TimmBackbone
 from ..detection.queries import all_ranks_factor
+from ..detection.transformers_config import build_config, check_names
 from .parts import IGNORED, Segmenter, resize
 
+_WITHOUT_EFFECT = {"backbone_config", "ignore_value", "output_auxiliary_logits"}
 _LOSSES = {"class": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dice"}
 
 
@@ -32,20 +34,18 @@ class Mask2Former(Segmenter):
         **options: options of `transformers.Mask2FormerConfig`.
 
     Raises:
-        ValueError: an option is unknown.
+        ValueError: an option is unknown, or its value has the wrong type.
     """
 
     gives_probabilities = True
     # Not a classifier in the sense of `get_classifier`, whose rows are the classes: the last row is "no object".
-    sized_by_classes = ("decode_head.class_predictor.", "decode_head.criterion.empty_weight")
+    sized_by_classes = ("decode_head.class_predictor.",)
 
     def __init__(self, backbone: DATBackbone | TimmBackbone, num_classes: int, **options: Any) -> None:
         super().__init__(backbone)
-        unknown = options.keys() - Mask2FormerConfig.__annotations__.keys()
-        if unknown:
-            raise ValueError(f"Mask2FormerConfig of transformers has no {', '.join(sorted(unknown))}")
+        check_names("mask2former", options, Mask2FormerConfig.__annotations__.keys() - _WITHOUT_EFFECT)
         strides = {"feature_strides": backbone.strides, "common_stride": backbone.strides[0]}
-        config = Mask2FormerConfig(num_labels=num_classes, **{**strides, **options})
+        config = build_config("mask2former", Mask2FormerConfig, num_labels=num_classes, **{**strides, **options})
         self.decode_head = Mask2FormerHead(config, backbone.channels)
 
     def logits(self, maps: list[Tensor]) -> Tensor:

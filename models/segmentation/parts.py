@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
 from ..backbone import DATBackbone, TimmBackbone
-from ..contract import ConvertedWeights
 from ..dense import DenseModel
 
 IGNORED = 255  # label of pixels that losses and metrics ignore
@@ -25,8 +24,6 @@ class Segmenter(DenseModel):
 
     Attributes:
         smallest_batch: smallest number of images per micro-batch in training, over all processes.
-        sized_by_classes: beginnings of the names of the entries, apart from those of the classifier, whose shape
-            depends on the number of classes.
         gives_probabilities: whether the outputs are not logits, but already in the scale of probabilities.
 
     Raises:
@@ -34,7 +31,6 @@ class Segmenter(DenseModel):
     """
 
     smallest_batch = 1
-    sized_by_classes: tuple[str, ...] = ()
     gives_probabilities = False
 
     def __init__(self, backbone: DATBackbone | TimmBackbone) -> None:
@@ -63,14 +59,6 @@ class Segmenter(DenseModel):
             return resize(self.logits(maps), padded)[..., :height, :width]
         labels = F.pad(labels, (0, padded[1] - width, 0, padded[0] - height), value=IGNORED)
         return self.losses(maps, labels)
-
-    def convert_weights(self, weights: dict[str, Tensor]) -> ConvertedWeights:
-        """Convert weights; entries for another number of classes are newly initialised."""
-        weights, new, unused = super().convert_weights(weights)
-        own = self.state_dict()
-        sized = {name for name in weights.keys() & own.keys() if name.startswith(self.sized_by_classes)}
-        reset = {name for name in sized if weights[name].shape != own[name].shape}
-        return ConvertedWeights({name: x for name, x in weights.items() if name not in reset}, new | reset, unused)
 
     def logits(self, maps: list[Tensor]) -> Tensor:
         """Return logits ``[B, classes, h, w]`` of any size for the maps of the padded images."""

@@ -95,20 +95,37 @@ def test_all_entries_of_mmsegmentation_files_load(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "layers", "buffers"),
     [
-        ("fpn", ["decode_head.conv_seg"], []),
-        ("upernet", ["decode_head.conv_seg", "auxiliary_head.conv_seg"], []),
-        ("mask2former", ["decode_head.class_predictor"], ["decode_head.criterion.empty_weight"]),
+        ("fpn", ["decode_head.conv_seg"], set()),
+        ("upernet", ["decode_head.conv_seg", "auxiliary_head.conv_seg"], set()),
+        ("mask2former", ["decode_head.class_predictor"], {"decode_head.criterion.empty_weight"}),
     ],
 )
-def test_fine_tuning_for_other_classes_resets_the_classifiers(name: str, layers: list[str], buffers: list[str]) -> None:
+def test_fine_tuning_for_other_classes_resets_the_classifiers(name: str, layers: list[str], buffers: set[str]) -> None:
     segmenter = small(name, 5)
     own = segmenter.state_dict()
     state, report = adapt(small(name, 3).state_dict(), segmenter)
-    new = {f"{layer}.{part}" for layer in layers for part in WB} | set(buffers)
-    assert set(report.reinitialised) | set(report.new) == new
-    assert len(report.loaded) + len(new) == len(state)
-    assert all(torch.equal(state[entry], own[entry]) for entry in new)
+    new = {f"{layer}.{part}" for layer in layers for part in WB}
+    assert {*report.reinitialised, *report.of_other_classes} == new
+    assert set(report.left_out) == new | buffers
+    assert len(report.loaded) + len(new | buffers) == len(state)
+    assert all(torch.equal(state[entry], own[entry]) for entry in new | buffers)
     segmenter.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [("upernet", "auxiliary_head.conv_seg"), ("mask2former", "decode_head.class_predictor")]
+)
+def test_rows_that_cannot_be_selected_by_name_are_new_for_other_classes(name: str, layer: str) -> None:
+    given = {key: torch.rand_like(x) if x.is_floating_point() else x for key, x in small(name).state_dict().items()}
+    segmenter, new = small(name), [f"{layer}.{part}" for part in WB]
+    own = segmenter.state_dict()
+    for classes in (["tree", "sky", "wall"], ["wall", "sky", "road"]):
+        state, report = adapt(given, segmenter, classes=classes, names=["wall", "sky", "tree"])
+        assert report.of_other_classes == new
+        assert all(torch.equal(state[entry], own[entry]) for entry in new)
+        assert any(line.startswith("newly initialised, as the weights are of other classes") for line in report.lines())
+    state, _ = adapt(given, segmenter, classes=["wall", "sky", "tree"], names=["wall", "sky", "tree"])
+    assert all(torch.equal(state[entry], given[entry]) for entry in new)
 
 
 def test_mask2former_keeps_its_classifier_for_the_same_number_of_classes() -> None:
@@ -150,8 +167,12 @@ def test_the_loss_is_the_mean_over_all_pixels_with_zero_for_ignored_ones() -> No
 def test_wrong_options_are_named() -> None:
     with pytest.raises(TypeError, match="chanels"):
         small("fpn", chanels=8)
-    with pytest.raises(ValueError, match="Mask2FormerConfig of transformers has no queries"):
-        small("mask2former", queries=8)
+    with pytest.raises(ValueError, match="mask2former has no argument 'num_querys'; did you mean num_queries"):
+        small("mask2former", num_querys=8)
+    with pytest.raises(ValueError, match="mask2former has no argument 'ignore_value'"):
+        small("mask2former", ignore_value=0)
+    with pytest.raises(ValueError, match=r"mask2former: .*'hidden_dim'"):
+        small("mask2former", hidden_dim="wide")
 
 
 def norm_batch(norm: nn.BatchNorm2d, part: slice) -> dict[str, torch.Tensor]:

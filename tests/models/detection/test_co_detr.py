@@ -102,3 +102,8 @@ def test_positive_samples_become_queries_at_their_boxes() -> None:
     assert queries.boxes[0].tolist() == [[0.25, 0.125, 0.5, 0.25]] * 2
     assert queries.groups.tolist() == [[group, group], [PADDED, PADDED]]
     assert assignment[1].tolist() == [PADDING, PADDING]
+
+
+def test_wrong_arguments_are_rejected() -> None:
+    with pytest.raises(ValueError, match="CoDETR has no argument 'encoder_layer'; did you mean encoder_layers"):
+        small_co_detr(encoder_layer=3)

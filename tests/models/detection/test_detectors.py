@@ -9,6 +9,7 @@ import torch
 
 from models.backbone import DATBackbone, TimmBackbone
 from models.detection import DETECTORS, Detector, queries
+from models.weights import adapt
 from tests.models.detection.small import small_arguments, small_backbone
 from tests.models.small import SMALL, without_gradient
 
@@ -44,10 +45,10 @@ def build(name: str, *, timm: bool = False) -> Detector:
     return kind.build(backbone, num_classes=3, **TINY[name])
 
 
-def build_any(name: str) -> Detector:
+def build_any(name: str, classes: int = 3) -> Detector:
     kind, arguments = DETECTORS[name], TINY[name] if name in TINY else small_arguments(name)
     torch.manual_seed(0)
-    return kind.build(small_backbone(*range(4 - kind.maps, 4)), num_classes=3, **arguments)
+    return kind.build(small_backbone(*range(4 - kind.maps, 4)), num_classes=classes, **arguments)
 
 
 def images() -> list[torch.Tensor]:
@@ -93,6 +94,26 @@ def test_detections_lie_in_their_image_and_are_sorted(name: str, timm: bool) -> 
         assert (one["boxes"].amin(0) >= 0).all()
         assert (one["boxes"].amax(0)[2:] <= torch.tensor(image.shape[:0:-1])).all()
         assert ("masks" in one) == DETECTORS[name].masks
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_weights_of_other_classes_do_not_set_what_depends_on_them(name: str) -> None:
+    detector, more = build_any(name), build_any(name, classes=5)
+    own, given = detector.state_dict(), {key: x + 1 for key, x in more.state_dict().items()}
+    sized = {key for key, x in given.items() if x.shape != own[key].shape}
+    assert sized
+    as_many = {key: x + 1 for key, x in own.items()}
+    for weights, known in ((given, []), (as_many, ["cat", "ant", "dog"])):
+        state, report = adapt(weights, detector, classes=["ant", "cat", "dog"], names=known)
+        assert set(report.of_other_classes) == sized
+        assert all(torch.equal(state[key], own[key]) for key in sized)
+        assert all(torch.equal(state[key], weights[key]) for key in report.loaded)
+        assert all(key in "\n".join(report.lines()) for key in sized)
+        detector.load_state_dict(state)
+    for known in ([], ["ant", "cat", "dog"]):
+        state, report = adapt(as_many, detector, classes=["ant", "cat", "dog"], names=known)
+        assert not report.of_other_classes
+        assert all(torch.equal(state[key], as_many[key]) for key in sized)
 
 
 @pytest.mark.parametrize("name", DETECTORS)

@@ -205,3 +205,39 @@ def test_losses_equal_those_of_transformers() -> None:
     torch.testing.assert_close(ours["class"], theirs["loss_ce"])
     torch.testing.assert_close(ours["l1"], 5 * theirs["loss_bbox"])
     torch.testing.assert_close(ours["giou"], 2 * theirs["loss_giou"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"encoder_layer": 3}, "DINO has no argument 'encoder_layer'; did you mean encoder_layers"),
+        ({"num_querys": 3}, "DINO has no argument 'num_querys'; did you mean num_queries"),
+        *(
+            ({name: 1}, f"DINO has no argument '{name}'")
+            for name in (
+                *("bbox_loss_coefficient", "giou_loss_coefficient", "class_cost", "bbox_cost", "giou_cost"),
+                *("focal_alpha", "auxiliary_loss", "two_stage", "two_stage_num_proposals", "with_box_refine"),
+            )
+        ),
+        ({"d_model": "wide"}, "DINO: .*d_model"),
+    ],
+)
+def test_wrong_arguments_are_rejected(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small_dino(**arguments)
+
+
+@torch.no_grad()
+def test_autocast_does_not_round_boxes() -> None:
+    # All pixels become queries. From column 128 on, the centre of a pixel is not representable in bfloat16.
+    dino, found = small_dino(num_queries=1000).eval(), []
+    for head in dino.transformer.decoder.bbox_embed:
+        torch.nn.init.zeros_(head.layers[-1].weight)
+        head.layers[-1].bias.copy_(torch.linspace(-0.3, 0.4, 4))
+    images, inside = torch.rand(1, 3, 32, 1280), torch.ones(1, 32, 1280, dtype=torch.bool)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            boxes = dino.predict(images, inside)[1]
+        assert boxes.dtype == torch.float32
+        found.append(torch.tensor(sorted(boxes[0].tolist())))
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-5)

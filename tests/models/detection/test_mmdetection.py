@@ -86,6 +86,16 @@ def test_weights_of_one_class_load(name: str) -> None:
         assert torch.equal(boxes[4:], weights["roi_head.bbox_head.fc_reg.weight"])
 
 
+@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade"])
+def test_weights_of_another_number_of_classes_start_a_detector(name: str) -> None:
+    detector = build(name)
+    weights = published(name, detector.backbone.state_dict(), detector.backbone.channels, classes=5)
+    state, report = adapt(weights, detector)
+    assert 2 <= len(report.of_other_classes) < len(report.loaded)
+    assert len(report.of_other_classes) + len(report.loaded) == len(state)
+    detector.load_state_dict(state)
+
+
 def test_unknown_entries_are_an_error() -> None:
     detector = build("retinanet")
     weights = published("retinanet", detector.backbone.state_dict(), detector.backbone.channels)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
+from models.detection import DETECTORS
 from models.detection.faster_rcnn_head import FasterRCNNHead
 from models.detection.mask_rcnn import _BoxPredictor
 from models.detection.proposals import RegionProposals
@@ -43,7 +44,7 @@ def test_autocast_does_not_round_detections() -> None:
         assert {x.dtype for x in _BoxPredictor(8, 3)(torch.rand(2, 8))} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", "cascade", "co_detr"])
+@pytest.mark.parametrize("name", DETECTORS)
 def test_autocast_trains_every_parameter(name: str) -> None:
     detector = build_any(name)
     with torch.autocast("cpu", torch.bfloat16):
