@@ -118,7 +118,9 @@ OPTIONS: dict[str, Option] = {
     "DATA.VAL": RunOption(
         "", "Likewise for the held-out split; empty: val, validation, valid or test; in TASK detection val."
     ),
-    "DATA.DOWNLOAD": _switch(False, "Download the data set from its published location, for formats that have one."),
+    "DATA.DOWNLOAD": _switch(
+        False, "Download the data set from its published location, for formats that have one.", may_change=True
+    ),
     "DATA.SCENES": RunOption(600, "Training scenes of digit_scenes; 150 others are held out.", at_least(1)),
     "DATA.STREAM.IMAGES": RunOption(
         0, "webdataset: training images per epoch, as a stream has no length.", not_negative()
@@ -143,7 +145,9 @@ OPTIONS: dict[str, Option] = {
         one_of("ignore", "apply"),
     ),
     "DATA.ALLOW_LARGER_VAL": _switch(
-        False, "Accept more held-out images than training images; by default the splits are assumed to be swapped."
+        False,
+        "Accept more held-out images than training images; by default the splits are assumed to be swapped.",
+        may_change=True,
     ),
     "DATA.BALANCE": RunOption(
         "none",
@@ -511,7 +515,7 @@ OPTIONS: dict[str, Option] = {
         0.75, "Maximum share of one class in a training crop; larger ones are redrawn, up to ten times.", _FRACTION
     ),
     "SEGMENTATION.PHOTOMETRIC": RunOption(
-        0.5, "Probability of each photometric distortion: brightness, contrast, saturation, hue, channels.", share()
+        0.5, "Probability of each photometric distortion: brightness, contrast, saturation, hue.", share()
     ),
     "SEGMENTATION.TEST_SCALES": RunOption(
         [1.0],
@@ -944,3 +948,13 @@ def _validate(config: CfgNode) -> None:
             known = settings.NAME in ("adamw", "sgd")
             advice = "remove it" if known else f"use TRAIN.OPTIMIZER.ARGS.{name.lower()} for {settings.NAME}"
             raise ValueError(f"{key} is only for {only}; {advice}")
+    model, schedule = config.MODEL, config.TRAIN.LR_SCHEDULER
+    if model.TIMM.NAME and model.TYPE != "timm":
+        raise ValueError(
+            f"MODEL.TIMM.NAME {model.TIMM.NAME} is for MODEL.TYPE timm, not {model.TYPE}; set that type, as --model "
+            "does, or remove the name"
+        )
+    if config.DISTILL.KIND == "hard":
+        check_unsupported(config, ["DISTILL.TEMPERATURE"], by="DISTILL.KIND hard")
+    if not schedule.PLANNED_EPOCHS:
+        check_unsupported(config, ["TRAIN.LR_SCHEDULER.AFTER"], by="a run without TRAIN.LR_SCHEDULER.PLANNED_EPOCHS")

@@ -10,11 +10,11 @@ usage="usage: bash train_slurm.sh <gpus> <config> <job-name> [main.py flags...]"
 # Run by each task: the command, whose exit status is then written to a file of this restart and rank. A signal reaches
 # every process of a task: the command, which handles it, and this shell, which must outlive it.
 # shellcheck disable=SC2016  # expanded in the task
-task='folder=$1; shift; trap : INT TERM USR1; "$@"; status=$?
+task='folder=$1; shift; trap : HUP INT TERM USR1; "$@"; status=$?
 echo "$status" 2>/dev/null >"$folder/$DAT_RESTART_COUNT.$SLURM_PROCID"; exit "$status"'
 
-# Whether a process died, or exited because another one did. 130, 138 and 143 mean that the run was asked to stop.
-died() { (($1 == 75 || ($1 > 128 && $1 != 130 && $1 != 138 && $1 != 143))); }
+# Whether a process died, or exited because another one did. 129, 130, 138 and 143: the run was asked to stop.
+died() { (($1 == 75 || ($1 > 128 && $1 != 129 && $1 != 130 && $1 != 138 && $1 != 143))); }
 
 if [[ ${1:-} == --inside-job ]]; then
     folder=$(mktemp -d "$2/$SLURM_JOB_ID.XXXXXX") # shared by all nodes

@@ -101,14 +101,22 @@ def _remove(in_use: Path) -> None:
         path.unlink()
 
 
+class _SourceFailed(Exception):
+    """The source raised an `OSError`, the cause of this, in contrast to one of the memory."""
+
+
 def _make(source: ImageSource, content: Path, table: Path, *, show: bool, reserved: float) -> None:
     """Write the files of images and their table.
 
     Raises:
         ValueError: the folder has no space even for the table.
+        OSError: the machine failed to read an image.
     """
     try:
         Listing.of(_fill(source, content, show=show, reserved=reserved), _COLUMNS, {}).save(table)
+    except _SourceFailed as failed:
+        _remove(content.with_suffix(".lock"))
+        raise failed.__cause__ from None
     except OSError as error:
         _remove(content.with_suffix(".lock"))
         raise ValueError(
@@ -139,3 +147,5 @@ def _read(source: ImageSource, index: int) -> StoredImage | None:
         return source.get(index)
     except UnreadableImage:
         return None  # it is reported when it is used
+    except OSError as error:
+        raise _SourceFailed from error

@@ -57,6 +57,7 @@ class DATBackbone(DAT):
         absent = (
             "cls_norm.",
             "cls_head.",
+            *(f"norms.{i}." for i in range(NUM_STAGES) if i not in self.out_indices),
             *(f"stages.{i}." for i in pruned),
             *(f"down_projs.{i - 1}." for i in pruned),
         )

@@ -143,6 +143,13 @@ def _timm_name(config: Any) -> str:
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models()) or "; timm.list_models() lists them"
         raise ValueError(f"MODEL.TIMM.NAME: timm has no model {name!r}{hint}")
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError:
+        model, _, tag = name.partition(".")
+        known = {name.partition(".")[2]: name for name in timm.list_models(f"{model}.*", include_tags=True)}
+        hint = did_you_mean(tag, known, shown=known) or f"; use one of {', '.join([model, *known.values()])}"
+        raise ValueError(f"MODEL.TIMM.NAME: timm's {model} has no weights {tag!r}{hint}") from None
     return name
 
 

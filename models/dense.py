@@ -59,14 +59,13 @@ class DenseModel(nn.Module):
     def convert_weights(self, weights: dict[str, Tensor]) -> ConvertedWeights:
         """Convert the weights of the same network, or of the backbone alone: of a classifier or another dense model."""
         heads = {name for name in self.state_dict() if not name.startswith(_PREFIX)}
-        if heads <= weights.keys():
-            return ConvertedWeights(weights)
         backbone = {name[len(_PREFIX) :]: value for name, value in weights.items() if name.startswith(_PREFIX)}
-        other_heads = {name for name in weights if backbone and not name.startswith(_PREFIX)}
+        others = {name: value for name, value in weights.items() if backbone and not name.startswith(_PREFIX)}
         source_prefix = _PREFIX if backbone else ""
         converted = convert_weights(self.backbone, backbone or weights)
-        return ConvertedWeights(
-            {f"{_PREFIX}{name}": value for name, value in converted.weights.items()},
-            heads | {f"{_PREFIX}{name}" for name in converted.new},
-            other_heads | {f"{source_prefix}{name}" for name in converted.unused},
-        )
+        body = {f"{_PREFIX}{name}": value for name, value in converted.weights.items()}
+        new = {f"{_PREFIX}{name}" for name in converted.new}
+        unused = {f"{source_prefix}{name}" for name in converted.unused}
+        if heads <= others.keys():
+            return ConvertedWeights(body | others, new, unused)
+        return ConvertedWeights(body, new | heads, unused | others.keys())

@@ -22,7 +22,8 @@ from .tables import Resize
 
 IMAGENET_1K = 1000
 NEW_ROW = -1  # in a class map: the weights do not have the class
-_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")  # buffers of batch norms, which are learned
+# Buffers that do not follow from sizes: statistics of batch norms, and the random features that a Performer drew.
+_STATE = ("running_mean", "running_var", "num_batches_tracked", "random.source")
 
 
 @dataclass(kw_only=True)
@@ -127,7 +128,7 @@ def _adapt_entries(
         ValueError: the weights are of another architecture.
     """
     own, state = model.state_dict(), {}
-    buffers = {name for name, _ in model.named_buffers() if not name.endswith(_STATISTICS)}
+    buffers = {name for name, _ in model.named_buffers() if not name.endswith(_STATE)}
     tables, inputs = position_tables(model), {f"{name}.weight" for name in input_convs(model)}
     mismatches = _unknown_entries(weights, model, report)
     for name in entries:

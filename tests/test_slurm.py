@@ -37,7 +37,7 @@ elif end == "saves":
         time.sleep(0.3)
         open(f"saved-{rank}", "w").close()
         os._exit(128 + number)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         assert signal.getsignal(number) != signal.SIG_IGN
         signal.signal(number, save)
     print("ready", flush=True)
@@ -50,6 +50,7 @@ sys.exit(int(end))
 # Like srun: one process per task, signals go to all processes of a task, the status is the highest one.
 SRUN = f"""#!{sys.executable} -S
 import os, signal, subprocess, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 command = sys.argv[1:]
 while command[0].startswith("--"):
     del command[0]
@@ -164,6 +165,7 @@ def run_batch_script(folder: Path, *starts: str, **env: str) -> tuple[int, int, 
         (["2,gone"], 2, 1),
         (["143,75"], 143, 1),
         (["130,-9"], 130, 1),
+        (["129,75"], 129, 1),
         (["75,75"] * 3, 75, 3),
         (["-9,75"] * 3, 137, 3),
         (["75,-11", "gone,75", "2,75"], 2, 3),
@@ -176,7 +178,12 @@ def test_failed_task_decides_the_exit_status(starts: list[str], status: int, sta
 
 @pytest.mark.parametrize(
     ("number", "status", "called"),
-    [(signal.SIGUSR1, 0, "requeue 7"), (signal.SIGTERM, 143, ""), (signal.SIGINT, 130, "")],
+    [
+        (signal.SIGUSR1, 0, "requeue 7"),
+        (signal.SIGTERM, 143, ""),
+        (signal.SIGINT, 130, ""),
+        (signal.SIGHUP, 129, ""),
+    ],
 )
 def test_signals_reach_the_run_and_leave_time_to_save(number: int, status: int, called: str, tmp_path: Path) -> None:
     ended = run_batch_script(tmp_path, "saves,saves", SIGNAL=str(int(number)))

@@ -263,6 +263,30 @@ ROWS = [
         "hard",
         "DISTILL.KIND is not supported by a run without a teacher; leave it at",
     ),
+    opts("rewarm", "TRAIN.LR_SCHEDULER.AFTER", "rewarm", "is not supported by a run without .*PLANNED_EPOCHS; leave"),
+    opts("decay of no average", "TRAIN.EMA.DECAY", "0.9", "DECAY is not supported by a run without --ema; leave it at"),
+    Wrong(
+        name="option: temperature of classes",
+        flags=("--teacher", "trained.pth", "--opts", "DISTILL.KIND", "hard", "DISTILL.TEMPERATURE", "2"),
+        says="DISTILL.TEMPERATURE is not supported by DISTILL.KIND hard; leave it at 1.0",
+    ),
+    opts("model of timm", "MODEL.TIMM.NAME", "resnet18", "MODEL.TIMM.NAME resnet18 is for MODEL.TYPE timm, not dat; "),
+    Wrong(
+        name="option: another type than --model",
+        flags=("--model", "resnet18", "--opts", "MODEL.TYPE", "dat"),
+        says="MODEL.TIMM.NAME resnet18 is for MODEL.TYPE timm, not dat; set that type, as --model does, or remove",
+    ),
+    Wrong(
+        name="option: weights of timm",
+        flags=("--model", "resnet50.a1_in1kk"),
+        says=r"timm's resnet50 has no weights 'a1_in1kk'; did you mean resnet50\.a1_in1k\?",
+    ),
+    Wrong(
+        name="option: weights of timm's backbones",
+        config={"TASK": "detection", "DATA": {"DATASET": "digit_scenes", "DATA_PATH": ""}},
+        flags=("--model", "test_resnet.zzz"),
+        says=r"timm's test_resnet has no weights 'zzz'; use one of test_resnet, test_resnet\.",
+    ),
     opts("recorder", "LOG.TO", "[wandbb]", "LOG.TO must be a list of tensorboard, wandb and mlflow, not"),
     opts(
         "sides",
@@ -567,6 +591,11 @@ ROWS = [
         says="DATA.DATASET imagenet has one label per image; leave DATA.MULTI_LABEL at False",
     ),
     Wrong(
+        name="data: several labels, smoothed",
+        config={"DATA": {"DATASET": "csv", "MULTI_LABEL": True}, "MODEL": {"LABEL_SMOOTHING": 0.2}},
+        says="MODEL.LABEL_SMOOTHING is not supported by DATA.MULTI_LABEL; leave it at 0.1",
+    ),
+    Wrong(
         name="data: several labels, balanced",
         config={"DATA": {"DATASET": "csv", "MULTI_LABEL": True, "BALANCE": "loss"}},
         says="DATA.BALANCE is not supported by DATA.MULTI_LABEL; leave it at none",
@@ -745,6 +774,18 @@ ROWS = [
         *("--resume", "trained.pth", "--ema", "--allow-config-change"),
     ),
     weights(
+        "averages alone to continue",
+        lambda: None,
+        "--weights needs --pretrained or --eval; give one, or remove it",
+        *("--resume", "trained.pth", "--weights", "ema"),
+    ),
+    weights(
+        "class map to continue",
+        lambda: Path("map.txt").write_text("0\n1\n"),
+        "MODEL.CLASS_MAP needs the weights of --pretrained; give those too, or remove it",
+        *("--resume", "trained.pth", "--opts", "MODEL.CLASS_MAP", "map.txt"),
+    ),
+    weights(
         "end of another run",
         lambda: save(trained(epoch=2, update=0)),
         "wrong.pth is the end of a run of 2 epochs, so nothing is left to train; evaluate it with --eval, or",
@@ -798,7 +839,7 @@ ROWS = [
             write_folder(Path("wrong"), {"val/a": 1, "val/b": 1, "val/c": 1}),
             save({"model": trained()["model"]}),
         ),
-        "trained for 2 classes, the data set has 3; to evaluate it, name their labels in a MODEL.CLASS_MAP, or fine-",
+        "trained for 2 classes, the data set has 3; to evaluate it in TASK classification, name their labels in a MODE",
         *("--data-path", "wrong", "--eval", "--resume", "wrong.pth"),
     ),
     weights(

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
+from config import check_unsupported
 from data.streams import Loader
 from data.wording import counted
 from logger import RunLog, check_recorders
@@ -25,7 +26,14 @@ from tasks import Task, build_task
 from training.checkpoint import CheckpointFolder, load_strictly
 from training.environment import write_environment
 from training.output_folder import lock_folder, open_folder, set_aside
-from training.resume import Resumed, find_resumed, start_from_pretrained, written_config
+from training.resume import (
+    Resumed,
+    check_weight_options,
+    find_resumed,
+    is_same_file,
+    start_from_pretrained,
+    written_config,
+)
 from training.run import BadImages, Run, TrainingState
 from training.running_statistics import RunningStatistics
 from training.teacher import add_teacher
@@ -113,12 +121,17 @@ def build_run(config: CfgNode, world: World) -> Run:
     _check_agreement(assembly, config)
     changed, config.TRAIN.ALLOW_CONFIG_CHANGE = config.TRAIN.ALLOW_CONFIG_CHANGE, False  # applies only once
     begins = assembly.continued_from is None or assembly.continued_from.parent.resolve() != folder.resolve()
-    notes = list(assembly.notes)
+    rewound = not begins and _is_rewound(assembly.continued_from, config)
+    checkpoints, notes = CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS), list(assembly.notes)
     with fail_together():
         if world.is_main:
             lock = lock or _lock_new_folder(folder)
             if begins and (earlier := set_aside(folder)):
                 notes.append(f"the files of an earlier run in this folder were moved to {earlier}")
+            elif rewound:
+                later = checkpoints.abandoned(assembly.continued_from, assembly.state.position.epoch)
+                if earlier := set_aside(folder, later):
+                    notes.append(f"the later checkpoints in this folder were moved to {earlier}")
     run = Run(
         config=config,
         world=world,
@@ -129,14 +142,14 @@ def build_run(config: CfgNode, world: World) -> Run:
         statistics=RunningStatistics(assembly.state.network),
         model=_distribute(assembly.state.network, world),
         folder=folder,
-        log=RunLog(folder, config, is_main=world.is_main, updates_done=assembly.state.updates_done),
+        log=RunLog(folder, config, is_main=world.is_main, updates_done=assembly.state.updates_logged),
         stop=StopSignal(),
         bad_images=BadImages(folder / "bad_images.txt"),
-        checkpoints=CheckpointFolder(folder, keep=config.KEEP_CHECKPOINTS),
+        checkpoints=checkpoints,
         lock=lock,
     )
     run.stop.listen()
-    if begins or changed:  # the checkpoint then contains the new options, which need not be allowed again
+    if begins or rewound or changed:  # the checkpoint then contains the new options, which need not be allowed again
         run.save()  # before the first log line, so that a run killed before it leaves nothing to move away
     _log_start(run, describe_run(config, assembly, world), notes, assembly.warnings)
     return run
@@ -158,7 +171,7 @@ def assemble(config: CfgNode, world: World, *, cached: bool = True) -> Assembly:
     task = build_task(config, world, training=True)  # which may reject DATA.CACHE
     config.DATA.CACHE &= cached
     train_loader, eval_loader = task.train_loader(), task.eval_loader()
-    check_recorders(config)
+    _check_options(config)
     notes, warnings = [*task.notes, *add_teacher(config, task)], []
     network = build_network(task, world)
     resumed = find_resumed(config, task, training_images=len(train_loader.dataset))
@@ -191,6 +204,18 @@ def assemble(config: CfgNode, world: World, *, cached: bool = True) -> Assembly:
         warnings += rate_jump_warning(config, state, resumed.checkpoint)
     warnings += settings_warnings(config, state, len(train_loader.dataset), world.size) + task.warnings()
     return Assembly(task, train_loader, eval_loader, state, resumed and resumed.path, notes, warnings)
+
+
+def _check_options(config: CfgNode) -> None:
+    """Check options of training that need others.
+
+    Raises:
+        ValueError: one has no effect, or a recorder is not installed.
+    """
+    check_recorders(config)
+    check_weight_options(config)
+    if not config.TRAIN.EMA.ENABLED:
+        check_unsupported(config, ["TRAIN.EMA.DECAY"], by="a run without --ema")
 
 
 def settings_warnings(config: CfgNode, state: TrainingState, images: int, world_size: int) -> list[str]:
@@ -236,6 +261,11 @@ def _restore(state: TrainingState, config: CfgNode, resumed: Resumed) -> list[st
     if config.MODEL.PRETRAINED:
         notes.append(f"the weights are those of {path}, not of --pretrained {config.MODEL.PRETRAINED}")
     return notes
+
+
+def _is_rewound(path: Path, config: CfgNode) -> bool:
+    """Return whether --resume names an earlier checkpoint of the run's own folder, from which the run continues."""
+    return path.name != "last.pth" and is_same_file(config.MODEL.RESUME, path)
 
 
 def _check_agreement(assembly: Assembly, config: CfgNode) -> None:
@@ -314,6 +344,6 @@ def _log_start(run: Run, introduction: str, notes: list[str], warnings: list[str
             write_environment(run.folder, run.world)
         except OSError as error:  # a full disk must not end the run
             warnings = [*warnings, f"{error.filename or run.folder} could not be written ({error.strerror})"]
-    log.rewind(epoch=state.position.epoch, update=state.updates_done)
+    log.rewind(epoch=state.position.epoch, update=state.updates_logged)
     log.info(introduction)
     log.begin(notes, warnings)

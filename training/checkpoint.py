@@ -31,7 +31,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data.wording import counted
-from models.contract import classifier
+from models.contract import classifier, set_epoch
 from models.options import did_you_mean
 from training.exit_status import is_machine_failure, is_out_of_memory
 from utils import STAGED
@@ -191,7 +191,8 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
         if classes != wanted:
             raise ValueError(
                 f"{path} was trained for {counted(classes, 'class', 'classes')}, the data set has {wanted}; "
-                "to evaluate it, name their labels in a MODEL.CLASS_MAP, or fine-tune it with --pretrained"
+                "to evaluate it in TASK classification, name their labels in a MODEL.CLASS_MAP; to fine-tune it, use "
+                "--pretrained"
             )
     problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]
     problems += [f"{name} is not in this model" for name in weights.keys() - expected.keys()]
@@ -204,6 +205,12 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
         shown = "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
         raise ValueError(f"{path} has a different architecture than --cfg: {shown}")
     model.load_state_dict(weights)
+
+
+def set_trained_epoch(network: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Notify a network with the weights of `checkpoint` of the last epoch that they were trained in, if it is known."""
+    if isinstance(epoch := checkpoint.get("epoch"), int):
+        set_epoch(network, max(epoch if checkpoint.get("update") else epoch - 1, 0))
 
 
 class CheckpointFolder:
@@ -268,6 +275,18 @@ class CheckpointFolder:
             raise ValueError(f"no checkpoint in {self.folder} can be read: {'; '.join(broken)}")
         return None
 
+    def abandoned(self, path: Path, epoch: int) -> list[Path]:
+        """Return the checkpoints that a run does not build on if it goes back to an earlier one of the folder.
+
+        Args:
+            path: the earlier checkpoint.
+            epoch: how many epochs it has finished.
+        """
+        states = [self.folder / name for name in ("last.pth", "previous.pth")]
+        found = [file for file in states if file.exists() and file.name != path.name]
+        found += [file for file, number in self._epochs().items() if number > epoch]
+        return found + [self.folder / "best.pth"] * (self.best_epoch() > epoch)
+
     def best_epoch(self) -> int:
         """Return the epoch of `best.pth`; 0 if it does not exist or cannot be read."""
         try:
@@ -275,13 +294,15 @@ class CheckpointFolder:
         except (ValueError, OSError, MemoryError, RuntimeError):
             return 0
 
-    def _epochs(self) -> list[Path]:
+    def _epochs(self) -> dict[Path, int]:
+        """Return the epochs of `epoch_N.pth` in ascending order."""
         numbers = {path: path.stem.removeprefix("epoch_") for path in self.folder.glob("epoch_*.pth")}
-        return sorted((path for path in numbers if numbers[path].isdigit()), key=lambda path: int(numbers[path]))
+        epochs = {path: int(number) for path, number in numbers.items() if number.isdigit()}
+        return dict(sorted(epochs.items(), key=lambda item: item[1]))
 
     def _prune(self) -> None:
         if self._keep:
-            for path in self._epochs()[: -self._keep]:
+            for path in list(self._epochs())[: -self._keep]:
                 path.unlink()
 
 

@@ -87,9 +87,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, CfgNode]:
     if empty:
         parser.error(f"{empty} is empty; give it a value or leave it out")
     check_pairs(args.opts)  # before the flags are appended
-    if "MODEL.TIMM.NAME" in given:
-        given["MODEL.TYPE"] = "timm"
-    config = load_config(args.cfg, [*args.opts, *(word for option in given.items() for word in option)])
+    implied = ["MODEL.TYPE", "timm"] if "MODEL.TIMM.NAME" in given else []
+    config = load_config(args.cfg, [*implied, *args.opts, *(word for option in given.items() for word in option)])
     if args.eval:
         _choose_evaluated(config, {*args.opts[::2], *given}, Path(args.cfg))
     return args, config

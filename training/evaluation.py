@@ -14,10 +14,10 @@ from data.streams import Loader
 from data.wording import counted
 from logger import RunLog
 from models import build_model
-from models.contract import compile_parts, set_epoch
+from models.contract import compile_parts
 from tasks import Task, build_task, check_task
 from training.build import build_network, prepare_device
-from training.checkpoint import load_checkpoint, load_strictly
+from training.checkpoint import load_checkpoint, load_strictly, set_trained_epoch
 from training.resume import written_config
 from training.run import AUTOCAST
 from training.weight_sets import count_classes, pick_weights
@@ -93,8 +93,7 @@ def build_evaluation(config: CfgNode, world: World, *, amp: str = "off", cached:
         network = build_network(task, world)
     loader = task.eval_loader()
     load_strictly(network, given.weights, path)
-    if isinstance(epoch := checkpoint.get("epoch"), int):  # the last epoch that the weights were trained in
-        set_epoch(network, max(epoch if checkpoint.get("update") else epoch - 1, 0))
+    set_trained_epoch(network, checkpoint)
     warnings = [f"{path} was trained on other classes: {change}" for change in task.changes(checkpoint)]
     warnings += task.warnings()
     return CheckpointEvaluation(path, task, network, loader, given.choice, [*found, *given.notes], warnings, amp)

@@ -29,6 +29,8 @@ _OF_THE_MACHINE = {
     )
     if (number := getattr(errno, name, None)) is not None
 }
+# Of PyTorch, after the name of an operation.
+_NOT_DETERMINISTIC = " does not have a deterministic implementation"
 
 
 def is_machine_failure(error: Exception) -> bool:
@@ -54,7 +56,7 @@ def report_wrong_input(error: Exception | str, *, alone: bool = False) -> int:
 
 
 def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> int:
-    """Log a failure of memory, a file system, another process or an evaluation and return the exit status.
+    """Log a failure of memory, a file system, another process, an evaluation or a kernel and return the exit status.
 
     Raises:
         RuntimeError: `error` is something else.
@@ -73,6 +75,11 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
         if launched_as().rank == 0:
             log.error(str(error))
         return FAILED
+    if _NOT_DETERMINISTIC in str(error):
+        if launched_as().rank == 0:
+            operation = str(error).partition(_NOT_DETERMINISTIC)[0].split()[-1]
+            log.error(f"--deterministic: {operation} has no deterministic kernel on this device; leave the flag out")
+        return WRONG_INPUT
     if is_out_of_memory(error):
         log.error(
             "out of memory; reduce --batch-size and raise --accumulation-steps, pass --use-checkpoint, or use a "

@@ -23,6 +23,9 @@ from training.progress import Progress
 from training.run import Run
 from utils import LateReader, seed_everything, sum_over_ranks
 
+# Takes the place of micro-batch and rank in the seed of an optimizer step; no micro-batch has this seed.
+_STEP = (0, 0, 1)
+
 
 class Action(IntEnum):
     """What to do after an update, the same on all ranks."""
@@ -141,7 +144,8 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
             with run.autocast():
                 losses = task.loss(run.model, batch)
             loss = total_loss(losses)
-            state.scaler.scale(loss / steps).backward()
+            with run.statistics.kept(enabled=config.TRAIN.USE_CHECKPOINT):
+                state.scaler.scale(loss / steps).backward()
         total += loss.detach() / steps
         for name, value in losses.items() if isinstance(losses, dict) else ():
             named_losses[name] = named_losses.get(name, 0) + value.detach() / steps
@@ -150,6 +154,8 @@ def take_update(run: Run, batches: Iterator[Any]) -> Update:
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     norm = nn.utils.clip_grad_norm_(weights, config.TRAIN.CLIP_GRAD or math.inf)
     broken = sum_over_ranks((~(norm.isfinite() & total.isfinite())).float()).clamp(max=1)
+    # Without the rank, so that optimizers that draw random numbers, such as kron, take the same step on all ranks.
+    seed_everything(config.SEED, position.epoch, position.update, *_STEP)
     step_unless(broken, optimizer)
     run.statistics.agree(run.world.size, broken=broken)
     if state.scaler.is_enabled():

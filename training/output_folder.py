@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -100,16 +101,15 @@ def _lock(file: TextIO) -> bool:
     return True
 
 
-def set_aside(folder: Path) -> Path | None:
-    """Move the files of an earlier run in `folder` to a subfolder and return it, or None if there are no files.
+def set_aside(folder: Path, files: Collection[Path] | None = None) -> Path | None:
+    """Move files of an earlier run in `folder` to a subfolder and return it, or None if there are no files.
 
-    Temporary files of a killed write are ignored.
+    Args:
+        folder: an existing folder.
+        files: those to move; None for all but temporary files of a killed write.
     """
-    files = [
-        path
-        for path in folder.iterdir()
-        if path.name in WRITERS or (path.is_file() and path.name != LOCK and path.suffix != STAGED)
-    ]
+    if files is None:
+        files = _files_of_run(folder)
     if not files:
         return None
     numbers = [path.name.removeprefix("earlier_") for path in folder.glob("earlier_*")]
@@ -118,3 +118,11 @@ def set_aside(folder: Path) -> Path | None:
     for path in files:
         path.replace(earlier / path.name)
     return earlier
+
+
+def _files_of_run(folder: Path) -> list[Path]:
+    return [
+        path
+        for path in folder.iterdir()
+        if path.name in WRITERS or (path.is_file() and path.name != LOCK and path.suffix != STAGED)
+    ]

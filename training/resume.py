@@ -44,7 +44,7 @@ def find_resumed(config: CfgNode, task: Task, *, training_images: int) -> Resume
     """Return the checkpoint to resume from: the newest in the output folder, or --resume; None for a new run.
 
     Args:
-        config: options of this run.
+        config: options of this run; its empty --resume becomes that of the run to continue.
         task: its task.
         training_images: size of its training set.
 
@@ -61,7 +61,10 @@ def find_resumed(config: CfgNode, task: Task, *, training_images: int) -> Resume
             if not config.MODEL.RESUME:
                 raise
             warnings.append(f"{error}; continuing from {config.MODEL.RESUME} instead")
-    if config.MODEL.RESUME and not (found and _began_from(found[1]) == config.MODEL.RESUME):
+    began_from = _began_from(found[1]) if found else ""
+    if not config.MODEL.RESUME:
+        config.MODEL.RESUME = began_from  # for the command that began the run, which also continues it
+    elif not is_same_file(began_from, config.MODEL.RESUME):
         found = Path(config.MODEL.RESUME), load_checkpoint(config.MODEL.RESUME)
     if found is None:
         return None
@@ -90,24 +93,39 @@ def _accepted_since(*, auto_resume: bool) -> float:
     return float(os.environ.get("DAT_LAUNCHED", "0")) if was_restarted() else math.inf
 
 
+def is_same_file(one: str | Path, other: str | Path) -> bool:
+    """Return whether two paths lead to the same file; an empty one leads to none."""
+    return bool(one and other) and Path(one).resolve() == Path(other).resolve()
+
+
 def _began_from(state: dict[str, Any]) -> str:
     """Return the --resume of the run that wrote `state`: the same command has already resumed from that file."""
     written = written_config(state) if state.get("format") == FORMAT else None
     return dict(flatten(written)).get("MODEL.RESUME", "") if written else ""
 
 
+def check_weight_options(config: CfgNode) -> None:
+    """Check that a run has weights to start from if it has options for them.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if config.MODEL.PRETRAINED:
+        return
+    if config.MODEL.CLASS_MAP:
+        raise ValueError("MODEL.CLASS_MAP needs the weights of --pretrained; give those too, or remove it")
+    if config.MODEL.WEIGHTS:
+        raise ValueError("--weights needs --pretrained or --eval; give one, or remove it")
+
+
 def start_from_pretrained(config: CfgNode, network: nn.Module, task: Task) -> tuple[list[str], list[str]]:
     """Load the weights of --pretrained, if any, into `network`; return notes and warnings for the log.
 
     Raises:
-        ValueError: they cannot be read or do not match, or options for weights are set without weights.
+        ValueError: they cannot be read or do not match.
     """
     path = config.MODEL.PRETRAINED
     if not path:
-        if config.MODEL.CLASS_MAP:
-            raise ValueError("MODEL.CLASS_MAP needs the weights of --pretrained; give those too, or remove it")
-        if config.MODEL.WEIGHTS:
-            raise ValueError("--weights needs --pretrained or --eval; give one, or remove it")
         return [], []
     checkpoint = load_checkpoint(path)
     class_map = Path(config.MODEL.CLASS_MAP) if config.MODEL.CLASS_MAP else None

@@ -93,6 +93,8 @@ class TrainingState:
         images_per_update: over all ranks and micro-batches.
         updates_per_epoch: number of updates in a full epoch.
         position: position of the run.
+        updates_logged: updates since the start of the run, as the run that wrote the checkpoint has counted them; with
+            another number of images per update, not those that this run counts.
     """
 
     network: nn.Module
@@ -103,6 +105,7 @@ class TrainingState:
     images_per_update: int
     updates_per_epoch: int
     position: Position = field(default_factory=Position)
+    updates_logged: int = 0
 
     @property
     def updates_done(self) -> int:
@@ -161,6 +164,8 @@ class TrainingState:
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
         self.position = Position(**{name: state[name] for name in vars(self.position)})
+        images = state.get("training_images", self.updates_per_epoch * self.images_per_update)
+        self.updates_logged = self.position.epoch * (images // state["images_per_update"]) + self.position.update
         # With a different number of images per update, resume at the same image.
         self.position.update = self.position.update * state["images_per_update"] // self.images_per_update
         if self.position.update > self.updates_per_epoch:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +23,21 @@ class RunningStatistics:
     def __init__(self, network: nn.Module) -> None:
         names = ("running_mean", "running_var")
         self._buffers = [buffer for name, buffer in network.named_buffers() if name.endswith(names)]
+        counts = [buffer for name, buffer in network.named_buffers() if name.endswith("num_batches_tracked")]
+        self._collected = self._buffers + counts
         self._agreed = self._gather()
+
+    @contextmanager
+    def kept(self, *, enabled: bool) -> Iterator[None]:
+        """Return the context of a backward pass that recomputes activations, and would count its batch a second time.
+
+        Args:
+            enabled: whether activations are recomputed.
+        """
+        before = [buffer.clone() for buffer in self._collected] if enabled else []
+        yield
+        for buffer, value in zip(self._collected, before, strict=False):
+            buffer.copy_(value)
 
     def agree(self, world_size: int, *, broken: Tensor) -> None:
         """Average what the processes have collected in an update, or drop it.

@@ -19,7 +19,7 @@ from data.wording import counted
 from models.build import build_model, num_classes, set_num_classes
 from models.weights import IMAGENET_1K
 from tasks.classes import describe_labels
-from training.checkpoint import load_checkpoint, load_strictly
+from training.checkpoint import load_checkpoint, load_strictly, set_trained_epoch
 from training.resume import written_config
 from training.weight_sets import EMA, RAW, count_classes, pick_weights
 from utils import seed_everything
@@ -90,6 +90,7 @@ def load_trained(path: str | Path, *, cfg: str | Path | None = None, weights: st
     given = pick_weights(checkpoint, path, network, kind=weights)
     network = _fit_classes(network, config, given.weights)
     load_strictly(network, given.weights, path)
+    set_trained_epoch(network, checkpoint)
     classes = _class_names(checkpoint.get("classes"), num_classes(config))
     return TrainedModel(network.eval(), config, classes, given.kind, str(path), given.notes)
 

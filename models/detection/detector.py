@@ -43,8 +43,14 @@ class Detector(DenseModel):
         raise NotImplementedError
 
     def rename_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return weights of mmdetection under the names of this detector, and others unchanged."""
-        return from_mmdetection(weights) if is_mmdetection(weights) else weights
+        """Return weights of mmdetection under the names of this detector, and others unchanged.
+
+        Norms of maps that this detector does not use, which backbones of mmdetection have, are left out.
+        """
+        if not is_mmdetection(weights):
+            return weights
+        own, renamed = self.state_dict().keys(), from_mmdetection(weights)
+        return {name: x for name, x in renamed.items() if name in own or not name.startswith("backbone.norms.")}
 
     def convert_weights(self, weights: dict[str, Tensor]) -> ConvertedWeights:
         """Convert weights of mmdetection, of the same detector, or of a classifier (for the backbone)."""

@@ -162,6 +162,21 @@ def test_full_shared_memory_is_reported_in_one_line(
     assert list(folder.iterdir()) == []
 
 
+def test_a_disk_that_fails_is_not_reported_as_full_memory(
+    tmp_path: Path, source: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: ImageSource, index: int) -> None:
+        raise OSError(errno.ESTALE, "Stale file handle", f"{index}.jpg")
+
+    folder = tmp_path / "memory"
+    folder.mkdir()
+    monkeypatch.setattr(type(source), "get", fail)
+    with pytest.raises(OSError, match=r"Stale file handle: '0\.jpg'") as failure:
+        CachedSource(source, folder, "run", processes=1, is_main=True)
+    assert failure.value.errno == errno.ESTALE
+    assert list(folder.iterdir()) == []
+
+
 @pytest.mark.parametrize("system", ["Linux", "Windows"])
 def test_images_of_an_archive_that_is_read_by_several_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str

@@ -258,7 +258,7 @@ def test_strict_loading_loads_everything() -> None:
 
 
 def test_strict_loading_says_that_the_classes_differ() -> None:
-    with pytest.raises(ValueError, match=r"x\.pth was trained for 1000 classes, the data set has 5; .*--pretrained"):
+    with pytest.raises(ValueError, match=r"x\.pth was trained for 1000 classes, the data set has 5; .*in TASK class"):
         load_strictly(Classifier(8, 5), Classifier(8, 1000).state_dict(), "x.pth")
 
 
@@ -286,6 +286,7 @@ def test_only_options_that_change_the_result_are_changes() -> None:
     checkpoint = {"config": written.dump(), "images_per_update": 512, "training_images": 9000}
     now = default_config()
     now.OUTPUT, now.DATA.NUM_WORKERS, now.DATA.BATCH_SIZE = "elsewhere", 2, 32
+    now.DATA.DOWNLOAD = now.DATA.ALLOW_LARGER_VAL = True
     assert config_changes(checkpoint, now, images_per_update=512, training_images=9000) == []
     now.TRAIN.BASE_LR = 1e-3
     changes = config_changes(checkpoint, now, images_per_update=256, training_images=9001)
@@ -376,6 +377,23 @@ def test_pruning_only_removes_the_oldest_epochs(tmp_path: Path) -> None:
     expected = {"last.pth", "previous.pth", "best.pth", "epoch_10.pth", "epoch_11.pth", "epoch_best_of_all.pth"}
     assert names(tmp_path) == expected
     assert value_in(tmp_path / "best.pth") == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "epoch", "others"),
+    [
+        ("epoch_2.pth", 2, {"last.pth", "previous.pth", "epoch_3.pth"}),  # best.pth is of that epoch
+        ("epoch_1.pth", 1, {"last.pth", "previous.pth", "best.pth", "epoch_2.pth", "epoch_3.pth"}),
+        ("previous.pth", 2, {"last.pth", "epoch_3.pth"}),
+    ],
+)
+def test_a_run_that_goes_back_does_not_build_on_later_checkpoints(
+    tmp_path: Path, name: str, epoch: int, others: set[str]
+) -> None:
+    folder = CheckpointFolder(tmp_path, keep=0)
+    for number in (1, 2, 3):
+        folder.save(state(number) | {"best_epoch": number}, best=number == 2, epoch=number)
+    assert {path.name for path in folder.abandoned(tmp_path / name, epoch)} == others
 
 
 def test_a_full_disk_leaves_every_file_as_it_was(tmp_path: Path) -> None:

@@ -97,6 +97,18 @@ def test_full_shared_memory_is_reported_with_its_cure(monkeypatch: pytest.Monkey
     assert logged == [f"rank 0: {reason} ({cure}); {BY_HAND}"]
 
 
+def test_an_operation_without_a_deterministic_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
+    error = (
+        "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set "
+        "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation"
+    )
+    assert report_failure(RuntimeError(error)) == WRONG_INPUT
+    operation = "adaptive_avg_pool2d_backward_cuda"
+    assert logged == [f"--deterministic: {operation} has no deterministic kernel on this device; leave the flag out"]
+
+
 FILE = "images/cat.jpg"
 
 

@@ -212,7 +212,7 @@ def test_unreadable_input_of_one_process_is_rejected_by_all_in_one_line(tmp_path
 
 
 def test_locked_folder_is_rejected_by_all_processes_in_one_line(tmp_path: Path) -> None:
-    trial = Trial(tmp_path / "trial", 2, 0)
+    trial = Trial(tmp_path / "trial", 2, 0, TRAIN={"EPOCHS": 1000})  # which does not end while the other one waits
     other = start_and_wait_for_rows(trial, 1)
     job = trial.start(DAT_TIMEOUT_MINUTES="0.1")
     assert job.wait() == [2, 2], job.console()

@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partialmethod
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from training import loop
 from training.build import Assembly, assemble, build_run
 from training.command_line import parse
 from training.finish import describe_result
-from training.loop import train, train_one_epoch
+from training.loop import take_update, train, train_one_epoch
 from training.progress import Progress
 from training.run import Run
 from utils import LateReader, World, seed_everything
@@ -91,6 +92,25 @@ def test_memory_and_speed_options_do_not_change_results(tmp_path: Path, flags: l
     _, plain = train_epoch(tmp_path / "plain")
     _, other = train_epoch(tmp_path / "other", *flags)
     torch.testing.assert_close(other, plain, rtol=0, atol=0)
+
+
+def test_recomputed_batch_norms_count_a_batch_once(tmp_path: Path) -> None:
+    left = []
+    for flags in ((), ("--use-checkpoint",)):
+        run = build(tmp_path, "--model", "test_resnet", "--opts", "TRAIN.AUTO_RESUME", "False", *flags)
+        take_update(run, iter(run.train_loader))
+        left.append(run.state.network.state_dict())
+    assert any(name.endswith("num_batches_tracked") for name in left[0])
+    torch.testing.assert_close(left[1], left[0], rtol=0, atol=0)
+
+
+def test_random_numbers_of_a_step_are_the_same_on_all_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, states = build(tmp_path), []
+    monkeypatch.setattr(loop, "step_unless", lambda *_: states.append(torch.get_rng_state().tolist()))
+    for rank, update in ((0, 0), (1, 0), (0, 1)):
+        run.state.position.update = update
+        take_update(replace(run, world=replace(CPU, rank=rank)), iter(run.train_loader))
+    assert states[1] == states[0] != states[2]
 
 
 def test_mixup_and_every_schedule_train(tmp_path: Path) -> None:
@@ -193,15 +213,26 @@ def test_run_killed_before_its_first_checkpoint_leaves_no_files(
     }
 
 
-def test_resuming_with_other_update_sizes_continues_at_the_same_image(tmp_path: Path) -> None:
-    run = build(tmp_path)
+def begin_optimizer(run: Run) -> None:
+    """Give the optimizer of a run the state that a checkpoint of a started run has."""
     for parameter in run.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     run.state.optimizer.step()
-    run.state.position.update = 10
+
+
+@pytest.mark.parametrize(("batch_size", "update"), [("32", 20), ("128", 5)])
+def test_resuming_with_other_update_sizes_continues_at_the_same_image(
+    tmp_path: Path, batch_size: str, update: int
+) -> None:
+    run = build(tmp_path)
+    begin_optimizer(run)
+    run.state.position.epoch, run.state.position.update = 1, 10
     run.save()
-    halved = build(tmp_path, "--batch-size", "32", "--allow-config-change")
-    assert halved.state.position.update == 20
+    for done in (5, 10, 15):  # the last one was not saved
+        run.log.metrics("train", epoch=2, update=run.state.updates_per_epoch + done, loss=1.0)
+    resized = build(tmp_path, "--batch-size", batch_size, "--allow-config-change")
+    assert resized.state.position.update == update
+    assert [row["update"] - run.state.updates_per_epoch for row in read_metrics(run.folder, "train")] == [5, 10]
 
 
 def test_changed_options_are_allowed_once_and_a_rate_jump_gives_a_warning(tmp_path: Path) -> None:
@@ -209,9 +240,7 @@ def test_changed_options_are_allowed_once_and_a_rate_jump_gives_a_warning(tmp_pa
     run.lock.close()
     for update in range(run.state.updates_per_epoch * 2):
         run.state.scheduler.step_update(update)
-    for parameter in run.model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    run.state.optimizer.step()
+    begin_optimizer(run)
     run.state.position.epoch = 2
     run.save()
     longer = build(tmp_path, "--epochs", "4", "--allow-config-change")
@@ -276,6 +305,47 @@ def test_run_resumed_from_another_folder_moves_earlier_files(tmp_path: Path) -> 
     run.bad_images.add(["broken.jpg", "broken.jpg"], warnings.append)
     assert len(warnings) == 1
     assert (run.folder / "bad_images.txt").read_text() == "broken.jpg\n"
+
+
+def test_the_command_that_began_a_run_continues_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also after it was continued without --resume, and with other spellings of the same file."""
+    monkeypatch.chdir(tmp_path)
+    start = build(tmp_path, "--tag", "another")
+    shutil.copy(start.folder / "last.pth", "start.pth")
+    build(tmp_path, "--resume", "start.pth")
+    for flags in (
+        (),
+        ("--resume", "start.pth"),
+        ("--resume", "./start.pth"),
+        ("--resume", str(tmp_path / "start.pth")),
+    ):
+        run = build(tmp_path, *flags)
+        run.save()
+        assert f"continuing from {run.folder / 'last.pth'}: epoch 1" in (run.folder / "log.txt").read_text()
+        (run.folder / "log.txt").unlink()
+        assert not (run.folder / "earlier_1").exists()
+
+
+def test_a_run_that_goes_back_moves_its_later_checkpoints(tmp_path: Path) -> None:
+    flags = ("--epochs", "9")
+    run = build(tmp_path, *flags)
+    begin_optimizer(run)
+    for score in (10.0, 20.0, 30.0):
+        run.state.position.finish_epoch(score)
+        run.save(best=True, epoch=run.state.position.epoch)
+    back = (*flags, "--resume", str(run.folder / "epoch_1.pth"))
+    again = build(tmp_path, *back)
+    assert again.state.position.epoch == 1
+    moved = {path.name for path in (run.folder / "earlier_1").iterdir()}
+    assert moved == {"last.pth", "previous.pth", "best.pth", "epoch_2.pth", "epoch_3.pth"}
+    assert {path.name for path in run.folder.glob("*.pth")} == {"epoch_1.pth", "last.pth"}
+    assert f"the later checkpoints in this folder were moved to {run.folder / 'earlier_1'}" in (
+        run.folder / "log.txt"
+    ).read_text(encoding="utf-8")
+    again.state.position.finish_epoch(5.0)
+    again.save(epoch=2)
+    assert build(tmp_path, *back).state.position.epoch == 2  # the same command continues
+    assert not (run.folder / "earlier_2").exists()
 
 
 def test_the_end_of_an_epoch_is_not_the_beginning_of_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

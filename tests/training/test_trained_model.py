@@ -15,6 +15,7 @@ from config import load_config
 from data.images import read_image
 from tests.runs import write_config
 from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
+from tests.training.test_vit import VIT, WINDOWS
 from training.build import assemble
 from training.trained_model import load_trained, untrained
 from utils import World
@@ -78,6 +79,20 @@ def test_options_added_since_the_checkpoint_have_their_defaults(tmp_path: Path) 
     del options["TEST"]
     torch.save(whole | {"config": yaml.safe_dump(options)}, path)
     assert load_trained(path).config.TEST.CROP is True
+
+
+def test_a_network_has_the_window_of_its_last_epoch(tmp_path: Path) -> None:
+    config = load_config(
+        write_config(tmp_path, MODEL={"TYPE": "vit", "VIT": {**VIT, **WINDOWS}}, DATA={"IMG_SIZE": 16})
+    )
+    network = untrained(config).network
+    for epoch in (1, 2, 3):
+        torch.save(
+            {"model": network.state_dict(), "config": config.dump(), "epoch": epoch, "update": 0}, tmp_path / "vit.pth"
+        )
+        attention = load_trained(tmp_path / "vit.pth").network.blocks[0].attn
+        assert attention.window == network.window_at(epoch - 1)
+    assert network.window_at(0) != network.window_at(1)
 
 
 def test_untrained_weights_are_those_that_a_run_starts_from(tmp_path: Path) -> None:

@@ -124,3 +124,11 @@ def test_a_detector_built_on_the_meta_device_equals_the_one_whose_weights_it_loa
     other.load_state_dict(detector.state_dict(), assign=True)
     with torch.inference_mode():
         torch.testing.assert_close(other(images()), detector(images()))
+
+
+def test_weights_of_a_detector_on_more_maps_start_another() -> None:
+    weights, target = build_any("mask_rcnn").state_dict(), build_any("retinanet")
+    state, report = adapt(weights, target)
+    assert torch.equal(state["backbone.norms.1.norm.weight"], weights["backbone.norms.1.norm.weight"])
+    assert "backbone.norms.0.norm.weight" in report.left_out
+    assert set(report.new) == {name for name in state if not name.startswith("backbone.")}
