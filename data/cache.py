@@ -102,7 +102,7 @@ def _remove(in_use: Path) -> None:
 
 
 class _SourceFailed(Exception):
-    """The source raised an `OSError`, the cause of this, in contrast to one of the memory."""
+    """The source raised the `OSError` that is the cause of this; other such errors are those of the cache."""
 
 
 def _make(source: ImageSource, content: Path, table: Path, *, show: bool, reserved: float) -> None:

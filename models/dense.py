@@ -36,6 +36,11 @@ class DenseModel(nn.Module):
         super().__init__()
         self.backbone = backbone
 
+    @property
+    def divisor(self) -> int:
+        """Images are padded so that it divides their sides."""
+        return self.backbone.strides[-1]
+
     def no_weight_decay(self) -> set[str]:
         """Return the names of the backbone's parameters exempt from weight decay."""
         return {f"{_PREFIX}{name}" for name in no_weight_decay(self.backbone)}

@@ -215,10 +215,11 @@ def _other_classes(
 ) -> list[str]:
     """Return the entries of the weights that depend on other classes, except for the head; add them to the report.
 
-    They have another number of rows. With as many, the classes differ if their names do or rows of the head moved.
+    Classes are others if their number or their order differs, or if only some of them have other names. If all have,
+    they are taken for other names of the same classes.
     """
     own, sized = model.state_dict(), getattr(model, "sized_by_classes", ())
-    differ = bool(report.remapped) or bool(names and classes and list(names) != list(classes))
+    differ = bool(report.remapped) or (list(names) != list(classes) and bool(set(names) & set(classes)))
     for name in (name for name in own if name in weights and name.startswith(sized)):
         before, after = weights[name].shape, own[name].shape
         if before[1:] == after[1:] and (differ or before != after):

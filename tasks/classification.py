@@ -33,7 +33,7 @@ from tasks.labelled import LabelledTask
 from utils import StopSignal, World, sum_over_ranks
 
 # Options that suppose one label per image.
-SINGLE_LABEL_ONLY = ("DATA.BALANCE", "MODEL.CLASS_MAP", "MODEL.LABEL_SMOOTHING", "TEST.CLASSES", "TEST.LABELS")
+SINGLE_LABEL_ONLY = ("DATA.BALANCE", "MODEL.CLASS_MAP", "TEST.CLASSES", "TEST.LABELS")
 
 
 class LabelledImages(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from data.segmentation.build import build_eval_loader, build_train_loader, open_dataset
+from data.segmentation.build import build_eval_loader, build_train_loader, largest_sample, open_dataset
 from data.segmentation.datasets import Batch
 from data.segmentation.sources import IGNORED, MaskedDataset
 from data.transforms import as_pixels, normalize
@@ -43,6 +43,9 @@ class Segmentation(LabelledTask):
 
     def open_dataset(self, needs: Sequence[str]) -> MaskedDataset:
         return open_dataset(self.config, needs)
+
+    def largest_image(self) -> tuple[int, int]:
+        return largest_sample(self.config)
 
     def build_model(self) -> nn.Module:
         model, batch_size, processes = super().build_model(), self.config.DATA.BATCH_SIZE, self.world.size

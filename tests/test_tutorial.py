@@ -38,17 +38,17 @@ ON_DIGITS = [
     and not {"--data-path", "tools/compare.py"} & set(words)
 ]
 WRITTEN = {
-    "train.sh": "output/digits/pets/best.pth",
+    "train.sh": "output/cifar10_dat_small/pets/best.pth",
     "predict.py": "page.html",
     "visualize.py": "output/visualize/index.html",
-    "export.py": "output/export/digits.onnx",
+    "export.py": "output/export/cifar10_dat_small.onnx",
 }
 
 
 def write_pets(folder: Path) -> None:
     """Write images of two classes that are easy to learn: horizontal and vertical stripes with noise."""
     random = np.random.default_rng(0)
-    for part, number in (("train", 48), ("val", 8)):
+    for part, number in (("train", 64), ("val", 8)):
         for axis, name in enumerate(("cat", "dog")):
             (folder / part / name).mkdir(parents=True)
             for i in range(number):

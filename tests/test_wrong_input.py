@@ -264,7 +264,6 @@ ROWS = [
         "DISTILL.KIND is not supported by a run without a teacher; leave it at",
     ),
     opts("rewarm", "TRAIN.LR_SCHEDULER.AFTER", "rewarm", "is not supported by a run without .*PLANNED_EPOCHS; leave"),
-    opts("decay of no average", "TRAIN.EMA.DECAY", "0.9", "DECAY is not supported by a run without --ema; leave it at"),
     Wrong(
         name="option: temperature of classes",
         flags=("--teacher", "trained.pth", "--opts", "DISTILL.KIND", "hard", "DISTILL.TEMPERATURE", "2"),

@@ -57,7 +57,7 @@ class Source:
         """The exported module: the network, or for a detector the predictions of all queries.
 
         Raises:
-            ValueError: the detector needs non-maximum suppression.
+            ValueError: the detector needs non-maximum suppression, or images of this size would need padding.
         """
         network = self.model.network
         if self.model.config.TASK != "detection":
@@ -66,6 +66,12 @@ class Source:
             raise ValueError(
                 f"{self.model.config.MODEL.DETECTOR.NAME} selects its boxes by non-maximum suppression, which cannot "
                 "be exported; export a detector with queries, such as dino"
+            )
+        if any(side % network.divisor for side in self.size):
+            height, width = self.size
+            raise ValueError(
+                f"--size {height} {width} (height and width): the detector is exported without padding; choose sides "
+                f"that {network.divisor} divides"
             )
         return AllQueries(network)
 

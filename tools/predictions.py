@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
+from yacs.config import CfgNode
 
 from data.detection import transforms as detection
 from data.images import UnreadableImage
@@ -54,6 +55,15 @@ class Prediction:
         if self.labels is not None:
             pixels = with_legend(paint(pixels, self.labels), self.labels, self.classes)
         return Image.fromarray(pixels)
+
+
+def dense_input(config: CfgNode, image: Image.Image) -> Tensor:
+    """Return the normalised input `[3, h, w]` of a detector or segmenter for an image, as in its evaluation."""
+    if config.TASK == "segmentation":
+        return normalize(segmentation.EvalTransform(config.image_size).apply(image))
+    options = config.DETECTION
+    transform = detection.EvalTransform(short_side=options.TEST_SHORT_SIDE, long_side=options.LONG_SIDE)
+    return normalize(transform(tv_tensors.Image(F.pil_to_tensor(image))).as_subclass(Tensor))
 
 
 @dataclass(frozen=True)
@@ -107,21 +117,18 @@ class Predictor:
                 yield Prediction(path, self._largest(row))
 
     def _segment(self, images: Iterator[tuple[str, Image.Image]]) -> Iterator[Prediction]:
-        transform = segmentation.EvalTransform(self.model.config.image_size)
         for path, image in images:
             with self._running():
-                pixels = normalize(transform.apply(image).to(self._device))
+                pixels = dense_input(self.model.config, image).to(self._device)
                 labels = predict_pixels(self.model.network, pixels, (image.height, image.width)).cpu()
             shares = torch.bincount(labels.flatten(), minlength=len(self.model.classes)) / labels.numel()
             yield Prediction(path, self._largest(shares), labels=labels.byte().numpy(), classes=self.model.classes)
 
     def _detect(self, images: Iterator[tuple[str, Image.Image]]) -> Iterator[Prediction]:
-        options = self.model.config.DETECTION
-        transform = detection.EvalTransform(short_side=options.TEST_SHORT_SIDE, long_side=options.LONG_SIDE)
         for path, image in images:
             with self._running():
-                pixels = transform(tv_tensors.Image(F.pil_to_tensor(image))).as_subclass(Tensor)
-                found = detect(self.model.network, normalize(pixels.to(self._device)), (image.height, image.width))
+                pixels = dense_input(self.model.config, image).to(self._device)
+                found = detect(self.model.network, pixels, (image.height, image.width))
             found = found.above(self.threshold)
             names = [self.model.classes[label] for label in found.labels]
             yield Prediction(path, list(zip(names, found.scores.tolist(), strict=True)), objects=found)

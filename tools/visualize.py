@@ -32,13 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
 
 from config import load_config
-from data.detection import transforms as detection
-from data.segmentation import transforms as segmentation
-from data.transforms import as_pixels, normalize
+from data.transforms import as_pixels
 from data.wording import counted
 from models.segmentation.parts import pad_to
 from models.vit import VisionTransformer
@@ -46,6 +42,7 @@ from tools import pages
 from tools.arguments import image_size, refuse
 from tools.deformations import BlockAttention, Place, inspect_blocks
 from tools.drawing import NetworkAttention, draw
+from tools.predictions import dense_input
 from tools.windows import draw_windows
 from training.trained_model import TrainedModel, load_trained, untrained
 from training.weight_sets import WEIGHTS
@@ -158,19 +155,11 @@ def attention_of(
 
 def _prepare(model: TrainedModel, image: Image.Image, size: tuple[int, int] | None) -> Tensor:
     """Return the input ``[3, H, W]`` of the network: of this size, or as in the evaluation of its task."""
-    config = model.config
-    if config.TASK not in ("detection", "segmentation"):
+    if model.config.TASK not in ("detection", "segmentation"):
         return model.transform(size)(image)
-    if size:
-        pixels = model.transform(size)(image)
-    elif config.TASK == "segmentation":
-        pixels = normalize(segmentation.EvalTransform(config.image_size).apply(image))
-    else:
-        sides = {"short_side": config.DETECTION.TEST_SHORT_SIDE, "long_side": config.DETECTION.LONG_SIDE}
-        resized = detection.EvalTransform(**sides)(tv_tensors.Image(F.pil_to_tensor(image)))
-        pixels = normalize(resized.as_subclass(Tensor))
+    pixels = model.transform(size)(image) if size else dense_input(model.config, image)
     # Padded as the network would do: the figures show places as shares of the image that its backbone sees.
-    return pad_to(pixels, model.network.backbone.strides[-1])
+    return pad_to(pixels, model.network.divisor)
 
 
 def page_entry(name: str, pixels: NDArray[np.uint8], seen: Sequence[NetworkAttention]) -> dict[str, Any]:

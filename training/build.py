@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from yacs.config import CfgNode
 
-from config import check_unsupported
 from data.streams import Loader
 from data.wording import counted
 from logger import RunLog, check_recorders
@@ -131,7 +130,7 @@ def build_run(config: CfgNode, world: World) -> Run:
             elif rewound:
                 later = checkpoints.abandoned(assembly.continued_from, assembly.state.position.epoch)
                 if earlier := set_aside(folder, later):
-                    notes.append(f"the later checkpoints in this folder were moved to {earlier}")
+                    notes.append(f"the other checkpoints in this folder were moved to {earlier}")
     run = Run(
         config=config,
         world=world,
@@ -214,8 +213,6 @@ def _check_options(config: CfgNode) -> None:
     """
     check_recorders(config)
     check_weight_options(config)
-    if not config.TRAIN.EMA.ENABLED:
-        check_unsupported(config, ["TRAIN.EMA.DECAY"], by="a run without --ema")
 
 
 def settings_warnings(config: CfgNode, state: TrainingState, images: int, world_size: int) -> list[str]:

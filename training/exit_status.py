@@ -29,7 +29,7 @@ _OF_THE_MACHINE = {
     )
     if (number := getattr(errno, name, None)) is not None
 }
-# Of PyTorch, after the name of an operation.
+# PyTorch's message begins with the name of the operation.
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"
 
 

@@ -44,7 +44,7 @@ def find_resumed(config: CfgNode, task: Task, *, training_images: int) -> Resume
     """Return the checkpoint to resume from: the newest in the output folder, or --resume; None for a new run.
 
     Args:
-        config: options of this run; its empty --resume becomes that of the run to continue.
+        config: options of this run. Without --resume, MODEL.RESUME is set to what the run in the folder began from.
         task: its task.
         training_images: size of its training set.
 
@@ -63,7 +63,7 @@ def find_resumed(config: CfgNode, task: Task, *, training_images: int) -> Resume
             warnings.append(f"{error}; continuing from {config.MODEL.RESUME} instead")
     began_from = _began_from(found[1]) if found else ""
     if not config.MODEL.RESUME:
-        config.MODEL.RESUME = began_from  # for the command that began the run, which also continues it
+        config.MODEL.RESUME = began_from  # so that the first command, with --resume, also continues the run
     elif not is_same_file(began_from, config.MODEL.RESUME):
         found = Path(config.MODEL.RESUME), load_checkpoint(config.MODEL.RESUME)
     if found is None:

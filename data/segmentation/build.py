@@ -68,9 +68,14 @@ def build_eval_loader(config: CfgNode, dataset: MaskedDataset, *, rank: int, wor
     transform = EvalTransform(config.image_size, scales)
     images = MaskedImages(dataset.held_out, transform, seed=config.SEED, on_unreadable=unreadable)
     sampler = EvalSampler(len(images), rank=rank, world_size=world_size)
-    factor = math.hypot(*scales)  # of a side of one image with the pixels of all scales
+    return build_loader(config, images, sampler, fit_shared_memory(config, largest_sample(config), collate))
+
+
+def largest_sample(config: CfgNode) -> tuple[int, int]:
+    """Return height and width of an image with as many pixels as the largest sample: a held-out image at all scales."""
+    factor = max(1.0, math.hypot(*config.SEGMENTATION.TEST_SCALES))
     height, width = (math.ceil(factor * side) for side in config.image_size)
-    return build_loader(config, images, sampler, fit_shared_memory(config, (height, width), collate))
+    return height, width
 
 
 def _labels(config: CfgNode) -> Labels:

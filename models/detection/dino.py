@@ -25,7 +25,7 @@ from .detector import pad_images
 from .float32_boxes import compute_boxes_in_float32
 from .initial_weights import draw_weights, set_prior
 from .queries import Assignment, Queries, Targets, match, set_losses
-from .set_prediction import DIVISOR, SetDetector, best_boxes, image_mask, relative_targets
+from .set_prediction import SetDetector, best_boxes, image_mask, relative_targets
 from .transformers_config import build_config, check_names
 
 # Arguments of transformers' config with an effect on DINO; losses, matching and the number of queries are its own.
@@ -131,7 +131,7 @@ class DINO(SetDetector):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        batch = pad_images(images, DIVISOR)
+        batch = pad_images(images, self.divisor)
         inside = image_mask(batch)
         if not self.training:
             return best_boxes(*self.predict(batch.tensors, inside), batch)

@@ -97,7 +97,7 @@ class TwoStageDetector(Detector):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        batch = pad_images(images, self.backbone.strides[-1])
+        batch = pad_images(images, self.divisor)
         if targets is not None:
             targets = [{**target, "labels": target["labels"] + 1} for target in targets]
         maps = self.neck(self.backbone(batch.tensors))

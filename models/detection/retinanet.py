@@ -66,7 +66,7 @@ class RetinaNet(Detector):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        batch = pad_images(images, self.backbone.strides[-1])
+        batch = pad_images(images, self.divisor)
         maps = list(self.neck(self.backbone(batch.tensors)).values())
         out = self.head(maps)
         logits, deltas = out["cls_logits"].float(), out["bbox_regression"].float()  # [B, anchors, classes or 4]

@@ -11,18 +11,19 @@ from torchvision.ops import box_convert
 
 from .detector import Detector
 
-DIVISOR = 32  # images are padded to multiples of it
 DETECTIONS = 100  # largest number of detections per image, as in COCO's metrics
 
 
 class SetDetector(Detector):
     """A detector whose queries predict one box each and which needs no NMS."""
 
+    divisor = 32
+
     def predict(self, images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predictions of all queries.
 
         Args:
-            images: normalised batch ``[B, 3, H, W]``; H and W are multiples of `DIVISOR`.
+            images: normalised batch ``[B, 3, H, W]``; H and W are multiples of ``divisor``.
             inside: ``[B, H, W]``, true within the image, false in its padding.
 
         Returns:
@@ -46,17 +47,7 @@ class AllQueries(nn.Module):
         self.detector = detector
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images ``[B, 3, H, W]`` to boxes and probabilities ``[B, Q, 4 + classes]``, see `SetDetector.predict`.
-
-        Raises:
-            ValueError: H or W is not a multiple of `DIVISOR`.
-        """
-        height, width = images.shape[-2:]
-        if height % DIVISOR or width % DIVISOR:
-            raise ValueError(
-                f"images of {height} x {width} pixels (height x width) need padding, which the detector is exported "
-                f"without; choose a size that {DIVISOR} divides"
-            )
+        """Map images ``[B, 3, H, W]`` to boxes and probabilities ``[B, Q, 4 + classes]``, see `SetDetector.predict`."""
         scores, boxes = self.detector.predict(images, _without_padding(images))
         return torch.cat([boxes, scores], -1)
 

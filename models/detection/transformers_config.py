@@ -24,7 +24,7 @@ def check_names(name: str, arguments: Mapping[str, Any], allowed: Collection[str
     """
     for argument in arguments:
         if argument not in allowed:
-            raise ValueError(f"{name} has no argument {argument!r}{did_you_mean(argument, allowed)}")
+            raise ValueError(f"{name} does not take the argument {argument!r}{did_you_mean(argument, allowed)}")
 
 
 def build_config(name: str, cls: type[PreTrainedConfig], **options: Any) -> Any:

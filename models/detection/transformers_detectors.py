@@ -19,7 +19,7 @@ from .detector import pad_images
 from .float32_boxes import compute_boxes_in_float32
 from .initial_weights import draw_weights, set_prior
 from .queries import all_ranks_factor
-from .set_prediction import DIVISOR, SetDetector, best_boxes, image_mask, padded_sizes, relative_targets
+from .set_prediction import SetDetector, best_boxes, image_mask, padded_sizes, relative_targets
 from .transformers_config import build_config, check_names
 from .transformers_kinds import KINDS
 from .transformers_losses import guarded_loss
@@ -64,7 +64,7 @@ class TransformersDetector(SetDetector):
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        batch = pad_images(images, DIVISOR)
+        batch = pad_images(images, self.divisor)
         inside = image_mask(batch)
         if not self.training:
             return best_boxes(*self.predict(batch.tensors, inside), batch, of_padded=not self.kind.masked)

@@ -53,7 +53,7 @@ class Segmenter(DenseModel):
             Logits ``[B, classes, H, W]``; with labels, named losses, whose sum is minimised.
         """
         height, width = images.shape[-2:]
-        maps = self.backbone(pad_to(images, self.backbone.strides[-1]))
+        maps = self.backbone(pad_to(images, self.divisor))
         padded = [size * self.backbone.strides[0] for size in maps[0].shape[-2:]]
         if labels is None:
             return resize(self.logits(maps), padded)[..., :height, :width]

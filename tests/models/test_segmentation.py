@@ -167,9 +167,11 @@ def test_the_loss_is_the_mean_over_all_pixels_with_zero_for_ignored_ones() -> No
 def test_wrong_options_are_named() -> None:
     with pytest.raises(TypeError, match="chanels"):
         small("fpn", chanels=8)
-    with pytest.raises(ValueError, match="mask2former has no argument 'num_querys'; did you mean num_queries"):
+    with pytest.raises(
+        ValueError, match="mask2former does not take the argument 'num_querys'; did you mean num_queries"
+    ):
         small("mask2former", num_querys=8)
-    with pytest.raises(ValueError, match="mask2former has no argument 'ignore_value'"):
+    with pytest.raises(ValueError, match="mask2former does not take the argument 'ignore_value'"):
         small("mask2former", ignore_value=0)
     with pytest.raises(ValueError, match=r"mask2former: .*'hidden_dim'"):
         small("mask2former", hidden_dim="wide")

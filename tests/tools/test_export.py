@@ -323,6 +323,12 @@ def test_detectors_with_non_maximum_suppression_are_rejected(name: str) -> None:
         _ = Source(model, (64, 64)).network
 
 
+def test_detectors_need_a_size_without_padding() -> None:
+    model = untrained(load_config(CONFIGS / "detection" / "digits_dino.yaml"))
+    with pytest.raises(ValueError, match="the detector is exported without padding; choose sides that 32 divides"):
+        _ = Source(model, (64, 80)).network
+
+
 def check_onnx(source: Source, path: Path) -> None:
     FORMATS["onnx"].write(source, path)
     assert compare(source.network, run_onnx(path), source.sizes()).largest < 1e-4

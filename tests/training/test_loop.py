@@ -339,7 +339,7 @@ def test_a_run_that_goes_back_moves_its_later_checkpoints(tmp_path: Path) -> Non
     moved = {path.name for path in (run.folder / "earlier_1").iterdir()}
     assert moved == {"last.pth", "previous.pth", "best.pth", "epoch_2.pth", "epoch_3.pth"}
     assert {path.name for path in run.folder.glob("*.pth")} == {"epoch_1.pth", "last.pth"}
-    assert f"the later checkpoints in this folder were moved to {run.folder / 'earlier_1'}" in (
+    assert f"the other checkpoints in this folder were moved to {run.folder / 'earlier_1'}" in (
         run.folder / "log.txt"
     ).read_text(encoding="utf-8")
     again.state.position.finish_epoch(5.0)

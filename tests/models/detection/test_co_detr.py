@@ -105,5 +105,7 @@ def test_positive_samples_become_queries_at_their_boxes() -> None:
 
 
 def test_wrong_arguments_are_rejected() -> None:
-    with pytest.raises(ValueError, match="CoDETR has no argument 'encoder_layer'; did you mean encoder_layers"):
+    with pytest.raises(
+        ValueError, match="CoDETR does not take the argument 'encoder_layer'; did you mean encoder_layers"
+    ):
         small_co_detr(encoder_layer=3)

@@ -210,10 +210,10 @@ def test_losses_equal_those_of_transformers() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"encoder_layer": 3}, "DINO has no argument 'encoder_layer'; did you mean encoder_layers"),
-        ({"num_querys": 3}, "DINO has no argument 'num_querys'; did you mean num_queries"),
+        ({"encoder_layer": 3}, "DINO does not take the argument 'encoder_layer'; did you mean encoder_layers"),
+        ({"num_querys": 3}, "DINO does not take the argument 'num_querys'; did you mean num_queries"),
         *(
-            ({name: 1}, f"DINO has no argument '{name}'")
+            ({name: 1}, f"DINO does not take the argument '{name}'")
             for name in (
                 *("bbox_loss_coefficient", "giou_loss_coefficient", "class_cost", "bbox_cost", "giou_cost"),
                 *("focal_alpha", "auxiliary_loss", "two_stage", "two_stage_num_proposals", "with_box_refine"),
