@@ -590,11 +590,6 @@ ROWS = [
         says="DATA.DATASET imagenet has one label per image; leave DATA.MULTI_LABEL at False",
     ),
     Wrong(
-        name="data: several labels, smoothed",
-        config={"DATA": {"DATASET": "csv", "MULTI_LABEL": True}, "MODEL": {"LABEL_SMOOTHING": 0.2}},
-        says="MODEL.LABEL_SMOOTHING is not supported by DATA.MULTI_LABEL; leave it at 0.1",
-    ),
-    Wrong(
         name="data: several labels, balanced",
         config={"DATA": {"DATASET": "csv", "MULTI_LABEL": True, "BALANCE": "loss"}},
         says="DATA.BALANCE is not supported by DATA.MULTI_LABEL; leave it at none",

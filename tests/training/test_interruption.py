@@ -80,7 +80,7 @@ def test_a_signal_during_evaluation_repeats_the_evaluation_alone(uninterrupted: 
 
 
 def test_a_second_interrupt_ends_even_a_process_that_hangs(tmp_path: Path) -> None:
-    trial = Trial(tmp_path / "trial", 2, 0)
+    trial = Trial(tmp_path / "trial", 2, 0, TRAIN={"EPOCHS": 1000})  # which does not end before the signals
     job = start_and_wait_for_rows(trial, 1)
     job.signal(signal.SIGSTOP, 1)
     job.signal(signal.SIGINT, 0)
@@ -96,7 +96,7 @@ def test_a_second_interrupt_ends_even_a_process_that_hangs(tmp_path: Path) -> No
 
 
 def test_hung_process_is_reported_in_one_line(tmp_path: Path) -> None:
-    trial = Trial(tmp_path / "trial", 2, 0)
+    trial = Trial(tmp_path / "trial", 2, 0, TRAIN={"EPOCHS": 1000})  # which does not end before the signal
     job = trial.start(DAT_TIMEOUT_MINUTES="0.1")
     job.wait_until(lambda: trial.rows() > 0)
     job.signal(signal.SIGSTOP, 1)
