@@ -22,6 +22,7 @@ if __name__ == "__main__":
     startup.begin()
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -32,7 +33,8 @@ from lr_scheduler import learning_rates, planned_schedule
 from tools.arguments import refuse
 
 _KINDS = {"eval": "validation, raw weights", "eval_ema": "validation, averaged weights"}
-_COLOURS = ("tab:blue", "tab:orange", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive")
+_TAB20 = colormaps["tab20"].colors  # pairs of a dark and a light colour
+_COLOURS = (*_TAB20[::2], *_TAB20[1::2])
 
 Row = dict[str, Any]
 

@@ -128,8 +128,8 @@ def build_run(config: CfgNode, world: World) -> Run:
             if begins and (earlier := set_aside(folder)):
                 notes.append(f"the files of an earlier run in this folder were moved to {earlier}")
             elif rewound:
-                later = checkpoints.abandoned(assembly.continued_from, assembly.state.position.epoch)
-                if earlier := set_aside(folder, later):
+                others = checkpoints.abandoned(assembly.continued_from, assembly.state.position.epoch)
+                if earlier := set_aside(folder, others):
                     notes.append(f"the other checkpoints in this folder were moved to {earlier}")
     run = Run(
         config=config,

@@ -113,6 +113,13 @@ def test_the_folder_of_the_run_may_be_the_current_one(
     assert legend(drawn[1].axes[0])[0::2] == ["one: training", "two: training"]
 
 
+def test_ten_runs_have_different_colours(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
+    rows = [*train_rows(1, [50, 100]), eval_row(1, 100)]
+    main([str(write_run(tmp_path / f"run{i}", rows)) for i in range(10)])
+    colours = {line.get_color() for line in drawn[0].axes[0].lines}
+    assert len(colours) == len(drawn[0].axes[0].lines) == 20
+
+
 def test_names_of_runs_are_no_formulas_and_none_is_left_out(tmp_path: Path) -> None:
     rows = [*train_rows(1, [10]), eval_row(1, 10)]
     runs = [write_run(tmp_path / "tiny" / name, rows) for name in ("$x^$", "_second")]
