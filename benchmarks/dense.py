@@ -33,7 +33,6 @@ from data.detection.coco import open_coco
 from data.detection.sources import DetectionDataset
 from data.sources import Request
 from logger import read_rows
-from training.startup import stop_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 UPDATES = 2
@@ -66,7 +65,10 @@ def main() -> None:
     batch = "images of an update (1; UperNet needs 2)"
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help=batch)
     args = parser.parse_args()
-    dataset = open_coco(Request(path=str(args.data), needs=("train",)))
+    try:
+        dataset = open_coco(Request(path=str(args.data), needs=("train",)))
+    except ValueError as error:
+        startup.refuse(error)
     print("| config | size | losses | AP or mIoU | peak, GiB | CPU seconds |\n|---|---|---|---:|---:|---:|")
     for text in args.sizes:
         height, width = map(int, text.split("x"))
@@ -143,7 +145,7 @@ def measure(config: Path, data: Path, size: tuple[int, int], *, batch_size: int)
         command = [sys.executable, str(ROOT / "main.py"), "--cfg", str(config), "--data-path", str(data)]
         command += ["--output", output, "--opts", *(str(word) for option in options.items() for word in option)]
         run = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=stop_with_parent
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=startup.stop_with_parent
         )
         said = run.stdout.read()
         _, status, usage = os.wait4(run.pid, 0)

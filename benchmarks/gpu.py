@@ -30,7 +30,7 @@ from benchmarks.memory import peak_memory
 from benchmarks.model import infer, train
 from benchmarks.timing import environment, spread, take_turns
 from config import load_config
-from models import build_model
+from models.build import build_model
 from tools.complexity import with_plain_operations
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +44,7 @@ def main() -> None:
     """Measure, print and write the tables."""
     args = _parse_arguments()
     if not torch.cuda.is_available():
-        sys.exit("error: PyTorch sees no GPU here; benchmarks.launches counts kernels and bytes without one")
+        startup.refuse("PyTorch sees no GPU here; benchmarks.launches counts kernels and bytes without one")
     device = torch.device("cuda")
     torch.manual_seed(0)
     lines = [

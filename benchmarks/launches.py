@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from config import load_config
-from models import build_model
+from models.build import build_model
 from tools.arguments import image_size
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "as_strided_"}
@@ -80,7 +80,7 @@ def main() -> None:
     try:
         _print_tables(args)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        startup.refuse(error)
 
 
 def _parse_arguments() -> argparse.Namespace:

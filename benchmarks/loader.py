@@ -76,7 +76,7 @@ def main() -> None:
     try:
         print_listing(args.listing) if args.listing else print_rates(args)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        startup.refuse(error)
 
 
 def print_rates(args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from benchmarks.timing import AMP_DTYPES, environment, precision, spread, take_turns
 from config import load_config
-from models import build_model
+from models.build import build_model
 from tools.complexity import count_macs
 
 SIDE = 1024  # side of the matrices for measuring the floor
@@ -43,7 +43,7 @@ def main() -> None:
     try:
         _print_table(args)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        startup.refuse(error)
 
 
 def _parse_arguments() -> argparse.Namespace:

@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 from benchmarks.model import infer, train
 from benchmarks.timing import environment, take_turns
 from config import load_config
-from models import build_model
+from models.build import build_model
 
 
 def main() -> None:
@@ -35,7 +35,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     device = torch.device(args.device)
-    network = build_model(load_config(args.cfg)).to(device)
+    try:
+        network = build_model(load_config(args.cfg)).to(device)
+    except ValueError as error:
+        startup.refuse(error)
     images = {size: torch.randn(args.batch_size, 3, size, size, device=device) for size in args.sizes}
     title = f"{Path(args.cfg).stem}, {environment(device, args.threads)}; batch {args.batch_size}, best of {args.runs}"
     print(f"{title}\n\n| task | side | ms | time per pixel, relative to the first |\n|---|---:|---:|---:|")

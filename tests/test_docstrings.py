@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FILES = [
     *(ROOT / "models").rglob("*.py"),
     *(ROOT / "tools").glob("*.py"),
+    *(ROOT / "training/report").glob("*.py"),
     ROOT / "hubconf.py",
     ROOT / "training/trained_model.py",
     ROOT / "tasks/base.py",

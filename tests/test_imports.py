@@ -18,7 +18,7 @@ FILES = [path for path in WRITTEN if path.relative_to(ROOT).parts[0] != "tests"]
 # Allowed imports within the repository; `config` takes the options of the models from where they are declared.
 ALLOWED = {
     "main": {"training", "data", *SMALL},
-    "training": {"training", "tasks", "models", "data", "tools", *SMALL},
+    "training": {"training", "tasks", "models", "data", *SMALL},
     "tasks": {"tasks", "models", "data", *SMALL},
     "models": {"models"},
     "hubconf": {"models"},
@@ -35,7 +35,7 @@ ALLOWED = {
 
 
 def imports_of(path: Path) -> set[str]:
-    """Return the dotted names that a file imports, relative ones resolved."""
+    """Return the dotted names of the modules that a file imports or imports from, and of what it takes from them."""
     package = path.relative_to(ROOT).parent.parts
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -43,7 +43,8 @@ def imports_of(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
-            found.add(".".join((*base, *(node.module or "").split("."))).strip("."))
+            module = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            found |= {module, *(f"{module}.{alias.name}" for alias in node.names)}
     return found
 
 
@@ -75,12 +76,14 @@ def test_early_imports_need_only_the_standard_library() -> None:
         assert tops_of(ROOT / "training" / f"{name}.py") <= {"__future__", *sys.stdlib_module_names}
 
 
-def test_tools_and_matplotlib_are_imported_only_at_the_end_of_a_run() -> None:
-    for path in (ROOT / "main.py", *(ROOT / "training").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")):
+def test_the_report_and_matplotlib_are_imported_only_at_the_end_of_a_run() -> None:
+    report = set((ROOT / "training" / "report").glob("*.py"))
+    for path in {ROOT / "main.py", *(ROOT / "training").rglob("*.py"), *(ROOT / "tasks").rglob("*.py")} - report:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not {name.split(".")[0] for name in names} & {"tools", "matplotlib"}, path
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                module = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+                names = [f"{module}{alias.name}." for alias in node.names]
+                assert not any(name.startswith(("training.report.", "matplotlib.")) for name in names), path
 
 
 def test_root_has_only_the_documented_files() -> None:

@@ -1,11 +1,25 @@
-"""Arguments that several tools take, and how they refuse wrong ones."""
+"""What several tools share: arguments, and the names of the files that they write."""
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
+
+from training.weight_sets import WEIGHTS
+
+
+def add_network(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add the flags that name a network: its checkpoint, its config, and which set of its weights.
+
+    Args:
+        parser: of the tool.
+        required: whether a checkpoint must be given; otherwise the weights of a config alone are random.
+    """
+    published = "of this trainer, or a published one together with --cfg"
+    random = "" if required else "; without a checkpoint: random weights"
+    parser.add_argument("--checkpoint", required=required, metavar="FILE", help=published)
+    parser.add_argument("--cfg", metavar="FILE", help=f"config, if the checkpoint has none{random}")
+    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: those the checkpoint was selected by")
 
 
 def image_size(sides: Sequence[int], *, flag: str = "--size") -> tuple[int, int]:
@@ -19,7 +33,10 @@ def image_size(sides: Sequence[int], *, flag: str = "--size") -> tuple[int, int]
     return sides[0], sides[-1]
 
 
-def refuse(problem: Exception | str) -> NoReturn:
-    """End a tool because of wrong input: one line on standard error, without the flags, and exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
-    sys.exit(2)
+def free_name(stem: str, taken: set[str]) -> str:
+    """Return `stem`, numbered if it is one of the names in `taken`, to which the result is added."""
+    name, number = stem, 2
+    while name in taken:
+        name, number = f"{stem}-{number}", number + 1
+    taken.add(name)
+    return name

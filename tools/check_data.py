@@ -33,7 +33,6 @@ from data.build import open_dataset
 from data.images import UnreadableImage
 from data.sources import Dataset, ImageSource
 from data.wording import counted
-from tools.arguments import refuse
 from tools.make_shards import dataset_config
 
 # An image is tiny if a side has fewer pixels than TINY, and unusual if its aspect ratio is at least ODD.
@@ -68,7 +67,7 @@ def main() -> None:
         dataset = open_dataset(dataset_config(args.dataset, args.data_path, args.opts), args.parts)
         faults = check(dataset, args.parts, workers=max(1, args.workers), show=args.show)
     except (ValueError, OSError) as error:
-        refuse(error)
+        startup.refuse(error)
     print("verdict: " + ("; ".join(faults) if faults else "no problems found"))
     sys.exit(1 if faults else 0)
 

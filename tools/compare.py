@@ -36,9 +36,8 @@ from matplotlib.figure import Figure
 
 from config import load_config
 from logger import read_rows
-from models import build_model
+from models.build import build_model
 from models.vit import ATTENTIONS
-from tools.arguments import refuse
 from tools.complexity import count_macs, count_parameters
 from training.exit_status import FAILED, WRONG_INPUT
 
@@ -122,7 +121,7 @@ def _parse_arguments() -> tuple[argparse.Namespace, dict[str, Variant], Path]:
     try:
         return args, *choose(args.configs, args.variants, args.opts)
     except ValueError as error:
-        refuse(error)
+        startup.refuse(error)
 
 
 def choose(configs: Sequence[str], names: Sequence[str] | None, opts: Sequence[str]) -> tuple[dict[str, Variant], Path]:

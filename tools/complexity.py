@@ -34,9 +34,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
-from models import build_model
+from models.build import build_model
 from models.detection import Detector
-from tools.arguments import image_size, refuse
+from tools.arguments import image_size
 
 
 class Published(NamedTuple):
@@ -131,7 +131,7 @@ def main() -> None:
         try:
             print(table_row(path, arguments.size, arguments.opts), flush=True)
         except ValueError as error:
-            refuse(error)
+            startup.refuse(error)
 
 
 if __name__ == "__main__":

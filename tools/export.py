@@ -32,11 +32,10 @@ from data.wording import counted
 from logger import RunLog
 from models.build import num_classes
 from tasks import Score, Task, build_task
-from tools.arguments import image_size, refuse
-from tools.confusion import check_classes
+from tools.arguments import add_network, image_size
 from tools.exported import FORMATS, Run, Source
+from training.report.held_out import check_classes
 from training.trained_model import load_trained, untrained
-from training.weight_sets import WEIGHTS
 from utils import World
 
 BATCHES = (1, 4)
@@ -61,9 +60,7 @@ class Difference(NamedTuple):
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", metavar="FILE", help="of this trainer, or a published one together with --cfg")
-    parser.add_argument("--cfg", metavar="FILE", help="config; without a checkpoint: random weights")
-    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: those the checkpoint was selected by")
+    add_network(parser)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["onnx"], help="default: onnx")
     parser.add_argument("--output", type=Path, default=Path("output/export"), help="folder (default: output/export)")
     parser.add_argument("--size", nargs="+", type=int, metavar="N", help="side, or height and width, in pixels")
@@ -78,7 +75,7 @@ def main() -> None:
     try:
         sys.exit(run(args))
     except (ValueError, OSError) as error:
-        refuse(error)
+        startup.refuse(error)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -42,7 +42,6 @@ from data.formats.tar import MANIFEST, build_index, index_name
 from data.images import StoredImage, UnreadableImage
 from data.sources import SEPARATOR, Dataset, ImageSource
 from data.wording import counted
-from tools.arguments import refuse
 from utils import STAGED, write_atomically
 
 PLAN = "plan.json"
@@ -85,9 +84,9 @@ def main() -> None:
     try:
         pack(args)
     except UnreadableImage as error:
-        refuse(f"{error}; repair or remove it; tools/check_data.py finds all such images")
+        startup.refuse(f"{error}; repair or remove it; tools/check_data.py finds all such images")
     except (ValueError, OSError) as error:
-        refuse(error)
+        startup.refuse(error)
 
 
 def _parse_arguments() -> argparse.Namespace:

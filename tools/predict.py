@@ -36,14 +36,14 @@ from data.formats.folders import count_by_extension, select_images, skipped_file
 from data.wording import counted
 from models.contract import compile_parts
 from tasks.pictures import SHOWN
-from tools import pages
-from tools.arguments import refuse
+from tools.arguments import add_network, free_name
 from tools.predictions import Prediction, Predictor
+from training.report import markup
 from training.run import AUTOCAST
 from training.trained_model import TrainedModel, load_trained
-from training.weight_sets import WEIGHTS
 
 DEVICES = ("cpu", "cuda", "mps")
+TEMPLATE = Path(__file__).parent / "templates" / "predict.html"
 
 
 def main() -> None:
@@ -52,9 +52,7 @@ def main() -> None:
     parser.add_argument(
         "images", nargs="+", metavar="IMAGE", help="files and folders; - reads names from standard input, one per line"
     )
-    parser.add_argument("--checkpoint", required=True, metavar="FILE")
-    parser.add_argument("--cfg", metavar="FILE", help="config, if the checkpoint has none")
-    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: those the checkpoint was selected by")
+    add_network(parser, required=True)
     parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default: 5)")
     parser.add_argument("--threshold", type=float, default=SHOWN, metavar="S", help=f"minimum score (default: {SHOWN})")
     parser.add_argument("--format", choices=WRITERS, default="text", help="default: text")
@@ -70,7 +68,7 @@ def main() -> None:
     try:
         sys.exit(run(args))
     except (ValueError, OSError) as error:
-        refuse(error)
+        startup.refuse(error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -105,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     for prediction in predictions:
         write(prediction)
         if args.draw:
-            name = pages.free_name(Path(prediction.path).name, taken)
+            name = free_name(Path(prediction.path).name, taken)
             prediction.drawn(model.read(prediction.path)).save(args.draw / f"{name}.png")
         if args.html:
             done.append(prediction)
@@ -217,20 +215,20 @@ def page(model: TrainedModel, predictions: Sequence[Prediction], unreadable: Seq
     """Return the page of predictions with the pictures inside."""
     skipped = ""
     if unreadable:
-        items = "".join(f"<li>{pages.text(message)}</li>" for message in unreadable)
+        items = "".join(f"<li>{markup.text(message)}</li>" for message in unreadable)
         skipped = f"<h2>Skipped: {len(unreadable)}</h2>\n<ul>{items}</ul>"
-    return pages.fill(
-        "predict.html",
-        title=pages.text(f"Predictions of {model.config.MODEL.NAME}"),
-        summary=pages.text(f"{counted(len(predictions), 'image')}; {model.words()}"),
+    return markup.fill(
+        TEMPLATE,
+        title=markup.text(f"Predictions of {model.config.MODEL.NAME}"),
+        summary=markup.text(f"{counted(len(predictions), 'image')}; {model.words()}"),
         images="\n".join(_figure(model.read(one.path), one) for one in predictions),
         unreadable=skipped,
     )
 
 
 def _figure(image: Image.Image, prediction: Prediction) -> str:
-    bars = "".join(pages.bar(name, share) for name, share in prediction.top)
-    return pages.figure(prediction.drawn(image), prediction.path, bars)
+    bars = "".join(markup.bar(name, share) for name, share in prediction.top)
+    return markup.figure(prediction.drawn(image), prediction.path, bars)
 
 
 if __name__ == "__main__":

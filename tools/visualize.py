@@ -38,15 +38,15 @@ from data.transforms import as_pixels
 from data.wording import counted
 from models.segmentation.parts import pad_to
 from models.vit import VisionTransformer
-from tools import pages
-from tools.arguments import image_size, refuse
+from tools.arguments import add_network, free_name, image_size
 from tools.deformations import BlockAttention, Place, inspect_blocks
 from tools.drawing import NetworkAttention, draw
 from tools.predictions import dense_input
 from tools.windows import draw_windows
+from training.report import markup
 from training.trained_model import TrainedModel, load_trained, untrained
-from training.weight_sets import WEIGHTS
 
+TEMPLATE = Path(__file__).parent / "templates" / "visualize.html"
 # Maximum number of attention weights of a block on the page; above, only every second, third, ... query is kept.
 MOST_WEIGHTS = 3_000_000
 
@@ -58,16 +58,14 @@ def main() -> None:
     try:
         visualize(args)
     except (ValueError, OSError) as error:
-        refuse(error)
+        startup.refuse(error)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="images; without any, windows of a ViT are drawn")
-    parser.add_argument("--checkpoint", metavar="FILE", help="weights; random if not given")
-    parser.add_argument("--cfg", metavar="FILE", help="config, if the checkpoint has none")
+    add_network(parser)
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override options of --cfg")
-    parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: those the checkpoint was selected by")
     parser.add_argument(
         "--before", nargs="?", const="", metavar="FILE", help="also show the initial weights, or an earlier checkpoint"
     )
@@ -108,7 +106,7 @@ def visualize(args: argparse.Namespace) -> None:
         most = max(block.heads for block in seen[0].blocks)
         if max(args.heads, default=0) > most:
             raise ValueError(f"--heads {max(args.heads)}: the blocks have at most {counted(most, 'head')}")
-        target = args.output / f"{pages.free_name(Path(path).stem, taken)}.png"
+        target = args.output / f"{free_name(Path(path).stem, taken)}.png"
         draw(pixels, seen, queries=queries, heads=[head - 1 for head in args.heads]).savefig(target, dpi=130)
         print(target)
         entries.append(page_entry(Path(path).name, pixels, seen))
@@ -116,7 +114,7 @@ def visualize(args: argparse.Namespace) -> None:
     values = {"images": entries, "query": queries[0]}
     title = f"Deformable attention of {networks[-1][1].config.MODEL.NAME}"
     page.write_text(
-        pages.fill("visualize.html", title=pages.text(title), data=pages.data(values)), encoding="utf-8", newline="\n"
+        markup.fill(TEMPLATE, title=markup.text(title), data=markup.data(values)), encoding="utf-8", newline="\n"
     )
     print(page)
 
@@ -166,7 +164,7 @@ def page_entry(name: str, pixels: NDArray[np.uint8], seen: Sequence[NetworkAtten
     """Return the data of one image for the page."""
     networks = [{"title": one.title, "blocks": [_block_entry(block) for block in one.blocks]} for one in seen]
     height, width = pixels.shape[:2]
-    source = pages.picture(Image.fromarray(pixels))
+    source = markup.picture(Image.fromarray(pixels))
     return {"name": name, "source": source, "height": height, "width": width, "networks": networks}
 
 
@@ -188,11 +186,11 @@ def _block_entry(block: BlockAttention) -> dict[str, Any]:
         "count": keys,
         "heads": heads,
         "groups": block.groups,
-        "reference": pages.numbers(block.reference),
-        "places": pages.numbers(block.places),
-        "importance": pages.numbers(block.importance()),
-        "weights": pages.numbers((weights / scale * 255).round().astype(np.uint8)),
-        "scale": pages.numbers(scale.astype(np.float32)),
+        "reference": markup.numbers(block.reference),
+        "places": markup.numbers(block.places),
+        "importance": markup.numbers(block.importance()),
+        "weights": markup.numbers((weights / scale * 255).round().astype(np.uint8)),
+        "scale": markup.numbers(scale.astype(np.float32)),
     }
 
 

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-from training.exit_status import FAILED
 from training.run import Run
 from utils import leave_together
 
 # Result files of a run.
 RESULTS = ("best.pth", "last.pth", "report.html", "curves.png", "metrics.jsonl", "log.txt", "config.yaml")
-# How long the other ranks wait for the report, which one process writes: longer than any takes.
+# How long the other ranks wait for the report and the recorders of one process: longer than any takes.
 _REPORT_TIMEOUT = timedelta(days=1)
 
 
-def finish_run(run: Run, saved: bool) -> int:
-    """Draw the curves, write the report and log how the run ended; return the exit status."""
+def finish_run(run: Run, status: int) -> None:
+    """Close the log of a run; unless it was asked to stop, first draw the curves, write the report and log the result.
+
+    Args:
+        run: the run.
+        status: its exit status.
+    """
     with leave_together(_REPORT_TIMEOUT):  # srun ends the other tasks a minute after the first one has ended
-        if run.world.is_main:
+        if run.world.is_main and status < 128:
             draw_curves(run)
             write_html_report(run)
-            _log_end(run, saved)
-    return 0 if saved else FAILED
+            _log_end(run, saved=status == 0)
+        run.log.close(status)
 
 
-def _log_end(run: Run, saved: bool) -> None:
+def _log_end(run: Run, *, saved: bool) -> None:
     position = run.state.position
     if position.epoch < run.config.TRAIN.EPOCHS:
         run.log.info(
@@ -37,7 +41,7 @@ def _log_end(run: Run, saved: bool) -> None:
 
 def draw_curves(run: Run) -> None:
     """Write curves.png; errors are logged as warnings."""
-    from tools.plot import plot_curves  # importing matplotlib takes a second and is only needed here
+    from training.report.curves import plot_curves  # importing matplotlib takes a second and is only needed here
 
     curves = run.folder / "curves.png"
     try:
@@ -52,13 +56,13 @@ def write_html_report(run: Run) -> None:
     """Write report.html from the files of the run; errors are logged as warnings."""
     if not run.config.REPORT:
         return
-    from tools.confusion import Stopped
-    from tools.report import write_report
+    from training.report.held_out import NotWanted
+    from training.report.page import write_report
 
     hint = f"tools/report.py {run.folder} writes it"
     try:
         write_report(run.folder, run.world.device, wanted=lambda: run.stop.received is None)
-    except Stopped:
+    except NotWanted:
         run.log.info(f"no report.html, as the run was asked to stop; {hint}")
     except Exception as error:  # the run has finished and its results are saved
         run.log.warning(f"no report.html ({' '.join(str(error).split())}); {hint}")

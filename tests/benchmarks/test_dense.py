@@ -39,6 +39,15 @@ def arguments(folder: Path) -> list[str]:
     return [str(write_coco(folder / "data")), "--cfg", str(config), "--sizes", "64x96"]
 
 
+def test_a_missing_data_set_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["dense.py", str(tmp_path / "absent"), "--cfg", "tiny.yaml"])
+    with pytest.raises(SystemExit, match="2"):
+        dense.main()
+    assert capsys.readouterr().err.startswith("dense.py: ")
+
+
 @pytest.mark.slow
 def test_a_run_gives_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr(sys, "argv", ["dense", *arguments(tmp_path)])

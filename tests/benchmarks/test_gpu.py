@@ -12,10 +12,11 @@ from tests.models.small import build_small
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu"])
-    with pytest.raises(SystemExit, match="PyTorch sees no GPU here"):
+def test_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
+    with pytest.raises(SystemExit, match="2"):
         gpu.main()
+    assert capsys.readouterr().err.startswith("gpu.py: PyTorch sees no GPU here")
 
 
 def test_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,8 @@ def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert len(table) == 4 + 4 * 2
 
 
-def test_missing_network_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["launches", "--img-size", "64"])
-    with pytest.raises(SystemExit, match="nothing to count; give networks with --cfg and --timm"):
+def test_missing_network_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["launches.py", "--img-size", "64"])
+    with pytest.raises(SystemExit, match="2"):
         launches.main()
+    assert capsys.readouterr().err == "launches.py: nothing to count; give networks with --cfg and --timm\n"

@@ -37,7 +37,8 @@ def test_synthetic_listing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert "5000 images: 0.00 GiB, mapped once by all processes" in capsys.readouterr().out
 
 
-def test_wrong_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["loader", "--data-path", str(tmp_path)])
-    with pytest.raises(SystemExit, match="error: no folder 'train' in data path"):
+def test_wrong_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["loader.py", "--data-path", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
         loader.main()
+    assert capsys.readouterr().err.startswith("loader.py: no folder 'train' in data path")

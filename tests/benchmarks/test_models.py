@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from benchmarks import attention, model, sizes
 from benchmarks.memory import kept_for_backward
 from benchmarks.timing import spread, take_turns
 from config import load_config
-from models import build_model
 from models.attention import deformable as deformable_layer
+from models.build import build_model
 from models.ops.cpu import deformable as deformable_operation
 from tools.complexity import count_macs
 
@@ -69,10 +70,22 @@ def test_floor_counts_the_products_of_the_reference_form(
     assert [int(inference[5]), int(training[5])] == [round(macs / 1e3), round(3 * macs / 1e3)]
 
 
-def test_model_benchmark_without_a_network_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["model", "--img-size", "64"])
-    with pytest.raises(SystemExit, match="nothing to measure; give networks with --cfg and --timm"):
+def test_model_benchmark_without_a_network_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["model.py", "--img-size", "64"])
+    with pytest.raises(SystemExit, match="2"):
         model.main()
+    assert capsys.readouterr().err == "model.py: nothing to measure; give networks with --cfg and --timm\n"
+
+
+def test_sizes_of_a_missing_config_are_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sizes.py", "--cfg", "absent.yaml"])
+    with pytest.raises(SystemExit, match="2"):
+        sizes.main()
+    assert re.fullmatch(r"sizes\.py: .*absent\.yaml.*\n", capsys.readouterr().err)
 
 
 def test_sizes(

@@ -11,7 +11,7 @@ from PIL import Image
 from yacs.config import CfgNode
 
 from config import load_config
-from models import build_model
+from models.build import build_model
 from tests.runs import write_config
 
 CLASSES = ["ant", "bee", "cat", "dog", "emu", "fox", "gnu", "hen", "ibis", "jay"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from config import load_config
-from models import build_model
+from models.build import build_model
 from tools import compare
 from tools.complexity import count_macs
 

@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
-from models import build_model
 from models.attention import NeighborhoodAttention, PyramidAttention, WindowAttention
+from models.build import build_model
 from models.detection import DETECTORS, Detector
 from tests.models.detection.small import small_arguments, small_backbone
 from tests.models.detection.test_detectors import REGIONS, TINY

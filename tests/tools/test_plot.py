@@ -1,93 +1,22 @@
-"""Positions of rows on the axis of epochs, and the curves."""
+"""The command line of the curves: names of the runs, the picture, and what cannot be drawn."""
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-import matplotlib.axes
 import matplotlib.figure
 import pytest
 
-from config import load_config
-from lr_scheduler import learning_rates
 from tests.runs import ROOT
-from tools.plot import epochs_of, main, planned_rates, plot_curves
-
-
-def train_rows(epoch: int, updates: list[int]) -> list[dict[str, Any]]:
-    """Return rows of training."""
-    return [{"kind": "train", "epoch": epoch, "update": n, "lr": 0.1, "loss": 1.0, "grad_norm": 1.0} for n in updates]
-
-
-def eval_row(epoch: int, update: int, top1: float | None = 50.0, kind: str = "eval") -> dict[str, Any]:
-    """Return the row of an evaluation."""
-    return {"kind": kind, "epoch": epoch, "update": update, "top1": top1, "top5": 90.0, "loss": 1.0}
-
-
-def write_run(folder: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write the metrics of a run and return its folder."""
-    folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return folder
+from tests.training.report.samples import collect_figures, eval_row, legend, train_rows, write_run
+from tools.plot import main
 
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[matplotlib.figure.Figure]:
     """Return a list that collects the saved figures."""
-    figures = []
-    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *_, **__: figures.append(self))
-    return figures
-
-
-def legend(axes: matplotlib.axes.Axes) -> list[str]:
-    """Return the words of a legend."""
-    return [text.get_text() for text in axes.get_legend().get_texts()]
-
-
-@pytest.mark.parametrize("later", [50, 200])
-def test_batch_size_change_keeps_earlier_epochs_in_place(later: int) -> None:
-    before = [*train_rows(1, [50, 100]), eval_row(1, 100), *train_rows(2, [150, 200]), eval_row(2, 200)]
-    middle = train_rows(3, [210, 225])  # of 300, where the run goes on with updates of another size
-    after = [*train_rows(3, [2 * later + later // 2, 3 * later]), eval_row(3, 3 * later)]
-    rows = [*before, *middle, *after]
-    train = [row for row in rows if row["kind"] == "train"]
-    assert epochs_of(train, rows) == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.1, 2.25, 2.5, 3.0])
-
-
-def test_two_batch_size_changes_within_an_epoch_keep_the_order() -> None:
-    rows = [*train_rows(1, [50, 100]), eval_row(1, 100), *train_rows(2, [110, 120])]
-    rows += [*train_rows(2, [65, 75]), *train_rows(2, [350, 400]), eval_row(2, 400)]  # of 100, 50 and 200 an epoch
-    train = [row for row in rows if row["kind"] == "train"]
-    assert epochs_of(train, rows) == pytest.approx([0.5, 1.0, 1.1, 1.2, 1.2 + 0.55 / 3, 1.2 + 1.1 / 3, 1.75, 2.0])
-
-
-def test_unfinished_epoch_has_the_length_of_the_previous_one() -> None:
-    rows = [*train_rows(1, [50, 100]), eval_row(1, 100), *train_rows(2, [110, 120])]
-    assert epochs_of([row for row in rows if row["kind"] == "train"], rows) == pytest.approx([0.5, 1.0, 1.1, 1.2])
-    begun = train_rows(1, [10, 20])
-    assert all(0 < position <= 1 for position in epochs_of(begun, begun))
-
-
-def test_rows_of_a_late_epoch_alone_have_positions() -> None:
-    rows = train_rows(7, [16, 17])  # 17 / (17 / 7) is rounded up
-    assert epochs_of(rows, rows) == pytest.approx([7 * 16 / 17, 7.0])
-
-
-def test_legends_name_the_weights_and_the_best(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
-    rows = [*train_rows(1, [10]), eval_row(1, 10, 40.0), eval_row(1, 10, 30.0, "eval_ema")]
-    rows += [*train_rows(2, [20]), eval_row(2, 20, None), eval_row(2, 20, 45.5, "eval_ema")]
-    plot_curves({"run": write_run(tmp_path / "run", rows) / "metrics.jsonl"}, tmp_path / "curves.png")
-    loss, score, _ = drawn[0].axes
-    assert legend(loss) == ["training", "validation, raw weights", "validation, averaged weights"]
-    assert legend(score) == [
-        "validation, raw weights",
-        "best: 40.00 % in epoch 1",
-        "validation, averaged weights",
-        "best: 45.50 % in epoch 2",
-    ]
+    return collect_figures(monkeypatch)
 
 
 def test_several_runs_share_a_picture(
@@ -113,13 +42,6 @@ def test_the_folder_of_the_run_may_be_the_current_one(
     assert legend(drawn[1].axes[0])[0::2] == ["one: training", "two: training"]
 
 
-def test_ten_runs_have_different_colours(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
-    rows = [*train_rows(1, [50, 100]), eval_row(1, 100)]
-    main([str(write_run(tmp_path / f"run{i}", rows)) for i in range(10)])
-    colours = {line.get_color() for line in drawn[0].axes[0].lines}
-    assert len(colours) == len(drawn[0].axes[0].lines) == 20
-
-
 def test_names_of_runs_are_no_formulas_and_none_is_left_out(tmp_path: Path) -> None:
     rows = [*train_rows(1, [10]), eval_row(1, 10)]
     runs = [write_run(tmp_path / "tiny" / name, rows) for name in ("$x^$", "_second")]
@@ -131,25 +53,9 @@ def test_names_of_runs_are_no_formulas_and_none_is_left_out(tmp_path: Path) -> N
     assert (tmp_path / "curves").read_bytes().startswith(b"\x89PNG")
 
 
-def test_part_of_a_line_that_a_killed_run_left_is_not_drawn(
-    tmp_path: Path, drawn: list[matplotlib.figure.Figure]
-) -> None:
+def test_the_planned_rates_are_drawn_on_request(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
     run = write_run(tmp_path / "run", [*train_rows(1, [10, 20]), eval_row(1, 20)])
-    with (run / "metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write('{"kind": "train", "epo')
-    main([str(run)])
-    assert drawn[0].axes[0].lines[0].get_xdata().tolist() == [0.5, 1.0]
-
-
-def test_the_planned_schedule_is_that_of_the_run(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
-    config = load_config(ROOT / "configs/digits.yaml")
-    rates = learning_rates(config, list(range(40)), updates_per_epoch=20, world_size=3)
-    rows = [row | {"lr": rates[row["update"] - 1]} for row in train_rows(1, [10, 20]) + train_rows(2, [30])]
-    run = write_run(tmp_path / "run", [*rows[:2], eval_row(1, 20), rows[2]])
     shutil.copy(ROOT / "configs/digits.yaml", run / "config.yaml")
-    planned = dict(planned_rates(run))
-    assert [planned[(row["update"] - 1) / 20] for row in rows] == pytest.approx([row["lr"] for row in rows])
-    assert max(planned) == 399 / 20
     main(["--planned", str(run)])
     assert legend(drawn[0].axes[2]) == ["planned", "as trained"]
 
@@ -162,13 +68,6 @@ def test_error_if_nothing_can_be_drawn(name: str, says: str, tmp_path: Path, cap
     with pytest.raises(SystemExit, match="2"):
         main([str(tmp_path / name)])
     assert says in capsys.readouterr().err
-
-
-def test_a_run_without_an_evaluation_says_so(tmp_path: Path, drawn: list[matplotlib.figure.Figure]) -> None:
-    begun = train_rows(1, [10])
-    for name, rows, texts in (("begun", begun, ["no evaluation yet"]), ("one", [*begun, eval_row(1, 10)], [])):
-        main([str(write_run(tmp_path / name, rows))])
-        assert [text.get_text() for text in drawn[-1].axes[1].texts] == texts
 
 
 def test_a_picture_is_written(tmp_path: Path) -> None:

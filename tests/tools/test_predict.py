@@ -19,7 +19,7 @@ from yacs.config import CfgNode
 from data.detection.transforms import EvalTransform
 from data.images import read_image
 from data.transforms import normalize
-from models import build_model
+from models.build import build_model
 from tasks.pictures import palette, with_legend
 from tests.browser import Browser, needs_browser
 from tests.models.detection.test_detectors import REGIONS

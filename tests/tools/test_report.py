@@ -1,97 +1,28 @@
-"""The page of a finished run: the mistakes of a classifier; a failed report does not fail the run."""
+"""The command line of the report."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from main import main
-from tests.browser import Browser, needs_browser
-from tests.data.samples import write_folder
-from tests.runs import read_metrics, write_config
+from tests.runs import ROOT
+from tests.training.report.samples import eval_row, train_rows, write_run
 from tools import report
-from tools.confusion import Predictions, Stopped
-
-pytestmark = pytest.mark.xdist_group("training")
-
-PHOTOS = {"train/<cat>": 8, "train/dog": 8, "val/<cat>": 5, "val/dog": 3}
 
 
-def predictions(target: list[int], predicted: list[int], truth: list[float]) -> Predictions:
-    confidence = np.linspace(0.5, 0.9, len(target), dtype=np.float32)
-    numbers = [np.array(column) for column in (range(len(target)), target, predicted)]
-    return Predictions(["ant", "bee", "cat", "dog"], *numbers, confidence, np.array(truth, np.float32))
-
-
-def test_sums_of_predictions() -> None:
-    found = predictions([0, 0, 1, 1, 1, 3], [0, 1, 1, 0, 0, 3], [0.9, 0.2, 0.8, 0.3, 0.1, 0.9])
-    assert found.accuracy() == 0.5
-    assert found.matrix().tolist() == [[1, 1, 0, 0], [2, 1, 0, 0], [0, 0, 0, 0], [0, 0, 0, 1]]
-    np.testing.assert_array_equal(found.accuracy_by_class(), [1 / 2, 1 / 3, np.nan, 1])
-    assert found.confusions() == [(1, 0, 2), (0, 1, 1)]
-    assert found.worst(2) == [4, 1]
-
-
-def test_the_time_of_a_run_is_that_of_its_updates() -> None:
-    assert report._time_of_updates([{"seconds": 3600.0}, {"seconds": 61.6}, {}]) == "1:01:02"
-
-
-def test_without_mistakes() -> None:
-    found = predictions([0, 3], [0, 3], [0.9, 0.9])
-    assert found.confusions() == found.worst(5) == []
-
-
-def command(folder: Path) -> list[str]:
-    write_folder(folder, PHOTOS)
-    data = {"DATASET": "imagenet", "DATA_PATH": str(folder), "BATCH_SIZE": 4}
-    train = {"EPOCHS": 2, "WARMUP_EPOCHS": 0, "EMA": {"ENABLED": True, "DECAY": 0.5}}
-    config = write_config(folder, DATA=data, TRAIN=train, REPORT=True, PRINT_FREQ=1)
-    return ["--cfg", str(config), "--output", str(folder)]
-
-
-@needs_browser
-def test_the_page_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    assert main(command(tmp_path)) == 0
-    run = tmp_path / "tiny" / "default"
-    assert "report.html" in capsys.readouterr().out.splitlines()[-1]
-    best = max(row["top1"] for row in read_metrics(run, "eval_ema"))
-    (run / "report.html").unlink()
+def test_a_page_is_written_with_fresh_curves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    run = write_run(tmp_path / "run", [*train_rows(1, [10]), eval_row(1, 10, 45.5)])
+    shutil.copy(ROOT / "configs/digits.yaml", run / "config.yaml")
     monkeypatch.setattr("sys.argv", ["report.py", str(run), "--device", "cpu"])
     report.main()
-    with Browser(tmp_path / "profile") as browser:
-        browser.open(run / "report.html")
-        browser.wait_for("[...document.images].every(image => image.complete && image.naturalWidth)")
-        text = browser.evaluate("document.body.innerText")
-        right = round(best * 8 / 100)
-        assert f"{right} of 8 correct: {best:.2f} %" in text
-        assert f"{best:.2f} %\nbest accuracy, in epoch" in text
-        for words in ("<cat>", "2 of 2", "TRAIN.EMA.DECAY", f"torch\t{torch.__version__.partition('+')[0]}"):
-            assert words in text
-        assert browser.evaluate("document.querySelectorAll('.images figure').length") == 8 - right
-        counts = "[...document.querySelectorAll('table.matrix td.number')].map(cell => Number(cell.textContent))"
-        assert sum(browser.evaluate(counts)) == 8
-        assert browser.problems == []
-
-
-@pytest.mark.parametrize(
-    ("error", "says"),
-    [
-        (RuntimeError("no memory\nleft"), "no report.html (no memory left); tools/report.py "),
-        (Stopped(), "to stop; tools/"),
-    ],
-)
-def test_failed_report_gives_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, error: Exception, says: str
-) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise error
-
-    monkeypatch.setattr(report, "_mistakes", fail)
-    assert main(command(tmp_path)) == 0
-    assert says in capsys.readouterr().out
+    assert capsys.readouterr().out == f"{run / 'report.html'}\n"
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "<b>45.50 %</b>best accuracy, in epoch 1" in page
+    assert '<img class="curves" src="data:image/png;base64,' in page
 
 
 def test_folder_that_is_not_a_run(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from yacs.config import CfgNode
 
-from models import build_model
+from models.build import build_model
 from models.vit import VisionTransformer
 from tests.browser import Browser, needs_browser
 from tests.runs import run_command, write_config

@@ -14,23 +14,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-TEMPLATES = Path(__file__).parent / "templates"
+_STYLE = Path(__file__).parent / "templates" / "style.css"
 THUMBNAIL = 320  # pixels of the longer side of the picture of a figure
 _PLACE = re.compile(r"\{\{(\w+)\}\}")
 FEW_PIXELS = 100  # images with at most these on the longer side are stored without loss and shown pixel by pixel
 
 
-def fill(template: str, **values: str) -> str:
-    """Return a template of ``templates/`` with each ``{{name}}`` replaced by its value, ``{{style}}`` by style.css.
+def fill(template: Path, **values: str) -> str:
+    """Return a template with each ``{{name}}`` replaced by its value, ``{{style}}`` by the style of all pages.
 
     Args:
-        template: file name.
+        template: file.
         values: HTML, as `text` or `data` make it safe.
     """
-    page = (TEMPLATES / template).read_text(encoding="utf-8")
+    page = template.read_text(encoding="utf-8")
     if "{{style}}" in page:
-        values["style"] = (TEMPLATES / "style.css").read_text(encoding="utf-8")
-    assert set(_PLACE.findall(page)) == values.keys(), template
+        values["style"] = _STYLE.read_text(encoding="utf-8")
+    assert set(_PLACE.findall(page)) == values.keys(), template.name
     return _PLACE.sub(lambda place: values[place[1]], page)  # in one pass: values may contain {{name}}, too
 
 
@@ -90,12 +90,3 @@ def figure(image: Image.Image, name: str, bars: str) -> str:
     few = ' class="pixels"' if max(image.size) <= FEW_PIXELS else ""
     source, name = picture(image, side=THUMBNAIL), text(name)
     return f'<figure class="card"><img{few} src="{source}" alt="{name}"><figcaption>{name}</figcaption>{bars}</figure>'
-
-
-def free_name(stem: str, taken: set[str]) -> str:
-    """Return `stem`, numbered if it is one of the names in `taken`, to which the result is added."""
-    name, number = stem, 2
-    while name in taken:
-        name, number = f"{stem}-{number}", number + 1
-    taken.add(name)
-    return name

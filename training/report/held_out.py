@@ -33,13 +33,13 @@ def check_classes(task: Task, path: str) -> None:
         )
 
 
-class Stopped(Exception):
-    """The caller no longer needs the result."""
+class NotWanted(Exception):
+    """The caller no longer wants the result."""
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """Predictions for all readable images, arrays ``[n]`` in the order of the data set.
+class HeldOutPredictions:
+    """True and predicted labels of all readable held-out images, arrays ``[n]`` in the order of the data set.
 
     Attributes:
         classes: names by label.
@@ -94,9 +94,9 @@ class Predictions:
 
 
 @torch.inference_mode()
-def predict_all(
+def predict_held_out(
     network: nn.Module, task: Task, loader: DataLoader, classes: list[str], *, wanted: Callable[[], bool]
-) -> Predictions:
+) -> HeldOutPredictions:
     """Run a classifier over a loader of held-out images, in this process.
 
     Args:
@@ -107,12 +107,12 @@ def predict_all(
         wanted: called before each batch; returns whether to continue.
 
     Raises:
-        Stopped: the result is not wanted any more.
+        NotWanted: the result is not wanted any more.
     """
     columns: list[NDArray] = []
     for batch in tqdm(loader, desc="predicting", unit="batch", disable=None, leave=False):
         if not wanted():
-            raise Stopped
+            raise NotWanted
         images, targets = task.to_device(batch, task.world.device)
         probabilities = network(images).float().softmax(1)
         confidence, predicted = probabilities.max(1)
@@ -120,7 +120,7 @@ def predict_all(
         columns.append(torch.stack([column.cpu().double() for column in (targets, predicted, confidence, truth)]))
     target, predicted, confidence, truth = np.concatenate(columns, axis=1)
     read = target >= 0
-    return Predictions(
+    return HeldOutPredictions(
         classes,
         np.flatnonzero(read),
         target[read].astype(np.int64),
