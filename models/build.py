@@ -115,7 +115,7 @@ def build_segmenter(config: Any) -> Segmenter:
     # The last four maps: timm models may have a stride-2 map before them.
     backbone = build_backbone(config, out_indices=range(-4, 0))
     try:
-        return SEGMENTERS[settings.NAME](backbone, num_classes(config), **settings.ARGS)
+        return SEGMENTERS[settings.NAME](backbone, num_classes=num_classes(config), **settings.ARGS)
     except TypeError as error:  # unknown argument
         raise ValueError(f"MODEL.SEGMENTER.ARGS: {error}") from None
 

@@ -19,7 +19,7 @@ from .attention.tokens import SoftmaxAttention
 from .contract import ConvertedWeights
 from .ops.locality import KINDS, Window
 from .ops.random_features import KINDS as FEATURES
-from .options import DeclaredSignature, Option, at_least, complete, not_negative, one_of, positive, share
+from .options import DeclaredSignature, Option, at_least, complete, not_negative, one_of, positive, rate
 
 ATTENTIONS = ("softmax", "performer", "disentangled", "disentangled_performer", "deformable")
 LOCALITIES = ("none", *KINDS)
@@ -36,12 +36,12 @@ OPTIONS = {
         "Classify a class token (`token`), or the mean of the patches, without a class token (`avg`).",
         one_of("token", "avg"),
     ),
-    "drop_rate": Option(0.1, "Dropout rate of tokens, projections and MLPs.", share()),
+    "drop_rate": Option(0.1, "Dropout rate of tokens, projections and MLPs.", rate()),
     "attn_drop_rate": Option(
-        0.0, "Probability of dropping an attention weight; `softmax` and `disentangled` only.", share()
+        0.0, "Probability of dropping an attention weight; `softmax` and `disentangled` only.", rate()
     ),
     "drop_path_rate": Option(
-        0.0, "Stochastic-depth rate of the last block; increases linearly from 0 in the first.", share()
+        0.0, "Stochastic-depth rate of the last block; increases linearly from 0 in the first.", rate()
     ),
     "weight_init": Option(
         "timm",

@@ -5,23 +5,21 @@ All functions work on state dicts.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+from timm.data.imagenet_info import infer_imagenet_subset
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
+from .class_names import IMAGENET_1K, NEW_ROW, as_numbers, imagenet_rows, read_class_map, rows_by_name
 from .contract import classifier, convert_weights, input_convs, position_tables
 from .tables import Resize
 
-IMAGENET_1K = 1000
-NEW_ROW = -1  # in a class map: the weights do not have the class
 # Buffers that do not follow from sizes: statistics of batch norms, and the random features that a Performer drew.
 _STATE = ("running_mean", "running_var", "num_batches_tracked", "random.source")
 
@@ -99,7 +97,7 @@ def adapt(
     Args:
         weights: state dict of another network; not modified.
         model: target network; not modified.
-        class_map: see `read_class_map`.
+        class_map: see `models.class_names.read_class_map`.
         classes: class names of ``model`` by label, if known.
         names: class names of ``weights`` by label, if known.
 
@@ -130,7 +128,7 @@ def _adapt_entries(
     own, state = model.state_dict(), {}
     buffers = {name for name, _ in model.named_buffers() if not name.endswith(_STATE)}
     tables, inputs = position_tables(model), {f"{name}.weight" for name in input_convs(model)}
-    mismatches = _unknown_entries(weights, model, report)
+    misfits = _unknown_entries(weights, model, report)
     for name in entries:
         value, target = weights.get(name), own[name]
         if name in new:
@@ -138,7 +136,7 @@ def _adapt_entries(
         elif name in buffers:
             _report_buffer(name, value, target, report)
         elif value is None:
-            mismatches.append(f"{name} is missing")
+            misfits.add(name)
         elif value.shape == target.shape:
             state[name] = value
             report.loaded.append(name)
@@ -149,23 +147,35 @@ def _adapt_entries(
             state[name] = table
             report.resized[name] = tuple(value.shape), tuple(target.shape)
         else:
-            mismatches.append(f"{name} is {tuple(value.shape)} instead of {tuple(target.shape)}")
-    if mismatches:
-        raise ValueError(f"the weights are of another architecture: {_shorten(mismatches)}")
+            misfits.add(name)
+    if misfits:
+        given, wanted = ({name: x for name, x in tensors.items() if name in misfits} for tensors in (weights, own))
+        raise ValueError(f"the weights are of another architecture: {mismatches(given, wanted)}")
     return state
 
 
-def _unknown_entries(weights: dict[str, Tensor], model: nn.Module, report: Report) -> list[str]:
-    """Describe the entries that the network does not have; report those of a head that it does without as left out."""
+def mismatches(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
+    """Describe how weights differ from the ``own`` entries of a network in names and shapes; empty if they do not.
+
+    Describes the first four entries and gives the number of the others.
+    """
+    found = [f"{name} is missing" for name in own.keys() - weights.keys()]
+    found += [f"{name} is not in this model" for name in weights.keys() - own.keys()]
+    found += [
+        f"{name} is {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
+        for name in own.keys() & weights.keys()
+        if weights[name].shape != own[name].shape
+    ]
+    more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+    return f"{'; '.join(sorted(found)[:4])}{more}"
+
+
+def _unknown_entries(weights: dict[str, Tensor], model: nn.Module, report: Report) -> set[str]:
+    """Return the entries that the network does not have; report those of a head that it does without as left out."""
     unknown = weights.keys() - model.state_dict().keys()
     if not getattr(model, "num_classes", 1) and classifier(model):
         report.left_out += sorted(name for name in unknown if name.startswith(f"{classifier(model)}."))
-    return [f"{name} is not in this model" for name in unknown - set(report.left_out)]
-
-
-def _shorten(mismatches: list[str]) -> str:
-    more = f"; and {len(mismatches) - 4} more" if len(mismatches) > 4 else ""
-    return f"{'; '.join(sorted(mismatches)[:4])}{more}"
+    return unknown - set(report.left_out)
 
 
 def _report_buffer(name: str, value: Tensor | None, own: Tensor, report: Report) -> None:
@@ -248,12 +258,12 @@ def _adapt_head(
     if class_map is not None:
         rows = read_class_map(class_map, num_classes=source, classes=classes or [""] * target, names=names)
         origin = str(class_map)
-    elif names and list(names) != list(classes) and (rows := _rows_by_name(classes, names)):
+    elif names and list(names) != list(classes) and (rows := rows_by_name(classes, names)):
         origin = "name"
     elif not names and source == target and (numbers := as_numbers(classes, source)) != sorted(numbers):
         rows, origin = numbers, "number"
     elif source != target == IMAGENET_1K and (subset := infer_imagenet_subset({"num_classes": source})):
-        rows, origin = _imagenet_rows(subset), f"{subset} to imagenet-1k"
+        rows, origin = imagenet_rows(subset), f"{subset} to imagenet-1k"
     elif source == target:
         report.loaded += entries
         return {name: weights[name] for name in entries}
@@ -276,104 +286,3 @@ def _select_rows(source: Tensor, own: Tensor, rows: Tensor) -> Tensor:
     selected = own.clone()
     selected[found] = source[rows[found]].to(own)
     return selected
-
-
-def find_labels(classes: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Return the index of each class in `names`, or [] if one is missing."""
-    labels = {name: label for label, name in enumerate(names)}
-    return [labels[name] for name in classes] if labels.keys() >= set(classes) else []
-
-
-def _rows_by_name(classes: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Return the index of each class in ``names``, or [] if the rows cannot be selected by name.
-
-    If both have the same number of classes, a class that ``names`` lacks is `NEW_ROW`: the row at its label belongs to
-    another class. If ``names`` lacks all of them, they are taken for other names of the same classes.
-    """
-    if len(classes) != len(names):
-        return find_labels(classes, names)
-    labels = {name: label for label, name in enumerate(names)}
-    return [labels.get(name, NEW_ROW) for name in classes] if labels.keys() & set(classes) else []
-
-
-def as_numbers(classes: Sequence[str], limit: int) -> list[int]:
-    """Return class names as numbers, or [] unless all are whole numbers below ``limit``."""
-    return [int(name) for name in classes] if all(name.isdecimal() and int(name) < limit for name in classes) else []
-
-
-def synsets(num_classes: int) -> list[str]:
-    """Return the WordNet ids, by label, of the ImageNet set with this number of classes, or [] if there is none."""
-    subset = "imagenet-1k" if num_classes == IMAGENET_1K else infer_imagenet_subset({"num_classes": num_classes})
-    return ImageNetInfo(subset).label_names() if subset else []
-
-
-def _imagenet_rows(subset: str) -> list[int]:
-    """Return the index in a larger set of each class of ImageNet-1K, or `NEW_ROW` if its synset is missing there."""
-    indices = {synset: index for index, synset in enumerate(ImageNetInfo(subset).label_names())}
-    return [indices.get(synset, NEW_ROW) for synset in synsets(IMAGENET_1K)]
-
-
-def read_class_map(path: Path, *, num_classes: int, classes: Sequence[str], names: Sequence[str] = ()) -> list[int]:
-    """Read the mapping from the classes of a data set to those of the weights.
-
-    Args:
-        path: text file with one line per class. A line holds either only the counterpart in the weights, in the order
-            of the classes, or the class and, after a tab, a comma or a space, its counterpart, in any order. A file of
-            the second kind may contain further classes. A counterpart is an index from 0, a name, or -1 for none.
-        num_classes: number of classes of the weights.
-        classes: class names of the data set.
-        names: class names of the weights; if unknown, the WordNet ids of the ImageNet set with ``num_classes``.
-
-    Returns:
-        The index in the weights of each class, `NEW_ROW` for none.
-
-    Raises:
-        ValueError: the file cannot be read, or does not fit the classes.
-    """
-    try:
-        text = unicodedata.normalize("NFC", path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ValueError(f"class map {path} cannot be read: {error}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"class map {path} is not UTF-8 text; save it as UTF-8") from None
-    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), start=1) if line.strip()]
-    known = {name: label for label, name in enumerate(names or synsets(num_classes))}
-    pairs = [(number, *_split(line)) for number, line in lines]
-    if all(name for _, name, _ in pairs) and not all(line in known for _, line in lines):
-        lines = _in_order(pairs, classes, path)
-    elif len(lines) != len(classes):
-        raise ValueError(
-            f"class map {path} must have one line per class, {len(classes)}, but has {len(lines)}; give one index for "
-            "each class"
-        )
-    labels = []
-    for number, label in lines:
-        is_index = re.fullmatch(r"-1|[0-9]+", label) and int(label) < num_classes
-        if not is_index and label not in known:
-            raise ValueError(
-                f"class map {path}, line {number}: {label!r} is not a class of the weights; give 0 to "
-                f"{num_classes - 1}, or -1"
-            )
-        labels.append(int(label) if is_index else known[label])
-    return labels
-
-
-def _split(line: str) -> tuple[str, str]:
-    """Return a class and its counterpart; the class is empty on a line of one word."""
-    separator = next((mark for mark in "\t," if mark in line), None)  # None: spaces
-    name, *label = (part.strip() for part in line.rsplit(separator, 1))
-    return (name, label[0]) if label else ("", name)
-
-
-def _in_order(pairs: Sequence[tuple[int, str, str]], classes: Sequence[str], path: Path) -> list[tuple[int, str]]:
-    """Return line number and counterpart of each class, from the line numbers, classes and counterparts of a file."""
-    lines: dict[str, tuple[int, str]] = {}
-    for number, name, label in pairs:
-        if lines.setdefault(name, (number, label))[1] != label:
-            raise ValueError(f"class map {path}, line {number}: {name} already has another line; keep one of them")
-    missing = [name for name in classes if name not in lines]
-    if missing:
-        raise ValueError(
-            f"class map {path} has no line for {missing[0]}; give each class one, with -1 where the weights have none"
-        )
-    return [lines[name] for name in classes]

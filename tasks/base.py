@@ -20,7 +20,7 @@ from yacs.config import CfgNode
 from data.streams import Loader
 from data.wording import counted
 from logger import RunLog
-from models import build_model
+from models.build import build_model
 from utils import EvaluationFailed, LateReader, StopSignal, World, sum_over_ranks
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.sources import compose
 from data.wording import shorten, with_similar
-from models.weights import NEW_ROW, as_numbers, find_labels, read_class_map, synsets
+from models.class_names import NEW_ROW, as_numbers, find_labels, read_class_map, synsets
 
 
 def labels_of(classes: Sequence[str], known: Sequence[str], number: int, class_map: str) -> tuple[list[int], str]:
@@ -22,7 +22,7 @@ def labels_of(classes: Sequence[str], known: Sequence[str], number: int, class_m
         classes: names by label of the data set.
         known: names by label of the weights; empty if unknown.
         number: number of classes of the weights.
-        class_map: see `models.weights.read_class_map`; empty if there is none.
+        class_map: see `models.class_names.read_class_map`; empty if there is none.
 
     Raises:
         ValueError: the class map does not match, a class is unknown, two classes share a label, or numeric class names

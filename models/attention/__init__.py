@@ -1,7 +1,9 @@
-"""The token mixers, each of which ``stage_spec`` names by a letter.
+"""Attention modules: the token mixers, which ``stage_spec`` names by letters, and others.
 
 A mixer maps ``[B, C, H, W]`` to ``[B, C, H, W]``. To add one, write a module that registers its letter (see `letters`)
-and import it here.
+and import it here. The other modules have no letter: multi-scale deformable attention (`ms_deform_attn`), deformable
+attention in 1, 2 and 3 dimensions (`deformable_nd`), and the attentions of the Vision Transformer (`tokens`,
+`performer`, `disentangled`, `patch_deformable`).
 """
 
 from . import convnext  # noqa: F401

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
 from torchvision.ops import box_iou, generalized_box_iou_loss, sigmoid_focal_loss
 
-from . import queries
+from .. import ranks
 from .initial_weights import set_prior
 from .positives import Positives
 
@@ -72,7 +72,7 @@ class ATSSHead(nn.Module):
         predicted = self.coder.decode_single(changes[positive].float(), positive_anchors)
         wanted = _centerness(positive_anchors, boxes)
         totals = torch.stack([positive.sum().float(), wanted.sum()])
-        number, centerness_sum = queries.mean_over_ranks(totals).clamp(min=1)
+        number, centerness_sum = ranks.mean_over_ranks(totals).clamp(min=1)
         focal = sigmoid_focal_loss(logits.float(), classes, alpha=0.25, gamma=2.0, reduction="sum")
         giou = generalized_box_iou_loss(predicted, boxes) * wanted
         entropy = F.binary_cross_entropy_with_logits(centerness[positive].float(), wanted, reduction="sum")

@@ -15,7 +15,7 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
 from torchvision.ops import clip_boxes_to_image
 
 from .mask_loss import mask_loss
-from .mask_rcnn import TwoStageDetector
+from .mask_rcnn import HeadParts, TwoStageDetector
 from .pyramid import AlignedPool
 
 # Per stage: IoU threshold of positive regions, standard deviations of the box encoding, loss weight.
@@ -34,16 +34,9 @@ class CascadeMaskRCNN(TwoStageDetector):
         for layer in ("cls_score", "mask_predictor.mask_fcn_logits")
     )
 
-    def build_heads(
-        self,
-        channels: int,
-        hidden: int,
-        classes: int,
-        box_pool: AlignedPool,
-        mask_pool: AlignedPool,
-        settings: dict[str, Any],
-    ) -> RoIHeads:
-        return CascadeHeads([_Stage(channels, hidden, classes) for _ in _IOUS], box_pool, mask_pool, **settings)
+    def build_heads(self, parts: HeadParts) -> RoIHeads:
+        stages = [_Stage(parts.channels, parts.hidden, parts.classes) for _ in _IOUS]
+        return CascadeHeads(stages, parts.box_pool, parts.mask_pool, **parts.settings)
 
     def run_heads(self, for_boxes: Tensor, for_masks: Tensor) -> None:
         for stage in self.roi_heads.stages:

@@ -19,6 +19,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import Deforma
 from transformers.models.deformable_detr.modeling_deformable_detr import inverse_sigmoid
 
 from ..backbone import DATBackbone, TimmBackbone
+from ..transformers_config import build_config, check_names
 from .backbone_adapter import AdapterConfig, adapt
 from .denoising import noised_queries
 from .detector import pad_images
@@ -26,7 +27,6 @@ from .float32_boxes import compute_boxes_in_float32
 from .initial_weights import draw_weights, set_prior
 from .queries import Assignment, Queries, Targets, match, set_losses
 from .set_prediction import SetDetector, best_boxes, image_mask, relative_targets
-from .transformers_config import build_config, check_names
 
 # Arguments of transformers' config with an effect on DINO; losses, matching and the number of queries are its own.
 ARGUMENTS = (

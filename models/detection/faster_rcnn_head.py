@@ -7,6 +7,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 
+from .mask_rcnn import ROI_SETTINGS
 from .positives import Positives
 from .proposals import RegionProposals
 from .pyramid import AlignedPool
@@ -36,14 +37,8 @@ class FasterRCNNHead(nn.Module):
             AlignedPool(7, strides),
             TwoMLPHead(width * 7 * 7, width),
             FastRCNNPredictor(width, num_classes + 1),
-            fg_iou_thresh=0.5,
-            bg_iou_thresh=0.5,
             batch_size_per_image=512,
-            positive_fraction=0.25,
-            bbox_reg_weights=(10.0, 10.0, 5.0, 5.0),
-            score_thresh=0.05,
-            nms_thresh=0.5,
-            detections_per_img=100,
+            **ROI_SETTINGS,
         )
 
     def forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
@@ -15,6 +15,37 @@ from .detector import Detector, pad_images
 from .mask_loss import mask_loss
 from .proposals import RegionProposals
 from .pyramid import AlignedPool, Pyramid
+
+# Arguments of torchvision's `RoIHeads` as in mmdetection 2.
+ROI_SETTINGS = {
+    "fg_iou_thresh": 0.5,
+    "bg_iou_thresh": 0.5,
+    "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0),
+    "positive_fraction": 0.25,
+    "score_thresh": 0.05,
+    "nms_thresh": 0.5,
+    "detections_per_img": 100,
+}
+
+
+class HeadParts(NamedTuple):
+    """What `TwoStageDetector.build_heads` builds the heads from.
+
+    Attributes:
+        channels: channels of the maps and of the mask head.
+        hidden: width of the two hidden layers of the box head.
+        classes: number of classes, including the background.
+        box_pool: pools regions to ``[n, channels, 7, 7]``.
+        mask_pool: pools regions to ``[n, channels, 14, 14]``.
+        settings: further arguments of `RoIHeads`.
+    """
+
+    channels: int
+    hidden: int
+    classes: int
+    box_pool: AlignedPool
+    mask_pool: AlignedPool
+    settings: dict[str, Any]
 
 
 class TwoStageDetector(Detector):
@@ -59,39 +90,12 @@ class TwoStageDetector(Detector):
             candidates={"training": 2 * proposals, "testing": proposals},
             proposals={"training": self.proposals_in_training * proposals, "testing": proposals},
         )
-        settings = {
-            "fg_iou_thresh": 0.5,
-            "bg_iou_thresh": 0.5,
-            "bbox_reg_weights": (10.0, 10.0, 5.0, 5.0),
-            "batch_size_per_image": samples,
-            "positive_fraction": 0.25,
-            "score_thresh": 0.05,
-            "nms_thresh": 0.5,
-            "detections_per_img": 100,
-            **(detection or {}),
-        }
+        settings = {**ROI_SETTINGS, "batch_size_per_image": samples, **(detection or {})}
         pools = AlignedPool(7, backbone.strides), AlignedPool(14, backbone.strides)
-        self.roi_heads = self.build_heads(channels, hidden, num_classes + 1, *pools, settings)
+        self.roi_heads = self.build_heads(HeadParts(channels, hidden, num_classes + 1, *pools, settings))
 
-    def build_heads(
-        self,
-        channels: int,
-        hidden: int,
-        classes: int,
-        box_pool: AlignedPool,
-        mask_pool: AlignedPool,
-        settings: dict[str, Any],
-    ) -> RoIHeads:
-        """Build the heads for classes, boxes and masks of the regions.
-
-        Args:
-            channels: channels of the maps and of the mask head.
-            hidden: width of the two hidden layers of the box head.
-            classes: number of classes, including the background.
-            box_pool: pools regions to ``[n, channels, 7, 7]``.
-            mask_pool: pools regions to ``[n, channels, 14, 14]``.
-            settings: further arguments of `RoIHeads`.
-        """
+    def build_heads(self, parts: HeadParts) -> RoIHeads:
+        """Build the heads for classes, boxes and masks of the regions."""
         raise NotImplementedError
 
     def forward(
@@ -125,23 +129,16 @@ class MaskRCNN(TwoStageDetector):
 
     sized_by_classes = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
-    def build_heads(
-        self,
-        channels: int,
-        hidden: int,
-        classes: int,
-        box_pool: AlignedPool,
-        mask_pool: AlignedPool,
-        settings: dict[str, Any],
-    ) -> RoIHeads:
+    def build_heads(self, parts: HeadParts) -> RoIHeads:
+        channels = parts.channels
         return _Heads(
-            box_pool,
-            TwoMLPHead(channels * 7**2, hidden),
-            _BoxPredictor(hidden, classes),
-            mask_roi_pool=mask_pool,
+            parts.box_pool,
+            TwoMLPHead(channels * 7**2, parts.hidden),
+            _BoxPredictor(parts.hidden, parts.classes),
+            mask_roi_pool=parts.mask_pool,
             mask_head=MaskRCNNHeads(channels, [channels] * 4, dilation=1),
-            mask_predictor=MaskRCNNPredictor(channels, channels, classes),
-            **settings,
+            mask_predictor=MaskRCNNPredictor(channels, channels, parts.classes),
+            **parts.settings,
         )
 
     def run_heads(self, for_boxes: Tensor, for_masks: Tensor) -> None:

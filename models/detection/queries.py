@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torchvision.ops import box_convert, generalized_box_iou_loss, sigmoid_focal_loss
 from transformers.loss.loss_deformable_detr import DeformableDetrHungarianMatcher
+
+from .. import ranks
 
 # [B, Q]: the index of the object of the image that is assigned to each query, or NO_OBJECT or PADDING.
 Assignment = Tensor
@@ -125,7 +126,7 @@ def set_losses(logits: Tensor, boxes: Tensor, assignment: Assignment, truth: Tar
     objects = (assignment + truth.starts[:, None])[positive]
     classes = torch.zeros_like(logits)
     classes[positive] = torch.nn.functional.one_hot(truth.labels[objects], logits.shape[-1]).to(classes.dtype)
-    number = mean_over_ranks(positive.sum()).clamp(min=1)
+    number = ranks.mean_over_ranks(positive.sum()).clamp(min=1)
     focal = sigmoid_focal_loss(logits, classes, alpha=0.25, gamma=2.0)[assignment != PADDING]
     found, wanted = boxes[positive], truth.boxes[objects]
     corners = (box_convert(x, "cxcywh", "xyxy") for x in (found, wanted))
@@ -134,25 +135,3 @@ def set_losses(logits: Tensor, boxes: Tensor, assignment: Assignment, truth: Tar
         "l1": L1_WEIGHT * (found - wanted).abs().sum() / number,
         "giou": GIOU_WEIGHT * generalized_box_iou_loss(*corners, reduction="sum") / number,
     }
-
-
-def all_ranks_factor(objects: int, device: torch.device) -> Tensor:
-    """Return the factor that turns a loss divided by the objects of a rank into one divided by their mean over ranks.
-
-    The gradient, which is averaged over ranks, is then that of one process with all images. Every rank must call it.
-
-    Args:
-        objects: number of objects of this rank.
-        device: device of the factor.
-    """
-    own = torch.tensor(objects, device=device)
-    return own.clamp(min=1) / mean_over_ranks(own).clamp(min=1)
-
-
-def mean_over_ranks(count: Tensor) -> Tensor:
-    """Return the mean over all ranks of numbers of any shape, in float32; every rank must call it."""
-    count = count.to(torch.float32, copy=True)
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(count)
-        count /= dist.get_world_size()
-    return count

@@ -17,8 +17,6 @@ DETECTIONS = 100  # largest number of detections per image, as in COCO's metrics
 class SetDetector(Detector):
     """A detector whose queries predict one box each and which needs no NMS."""
 
-    divisor = 32
-
     def predict(self, images: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
         """Return the predictions of all queries.
 

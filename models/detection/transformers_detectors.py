@@ -14,13 +14,13 @@ import transformers
 from torch import Tensor
 
 from ..backbone import DATBackbone, TimmBackbone
+from ..ranks import all_ranks_factor
+from ..transformers_config import build_config, check_names
 from .backbone_adapter import AdapterConfig, adapt
 from .detector import pad_images
 from .float32_boxes import compute_boxes_in_float32
 from .initial_weights import draw_weights, set_prior
-from .queries import all_ranks_factor
 from .set_prediction import SetDetector, best_boxes, image_mask, padded_sizes, relative_targets
-from .transformers_config import build_config, check_names
 from .transformers_kinds import KINDS
 from .transformers_losses import guarded_loss
 

@@ -13,13 +13,13 @@ from .upernet import UperNet
 __all__ = ["IGNORED", "SEGMENTERS", "Segmenter"]
 
 
-def _mask2former(backbone: DATBackbone | TimmBackbone, num_classes: int, **options: Any) -> Segmenter:
+def _mask2former(backbone: DATBackbone | TimmBackbone, **options: Any) -> Segmenter:
     from .mask2former import Mask2Former  # importing transformers takes seconds
 
-    return Mask2Former(backbone, num_classes, **options)
+    return Mask2Former(backbone, **options)
 
 
-# Arguments: a backbone with four feature maps, the number of classes, and options as keywords.
+# Arguments: a backbone with four feature maps, the keyword `num_classes`, and options as keywords.
 SEGMENTERS: Mapping[str, Callable[..., Segmenter]] = {
     "fpn": SemanticFPN,
     "upernet": UperNet,

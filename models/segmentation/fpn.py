@@ -25,8 +25,8 @@ class SemanticFPN(Segmenter):
     def __init__(
         self,
         backbone: DATBackbone | TimmBackbone,
-        num_classes: int,
         *,
+        num_classes: int,
         channels: int = 128,
         pyramid_channels: int = 256,
         dropout: float = 0.1,

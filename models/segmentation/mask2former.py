@@ -15,8 +15,8 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from ..backbone import DATBackbone, TimmBackbone
-from ..detection.queries import all_ranks_factor
-from ..detection.transformers_config import build_config, check_names
+from ..ranks import all_ranks_factor
+from ..transformers_config import build_config, check_names
 from .parts import IGNORED, Segmenter, resize
 
 _WITHOUT_EFFECT = {"backbone_config", "ignore_value", "output_auxiliary_logits"}
@@ -41,7 +41,7 @@ class Mask2Former(Segmenter):
     # Not a classifier in the sense of `get_classifier`, whose rows are the classes: the last row is "no object".
     sized_by_classes = ("decode_head.class_predictor.",)
 
-    def __init__(self, backbone: DATBackbone | TimmBackbone, num_classes: int, **options: Any) -> None:
+    def __init__(self, backbone: DATBackbone | TimmBackbone, *, num_classes: int, **options: Any) -> None:
         super().__init__(backbone)
         check_names("mask2former", options, Mask2FormerConfig.__annotations__.keys() - _WITHOUT_EFFECT)
         strides = {"feature_strides": backbone.strides, "common_stride": backbone.strides[0]}

@@ -13,7 +13,7 @@ from torch.distributed.nn.functional import all_reduce
 from ..backbone import DATBackbone, TimmBackbone
 from ..dense import DenseModel
 
-IGNORED = 255  # label of pixels that losses and metrics ignore
+IGNORED = 255  # label of pixels that losses and metrics ignore; that of `data.segmentation`
 
 
 class Segmenter(DenseModel):

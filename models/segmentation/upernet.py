@@ -29,8 +29,8 @@ class UperNet(Segmenter):
     def __init__(
         self,
         backbone: DATBackbone | TimmBackbone,
-        num_classes: int,
         *,
+        num_classes: int,
         channels: int = 512,
         pools: Sequence[int] = (1, 2, 3, 6),
         auxiliary_channels: int = 256,

@@ -10,8 +10,7 @@ import torch
 from yacs.config import CfgNode
 
 from config import default_config, load_config
-from models import build_model
-from models.build import FAMILIES, Family, build_backbone, num_classes, set_num_classes
+from models.build import FAMILIES, Family, build_backbone, build_model, num_classes, set_num_classes
 from models.options import Option, at_least
 from tests.models.small import without_gradient
 

@@ -16,8 +16,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from config import load_config
-from models import build_model
 from models.attention.letters import MIXERS
+from models.build import build_model
 from models.fusing import may_fuse
 from tests.models.small import VARIANTS, build_small, variant_id, without_gradient
 from tests.models.test_build import CONFIGS, FILES, narrow

@@ -35,9 +35,13 @@ ARGS: dict[str, dict[str, Any]] = {
 }
 
 
+def small_backbone() -> DATBackbone:
+    return DATBackbone(**SMALL, stage_spec=list("NNDD"))
+
+
 def small(name: str, classes: int = 3, **options: Any) -> Segmenter:
     torch.manual_seed(0)
-    return SEGMENTERS[name](DATBackbone(**SMALL, stage_spec=list("NNDD")), classes, **{**ARGS[name], **options})
+    return SEGMENTERS[name](small_backbone(), num_classes=classes, **{**ARGS[name], **options})
 
 
 @pytest.mark.parametrize("name", SEGMENTERS)
@@ -56,14 +60,20 @@ def test_any_image_size_gives_logits_and_all_gradients(name: str) -> None:
 @pytest.mark.parametrize("name", SEGMENTERS)
 def test_segmenters_run_on_timm_backbones(name: str) -> None:
     backbone = TimmBackbone("test_resnet", out_indices=(-4, -3, -2, -1))
-    model = SEGMENTERS[name](backbone, 3, **ARGS[name]).eval()
+    model = SEGMENTERS[name](backbone, num_classes=3, **ARGS[name]).eval()
     assert model(torch.rand(1, 3, 64, 32)).shape == (1, 3, 64, 32)
+
+
+@pytest.mark.parametrize("name", SEGMENTERS)
+def test_the_number_of_classes_is_a_keyword_as_for_detectors(name: str) -> None:
+    with pytest.raises(TypeError, match="positional"):
+        SEGMENTERS[name](small_backbone(), 3, **ARGS[name])
 
 
 def test_backbones_with_other_strides_are_rejected() -> None:
     backbone = DATBackbone(**SMALL, stage_spec=list("NNDD"), out_indices=(1, 3))
     with pytest.raises(ValueError, match=r"needs maps of four strides.*; the backbone gives 8, 32"):
-        SEGMENTERS["fpn"](backbone, 3)
+        SEGMENTERS["fpn"](backbone, num_classes=3)
 
 
 def test_parameter_names_are_those_of_published_weights() -> None:

@@ -189,6 +189,10 @@ def test_export_with_any_number_of_images(attention: str) -> None:
         ({"locality": "circle"}, "locality = 'circle' must be one of none, sequence, box"),
         ({"depth": 0}, "depth = 0 must be at least 1"),
         ({"locality_epochs": 5}, "locality_epochs = 5 must be a list"),
+        *(
+            ({name: 1.0}, rf"{name} = 1.0 must be a number in \[0, 1\)")
+            for name in ("drop_rate", "attn_drop_rate", "drop_path_rate")
+        ),
         ({"mlp_ratio": -1.0}, "mlp_ratio = -1.0 must be above 0"),
         ({"img_size": 16, "patch_size": 32}, "img_size = 16 must be one or two numbers of at least patch_size = 32"),
         ({"img_size": (16,)}, r"img_size = \(16,\) must be one or two numbers"),

@@ -12,7 +12,7 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
 from models.dat import DAT
-from models.weights import adapt
+from models.weights import adapt, mismatches
 from tests.models.small import SMALL, build_small
 
 
@@ -148,32 +148,6 @@ def test_a_class_map_selects_the_rows_of_the_head(tmp_path: Path) -> None:
     assert any("2 of 3 classes out of 10" in line and "newly initialised: class 1" in line for line in lines)
 
 
-def test_a_class_map_of_names_that_are_numbers(tmp_path: Path) -> None:
-    class_map, names = tmp_path / "map.txt", [str(1000 * number) for number in range(10)]
-    class_map.write_text("7000\n-1\n3\n")
-    source, target = build_small("N"), build_small("N", num_classes=3)
-    state, _ = adapt(weights_of(source), target, class_map=class_map, names=names)
-    assert torch.equal(state["cls_head.weight"][[0, 2]], source.cls_head.weight[[7, 3]])
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("1\n2\n", "must have one line per class, 3, but has 2"),
-        ("1\n2\n10\n", "line 3: '10' is not a class of the weights; give 0 to 9, or -1"),
-        ("1\nn01440764\n3\n", "line 2: 'n01440764' is not a class"),
-        ("1\n\n3\n", "must have one line per class, 3, but has 2"),
-        (None, "cannot be read"),
-    ],
-)
-def test_class_maps_that_do_not_fit_are_rejected(tmp_path: Path, text: str | None, message: str) -> None:
-    class_map = tmp_path / "map.txt"
-    if text is not None:
-        class_map.write_text(text)
-    with pytest.raises(ValueError, match=re.escape(message)):
-        adapt(weights_of(build_small("N")), build_small("N", num_classes=3), class_map=class_map)
-
-
 @pytest.mark.parametrize(
     ("letters", "options", "message"),
     [
@@ -187,6 +161,17 @@ def test_class_maps_that_do_not_fit_are_rejected(tmp_path: Path, text: str | Non
 def test_weights_of_another_architecture_are_rejected(letters: str, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=f"another architecture: .*{re.escape(message)}"):
         adapt(weights_of(build_small(letters, **options)), build_small("N"))
+
+
+def test_the_first_four_differences_are_described() -> None:
+    own = {"a": torch.zeros(2), "b": torch.zeros(3, 1), "c": torch.zeros(1)}
+    assert mismatches(own, own) == ""
+    assert mismatches({"b": torch.ones(3), "c": own["c"], "x": torch.zeros(1)}, own) == (
+        "a is missing; b is (3,) instead of (3, 1); x is not in this model"
+    )
+    assert mismatches(dict.fromkeys("pqrs", own["a"]), own) == (
+        "a is missing; b is missing; c is missing; p is not in this model; and 3 more"
+    )
 
 
 def test_weights_of_another_width_are_rejected() -> None:

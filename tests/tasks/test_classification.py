@@ -14,7 +14,7 @@ from tasks.classification import F1, LabelledImages
 from tasks.labelled import class_changes
 from tests.data.samples import write_folder
 from tests.runs import read_metrics, write_config
-from tools.report import write_report
+from training.report.page import write_report
 from training.trained_model import load_trained
 from utils import EvaluationFailed
 

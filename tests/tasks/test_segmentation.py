@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import main
+import models.segmentation
 from config import load_config
 from data.segmentation.sources import IGNORED
 from data.transforms import as_pixels
@@ -96,6 +97,10 @@ def by_hand(folder: Path) -> dict[str, float]:
 
 def meter(samples: int, classes: int = 3) -> MeanIoU:
     return MeanIoU([f"class {i}" for i in range(classes)], samples, torch.device("cpu"), flip=False)
+
+
+def test_data_and_models_agree_on_the_label_of_ignored_pixels() -> None:
+    assert models.segmentation.IGNORED == IGNORED
 
 
 def test_absent_classes_are_not_averaged_and_skipped_images_give_a_warning() -> None:

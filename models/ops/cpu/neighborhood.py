@@ -59,7 +59,7 @@ class TiledAttention(torch.autograd.Function):
             grads = grad_rows.cut(grad[stack], zeros_beyond=True)
             dv[stack] = rows.sum_windows(torch.bmm(weights.mT, grads))
             dweights = torch.bmm(grads, v_rows.windows(v[stack]).mT)
-            dlogits = torch._softmax_backward_data(dweights, weights, 2, weights.dtype)
+            dlogits = torch.ops.aten._softmax_backward_data(dweights, weights, 2, weights.dtype)
             rows.join(torch.bmm(dlogits, k_rows.windows(k[stack])), out=dq[stack])
             dk[stack] = rows.sum_windows(torch.bmm(dlogits.mT, q_rows.cut(q[stack])))
             dbias += dlogits

@@ -7,8 +7,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from models import ranks
 from models.backbone import DATBackbone, TimmBackbone
-from models.detection import DETECTORS, Detector, queries
+from models.detection import DETECTORS, Detector
 from models.weights import adapt
 from tests.models.detection.small import small_arguments, small_backbone
 from tests.models.small import SMALL, without_gradient
@@ -45,10 +46,10 @@ def build(name: str, *, timm: bool = False) -> Detector:
     return kind.build(backbone, num_classes=3, **TINY[name])
 
 
-def build_any(name: str, classes: int = 3) -> Detector:
+def build_any(name: str, classes: int = 3, **backbone: int) -> Detector:
     kind, arguments = DETECTORS[name], TINY[name] if name in TINY else small_arguments(name)
     torch.manual_seed(0)
-    return kind.build(small_backbone(*range(4 - kind.maps, 4)), num_classes=classes, **arguments)
+    return kind.build(small_backbone(*range(4 - kind.maps, 4), **backbone), num_classes=classes, **arguments)
 
 
 def images() -> list[torch.Tensor]:
@@ -71,7 +72,7 @@ def test_ranks_with_and_without_objects_agree(name: str, monkeypatch: pytest.Mon
     detector, losses, means = build_any(name), [], []
     for targets in (TARGETS, TARGETS[1:] * 2):
         means.append(Mock(side_effect=torch.Tensor.float))
-        monkeypatch.setattr(queries, "mean_over_ranks", means[-1])
+        monkeypatch.setattr(ranks, "mean_over_ranks", means[-1])
         detector.zero_grad()
         losses.append(detector(images(), targets))
         assert all(loss.isfinite() for loss in losses[-1].values())
@@ -94,6 +95,17 @@ def test_detections_lie_in_their_image_and_are_sorted(name: str, timm: bool) -> 
         assert (one["boxes"].amin(0) >= 0).all()
         assert (one["boxes"].amax(0)[2:] <= torch.tensor(image.shape[:0:-1])).all()
         assert ("masks" in one) == DETECTORS[name].masks
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_images_are_padded_so_that_the_coarsest_map_covers_them(name: str) -> None:
+    detector, maps = build_any(name, patch_size=8, use_conv_patches=False), []
+    detector.backbone.register_forward_hook(lambda _module, _images, found: maps.extend(found))
+    target = {**TARGETS[0], "masks": torch.ones(2, 96, 96, dtype=torch.uint8)}
+    losses = detector([torch.rand(3, 96, 96)] * 2, [target] * 2)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert detector.backbone.strides[-1] == 64
+    assert maps[-1].shape[-2:] == (2, 2)
 
 
 @pytest.mark.parametrize("name", DETECTORS)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models import ranks
 from models.backbone import DATBackbone
-from models.detection import queries
 from models.detection.transformers_kinds import KINDS
 from models.segmentation import SEGMENTERS
 from tests.models.detection.small import two_images
@@ -23,7 +23,7 @@ def losses_with(
 ) -> tuple[dict[str, Tensor], int]:
     """Return losses as if ranks had ``mean`` objects on average, and the number of averages over ranks."""
     averaged = []
-    patch.setattr(queries, "mean_over_ranks", lambda count: averaged.append(count) or torch.tensor(mean))
+    patch.setattr(ranks, "mean_over_ranks", lambda count: averaged.append(count) or torch.tensor(mean))
     torch.manual_seed(1)
     return model(*batch), len(averaged)
 
@@ -57,7 +57,7 @@ def test_mask2former(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {"hidden_dim": 32, "feature_size": 32, "mask_feature_size": 32, "dim_feedforward": 32}
     layers = {"encoder_feedforward_dim": 32, "encoder_layers": 1, "decoder_layers": 2, "num_queries": 6}
     backbone = DATBackbone(**SMALL, stage_spec=list("NNDD"))
-    model = SEGMENTERS["mask2former"](backbone, 3, **sizes, **layers, train_num_points=32)
+    model = SEGMENTERS["mask2former"](backbone, num_classes=3, **sizes, **layers, train_num_points=32)
     labels = torch.zeros(2, 64, 64, dtype=torch.int64)
     labels[0, :32], labels[1, :, :16] = 1, 2
     check("mask2former", model, (torch.rand(2, 3, 64, 64), labels), 4, monkeypatch)

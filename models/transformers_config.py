@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from ..options import did_you_mean
+from .options import did_you_mean
 
 
 def check_names(name: str, arguments: Mapping[str, Any], allowed: Collection[str]) -> None:
