@@ -565,6 +565,12 @@ OPTIONS: dict[str, Option] = {
         metavar="off|fp16|bf16",
         bare="auto",
     ),
+    "TF32": _switch(
+        False,
+        "On NVIDIA GPUs, compute float32 convolutions and matrix products in TF32, which is faster and has 10 bits "
+        "after the point, in place of 23; in training and evaluation.",
+        flag="--tf32",
+    ),
     "COMPILE": _switch(False, "torch.compile, block by block.", flag="--compile", may_change=True),
     "SEED": RunOption(0, "Seed of all random numbers.", not_negative(), flag="--seed", metavar="N"),
     "DETERMINISTIC": _switch(

@@ -10,7 +10,9 @@ import os
 import secrets
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -172,8 +174,12 @@ class RunLog:
             self._files["metrics"].keep(lambda row: _is_before(row, epoch, update))
 
     def close(self, status: int) -> None:
-        """Finish the recorders, given the exit status of the run: 0, 128 + n after signal n, or another one."""
+        """Finish the recorders, given the exit status of the run: 0, 128 + n after signal n, or another one.
+
+        Later calls have no effect.
+        """
         self._call_recorders(lambda recorder: recorder.close(status))
+        self._recorders.clear()
 
 
 def _is_before(row: dict[str, Any], epoch: int, update: int) -> bool:
@@ -294,7 +300,10 @@ class WeightsAndBiases:
 
 
 class MLflow:
-    """A run of MLflow, on the server or in the folder given by MLFLOW_TRACKING_URI."""
+    """A run of MLflow, on the server or in the folder given by MLFLOW_TRACKING_URI.
+
+    MLflow's own asynchronous logging sends values in any order, and tells of errors only in its log.
+    """
 
     def __init__(self, folder: Path, config: CfgNode, updates_done: int) -> None:  # noqa: ARG002
         from mlflow import MlflowClient
@@ -307,6 +316,9 @@ class MLflow:
         except MlflowException as error:
             hint = f"set MLFLOW_TRACKING_URI to the place of the run in {file}, or delete that file to begin another"
             raise ValueError(f"{error}; {hint}") from error
+        # Training does not wait for the server. One thread, so that values arrive in their order.
+        self._sender = ThreadPoolExecutor(1)
+        self._requests: deque[Future] = deque()
 
     def _begin(self, config: CfgNode) -> str:
         known = self._client.get_experiment_by_name(config.LOG.PROJECT)
@@ -317,15 +329,31 @@ class MLflow:
         return run
 
     def record(self, values: dict[str, float], update: int) -> None:
-        for name, value in values.items():
-            self._client.log_metric(self._run, name, value, step=update)
+        from mlflow.entities import Metric
+
+        while self._requests and self._requests[0].done():
+            self._finish_request()
+        now = round(1000 * time.time())
+        metrics = [Metric(name, value, now, update) for name, value in values.items()]
+        self._requests.append(self._sender.submit(self._client.log_batch, self._run, metrics))
 
     def picture(self, name: str, pixels: np.ndarray, update: int) -> None:
         self._client.log_image(self._run, pixels, key=name, step=update)
 
     def close(self, status: int) -> None:
+        while self._requests:
+            self._finish_request()
+        self._sender.shutdown()
         ended = "FINISHED" if status == 0 else "KILLED" if status > 128 else "FAILED"
         self._client.set_terminated(self._run, status=ended)
+
+    def _finish_request(self) -> None:
+        """Wait for the oldest request and raise its error, if any."""
+        try:
+            self._requests.popleft().result()
+        except Exception:
+            self._sender.shutdown(wait=False, cancel_futures=True)  # each would be repeated for minutes
+            raise
 
 
 RECORDERS: dict[str, type[Recorder]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "mlflow": MLflow}

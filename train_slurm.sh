@@ -16,6 +16,10 @@ echo "$status" 2>/dev/null >"$folder/$DAT_RESTART_COUNT.$SLURM_PROCID"; exit "$s
 # Whether a process died, or exited because another one did. 129, 130, 138 and 143: the run was asked to stop.
 died() { (($1 == 75 || ($1 > 128 && $1 != 129 && $1 != 130 && $1 != 138 && $1 != 143))); }
 
+# Whether SLURM preempts this job. Where that leaves a GraceTime, SLURM asks only the tasks to stop, and requeues the job
+# only if it still runs when that time is over.
+preempted() { [[ $(scontrol show job "$SLURM_JOB_ID") == *PreemptTime=[0-9]* ]]; }
+
 if [[ ${1:-} == --inside-job ]]; then
     folder=$(mktemp -d "$2/$SLURM_JOB_ID.XXXXXX") # shared by all nodes
     trap 'rm -rf "$folder"' EXIT
@@ -35,7 +39,8 @@ if [[ ${1:-} == --inside-job ]]; then
             died "$status" || ((status <= decided)) || decided=$status
         done
         ((decided)) || decided=$highest
-        if ((decided == 138)); then # 128 + SIGUSR1: the time limit is near and everything is saved
+        # 128 + SIGUSR1: the time limit is near. In both cases everything is saved.
+        if ((decided == 138)) || { ((decided == 143)) && preempted; }; then
             scontrol requeue "$SLURM_JOB_ID"
             exit
         fi
@@ -64,6 +69,8 @@ if [[ ${CHECK_FIRST:-1} != 0 ]]; then
 fi
 cpu_only=false
 [[ ! " $* " =~ \ (--device[ =]|DEVICE\ )cpu\  ]] || cpu_only=true
+device=(--device cuda) # a node whose driver is broken must not train on its CPU
+[[ ! " $* " =~ \ (--device[ =]|DEVICE\ ) ]] || device=()
 
 flags=(--job-name "$name" --ntasks "$gpus" --ntasks-per-node "$per_node" --nodes $((gpus / per_node)))
 flags+=(--cpus-per-task "${CPUS_PER_TASK:-10}" --time "${TIME_LIMIT:-2-00:00:00}" --requeue --open-mode append)
@@ -75,4 +82,4 @@ DAT_LAUNCHED=$(date +%s)
 export DAT_LAUNCHED # sbatch passes it to the job
 # shellcheck disable=SC2086  # SBATCH_FLAGS holds several words on purpose
 exec sbatch "${flags[@]}" ${SBATCH_FLAGS:-} "$root/train_slurm.sh" --inside-job "$root/output/slurm" \
-    "$python" "$root/main.py" --cfg "$config" --tag "$name" "$@"
+    "$python" "$root/main.py" --cfg "$config" --tag "$name" "$@" ${device[@]+"${device[@]}"}

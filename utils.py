@@ -62,8 +62,12 @@ def launched_as() -> Launch:
         raise ValueError(f"launcher variables such as RANK must be whole numbers ({error})") from None
 
 
+def _has_torchrun_variables(env: Mapping[str, str]) -> bool:
+    return "RANK" in env and "WORLD_SIZE" in env
+
+
 def _launched_as(env: Mapping[str, str]) -> Launch:
-    if "RANK" in env and "WORLD_SIZE" in env:
+    if _has_torchrun_variables(env):
         rank, size = int(env["RANK"]), int(env["WORLD_SIZE"])
         return Launch(rank, size, int(env.get("LOCAL_RANK", rank)), int(env.get("LOCAL_WORLD_SIZE", size)))
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # of this srun; the batch script itself has only the job's number
@@ -81,11 +85,16 @@ def _slurm_tasks_on_node(env: Mapping[str, str]) -> int:
     return counts[int(env.get("SLURM_NODEID", "0"))]
 
 
+class DeviceLost(RuntimeError):
+    """PyTorch does not see all GPUs that SLURM gave to this job. Another attempt may succeed."""
+
+
 def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
     """Return this process's device; the best available one if `name` is empty.
 
     Raises:
         ValueError: the machine has no such device, or fewer devices than processes.
+        DeviceLost: it has fewer than SLURM gave the job.
     """
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -93,27 +102,40 @@ def pick_device(name: str, local_rank: int, local_size: int) -> torch.device:
             name = "cpu"
     if name == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if count == 0:
-            raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver")
-        if local_size > count:
-            if _has_own_gpus(local_size):
-                return torch.device("cuda", 0)
-            raise ValueError(
-                f"{local_size} processes were started here, but this machine has {count} GPU{'s' * (count > 1)}; "
-                f"start at most {count}, or use --device cpu"
+        if local_size <= count:
+            return torch.device("cuda", local_rank)
+        if count and _has_own_gpus(local_size, count):
+            return torch.device("cuda", 0)
+        host = socket.gethostname()
+        if (given := _gpus_of_srun()) >= local_size:
+            raise DeviceLost(
+                f"{host}: SLURM gave this job {given} of its GPUs, and PyTorch sees {count}; check the driver there, "
+                "or exclude the node (SBATCH_FLAGS)"
             )
-        return torch.device("cuda", local_rank)
+        if count == 0:
+            raise ValueError(
+                f"--device cuda: PyTorch sees no CUDA device on {host}; use --device cpu, or check the driver"
+            )
+        raise ValueError(
+            f"{local_size} processes were started here, but this machine has {count} GPU{'s' * (count > 1)}; "
+            f"start at most {count}, or use --device cpu"
+        )
     if name == "mps" and (not torch.backends.mps.is_available() or local_size > 1):
         raise ValueError("--device mps: needs an Apple GPU and a single process; use --device cpu")
     return torch.device(name)
 
 
-def _has_own_gpus(local_size: int) -> bool:
-    """Return whether a launcher gave each process GPUs of its own, so that it sees no others."""
+def _gpus_of_srun() -> int:
+    """Return how many GPUs of this machine srun gave to all its tasks; 0 if another launcher started this one."""
+    return 0 if _has_torchrun_variables(os.environ) else int(os.environ.get("SLURM_GPUS_ON_NODE", "0"))
+
+
+def _has_own_gpus(local_size: int, count: int) -> bool:
+    """Return whether a launcher gave each process `count` GPUs of its own, so that it sees no others."""
     if launched_as().size == 1:
         return False
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:  # srun counts the GPUs of all tasks on this machine
-        return int(os.environ.get("SLURM_GPUS_ON_NODE", "0")) >= local_size
+    if not _has_torchrun_variables(os.environ):
+        return _gpus_of_srun() >= local_size * count
     # torchrun passes the variable of the user to all processes.
     visible = "" if "TORCHELASTIC_RUN_ID" in os.environ else os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return bool(visible) and "," not in visible
@@ -123,7 +145,8 @@ def init_world(device_name: str) -> World:
     """Pick the device and join the other processes, if there are any.
 
     Raises:
-        ValueError: see `pick_device`.
+        ValueError: see `pick_device`; or some processes have GPUs and others do not.
+        DeviceLost: see `pick_device`.
     """
     rank, size, local_rank, local_size = launched_as()
     device = pick_device(device_name, local_rank, local_size)
@@ -133,10 +156,15 @@ def init_world(device_name: str) -> World:
         os.environ["LOCAL_WORLD_SIZE"] = str(local_size)  # srun does not set it, unlike torchrun
         if "MASTER_ADDR" not in os.environ:
             os.environ["MASTER_ADDR"] = _first_slurm_host()
-        if "MASTER_PORT" not in os.environ:  # the same on every node, different for every job
-            os.environ["MASTER_PORT"] = str(20000 + int(os.environ.get("SLURM_JOB_ID", "0")) % 20000)
+        if "MASTER_PORT" not in os.environ:
+            os.environ["MASTER_PORT"] = str(_slurm_port(os.environ))
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, rank=rank, world_size=size, timeout=collective_timeout())
+        if different_on_ranks({"device": device.type}):
+            raise ValueError(
+                "some processes have a GPU and others have none; check the drivers (--device cuda names the machines "
+                "without GPUs), or use --device cpu"
+            )
     return World(rank, size, local_rank, device)
 
 
@@ -175,6 +203,15 @@ def _first_slurm_host() -> str:
     nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ["SLURM_JOB_NODELIST"]
     names = subprocess.run(["scontrol", "show", "hostnames", nodes], check=True, capture_output=True, text=True)
     return names.stdout.split()[0]
+
+
+def _slurm_port(env: Mapping[str, str]) -> int:
+    """Return a port that is the same on every node; other jobs, and other starts of this one, mostly have another.
+
+    It is below those that Linux gives to connections that name none, from 32768 on.
+    """
+    start = int(env.get("SLURM_JOB_ID", "0")) + 4001 * int(env.get("DAT_RESTART_COUNT", "0"))
+    return 20000 + start % 12000
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -268,6 +268,7 @@ def test_a_config_of_an_earlier_version_is_completed_by_defaults() -> None:
         (["--model", "resnet18"], "MODEL.TYPE", "timm"),
         (["--amp"], "AMP", "auto"),
         (["--amp", "fp16"], "AMP", "fp16"),
+        (["--tf32"], "TF32", True),
         (["--ema"], "TRAIN.EMA.ENABLED", True),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from yacs.config import CfgNode
 
 from config import load_config
-from models import build_model
+from models.build import build_model
 from tests.data.samples import write_folder
 from tests.launched import run_forked, start_launcher
 from tests.runs import ROOT, read_metrics, run_command, write_config
@@ -123,7 +123,7 @@ def test_a_job_is_checked_before_it_is_queued(queue: Path, found: int, first: st
     assert done.stdout == (checked if first == "1" else "")
     called = queue / "sbatch.txt"
     assert called.exists() == queued
-    assert not queued or called.read_text(encoding="utf-8").endswith(f" check {command}\n")
+    assert not queued or called.read_text(encoding="utf-8").endswith(f" check {command} --device cuda\n")
 
 
 def test_check_of_a_job_needs_neither_its_gpus_nor_its_cores(queue: Path, tmp_path: Path) -> None:
@@ -133,6 +133,19 @@ def test_check_of_a_job_needs_neither_its_gpus_nor_its_cores(queue: Path, tmp_pa
     assert done.stdout.count("checked: ") == 1
     assert (queue / "sbatch.txt").exists()
     assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--device", "cpu"], ["--device=cuda"], ["--opts", "SEED", 1, "DEVICE", "cuda"], ["--opts", "TAG", "cuda"]],
+)
+def test_job_does_not_train_on_the_cpu_of_a_node_without_gpus(queue: Path, flags: list[str | int]) -> None:
+    env = {"PATH": f"{queue}:{os.environ['PATH']}", "PYTHON": "check", "CHECK_FIRST": "0"}
+    done = run_command("bash", "train_slurm.sh", 2, "tiny.yaml", "job", *flags, **env)
+    assert done.returncode == 0, done.stderr
+    submitted = (queue / "sbatch.txt").read_text(encoding="utf-8")
+    added = "--device cuda" if "TAG" in flags else ""
+    assert submitted.endswith(f"--tag job {' '.join(map(str, flags))} {added}".rstrip() + "\n")
 
 
 @pytest.mark.parametrize(

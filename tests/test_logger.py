@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import threading
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,6 +146,59 @@ def test_mlflow_records_one_run_in_a_folder(tmp_path: Path, monkeypatch: pytest.
     assert [(point.step, point.value) for point in history] == [(1, 1.0), (2, 0.5)]
 
 
+@pytest.fixture
+def mlflow_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunLog:
+    """Return a log with a recorder of MLflow."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path / 'server'}")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    return RunLog(tmp_path, options("mlflow"), is_main=True)
+
+
+def test_training_does_not_wait_for_mlflow(mlflow_log: RunLog, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    answered, sent = threading.Event(), []
+
+    def send_slowly(_client: MlflowClient, _run: str, metrics: list) -> None:
+        assert answered.wait(30)
+        sent.append({metric.key: (metric.value, metric.step) for metric in metrics})
+
+    def end(_client: MlflowClient, _run: str, status: str) -> None:
+        sent.append(status)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", send_slowly)
+    monkeypatch.setattr(MlflowClient, "set_terminated", end)
+    for update in range(3):
+        mlflow_log.metrics("train", epoch=1, update=update, loss=1.0, lr=0.1)
+    assert sent == []
+    answered.set()
+    mlflow_log.close(0)
+    steps = [{"train/loss": (1.0, update), "train/lr": (0.1, update)} for update in range(3)]
+    assert sent == [*steps, "FINISHED"]
+
+
+def test_an_mlflow_that_fails_is_left_out_with_what_is_still_to_send(
+    mlflow_log: RunLog, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    closed, begun = threading.Event(), []
+
+    def fail(*_: object) -> None:
+        begun.append(1)
+        if len(begun) > 1:
+            assert closed.wait(30)
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", fail)
+    for update in range(9):
+        mlflow_log.metrics("train", epoch=1, update=update, loss=1.0)
+    mlflow_log.close(0)
+    closed.set()
+    assert len(begun) <= 2
+    assert capsys.readouterr().out.count("mlflow stopped recording this run: no route to host") == 1
+
+
 @pytest.mark.parametrize(("status", "shown"), [(0, "FINISHED"), (1, "FAILED"), (143, "KILLED")])
 def test_mlflow_shows_how_a_run_ended_and_continues_it(
     status: int, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -162,14 +217,16 @@ def test_mlflow_shows_how_a_run_ended_and_continues_it(
     assert shows == ["RUNNING", shown] * 2
 
 
-def test_training_closes_the_log_with_its_exit_status(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_closes_the_log_once_with_its_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     closed = []
-    run = SimpleNamespace(log=SimpleNamespace(close=closed.append))
-    monkeypatch.setattr(loop, "train_epochs", lambda _: 143)
-    assert loop.train(run) == 143
-    monkeypatch.setattr(loop, "train_epochs", lambda _: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        loop.train(run)
+    recorder = SimpleNamespace(close=closed.append)
+    monkeypatch.setitem(RECORDERS, "tensorboard", lambda *_: recorder)
+    for train_epochs in (lambda _: 143, lambda _: 1 / 0):
+        log = RunLog(tmp_path, options("tensorboard"), is_main=True)
+        run = SimpleNamespace(log=log, world=SimpleNamespace(is_main=True))
+        monkeypatch.setattr(loop, "train_epochs", train_epochs)
+        with suppress(ZeroDivisionError):
+            assert loop.train(run) == 143
     assert closed == [143, 1]
 
 

@@ -15,7 +15,7 @@ from yacs.config import CfgNode
 
 from config import load_config
 from lr_scheduler import build_scheduler, learning_rates
-from models import build_model
+from models.build import build_model
 from models.contract import classifier, no_weight_decay
 from optimizer import (
     OPTIMIZERS,

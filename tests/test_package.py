@@ -17,6 +17,7 @@ import pytest
 
 import models
 from models.registry import CONFIGS
+from tests.test_imports import imports_of, tops_of
 
 ROOT = Path(__file__).resolve().parents[1]
 IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
@@ -28,6 +29,7 @@ import dat
 from dat.backbone import DATBackbone
 
 assert not {"models", "configs", "config", "data", "tasks", "training", "utils"} & sys.modules.keys()
+assert "dat.detection" not in sys.modules
 small = {"dims": [8, 16, 32, 64], "dim_stem": 8, "heads": [1, 2, 4, 8], "groups": [1, 1, 2, 4]}
 model = timm.create_model("dat_tiny.in1k", num_classes=5, **small)
 model(torch.rand(1, 3, 64, 64)).sum().backward()
@@ -101,6 +103,23 @@ def test_requirements_of_the_wheel_match_the_tested_versions(metadata: Message) 
     needed = {re.split(r" *;", requirement)[0] for requirement in metadata.get_all("Requires-Dist")}
     assert needed <= tested
     assert {"huggingface", "detection", "segmentation", "export"} == set(metadata.get_all("Provides-Extra"))
+
+
+def test_importing_the_package_needs_only_its_dependencies() -> None:
+    waiting, seen, needed = ["models"], set(), set()
+    while waiting:
+        name = waiting.pop()
+        place = ROOT.joinpath(*name.split("."))
+        path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+        if name in seen or not path.is_file():  # a name in a module
+            continue
+        seen.add(name)
+        # With a module, Python imports the packages that it is in.
+        waiting += [name.rpartition(".")[0], *(other for other in imports_of(path) if other.startswith("models"))]
+        needed |= tops_of(path)
+    assert "models.dat" in seen
+    optional = {"triton", "natten"}  # imported when they are used
+    assert needed - sys.stdlib_module_names - optional == {"models", "torch", "timm", "einops", "yaml"}
 
 
 @pytest.mark.slow

@@ -68,6 +68,11 @@ statuses = [task.wait() for task in tasks]
 sys.exit(max(status if status >= 0 else 128 - status for status in statuses))
 """
 
+SCONTROL = """#!/bin/sh
+[ "$*" != "show job 7" ] || exec echo "JobId=7 PreemptEligibleTime=2026-01-02T03:00:00 PreemptTime=${PREEMPTED:-None}"
+echo "$@" >>CALLED
+"""
+
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> Iterator[dict[str, str]]:
@@ -130,15 +135,15 @@ def run_batch_script(folder: Path, *starts: str, **env: str) -> tuple[int, int, 
     Args:
         folder: an empty one.
         starts: for each start of the tasks what becomes of each, as in `TASK`.
-        env: environment variables.
+        env: environment variables; PREEMPTED is when scontrol says that the job was preempted.
 
     Returns:
-        the exit status, how often the tasks were started, and the words that scontrol was called with.
+        the exit status, how often the tasks were started, and the words that scontrol was called with, except to ask.
     """
     (folder / "bin").mkdir()
     (folder / "statuses").mkdir()
     called = folder / "scontrol.txt"
-    for name, text in (("srun", SRUN), ("scontrol", f'#!/bin/sh\necho "$@" >{called}\n')):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL.replace("CALLED", str(called)))):
         (folder / "bin" / name).write_text(text, encoding="utf-8")
         (folder / "bin" / name).chmod(0o755)
     job = {"SLURM_JOB_ID": "7", "SLURM_CPUS_PER_TASK": "1", "SLURM_NTASKS": str(len(starts[0].split(",")))}
@@ -189,6 +194,45 @@ def test_signals_reach_the_run_and_leave_time_to_save(number: int, status: int, 
     ended = run_batch_script(tmp_path, "saves,saves", SIGNAL=str(int(number)))
     assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
     assert ended == (status, 1, called)
+
+
+@pytest.mark.parametrize(
+    ("ends", "preempted", "status", "called"),
+    [
+        ("143,143", "2026-01-02T03:04:05", 0, "requeue 7"),
+        ("143,75", "2026-01-02T03:04:05", 0, "requeue 7"),
+        ("143,143", "None", 143, ""),
+        ("0,0", "2026-01-02T03:04:05", 0, ""),
+        ("2,2", "2026-01-02T03:04:05", 2, ""),
+    ],
+)
+def test_a_job_that_is_preempted_with_time_to_stop_is_requeued(
+    ends: str, preempted: str, status: int, called: str, tmp_path: Path
+) -> None:
+    assert run_batch_script(tmp_path, ends, PREEMPTED=preempted) == (status, 1, called)
+
+
+@pytest.mark.slow
+def test_slurm_continues_a_job_preempted_with_time_to_stop(slurm: dict[str, str], tmp_path: Path) -> None:
+    resources = ["--ntasks=2", "--nodes=2", "--cpus-per-task=1", "--requeue", "--open-mode=append"]
+    console = tmp_path / "console.txt"
+    command = [ROOT / "train_slurm.sh", "--inside-job", tmp_path, sys.executable, "-Sc", TASK, "saves,saves"]
+    job = SlurmJob(slurm, "sbatch", *resources, f"--output={console}", f"--chdir={tmp_path}", *command)
+
+    def state() -> str:
+        return job.call("scontrol", "show", "job", job.number)
+
+    job.wait_until(lambda: console.exists() and console.read_text().count("ready\n") == 2, 60)
+    assert "PreemptTime=None" in state()
+    other = ["--partition=urgent", "--nodes=2", "--ntasks=2", "--output=/dev/null", "--wrap", "true"]
+    job.call("sbatch", *other)
+    job.wait_until(lambda: "Restarts=1" in state() and "JobState=RUNNING" in state(), 120)
+    assert sorted(path.name for path in tmp_path.glob("saved-*")) == ["saved-0", "saved-1"]
+    job.wait_until(lambda: console.read_text().count("ready\n") == 4, 60)
+    job.call("scancel", "--signal=TERM", job.number)
+    job.wait_until(lambda: "JobState=FAILED" in state(), 60)
+    assert "ExitCode=143:0" in state()
+    assert "Restarts=1" in state()
 
 
 @pytest.mark.slow

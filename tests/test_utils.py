@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import pickle
 import re
+import socket
 import sys
 from pathlib import Path
 
@@ -15,9 +17,11 @@ import torch
 import main
 import utils
 from config import load_config
+from tests.launched import Trial
 from tests.runs import ROOT, run_command, write_config
 from training.build import resolve_options
 from training.command_line import parse
+from training.exit_status import LOST_PEER
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
 SRUN = {
@@ -36,7 +40,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in list(os.environ):
         if name.startswith("SLURM_") or name in TORCHRUN:
             monkeypatch.delenv(name)
-    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
+    for name in ("MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE", "DAT_RESTART_COUNT"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return monkeypatch
@@ -106,6 +110,36 @@ def test_a_process_with_a_gpu_of_its_own_uses_that_one(
         assert utils.pick_device("", 3, 4) == torch.device("cuda", 0)
 
 
+@pytest.mark.parametrize("name", ["", "cuda"])
+def test_a_gpu_that_slurm_gave_and_that_does_not_work_is_worth_a_restart(
+    environment: pytest.MonkeyPatch, name: str
+) -> None:
+    """One of four GPUs, or with --device cuda all of them."""
+    logged: list[str] = []
+    environment.setattr(logging.getLogger("dat"), "error", logged.append)
+    for key, value in {**SRUN, "SLURM_STEP_TASKS_PER_NODE": "4,2", "SLURM_GPUS_ON_NODE": "4"}.items():
+        environment.setenv(key, value)
+    environment.setattr(torch.cuda, "is_available", lambda: not name)
+    environment.setattr(torch.cuda, "device_count", lambda: 3)
+    flags = ["--device", name] if name else []
+    assert main.main(["--cfg", str(ROOT / "configs" / "digits.yaml"), *flags]) == LOST_PEER
+    sees = f"{socket.gethostname()}: SLURM gave this job 4 of its GPUs, and PyTorch sees {0 if name else 3}; "
+    assert len(logged) == 1
+    assert logged[0].startswith(f"rank 4: {sees}")
+
+
+def _lose_gpu_of_rank_1() -> None:
+    kind = "cpu" if os.environ["RANK"] == "0" else "meta"  # in place of a GPU
+    utils.pick_device = lambda *_: torch.device(kind)
+
+
+def test_processes_with_and_without_a_gpu_are_refused(tmp_path: Path) -> None:
+    job = Trial(tmp_path / "trial", 2, 0).start(prepare=_lose_gpu_of_rank_1)
+    assert job.wait() == [2, 2], job.console()
+    (line,) = job.console().splitlines()
+    assert line.startswith("main.py: some processes have a GPU and others have none; check the drivers (--device cuda ")
+
+
 class OfALibrary(OSError):
     """An error that does not survive being sent to another process."""
 
@@ -157,7 +191,7 @@ def test_first_host_of_a_slurm_job_is_the_master_address(environment: pytest.Mon
     scontrol.write_text('#!/bin/sh\n[ "$3" = "n[1-2]" ] && printf "n1\\nn2\\n"\n', encoding="utf-8")
     scontrol.chmod(0o755)
     environment.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    for name, value in {**SRUN, "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "20077"}.items():
+    for name, value in {**SRUN, "SLURM_STEP_NODELIST": "n[1-2]", "SLURM_JOB_ID": "24077"}.items():
         environment.setenv(name, value)
     joined = {}
     environment.setattr(
@@ -180,6 +214,14 @@ def test_first_host_of_a_slurm_job_is_the_master_address(environment: pytest.Mon
         "rank": 4,
         "world_size": 6,
     }
+
+
+def test_ports_of_jobs_are_not_those_of_outgoing_connections() -> None:
+    jobs = [utils._slurm_port({"SLURM_JOB_ID": str(job)}) for job in range(70_000, 130_000, 7)]
+    assert min(jobs) >= 20_000
+    assert max(jobs) < 32_768
+    starts = [{"SLURM_JOB_ID": "24077", "DAT_RESTART_COUNT": str(restart)} for restart in range(4)]
+    assert len({utils._slurm_port(env) for env in (*starts, {"SLURM_JOB_ID": "24078"})}) == 5
 
 
 def test_given_master_address_is_kept(environment: pytest.MonkeyPatch) -> None:

@@ -1001,7 +1001,7 @@ ROWS = [
     Wrong(
         name="device: no GPU",
         flags=("--device", "cuda"),
-        says="--device cuda: PyTorch sees no CUDA device here; use --device cpu, or check the driver",
+        says="--device cuda: PyTorch sees no CUDA device on .*; use --device cpu, or check the driver",
     ),
 ]
 

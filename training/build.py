@@ -91,9 +91,10 @@ def resolve_options(config: CfgNode, device: torch.device) -> None:
 
 
 def prepare_device(config: CfgNode) -> None:
-    """Seed the generators and configure deterministic kernels."""
+    """Seed the generators and configure the precision and the determinism of kernels."""
     seed_everything(config.SEED)
-    torch.backends.cudnn.benchmark = not config.DETERMINISTIC
+    # PyTorch's default is TF32 for convolutions, but not for matrix products.
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.TF32
     torch.use_deterministic_algorithms(config.DETERMINISTIC)
     if config.DETERMINISTIC:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS

@@ -33,6 +33,7 @@ from torch import nn
 from data.wording import counted
 from models.contract import classifier, set_epoch
 from models.options import did_you_mean
+from models.weights import mismatches
 from training.exit_status import is_machine_failure, is_out_of_memory
 from utils import STAGED
 
@@ -194,16 +195,8 @@ def load_strictly(model: nn.Module, weights: dict[str, torch.Tensor], path: str 
                 "to evaluate it in TASK classification, name their labels in a MODEL.CLASS_MAP; to fine-tune it, use "
                 "--pretrained"
             )
-    problems = [f"{name} is missing" for name in expected.keys() - weights.keys()]
-    problems += [f"{name} is not in this model" for name in weights.keys() - expected.keys()]
-    problems += [
-        f"{name} is {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected.keys() & weights.keys()
-        if weights[name].shape != expected[name].shape
-    ]
-    if problems:
-        shown = "; ".join(sorted(problems)[:4]) + (f"; and {len(problems) - 4} more" if len(problems) > 4 else "")
-        raise ValueError(f"{path} has a different architecture than --cfg: {shown}")
+    if problems := mismatches(weights, expected):
+        raise ValueError(f"{path} has a different architecture than --cfg: {problems}")
     model.load_state_dict(weights)
 
 

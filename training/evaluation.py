@@ -13,7 +13,7 @@ from yacs.config import CfgNode
 from data.streams import Loader
 from data.wording import counted
 from logger import RunLog
-from models import build_model
+from models.build import build_model
 from models.contract import compile_parts
 from tasks import Task, build_task, check_task
 from training.build import build_network, prepare_device
@@ -135,6 +135,7 @@ def build_throughput(config: CfgNode, world: World) -> ThroughputTest:
     """
     check_task(config)
     prepare_device(config)
+    torch.backends.cudnn.benchmark = not config.DETERMINISTIC  # all images have one size
     network = build_model(config).to(world.device, memory_format=torch.channels_last)
     return ThroughputTest(config, network, world)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import re
+import socket
 import sys
 
 import torch
 
-from utils import EvaluationFailed, Launch, collective_timeout, launched_as, restarts_left
+from utils import DeviceLost, EvaluationFailed, Launch, collective_timeout, launched_as, restarts_left
 
 FAILED = 1
 WRONG_INPUT = 2
@@ -29,6 +31,16 @@ _OF_THE_MACHINE = {
     )
     if (number := getattr(errno, name, None)) is not None
 }
+# What PyTorch and Triton report if a call of CUDA or of its libraries failed.
+_GPU_ERROR = re.compile(r"(CUDA (driver )?error|cuDNN error|Triton Error \[CUDA\]): .*")
+# Such errors that come from the program, not from the device.
+_GPU_MISUSED = re.compile(
+    r"device-side assert|no kernel image|invalid (argument|configuration|device function)|"
+    r"_STATUS_(NOT_SUPPORTED|BAD_PARAM|INVALID_VALUE)"
+)
+_NCCL_MISUSED = re.compile(r"ncclInvalid(Usage|Argument)|, invalid (usage|argument) ")
+_TIMED_OUT = re.compile(r"time[d ]*out", re.IGNORECASE)
+_CLOSED = re.compile(r"connection (closed|reset|aborted)|broken pipe|got 0 bytes|remote process exited", re.IGNORECASE)
 # PyTorch's message begins with the name of the operation.
 _NOT_DETERMINISTIC = " does not have a deterministic implementation"
 
@@ -56,7 +68,7 @@ def report_wrong_input(error: Exception | str, *, alone: bool = False) -> int:
 
 
 def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> int:
-    """Log a failure of memory, a file system, another process, an evaluation or a kernel and return the exit status.
+    """Log a failure of memory, files, a GPU, another process, an evaluation or a kernel and return the exit status.
 
     Raises:
         RuntimeError: `error` is something else.
@@ -86,19 +98,45 @@ def report_failure(error: RuntimeError | OSError | EOFError | MemoryError) -> in
             "smaller network"
         )
         return FAILED
-    if not _is_lost_peer(error):
+    if reason := str(error) if isinstance(error, DeviceLost) else _gpu_failure(error):
+        log.error(f"rank {launched_as().rank}: {reason}; {_continuation()}")
+        return LOST_PEER
+    if not _is_of_communication(error):
         raise error
-    minutes = collective_timeout().total_seconds() / 60
-    reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]  # without gloo's source line and advice
-    timed_out = re.search(r"time[d ]*out", reason, flags=re.IGNORECASE)
-    what = f"did not answer within DAT_TIMEOUT_MINUTES = {minutes:g}" if timed_out else "died"
-    log.error(f"rank {launched_as().rank}: another process {what}: {reason}; {_continuation()}")
+    problem = f"rank {launched_as().rank}: {_communication_failure(error)}"
+    if _NCCL_MISUSED.search(str(error)):
+        log.error(problem)
+        return FAILED
+    log.error(f"{problem}; {_continuation()}")
     return LOST_PEER
 
 
-def _is_lost_peer(error: RuntimeError) -> bool:
-    """Return whether `error` means that another process did not respond; errors of gloo have no specific class."""
+def _gpu_failure(error: RuntimeError) -> str:
+    """Return which GPU failed and how; empty if none did."""
+    found = _GPU_ERROR.search(str(error))  # in a traceback, if a thread of the loader met it
+    reason = found[0] if found else str(error).partition("\n")[0]  # general advice follows
+    if not (found or isinstance(error, torch.AcceleratorError)) or _GPU_MISUSED.search(reason):
+        return ""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    among = f" (CUDA_VISIBLE_DEVICES={visible})" if visible else ""
+    return f"GPU {launched_as().local_rank}{among} of {socket.gethostname()} failed: {reason}"
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    """Return whether processes could not communicate; errors of gloo have no specific class."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def _communication_failure(error: RuntimeError) -> str:
+    """Return in one line why processes could not communicate."""
+    text = re.sub(r"^\[[^]]*\] ", "", str(error))  # without a line of gloo's source, or a rank
+    begin, *_ = re.split(r"\n|\. ", text) if "gloo" in str(error) else text.splitlines()  # advice of gloo follows
+    _, _, last = text.partition("Last error:")  # NCCL's reason, after an explanation of the kind of error
+    reason = ": ".join([begin, *last.strip().splitlines()[:1]])
+    if _TIMED_OUT.search(reason):
+        minutes = collective_timeout().total_seconds() / 60
+        return f"another process did not answer within DAT_TIMEOUT_MINUTES = {minutes:g}: {reason}"
+    return f"{'another process died' if _CLOSED.search(reason) else 'communication failed'}: {reason}"
 
 
 def _is_lost_worker(error: Exception) -> bool:
@@ -115,8 +153,11 @@ def _is_broken_socket(error: Exception) -> bool:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether `error` means out of memory; on the CPU PyTorch raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Return whether `error` means out of memory, for which only PyTorch's own allocator of GPUs has a class."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    # On the CPU; of CUDA and NCCL; of cuBLAS and cuDNN.
+    return any(words in str(error) for words in ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED"))
 
 
 def _continuation() -> str:

@@ -59,16 +59,16 @@ class Update(NamedTuple):
 
 def train(run: Run) -> int:
     """Train to the end or to a request to stop, finish the log, and return the exit status."""
-    status = FAILED
     try:
         status = train_epochs(run)
+        finish_run(run, status)
         return status
     finally:
-        run.log.close(status)
+        run.log.close(FAILED)  # without effect unless there was an error
 
 
 def train_epochs(run: Run) -> int:
-    """Train and evaluate epoch by epoch; return the exit status."""
+    """Train and evaluate epoch by epoch; return the exit status, which is above 128 if the run was asked to stop."""
     config, position, log = run.config, run.state.position, run.log
     saved = True
     while position.epoch < config.TRAIN.EPOCHS and not run.early_stop_reason():
@@ -85,7 +85,7 @@ def train_epochs(run: Run) -> int:
             log.info(run.task.best_line(position.best_accuracy))
         keep = config.SAVE_FREQ > 0 and position.epoch % config.SAVE_FREQ == 0
         saved = run.save(best=position.best_epoch == position.epoch, epoch=position.epoch if keep else None)
-    return finish_run(run, saved)
+    return 0 if saved else FAILED
 
 
 def train_one_epoch(run: Run) -> bool:
@@ -107,7 +107,7 @@ def train_one_epoch(run: Run) -> bool:
     keep_frozen_in_eval(state.network)
     run.train_loader.sampler.set_position(position.epoch, position.update * state.images_per_update)
     batches, reader, action = iter(run.train_loader), LateReader(), Action.NOTHING
-    with Progress(run) as progress:
+    with run.fastest_convolutions(), Progress(run) as progress:
         while position.update < state.updates_per_epoch:
             lr = learning_rate(state.optimizer)
             update = take_update(run, batches)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -218,6 +218,15 @@ class Run:
     def gradient_sync(self, *, enabled: bool) -> AbstractContextManager:
         """Return the context of a micro-batch: gradients are averaged over ranks only in the last one of an update."""
         return nullcontext() if enabled or self.world.size == 1 else self.model.no_sync()
+
+    @contextmanager
+    def fastest_convolutions(self) -> Iterator[None]:
+        """Let cuDNN try its algorithms once for each size of its inputs: images of detection have too many sizes."""
+        torch.backends.cudnn.benchmark = self.config.TASK != "detection" and not self.config.DETERMINISTIC
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = False
 
     def early_stop_reason(self) -> str:
         """Return why the run ends before its last epoch; empty if it continues."""

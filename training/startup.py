@@ -40,14 +40,15 @@ def _require_packages() -> None:
     """Exit with one line if this Python is too old or lacks a package, for example outside the environment."""
     instead = "run .venv/bin/python instead, which `make setup` creates"
     if sys.version_info < _OLDEST:
-        _refuse(f"{sys.executable} is Python {platform.python_version()}, but 3.10 or later is needed; {instead}")
+        refuse(f"{sys.executable} is Python {platform.python_version()}, but 3.10 or later is needed; {instead}")
     missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
     if missing:
         install = "or install requirements.txt into this Python"
-        _refuse(f"{sys.executable} has no package {', '.join(missing)}; {instead}, {install}")
+        refuse(f"{sys.executable} has no package {', '.join(missing)}; {instead}, {install}")
 
 
-def _refuse(problem: str) -> NoReturn:
+def refuse(problem: Exception | str) -> NoReturn:
+    """End a program that cannot do what is asked: one line on standard error, without the flags, and exit status 2."""
     print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
     sys.exit(2)
 

@@ -17,7 +17,7 @@ from data.images import read_image
 from data.transforms import eval_transform
 from data.wording import counted
 from models.build import build_model, num_classes, set_num_classes
-from models.weights import IMAGENET_1K
+from models.class_names import IMAGENET_1K
 from tasks.classes import describe_labels
 from training.checkpoint import load_checkpoint, load_strictly, set_trained_epoch
 from training.resume import written_config

@@ -16,8 +16,8 @@ from tests.data.formats.writers import write_shards
 from tests.data.samples import build_eval_loader, build_train_loader, small_config, write_folder
 from tests.launched import Job, run_forked
 from tests.runs import write_config
-from tools.report import write_report
 from training.exit_status import FAILED
+from training.report.page import write_report
 
 LAYOUT = {"train/cat": 6, "train/dog": 6, "val/cat": 4, "val/dog": 3}
 

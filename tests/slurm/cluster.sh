@@ -45,8 +45,11 @@ ReturnToService=2
 MpiDefault=none
 JobRequeue=1
 KillWait=30
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 NodeName=n[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$(($2 + 1))-$(($2 + 2))] CPUs=1 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF
 END
 }
 

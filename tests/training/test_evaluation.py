@@ -12,8 +12,7 @@ from torch import nn
 
 from config import load_config
 from main import main
-from models import build_model
-from models.build import set_num_classes
+from models.build import build_model, set_num_classes
 from models.dat import DAT
 from tasks import build_task
 from tasks.classes import labels_of, read_label_sets

@@ -6,11 +6,13 @@ import errno
 import logging
 import os
 import signal
+import socket
 import sys
 from importlib import metadata
 from pathlib import Path
 
 import pytest
+import torch
 from packaging.utils import canonicalize_name
 
 import main
@@ -50,6 +52,149 @@ def test_lost_process_is_reported_with_its_cause(
     assert len(logged) == 1
     assert logged[0].startswith(f"rank 0: another process {what}")
     assert logged[0].endswith(f"; {how}")
+
+
+def nccl(kind: str, name: str, last: str) -> torch.distributed.DistBackendError:
+    """Return an error as PyTorch raises it for one of NCCL."""
+    place = "[1] NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:94"
+    advice = "(run with NCCL_DEBUG=WARN for details), NCCL version 2.27.5"
+    text = f"{place}, {kind} {advice}\n{name}: An explanation. \nLast error:\n{last}\nmore"
+    return torch.distributed.DistBackendError(text)
+
+
+REFUSED = "The client socket has failed to connect to any address of (node1, 29400). Connection refused (errno: 111)"
+TAKEN = "The server socket has failed to listen on any local address. port: 29400, message: address already in use"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "what", "reason"),
+    [
+        (nccl("invalid usage", "ncclInvalidUsage", "Duplicate GPU"), FAILED, "communication failed", "Duplicate GPU"),
+        (nccl("invalid argument", "ncclInvalidArgument", "Bad root"), FAILED, "communication failed", "Bad root"),
+        (
+            nccl("unhandled system error", "ncclSystemError", "Connect to 10.0.0.2 returned 113(No route to host)"),
+            LOST_PEER,
+            "communication failed",
+            "Connect to 10.0.0.2 returned 113(No route to host)",
+        ),
+        (
+            nccl(
+                "unhandled system error", "ncclSystemError", "Call to ibv_create_qp failed with error Invalid argument"
+            ),
+            LOST_PEER,
+            "communication failed",
+            "Call to ibv_create_qp failed with error Invalid argument",
+        ),
+        (
+            nccl("remote process exited or there was a network error", "ncclRemoteError", "Connection closed by node2"),
+            LOST_PEER,
+            "another process died",
+            "Connection closed by node2",
+        ),
+        (
+            nccl("unhandled system error", "ncclSystemError", "Connection reset by peer"),
+            LOST_PEER,
+            "another process died",
+            "Connection reset by peer",
+        ),
+        (torch.distributed.DistNetworkError(REFUSED), LOST_PEER, "communication failed", REFUSED),
+        (torch.distributed.DistNetworkError(TAKEN), LOST_PEER, "communication failed", TAKEN),
+        (
+            torch.distributed.DistNetworkError("failed to recv, got 0 bytes"),
+            LOST_PEER,
+            "another process died",
+            "failed to recv, got 0 bytes",
+        ),
+        (
+            torch.distributed.DistStoreError("wait timeout after 60000ms, keys: /default_pg/0"),
+            LOST_PEER,
+            "another process did not answer within DAT_TIMEOUT_MINUTES = 30",
+            "wait timeout after 60000ms, keys: /default_pg/0",
+        ),
+    ],
+)
+def test_failed_communication_is_reported_with_its_reason(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, status: int, what: str, reason: str
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
+    for name in ("DAT_RESTARTS_LEFT", "DAT_TIMEOUT_MINUTES"):
+        monkeypatch.delenv(name, raising=False)
+    assert report_failure(error) == status
+    (line,) = logged
+    assert line.startswith(f"rank 0: {what}: ")
+    assert line.endswith(reason if status == FAILED else f"{reason}; {BY_HAND}")
+
+
+ADVICE = "\nCompile with `TORCH_USE_CUDA_DSA` to enable device-side assertions.\n"
+ECC = "CUDA error: uncorrectable ECC error encountered"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (torch.AcceleratorError(f"{ECC}{ADVICE}"), ECC),
+        (torch.AcceleratorError(f"another accelerator failed{ADVICE}"), "another accelerator failed"),
+        (RuntimeError(f"Caught AcceleratorError in pin memory thread.\ntorch.AcceleratorError: {ECC}{ADVICE}"), ECC),
+        (torch.distributed.DistBackendError(f"Watchdog thread terminated with exception: {ECC}{ADVICE}"), ECC),
+        *(
+            (RuntimeError(text), text)
+            for text in (
+                "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+                "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(handle)`",
+                "CUDA driver error: unknown error",
+                "Triton Error [CUDA]: unspecified launch failure",
+            )
+        ),
+    ],
+)
+def test_a_gpu_that_fails_is_named_and_is_worth_a_restart(
+    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, reason: str
+) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
+    monkeypatch.delenv("DAT_RESTARTS_LEFT", raising=False)
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "2,3"}.items():
+        monkeypatch.setenv(name, value)
+    assert report_failure(error) == LOST_PEER
+    gpu = f"GPU 1 (CUDA_VISIBLE_DEVICES=2,3) of {socket.gethostname()}"
+    assert logged == [f"rank 5: {gpu} failed: {reason}; {BY_HAND}"]
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "CUDA error: device-side assert triggered",
+        "CUDA error: no kernel image is available for execution on the device",
+        "CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx(handle)`",
+        "cuDNN error: CUDNN_STATUS_BAD_PARAM",
+    ],
+)
+def test_a_wrong_call_of_the_gpu_is_an_error_of_the_program(reason: str) -> None:
+    error = torch.AcceleratorError(f"{reason}{ADVICE}")
+    with pytest.raises(torch.AcceleratorError) as raised:
+        report_failure(error)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.AcceleratorError(f"CUDA error: out of memory{ADVICE}"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        nccl("unhandled cuda error", "ncclUnhandledCudaError", "Cuda failure 2 'out of memory'"),
+    ],
+    ids=repr,
+)
+def test_out_of_memory_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    logged: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
+    assert report_failure(error) == FAILED
+    assert len(logged) == 1
+    assert logged[0].startswith("out of memory; reduce --batch-size ")
 
 
 @pytest.mark.parametrize(

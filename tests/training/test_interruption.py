@@ -314,31 +314,45 @@ def test_truncated_checkpoint_falls_back_to_the_previous_one(uninterrupted: Unin
     assert told[0].endswith(f"continuing from {trial.folder / 'previous.pth'} instead")
 
 
-def _report_slowly() -> None:
-    """Print when rank 0 has written its report, and when the other rank leaves."""
+def _finish_slowly() -> None:
+    """Print when rank 0 has written its report and closed its recorders, and when a rank leaves."""
     import main
     from training import finish, loop
 
-    leave = main.close_world
+    leave, close, stopped = main.close_world, RunLog.close, "STOPPED" in os.environ
 
     def report(_: loop.Run) -> None:
-        time.sleep(1)
+        time.sleep(0.3)
         os.write(1, b"the report is written\n")
+
+    def close_slowly(log: RunLog, status: int) -> None:
+        if os.environ["RANK"] == "0" and not closed:
+            closed.append(status)
+            time.sleep(0.3)
+            os.write(1, b"the recorders are closed\n")
+        close(log, status)
 
     def leave_with_a_line() -> None:
         os.write(1, b"a rank leaves\n")
         leave()
 
-    loop.train_epochs = lambda run: finish.finish_run(run, saved=True)
-    finish.write_html_report, main.close_world = report, leave_with_a_line
+    closed: list[int] = []
+    loop.train_epochs = lambda _: 143 if stopped else 0
+    finish.write_html_report, RunLog.close, main.close_world = report, close_slowly, leave_with_a_line
 
 
-def test_ranks_stay_until_the_report_is_written(tmp_path: Path) -> None:
-    job = Trial(tmp_path / "trial", 2, 0).start(prepare=_report_slowly)
-    assert job.wait() == [0, 0], job.console()
-    assert "curves.png could not be written (" in job.console()  # nothing was trained
-    lines = [line for line in job.console().splitlines() if line.endswith(("is written", "leaves"))]
-    assert lines == ["the report is written", "a rank leaves", "a rank leaves"]
+@pytest.mark.parametrize("stopped", [False, True])
+def test_ranks_stay_until_the_report_is_written_and_the_recorders_are_closed(stopped: bool, tmp_path: Path) -> None:
+    job = Trial(tmp_path / "trial", 2, 0).start(prepare=_finish_slowly, **({"STOPPED": "1"} if stopped else {}))
+    assert job.wait() == [143 if stopped else 0] * 2, job.console()
+    assert ("curves.png could not be written (" in job.console()) != stopped  # nothing was trained
+    lines = [line for line in job.console().splitlines() if line.endswith(("is written", "are closed", "leaves"))]
+    assert lines == [
+        *([] if stopped else ["the report is written"]),
+        "the recorders are closed",
+        "a rank leaves",
+        "a rank leaves",
+    ]
 
 
 def test_run_started_from_a_file_resumes_its_own_checkpoint(tmp_path: Path) -> None:

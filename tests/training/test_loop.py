@@ -31,7 +31,7 @@ from tests.data.samples import write_folder
 from tests.runs import Killed, read_metrics, write_config
 from training import build as build_module
 from training import loop
-from training.build import Assembly, assemble, build_run
+from training.build import Assembly, assemble, build_run, prepare_device
 from training.command_line import parse
 from training.finish import describe_result
 from training.loop import take_update, train, train_one_epoch
@@ -492,6 +492,54 @@ def test_closing_line_names_the_files_on_disk(tmp_path: Path) -> None:
     assert describe_result(run).startswith("best accuracy 50.00 % in epoch 1 of 1; best.pth, last.pth, log.txt and")
     run.state.position.finish_epoch(60.0)
     assert "60.00 % in epoch 2 of 2, while best.pth is of epoch 1; best.pth" in describe_result(run)
+
+
+@pytest.mark.parametrize(
+    ("flags", "task", "expected"),
+    [([], "classification", True), (["--deterministic"], "classification", False), ([], "detection", False)],
+)
+def test_cudnn_tries_its_algorithms_only_in_training_on_images_of_one_size(
+    flags: list[str], task: str, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, found, update = build(tmp_path, *flags), [], loop.take_update
+    run.config.TASK = task
+
+    def note(*given: Any) -> loop.Update:
+        found.append(torch.backends.cudnn.benchmark)
+        return update(*given)
+
+    monkeypatch.setattr(loop, "take_update", note)
+    try:
+        assert train_one_epoch(run)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert set(found) == {expected}
+    assert not torch.backends.cudnn.benchmark  # in evaluations
+
+
+@pytest.fixture
+def tf32() -> Iterator[tuple[Any, Any]]:
+    """Return PyTorch's settings of convolutions and matrix products; they are restored afterwards."""
+    settings = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [setting.allow_tf32 for setting in settings]
+    yield settings
+    for setting, value in zip(settings, before, strict=True):
+        setting.allow_tf32 = value
+
+
+@pytest.mark.parametrize(("flags", "precision"), [([], "ieee"), (["--tf32"], "tf32")])
+@pytest.mark.filterwarnings("error")
+def test_float32_is_tf32_only_on_request(
+    flags: list[str], precision: str, tf32: tuple[Any, Any], tmp_path: Path
+) -> None:
+    for setting in tf32:
+        setting.allow_tf32 = not flags
+    _, config = parse(["--cfg", str(write_config(tmp_path)), *flags])
+    prepare_device(config)
+    assert [setting.allow_tf32 for setting in tf32] == [bool(flags)] * 2
+    convolutions, products = tf32
+    assert products.fp32_precision == precision  # which kernels of Triton follow
+    assert (convolutions.conv.fp32_precision == "tf32") == bool(flags)
 
 
 def test_run_without_finite_results_has_no_best_epoch(tmp_path: Path) -> None:
