@@ -168,12 +168,12 @@ class Task(ABC):
         raise ValueError(f"the task {self.config.TASK} does not support a teacher; remove DISTILL.* from the options")
 
     @abstractmethod
-    def prepare(self, batch: Any, device: torch.device) -> Any:
-        """Return a training batch on the device, with the augmentation that runs there."""
-
     def to_device(self, batch: Any, device: torch.device) -> Any:
         """Return a held-out batch on the device."""
-        return self.prepare(batch, device)
+
+    def prepare(self, batch: Any, device: torch.device) -> Any:
+        """Return a training batch on the device, with the augmentation that runs there."""
+        return self.to_device(batch, device)
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> Tensor | dict[str, Tensor]:

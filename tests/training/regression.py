@@ -35,7 +35,7 @@ class Regression(Task):
     def build_model(self) -> nn.Module:
         return nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.1), nn.Linear(16, 2))
 
-    def prepare(self, batch: dict, device: torch.device) -> dict:
+    def to_device(self, batch: dict, device: torch.device) -> dict:
         return {"x": batch["x"].to(device), "wanted": {k: v.to(device) for k, v in batch["wanted"].items()}}
 
     def loss(self, model: nn.Module, batch: dict) -> dict[str, Tensor]:
