@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import hashlib
 import pickle
 import time
 from collections.abc import Callable
@@ -16,28 +15,12 @@ from torchvision import datasets
 
 from data.formats.published import open_cifar10, open_cifar100, open_fashion_mnist, open_mnist_digits
 from data.sources import Dataset, Request
-from tests.data.formats.writers import idx
-
-
-def dump(path: Path, content: dict) -> str:
-    path.write_bytes(pickle.dumps(content))
-    return hashlib.md5(path.read_bytes()).hexdigest()
+from tests.data.formats.writers import idx, write_cifar10
 
 
 @pytest.fixture
 def cifar10(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "cifar-10-batches-py"
-    folder.mkdir()
-    rng, sums = np.random.default_rng(0), {}
-    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
-        pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
-        sums[name] = dump(folder / name, {"data": pixels, "labels": rng.integers(0, 10, 4).tolist()})
-    sums["batches.meta"] = dump(folder / "batches.meta", {"label_names": [f"class {number}" for number in range(10)]})
-    lists = [[n, s] for n, s in sums.items() if n.startswith("data")], [["test_batch", sums["test_batch"]]]
-    monkeypatch.setattr(datasets.CIFAR10, "train_list", lists[0])
-    monkeypatch.setattr(datasets.CIFAR10, "test_list", lists[1])
-    monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": sums["batches.meta"]})
-    return folder
+    return write_cifar10(tmp_path, monkeypatch)
 
 
 def test_cifar10(cifar10: Path) -> None:

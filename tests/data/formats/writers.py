@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import pickle
 import struct
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pytest
+from torchvision import datasets
 
 SPLITS = ("train", "val")
 
@@ -142,3 +146,25 @@ WRITERS: dict[str, tuple[str, Callable[[Path, Path], Path]]] = {
     "parquet": ("parquet", write_parquet),
     "huggingface": ("huggingface", write_saved),
 }
+
+
+def dump(path: Path, content: dict) -> str:
+    """Write an object and return the checksum of the file."""
+    path.write_bytes(pickle.dumps(content))
+    return hashlib.md5(path.read_bytes()).hexdigest()
+
+
+def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Write 20 training and 4 test images as CIFAR-10 is published, let torchvision accept them, return the folder."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir()
+    rng, sums = np.random.default_rng(0), {}
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        pixels = rng.integers(0, 256, (4, 3072), dtype=np.uint8)
+        sums[name] = dump(folder / name, {"data": pixels, "labels": rng.integers(0, 10, 4).tolist()})
+    sums["batches.meta"] = dump(folder / "batches.meta", {"label_names": [f"class {number}" for number in range(10)]})
+    lists = [[n, s] for n, s in sums.items() if n.startswith("data")], [["test_batch", sums["test_batch"]]]
+    monkeypatch.setattr(datasets.CIFAR10, "train_list", lists[0])
+    monkeypatch.setattr(datasets.CIFAR10, "test_list", lists[1])
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": sums["batches.meta"]})
+    return folder
