@@ -104,7 +104,8 @@ OPTIONS: dict[str, Option] = {
         "with any number of classes. csv, tar (archives and shards), parquet, huggingface (saved on disk), cifar10, "
         "cifar100, mnist, fashion_mnist: other formats of classification data. webdataset: shards from pipes and "
         "object stores, in approximately random order. digits: the 1,797 handwritten digits of scikit-learn, which "
-        "need no path. TASK detection: coco, voc, yolo, digit_scenes.",
+        "need no path. TASK detection: coco, voc, yolo, digit_scenes. TASK segmentation: ade20k, masks, coco, "
+        "digit_scenes.",
     ),
     "DATA.DATA_PATH": RunOption(
         "",
@@ -116,17 +117,17 @@ OPTIONS: dict[str, Option] = {
     ),
     "DATA.TRAIN": RunOption("", "Name or path of the training split, relative to DATA_PATH or absolute; empty: train."),
     "DATA.VAL": RunOption(
-        "", "Likewise for the held-out split; empty: val, validation, valid or test; in TASK detection val."
+        "", "Likewise for the validation split; empty: val, validation, valid or test; in TASK detection val."
     ),
     "DATA.DOWNLOAD": _switch(
         False, "Download the data set from its published location, for formats that have one.", may_change=True
     ),
-    "DATA.SCENES": RunOption(600, "Training scenes of digit_scenes; 150 others are held out.", at_least(1)),
+    "DATA.SCENES": RunOption(600, "Training scenes of digit_scenes; 150 others are for validation.", at_least(1)),
     "DATA.STREAM.IMAGES": RunOption(
         0, "webdataset: training images per epoch, as a stream has no length.", not_negative()
     ),
     "DATA.STREAM.VAL_IMAGES": RunOption(
-        0, "webdataset: total number of held-out images, which evaluation checks.", not_negative()
+        0, "webdataset: total number of validation images, which evaluation checks.", not_negative()
     ),
     "DATA.STREAM.SHUFFLE": RunOption(
         1000, "Size of each worker's shuffle buffer in images, in addition to shuffled shards.", not_negative()
@@ -146,14 +147,14 @@ OPTIONS: dict[str, Option] = {
     ),
     "DATA.ALLOW_LARGER_VAL": _switch(
         False,
-        "Accept more held-out images than training images; by default the splits are assumed to be swapped.",
+        "Accept more validation images than training images; by default the splits are assumed to be swapped.",
         may_change=True,
     ),
     "DATA.BALANCE": RunOption(
         "none",
         "How imbalanced classes are handled. loss: the loss of an image is weighted by the inverse size of its class. "
-        "sampling: an epoch keeps its length and draws equally many images of each class; those of small classes are "
-        "repeated, with different augmentation each time, and only some of large classes are used.",
+        "sampling: an epoch keeps its length and draws the same number of images of each class; those of small "
+        "classes are repeated, with different augmentation each time, and only some of large classes are used.",
         one_of("none", "loss", "sampling"),
     ),
     "DATA.BATCH_SIZE": RunOption(
@@ -241,9 +242,9 @@ OPTIONS: dict[str, Option] = {
     ),
     "MODEL.CLASS_MAP": RunOption(
         "",
-        "If PRETRAINED or the file to evaluate has other classes: a text file with one line per class of the data set, "
-        "its index in the weights, or its name and its index or WordNet id. Not needed to adapt ImageNet-22K weights "
-        "to ImageNet-1K.",
+        "If PRETRAINED or the file to evaluate has other classes: a text file with one line per class of the data set: "
+        "the class's index in the weights, its name there or its WordNet id, optionally preceded by the folder name. "
+        "Not needed to adapt ImageNet-22K weights to ImageNet-1K.",
         may_change=True,
     ),
     "MODEL.RESUME": RunOption(
@@ -319,7 +320,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.BASE_LR": RunOption(
         5e-4,
-        "Peak learning rate for 512 images per update; it and the next two are multiplied by images per update / 512.",
+        "Peak learning rate for 512 images per update; BASE_LR, WARMUP_LR and MIN_LR are multiplied by images per "
+        "update / 512.",
         not_negative(),
         synonyms=("--learning-rate", "--base-lr"),
         flag="--lr",
@@ -393,7 +395,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.EMA.DECAY": RunOption(
         0.9999,
-        "Largest decay of the average per update; after u updates it is at most 1 - u^(-2/3).",
+        "Decay of the average per update: min(DECAY, 1 − u^(−2/3)) after u updates.",
         share(),
         synonyms=("--ema-decay", "--model-ema-decay"),
     ),
@@ -503,7 +505,7 @@ OPTIONS: dict[str, Option] = {
         _COUNTS,
     ),
     "DETECTION.CROP": RunOption([384, 600], "Minimum and maximum side of that crop, in pixels.", _RANGE),
-    "DETECTION.TEST_SHORT_SIDE": RunOption(800, "Short side of held-out images, in pixels.", at_least(1)),
+    "DETECTION.TEST_SHORT_SIDE": RunOption(800, "Short side of validation images, in pixels.", at_least(1)),
     # ---- segmentation
     "SEGMENTATION.SCALE": RunOption(
         [0.5, 2.0],
@@ -519,7 +521,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "SEGMENTATION.TEST_SCALES": RunOption(
         [1.0],
-        "Scales of held-out images, relative to a short side of DATA.IMG_SIZE; several are averaged.",
+        "Scales of validation images, relative to a short side of DATA.IMG_SIZE; several are averaged.",
         Check(lambda scales: scales and min(scales) > 0, "a list of numbers above 0"),
         may_change=True,
     ),
@@ -532,8 +534,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "TEST.LABELS": RunOption(
         "",
-        "With --eval: JSON file with a list of labels for each held-out image, by the number in its name, any of which "
-        "counts as correct, such as real.json of ReaL. Images with empty lists are not counted.",
+        "With --eval: JSON file with a list of labels for each validation image, by the number in its name, any of "
+        "which counts as correct, such as real.json of ReaL. Images with empty lists are not counted.",
         may_change=True,
     ),
     "TEST.CROP_RATIO": RunOption(0.875, "Side of the centre crop relative to the resized image.", _FRACTION),
@@ -567,8 +569,8 @@ OPTIONS: dict[str, Option] = {
     ),
     "TF32": _switch(
         False,
-        "On NVIDIA GPUs, compute float32 convolutions and matrix products in TF32, which is faster and has 10 bits "
-        "after the point, in place of 23; in training and evaluation.",
+        "On NVIDIA GPUs, compute float32 convolutions and matrix products in TF32, which is faster and has a 10-bit "
+        "mantissa instead of 23 bits; in training and evaluation.",
         flag="--tf32",
     ),
     "COMPILE": _switch(False, "torch.compile, block by block.", flag="--compile", may_change=True),
@@ -625,7 +627,7 @@ OPTIONS: dict[str, Option] = {
     ),
     "REPORT": _switch(
         True,
-        "Write report.html at the end, for which rank 0 evaluates the held-out images once more.",
+        "Write report.html at the end, for which rank 0 evaluates the validation images once more.",
         may_change=True,
     ),
     "LOG.TO": RunOption(

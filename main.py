@@ -101,7 +101,7 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
     elif args.eval:
         evaluation = build_evaluation(config, world, cached=False)
         lines, warnings = evaluation.notes, evaluation.warnings
-        images = counted(len(evaluation.loader.dataset), "held-out image")
+        images = counted(len(evaluation.loader.dataset), "validation image")
         summary = f"{evaluation.path}, {images}, {evaluation.task.summary()}"
     else:
         assembly = assemble(config, world, cached=False)

@@ -82,7 +82,7 @@ def parameter_groups(
 
     Args:
         model: the network.
-        weight_decay: of the parameters with weight decay.
+        weight_decay: the weight decay of the parameters that have one.
         layer_decay: factor on the learning rate from each layer to the preceding one (BEiT, arXiv 2106.08254,
             appendix); the layers are those of the network's `group_matcher`, as in timm.
         head_scale: factor on the learning rate of the layer that computes the logits.

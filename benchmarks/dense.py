@@ -44,7 +44,7 @@ class Measured:
     """Results of a run.
 
     Attributes:
-        losses: of the updates.
+        losses: the losses of the updates.
         score: AP of a detector, mIoU of a segmenter.
         peak: GiB.
         seconds: CPU seconds.

@@ -126,7 +126,7 @@ def count(network: nn.Module, shape: tuple[int, ...]) -> tuple[Launches, Launche
 
     Args:
         network: on the CPU; it is moved permanently to the fake device.
-        shape: of the images, ``[B, 3, H, W]``.
+        shape: the shape of the images, ``[B, 3, H, W]``.
     """
     device, forward, backward = torch.device("cuda"), Launches(), Launches()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, _new_parameters():

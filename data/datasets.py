@@ -118,7 +118,7 @@ class TransformedImages(SeededSamples[Sample]):
         on_unreadable: see `SeededSamples`; a marked image is black and its target -1.
 
     Attributes:
-        warnings: of the source.
+        warnings: the source's warnings.
     """
 
     def __init__(self, source: ImageSource, transform: Transform, *, seed: int, on_unreadable: OnUnreadable) -> None:

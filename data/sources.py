@@ -33,7 +33,7 @@ class ImageSource(ABC):
 
     Attributes:
         labels: class of every image, `[n]`, integers; `[n, classes]` of 0 and 1 for multi-label data.
-        warnings: for the log.
+        warnings: warnings for the log.
     """
 
     labels: np.ndarray
@@ -213,7 +213,7 @@ class Dataset:
                 f"the classes are numbers, but labels follow their order as text ({', '.join(self.classes[:3])}, ...), "
                 f"as in torchvision; DATA.CLASS_ORDER number sorts them as numbers"
             )
-        for source, kind in ((self.train, "training"), (self.held_out, "held-out")):
+        for source, kind in ((self.train, "training"), (self.held_out, "validation")):
             counts = self.counts(source) if isinstance(source, ImageSource) else []
             absent = [name for name, count in zip(self.classes, counts, strict=False) if not count]
             if absent:
@@ -259,7 +259,7 @@ class Dataset:
         """
         if self.train is not None and self.held_out is not None and len(self.held_out) > len(self.train):
             raise ValueError(
-                f"there are {len(self.held_out)} images held out and only {len(self.train)} for training: the splits "
+                f"there are {len(self.held_out)} validation images and only {len(self.train)} for training: the splits "
                 f"seem swapped; exchange them, or set DATA.ALLOW_LARGER_VAL True if this is intended"
             )
 

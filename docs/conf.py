@@ -29,6 +29,15 @@ def _name_files_of_the_repository(app: Sphinx, name: str, source: list[str]) -> 
     source[0] = re.sub(r"(?<!!)\[([^\]]*)\]\(\.\./([^)]*)\)", r"\1 (`\2`)", source[0])
 
 
+def _name_files_next_to(app: Sphinx, included: Path, parent: str, source: list[str]) -> None:  # noqa: ARG001
+    """Likewise in an included page for links to files in its folder; those to docs/ lead to pages of the site."""
+    text = re.sub(
+        r"(?<!!)\[([^\]]*)\]\((?!https?:|#|\.\./docs/)([^)]*)\)", rf"\1 (`{included.parent.name}/\2`)", source[0]
+    )
+    source[0] = text.replace("](../docs/", "](")
+
+
 def setup(app: Sphinx) -> None:
     """Connect the page preprocessing."""
     app.connect("source-read", _name_files_of_the_repository)
+    app.connect("include-read", _name_files_next_to)

@@ -21,7 +21,7 @@ def main(
     Args:
         name: architecture of the backbone.
         size: side of the images in pixels.
-        options: of the backbone.
+        options: options of the backbone.
         **detr: options of `DeformableDetrConfig`.
     """
     backbone = DATConfig(architecture=name, options=options, out_features=["stage2", "stage3", "stage4"])

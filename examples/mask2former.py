@@ -21,7 +21,7 @@ def main(
     Args:
         name: architecture of the backbone.
         size: side of the images in pixels.
-        options: of the backbone.
+        options: options of the backbone.
         **mask2former: options of `Mask2FormerConfig`.
     """
     backbone = DATConfig(architecture=name, options=options, out_indices=[0, 1, 2, 3])

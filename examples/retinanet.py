@@ -21,8 +21,8 @@ class Pyramid(nn.Module):
 
     Args:
         name: a model of timm.
-        channels: of the maps.
-        **options: of the model.
+        channels: channels of the maps.
+        **options: options of the model.
     """
 
     def __init__(self, name: str, *, channels: int = 256, **options: Any) -> None:

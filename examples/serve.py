@@ -1,7 +1,7 @@
 """Serve an exported network: upload an image, get the most probable classes. ONNX Runtime, FastAPI, no PyTorch.
 
-    python tools/export.py --checkpoint output/demo/digits/default/best.pth
-    MODEL=output/export/digits.onnx uvicorn examples.serve:app
+    .venv/bin/python tools/export.py --checkpoint output/demo/digits/default/best.pth
+    MODEL=output/export/digits.onnx .venv/bin/python -m uvicorn examples.serve:app
     curl -F image=@photo.jpg 'localhost:8000/predict?top=3'
 
 Classes and preprocessing come from the metadata that tools/export.py writes into the file.

@@ -101,7 +101,7 @@ def check_counts(evaluated: float, left_out: float, samples: int) -> list[str]:
             "(DATA.STREAM.VAL_IMAGES, if it is a stream)"
         )
     if not evaluated:
-        raise EvaluationFailed(f"no held-out image of {samples} can be evaluated; repair the files, or name others")
+        raise EvaluationFailed(f"no validation image of {samples} can be evaluated; repair the files, or name others")
     if not left_out:
         return []
     unread = counted(int(left_out), "image could not be read and is", "images could not be read and are")

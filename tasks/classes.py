@@ -70,8 +70,8 @@ def _without_words(name: str) -> str:
 
 
 def describe_labels(classes: Sequence[str], labels: Sequence[int] | None = None) -> str:
-    """Return the first classes and the last one with their labels, by default their positions."""
-    pairs = [f"{name} {label}" for label, name in zip(labels or range(len(classes)), classes, strict=False)]
+    """Return the first labels and the last one with their classes; by default, labels are positions."""
+    pairs = [f"{label} = {name}" for label, name in zip(labels or range(len(classes)), classes, strict=False)]
     return ", ".join(pairs if len(pairs) < 5 else [*pairs[:3], "...", pairs[-1]])
 
 

@@ -74,7 +74,7 @@ class Classification(LabelledTask):
         if training and config.TEST.LABELS:
             raise ValueError("TEST.LABELS is only for --eval; remove it from the options of a run")
         if training:
-            self.notes.append(f"classes and their labels: {describe_labels(self.classes)}")
+            self.notes.append(f"classes by label: {describe_labels(self.classes)}")
         self._erase = build_erasing(config)
         self._mixup = build_mixup(config, len(self.classes)) if training else None
         self._warnings: list[str] = []
@@ -169,10 +169,10 @@ class Classification(LabelledTask):
             trust = "" if known else ", assumed to be those of the weights in this order"
             if not known and (warning := order_warning(self.classes)):
                 self._warnings.append(warning)
-            return [f"classes and their labels{trust}: {describe_labels(self.classes)}"]
+            return [f"classes by label{trust}: {describe_labels(self.classes)}"]
         if self._present and len(self._present) == 1:
             self._warnings.append("only one class can be predicted (TEST.CLASSES present), so every image is correct")
-        found, among = f"classes and their labels, found {how}: {describe_labels(self.classes, labels)}", len(labels)
+        found, among = f"classes by label, found {how}: {describe_labels(self.classes, labels)}", len(labels)
         names = known or [f"class {label}" for label in range(number)]
         for label, name in () if known else zip(labels, self.classes, strict=True):
             names[label] = name
@@ -219,7 +219,7 @@ class Accuracy(Meter):
 
     Args:
         samples: number of samples over all ranks.
-        device: of the network.
+        device: the network's device.
         present: labels that can be predicted; None for all.
     """
 
@@ -270,7 +270,7 @@ class F1(Meter):
 
     Args:
         samples: number of samples over all ranks.
-        device: of the network.
+        device: the network's device.
     """
 
     def __init__(self, samples: int, device: torch.device) -> None:

@@ -89,7 +89,7 @@ class MeanIoU(Meter):
     Args:
         classes: names by label.
         samples: number of images, over all ranks.
-        device: of the network.
+        device: the network's device.
         flip: whether to average over mirrored images, too.
     """
 

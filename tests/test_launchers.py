@@ -50,7 +50,7 @@ def test_two_processes_give_a_warning_once(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "images", {name: 4 for name in FOLDERS if name != "val/owl"})
     config = write_config(tmp_path, DATA={"DATASET": "imagenet", "BATCH_SIZE": 4}, TRAIN={"EPOCHS": 1})
     printed = run_forked("--cfg", config, "--data-path", images, "--output", tmp_path / "output", processes=2)
-    assert printed.count("1 of 3 classes without held-out images: owl") == 1
+    assert printed.count("1 of 3 classes without validation images: owl") == 1
 
 
 def test_a_published_checkpoint_is_evaluated_and_fine_tuned(photographs: Path, tmp_path: Path) -> None:

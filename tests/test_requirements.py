@@ -37,3 +37,15 @@ def test_each_pin_is_of_a_required_version_that_supports_the_python(python: str)
             continue
         supported = SpecifierSet(installed.get("Requires-Python") or "")
         assert installed["Version"] != version or python in supported, f"{name} {version} needs Python {supported}"
+
+
+def test_the_documentation_gives_the_versions_that_the_package_needs() -> None:
+    project = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    page = (ROOT / "docs/library.md").read_text(encoding="utf-8")
+    needs = {"the package": project["dependencies"]} | {
+        f"`{extra}`": needed for extra, needed in project["optional-dependencies"].items()
+    }
+    for who, requirements in needs.items():
+        (row,) = (line for line in page.splitlines() if line.startswith(f"| {who} |"))
+        for requirement in requirements:
+            assert requirement.replace(">=", " ≥ ") in row

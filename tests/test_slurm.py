@@ -267,10 +267,10 @@ def test_a_preempted_job_continues_to_the_same_result(slurm: dict[str, str], tmp
     try:
         job.wait_until(lambda: trial.rows() > 3)
         job.call("scontrol", "requeue", job.number)
-        job.wait_until(lambda: count("stopped as asked") == 1 and count("continuing from") == 1)
+        job.wait_until(lambda: count("stopped on request") == 1 and count("continuing from") == 1)
         assert "DUE TO JOB REQUEUE" in console.read_text()
 
-        job.wait_until(lambda: count("stopped as asked") == 2)  # a little before the minute is over
+        job.wait_until(lambda: count("stopped on request") == 2)  # a little before the minute is over
         job.wait_until(lambda: count("continuing from") == 2)
         assert f"Exited with exit code {128 + signal.SIGUSR1}" in console.read_text()
 
@@ -284,7 +284,7 @@ def test_a_preempted_job_continues_to_the_same_result(slurm: dict[str, str], tmp
         before = snapshots(trial.folder)
         job.wait_until(lambda: len(snapshots(trial.folder)) > len(before))
         job.call("scancel", job.number)
-        job.wait_until(lambda: count("stopped as asked") == 3)
+        job.wait_until(lambda: count("stopped on request") == 3)
         expected.wait_until(lambda: snapshots(undisturbed.folder) >= snapshots(trial.folder), 180)
         expected.signal(signal.SIGTERM)
         assert expected.wait() == [143, 143]

@@ -86,7 +86,7 @@ def test_the_commands_of_the_tutorial_lead_to_a_served_prediction(tmp_path: Path
     for command, (program, file) in zip(steps, WRITTEN.items(), strict=True):
         assert program in command
         begin = time.monotonic()
-        run(command + " TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0" * (program == "train.sh"), tmp_path)
+        run(command + " --opts TRAIN.EPOCHS 2 TRAIN.WARMUP_EPOCHS 0" * (program == "train.sh"), tmp_path)
         assert (tmp_path / file).is_file()
         print(f"{program}: {time.monotonic() - begin:.0f} s")
 

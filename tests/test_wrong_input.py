@@ -549,7 +549,7 @@ ROWS = [
     archive(
         "parts swapped by size",
         lambda root: (swap(root), index(root)),
-        "there are 8 images held out and only 4 for training: the splits seem swapped; ",
+        "there are 8 validation images and only 4 for training: the splits seem swapped; ",
     ),
     *(
         Wrong(
@@ -628,7 +628,7 @@ ROWS = [
     folder(
         "parts swapped by size",
         {"train/cat": 4, "val/cat": 9},
-        "there are 9 images held out and only 4 for training: the splits seem swapped; exchange them, or set DATA",
+        "there are 9 validation images and only 4 for training: the splits seem swapped; exchange them, or set DATA",
     ),
     Wrong(
         name="data: unknown format",
@@ -824,7 +824,7 @@ ROWS = [
     weights(
         "number of classes",
         lambda: write_folder(Path("wrong"), {"train/a": 4, "train/b": 4, "train/c": 4, "val/a": 2}),
-        "the weights have no class a, b, c, but cat 0, dog 1: give a MODEL.CLASS_MAP, .* with --pretrained",
+        "the weights have no class a, b, c, but 0 = cat, 1 = dog: give a MODEL.CLASS_MAP, .* with --pretrained",
         *("--data-path", "wrong", "--eval", "--resume", "trained.pth"),
     ),
     weights(
@@ -857,7 +857,7 @@ ROWS = [
     weights(
         "one class that the weights do not know",
         lambda: write_folder(Path("wrong"), {"val/cat": 1, "val/emu": 1}),
-        "the weights have no class emu, but cat 0, dog 1: give a MODEL.CLASS_MAP, leave the images out, or fine-tune",
+        "the weights have no class emu, but 0 = cat, 1 = dog: give a MODEL.CLASS_MAP, leave the images out, or fine-",
         *("--data-path", "wrong", "--eval", "--resume", "trained.pth"),
     ),
     weights(

@@ -12,7 +12,7 @@ def add_network(parser: argparse.ArgumentParser, *, required: bool = False) -> N
     """Add the flags that name a network: its checkpoint, its config, and which set of its weights.
 
     Args:
-        parser: of the tool.
+        parser: the tool's parser.
         required: whether a checkpoint must be given; otherwise the weights of a config alone are random.
     """
     published = "of this trainer, or a published one together with --cfg"

@@ -58,9 +58,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-path", default="", help="the data set")
     parser.add_argument("--dataset", default="imagenet", help="its format, a DATA.DATASET (default: class folders)")
-    parser.add_argument("--parts", nargs="+", choices=("train", "val"), default=["train", "val"])
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--show", type=int, default=10, help="images listed per kind")
+    parser.add_argument(
+        "--parts", nargs="+", choices=("train", "val"), default=["train", "val"], help="splits to read (default: both)"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
+    parser.add_argument("--show", type=int, default=10, help="images listed per kind (default: %(default)s)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="other options of the data set")
     args = parser.parse_args()
     try:
@@ -166,7 +168,7 @@ def _duplicates(places: dict[bytes, dict[str, list[str]]], parts: Sequence[str],
         print(f"\n{counted(len(both), 'image is', 'images are')} in both train and val")
         _list([f"{found['train'][0]} = {found['val'][0]}" for found in both], show)
         faults.append(
-            f"{counted(len(both), 'image is', 'images are')} trained on and held out, so results are too good"
+            f"{counted(len(both), 'image is', 'images are')} in training and validation, so results are too good"
         )
     for part in parts:
         twice = [names for found in places.values() if len(names := found.get(part, [])) > 1]

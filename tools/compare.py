@@ -115,7 +115,9 @@ def _parse_arguments() -> tuple[argparse.Namespace, dict[str, Variant], Path]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files; or one with MODEL.VIT and MODEL.DAT")
     parser.add_argument("--variants", nargs="+", metavar="VARIANT", help="only these: attentions, or names of files")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="seeds of the runs of each variant")
+    parser.add_argument(
+        "--seeds", nargs="+", type=int, default=[0], help="seeds of the runs of each variant (default: 0)"
+    )
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override options of the configs")
     args = parser.parse_args()
     try:
@@ -154,7 +156,7 @@ def choose(configs: Sequence[str], names: Sequence[str] | None, opts: Sequence[s
 
 
 def accuracies(folder: Path) -> list[float]:
-    """Return the held-out accuracy of every finished epoch of a run."""
+    """Return the validation accuracy of every finished epoch of a run."""
     rows = read_rows(folder / "metrics.jsonl")
     by_epoch = {row["epoch"]: row["top1"] for row in rows if row["kind"] == "eval"}
     return [by_epoch[epoch] for epoch in sorted(by_epoch)]
@@ -207,7 +209,7 @@ def draw(path: Path, curves: dict[str, list[list[float]]]) -> None:
         style = {"color": colours[name.removesuffix("_local")], "linestyle": "--" if name.endswith("_local") else "-"}
         axes.plot(epochs, [statistics.mean(point) for point in points], label=name, linewidth=1.2, **style)
         axes.fill_between(epochs, [*map(min, points)], [*map(max, points)], color=style["color"], alpha=0.08)
-    axes.set(xlabel="epoch", ylabel="held-out accuracy, %")
+    axes.set(xlabel="epoch", ylabel="validation accuracy, %")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, ncols=2)

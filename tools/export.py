@@ -5,7 +5,7 @@
     python tools/export.py --cfg configs/dat_tiny.yaml --formats pt2      # random weights
 
 Each file is run on one and on four random images, with --dynamic-size at three sizes, and its output is compared with
-that of the network. --validate also compares its score on the held-out images. The exit status is 1 if a file differs
+that of the network. --validate also compares its score on the validation images. The exit status is 1 if a file differs
 too much.
 """
 
@@ -66,10 +66,13 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", type=int, metavar="N", help="side, or height and width, in pixels")
     parser.add_argument("--dynamic-size", action="store_true", help="make the image size dynamic, too")
     parser.add_argument("--opset", type=int, help="ONNX opset (default: PyTorch's)")
-    parser.add_argument("--validate", action="store_true", help="compare scores on the held-out images of the config")
-    parser.add_argument("--data-path", metavar="PATH", help="their location")
+    parser.add_argument("--validate", action="store_true", help="compare scores on the validation images of the config")
+    parser.add_argument("--data-path", metavar="PATH", help="the location of these images")
     parser.add_argument(
-        "--max-loss", type=float, help="maximum loss of the score (default: 0.5 of percentages, 0.005 of other scores)"
+        "--max-drop",
+        type=float,
+        metavar="X",
+        help="largest allowed drop in the score (default: 0.5 for percentages, 0.005 for other scores)",
     )
     args = parser.parse_args()
     try:
@@ -108,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         if task:
             exported_score = _evaluate(task, source, exported)
             words += f", score {task.score.show(exported_score)} (the network: {task.score.show(score)})"
-            good &= score - exported_score <= (_max_loss(task.score) if args.max_loss is None else args.max_loss)
+            good &= score - exported_score <= (_max_drop(task.score) if args.max_drop is None else args.max_drop)
         print(f"{path}  {_megabytes(path):.1f} MB  {words}{'' if good else '  MISMATCH'}")
         failed |= not good
     return int(failed)
@@ -152,7 +155,7 @@ class Exported(nn.Module):
             ValueError: the file does not take images of this size.
         """
         size = tuple(images.shape[-2:])
-        become = f"--validate: held-out images become {size[0]} x {size[1]} pixels (height x width), but the file"
+        become = f"--validate: validation images become {size[0]} x {size[1]} pixels (height x width), but the file"
         if self._size not in (None, size):
             raise ValueError(
                 f"{become} has a fixed size of {self._size[0]} x {self._size[1]}; add --dynamic-size, or leave "
@@ -194,8 +197,8 @@ def _evaluate(task: Task, source: Source, run: Run) -> float:
     return task.score.of(task.evaluate(Exported(run, source), task.eval_loader(), log).metrics)
 
 
-def _max_loss(score: Score) -> float:
-    """Return the default of ``--max-loss``: half a percent of the scale."""
+def _max_drop(score: Score) -> float:
+    """Return the default of ``--max-drop``: half a percent of the scale."""
     return 0.5 if score.unit == "%" else 0.005
 
 

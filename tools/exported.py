@@ -155,7 +155,7 @@ class Format(NamedTuple):
     """An export format.
 
     Attributes:
-        ending: of the file's name.
+        ending: the ending of the file's name.
         write: writes a network to a path.
         load: returns what runs the file.
         tolerance: largest difference from the logits of the network, if these are at most 1.

@@ -94,13 +94,15 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data-path", default="", help="the data set")
     parser.add_argument("--dataset", default="imagenet", help="its format, a DATA.DATASET (default: class folders)")
     parser.add_argument("--output", required=True, type=Path, help="folder for the shards, new or empty")
-    parser.add_argument("--parts", nargs="+", choices=("train", "val"), default=["train", "val"])
-    parser.add_argument("--per-shard", type=int, default=1000, help="images per shard")
     parser.add_argument(
-        "--short-side", type=int, default=0, help="shrink larger images to it and write JPEG; 0: unchanged"
+        "--parts", nargs="+", choices=("train", "val"), default=["train", "val"], help="splits to pack (default: both)"
     )
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of shrunk images")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--per-shard", type=int, default=1000, help="images per shard (default: %(default)s)")
+    parser.add_argument(
+        "--short-side", type=int, default=0, help="shrink larger images to it and write JPEG (default: 0, unchanged)"
+    )
+    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of shrunk images (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="other options of the data set")
     return parser.parse_args()
 

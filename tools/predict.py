@@ -61,7 +61,12 @@ def main() -> None:
         "--draw", type=Path, metavar="FOLDER", help="also draw objects, or classes of pixels, over images"
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="batch size (default: 32)")
-    parser.add_argument("--device", choices=DEVICES, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        choices=DEVICES,
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: cuda if available, else cpu",
+    )
     parser.add_argument("--amp", choices=AUTOCAST, default="off", help="mixed precision (default: off)")
     parser.add_argument("--compile", action="store_true", help="torch.compile, block by block")
     args = parser.parse_args()

@@ -4,7 +4,7 @@
     python tools/report.py output/*/*
     python tools/report.py output/dat_tiny/default --data-path imagenet --device cuda
 
-A run writes it at its end. For a classifier, the checkpoint best.pth is run over the held-out images: accuracy by
+A run writes it at its end. For a classifier, the checkpoint best.pth is run over the validation images: accuracy by
 class, the confusion matrix, and the worst mistakes as pictures.
 """
 
@@ -32,7 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument("--data-path", default="", metavar="FOLDER", help="the data set (default: that of the run)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available, else cpu"
+    )
     args = parser.parse_args()
     try:
         for run in args.runs:

@@ -81,7 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--heads", type=int, nargs="+", default=[], metavar="N", help="heads in the picture, from 1")
     parser.add_argument("--size", type=int, nargs="+", default=[], metavar="PIXELS", help="side, or height and width")
-    parser.add_argument("--output", type=Path, default=Path("output/visualize"), metavar="FOLDER")
+    parser.add_argument(
+        "--output", type=Path, default=Path("output/visualize"), metavar="FOLDER", help="default: output/visualize"
+    )
     return parser
 
 

@@ -276,7 +276,7 @@ def _check_agreement(assembly: Assembly, config: CfgNode) -> None:
     facts = {
         "checkpoints": (position.epoch, position.update),
         "training images": len(assembly.train_loader.dataset),
-        "held-out images": len(assembly.eval_loader.dataset),
+        "validation images": len(assembly.eval_loader.dataset),
         "classes": assembly.task.describe(),
         "AMP": config.AMP,
     }
@@ -327,7 +327,7 @@ def describe_run(config: CfgNode, assembly: Assembly, world: World) -> str:
     parameters = sum(p.numel() for p in state.network.parameters())
     return (
         f"{config.MODEL.NAME}: {parameters / 1e6:.2f} M parameters, {len(assembly.train_loader.dataset)} training and "
-        f"{counted(len(assembly.eval_loader.dataset), 'held-out image')}, {counted(config.TRAIN.EPOCHS, 'epoch')} of "
+        f"{counted(len(assembly.eval_loader.dataset), 'validation image')}, {counted(config.TRAIN.EPOCHS, 'epoch')} of "
         f"{counted(state.updates_per_epoch, 'update')} of {counted(state.images_per_update, 'image')} on "
         f"{world.size} x {world.device.type}; results in {config.run_folder}"
     )

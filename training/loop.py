@@ -76,8 +76,11 @@ def train_epochs(run: Run) -> int:
         run.save()  # the evaluation may be interrupted, too
         results = evaluate_weights(run) if finished else None
         if results is None:
-            how = "the same command" if config.TRAIN.AUTO_RESUME else f"--resume {run.folder / 'last.pth'}"
-            log.info(f"stopped as asked in epoch {position.epoch + 1}, update {position.update}; {how} continues")
+            how = "" if config.TRAIN.AUTO_RESUME else f" with --resume {run.folder / 'last.pth'}"
+            log.info(
+                f"stopped on request in epoch {position.epoch + 1}, update {position.update}; run the same command "
+                f"again{how} to continue"
+            )
             return run.stop.exit_status()
         scores = [run.task.score.of(result.metrics) for result in results]
         position.finish_epoch(scores[-1] if all(map(math.isfinite, scores)) else -math.inf)

@@ -28,7 +28,7 @@ def preview(assembly: Assembly, config: CfgNode, world: World) -> tuple[list[str
     size, files = checkpoint_bytes(assembly.state), checkpoint_files(config)
     folder = config.run_folder
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    taken = f"a checkpoint takes {_megabytes(size)}, the {files} of the run at most {_megabytes(size * files)}"
+    taken = f"a checkpoint takes {_megabytes(size)}; the run keeps at most {files} ({_megabytes(size * files)})"
     lines = [describe_run(config, assembly, world), *assembly.notes, draw_schedule(rates), taken]
     full = [f"{taken}, but {folder} has {_megabytes(free)} free"] if size * files > free else []
     return lines, [*assembly.warnings, *full]

@@ -40,7 +40,7 @@ class Progress:
             update: its number within the epoch, from 1.
             loss: averaged over all ranks.
             lr: its learning rate.
-            names: of the named losses whose sum is `loss`.
+            names: the names of the losses whose sum is `loss`.
             taken: `time.perf_counter()` when it was taken; its loss is known one update later.
         """
         self._bar.update()

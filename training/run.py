@@ -87,7 +87,7 @@ class TrainingState:
     Attributes:
         network: the model, without the wrapper of distributed training.
         ema: averaged weights.
-        optimizer: of the trained parameters of `network`.
+        optimizer: the optimizer of the trained parameters of `network`.
         scheduler: learning rate schedule, stepped per update.
         scaler: loss scaler for fp16.
         images_per_update: over all ranks and micro-batches.

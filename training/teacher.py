@@ -36,13 +36,13 @@ def add_teacher(config: CfgNode, task: Task) -> list[str]:
         words = settings.TIMM
     are_named = settings.TEACHER and not settings.CONFIG  # only checkpoints of this trainer have comparable names
     if len(classes) != len(ours) or (are_named and classes != ours):
-        differs = f"{counted(len(classes), 'class', 'classes')} and the data set {len(ours)}"
+        differs = f"{counted(len(classes), 'class', 'classes')}, but the data set has {len(ours)}"
         if len(classes) == len(ours):
             label = next(label for label, name in enumerate(ours) if classes[label] != name)
-            differs = f"class {label} as {classes[label]!r} and the data set as {ours[label]!r}"
+            differs = f"class {label} as {classes[label]!r}, but the data set has {ours[label]!r}"
         raise ValueError(f"the teacher {settings.TEACHER or settings.TIMM} has {differs}; train it on the same classes")
     task.learn_from(teacher.to(task.world.device))
-    return [f"learning from {words}"]
+    return [f"distilling from {words}"]
 
 
 def _of_timm(name: str) -> tuple[Teacher, list[str]]:

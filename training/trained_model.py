@@ -31,7 +31,7 @@ class TrainedModel:
 
     Attributes:
         network: in evaluation mode, on the CPU.
-        config: of the run that trained it.
+        config: the config of the run that trained it.
         classes: names by label.
         weights: ``raw`` or ``ema``; empty for an untrained network.
         path: the checkpoint.

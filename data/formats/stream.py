@@ -33,12 +33,12 @@ class ImageStream:
     """Labelled images in shards of WebDataset's layout that are read sequentially.
 
     Attributes:
-        urls: of the shards, as accepted by `webdataset.gopen`: `pipe:` and a command, a URL, a file.
+        urls: the URLs of the shards, as accepted by `webdataset.gopen`: `pipe:` and a command, a URL, a file.
         labels: labels by class name in the shards.
         length: images per epoch.
         exif: whether to apply the EXIF orientation.
         multi_label: whether an image may have several labels, or none.
-        warnings: for the log, about how they are read.
+        warnings: warnings for the log, about how they are read.
     """
 
     urls: Sequence[str]

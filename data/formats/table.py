@@ -58,8 +58,8 @@ def open_table(request: Request) -> Dataset:
     rows = {split: read_rows(path, split, multi_label=request.multi_label) for split, path in tables.items()}
     if root.is_file() and len(tables) > 1 and not _has_splits(root):
         raise ValueError(
-            f"table {root} has no column split, so that the same images would be used for training and held out; add "
-            "the column, with train or val on each line, or give a folder with train.csv and val.csv"
+            f"table {root} has no column split, so that the same images would be used for training and validation; "
+            "add the column, with train or val on each line, or give a folder with train.csv and val.csv"
         )
     for split, path in tables.items():
         _check_files(path, rows[split])

@@ -301,7 +301,7 @@ def test_splits_that_are_not_needed_are_not_opened(root: Path) -> None:
 
 
 def test_classes_without_held_out_images(root: Path) -> None:
-    assert open_dataset(small_config(root)).warnings() == ["1 of 3 classes without held-out images: dog"]
+    assert open_dataset(small_config(root)).warnings() == ["1 of 3 classes without validation images: dog"]
     assert open_dataset(small_config(root), ("train",)).warnings() == []
     assert open_dataset(small_config()).warnings() == []
 
@@ -319,7 +319,7 @@ def test_splits_that_are_swapped_by_size(root: Path) -> None:
     for name in ("cat", "dog", "emu"):
         (root / "train" / name).mkdir(exist_ok=True)
         shutil.copy(root / "val" / name / "0.jpg", root / "train" / name / "0.jpg")
-    with pytest.raises(ValueError, match=r"^there are 23 images held out and only \d for training: .*LARGER_VAL True"):
+    with pytest.raises(ValueError, match=r"^there are 23 validation images and only \d for training: .*LARGER_VAL"):
         open_dataset(small_config(root))
     assert len(open_dataset(small_config(root, ALLOW_LARGER_VAL=True)).held_out) == 23
     assert len(open_dataset(small_config(root), ("val",)).held_out) == 23

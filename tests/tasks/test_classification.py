@@ -49,7 +49,7 @@ def test_f1_of_several_labels() -> None:
 def test_no_image_that_can_be_read_is_an_error() -> None:
     meter = F1(1, torch.device("cpu"))
     meter.add(Linear(), LabelledImages(torch.tensor([0]), torch.full((1, 3), -1.0)))
-    with pytest.raises(EvaluationFailed, match=r"^no held-out image of 1 can be evaluated; repair the files"):
+    with pytest.raises(EvaluationFailed, match=r"^no validation image of 1 can be evaluated; repair the files"):
         meter.result()
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+from typing import NoReturn
 
 import pytest
 
@@ -24,6 +26,26 @@ def test_a_network_is_named_by_checkpoint_config_and_weights(
     with pytest.raises(SystemExit, match="2"):
         parser.parse_args([])
     assert "required: --checkpoint" in capsys.readouterr().err
+
+
+class ParserBuilt(Exception):
+    """A tool is about to parse its command line."""
+
+
+@pytest.mark.parametrize(
+    "tool",
+    ["check_data", "compare", "complexity", "export", "make_shards", "plot", "predict", "report", "visualize"],
+)
+def test_help_describes_every_argument_and_its_default(tool: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(parser: argparse.ArgumentParser, *given: object) -> NoReturn:
+        raise ParserBuilt(parser)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    with pytest.raises(ParserBuilt) as stopped:
+        importlib.import_module(f"tools.{tool}").main()
+    for action in stopped.value.args[0]._actions:
+        assert action.help, action.dest
+        assert action.default in (None, False, "", [], argparse.SUPPRESS) or "default: " in action.help, action.dest
 
 
 def test_names_of_files_are_numbered() -> None:

@@ -54,7 +54,7 @@ def test_faults(root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         "1 image is in both train and val\n  ROOT/train/cat/0.jpg = ROOT/val/cat/again.jpg\n",
         "1 image occurs more than once in train\n  ROOT/train/dog/0.jpg = ROOT/train/dog/same pixels.png\n",
         "note: 1 file skipped in ROOT/train, with extensions that Pillow does not read: 1 .heic\n",
-        "verdict: 1 unreadable image in train; 1 image is trained on and held out, so results are too good\n",
+        "verdict: 1 unreadable image in train; 1 image is in training and validation, so results are too good\n",
     ):
         assert line in said
 

@@ -179,7 +179,7 @@ def test_a_file_that_differs_is_an_error(
     [
         (Classification, (90.0, 89.4), (), 1, "score 89.40 % (the network: 90.00 %)"),
         (Classification, (90.0, 89.6), (), 0, "score 89.60 % (the network: 90.00 %)"),
-        (Classification, (90.0, 89.6), ("--max-loss", 0.3), 1, "score 89.60 %"),
+        (Classification, (90.0, 89.6), ("--max-drop", 0.3), 1, "score 89.60 %"),
         (Segmentation, (0.92, 0.45), (), 1, "score 0.450 (the network: 0.920)"),
         (Segmentation, (0.92, 0.916), (), 0, "score 0.916 (the network: 0.920)"),
     ],

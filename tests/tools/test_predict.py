@@ -66,7 +66,7 @@ def test_json_lines_have_the_predictions(
     words = ("--checkpoint", checkpoint, "--format", "jsonl", "--top", 3, "--batch-size", batch_size)
     status, out, err = predict(monkeypatch, capsys, *words, tmp_path / "photos")
     assert status == 0
-    assert "tiny, 10 classes (ant 0, bee 1, cat 2, ..., jay 9), averaged weights" in err
+    assert "tiny, 10 classes (0 = ant, 1 = bee, 2 = cat, ..., 9 = jay), averaged weights" in err
     rows = [json.loads(line) for line in out.splitlines()]
     assert [row["file"] for row in rows] == list(map(str, photographs))
     for row, path in zip(rows, photographs, strict=True):

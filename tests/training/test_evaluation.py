@@ -148,7 +148,7 @@ def test_weights_are_evaluated_on_some_of_their_classes(
     batch = next(iter(evaluation.loader))
     assert batch.targets.tolist() == labels
     how = "by name" if known else "by their numbers"
-    assert evaluation.notes[0].startswith(f"classes and their labels, found {how}: {folders[0]} {labels[0]}, ")
+    assert evaluation.notes[0].startswith(f"classes by label, found {how}: {labels[0]} = {folders[0]}, ")
     assert not any("in the checkpoint" in warning for warning in evaluation.warnings)
     meter = evaluation.task.meter(len(labels), CPU.device)
     logits = torch.arange(10.0).expand(len(labels), 10)  # the last class is the most probable
@@ -193,7 +193,7 @@ def test_a_class_map_labels_the_images_to_evaluate(tmp_path: Path) -> None:
     Path(config.MODEL.CLASS_MAP).write_text("9\n2\n")
     evaluation = build_evaluation(config, CPU)
     assert next(iter(evaluation.loader)).targets.tolist() == [9, 2]
-    assert evaluation.notes[0].endswith("map.txt: x 9, y 2; scored over all 10")
+    assert evaluation.notes[0].endswith("map.txt: 9 = x, 2 = y; scored over all 10")
     set_num_classes(config, 10)
     Path(config.MODEL.CLASS_MAP).write_text("9\n-1\n")
     with pytest.raises(ValueError, match=r"map\.txt has no class of the weights for y; leave its images out"):
@@ -225,7 +225,7 @@ def test_image_folders_beside_imagenet_as_documented(
     words += ["--opts", "DATA.DATASET", "imagenet", "DATA.VAL", ".", *(word.format(root=root) for word in options)]
     evaluation = build_evaluation(parse([str(word) for word in words])[1], CPU)
     assert next(iter(evaluation.loader)).targets.tolist() == labels
-    assert f"{folders[1]} {labels[1]}, " in f"{evaluation.notes[0]}, ".replace(";", ",")
+    assert f"{labels[1]} = {folders[1]}, " in f"{evaluation.notes[0]}, ".replace(";", ",")
 
 
 def test_names_of_the_weights_in_another_form_of_unicode_are_known() -> None:
@@ -257,9 +257,9 @@ def test_a_class_map_names_places_numbers_or_wordnet_ids(tmp_path: Path, text: s
         (["cat", "dog"], "cat 10\ndog 1\n", "line 1: '10' is not a class of the weights; give 0 to 9, or -1"),
         (["cat", "dog"], "cat ant\ndog -1\n", "no class of the weights for dog; leave its images out"),
         (["cat", "dog"], "3\n3\n", "classes cat, dog share label 3 of the weights by .*; merge their images"),
-        (["cat", "zebra"], "", "the weights have no class zebra, but ant 0, "),
-        ([*CLASSES[:9], "zebra"], "", "the weights have no class zebra, but ant 0, "),
-        (["Cat", "DOG"], "", r"have no class Cat \(the weights have cat\), DOG \(the weights have dog\), but ant 0"),
+        (["cat", "zebra"], "", "the weights have no class zebra, but 0 = ant, "),
+        ([*CLASSES[:9], "zebra"], "", "the weights have no class zebra, but 0 = ant, "),
+        (["Cat", "DOG"], "", r"have no class Cat \(the weights have cat\), DOG \(the weights have dog\), but 0 = ant"),
         (["1", "01"], "", "classes 1, 01 share label 1 of the weights by their numbers; merge"),
         (["1", "10", "2"], "", "numbers up to 10, and the weights have 10 classes without names: .* MODEL.CLASS_MAP"),
     ],

@@ -151,8 +151,8 @@ def test_frozen_norms_and_dropout_stay_in_evaluation_mode() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["DISTILL.TEACHER", "best.pth"], "the teacher best.pth has 10 classes and the data set 3; train it on"),
-        (["DISTILL.TEACHER", "three.pth"], "has class 1 as 'cow' and the data set as 'dog'"),
+        (["DISTILL.TEACHER", "best.pth"], "the teacher best.pth has 10 classes, but the data set has 3; train it on"),
+        (["DISTILL.TEACHER", "three.pth"], "has class 1 as 'cow', but the data set has 'dog'"),
         (["DISTILL.TIMM", "resnet10"], "DISTILL.TIMM: timm cannot load a pretrained 'resnet10': "),
         (["DISTILL.TIMM", "resnet10t", "DISTILL.TEACHER", "best.pth"], "both name a teacher; remove one of them"),
     ],

@@ -51,7 +51,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_command_continues(uninterrupted:
         job = start_and_wait_for_rows(trial, 1)
         job.signal(number, rank)
         assert job.wait() == [128 + number, 128 + number], job.console()
-    assert job.console().count("stopped as asked in epoch") == 4
+    assert job.console().count("stopped on request in epoch") == 4
     assert job.console().count("SIGINT: stopping after this update; Ctrl-C again ends at once") == 1
     assert "Traceback" not in job.console()
     assert first_difference(uninterrupted.of(2)[0], trial.finish()) is None
@@ -133,7 +133,7 @@ def test_the_launcher_continues_after_a_worker_died_and_stops_when_asked(
     os.kill(launcher.pid, signal.SIGTERM)
     launcher.join(60)
     assert launcher.exitcode == 128 + signal.SIGTERM, console.read_text()
-    for words in ("launch.py: a process died; restart 1 of 3", "continuing from", "stopped as asked"):
+    for words in ("launch.py: a process died; restart 1 of 3", "continuing from", "stopped on request"):
         assert words in console.read_text()
     assert first_difference(uninterrupted.of(2)[0], trial.finish()) is None
 
@@ -149,7 +149,7 @@ def test_processes_stop_when_their_launcher_is_killed(uninterrupted: Uninterrupt
         time.sleep(0.02)
     launcher.kill()
     assert first_difference(uninterrupted.of(2)[0], trial.finish()) is None  # which waits for the folder
-    assert "stopped as asked" in (tmp_path / "launcher.txt").read_text()
+    assert "stopped on request" in (tmp_path / "launcher.txt").read_text()
 
 
 @LINUX

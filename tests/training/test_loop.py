@@ -177,7 +177,7 @@ def test_suspicious_settings_give_warnings(tmp_path: Path) -> None:
     logged = (run.folder / "log.txt").read_text()
     assert "TRAIN.WARMUP_EPOCHS 2 is not below TRAIN.EPOCHS 2" in logged
     assert "dropped: 3 of 9 images, different ones in each epoch" in logged
-    assert "1 of 2 classes without held-out images: red" in logged
+    assert "1 of 2 classes without validation images: red" in logged
     run = build(tmp_path, "--tag", "updates", *flags, "TRAIN.WARMUP_EPOCHS", "2", "TRAIN.WARMUP_UPDATES", "1")
     assert "is not below TRAIN.EPOCHS" not in (run.folder / "log.txt").read_text()
     _, config = parse(["--cfg", str(write_config(tmp_path / "images")), "--warmup-epochs", "0"])
@@ -365,7 +365,7 @@ def test_the_end_of_an_epoch_is_not_the_beginning_of_the_next(tmp_path: Path, mo
     ("fact", "other", "says"),
     [
         ("training images", 1436, "do not see the same training images; all machines need the same data"),
-        ("held-out images", 359, "do not see the same held-out images"),
+        ("validation images", 359, "do not see the same validation images"),
         ("classes", {"classes": ["1", "0"]}, "do not see the same classes"),
         ("AMP", "fp16", "--amp chooses bf16 or fp16 by the GPU, and the GPUs differ; give --amp fp16"),
     ],

@@ -35,9 +35,9 @@ def test_check_reports_the_warnings_of_the_run(tmp_path: Path, capsys: pytest.Ca
     assert main([*flags, "--check"]) == 0
     printed = capsys.readouterr().out
     assert all(printed.count(warning) == 1 for warning in warnings)
-    assert "9 training and 1 held-out image, 2 epochs of 1 update of 6 images on 1 x cpu" in printed
+    assert "9 training and 1 validation image, 2 epochs of 1 update of 6 images on 1 x cpu" in printed
     assert re.search(r"learning rate: \S+e-\d+ [▁▂▃▄▅▆▇█]{2,} \S+e-\d+, highest", printed)
-    assert re.search(r"a checkpoint takes [\d.]+ MiB, the 4 of the run at most [\d.]+ MiB", printed)
+    assert re.search(r"a checkpoint takes [\d.]+ MiB; the run keeps at most 4 \([\d.]+ MiB\)", printed)
     assert printed.splitlines()[-1] == "checked: tiny, 2 classes"
     assert not (tmp_path / "output").exists()
 
@@ -72,7 +72,7 @@ def test_disk_that_is_too_small_gives_a_warning(
         shutil, "disk_usage", lambda path: usage(2**18 if "output" in str(path) or path == tmp_path else 2**40)
     )
     assert main([*flags, "--check"]) == 0
-    assert re.search(r"at most [\d.]+ MiB, but \S+/output/tiny/default has 0.2 MiB free", capsys.readouterr().out)
+    assert re.search(r"at most 4 \([\d.]+ MiB\), but \S+/output/tiny/default has 0.2 MiB free", capsys.readouterr().out)
 
 
 def test_the_size_of_a_checkpoint_is_that_of_its_file(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def figure(image: Image.Image, name: str, bars: str) -> str:
 
     Args:
         image: RGB.
-        name: of the file.
+        name: the file's name.
         bars: HTML of `bar`.
     """
     few = ' class="pixels"' if max(image.size) <= FEW_PIXELS else ""

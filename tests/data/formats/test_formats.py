@@ -46,7 +46,7 @@ def test_format_has_the_images_of_the_folders(photos: Path, stored: tuple[str, P
     assert other.classes == folders.classes == ["cat", "dog", "emu"]
     assert content(other.train) == content(folders.train)
     assert content(other.held_out) == content(folders.held_out)
-    assert other.warnings() == folders.warnings() == ["1 of 3 classes without held-out images: dog"]
+    assert other.warnings() == folders.warnings() == ["1 of 3 classes without validation images: dog"]
 
 
 def test_evaluation_without_training_assigns_the_same_labels(stored: tuple[str, Path]) -> None:
