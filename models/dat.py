@@ -173,7 +173,7 @@ class DAT(nn.Module):
         self.smallest_image = (smallest, smallest)
         stem = _overlapping_stem if overlapping else _plain_stem
         self.patch_proj = stem(values["in_chans"], dim_stem, patch_size)
-        dims, blocks = values["dims"], sum(values["depths"])
+        dims, blocks = [stage["dims"] for stage in stages], sum(stage["depths"] for stage in stages)
         rates = iter([values["drop_path_rate"] * block / max(blocks - 1, 1) for block in range(blocks)])
         self.stages = nn.ModuleList(
             Stage(
@@ -252,7 +252,11 @@ class DAT(nn.Module):
 
         Args:
             img_size: height and width in pixels, or both as one number.
+
+        Raises:
+            ValueError: it is not one or two whole numbers, or leaves no pixel for the last stage.
         """
+        img_size = complete({"img_size": img_size}, {"img_size": OPTIONS["img_size"]})["img_size"]
         _check_image(img_size, smallest=self.feature_info[-1]["reduction"])
         size = as_pair(img_size)
         for stage, info in zip(self.stages, self.feature_info, strict=False):

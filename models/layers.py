@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from .ops.precision import autocast_disabled, widen
 
 def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     """Return a size as ``(height, width)``; a single number stands for both."""
-    return (size, size) if isinstance(size, int) else tuple(size)
+    return (int(size), int(size)) if isinstance(size, Integral) else tuple(size)
 
 
 def pad_small(x: Tensor, smallest: int) -> Tensor:
@@ -52,7 +53,13 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init: float) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.full((dim,), float(init)))
+        self.init = init
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set all factors to their initial value."""
+        nn.init.constant_(self.weight, self.init)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.weight[:, None, None]
@@ -184,7 +191,7 @@ class ConvMLP(nn.Module):
         return self.drop2(x.permute(0, 3, 1, 2))
 
     def _may_fuse(self) -> bool:
-        if len(self.linear1) != 1 or len(self.linear2) != 1:
+        if any(type(layers) is not nn.Sequential or len(layers) != 1 for layers in (self.linear1, self.linear2)):
             return False
         first, second = self.linear1[0], self.linear2[0]
         as_made = is_pointwise(first) and is_depthwise(self.dwc) and is_pointwise(second) and have_biases(first, second)

@@ -11,6 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 NUM_STAGES = 4
@@ -18,8 +19,8 @@ OFF = (False,) * NUM_STAGES  # default of a switch per stage
 
 _TYPES = {
     bool: (bool, "true or false"),
-    int: (int, "a whole number"),
-    float: ((int, float), "a number"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
     str: (str, "text"),
     tuple: ((tuple, list), "a list"),
 }
@@ -38,6 +39,11 @@ class Check:
     holds: Callable[[Any], bool]
     words: str
     choices: tuple[Any, ...] = ()
+
+    def require(self, name: str, value: Any) -> None:
+        """Raise a ValueError unless a value is allowed."""
+        if not self.holds(value):
+            raise ValueError(f"{name} = {value!r} must be {self.words}")
 
 
 def at_least(smallest: float) -> Check:
@@ -73,6 +79,13 @@ def odd() -> Check:
 def one_of(*choices: str) -> Check:
     """Return the check that a value is one of the given choices."""
     return Check(lambda value: value in choices, f"one of {', '.join(c or repr(c) for c in choices)}", choices)
+
+
+def check_divisible(name: str, number: int, by: str, divisor: int) -> None:
+    """Raise a ValueError unless ``number``, called ``name``, is a multiple of ``divisor``, called ``by``."""
+    at_least(1).require(by, divisor)
+    if number % divisor:
+        raise ValueError(f"{name} = {number} is not divisible by {by} = {divisor}; change one of them")
 
 
 @dataclass(frozen=True)
@@ -133,7 +146,8 @@ def did_you_mean(
 def complete(given: Mapping[str, Any], declared: Mapping[str, Option]) -> dict[str, Any]:
     """Return the values of all declared options: the given ones, otherwise the defaults.
 
-    Entries of a `StageOption` are checked by `split_stages`, all other values here.
+    Numbers of other libraries, such as NumPy's, become Python's. Entries of a `StageOption` are checked by
+    `split_stages`, all other values here.
 
     Raises:
         TypeError: an option is unknown.
@@ -149,18 +163,23 @@ def complete(given: Mapping[str, Any], declared: Mapping[str, Option]) -> dict[s
             if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != NUM_STAGES:
                 raise ValueError(f"{name} = {value!r} must be a list of {NUM_STAGES} entries, one per stage")
             continue
-        entries = value if option.also_list and isinstance(value, Sequence) else [value]
-        for entry in entries:
-            _check_type(f"{name} = {value!r}", entry, option.default)
-        if option.check and not option.check.holds(value):
-            raise ValueError(f"{name} = {value!r} must be {option.check.words}")
+        shown = f"{name} = {value!r}"
+        if option.also_list and isinstance(value, Sequence):
+            value = [_of_type(shown, entry, option.default) for entry in value]
+        else:
+            value = _of_type(shown, value, option.default)
+        if option.check:
+            option.check.require(name, value)
+        values[name] = value
     return values
 
 
-def _check_type(shown: str, value: Any, default: Any) -> None:
+def _of_type(shown: str, value: Any, default: Any) -> Any:
+    """Return a value, as Python's if it is a number; raise a ValueError if it is not of the type of the default."""
     accepted, words = _TYPES[type(default)]
     if not isinstance(value, accepted) or isinstance(value, bool) != isinstance(default, bool):
         raise ValueError(f"{shown} must be {words}")
+    return type(default)(value) if isinstance(value, Real) else value
 
 
 @dataclass(frozen=True)
@@ -223,11 +242,14 @@ def split_stages(
     lists = {name: option for name, option in declared.items() if isinstance(option, StageOption)}
     stages = []
     for i in range(NUM_STAGES):
-        own = {name: values[name][i] for name in lists} | {"stage_spec": _letters(values["stage_spec"], i)}
+        own = {
+            name: _of_type(f"{name}[{i}] = {values[name][i]!r}", values[name][i], option.default[0])
+            for name, option in lists.items()
+            if name != "stage_spec"
+        }
+        own["stage_spec"] = _letters(values["stage_spec"], i)
         size = map_size[0] >> i, map_size[1] >> i
         stage = StageOptions(i, size, own["stage_spec"], {**values, **own}, frozenset(lists))
-        for name in lists.keys() - {"stage_spec"}:
-            _check_type(stage.show(name), stage[name], lists[name].default[0])
         for name in ("dims", "depths"):
             stage.require(name, lists[name].each)
         if len(stage.letters) != stage["depths"]:

@@ -51,7 +51,7 @@ def per_query_and_key(
     Args:
         queries: height and width of the map of queries.
         keys: height and width of the grid of keys.
-        stored: those of the table; None if unknown.
+        stored: the same two of the table; None if unknown.
     """
 
     def resize(table: Tensor, shape: torch.Size) -> Tensor:  # noqa: ARG001

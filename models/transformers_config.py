@@ -15,8 +15,8 @@ def check_names(name: str, arguments: Mapping[str, Any], allowed: Collection[str
     """Check the names of arguments: transformers ignores unknown ones.
 
     Args:
-        name: of the network, for the message.
-        arguments: given by the user.
+        name: the network's name, for the message.
+        arguments: the arguments given by the user.
         allowed: names of the arguments that have an effect.
 
     Raises:

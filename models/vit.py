@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from timm.layers import to_2tuple
@@ -19,7 +20,17 @@ from .attention.tokens import SoftmaxAttention
 from .contract import ConvertedWeights
 from .ops.locality import KINDS, Window
 from .ops.random_features import KINDS as FEATURES
-from .options import DeclaredSignature, Option, at_least, complete, not_negative, one_of, positive, rate
+from .options import (
+    DeclaredSignature,
+    Option,
+    at_least,
+    check_divisible,
+    complete,
+    not_negative,
+    one_of,
+    positive,
+    rate,
+)
 
 ATTENTIONS = ("softmax", "performer", "disentangled", "disentangled_performer", "deformable")
 LOCALITIES = ("none", *KINDS)
@@ -33,7 +44,7 @@ OPTIONS = {
     "mlp_ratio": Option(4.0, "Hidden channels of the MLPs, as a multiple of `embed_dim`.", positive()),
     "global_pool": Option(
         "token",
-        "Classify a class token (`token`), or the mean of the patches, without a class token (`avg`).",
+        "`token`: classify from a class token. `avg`: no class token; classify from the mean of the patch tokens.",
         one_of("token", "avg"),
     ),
     "drop_rate": Option(0.1, "Dropout rate of tokens, projections and MLPs.", rate()),
@@ -99,7 +110,7 @@ class VisionTransformer(timm_vit.VisionTransformer):
     Args:
         img_size: height and width of the images in pixels, or one number for both.
         use_checkpoint: recompute the activations of each block in the backward pass instead of saving them.
-        **options: `options` declares them, and ``docs/family.md`` lists them.
+        **options: `options` declares them, and ``docs/attention-modules.md`` lists them.
 
     Raises:
         TypeError: an option is unknown.
@@ -202,8 +213,7 @@ def _check_size(img_size: int | tuple[int, int], patch_size: int) -> None:
 def _check(values: dict[str, Any]) -> None:
     """Check options that depend on each other, and lists."""
     embed_dim, num_heads, attention = (values[name] for name in ("embed_dim", "num_heads", "attention"))
-    if embed_dim % num_heads:
-        raise ValueError(f"embed_dim = {embed_dim} is not divisible by num_heads = {num_heads}; change one of them")
+    check_divisible("embed_dim", embed_dim, "num_heads", num_heads)
     rate = values["attn_drop_rate"]
     if rate and attention not in ("softmax", "disentangled"):
         raise ValueError(f"attn_drop_rate = {rate} cannot be used with attention = {attention!r}; set it to 0")
@@ -214,7 +224,7 @@ def _check(values: dict[str, Any]) -> None:
             "per window"
         )
     for name, numbers, smallest in (("locality_reach", reach, 0), ("locality_epochs", epochs, 1)):
-        if not all(type(number) is int and number >= smallest for number in numbers):
+        if not all(isinstance(x, Integral) and not isinstance(x, bool) and x >= smallest for x in numbers):
             raise ValueError(f"{name} = {list(numbers)} must be whole numbers of at least {smallest}")
     if list(epochs) != sorted(set(epochs)):
         raise ValueError(f"locality_epochs = {list(epochs)} must increase from window to window")

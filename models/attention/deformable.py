@@ -20,7 +20,7 @@ from ..ops.grids import COORDINATES, query_grid, reference_points
 from ..ops.position_bias import fixed_bias, log_continuous_bias, table_bias
 from ..ops.precision import at_least_float32, autocast_disabled
 from ..ops.sampling import sample
-from ..options import OFF, Option, StageOption, StageOptions, at_least, one_of
+from ..options import OFF, Option, StageOption, StageOptions, at_least, check_divisible, one_of
 from ..tables import Resize, between_corners, per_query_and_key
 from .letters import Mixer, register
 
@@ -46,6 +46,8 @@ OPTIONS = {
         one_of(*COORDINATES),
     ),
 }
+
+POSITION_BIASES = ("table", "log_cpb", "fixed", "dwc", "none")
 
 # Sampled values of a batch, 1 MiB in float32, from which on the keys are recomputed in the backward pass.
 RECOMPUTE_FROM = 1 << 18
@@ -90,6 +92,9 @@ class DeformableAttention(nn.Module):
         form: form of the attention with a table, see `models.ops.deformable`. Unless it is ``reference``, what the keys
             of larger batches are computed from is recomputed in the backward pass, so the weights must not change
             between forward and backward.
+
+    Raises:
+        ValueError: an argument is not allowed or contradicts another.
     """
 
     def __init__(
@@ -109,10 +114,18 @@ class DeformableAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        check_divisible("dim", dim, "heads", heads)
+        check_divisible("heads", heads, "groups", groups)
+        one_of(*POSITION_BIASES).require("position_bias", position_bias)
+        OPTIONS["coordinates"].check.require("coordinates", coordinates)
+        for name, number in (("stride", stride), ("kernel_size", kernel_size)):
+            at_least(1).require(name, number)
         self.heads = heads
         self.groups = groups
         self.native_size = as_pair(map_size)
         self.stride = stride
+        self.kernel_size = kernel_size
+        self.padding = 0 if kernel_size == stride and coordinates == "dat++" else kernel_size // 2
         self.offset_range_factor = offset_range_factor
         self.use_offsets = use_offsets
         self.position_bias = position_bias
@@ -122,9 +135,8 @@ class DeformableAttention(nn.Module):
         self.form = "auto"
 
         width = dim // groups
-        padding = 0 if kernel_size == stride and coordinates == "dat++" else kernel_size // 2
         self.conv_offset = nn.Sequential(
-            nn.Conv2d(width, width, kernel_size, stride, padding, groups=width),
+            nn.Conv2d(width, width, kernel_size, stride, self.padding, groups=width),
             LayerNorm(width),
             nn.GELU(),
             Float32Conv2d(width, 2, kernel_size=1, bias=False),
@@ -135,6 +147,7 @@ class DeformableAttention(nn.Module):
         self.proj_out = nn.Conv2d(dim, dim, kernel_size=1)
         self.proj_drop = nn.Dropout(proj_drop)
         self.rpe_table = self._build_position_bias(dim)
+        self.reset_parameters()
 
     def _build_position_bias(self, dim: int) -> nn.Module | nn.Parameter | None:
         if self.position_bias == "none":
@@ -145,8 +158,12 @@ class DeformableAttention(nn.Module):
             return nn.Sequential(
                 Float32Linear(2, 32), nn.ReLU(), Float32Linear(32, self.heads // self.groups, bias=False)
             )
-        table = torch.empty(self._table_shape())
-        return nn.Parameter(nn.init.trunc_normal_(table, std=0.01))
+        return nn.Parameter(torch.empty(self._table_shape()))
+
+    def reset_parameters(self) -> None:
+        """Initialise the position table; layers initialise themselves."""
+        if isinstance(self.rpe_table, nn.Parameter):
+            nn.init.trunc_normal_(self.rpe_table, std=0.01)
 
     def _table_shape(self) -> torch.Size:
         height, width = self.native_size
@@ -182,7 +199,8 @@ class DeformableAttention(nn.Module):
             )
         else:
             bias = self._additive_bias(positions, size, key_size)
-            x = attention(queries, k, v, bias, scale=self.scale, dropout=dropout)
+            plain = self.form == "reference"
+            x = attention(queries, k, v, bias, scale=self.scale, dropout=dropout, plain=plain)
         x = x.flatten(2).unflatten(1, size).permute(0, 3, 1, 2)  # [B, C, H, W]
         if self.position_bias == "dwc":
             x = x + self.rpe_table(q)
@@ -264,7 +282,7 @@ class DeformableAttention(nn.Module):
         # In bfloat16, oneDNN's backward of a strided depthwise convolution takes 10 to 40 times as long as in float32,
         # and with an even kernel on a small map it is wrong.
         with autocast_disabled("cpu"):
-            return self._offset_network(q.to(self.conv_offset[0].weight.dtype))
+            return self._offset_network(q.to(next(self.conv_offset.parameters()).dtype))
 
     def _offset_network(self, q: Tensor) -> Tensor:
         """Return the output of the offset network, ``[B, Hk, Wk, g, 2]``, for queries ``[B, C, H, W]``.
@@ -272,11 +290,11 @@ class DeformableAttention(nn.Module):
         The groups share the network. Its depthwise convolution runs on all groups at once; after it, they become
         additional columns of the map.
         """
-        conv, *rest = self.conv_offset
-        q = pad_small(q, conv.kernel_size[0] - 2 * conv.padding[0])
-        if not (may_fuse(self.conv_offset, conv) and have_biases(conv)):
+        q = pad_small(q, self.kernel_size - 2 * self.padding)
+        if not self._may_fuse_offset_network():
             offsets = self.conv_offset(rearrange(q, "b (g c) h w -> (b g) c h w", g=self.groups))
             return rearrange(offsets, "(b g) yx h w -> b h w g yx", g=self.groups)
+        conv, *rest = self.conv_offset
         dtype = at_least_float32(q.dtype) if q.is_cpu else q.dtype  # widened if the module itself is in bfloat16
         weight, bias = conv.weight.to(dtype).repeat(self.groups, 1, 1, 1), conv.bias.to(dtype).repeat(self.groups)
         x = F.conv2d(q.to(dtype), weight, bias, conv.stride, conv.padding, groups=q.shape[1]).to(q.dtype)
@@ -284,6 +302,12 @@ class DeformableAttention(nn.Module):
         for layer in rest:  # [B, C/g, Hk, Wk*g] -> [B, 2, Hk, Wk*g]
             x = layer(x)
         return x.permute(0, 2, 3, 1).unflatten(2, (-1, self.groups))
+
+    def _may_fuse_offset_network(self) -> bool:
+        if not may_fuse(self.conv_offset):  # it may not even be a sequence of layers
+            return False
+        conv = self.conv_offset[0]
+        return type(conv) is nn.Conv2d and may_fuse(conv) and have_biases(conv)
 
     def _positions(self, offsets: Tensor) -> tuple[Tensor, Size]:
         """Return the sampling positions ``[B, g, Hk*Wk, 2]`` and the size of the key grid."""
@@ -324,8 +348,7 @@ class DeformableAttention(nn.Module):
         """Return the size of the key grid of a map."""
         if not self.use_offsets:
             return tuple(max(length // self.stride, 1) for length in size)
-        conv = self.conv_offset[0]
-        (kernel, _), (padding, _) = conv.kernel_size, conv.padding
+        kernel, padding = self.kernel_size, self.padding
         return tuple((max(length + 2 * padding, kernel) - kernel) // self.stride + 1 for length in size)
 
 

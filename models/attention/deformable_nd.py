@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from ..layers import Float32Conv2d, Float32Linear
 from ..ops.points import cell_grid, sample_points
+from ..ops.products import dot_product_attention
+from ..options import check_divisible
 
 COORDINATES = ("pixel", "package")
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -137,9 +139,11 @@ class _DeformableAttentionND(nn.Module):
         kernels = _per_axis("offset_kernel_size", offset_kernel_size, axes)
         scales = factors if offset_scale is None else _per_axis("offset_scale", offset_scale, axes)
         _check(dim, dim_head, heads, groups, factors, kernels, coordinates)
+        self.dim = dim
         self.heads = heads
         self.offset_groups = groups
         self.downsample_factor = factors
+        self.offset_kernel_size = kernels
         self.coordinates = coordinates
         inner, conv, float32_conv = dim_head * heads, CONVS[axes], FLOAT32_CONVS[axes]
         width = inner // groups
@@ -170,9 +174,9 @@ class _DeformableAttentionND(nn.Module):
         Raises:
             ValueError: the input has the wrong number of axes or channels.
         """
-        if x.dim() != self.axes + 2 or x.shape[1] != self.to_q.in_channels:
+        if x.dim() != self.axes + 2 or x.shape[1] != self.dim:
             raise ValueError(
-                f"an input of shape {list(x.shape)} does not fit; give [batch, {self.to_q.in_channels}, "
+                f"an input of shape {list(x.shape)} does not fit; give [batch, {self.dim}, "
                 f"{', '.join(['length'] if self.axes == 1 else ['frames', 'height', 'width'][-self.axes :])}]"
             )
         size, q = x.shape[2:], self.to_q(x)
@@ -183,13 +187,8 @@ class _DeformableAttentionND(nn.Module):
         k, v = self.to_k(samples), self.to_v(samples)
         bias = self.rel_pos_bias(queries.flatten(0, -2), keys.flatten(1, -2))  # [B*g, heads/g, Nq, Nk]
         q, k, v = (y.flatten(2).unflatten(1, (self.heads, -1)).mT for y in (q, k, v))  # [B, heads, N, d]
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=bias.unflatten(0, (x.shape[0], self.offset_groups)).flatten(1, 2).to(q.dtype),
-            dropout_p=self.dropout.p if self.training else 0.0,
-        )
+        bias = bias.unflatten(0, (x.shape[0], self.offset_groups)).flatten(1, 2).to(q.dtype)
+        out = dot_product_attention(q, k, v, bias, dropout=self.dropout.p if self.training else 0.0)
         out = self.to_out(out.mT.flatten(1, 2).unflatten(2, size))
         if return_vgrid:
             return out, cells.squeeze(-1) if self.axes == 1 else cells.movedim(-1, 1)
@@ -201,9 +200,8 @@ class _DeformableAttentionND(nn.Module):
         The map of queries is padded or cropped so that there is one kernel of the offset network per key. In ``pixel``,
         the kernels together are centred on the map.
         """
-        kernels, package = self.to_offsets[0].kernel_size, self.coordinates == "package"
-        padding = []
-        for length, factor, kernel in zip(q.shape[2:], self.downsample_factor, kernels, strict=True):
+        package, padding = self.coordinates == "package", []
+        for length, factor, kernel in zip(q.shape[2:], self.downsample_factor, self.offset_kernel_size, strict=True):
             count = max(length // factor, 1) if package else -(-length // factor)
             total = count * factor + kernel - factor - length
             first = (kernel - factor if package else total) // 2
@@ -283,8 +281,7 @@ def _check(
             if not isinstance(value, Integral) or value < 1:
                 raise ValueError(f"{name} = {value} is not allowed; give a whole number of at least 1")
     for name, value in (("heads", heads), ("dim", dim)):
-        if value % groups:
-            raise ValueError(f"{name} = {value} is not divisible by offset_groups = {groups}; change one of them")
+        check_divisible(name, value, "offset_groups", groups)
     if any(kernel < factor for kernel, factor in zip(kernels, factors, strict=True)):
         raise ValueError(
             f"offset_kernel_size = {tuple(kernels)} leaves pixels out between keys; "

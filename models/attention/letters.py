@@ -19,7 +19,8 @@ class Mixer:
     """The definition of one letter.
 
     Attributes:
-        build: builds the mixer, a module from ``[B, C, H, W]`` to ``[B, C, H, W]``, from the options of a stage.
+        build: builds the mixer, a module from ``[B, C, H, W]`` to ``[B, C, H, W]``, from the options of a stage. If it
+            holds parameters or buffers itself, it has a method ``reset_parameters`` that initialises them.
         options: the options that it declares; letters that share an option declare the same object.
         check: raises a ValueError if options of a stage contradict each other; None if they cannot.
         single_residual: whether mixer and MLP form one residual branch, as in ConvNeXt, instead of one each.

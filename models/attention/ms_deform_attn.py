@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..ops import ms_deform_attn
 from ..ops.multi_scale import integers
 from ..ops.precision import widen
+from ..options import check_divisible
 
 
 class MSDeformAttn(nn.Module):
@@ -36,8 +37,7 @@ class MSDeformAttn(nn.Module):
         for name, number in numbers.items():
             if number < 1:
                 raise ValueError(f"{name} = {number} is not allowed; give at least 1")
-        if d_model % n_heads:
-            raise ValueError(f"d_model = {d_model} is not divisible by n_heads = {n_heads}; change one of them")
+        check_divisible("d_model", d_model, "n_heads", n_heads)
         self.d_model, self.n_levels, self.n_heads, self.n_points = d_model, n_levels, n_heads, n_points
         self.im2col_step = 64
         self.form = "auto"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..layers import linear, pad_small
 from ..ops.forms import needs_plain_operations
 from ..ops.neighborhood import neighborhood_attention
-from ..options import Option, StageOption, StageOptions, odd
+from ..options import Option, StageOption, StageOptions, check_divisible, odd
 from ..tables import Resize, by_cells
 from .letters import Mixer, register
 
@@ -37,6 +37,9 @@ class NeighborhoodAttention(nn.Module):
 
     Attributes:
         form: form of the operation, see `models.ops.neighborhood`; or ``natten``.
+
+    Raises:
+        ValueError: an argument is not allowed or contradicts another.
     """
 
     def __init__(
@@ -50,6 +53,8 @@ class NeighborhoodAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        check_divisible("dim", dim, "heads", heads)
+        OPTIONS["nat_ksizes"].each.require("kernel_size", kernel_size)
         self.heads = heads
         self.kernel_size = kernel_size
         self.scale = (dim // heads) ** -0.5
@@ -58,10 +63,15 @@ class NeighborhoodAttention(nn.Module):
         self.rpb = None
         if use_rpb:
             self.rpb = nn.Parameter(torch.empty(heads, 2 * kernel_size - 1, 2 * kernel_size - 1))
-            nn.init.trunc_normal_(self.rpb, std=0.02)
+        self.reset_parameters()
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    def reset_parameters(self) -> None:
+        """Initialise the position table; layers initialise themselves."""
+        if self.rpb is not None:
+            nn.init.trunc_normal_(self.rpb, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""

@@ -19,7 +19,8 @@ class RandomDirections(nn.Module):
     """Orthogonal Gaussian directions that can be redrawn.
 
     The state dict holds the seed instead of the directions: averaging the weights of a model, for example, would
-    destroy the distribution of the directions.
+    destroy the distribution of the directions. They follow the seed in `draw` and when a state dict is loaded, but not
+    when ``source`` is written in place.
 
     Args:
         count: number of directions.
@@ -91,7 +92,10 @@ class PerformerAttention(TokenAttention):
         self.random = RandomDirections(num_features or max(1, round(width * math.log(width))), width)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the features of an epoch, counted from 0."""
+        """Draw the features of an epoch, counted from 0.
+
+        Also needed by a copy of a network whose tensors are written in place, such as a moving average of its weights.
+        """
         if self.redraw_epochs:
             self.random.draw(epoch // self.redraw_epochs)
 

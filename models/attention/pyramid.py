@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..layers import LayerNorm, pad_small, pointwise
 from ..ops.products import dot_product_attention
-from ..options import StageOption, StageOptions, at_least
+from ..options import StageOption, StageOptions, at_least, check_divisible
 from .letters import Mixer, register
 
 OPTIONS = {
@@ -24,10 +24,15 @@ class PyramidAttention(nn.Module):
         sr_ratio: factor by which the map is reduced on each axis.
         attn_drop: probability of dropping an attention weight.
         proj_drop: dropout rate of the output.
+
+    Raises:
+        ValueError: an argument is not allowed or contradicts another.
     """
 
     def __init__(self, dim: int, *, heads: int, sr_ratio: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
         super().__init__()
+        check_divisible("dim", dim, "heads", heads)
+        OPTIONS["sr_ratios"].each.require("sr_ratio", sr_ratio)
         self.heads = heads
         self.sr_ratio = sr_ratio
         self.attn_drop = attn_drop

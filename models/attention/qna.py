@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..layers import linear, pointwise
 from ..ops.precision import at_least_float32, autocast_disabled
-from ..options import Option, StageOption, StageOptions, at_least, odd, one_of
+from ..options import Option, StageOption, StageOptions, at_least, check_divisible, odd, one_of
 from ..tables import Resize, square_along
 from .letters import Mixer, register
 
@@ -35,6 +35,9 @@ class QueryAndAttend(nn.Module):
         kernel_size: side of the window in pixels, odd.
         activation: ``exp``, ``sigmoid`` or ``linear``, applied to the scores of queries and keys.
         proj_drop: dropout rate of the output.
+
+    Raises:
+        ValueError: an argument is not allowed or contradicts another.
     """
 
     def __init__(
@@ -48,20 +51,29 @@ class QueryAndAttend(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        check_divisible("dim", dim, "heads", heads)
+        OPTIONS["nqs"].each.require("num_queries", num_queries)
+        OPTIONS["ksize_qnas"].each.require("kernel_size", kernel_size)
+        OPTIONS["qna_activation"].check.require("activation", activation)
         self.heads = heads
         self.num_queries = num_queries
         self.kernel_size = kernel_size
         self.activation = activation
         self.scale = (dim // heads) ** -0.5
         self.q_param = nn.Parameter(torch.empty(num_queries, dim))
-        self.attn_scale = nn.Parameter(torch.ones(1, 1, kernel_size**2, num_queries * heads))
+        self.attn_scale = nn.Parameter(torch.empty(1, 1, kernel_size**2, num_queries * heads))
         self.rpb_table = nn.Parameter(torch.empty(kernel_size**2, num_queries * heads))
-        nn.init.trunc_normal_(self.q_param, std=dim**-0.5)
-        nn.init.trunc_normal_(self.rpb_table, std=0.02)
+        self.reset_parameters()
         self.proj_k = nn.Linear(dim, dim, bias=False)
         self.proj_v = nn.Linear(dim, dim, bias=False)
         self.proj_out = nn.Conv2d(dim, dim, kernel_size=1, bias=False)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    def reset_parameters(self) -> None:
+        """Initialise queries, factors and the position table; layers initialise themselves."""
+        nn.init.trunc_normal_(self.q_param, std=self.q_param.shape[1] ** -0.5)
+        nn.init.trunc_normal_(self.rpb_table, std=0.02)
+        nn.init.ones_(self.attn_scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""

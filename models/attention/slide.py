@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..fusing import have_biases, may_fuse
 from ..layers import linear
-from ..options import StageOptions
+from ..options import StageOptions, check_divisible
 from .letters import Mixer, register
 
 KERNEL_SIZE = 3
@@ -28,28 +28,38 @@ class SlideAttention(nn.Module):
         heads: attention heads; four times this number divides ``dim``.
         attn_drop: probability of dropping an attention weight.
         proj_drop: dropout rate of the output.
+
+    Raises:
+        ValueError: an argument is not allowed or contradicts another.
     """
 
     def __init__(self, dim: int, *, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
         super().__init__()
+        check_divisible("dim", dim, f"{REDUCTION} * heads", REDUCTION * heads)
         reduced = dim // REDUCTION
         head_dim = reduced // heads
         self.heads = heads
         self.scale = (dim // heads) ** -0.5
         self.relative_position_bias_table = nn.Parameter(torch.empty(1, heads, 1, SHIFTS, 1, 1))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.qkv = nn.Linear(dim, 3 * reduced)
         self.proj = nn.Linear(reduced, dim)
         self.attn_drop = nn.Dropout(attn_drop)
         self.proj_drop = nn.Dropout(proj_drop)
         self.dep_conv = self._shift_conv(head_dim)
         self.dep_conv1 = self._shift_conv(head_dim)
-        one_hot = torch.eye(SHIFTS).reshape(SHIFTS, 1, KERNEL_SIZE, KERNEL_SIZE)
-        self.dep_conv.weight = nn.Parameter(one_hot.repeat(head_dim, 1, 1, 1), requires_grad=False)
+        self.dep_conv.weight.requires_grad_(False)
+        self.reset_parameters()
 
     @staticmethod
     def _shift_conv(head_dim: int) -> nn.Conv2d:
         return nn.Conv2d(head_dim, SHIFTS * head_dim, KERNEL_SIZE, padding=KERNEL_SIZE // 2, groups=head_dim)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Initialise the position table and the fixed shifts; layers initialise themselves."""
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        one_hot = torch.eye(SHIFTS).reshape(SHIFTS, 1, KERNEL_SIZE, KERNEL_SIZE)
+        self.dep_conv.weight.copy_(one_hot.repeat(self.dep_conv.in_channels, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.locality import Window, window_mask
+from ..ops.products import dot_product_attention
 
 
 class TokenAttention(nn.Module):
@@ -79,4 +79,4 @@ class SoftmaxAttention(TokenAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         dropout = self.attn_drop if self.training else 0.0
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask(q), dropout_p=dropout)
+        return dot_product_attention(q, k, v, self.mask(q), dropout=dropout)

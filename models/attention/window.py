@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..layers import as_pair, linear
 from ..ops.products import dot_product_attention
 from ..ops.window import merge, padding_mask, partition, relative_position_index, shift_mask
-from ..options import StageOption, StageOptions, at_least
+from ..options import StageOption, StageOptions, at_least, check_divisible
 from ..tables import Resize, square_along
 from .letters import Mixer, register
 
@@ -31,6 +31,9 @@ class WindowAttention(nn.Module):
         shifted: whether the windows are shifted.
         attn_drop: probability of dropping an attention weight.
         proj_drop: dropout rate of the output.
+
+    Raises:
+        ValueError: an argument is not allowed or contradicts another.
     """
 
     def __init__(
@@ -45,17 +48,25 @@ class WindowAttention(nn.Module):
         proj_drop: float = 0.0,
     ) -> None:
         super().__init__()
+        check_divisible("dim", dim, "heads", heads)
+        WINDOW_SIZES.each.require("window_size", window_size)
         self.heads = heads
         self.window_size = window_size
         self.shift = (window_size + 1) // 2 if shifted else 0  # rounded up, as in the published code
         self.attn_drop = attn_drop
+        self.native_size = self._padded(as_pair(map_size))
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window_size - 1) ** 2, heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.01)
-        self.register_buffer("relative_position_index", relative_position_index(window_size))
-        self.set_map_size(as_pair(map_size))
+        self.register_buffer("relative_position_index", torch.empty(window_size**2, window_size**2, dtype=torch.int64))
+        self.reset_parameters()
         self.proj_qkv = nn.Linear(dim, 3 * dim)
         self.proj_out = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    def reset_parameters(self) -> None:
+        """Initialise the position table, its index and the mask; layers initialise themselves."""
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.01)
+        self.relative_position_index.copy_(relative_position_index(self.window_size))
+        self.set_map_size(self.native_size)
 
     def set_map_size(self, size: tuple[int, int]) -> None:
         """Recompute the mask of shifted windows for maps of another native height and width."""

@@ -15,7 +15,16 @@ from .products import dot_product_attention
 FORMS = ("auto", "reference", "crops", "separable", "triton")
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float, dropout: float = 0.0) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    *,
+    scale: float,
+    dropout: float = 0.0,
+    plain: bool = False,
+) -> Tensor:
     """Return ``softmax(scale q k^T + bias) v``.
 
     Args:
@@ -25,13 +34,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: fl
         bias: added to the logits, broadcastable to ``[B, heads, Nq, Ns]``, or None.
         scale: factor of the products.
         dropout: probability of dropping an attention weight.
+        plain: see `dot_product_attention`.
 
     Returns:
         ``[B, Nq, heads, d]``.
     """
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
     bias = None if bias is None else bias.to(q.dtype)
-    return dot_product_attention(q, k, v, bias, scale=scale, dropout=dropout).transpose(1, 2)
+    return dot_product_attention(q, k, v, bias, scale=scale, dropout=dropout, plain=plain).transpose(1, 2)
 
 
 def deformable_attention(
@@ -61,7 +71,8 @@ def deformable_attention(
         scale: factor of the products.
         dropout: probability of dropping an attention weight.
         clamped: whether all positions are known to lie in [-1, 1], which ``crops`` needs.
-        form: ``reference`` samples the table at every displacement and saves all of them for the backward pass.
+        form: ``reference`` samples the table at every displacement and saves all of them for the backward pass. If it
+            is given, not chosen, it can be differentiated any number of times.
             ``separable`` and, on maps of native size, ``crops`` store no displacements, see
             `models.ops.cpu.table_rows`. They recompute the attention weights in the backward pass, except ``crops`` on
             small batches. ``triton`` is a GPU kernel that writes neither weights nor bias to memory. These three have
@@ -73,7 +84,7 @@ def deformable_attention(
     Raises:
         ValueError: the form is unknown or does not support the arguments.
     """
-    native = clamped and coordinates == "dat++" and _is_native(map_size, table)
+    native, plain = clamped and coordinates == "dat++" and _is_native(map_size, table), form == "reference"
     check_form(form, FORMS, "deformable attention")
     if form not in ("auto", "reference") and dropout:
         raise ValueError(f"form {form!r} of deformable attention has no dropout; choose auto or reference")
@@ -91,7 +102,8 @@ def deformable_attention(
         attend = operators.deformable_attention if is_compiled_for_inference(q) else cpu.attention
         return attend(q, k, v, positions, table, map_size=map_size, coordinates=coordinates, scale=scale, form=form)
     grid = query_grid(map_size, coordinates=coordinates, dtype=positions.dtype, device=positions.device)
-    return attention(q, k, v, table_bias(table, grid, positions), scale=scale, dropout=dropout)
+    bias = table_bias(table, grid, positions)
+    return attention(q, k, v, bias, scale=scale, dropout=dropout, plain=plain)
 
 
 def choose_form(q: Tensor, *, native: bool, dropout: float = 0.0) -> str:

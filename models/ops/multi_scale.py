@@ -35,7 +35,7 @@ def ms_deform_attn(
         spatial_shapes: height and width of every level, ``[levels, 2]``. ``op`` synchronises with a GPU only to copy
             lists there, at the first call with them, or tensors on a CPU; ``reference`` at every call with tensors.
         level_start_index: index of the first value of every level, ``[levels]``; levels follow each other without gaps.
-            Like ``spatial_shapes``, a tensor or a list.
+            Like ``spatial_shapes``, a tensor, an array or a list.
         sampling_locations: ``[B, Q, heads, levels, points, 2]``, (x, y). The edges of a level are at 0 and 1, the
             centre of pixel i of n at (i + 0.5) / n. Values are zero outside. Cast to at least float32.
         attention_weights: ``[B, Q, heads, levels, points]``.
@@ -58,11 +58,12 @@ def ms_deform_attn(
             "form 'op' of multi-scale attention needs a CPU, or a GPU and Triton, and supports no transforms of "
             "torch.func; choose auto or reference"
         )
+    spatial_shapes, level_start_index = _plain(spatial_shapes), _plain(level_start_index)
     _check(value, spatial_shapes, level_start_index, sampling_locations, attention_weights, im2col_step)
     dtype = at_least_float32(sampling_locations.dtype)
     sampling_locations, attention_weights = sampling_locations.to(dtype), attention_weights.to(dtype)
     if (choose_form(value) if form == "auto" else form) == "reference":
-        levels, starts = _numbers(spatial_shapes), _numbers(level_start_index)
+        levels, starts = (x.tolist() if isinstance(x, Tensor) else x for x in (spatial_shapes, level_start_index))
         check_levels(levels, starts, value.shape[1])
         return _reference(value, levels, starts, sampling_locations, attention_weights)
     shapes, starts = (integers(numbers, value.device) for numbers in (spatial_shapes, level_start_index))
@@ -86,6 +87,7 @@ def integers(numbers: Tensor | Sequence, device: torch.device) -> Tensor:
 
     The copy of a list to a GPU waits for the GPU and cannot be captured in a CUDA graph, so it is made only once.
     """
+    numbers = _plain(numbers)
     if isinstance(numbers, Tensor):
         return numbers.to(device, torch.int64)
     return _copied(tuple(tuple(row) if isinstance(row, (list, tuple)) else row for row in numbers), device)
@@ -96,8 +98,11 @@ def _copied(numbers: tuple, device: torch.device) -> Tensor:
     return torch.as_tensor(numbers, dtype=torch.int64, device=device)
 
 
-def _numbers(tensor: Tensor | Sequence) -> list:
-    return tensor.tolist() if isinstance(tensor, Tensor) else list(tensor)
+def _plain(numbers: Tensor | Sequence) -> Tensor | list:
+    """Return sizes or indices as they are if they are a tensor, otherwise as a list of Python's numbers or of lists."""
+    if isinstance(numbers, Tensor):
+        return numbers
+    return [row.tolist() if hasattr(row, "tolist") else row for row in numbers]  # rows of NumPy, or tensors
 
 
 def _check(

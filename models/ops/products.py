@@ -10,7 +10,14 @@ from .forms import is_transformed
 
 
 def dot_product_attention(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, *, scale: float | None = None, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    plain: bool = False,
 ) -> Tensor:
     """Return ``softmax(scale q k^T + bias) v``, with support for all transforms of `torch.func`.
 
@@ -18,15 +25,17 @@ def dot_product_attention(
         q: queries ``[..., Nq, d]``.
         k: keys ``[..., Nk, d]``.
         v: values ``[..., Nk, d]``.
-        bias: added to the logits, broadcastable to ``[..., Nq, Nk]``, or None.
+        bias: added to the logits, broadcastable to ``[..., Nq, Nk]``; or bool, false for keys that a query does not
+            attend to; or None.
         scale: factor of the products, ``d ** -0.5`` if None.
         dropout: probability of dropping an attention weight.
+        plain: use plain operations, which can be differentiated any number of times, unlike PyTorch's fused kernels.
 
     Returns:
         ``[..., Nq, d]``.
     """
     arguments = {"attn_mask": bias, "dropout_p": dropout, "scale": scale}
-    if not is_transformed():
+    if not (plain or is_transformed()):
         return F.scaled_dot_product_attention(q, k, v, **arguments)
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels do not support forward-mode derivatives
         return F.scaled_dot_product_attention(q, k, v, **arguments)

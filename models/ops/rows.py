@@ -19,7 +19,7 @@ def neighbours(position: Tensor, length: int) -> tuple[Tensor, Tensor]:
         Indices, clamped to the axis, and weights, ``[..., 2]`` each.
     """
     first = position.detach().floor()
-    fraction = position - first
+    fraction = (position - first).masked_fill(first.isinf(), 0.0)  # these are outside, where NaN would be kept
     taps = torch.stack((first, first + 1), dim=-1)
     inside = (taps >= 0) & (taps < length)
     weights = torch.stack((1 - fraction, fraction), dim=-1) * inside

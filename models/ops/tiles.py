@@ -111,7 +111,8 @@ def _indices(size: tuple[int, int], kernel_size: int, device: torch.device, maps
         of the table for every kind of tile, ``[kinds * queries_per_tile * keys_per_tile]``, one past the last cell for
         keys outside the window of a query.
     """
-    with _disable_current_modes():  # the number of pixels inside the map depends on values, which fake tensors lack
+    # The number of pixels inside the map depends on values, which fake tensors and those of the meta device lack.
+    with _disable_current_modes(), torch.device("cpu"):
         axes = y, x = [_Axis(length, kernel_size) for length in size]
         rows, columns = (torch.arange(axis.count)[:, None] * axis.tile + torch.arange(axis.tile) for axis in axes)
         inside = ((rows < y.length)[:, None, :, None] & (columns < x.length)[:, None, :]).flatten()

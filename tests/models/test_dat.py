@@ -14,6 +14,7 @@ from torch.func import functional_call
 from models.attention import deformable
 from models.attention.letters import MIXERS
 from models.dat import DAT
+from models.ops.tiles import tiles_of
 from tests.models.small import SMALL, VARIANTS, build_small, variant_id, without_gradient
 
 OFFSET_NETWORK = ("0.weight", "0.bias", "1.norm.weight", "1.norm.bias", "3.weight")
@@ -55,9 +56,13 @@ def test_networks_run_on_the_meta_device(variant: tuple[str, dict[str, Any]]) ->
     letter, options = variant
     with torch.device("meta"):
         model = build_small(letter, **options)
-    logits = model(torch.zeros(2, 3, 50, 40, device="meta"))
+    images = torch.zeros(2, 3, 50, 40, device="meta")
+    logits = model(images)
     logits.sum().backward()
     assert (logits.shape, logits.device.type) == ((2, 10), "meta")
+    tiles_of.cache_clear()
+    with torch.device("meta"):
+        assert model(images).shape == (2, 10)
 
 
 @pytest.mark.parametrize("letters", ["LS", "ND", "PQ", "EX"])
@@ -239,3 +244,30 @@ def test_the_network_runs_on_fake_tensors(letter: str) -> None:
     weights = {name: mode.from_tensor(value) for name, value in model.state_dict().items()}
     with mode:
         assert functional_call(model, weights, torch.empty(2, 3, 50, 40)).shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "size", [384.5, "384", None, -1, (), (384,), (3, 384, 384), (384, 384.5), (True, True)], ids=str
+)
+def test_an_input_size_that_is_not_allowed_changes_nothing(size: Any) -> None:
+    model = build_small("DS")
+    before = {name: value.shape for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=r"img_size = .* must be"):
+        model.set_input_size(size)
+    assert {name: value.shape for name, value in model.state_dict().items()} == before
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=variant_id)
+def test_modules_initialise_the_tensors_that_they_hold(variant: tuple[str, dict[str, Any]]) -> None:
+    letter, options = variant
+    model = build_small(letter, **options)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
+    for module in reversed(list(model.modules())):  # children first
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for name, value in model.state_dict().items():
+        constant = expected[name].unique().numel() <= 2 or not value.is_floating_point()
+        assert torch.equal(value, expected[name]) if constant else value.isfinite().all(), name

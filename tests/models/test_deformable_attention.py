@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import models.deformable_attention as ours
 from benchmarks.launches import Launches
@@ -269,3 +270,11 @@ def test_inputs_of_the_wrong_shape_are_rejected() -> None:
     module = ours.DeformableAttention1D(dim=8)
     with pytest.raises(ValueError, match=r"shape \[1, 8, 4, 4\] does not fit; give \[batch, 8, length\]"):
         module(torch.zeros(1, 8, 4, 4))
+
+
+def test_wrappers_of_layers_change_nothing() -> None:
+    module, x = ours.DeformableAttention2D(dim=8, heads=2), torch.randn(2, 8, 6, 5)
+    expected = module(x)
+    for name, layer in list(module.named_children()):
+        setattr(module, name, checkpoint_wrapper(layer))
+    torch.testing.assert_close(module(x), expected)

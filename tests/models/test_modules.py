@@ -5,13 +5,17 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.func import functional_call, grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -113,6 +117,53 @@ def test_lora_on_every_linear_and_pointwise_layer(letters: str, options: dict[st
     logits.square().sum().backward()
     assert without_gradient(adapted) == []
     assert [name for name, parameter in second.items() if not parameter.grad.any()] == []
+
+
+@pytest.mark.parametrize("adapter", [LoraConfig, LoHaConfig, LoKrConfig])
+@pytest.mark.parametrize("options", [{}, {"fixed_pes": True}], ids=str)
+def test_adapters_of_the_depthwise_convolution_of_the_offset_network(adapter: type, options: dict[str, Any]) -> None:
+    model = build_small("D", **options)
+    expected = model(images())
+    adapted = get_peft_model(model, adapter(r=16, target_modules=["conv_offset.0"]))  # r: a multiple of all channels
+    torch.testing.assert_close(adapted(images()), expected, atol=1e-5, rtol=1e-4)
+    factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    for factor in factors:
+        nn.init.normal_(factor)
+    logits = adapted(images())
+    assert not torch.allclose(logits, expected, atol=1e-3)
+    logits.square().sum().backward()
+    assert all(factor.grad.any() for factor in factors)
+
+
+def replaced_by_peft(model: nn.Module, name: str) -> nn.Module:
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["proj_q"], modules_to_save=[name]))
+
+
+def wrapped(wrap: Callable[[nn.Module], nn.Module], model: nn.Module, name: str) -> nn.Module:
+    for parent in [module for module in model.modules() if isinstance(getattr(module, name, None), nn.Module)]:
+        setattr(parent, name, wrap(getattr(parent, name)))
+    return model
+
+
+@pytest.mark.parametrize("name", ["conv_offset", "linear1", "linear2", "dwc", "chunk"])
+@pytest.mark.parametrize(
+    "replace",
+    [
+        replaced_by_peft,
+        partial(wrapped, checkpoint_wrapper),
+        partial(wrapped, lambda layer: torch.compile(layer, backend="eager")),
+    ],
+    ids=["peft", "checkpoint", "compile"],
+)
+def test_wrappers_of_layers_change_nothing(replace: Callable[[nn.Module, str], nn.Module], name: str) -> None:
+    torch._dynamo.reset()
+    model = build_small("D", use_dwc_mlps=name != "chunk")
+    expected = model(images())
+    model = replace(model, name)
+    logits = model(images())
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
+    logits.sum().backward()
+    assert any(p.grad is not None and p.grad.any() for key, p in model.named_parameters() if name in key)
 
 
 def attach_weight_norm(layer: nn.Module) -> None:
@@ -233,6 +284,30 @@ def test_transforms_of_torch_func(variant: tuple[str, dict[str, Any]]) -> None:
     value, change = jvp(lambda weights: loss(weights, x), (weights,), (directions,))
     torch.testing.assert_close(value, logits.square().sum().detach())
     torch.testing.assert_close(change, sum((gradient[name] * directions[name]).sum() for name in weights))
+
+
+# Quotients of linear scores are too steep for differences.
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v[1].get("qna_activation") != "linear"], ids=variant_id)
+def test_second_derivatives_of_the_plain_form(variant: tuple[str, dict[str, Any]]) -> None:
+    letter, options = variant
+    torch.manual_seed(0)
+    model = build_small(letter, **options).double().eval()
+    for module in model.modules():
+        if hasattr(module, "form"):
+            module.form = "reference"
+    for table in model.no_weight_decay():  # with trained position tables, PyTorch chooses plain attention itself
+        model.get_parameter(table).requires_grad_(False)
+    x = images()[:, :, :40, :48].double().requires_grad_()
+    direction = torch.randn_like(x)
+
+    def slope(x: Tensor, **options: bool) -> Tensor:
+        return torch.autograd.grad(model(x).square().sum(), x, **options)[0]
+
+    with sdpa_kernel(SDPBackend.MATH) if letter in "LSP" else nullcontext():  # they have no form
+        second = torch.autograd.grad((slope(x, create_graph=True) * direction).sum(), x)[0]
+    step = 1e-6 * direction
+    difference = (slope((x + step).detach().requires_grad_()) - slope((x - step).detach().requires_grad_())) / 2e-6
+    torch.testing.assert_close(second, difference, atol=1e-3 * second.abs().max().item(), rtol=1e-3)
 
 
 @pytest.mark.parametrize("letters", ["NDP", "LSE", "QX"])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from models.attention.letters import MIXERS, Mixer, register
 from models.contract import no_weight_decay
 from models.dat import DAT
-from models.options import StageOption, as_table, did_you_mean, odd
+from models.layers import as_pair
+from models.options import StageOption, as_table, complete, did_you_mean, odd
 from models.tables import Resize, by_cells
 from models.weights import adapt
 from tests.models.small import SMALL
@@ -176,3 +178,22 @@ def test_the_documentation_lists_the_declared_options() -> None:
     table = as_table(DAT.options())
     if table not in page:  # an assertion would prefix each line, and the table could not be copied
         pytest.fail(f"docs/model.md should hold\n{table}", pytrace=False)
+
+
+def test_numbers_of_numpy_are_taken() -> None:
+    whole, real = np.int64, np.float32
+    model = DAT(
+        **{**SMALL, "img_size": whole(64), "num_classes": whole(5), "dims": [whole(dim) for dim in SMALL["dims"]]},
+        stage_spec=["D"] * 4,
+        drop_path_rate=real(0.5),
+        layer_scale_values=[real(0.5)] * 4,
+    )
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 5)
+    assert {type(info["num_chs"]) for info in model.feature_info} == {int}
+    assert model.stages[3].residuals[0].rate == 0.5
+    values = complete({"img_size": [whole(64), 96]}, {"img_size": DAT.options()["img_size"]})
+    assert [type(side) for side in values["img_size"]] == [int, int]
+    assert [type(side) for side in as_pair(whole(8))] == [int, int]
+    for wrong, words in (({"num_classes": real(5)}, "a whole number"), ({"drop_rate": "0.5"}, "a number")):
+        with pytest.raises(ValueError, match=f"must be {words}"):
+            DAT(**{**SMALL, "stage_spec": ["D"] * 4, **wrong})

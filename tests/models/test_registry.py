@@ -21,6 +21,7 @@ from models.dat import DAT
 from models.registry import CONFIGS, ENTRYPOINTS, model_options
 from optimizer import parameter_groups
 from tests.models.small import SMALL, without_gradient
+from tools.complexity import PUBLISHED
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = list(CONFIGS)
@@ -45,6 +46,16 @@ def test_registered_names_match_the_published_configs() -> None:
         default = timm.get_pretrained_cfg(name)
         assert default.input_size == (3, config.DATA.IMG_SIZE, config.DATA.IMG_SIZE), name
         assert default.crop_pct == (config.TEST.CROP_RATIO if config.TEST.CROP else 1.0), name
+
+
+def test_the_documentation_lists_every_published_model() -> None:
+    page = (ROOT / "docs/models.md").read_text(encoding="utf-8")
+    for name, config in CONFIGS.items():
+        published = PUBLISHED[load_config(ROOT / "configs" / config).MODEL.NAME]
+        (row,) = (line for line in page.splitlines() if f"| `{name}` |" in line)
+        assert f"](../configs/{config})" in row
+        assert f"| {published.parameters:.2f} M |" in row
+        assert published.macs is None or f"| {published.macs} G |" in row
 
 
 def test_options_of_a_model_may_be_changed() -> None:

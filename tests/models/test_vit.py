@@ -5,10 +5,13 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer as TimmViT
+from timm.utils import ModelEmaV3
 from torch import Tensor
+from torch.func import jvp
 
 from models.attention.performer import PerformerAttention
 from models.ops.locality import Window
@@ -202,6 +205,7 @@ def test_export_with_any_number_of_images(attention: str) -> None:
         ),
         ({"locality_reach": [1, 2], "locality_epochs": [4, 2]}, r"locality_epochs = \[4, 2\] must increase"),
         ({"locality_reach": [1], "locality_epochs": [0]}, r"locality_epochs = \[0\] must be whole numbers of at"),
+        ({"locality_reach": [True], "locality_epochs": [1]}, r"locality_reach = \[True\] must be whole numbers of at"),
         ({"locality_reach": ["a"], "locality_epochs": [1]}, r"locality_reach = \['a'\] must be whole numbers of at"),
     ],
     ids=str,
@@ -226,3 +230,27 @@ def test_pickled_models_load(attention: str) -> None:
 def test_the_input_size_is_fixed() -> None:
     with pytest.raises(ValueError, match="the grid of patches is fixed"):
         build("softmax").set_input_size((32, 32))
+
+
+def test_windows_may_be_numbers_of_numpy() -> None:
+    model = build("softmax", locality="box", locality_reach=list(np.arange(1, 3)), locality_epochs=[2, 4])
+    assert model.window_at(1) == Window("box", 1)
+
+
+def test_forward_derivatives_of_softmax_attention() -> None:
+    model, x = build("softmax").double().eval(), images().double()
+    value, change = jvp(lambda x: model(x).sum(), (x,), (torch.ones_like(x),))
+    leaf = x.clone().requires_grad_()
+    model(leaf).sum().backward()
+    torch.testing.assert_close(value, model(x).sum())
+    torch.testing.assert_close(change, leaf.grad.sum())
+
+
+def test_a_moving_average_of_a_performer_has_its_features_after_set_epoch() -> None:
+    model, x = build("performer").eval(), images()
+    average = ModelEmaV3(model, decay=0.0)
+    model.set_epoch(3)
+    average.update(model)
+    assert not torch.allclose(average.module(x), model(x))
+    average.module.set_epoch(3)
+    torch.testing.assert_close(average.module(x), model(x))

@@ -23,7 +23,7 @@ def test_the_config_has_the_arguments_and_their_defaults() -> None:
 
 
 def test_the_documentation_lists_the_declared_options() -> None:
-    page = (Path(__file__).parents[2] / "docs/family.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs/attention-modules.md").read_text(encoding="utf-8")
     table = as_table(VisionTransformer.options())
     if table not in page:  # an assertion would prefix each line, and the table could not be copied
-        pytest.fail(f"docs/family.md should hold\n{table}", pytrace=False)
+        pytest.fail(f"docs/attention-modules.md should hold\n{table}", pytrace=False)

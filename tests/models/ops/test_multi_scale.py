@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.launches import Launches
 from models.ops import ms_deform_attn
-from models.ops.multi_scale import _op, choose_form
+from models.ops.multi_scale import _op, choose_form, integers
 
 
 def random_arguments(
@@ -55,17 +56,20 @@ def test_computing_in_parts_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     torch.testing.assert_close(with_gradients(arguments), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("form", ["op", "reference"])
 @pytest.mark.parametrize("where", [-1e30, 1e30, float("inf"), -float("inf")])
-def test_locations_far_outside_give_zero(where: float) -> None:
+def test_locations_far_outside_give_zero(where: float, form: str) -> None:
     value, shapes, starts, locations, weights = random_arguments(1)
-    for result in with_gradients((value, shapes, starts, torch.full_like(locations, where), weights))[:2]:
+    arguments = value, shapes, starts, torch.full_like(locations, where), weights
+    for result in with_gradients(arguments, form=form):
         assert not result.any()
 
 
-def test_nan_stays_nan() -> None:
+@pytest.mark.parametrize("form", ["op", "reference"])
+def test_nan_stays_nan(form: str) -> None:
     value, shapes, starts, locations, weights = random_arguments(1)
     locations[0, 0] = float("nan")
-    out = ms_deform_attn(value, shapes, starts, locations, weights)
+    out = ms_deform_attn(value, shapes, starts, locations, weights, form=form)
     assert out[0, 0].isnan().all()
     assert out[0, 1:].isfinite().all()
 
@@ -89,6 +93,15 @@ def test_shapes_as_tensors_and_strided_inputs() -> None:
     strided = [x.transpose(0, -1).contiguous().transpose(0, -1) for x in (value, locations, weights)]
     out = ms_deform_attn(strided[0], torch.tensor(shapes), torch.tensor(starts), *strided[1:])
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("form", ["op", "reference"])
+def test_shapes_as_arrays_and_lists_of_tensors(form: str) -> None:
+    value, shapes, starts, *others = random_arguments(4)
+    expected = ms_deform_attn(value, shapes, starts, *others)
+    for kind in (np.array, lambda numbers: [torch.tensor(row) for row in numbers]):
+        torch.testing.assert_close(ms_deform_attn(value, kind(shapes), kind(starts), *others, form=form), expected)
+        assert torch.equal(integers(kind(shapes), value.device), torch.tensor(shapes))
 
 
 @pytest.mark.parametrize("form", ["op", "reference"])
