@@ -38,6 +38,7 @@ test-slurm: setup
 	@.venv/bin/python -m pytest -m slow -rs tests/test_slurm.py
 
 bench-gpu: setup
+	@.venv/bin/python -m benchmarks.gpu --check
 	@echo "bench-gpu: the kernels against the plain operations, then images a second of networks"
 	@.venv/bin/python -m pytest tests/models/ops/gpu
 	@.venv/bin/python -m benchmarks.gpu

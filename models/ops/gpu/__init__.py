@@ -24,8 +24,11 @@ _INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 def has_triton(x: Tensor) -> bool:
-    """Return whether Triton can run on the device of a tensor of any shape: on a GPU, or under Triton's interpreter."""
-    return _INSTALLED and not forms.PLAIN and (x.is_cuda or INTERPRETED)
+    """Return whether the kernels can process a tensor of any shape where it is: on an NVIDIA GPU, or interpreted.
+
+    On GPUs of AMD, which PyTorch also calls ``cuda``, Triton lacks the precision "tf32x3".
+    """
+    return _INSTALLED and not forms.PLAIN and (INTERPRETED or (x.is_cuda and torch.version.hip is None))
 
 
 def suits(x: Tensor) -> bool:

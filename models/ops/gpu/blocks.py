@@ -34,10 +34,13 @@ def as_index(place):
 def launch(kernel, programs: int, *arguments, **options) -> None:
     """Run a kernel on the device of its first argument, which is a tensor.
 
-    Triton would use the current device, which need not be the device of the tensors.
+    Triton would use the current device, which need not be the device of the tensors, and compile a kernel anew for
+    integers that are 1 or multiples of 16, unless they are in its ``do_not_specialize``: there the kernels list the
+    sizes that change from batch to batch, in ``SIZES``.
     """
     with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **options)
+        # Products and sums are fused into one instruction, whatever Triton's default is.
+        kernel[(programs,)](*arguments, enable_fp_fusion=True, **options)
 
 
 def head_blocks(q: Tensor) -> dict[str, int | str]:

@@ -23,11 +23,13 @@ from ..forms import operator
 from .blocks import as_index, dot, head_blocks, launch, move_closer
 
 QUERIES = 64  # queries per block
+QUERIES_WIDE = 32  # for float32 heads of more than 64 values, which would exceed the shared memory of many GPUs
 KEYS = 16  # keys per block
 SIDE = 16  # side of the square blocks of queries in `_backward_table`
 TILE = 64  # largest side of a tile of the table
 LAUNCH = {"num_warps": 8, "num_stages": 1}  # 8 warps keep the corners of the table in registers
-PROGRAMS = 1024  # programs of `_backward_table` to aim for: images are split into parts to reach this number
+PROGRAMS = 1024  # programs of `_backward_table` to aim for: queries are split into parts to reach this number
+SIZES = ("map_height", "map_width", "keys", "images", "parts")  # see `launch`
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def _query_grid(start, map_width, step_y, start_y, step_x, start_x, BLOCK: tl.co
     return row.to(tl.float32) * step_y + start_y, column.to(tl.float32) * step_x + start_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     q, k, v, positions, table, out, sums,
     map_height, map_width, keys, heads, groups, rows, columns,
@@ -130,7 +132,7 @@ def _forward(
     tl.store(sums + image_head * queries + query, largest + tl.log(total), mask=query < queries)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_queries(
     q, k, v, positions, table, out, sums, grad, dq, products,
     map_height, map_width, keys, heads, groups, rows, columns,
@@ -173,7 +175,7 @@ def _backward_queries(
     tl.store(place, (result * scale).to(dq.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_keys(
     q, k, v, positions, table, sums, products, grad, dk, dv, dpositions,
     map_height, map_width, keys, heads, groups, rows, columns,
@@ -226,14 +228,14 @@ def _backward_keys(
     tl.store(place + 1, to_x * (-0.25 * (columns - 1)), mask=key < keys)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_table(
     q, k, v, positions, table, sums, products, grad, dtable, images, parts,
     map_height, map_width, keys, heads, groups, rows, columns,
     step_y, start_y, step_x, start_x, scale,
     HEAD: tl.constexpr, WIDTH: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of a tile of a head's table for some of the images, ``[parts, heads, rows, columns]``."""
+    """Write the gradient of a tile of a head's table for some blocks of queries, ``[parts, heads, rows, columns]``."""
     queries = map_height * map_width
     across = tl.cdiv(columns, TILE)
     tiles = tl.cdiv(rows, TILE) * across
@@ -245,43 +247,42 @@ def _backward_table(
     pixel = tl.arange(0, SIDE * SIDE)
     dim = tl.arange(0, WIDTH)
     result = tl.zeros([TILE, TILE], tl.float32)
-    for step in range(0, tl.cdiv(images - part, parts)):
-        image = part.to(tl.int64) + step * parts
+    blocks_across = tl.cdiv(map_width, SIDE)
+    blocks = tl.cdiv(map_height, SIDE) * blocks_across
+    for block in range(part, images * blocks, parts):
+        image = (block // blocks).to(tl.int64)
+        first_row, first_column = block % blocks // blocks_across * SIDE, block % blocks_across * SIDE
+        map_row, map_column = first_row + pixel // SIDE, first_column + pixel % SIDE
+        there = (map_row < map_height) & (map_column < map_width)
+        query = map_row * map_width + map_column
+        offset = ((image * queries + query[:, None]) * heads + head) * HEAD + dim[None, :]
+        inside = there[:, None] & (dim[None, :] < HEAD)
+        q_block = tl.load(q + offset, mask=inside, other=0.0).to(tl.float32)
+        grad_block = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
+        total = tl.load(sums + (image * heads + head) * queries + query, mask=there, other=0.0)
+        product = tl.load(products + (image * heads + head) * queries + query, mask=there, other=0.0)
+        y = (first_row + tl.arange(0, SIDE)).to(tl.float32) * step_y + start_y
+        x = (first_column + tl.arange(0, SIDE)).to(tl.float32) * step_x + start_x
+        pixel_y = map_row.to(tl.float32) * step_y + start_y
+        pixel_x = map_column.to(tl.float32) * step_x + start_x
         places = positions + (image * groups + head // (heads // groups)) * keys * 2
-        for first_row in range(0, map_height, SIDE):
-            for first_column in range(0, map_width, SIDE):
-                map_row, map_column = first_row + pixel // SIDE, first_column + pixel % SIDE
-                there = (map_row < map_height) & (map_column < map_width)
-                query = map_row * map_width + map_column
-                offset = ((image * queries + query[:, None]) * heads + head) * HEAD + dim[None, :]
-                inside = there[:, None] & (dim[None, :] < HEAD)
-                q_block = tl.load(q + offset, mask=inside, other=0.0).to(tl.float32)
-                grad_block = tl.load(grad + offset, mask=inside, other=0.0).to(tl.float32)
-                total = tl.load(sums + (image * heads + head) * queries + query, mask=there, other=0.0)
-                product = tl.load(products + (image * heads + head) * queries + query, mask=there, other=0.0)
-                y = (first_row + tl.arange(0, SIDE)).to(tl.float32) * step_y + start_y
-                x = (first_column + tl.arange(0, SIDE)).to(tl.float32) * step_x + start_x
-                pixel_y = map_row.to(tl.float32) * step_y + start_y
-                pixel_x = map_column.to(tl.float32) * step_x + start_x
-                for key in range(0, keys):
-                    key_y, key_x = tl.load(places + key * 2), tl.load(places + key * 2 + 1)
-                    cell_y, cell_x = _cells(y, key_y, rows), _cells(x, key_x, columns)
-                    meets = (tl.max(cell_y, 0) > top - 1) & (tl.min(cell_y, 0) < top + TILE)
-                    meets &= (tl.max(cell_x, 0) > left - 1) & (tl.min(cell_x, 0) < left + TILE)
-                    if meets:
-                        key_offset = ((image * keys + key) * heads + head) * HEAD + dim
-                        one_key = tl.load(k + key_offset, mask=dim < HEAD, other=0.0).to(tl.float32)
-                        value = tl.load(v + key_offset, mask=dim < HEAD, other=0.0).to(tl.float32)
-                        bias = _bias(
-                            table, _cells(pixel_y, key_y, rows), _cells(pixel_x, key_x, columns), rows, columns
-                        )
-                        logits = tl.sum(q_block * one_key[None, :], 1) * scale + bias
-                        weights = tl.where(there, tl.exp(logits - total), 0.0)
-                        dlogits = weights * (tl.sum(grad_block * value[None, :], 1) - product)
-                        to_row = tl.maximum(1 - tl.abs(row[:, None].to(tl.float32) - cell_y[None, :]), 0.0)
-                        to_column = tl.maximum(1 - tl.abs(column[None, :].to(tl.float32) - cell_x[:, None]), 0.0)
-                        by_column = dot(tl.reshape(dlogits, [SIDE, SIDE]), to_column, "tf32x3")  # [SIDE, TILE]
-                        result += dot(to_row, by_column, "tf32x3")
+        for key in range(0, keys):
+            key_y, key_x = tl.load(places + key * 2), tl.load(places + key * 2 + 1)
+            cell_y, cell_x = _cells(y, key_y, rows), _cells(x, key_x, columns)
+            meets = (tl.max(cell_y, 0) > top - 1) & (tl.min(cell_y, 0) < top + TILE)
+            meets &= (tl.max(cell_x, 0) > left - 1) & (tl.min(cell_x, 0) < left + TILE)
+            if meets:
+                key_offset = ((image * keys + key) * heads + head) * HEAD + dim
+                one_key = tl.load(k + key_offset, mask=dim < HEAD, other=0.0).to(tl.float32)
+                value = tl.load(v + key_offset, mask=dim < HEAD, other=0.0).to(tl.float32)
+                bias = _bias(table, _cells(pixel_y, key_y, rows), _cells(pixel_x, key_x, columns), rows, columns)
+                logits = tl.sum(q_block * one_key[None, :], 1) * scale + bias
+                weights = tl.where(there, tl.exp(logits - total), 0.0)
+                dlogits = weights * (tl.sum(grad_block * value[None, :], 1) - product)
+                to_row = tl.maximum(1 - tl.abs(row[:, None].to(tl.float32) - cell_y[None, :]), 0.0)
+                to_column = tl.maximum(1 - tl.abs(column[None, :].to(tl.float32) - cell_x[:, None]), 0.0)
+                by_column = dot(tl.reshape(dlogits, [SIDE, SIDE]), to_column, "tf32x3")  # [SIDE, TILE]
+                result += dot(to_row, by_column, "tf32x3")
     place = dtable + (part_head.to(tl.int64) * rows + row[:, None]) * columns + column[None, :]
     tl.store(place, result, mask=(row[:, None] < rows) & (column[None, :] < columns))
 
@@ -291,7 +292,9 @@ def _sizes(q: Tensor, k: Tensor, positions: Tensor, table: Tensor, map_size: Seq
 
 
 def _blocks(q: Tensor) -> dict[str, int | str]:
-    return {"QUERIES": QUERIES, "KEYS": KEYS, **head_blocks(q), **LAUNCH}
+    heads = head_blocks(q)
+    wide = q.dtype == torch.float32 and heads["WIDTH"] > 64
+    return {"QUERIES": QUERIES_WIDE if wide else QUERIES, "KEYS": KEYS, **heads, **LAUNCH}
 
 
 @torch.library.custom_op(operator("deformable_attention"), mutates_args=())
@@ -320,9 +323,9 @@ def attention(
     out = torch.empty_like(q)
     sums = q.new_empty(len(q), q.shape[2], q.shape[1], dtype=torch.float32)
     if q.numel():
-        programs = triton.cdiv(q.shape[1], QUERIES) * len(q) * q.shape[2]
-        sizes = _sizes(q, k, positions, table, map_size)
-        launch(_forward, programs, q, k, v, positions, table, out, sums, *sizes, *steps, scale, **_blocks(q))
+        sizes, blocks = _sizes(q, k, positions, table, map_size), _blocks(q)
+        programs = triton.cdiv(q.shape[1], blocks["QUERIES"]) * len(q) * q.shape[2]
+        launch(_forward, programs, q, k, v, positions, table, out, sums, *sizes, *steps, scale, **blocks)
     return out, sums
 
 
@@ -358,7 +361,7 @@ def attention_backward(
     shared = (*_sizes(q, k, positions, table, map_size), *steps, scale)
     blocks = _blocks(q)
     launch(
-        _backward_queries, triton.cdiv(q.shape[1], QUERIES) * images * heads,
+        _backward_queries, triton.cdiv(q.shape[1], blocks["QUERIES"]) * images * heads,
         q, k, v, positions, table, out, sums, grad, dq, products, *shared, **blocks,
     )  # fmt: skip
     launch(
@@ -367,7 +370,8 @@ def attention_backward(
     )  # fmt: skip
     tile = min(TILE, max(16, triton.next_power_of_2(max(table.shape[1:]))))
     tiles = triton.cdiv(table.shape[1], tile) * triton.cdiv(table.shape[2], tile)
-    parts = min(images, triton.cdiv(PROGRAMS, tiles * heads))
+    blocks_of_queries = triton.cdiv(map_size[0], SIDE) * triton.cdiv(map_size[1], SIDE) * images
+    parts = min(blocks_of_queries, triton.cdiv(PROGRAMS, tiles * heads))
     by_part = table.new_empty(parts, *table.shape, dtype=torch.float32)
     launch(
         _backward_table, tiles * parts * heads,

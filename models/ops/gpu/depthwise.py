@@ -18,6 +18,7 @@ PIXELS = 32  # pixels per block
 CHANNELS = 64  # channels per block
 PROGRAMS = 1024  # largest number of programs of `_backward`, each of which writes a partial sum
 LAUNCH = {"num_warps": 4, "num_stages": 1}
+SIZES = ("images", "height", "width", "parts")  # see `launch`
 
 
 @triton.jit
@@ -47,7 +48,7 @@ def _with_skip(
     return result
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     x, weight, bias, out, images, height, width, channels,
     SIZE: tl.constexpr, FLIPPED: tl.constexpr, BIAS: tl.constexpr, GELU: tl.constexpr,
@@ -66,7 +67,7 @@ def _forward(
     tl.store(place, z.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward(
     x, weight, bias, grad, dz, by_part, parts, images, height, width, channels,
     SIZE: tl.constexpr, GELU: tl.constexpr, TAPS: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,

@@ -18,6 +18,7 @@ from .blocks import launch
 
 ROWS = 16  # rows per program
 SAMPLES = 16  # samples of a cell loaded at a time
+SIZES = ("rows", "pixels", "queries")  # see `launch`
 
 
 def forward(shapes: Tensor, starts: Tensor, value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def _axis(place, length):
     return tl.where(place > length + 1, length + 1, place)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     value,
     shapes,
@@ -138,7 +139,7 @@ def _forward(
     tl.store(out + row[:, None] * CHANNELS + channel, sums, mask=exists[:, None] & (channel < CHANNELS))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_locations(
     value,
     shapes,
@@ -192,7 +193,7 @@ def _backward_locations(
             tl.store(to_locations + 2 * sample + 1, to_y * weight * height, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_values(
     shapes,
     starts,

@@ -19,10 +19,12 @@ from ..forms import operator
 from .blocks import dot, head_blocks, launch
 
 SIDE = 8  # side of a tile
-BLOCK = 32  # keys, or in `_backward_keys` queries, per block
 PIXELS = 128  # queries per block in `_backward_table`
-LAUNCH = {"num_warps": 4, "num_stages": 1}
+LAUNCH = {"BLOCK": 32, "num_warps": 4, "num_stages": 1}  # BLOCK: keys, or in `_backward_keys` queries, per block
+# For float32 heads of more than 32 values, which would exceed the registers and the shared memory of many GPUs.
+LAUNCH_WIDE = {"BLOCK": 16, "num_warps": 8, "num_stages": 1}
 PROGRAMS = 4096  # programs of `_backward_table` to aim for: images are split into parts to reach this number
+SIZES = ("height", "width", "images", "parts")  # see `launch`
 
 
 @triton.jit
@@ -79,7 +81,7 @@ def _tile(height, width, heads, SIDE: tl.constexpr):
     return image_head // heads, image_head % heads, top, left, top + pixel // SIDE, left + pixel % SIDE
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     q, k, v, table, out, sums,
     height, width, heads, image_step, row_step, pixel_step, head_step, scale,
@@ -121,7 +123,7 @@ def _forward(
     tl.store(sums + pixels * heads + head, largest + tl.log(total), mask=(y < height) & (x < width))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_queries(
     q, k, v, table, out, sums, grad, dq, products,
     height, width, heads, image_step, row_step, pixel_step, head_step, scale,
@@ -170,7 +172,7 @@ def _viewers(first, last, length, KERNEL: tl.constexpr):
     return begin, tl.where(last >= length - KERNEL, length - 1, last + KERNEL // 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_keys(
     q, k, v, table, sums, products, grad, dk, dv,
     height, width, heads, image_step, row_step, pixel_step, head_step, scale,
@@ -216,7 +218,7 @@ def _backward_keys(
     tl.store(place, to_v.to(dv.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_table(
     q, k, v, table, sums, products, grad, dtable, images, parts,
     height, width, heads, image_step, row_step, pixel_step, head_step, scale,
@@ -269,7 +271,9 @@ def _strides(*maps: Tensor) -> tuple[list[Tensor], tuple[int, ...]]:
 
 
 def _blocks(q: Tensor, kernel_size: int) -> dict[str, int | str | bool]:
-    return {**head_blocks(q), "KERNEL": kernel_size, "SIDE": SIDE, "BLOCK": BLOCK, **LAUNCH}
+    heads = head_blocks(q)
+    wide = q.dtype == torch.float32 and heads["WIDTH"] > 32
+    return {**heads, "KERNEL": kernel_size, "SIDE": SIDE, **(LAUNCH_WIDE if wide else LAUNCH)}
 
 
 def _programs(q: Tensor) -> int:
@@ -340,7 +344,7 @@ def attention_backward(
     launch(
         _backward_table, by_part.numel(),
         q, k, v, rpb, sums, products, grad, by_part, len(q), parts, *shared,
-        HEAD=blocks["HEAD"], WIDTH=blocks["WIDTH"], KERNEL=kernel_size, PIXELS=PIXELS, **LAUNCH,
+        PIXELS=PIXELS, **{name: blocks[name] for name in ("HEAD", "WIDTH", "KERNEL", "num_warps", "num_stages")},
     )  # fmt: skip
     return dq, dk, dv, by_part.sum(0).to(rpb.dtype)
 

@@ -19,6 +19,7 @@ SAMPLES = 16  # samples per block
 PIXELS = 64  # pixels per block
 CHANNELS = 64  # channels per block
 LAUNCH = {"num_warps": 4, "num_stages": 1}
+SIZES = ("height", "width", "samples")  # see `launch`
 
 
 @triton.jit
@@ -59,7 +60,7 @@ def _corners(x, row, column, channel, height, width, channels, inside):
     return a, b, c, d
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     x, positions, out, height, width, channels, groups, samples, SAMPLES: tl.constexpr, CHANNELS: tl.constexpr
 ):
@@ -80,7 +81,7 @@ def _forward(
         tl.store(place, result.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_map(
     positions, grad, to_map, height, width, channels, groups, samples,
     SAMPLES: tl.constexpr, PIXELS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -109,7 +110,7 @@ def _backward_map(
     tl.store(place, result.to(to_map.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_positions(
     x, positions, grad, to_positions, height, width, channels, groups, samples,
     SAMPLES: tl.constexpr, CHANNELS: tl.constexpr,

@@ -13,6 +13,18 @@ collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test
 
 
 @pytest.fixture(autouse=True)
+def _full_precision() -> Iterator[None]:
+    """Plain operations in float32 are the reference; by default, cuDNN's convolutions use TF32."""
+    settings = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [setting.allow_tf32 for setting in settings]
+    for setting in settings:
+        setting.allow_tf32 = False
+    yield
+    for setting, value in zip(settings, before, strict=True):
+        setting.allow_tf32 = value
+
+
+@pytest.fixture(autouse=True)
 def _device() -> Iterator[None]:
     with torch.device("cpu" if INTERPRETED else "cuda"):
         yield

@@ -69,15 +69,29 @@ def test_groups_and_positions_beyond_the_map(groups: int, coordinates: str) -> N
     assert_same(inputs((4, 5), (4, 5), heads=4, groups=groups, reach=3.0), (4, 5), coordinates)
 
 
-@pytest.mark.parametrize("head_dim", [24, 64])
+@pytest.mark.parametrize("head_dim", [24, 64, 128])
 def test_head_dimensions(head_dim: int) -> None:
-    assert_same(inputs((4, 4), (4, 4), head_dim=head_dim), (4, 4))
+    assert_same(inputs((4, 9), (4, 9), keys=2, head_dim=head_dim, heads=1), (4, 9))
 
 
 def test_tables_of_several_tiles_and_images_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "TILE", 16)
     monkeypatch.setattr(kernels, "PROGRAMS", 8)  # 4 tiles of 2 heads: one part
     assert_same(inputs((9, 10), (9, 10), keys=4, images=3), (9, 10))
+
+
+def test_one_image_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 blocks of queries in 3 parts, for each of 2 heads."""
+    programs, launch = {}, kernels.launch
+
+    def count(kernel: object, number: int, *arguments: object, **options: object) -> None:
+        programs[kernel] = number
+        launch(kernel, number, *arguments, **options)
+
+    monkeypatch.setattr(kernels, "launch", count)
+    monkeypatch.setattr(kernels, "PROGRAMS", 6)
+    assert_same(inputs((17, 18), (17, 18), keys=2, images=1), (17, 18))
+    assert programs[kernels._backward_table] == 6
 
 
 def test_empty_batch() -> None:

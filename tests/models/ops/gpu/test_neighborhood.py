@@ -65,7 +65,7 @@ def test_sizes(size: tuple[int, int], kernel_size: int) -> None:
     assert_same(inputs(size, kernel_size), kernel_size)
 
 
-@pytest.mark.parametrize("head_dim", [24, 64])
+@pytest.mark.parametrize("head_dim", [24, 64, 128])
 def test_head_dimensions(head_dim: int) -> None:
     assert_same(inputs((4, 4), 3, head_dim=head_dim), 3)
 
