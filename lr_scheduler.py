@@ -14,7 +14,7 @@ from optimizer import learning_rate_scale
 _LINEAR_END = 0.01
 
 # A learning rate that falls below this fraction of its peak when the warm-up ends is probably unintended.
-_LARGEST_DROP = 0.8
+_SMALLEST_KEPT = 0.8
 
 
 class Continued:
@@ -181,7 +181,7 @@ def drop_warning(config: CfgNode, *, updates_per_epoch: int, world_size: int) ->
         return ""
     shape = {"updates_per_epoch": updates_per_epoch, "world_size": world_size}
     before, after = learning_rates(config, [warmup, warmup + 1], **shape).values()
-    if after >= _LARGEST_DROP * before:
+    if after >= _SMALLEST_KEPT * before:
         return ""
     return (
         f"the learning rate falls from {before:.2e} to {after:.2e} when the warm-up ends: the decay has then run for "

@@ -25,9 +25,10 @@ from yacs.config import CfgNode
 from data.images import UnreadableImage, UnusableImage
 from data.wording import counted
 from logger import RunLog
-from training.build import assemble, build_run, resolve_options
+from training.build import assemble, build_run
 from training.command_line import parse
-from training.evaluation import build_evaluation, build_throughput
+from training.device import resolve_options
+from training.evaluation import build_evaluation, build_throughput, run_throughput, size_in_words
 from training.exit_status import FAILED, is_machine_failure, on_one_line, report_failure, report_wrong_input
 from training.loop import TrainingStopped, train
 from training.output_folder import try_folder
@@ -75,7 +76,7 @@ def build_job(args: argparse.Namespace, config: CfgNode, world: World) -> Callab
         ValueError: wrong input.
     """
     if args.throughput:
-        return build_throughput(config, world).run
+        return partial(run_throughput, config, build_throughput(config, world), world)
     if args.eval:
         with fail_together():
             return build_evaluation(config, world, amp=config.AMP if args.AMP else "off").run
@@ -97,7 +98,8 @@ def check(args: argparse.Namespace, config: CfgNode) -> int:
         config.AMP = precision
     world, lines, warnings = World(0, size, 0, torch.device("cpu")), [], []
     if args.throughput:
-        summary = build_throughput(config, world).size()
+        build_throughput(config, world)
+        summary = size_in_words(config)
     elif args.eval:
         evaluation = build_evaluation(config, world, cached=False)
         lines, warnings = evaluation.notes, evaluation.warnings

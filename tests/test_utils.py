@@ -19,8 +19,8 @@ import utils
 from config import load_config
 from tests.launched import Trial
 from tests.runs import ROOT, run_command, write_config
-from training.build import resolve_options
 from training.command_line import parse
+from training.device import resolve_options
 from training.exit_status import LOST_PEER
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}

@@ -1,8 +1,7 @@
-"""Build a run from a config: resolve device-dependent options, build the parts, open the output folder."""
+"""Build a run from a config: build its parts and open the output folder."""
 
 from __future__ import annotations
 
-import os
 import warnings as python_warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,11 @@ from data.streams import Loader
 from data.wording import counted
 from logger import RunLog, check_recorders
 from lr_scheduler import build_scheduler, schedule_warnings
-from models.build import arguments
 from models.contract import compile_parts
 from optimizer import build_optimizer, freeze
 from tasks import Task, build_task
 from training.checkpoint import CheckpointFolder, load_strictly
+from training.device import prepare_device
 from training.environment import write_environment
 from training.output_folder import lock_folder, open_folder, set_aside
 from training.resume import (
@@ -43,7 +42,6 @@ from utils import (
     collective_timeout,
     different_on_ranks,
     fail_together,
-    seed_everything,
     write_atomically,
 )
 
@@ -68,36 +66,6 @@ class Assembly:
     continued_from: Path | None
     notes: list[str]
     warnings: list[str]
-
-
-def resolve_options(config: CfgNode, device: torch.device) -> None:
-    """Resolve the options that depend on the device: AMP "auto" is bf16, or fp16 on a GPU without bf16 in hardware.
-
-    Raises:
-        ValueError: the device does not support the options.
-    """
-    if config.AMP == "auto":
-        emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
-        config.AMP = "fp16" if emulated else "bf16"
-    if (
-        config.DETERMINISTIC
-        and device.type == "cuda"
-        and (config.COMPILE or arguments(config).get("attn_drop_rate", 0))
-    ):
-        raise ValueError(
-            "--deterministic cannot be combined with --compile or attn_drop_rate on CUDA: both sample position tables "
-            "with an operation that has no deterministic backward kernel there"
-        )
-
-
-def prepare_device(config: CfgNode) -> None:
-    """Seed the generators and configure the precision and the determinism of kernels."""
-    seed_everything(config.SEED)
-    # PyTorch's default is TF32 for convolutions, but not for matrix products.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = config.TF32
-    torch.use_deterministic_algorithms(config.DETERMINISTIC)
-    if config.DETERMINISTIC:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
 
 
 def build_network(task: Task, world: World) -> nn.Module:
@@ -171,7 +139,8 @@ def assemble(config: CfgNode, world: World, *, cached: bool = True) -> Assembly:
     task = build_task(config, world, training=True)  # which may reject DATA.CACHE
     config.DATA.CACHE &= cached
     train_loader, eval_loader = task.train_loader(), task.eval_loader()
-    _check_options(config)
+    check_recorders(config)
+    check_weight_options(config)
     notes, warnings = [*task.notes, *add_teacher(config, task)], []
     network = build_network(task, world)
     resumed = find_resumed(config, task, training_images=len(train_loader.dataset))
@@ -204,16 +173,6 @@ def assemble(config: CfgNode, world: World, *, cached: bool = True) -> Assembly:
         warnings += rate_jump_warning(config, state, resumed.checkpoint)
     warnings += settings_warnings(config, state, len(train_loader.dataset), world.size) + task.warnings()
     return Assembly(task, train_loader, eval_loader, state, resumed and resumed.path, notes, warnings)
-
-
-def _check_options(config: CfgNode) -> None:
-    """Check options of training that need others.
-
-    Raises:
-        ValueError: one has no effect, or a recorder is not installed.
-    """
-    check_recorders(config)
-    check_weight_options(config)
 
 
 def settings_warnings(config: CfgNode, state: TrainingState, images: int, world_size: int) -> list[str]:

@@ -16,8 +16,9 @@ from logger import RunLog
 from models.build import build_model
 from models.contract import compile_parts
 from tasks import Task, build_task, check_task
-from training.build import build_network, prepare_device
+from training.build import build_network
 from training.checkpoint import load_checkpoint, load_strictly, set_trained_epoch
+from training.device import prepare_device
 from training.resume import written_config
 from training.run import AUTOCAST
 from training.weight_sets import count_classes, pick_weights
@@ -99,36 +100,8 @@ def build_evaluation(config: CfgNode, world: World, *, amp: str = "off", cached:
     return CheckpointEvaluation(path, task, network, loader, given.choice, [*found, *given.notes], warnings, amp)
 
 
-@dataclass(frozen=True)
-class ThroughputTest:
-    """A network to time."""
-
-    config: CfgNode
-    network: nn.Module
-    world: World
-
-    def run(self) -> int:
-        """Print images per second of inference on random images, of all processes together; return the exit status."""
-        config, world = self.config, self.world
-        if config.COMPILE:
-            compile_parts(self.network)
-        rate = measure_throughput(self.network, config, world.device)
-        total = sum_over_ranks(torch.tensor(rate, device=world.device)).item()
-        if world.is_main:
-            processes = f", {world.size} processes" if world.size > 1 else ""
-            print(
-                f"{config.MODEL.NAME}: {total:.1f} images/s at {self.size()}, batch {config.DATA.BATCH_SIZE}, on "
-                f"{world.device.type}{processes}"
-            )
-        return 0
-
-    def size(self) -> str:
-        """Return the size of the images in words."""
-        return "x".join(map(str, self.config.image_size))
-
-
-def build_throughput(config: CfgNode, world: World) -> ThroughputTest:
-    """Build the network of the config, with random weights.
+def build_throughput(config: CfgNode, world: World) -> nn.Module:
+    """Return the network of the config, with random weights, to be timed.
 
     Raises:
         ValueError: wrong input.
@@ -136,8 +109,27 @@ def build_throughput(config: CfgNode, world: World) -> ThroughputTest:
     check_task(config)
     prepare_device(config)
     torch.backends.cudnn.benchmark = not config.DETERMINISTIC  # all images have one size
-    network = build_model(config).to(world.device, memory_format=torch.channels_last)
-    return ThroughputTest(config, network, world)
+    return build_model(config).to(world.device, memory_format=torch.channels_last)
+
+
+def run_throughput(config: CfgNode, network: nn.Module, world: World) -> int:
+    """Print images per second of inference on random images, of all processes together; return the exit status."""
+    if config.COMPILE:
+        compile_parts(network)
+    rate = measure_throughput(network, config, world.device)
+    total = sum_over_ranks(torch.tensor(rate, device=world.device)).item()
+    if world.is_main:
+        processes = f", {world.size} processes" if world.size > 1 else ""
+        print(
+            f"{config.MODEL.NAME}: {total:.1f} images/s at {size_in_words(config)}, batch {config.DATA.BATCH_SIZE}, on "
+            f"{world.device.type}{processes}"
+        )
+    return 0
+
+
+def size_in_words(config: CfgNode) -> str:
+    """Return height and width of the images, such as 224x224."""
+    return "x".join(map(str, config.image_size))
 
 
 @torch.inference_mode()

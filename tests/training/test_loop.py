@@ -31,8 +31,9 @@ from tests.data.samples import write_folder
 from tests.runs import Killed, read_metrics, write_config
 from training import build as build_module
 from training import loop
-from training.build import Assembly, assemble, build_run, prepare_device
+from training.build import Assembly, assemble, build_run
 from training.command_line import parse
+from training.device import prepare_device
 from training.finish import describe_result
 from training.loop import take_update, train, train_one_epoch
 from training.progress import Progress
