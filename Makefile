@@ -27,7 +27,7 @@ demo: setup
 
 test: setup
 	@echo "test: $(TESTS), on all cores"
-	@.venv/bin/python -m pytest -n $(WORKERS) -m "not slow" $(TESTS)
+	@.venv/bin/python -m pytest -rs -n $(WORKERS) -m "not slow" $(TESTS)
 
 test-long: setup
 	@echo "test-long: the long tests"

@@ -175,7 +175,11 @@ OPTIONS: dict[str, Option] = {
         flag="--img-size",
         metavar="N",
     ),
-    "DATA.INTERPOLATION": RunOption("bicubic", "Interpolation for resizing images.", one_of("bicubic", "bilinear")),
+    "DATA.INTERPOLATION": RunOption(
+        "bicubic",
+        "Interpolation for resizing images of classification; the other tasks use bilinear.",
+        one_of("bicubic", "bilinear"),
+    ),
     "DATA.NUM_WORKERS": RunOption(
         8,
         "Data loader workers per training process, at most one per core; 0: images are loaded in the training process.",
@@ -383,6 +387,10 @@ OPTIONS: dict[str, Option] = {
     ),
     "TRAIN.BACKBONE_LR_SCALE": RunOption(
         1.0, "Factor on the learning rate of the backbone of a detector or segmenter.", positive()
+    ),
+    "TRAIN.LR_SCALES": RunOption(
+        {},
+        'Further factors, by name of modules or parameters with * as a wildcard, such as {"*.sampling_offsets": 0.1}.',
     ),
     "TRAIN.PATIENCE": RunOption(
         0, "Stop after this many consecutive epochs without a better score; 0: no early stopping.", not_negative()
@@ -792,7 +800,8 @@ def check_unsupported(config: CfgNode, keys: Iterable[str], by: str) -> None:
     """
     values = dict(flatten(config))
     for key in keys:
-        if values[key] != (default := OPTIONS[key].default):
+        default = OPTIONS[key].default if key in OPTIONS else ""  # others are in sections with arbitrary keys
+        if values[key] != default:
             advice = f"leave it at {default}" if default != "" else "remove it"
             raise ValueError(f"{key} is not supported by {by}; {advice}")
 
@@ -956,6 +965,9 @@ def _validate(config: CfgNode) -> None:
             known = settings.NAME in ("adamw", "sgd")
             advice = "remove it" if known else f"use TRAIN.OPTIMIZER.ARGS.{name.lower()} for {settings.NAME}"
             raise ValueError(f"{key} is only for {only}; {advice}")
+    for pattern, factor in config.TRAIN.LR_SCALES.items():
+        if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor <= 0:
+            raise ValueError(f"TRAIN.LR_SCALES must have a factor above 0 for {pattern!r}, not {factor!r}")
     model, schedule = config.MODEL, config.TRAIN.LR_SCHEDULER
     if model.TIMM.NAME and model.TYPE != "timm":
         raise ValueError(

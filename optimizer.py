@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -42,17 +43,27 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> int:
         ValueError: a pattern matches nothing, or nothing is left to train.
     """
     parameters = dict(model.named_parameters())
-    names = {part: None for name in parameters for part in _with_parents(name)}
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            hint = did_you_mean(pattern, names) or f"; its parts are {', '.join(n for n in names if '.' not in n)}"
-            raise ValueError(f"TRAIN.FREEZE: the network has no part named {pattern!r}{hint}")
+    _check_patterns(parameters, patterns, "TRAIN.FREEZE")
     for name, parameter in parameters.items():
-        if any(fnmatchcase(part, pattern) for part in _with_parents(name) for pattern in patterns):
+        if any(_is_part(name, pattern) for pattern in patterns):
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise ValueError(f"TRAIN.FREEZE {list(patterns)} leaves nothing to train; name fewer parts")
     return sum(parameter.numel() for parameter in parameters.values() if not parameter.requires_grad)
+
+
+def _check_patterns(parameters: Iterable[str], patterns: Iterable[str], option: str) -> None:
+    """Raise a ValueError if a pattern of an option matches no module or parameter."""
+    names = {part: None for name in parameters for part in _with_parents(name)}
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            hint = did_you_mean(pattern, names) or f"; its parts are {', '.join(n for n in names if '.' not in n)}"
+            raise ValueError(f"{option}: the network has no part named {pattern!r}{hint}")
+
+
+def _is_part(name: str, pattern: str) -> bool:
+    """Return whether the name of a parameter or of one of its modules matches a pattern."""
+    return any(fnmatchcase(part, pattern) for part in _with_parents(name))
 
 
 def keep_frozen_in_eval(model: nn.Module) -> None:
@@ -77,6 +88,7 @@ def parameter_groups(
     layer_decay: float = 1.0,
     head_scale: float = 1.0,
     backbone_scale: float = 1.0,
+    scales: Mapping[str, float] | None = None,
 ) -> list[dict]:
     """Return the trained parameters in groups, those with weight decay first.
 
@@ -87,17 +99,20 @@ def parameter_groups(
             appendix); the layers are those of the network's `group_matcher`, as in timm.
         head_scale: factor on the learning rate of the layer that computes the logits.
         backbone_scale: factor on the learning rate of the backbone of a detector or segmenter.
+        scales: further factors by names of modules or parameters, with wildcards as in `freeze`.
 
     Returns:
-        Two groups; with a factor other than 1 two for each layer, for the head and for the backbone: the head first,
-        the backbone last, of the layers the last one first. timm's schedules apply their `lr_scale`.
+        Two groups; with a factor other than 1 two for each layer, for the head, for the backbone, and for each further
+        factor: the head first, the backbone last, of the layers the last one first. timm's schedules apply their
+        `lr_scale`.
 
     Raises:
-        ValueError: a factor is given, but the network does not define its layers, or has no classifier or backbone.
+        ValueError: a factor is given, but the network does not define its layers, or has no classifier or backbone, or
+            no part of that name.
     """
     exceptions = no_weight_decay(model)
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    if layer_decay == head_scale == backbone_scale == 1:
+    if layer_decay == head_scale == backbone_scale == 1 and not scales:
         decayed = {name: decays(name, parameter, exceptions) for name, parameter in trained}
         return [
             {"params": [parameter for name, parameter in trained if decayed[name]], "weight_decay": weight_decay},
@@ -106,18 +121,20 @@ def parameter_groups(
     depths = _depths(model) if layer_decay != 1 else {}
     head = _head(model) if head_scale != 1 else None
     backbone = _backbone(model) if backbone_scale != 1 else None
-    scales = head_scale, 1.0, backbone_scale
-    groups = defaultdict(list)  # by depth, part, not decayed: in this order
+    scales = scales or {}
+    _check_patterns(dict(model.named_parameters()), scales, "TRAIN.LR_SCALES")
+    groups = defaultdict(list)  # by depth, part, further factor (the largest first), not decayed: in this order
     for name, parameter in trained:
         part = 0 if _is_in(name, head) else 2 if _is_in(name, backbone) else 1
-        groups[depths.get(name, 0), part, not decays(name, parameter, exceptions)].append(parameter)
+        further = math.prod(factor for pattern, factor in scales.items() if _is_part(name, pattern))
+        groups[depths.get(name, 0), part, -further, not decays(name, parameter, exceptions)].append(parameter)
     return [
         {
-            "params": groups[depth, part, undecayed_group],
+            "params": groups[depth, part, negated, undecayed_group],
             "weight_decay": 0.0 if undecayed_group else weight_decay,
-            "lr_scale": layer_decay**depth * scales[part],
+            "lr_scale": layer_decay**depth * (head_scale, 1.0, backbone_scale)[part] * -negated,
         }
-        for depth, part, undecayed_group in sorted(groups)
+        for depth, part, negated, undecayed_group in sorted(groups)
     ]
 
 
@@ -198,6 +215,7 @@ def build_optimizer(config: CfgNode, model: nn.Module, world_size: int) -> torch
         layer_decay=train.LAYER_DECAY,
         head_scale=train.HEAD_LR_SCALE,
         backbone_scale=train.BACKBONE_LR_SCALE,
+        scales=train.LR_SCALES,
     )
     arguments = {"lr": train.BASE_LR * learning_rate_scale(config, world_size), **_own_arguments(settings.ARGS)}
     _check_name(settings.NAME)

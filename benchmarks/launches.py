@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from config import load_config
 from models.build import build_model
-from tools.arguments import image_size
+from tools.arguments import add_opts, image_size
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "as_strided_"}
 
@@ -92,7 +92,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--operations", type=int, default=0, help="also print the operations with the most bytes")
-    parser.add_argument("--opts", nargs="+", default=[], help="options of the configs, KEY VALUE ...")
+    add_opts(parser, of="the configs")
     return parser.parse_args()
 
 

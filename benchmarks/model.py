@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from benchmarks.timing import AMP_DTYPES, environment, precision, spread, take_turns
 from config import load_config
 from models.build import build_model
+from tools.arguments import add_opts
 from tools.complexity import count_macs
 
 SIDE = 1024  # side of the matrices for measuring the floor
@@ -60,7 +61,7 @@ def _parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each network")
     parser.add_argument("--only", choices=TASKS, help="measure only one task")
-    parser.add_argument("--opts", nargs="+", default=[], help="options of the configs, KEY VALUE ...")
+    add_opts(parser, of="the configs")
     return parser.parse_args()
 
 

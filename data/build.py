@@ -23,6 +23,7 @@ from data.datasets import OnUnreadable, PipedCollate, SeededSamples, Transformed
 from data.formats import FORMATS
 from data.formats.stream import ImageStream, open_stream
 from data.samplers import EvalSampler, TrainSampler
+from data.segmentation.sources import Labels
 from data.sources import SPLITS, Dataset, ImageSource, Request
 from data.streams import EvalBatches, Loader, StreamLoader, TrainBatches
 from data.transforms import Erase, EvalTransform, TrainTransform
@@ -38,7 +39,7 @@ PREFETCHED = 2
 # Batches beside these: one in use, and the next one, which is received before that is released.
 _IN_USE = 2
 # Bytes of a pixel: its colours; the fourth is for its label, or for the label of the image.
-_PIXEL = 4
+PIXEL = 4
 
 
 def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Dataset:
@@ -49,10 +50,11 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Da
         needs: the splits to open: `("val",)` if there is no training.
 
     Raises:
-        ValueError: DATA.DATASET is unknown or has one label per image although DATA.MULTI_LABEL is set, or the data
-            path is missing or has a wrong layout.
+        ValueError: DATA.DATASET is unknown or has one label per image although DATA.MULTI_LABEL is set, an option is of
+            another task, or the data path is missing or has a wrong layout.
     """
     open_format = choose_format(config, FORMATS)
+    mask_labels(config).check_unmapped(f"TASK {config.TASK}")
     if is_stream(config.DATA.DATASET):
         _check_stream(config)
     dataset = open_format(request(config, needs))
@@ -245,6 +247,38 @@ def build_mixup(config: CfgNode, num_classes: int) -> Mixup | None:
     )
 
 
+def mask_labels(config: CfgNode) -> Labels:
+    """Return the options for the values of mask files.
+
+    Raises:
+        ValueError: DATA.LABEL_MAP has something else than values and classes.
+    """
+    data, mapping = config.DATA, {}
+    for value, label in data.LABEL_MAP.items():
+        if not (str(value).isdecimal() and int(value) <= 255 and isinstance(label, int) and 0 <= label <= 255):
+            raise ValueError(f"DATA.LABEL_MAP {{{value}: {label!r}}}: both must be numbers from 0 to 255")
+        mapping[int(value)] = label
+    return Labels(mapping=mapping, reduce_zero=data.REDUCE_ZERO_LABEL, ignored=data.IGNORE_LABEL)
+
+
+def _check_not_swapped(data: CfgNode, needs: Sequence[str]) -> None:
+    """Check that training does not use the held-out images. Evaluation may use those of training.
+
+    Raises:
+        ValueError: both splits have the usual names of the other one, or one has, and the other one is the default.
+    """
+    given = {"train": data.TRAIN, "val": data.VAL}
+    other = {"train": "val", "val": "train"}
+    swapped = [
+        split for split in given if re.split(r"\.|-[\d*?{[]", Path(given[split]).name)[0] in SPLITS[other[split]]
+    ]
+    for split in swapped if "train" in needs else ():
+        if len(swapped) == 2 or (other[split] in needs and not given[other[split]]):
+            raise ValueError(
+                f"DATA.{split.upper()} {given[split]}: the splits seem swapped; exchange DATA.TRAIN and DATA.VAL"
+            )
+
+
 def request(config: CfgNode, needs: Sequence[str]) -> Request:
     """Return the data options of a run for a format.
 
@@ -252,10 +286,7 @@ def request(config: CfgNode, needs: Sequence[str]) -> Request:
         ValueError: the splits seem swapped.
     """
     data = config.DATA
-    swapped = {"train": set(SPLITS["val"]), "val": set(SPLITS["train"])}
-    for split, name in (("train", data.TRAIN), ("val", data.VAL)):
-        if re.split(r"\.|-[\d*?{[]", Path(name).name)[0] in swapped[split]:
-            raise ValueError(f"DATA.{split.upper()} {name}: the splits seem swapped; exchange DATA.TRAIN and DATA.VAL")
+    _check_not_swapped(data, needs)
     return Request(
         path=data.DATA_PATH,
         path_by_variable=os.environ.get("DATA_PATH", ""),
@@ -281,7 +312,8 @@ def loader_warnings(config: CfgNode, size: tuple[int, int]) -> list[str]:
     """
     found, workers, asked = [], _workers(config), config.DATA.NUM_WORKERS
     if workers < asked:
-        found.append(f"DATA.NUM_WORKERS {asked} is reduced to {workers}, the number of cores here")
+        share = f" for each of {_local_processes()} processes" if _local_processes() > 1 else ""
+        found.append(f"DATA.NUM_WORKERS {asked} is reduced to {workers}, the number of cores here{share}")
     needed, free = _shared_memory(config, size)
     if needed > free:
         found.append(
@@ -294,14 +326,16 @@ def loader_warnings(config: CfgNode, size: tuple[int, int]) -> list[str]:
 
 def _workers(config: CfgNode) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(config.DATA.NUM_WORKERS, cores)
+    # Processes of torchrun share their cores; SLURM binds each task to some of those that it gave to all of them.
+    shared = max(cores, int(os.environ.get("SLURM_CPUS_ON_NODE", "0")))
+    return min(config.DATA.NUM_WORKERS, cores, max(1, shared // _local_processes()))
 
 
 def _shared_memory(config: CfgNode, size: tuple[int, int]) -> tuple[float, float]:
     """Return the bytes needed for prefetched batches in all processes of this machine, and the free bytes."""
     if not SHARED_MEMORY.is_dir():
         return 0, math.inf  # other systems have no such limit
-    batch = config.DATA.BATCH_SIZE * size[0] * size[1] * _PIXEL
+    batch = config.DATA.BATCH_SIZE * size[0] * size[1] * PIXEL
     workers = _workers(config)
     needed = _local_processes() * batch * (PREFETCHED * workers + _IN_USE) * (workers > 0)
     return needed, shutil.disk_usage(SHARED_MEMORY).free

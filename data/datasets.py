@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import pickle
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain, islice
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ from data.images import StoredImage, UnreadableImage
 from data.samplers import Draw
 from data.sources import ImageSource
 from data.transforms import Transform
+from data.wording import counted
 
 OnUnreadable: TypeAlias = Literal["raise", "substitute", "mark"]
 S = TypeVar("S")
@@ -27,7 +29,7 @@ MAX_SUBSTITUTES = 10
 
 
 class Sample(NamedTuple):
-    """Pixels `[H, W, 3]`, uint8, a label, and the unreadable files that it replaces."""
+    """Pixels `[H, W, 3]`, uint8, a label, and the unreadable file that it replaces, if any."""
 
     pixels: np.ndarray
     target: int | np.ndarray
@@ -59,7 +61,8 @@ class SeededSamples(Dataset[S], ABC, Generic[S]):
         length: number of samples.
         seed: seed of the run.
         on_unreadable: handling of unreadable images. "raise": raise `UnreadableImage`. "substitute": use another image,
-            drawn from the seed and the draw. "mark": use `left_out`.
+            drawn from the seed and the draw; if that cannot be read, either, it is counted when it is drawn itself.
+            "mark": use `left_out`.
     """
 
     def __init__(self, length: int, *, seed: int, on_unreadable: OnUnreadable) -> None:
@@ -69,7 +72,7 @@ class SeededSamples(Dataset[S], ABC, Generic[S]):
 
     @abstractmethod
     def sample(self, index: int, unreadable: list[str]) -> S:
-        """Return a sample, with the unreadable files that it replaces.
+        """Return a sample, with the unreadable file that it replaces, if any.
 
         Raises:
             UnreadableImage: its image cannot be read.
@@ -87,25 +90,33 @@ class SeededSamples(Dataset[S], ABC, Generic[S]):
 
     def __getitems__(self, draws: Sequence[Draw]) -> list[S]:
         """Return the samples of a batch for a `DataLoader`; the state of global generators is preserved."""
+        known: set[str] = set()
         with preserve_generators():
-            return [self._drawn(draw) for draw in draws]
+            return [self._drawn(draw, known) for draw in draws]
 
-    def _drawn(self, draw: Draw) -> S:
+    def _drawn(self, draw: Draw, known: set[str]) -> S:
+        """Return the sample of a draw, given the unreadable files that other samples of the batch replace."""
         unreadable: list[str] = []
-        index = draw.index
-        while True:
+        for tried, index in enumerate(chain([draw.index], self._substitutes(draw))):
             seed_generators(self._seed, *draw)  # a substitute gets the augmentation of the original image
             try:
                 return self.sample(index, unreadable)
             except UnreadableImage as error:
                 if self._on_unreadable == "raise":
                     raise
-                if len(unreadable) == MAX_SUBSTITUTES:
-                    raise UnreadableImage(f"{error} (after {MAX_SUBSTITUTES} others in a row)", error.path) from None
-                unreadable.append(error.path)
+                last = error
+            if not tried and last.path not in known:
+                unreadable.append(last.path)
+                known.add(last.path)
             if self._on_unreadable == "mark":
                 return self.left_out(index, unreadable)
-            index = int(np.random.default_rng((self._seed, *draw, len(unreadable))).integers(self._length))
+        raise UnreadableImage(f"{last} (after {counted(tried, 'other')} in a row)", last.path)
+
+    def _substitutes(self, draw: Draw) -> Iterator[int]:
+        """Yield images that may replace the one drawn, each once."""
+        chance = np.random.default_rng((self._seed, *draw, 1))
+        indices = chance.choice(self._length, min(self._length, MAX_SUBSTITUTES + 1), replace=False).tolist()
+        yield from islice((index for index in indices if index != draw.index), MAX_SUBSTITUTES)
 
 
 class TransformedImages(SeededSamples[Sample]):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 # Errors of the file itself. All others are errors of the machine, such as too many open files or a server that does not
 # respond. EIO may be a single bad sector, but also a failing disk or network, for which every file fails; it is better
@@ -29,6 +29,19 @@ _ERRORS_OF_FILES = {
     errno.ENAMETOOLONG,
     errno.ENXIO,  # a socket
     errno.EINVAL,  # a negative offset in a damaged file
+}
+
+# What turns stored pixels upright, by EXIF orientation: whether to exchange rows and columns, then the steps in which
+# the new rows and columns are taken.
+_TURNS = {
+    1: (False, 1, 1),
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
 }
 
 
@@ -73,6 +86,7 @@ class StoredImage:
         self.exif = exif
         self._pixels: np.ndarray | None = None
         self._size: tuple[int, ...] | None = None
+        self._orientation = 1
 
     def decode(self) -> Image.Image:
         """Return the first frame as 8-bit RGB, decoded by Pillow.
@@ -90,7 +104,22 @@ class StoredImage:
             # Damaged metadata and transparent palettes are common and harmless, but would warn in every worker.
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(self.data)) as image:
-                return _to_rgb(ImageOps.exif_transpose(image) if self.exif else image)
+                orientation = orientation_of(image) if self.exif else 1
+                pixels = _to_rgb(image)
+                return pixels if orientation == 1 else Image.fromarray(_turned(np.asarray(pixels), orientation))
+
+    def describe(self) -> tuple[str, int]:
+        """Return Pillow's name of the file format and the EXIF orientation, from the header; "" and 1 for pixels.
+
+        Raises:
+            UnreadableImage: it is not an image.
+        """
+        if isinstance(self.data, np.ndarray):
+            return "", 1
+        with _naming_image(self.name), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(self.data)) as image:
+                return image.format, orientation_of(image)
 
     def values(self) -> np.ndarray:
         """Return the values of a single-channel file, `[height, width]`; for a palette, the indices.
@@ -118,24 +147,24 @@ class StoredImage:
         """
         whole = self.size()
         pixels = self._scaled(max(at_least[0] / height, at_least[1] / width))
-        if pixels.shape[:2] == whole:
-            return pixels[top : top + height, left : left + width]
         down, across = pixels.shape[0] / whole[0], pixels.shape[1] / whole[1]
         rows = slice(int(top * down), math.ceil((top + height) * down))
-        return pixels[rows, int(left * across) : math.ceil((left + width) * across)]
+        part = pixels[rows, int(left * across) : math.ceil((left + width) * across)]
+        return part if self._orientation == 1 else np.ascontiguousarray(part)  # PyTorch has no negative strides
 
     def _scaled(self, scale: float) -> np.ndarray:
         """Return the pixels; JPEG files at the smallest of the scales 1/8, 1/4, 1/2, 1 that is at least `scale`."""
         if (size := self._jpeg_size()) is None:
             return self._whole()
-        height, width = (math.ceil(side * scale) for side in size)
+        height, width = (math.ceil(side * scale) for side in _turned_size(size, self._orientation))
+        # Scales between 1/2 and 1 are slower than full size.
+        least = {} if scale > 0.5 else {"min_height": height, "min_width": width, "min_factor": 2}
         try:
-            if scale > 0.5:  # scales between 1/2 and 1 are slower than full size
-                return simplejpeg.decode_jpeg(self.data)
-            return simplejpeg.decode_jpeg(self.data, min_height=height, min_width=width, min_factor=2)
+            pixels = simplejpeg.decode_jpeg(self.data, **least)
         except ValueError:  # damaged; Pillow decides whether it can still be read
             self._size = ()
             return self._whole()
+        return _turned(pixels, self._orientation)
 
     def _whole(self) -> np.ndarray:
         if self._pixels is None:
@@ -143,14 +172,16 @@ class StoredImage:
         return self._pixels
 
     def _jpeg_size(self) -> tuple[int, int] | None:
-        """Return height and width of a JPEG file for which libjpeg-turbo gives the same pixels as Pillow."""
+        """Return height and width, upright, of a JPEG file for which libjpeg-turbo gives the same pixels as Pillow."""
         if self._size is None:
             self._size = ()
-            if isinstance(self.data, bytes) and self.data.startswith(b"\xff\xd8") and not self.exif:
+            if isinstance(self.data, bytes) and self.data.startswith(b"\xff\xd8"):
                 with suppress(ValueError):
                     height, width, colours, _ = simplejpeg.decode_jpeg_header(self.data)
                     if colours in ("YCbCr", "Gray") and height * width <= (Image.MAX_IMAGE_PIXELS or math.inf):
-                        self._size = height, width
+                        if self.exif:
+                            self._orientation = self.describe()[1]
+                        self._size = _turned_size((height, width), self._orientation)
         return self._size or None
 
 
@@ -169,6 +200,30 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
 def read_image(path: str | os.PathLike[str], *, exif: bool = False) -> Image.Image:
     """Decode an image file to 8-bit RGB; see `read_file` and `StoredImage`."""
     return StoredImage(read_file(path), os.fspath(path), exif=exif).decode()
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of an opened file that Pillow does not apply, 1 to 8.
+
+    It is 1 if there is none, if the metadata is damaged, and for TIFF files, which Pillow turns upright itself.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # parsers can raise any exception on damaged metadata, which says nothing about the pixels
+        return 1
+    return orientation if orientation in _TURNS else 1
+
+
+def _turned_size(size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    return size[::-1] if _TURNS[orientation][0] else size
+
+
+def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Return a view of stored pixels `[height, width, 3]` that is upright."""
+    exchanged, down, across = _TURNS[orientation]
+    return (pixels.swapaxes(0, 1) if exchanged else pixels)[::down, ::across]
 
 
 @contextmanager

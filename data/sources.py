@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, field, replace
@@ -129,6 +129,11 @@ class Request:
     scenes: int = 0
     stream_images: Mapping[str, int] = field(default_factory=dict)
 
+    def refuse_split_names(self, data: str) -> None:
+        """Raise a ValueError if a split is named; ``data`` has two fixed ones."""
+        if self.train or self.val:
+            raise ValueError(f"{data} has fixed splits; remove DATA.TRAIN and DATA.VAL")
+
     def root(self, layout: str) -> Path:
         """Return the folder of the data set.
 
@@ -160,6 +165,15 @@ class Request:
         except OSError as error:
             raise ValueError(f"data path {root} cannot be read: {error.strerror}; {layout}") from None
         return root
+
+    def split_names(self, split: str) -> Sequence[str]:
+        """Return the names that a split may have: the given one, or the usual ones."""
+        given = getattr(self, split)
+        return (given,) if given else SPLITS[split]
+
+    def choose_split(self, split: str, names: Container[str]) -> str | None:
+        """Return the name of a split among those of a data set; None if it is not one of them."""
+        return next((name for name in self.split_names(split) if name in names), None)
 
     def find_split(self, split: str, root: Path, names: Sequence[str], extension: str = "") -> Path | None:
         """Return the path of a split; None if it has no option and no usual name.

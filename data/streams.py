@@ -10,6 +10,7 @@ decoding them, and continues after them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from random import Random
@@ -18,24 +19,50 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from data.datasets import Batch, OnUnreadable, Sample, TransformedImages
+from data.datasets import MAX_SUBSTITUTES, Batch, OnUnreadable, Sample, TransformedImages
 from data.formats.stream import ImageStream
 from data.images import StoredImage
 from data.samplers import Draw, EvalSampler, TrainSampler
 from data.sources import ImageSource
 from data.transforms import Transform
 
+# A stored image and its label.
+Item: TypeAlias = tuple[StoredImage, int | np.ndarray]
 
-class BatchSource(ImageSource):
-    """The stored images and labels of one batch."""
 
-    def __init__(self, images: Sequence[tuple[StoredImage, int | np.ndarray]]) -> None:
-        self._images = [image for image, _ in images]
-        self.labels = np.array([label for _, label in images])
+class NextImages(ImageSource):
+    """The next images of a stream, read when they are needed.
+
+    Args:
+        items: the stream.
+        length: how many of them there are to choose from.
+    """
+
+    def __init__(self, items: Iterator[Item], length: int) -> None:
+        self._items = items
+        self._length = length
+        self._held: deque[Item] = deque()
+
+    def __len__(self) -> int:
+        return self._length
 
     def get(self, index: int) -> StoredImage:
         """Return a stored image."""
-        return self._images[index]
+        return self._at(index)[0]
+
+    def label(self, index: int) -> int | np.ndarray:
+        """Return the class of an image, or `[classes]` of 0 and 1."""
+        return self._at(index)[1]
+
+    def move_on(self, count: int) -> None:
+        """Drop the first `count` images, which were all read."""
+        for _ in range(count):
+            self._held.popleft()
+
+    def _at(self, index: int) -> Item:
+        while len(self._held) <= index:
+            self._held.append(next(self._items))
+        return self._held[index]
 
 
 class StreamedBatches(IterableDataset[list[Sample]], ABC):
@@ -48,7 +75,8 @@ class StreamedBatches(IterableDataset[list[Sample]], ABC):
         rank: rank of this process.
         world_size: number of processes.
         seed: seed of the run.
-        on_unreadable: see `data.datasets`; a substitute is another image of the batch.
+        on_unreadable: see `data.datasets`; a substitute is another image of the batch, or one of those that follow a
+            small batch.
     """
 
     def __init__(
@@ -82,12 +110,11 @@ class StreamedBatches(IterableDataset[list[Sample]], ABC):
         """Return the shards of a worker."""
         return urls[self._rank + self._world_size * share :: self._world_size * workers]
 
-    def _samples(self, held: Sequence[tuple[StoredImage, int | np.ndarray]], epoch: int, number: int) -> list[Sample]:
-        """Return a batch; its augmentation depends on its number within the epoch and on the rank."""
-        source = BatchSource(held)
+    def _samples(self, source: NextImages, size: int, epoch: int, number: int) -> list[Sample]:
+        """Return a batch of `size` images; its augmentation depends on its number within the epoch and on the rank."""
         images = TransformedImages(source, self._transform, seed=self._seed, on_unreadable=self._on_unreadable)
         place = number * self._world_size + self._rank
-        return images.__getitems__([Draw(index, epoch, place) for index in range(len(held))])
+        return images.__getitems__([Draw(index, epoch, place) for index in range(size)])
 
 
 class TrainBatches(StreamedBatches):
@@ -114,10 +141,13 @@ class TrainBatches(StreamedBatches):
         chance = Random(f"{self._seed} {epoch} {self._rank} {share}")
         images = self._repeat(self._shards(order, share, workers), chance)
         images = islice(images, len(range(share, first, workers)) * size, None)
+        # The images that follow a small batch are read for substitutes alone, and are in the next batches as well.
+        source = NextImages(images, max(size, 1 + MAX_SUBSTITUTES))
         for number in range(first + worker, first + len(self._sampler) // size, workers):
-            yield self._samples(list(islice(images, size)), epoch, number)
+            yield self._samples(source, size, epoch, number)
+            source.move_on(size)
 
-    def _repeat(self, urls: Sequence[str], chance: Random) -> Iterator[tuple[StoredImage, int | np.ndarray]]:
+    def _repeat(self, urls: Sequence[str], chance: Random) -> Iterator[Item]:
         """Yield the images of shards in random order without end; each pass has every image once."""
         from webdataset import shuffle
 
@@ -132,7 +162,7 @@ class EvalBatches(StreamedBatches):
     def _batches(self, worker: int, workers: int) -> Iterator[list[Sample]]:
         images = (image for url in self._shards(self.stream.urls, worker, workers) for image in self.stream.read(url))
         while held := list(islice(images, self.batch_size)):
-            yield self._samples(held, 0, 0)
+            yield self._samples(NextImages(iter(held), len(held)), len(held), 0, 0)
 
 
 class StreamLoader:

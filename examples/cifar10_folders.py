@@ -35,7 +35,8 @@ def write_folders(original: str, folder: Path, *, train: int, val: int) -> None:
                 written[name] += 1
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="where to write the images")
     parser.add_argument("--original", default=".", metavar="FOLDER", help="of the published files (default: here)")
@@ -43,3 +44,7 @@ if __name__ == "__main__":
     parser.add_argument("--val", type=int, default=1000, help="test images per class (default: %(default)s)")
     args = parser.parse_args()
     write_folders(args.original, args.folder, train=args.train, val=args.val)
+
+
+if __name__ == "__main__":
+    main()

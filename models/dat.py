@@ -206,7 +206,10 @@ class DAT(nn.Module):
         return self.cls_head
 
     def no_weight_decay(self) -> set[str]:
-        """Return the names of the parameters exempt from weight decay: the position biases of the mixers."""
+        """Return the names of the parameters exempt from weight decay: the position biases of D, L, S and E.
+
+        Those of N and Q decay, as in the published recipe.
+        """
         return {f"{path}.{name}" for path, names in self._mixer_results("no_weight_decay") for name in names}
 
     def position_tables(self) -> dict[str, Resize]:
@@ -226,10 +229,11 @@ class DAT(nn.Module):
             global_pool: new pooling; None keeps the current one.
 
         Raises:
-            ValueError: logits are requested without pooling, or the pooling is unknown.
+            ValueError: a value is not allowed, or logits are requested without pooling.
         """
         pool = self.global_pool.pool_type if global_pool is None else global_pool
-        complete({"global_pool": pool}, {"global_pool": OPTIONS["global_pool"]})
+        given = {"num_classes": num_classes, "global_pool": pool}
+        num_classes, pool = complete(given, {name: OPTIONS[name] for name in given}).values()
         if num_classes and not pool:
             raise ValueError(
                 f"global_pool = '' leaves a map, which num_classes = {num_classes} cannot classify; choose avg, or "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from .backbone import DATBackbone, TimmBackbone
@@ -53,6 +55,24 @@ class DenseModel(nn.Module):
         """Return the names of the convolutions applied to the image."""
         return {f"{_PREFIX}{name}" for name in input_convs(self.backbone)}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return patterns that group the parameters of the backbone into layers, in timm's format.
+
+        Those outside the backbone match none and are in the last layer.
+
+        Args:
+            coarse: group by stage instead of by block.
+
+        Raises:
+            ValueError: the backbone does not define its layers.
+        """
+        if not hasattr(self.backbone, "group_matcher"):
+            raise ValueError(
+                f"TRAIN.LAYER_DECAY: {type(self.backbone).__name__} does not define its layers; leave it at 1.0"
+            )
+        groups = self.backbone.group_matcher(coarse=coarse)
+        return {name: _of_backbone(patterns) for name, patterns in groups.items()}
+
     def set_epoch(self, epoch: int) -> None:
         """Notify the backbone of the start of an epoch, counted from 0."""
         set_epoch(self.backbone, epoch)
@@ -74,3 +94,10 @@ class DenseModel(nn.Module):
         if heads <= others.keys():
             return ConvertedWeights(body | others, new, unused)
         return ConvertedWeights(body, new | heads, unused | others.keys())
+
+
+def _of_backbone(patterns: str | list[tuple[str, Any]]) -> str | list[tuple[str, Any]]:
+    """Return patterns of names of the backbone's parameters, which start with ``^``, for those of the whole network."""
+    if isinstance(patterns, str):
+        return patterns.replace("^", f"^{_PREFIX}")
+    return [(_of_backbone(pattern), order) for pattern, order in patterns]

@@ -29,6 +29,12 @@ def as_pair(size: int | Sequence[int]) -> tuple[int, int]:
     return (int(size), int(size)) if isinstance(size, Integral) else tuple(size)
 
 
+def check_map(x: Tensor, channels: int) -> None:
+    """Raise a ValueError unless ``x`` is a map ``[B, C, H, W]`` of ``channels`` channels C, and H and W are not 0."""
+    if x.dim() != 4 or x.shape[1] != channels or 0 in x.shape[2:]:
+        raise ValueError(f"an input of shape {list(x.shape)} does not fit; give [batch, {channels}, height, width]")
+
+
 def pad_small(x: Tensor, smallest: int) -> Tensor:
     """Zero-pad a map ``[B, C, H, W]`` on the right and bottom to at least ``smallest`` pixels on each side."""
     height, width = x.shape[-2:]

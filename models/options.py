@@ -51,6 +51,11 @@ def at_least(smallest: float) -> Check:
     return Check(lambda value: value >= smallest, f"at least {smallest}")
 
 
+def positive_count() -> Check:
+    """Return the check that a number is whole and at least 1, for arguments whose type is not checked otherwise."""
+    return Check(lambda value: isinstance(value, Integral) and value >= 1, "a whole number, at least 1")
+
+
 def not_negative() -> Check:
     """Return the check that a number is not negative."""
     return Check(lambda value: value >= 0, "0 or more")

@@ -102,9 +102,23 @@ default_cfgs = generate_default_cfgs({name: _default_cfg(name) for name in CONFI
 def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
     """Return the weights of a published file, a checkpoint of the trainer, or a state dict, adapted to ``model``.
 
-    Position tables are resized. timm itself handles other numbers of classes and image channels.
+    Position tables are resized. timm itself handles other numbers of classes, which this function finds in the file,
+    and of image channels.
+
+    Raises:
+        ValueError: the file lacks entries of the network other than the head.
     """
-    return fit_tables(state_dict.get("model", state_dict), model)
+    weights = fit_tables(state_dict.get("model", state_dict), model)
+    head = f"{model.pretrained_cfg['classifier']}."
+    # timm loads files of other classes without comparing their names.
+    if missing := sorted(name for name in model.state_dict().keys() - weights.keys() if not name.startswith(head)):
+        raise ValueError(
+            f"the pretrained file lacks {len(missing)} of {len(model.state_dict())} entries of the network, such as "
+            f"{missing[0]}; it is of another architecture or layout"
+        )
+    if (rows := weights.get(f"{head}weight")) is not None:
+        model.pretrained_cfg["num_classes"] = len(rows)
+    return weights
 
 
 def _create(
@@ -115,8 +129,13 @@ def _create(
     **arguments: Any,
 ) -> nn.Module:
     wanted = [arguments.get(name) for name in ("pretrained_cfg", "pretrained_cfg_overlay")]
-    tag = resolve_pretrained_cfg(variant, *wanted).tag
-    name = f"{variant}.{tag}"
+    source = resolve_pretrained_cfg(variant, *wanted)
+    if pretrained and not (source.has_weights or source.state_dict):
+        raise ValueError(
+            f"the weights of {variant} cannot be downloaded by name; give their file as "
+            'pretrained_cfg_overlay={"file": PATH}'
+        )
+    name = f"{variant}.{source.tag}"
     model = build_model_with_cfg(
         partial(DAT, **model_options(name if name in CONFIGS else variant)),
         variant,

@@ -39,6 +39,7 @@ class Report:
         new: entries without a counterpart in weights of this kind, newly initialised.
         left_out: entries of the weights that were not used.
         head: how the classes were mapped; empty if the head was loaded unchanged.
+        renamed: names in the weights and here of classes that are taken for the same, as no name agrees.
     """
 
     entries: int
@@ -51,6 +52,7 @@ class Report:
     new: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     head: str = ""
+    renamed: list[tuple[str, str]] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """Return the report as text, one line per kind of change."""
@@ -74,6 +76,9 @@ class Report:
         ):
             if names:
                 lines.append(f"{words}: {', '.join(names)}")
+        if self.renamed:
+            pairs = ", ".join(f"{before} -> {now}" for before, now in self.renamed)
+            lines.append(f"classes taken for new names of those of the weights: {pairs}")
         return lines
 
 
@@ -111,9 +116,14 @@ def adapt(
     weights, new, unused = convert_weights(model, weights)
     names = [unicodedata.normalize("NFC", name) for name in names]
     report = Report(entries=len(own), left_out=sorted(unused))
+    if class_map is not None and not classifier(model):
+        raise ValueError(f"{type(model).__name__} has no classifier to apply a class map to; remove MODEL.CLASS_MAP")
     head = _head_entries(weights, own, classifier(model))
     state = own | _adapt_head(weights, own, head, class_map, classes, names, report)
     done = {*head, *_other_classes(weights, model, classes, names, report)}
+    changed = {*report.remapped, *report.reinitialised, *report.of_other_classes}
+    if len(names) == len(classes) and not changed and not set(names) & set(classes):
+        report.renamed = list(zip(names, classes, strict=True))
     return state | _adapt_entries(weights, model, [name for name in own if name not in done], new, report), report
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from config import check_unsupported
+from config import check_unsupported, flatten
 from models.options import did_you_mean
 from utils import World
 
@@ -42,5 +43,13 @@ def build_task(config: Any, world: World, *, training: bool) -> Task:
     """
     check_task(config)
     task = TASKS[config.TASK]
-    check_unsupported(config, task.unsupported, by=f"TASK {config.TASK}")
+    check_unsupported(config, _without_effect(config, task.unsupported), by=f"TASK {config.TASK}")
     return task(config, world, training=training)
+
+
+def _without_effect(config: Any, unsupported: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    """Yield the options of `Task.unsupported` whose values are not among those allowed besides the defaults."""
+    for key, value in flatten(config):
+        for name, allowed in unsupported.items():
+            if (key == name or (name.endswith(".") and key.startswith(name))) and value not in allowed:
+                yield key

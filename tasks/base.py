@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -123,7 +123,8 @@ class Task(ABC):
 
     Attributes:
         score: the metric that decides which epoch is the best.
-        unsupported: options that must not be set for this task; other values than their defaults are errors.
+        unsupported: options without effect, each with the values that are allowed besides its default; a name that ends
+            with a dot stands for all options that it begins. Other values are errors.
         notes: lines about the data for the log at the start.
 
     Raises:
@@ -131,7 +132,7 @@ class Task(ABC):
     """
 
     score: Score
-    unsupported: ClassVar[Sequence[str]] = ()
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {}
 
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         self.config = config

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -13,17 +13,17 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import resize
 from yacs.config import CfgNode
 
-from data.detection.build import build_eval_loader, build_train_loader, largest_image, open_dataset
+from data.detection.build import build_eval_loader, build_train_loader, largest_image, largest_sample, open_dataset
 from data.detection.datasets import Batch, to_device
 from data.detection.sources import DetectionDataset, DetectionSource
 from data.transforms import as_pixels, normalize
-from data.wording import counted
+from data.wording import counted, shorten
 from models.detection import DETECTORS
 from tasks.base import Evaluation, Meter, Score, check_counts
 from tasks.coco import Detections, average_precision, paste_masks
 from tasks.labelled import CLASSIFICATION_ONLY, LabelledTask
 from tasks.pictures import SAMPLES, SHOWN, draw_objects, stack_rows
-from utils import World
+from utils import EvaluationFailed, World
 
 
 class Images(NamedTuple):
@@ -42,27 +42,30 @@ class Detection(LabelledTask):
     """Boxes and classes of objects, and masks if the detector predicts them."""
 
     score = Score("AP", "AP", digits=3)
-    unsupported = (
-        *CLASSIFICATION_ONLY,
-        "DATA.IGNORE_LABEL",
-        "DATA.REDUCE_ZERO_LABEL",
-        "MODEL.CLASS_MAP",
-        "TEST.FLIP",
-    )
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {
+        **CLASSIFICATION_ONLY,
+        "MODEL.CLASS_MAP": (),
+        "MODEL.SEGMENTER.": (),
+        "SEGMENTATION.": (),
+        "TEST.FLIP": (),
+    }
 
     def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
         super().__init__(config, world, training=training)
         self._masks = DETECTORS[config.MODEL.DETECTOR.NAME].masks
         if self._masks and not self._dataset.masks:
+            lacking = f" (objects without masks: {shorten(self._dataset.without_masks)})"
             raise ValueError(
-                f"MODEL.DETECTOR.NAME {config.MODEL.DETECTOR.NAME} needs masks, but the data set has only boxes; "
-                "use a box detector, such as retinanet"
+                f"MODEL.DETECTOR.NAME {config.MODEL.DETECTOR.NAME} needs masks, but the data set has only boxes"
+                f"{lacking if self._dataset.without_masks else ''}; use a box detector, such as retinanet"
             )
 
     def open_dataset(self, needs: Sequence[str]) -> DetectionDataset:
         return open_dataset(self.config, needs)
 
     def largest_image(self) -> tuple[int, int]:
+        if self._masks and self.training:
+            return largest_sample(self.config, self._dataset.train)
         return largest_image(self.config)
 
     def train_loader(self) -> DataLoader:
@@ -132,15 +135,7 @@ class AveragePrecision(Meter):
         ]
 
     def result(self) -> Evaluation:
-        shares = [(self._found, self._left_out)]
-        if self._world.size > 1:
-            shares *= self._world.size
-            dist.all_gather_object(shares, shares[0])
-        met = [index for found, left_out in shares for index in (*found, *left_out)]
-        assert len(set(met)) == len(met), "an image was evaluated twice"
-        found = {index: detections for one, _ in shares for index, detections in one.items()}
-        warnings = check_counts(len(found), len(met) - len(found), len(self._source))
-        metrics = average_precision(self._source, found, self._classes)
+        metrics, warnings = self._metrics()
         kinds = {"": "", "mask_": " of masks"} if "mask_AP" in metrics else {"": ""}
         lines = [
             f" * AP {metrics[f'{kind}AP']:.3f} AP50 {metrics[f'{kind}AP50']:.3f} AP75 {metrics[f'{kind}AP75']:.3f}"
@@ -149,6 +144,34 @@ class AveragePrecision(Meter):
         ]
         pictures = {"samples": stack_rows(self._rows, ("true", "detected"))} if self._rows else {}
         return Evaluation(metrics, lines, warnings, pictures)
+
+    def _metrics(self) -> tuple[dict[str, float], list[str]]:
+        """Return the average precisions over all ranks, and warnings. Rank 0 computes them for all."""
+        own = self._found, self._left_out
+        if self._world.size == 1:
+            return self._metrics_of([own])
+        shares = [None] * self._world.size if self._world.is_main else None
+        dist.gather_object(own, shares)
+        outcome: list[Any] = [None]
+        if self._world.is_main:
+            try:
+                outcome = [self._metrics_of(shares)]
+            except EvaluationFailed as error:
+                outcome = [error]  # all ranks raise it
+        dist.broadcast_object_list(outcome)
+        if isinstance(outcome[0], EvaluationFailed):
+            raise outcome[0]
+        return outcome[0]
+
+    def _metrics_of(
+        self, shares: Sequence[tuple[dict[int, Detections], set[int]]]
+    ) -> tuple[dict[str, float], list[str]]:
+        """Return the average precisions of detections and images left out, of each rank, and warnings."""
+        met = [index for found, left_out in shares for index in (*found, *left_out)]
+        assert len(set(met)) == len(met), "an image was evaluated twice"
+        found = {index: detections for one, _ in shares for index, detections in one.items()}
+        warnings = check_counts(len(found), len(met) - len(found), len(self._source))
+        return average_precision(self._source, found, self._classes), warnings
 
 
 def detect(model: nn.Module, image: Tensor, size: tuple[int, int]) -> Detections:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from yacs.config import CfgNode
@@ -15,16 +15,34 @@ from models.build import num_classes, set_num_classes
 from tasks.base import Task
 from utils import World
 
-# Options that only the loaders and the evaluation of classification implement. Others without effect, such as those of
-# mixup, are not refused: their defaults are those of classification, so a config may well turn them off.
-CLASSIFICATION_ONLY = (
-    "DATA.BALANCE",
-    "DATA.CACHE",
-    "DATA.CLASS_ORDER",
-    "DATA.MULTI_LABEL",
-    "TEST.CLASSES",
-    "TEST.LABELS",
-)
+# Options that only classification implements, each with the values that are allowed besides its default: the default of
+# an augmentation is that of classification, so a config may well turn it off.
+CLASSIFICATION_ONLY: Mapping[str, Sequence[Any]] = {
+    "DATA.BALANCE": (),
+    "DATA.CACHE": (),
+    "DATA.CLASS_ORDER": (),
+    "DATA.INTERPOLATION": ("bilinear",),
+    "DATA.MULTI_LABEL": (),
+    "MODEL.LABEL_SMOOTHING": (0,),
+    "AUG.CROP": (),
+    "AUG.CROP_PADDING": (0,),
+    "AUG.COLOR_JITTER": (0,),
+    "AUG.AUTO_AUGMENT": ("",),
+    "AUG.REPROB": (0,),
+    "AUG.REMODE": (),
+    "AUG.RECOUNT": (0,),
+    "AUG.MIXUP": (0,),
+    "AUG.CUTMIX": (0,),
+    "AUG.MIXUP_PROB": (0,),
+    "AUG.MIXUP_SWITCH_PROB": (0,),
+    "AUG.MIXUP_MODE": (),
+    "AUG.MIXUP_OFF_EPOCHS": (),
+    "TEST.CLASSES": (),
+    "TEST.CROP": (False,),
+    "TEST.CROP_RATIO": (1,),
+    "TEST.LABELS": (),
+    "TEST.RESIZE": ("shorter",),
+}
 
 
 class LabelledTask(Task):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from yacs.config import CfgNode
 
+from config import check_unsupported
 from data.segmentation.build import build_eval_loader, build_train_loader, largest_sample, open_dataset
 from data.segmentation.datasets import Batch
 from data.segmentation.sources import IGNORED, MaskedDataset
@@ -19,7 +21,7 @@ from models.segmentation.parts import Segmenter, resize
 from tasks.base import Evaluation, Meter, Score, check_counts
 from tasks.labelled import CLASSIFICATION_ONLY, LabelledTask
 from tasks.pictures import SAMPLES, paint, stack_rows
-from utils import sum_over_ranks
+from utils import World, sum_over_ranks
 
 
 class LabelledPixels(NamedTuple):
@@ -39,7 +41,16 @@ class Segmentation(LabelledTask):
     """One class for each pixel."""
 
     score = Score("miou", "mIoU", digits=3)
-    unsupported = CLASSIFICATION_ONLY
+    unsupported: ClassVar[Mapping[str, Sequence[Any]]] = {
+        **CLASSIFICATION_ONLY,
+        "DETECTION.": (),
+        "MODEL.DETECTOR.": (),
+    }
+
+    def __init__(self, config: CfgNode, world: World, *, training: bool) -> None:
+        if not training:
+            check_unsupported(config, ["MODEL.CLASS_MAP"], by=f"the evaluation of TASK {config.TASK}")
+        super().__init__(config, world, training=training)
 
     def open_dataset(self, needs: Sequence[str]) -> MaskedDataset:
         return open_dataset(self.config, needs)

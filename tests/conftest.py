@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator
@@ -22,6 +23,14 @@ def pytest_configure() -> None:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Uninterrupted:
     """Return the outcomes of uninterrupted runs."""
     return Uninterrupted(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Return a list that collects the errors which are logged."""
+    errors: list[str] = []
+    monkeypatch.setattr(logging.getLogger("dat"), "error", errors.append)
+    return errors
 
 
 @pytest.fixture(autouse=True)

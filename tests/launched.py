@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from tests.runs import ROOT, write_config
+from tests.runs import ROOT, read_metrics, write_config
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["main", "tools.launch", "tests.launched", "sklearn.datasets"])
@@ -93,6 +95,22 @@ class Job:
         return self._console.read_text(encoding="utf-8") if self._console.exists() else ""
 
 
+def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Return as soon as `holds()`."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not after {seconds} s"
+        time.sleep(0.01)
+
+
+def is_running(process: int) -> bool:
+    """Return whether a process runs, on Linux: it exists, and is not a zombie whose status nobody has read."""
+    stat = Path("/proc", str(process), "stat")
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def run_forked(*words: str | Path | int, processes: int = 1) -> str:
     """Run `python main.py <words>`, which must succeed, and return what it printed."""
     with tempfile.TemporaryDirectory() as folder:
@@ -138,12 +156,22 @@ class Trial:
         env = {"DAT_TIMEOUT_MINUTES": "0.5", **env}
         return Job([*self.words, *flags], self._console, processes=self._processes, prepare=prepare, **env)
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, *, prepare: Callable[[], None] | None = None, **env: str) -> dict[str, Any]:
         """Run the command to its end and return its outcome."""
-        job = self.start()
+        job = self.start(prepare=prepare, **env)
         statuses = job.wait(240)
         assert statuses == [0] * self._processes, job.console()
         return outcome(self.folder)
+
+    def finish_killed(self, *, rows: int = 1, prepare: Callable[[], None] | None = None, **env: str) -> dict[str, Any]:
+        """Kill the command in mid-epoch, after it has logged `rows` lines, continue it, and return its outcome."""
+        job = self.start(prepare=prepare, **env)
+        job.wait_until(lambda: self.rows() >= rows)
+        job.signal(signal.SIGKILL)
+        assert -signal.SIGKILL in job.wait(), job.console()
+        left = self.finish(prepare=prepare, **env)
+        assert re.search("continuing from .*, update [1-9]", job.console())
+        return left
 
     def rows(self) -> int:
         """Return how many lines `metrics.jsonl` has."""
@@ -151,6 +179,43 @@ class Trial:
             return len((self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
         except FileNotFoundError:  # not written yet, or just moved aside by a run that starts from scratch
             return 0
+
+
+def whole_and_killed(
+    folder: Path, processes: int, *, rows: int = 1, prepare: Callable[[], None] | None = None, **sections: Any
+) -> Trial:
+    """Run a command to its end, and once more killed in mid-epoch and continued; both must end the same.
+
+    Returns:
+        The trial that was killed, in `folder / "killed"`.
+    """
+    whole, killed = (Trial(folder / name, processes, 0, **sections) for name in ("whole", "killed"))
+    expected = whole.finish(prepare=prepare)
+    assert first_difference(expected, killed.finish_killed(rows=rows, prepare=prepare)) is None
+    return killed
+
+
+def resumed_equals_whole(command: list[str], folder: Path) -> Path:
+    """Run a command of several epochs, and once more from its checkpoint of the first; both must end the same.
+
+    Args:
+        command: the command line, without a tag; it keeps the checkpoint of each epoch.
+        folder: of its output.
+
+    Returns:
+        The folder of the first run.
+    """
+    from main import main
+
+    whole, resumed = (folder / "tiny" / tag for tag in ("whole", "resumed"))
+    assert main([*command, "--tag", "whole"]) == 0
+    assert main([*command, "--tag", "resumed", "--resume", str(whole / "epoch_1.pth")]) == 0
+    left = [torch.load(run / "last.pth", weights_only=True) for run in (whole, resumed)]
+    assert first_difference(*({part: state[part] for part in ("model", "ema")} for state in left)) is None
+    for kind in ("train", "eval", "eval_ema"):
+        rows = [[row for row in read_metrics(run, kind) if row["epoch"] > 1] for run in (whole, resumed)]
+        assert rows[0] == rows[1]
+    return whole
 
 
 class Uninterrupted:

@@ -5,8 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import yaml
 
@@ -51,6 +55,24 @@ def run_command(*command: str | Path, timeout: float = 240, **env: str) -> subpr
     return subprocess.run(
         [str(word) for word in command], cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True
     )
+
+
+def call(main: Callable[[], int | None], *words: object) -> tuple[int, str, str]:
+    """Call the main function of a program, and return its exit status, output and errors."""
+    name, out, err = f"{main.__module__.rpartition('.')[2]}.py", StringIO(), StringIO()
+    with mock.patch("sys.argv", [name, *map(str, words)]), redirect_stdout(out), redirect_stderr(err):
+        try:
+            status = main()
+        except SystemExit as ended:
+            status = ended.code
+    return int(status or 0), out.getvalue(), err.getvalue()
+
+
+def printed_by(main: Callable[[], int | None], *words: object) -> str:
+    """Call the main function of a program, which must succeed, and return its output."""
+    status, out, err = call(main, *words)
+    assert status == 0, err
+    return out
 
 
 def read_metrics(folder: Path, kind: str) -> list[dict[str, Any]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.util
+import inspect
 import os
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,15 +21,18 @@ from training.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Pages for contributors, whose commands are checked, too.
+OTHER_PAGES = [ROOT / "CONTRIBUTING.md", *sorted((ROOT / "benchmarks").glob("*.md"))]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 # Programs of the system, whose arguments are not checked.
 OTHERS = {"make", "find", "curl", "pip", "cd", "git", "apt-get", "tar", "wandb", "mlflow"}
-# Modules of other packages that commands run by `python -m`.
+# Modules of other packages that commands run by `python -m`, whose arguments are not checked.
 MODULES = {"uvicorn", "pytest"}
 
 
-def blocks(language: str) -> Iterator[tuple[Path, str]]:
+def blocks(language: str, pages: Sequence[Path] = PAGES) -> Iterator[tuple[Path, str]]:
     """Yield the fenced blocks of a language with their pages."""
-    for page in PAGES:
+    for page in pages:
         for block in re.findall(
             rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
         ):
@@ -37,12 +40,15 @@ def blocks(language: str) -> Iterator[tuple[Path, str]]:
 
 
 def lines() -> Iterator[tuple[Path, str]]:
-    """Yield the lines of the bash blocks, and commands of tools within sentences, with their pages."""
-    for page, block in blocks("bash"):
+    """Yield the lines of bash blocks, indented commands, and those of programs within sentences, with their pages."""
+    pages = [*PAGES, *OTHER_PAGES]
+    for page, block in blocks("bash", pages):
         yield from ((page, line) for line in block.replace("\\\n", " ").splitlines())
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        yield from ((page, line) for line in re.findall(r"`(\.venv/bin/python tools/[^`<]+(?<!\.))`", text))
+    for page in pages:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        within = r"`(\.venv/bin/python (?:tools/|-m (?:examples|benchmarks)\.[a-z])[^`<]+(?<!\.))`"
+        for command in (within, r"^    (\.venv/bin/python .+)$"):
+            yield from ((page, line) for line in re.findall(command, text, re.MULTILINE))
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -84,9 +90,17 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def arguments_of(words: Sequence[str]) -> list[str]:
+    """Return the arguments that a launcher, `bash <script> <processes> <config> ...`, gives to main.py."""
+    script, _, config, *rest = words[1:]
+    if script == "evaluate.sh":
+        return ["--cfg", config, "--eval", "--resume", *rest]
+    return ["--cfg", config, *(["--tag"] if rest and not rest[0].startswith("-") else []), *rest]
+
+
 def test_links_lead_to_files_and_headings() -> None:
     checked = 0
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]:
+    for page in [*PAGES, *OTHER_PAGES]:
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             if "://" in target:
                 continue
@@ -110,8 +124,34 @@ def test_launchers_accept_a_command(words: tuple[str, ...], tmp_path: Path, monk
     assert done.returncode == 0, done.stderr
     started = done.stdout.splitlines()[-1].split()
     program = max(i for i, word in enumerate(started) if word.endswith(("/main.py", "/launch.py")))
+    given, expected = started[program + (2 if started[program].endswith("launch.py") else 1) :], arguments_of(words)
+    assert given[: len(expected)] == expected  # a job on SLURM also gets --device cuda
     monkeypatch.chdir(ROOT)
-    parse(started[program + (2 if started[program].endswith("launch.py") else 1) :])
+    parse(given)
+
+
+def check_program(words: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a program parse the words after `python` of a command; those of `python -m` begin with `-m`."""
+    if "main.py" in words:
+        parse(words[words.index("main.py") + 1 :])
+        return
+    path, *given = words[1:] if words[0] == "-m" else words
+    if path in MODULES:
+        return
+    program = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    if not hasattr(program, "argparse"):  # takes its arguments as they are
+        inspect.signature(program.main).bind(*given)
+        return
+    accept = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, *given: Any) -> NoReturn:
+        raise Accepted(accept(parser, *given))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        patch.setattr("sys.argv", [path, *given])
+        with pytest.raises(Accepted):
+            program.main()
 
 
 @pytest.mark.parametrize("words", [words[1:] for words in COMMANDS if words[0].startswith(".venv/bin/")], ids=" ".join)
@@ -119,20 +159,24 @@ def test_programs_accept_a_command(words: tuple[str, ...], monkeypatch: pytest.M
     monkeypatch.chdir(ROOT)
     if "--nnodes" in words:
         torchrun.parse_args(list(words))
-    if "main.py" in words:
-        parse(words[words.index("main.py") + 1 :])
-    elif words[0] == "-m":
-        assert words[1] in MODULES or importlib.util.find_spec(words[1]), words
-    else:
-        accept = argparse.ArgumentParser.parse_args
+    check_program(words, monkeypatch)
 
-        def stop(parser: argparse.ArgumentParser, *given: Any) -> NoReturn:
-            raise Accepted(accept(parser, *given))
 
-        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        monkeypatch.setattr("sys.argv", [words[0], *words[1:]])
-        with pytest.raises(Accepted):
-            importlib.import_module(Path(words[0]).with_suffix("").as_posix().replace("/", ".")).main()
+def test_programs_accept_the_commands_in_configs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    checked = 0
+    for path in CONFIGS:
+        header = re.findall(r"^#(?: .*:)? ((?:bash|python) .+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        for command in header:
+            program, *words = shlex.split(command)
+            assert str(path.relative_to(ROOT)) in words, f"{path}: {command}"
+            if program == "bash":
+                assert (ROOT / words[0]).is_file(), f"{path}: {command}"
+                parse(arguments_of([program, *words]))
+            else:
+                check_program(words, monkeypatch)
+            checked += 1
+    assert checked > 150
 
 
 @pytest.mark.slow

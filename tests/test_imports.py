@@ -34,11 +34,16 @@ ALLOWED = {
 }
 
 
-def imports_of(path: Path) -> set[str]:
-    """Return the dotted names of the modules that a file imports or imports from, and of what it takes from them."""
+def imports_of(path: Path, *, at_once: bool = False) -> set[str]:
+    """Return the dotted names of the modules that a file imports or imports from, and of what it takes from them.
+
+    Args:
+        path: the file.
+        at_once: only imports that run when the file is imported.
+    """
     package = path.relative_to(ROOT).parent.parts
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    module, found = ast.parse(path.read_text(encoding="utf-8")), set()
+    for node in module.body if at_once else ast.walk(module):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

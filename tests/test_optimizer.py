@@ -305,3 +305,29 @@ def test_factor_without_matching_part_of_the_network_is_rejected(option: str, ne
     config = load_config("configs/dat_tiny.yaml", [f"TRAIN.{option}", "0.5"])
     with pytest.raises(ValueError, match=rf"TRAIN\.{option}: Linear .*{needs}"):
         build_optimizer(config, torch.nn.Linear(2, 2), 1)
+
+
+def test_learning_rates_are_scaled_by_name() -> None:
+    linear = torch.nn.Linear
+    network = torch.nn.ModuleDict({"a": linear(2, 2), "b": linear(2, 2), "backbone": torch.nn.PReLU()})
+    overrides = ["TRAIN.LR_SCALES", '{"a": 0.1, "*.bias": 0.5}', "TRAIN.BACKBONE_LR_SCALE", "0.2"]
+    optimizer = build_optimizer(load_config("configs/dat_tiny.yaml", overrides), network, 1)
+    scale = {id(x): group["lr_scale"] for group in optimizer.param_groups for x in group["params"]}
+    scales = {name: round(scale[id(x)], 6) for name, x in network.named_parameters()}
+    assert scales == {"a.weight": 0.1, "a.bias": 0.05, "b.weight": 1.0, "b.bias": 0.5, "backbone.weight": 0.2}
+
+
+def test_scales_of_unknown_parts_and_wrong_factors_are_rejected() -> None:
+    config = load_config("configs/dat_tiny.yaml", ["TRAIN.LR_SCALES", "{weigth: 0.1}"])
+    with pytest.raises(ValueError, match=r"TRAIN\.LR_SCALES: .* no part named 'weigth'; did you mean weight"):
+        build_optimizer(config, torch.nn.Linear(2, 2), 1)
+    for factor in ("0", "-1", "true", "much"):
+        with pytest.raises(ValueError, match=r"TRAIN\.LR_SCALES must have a factor above 0 for 'weight'"):
+            load_config("configs/dat_tiny.yaml", ["TRAIN.LR_SCALES", f"{{weight: {factor}}}"])
+
+
+def test_published_configs_of_deformable_detr_sample_with_a_tenth_of_the_learning_rate() -> None:
+    config = load_config("configs/detection/deformable_detr_dat_tiny_12e.yaml")
+    with torch.device("meta"):
+        groups = parameter_groups(build_model(config), weight_decay=0.1, scales=config.TRAIN.LR_SCALES)
+    assert {round(group["lr_scale"], 6) for group in groups} == {0.1, 1.0}

@@ -156,6 +156,12 @@ def without_boxes(root: Path, category: int = 7, width: int = 0) -> None:
     write_instances(root, "train", images, [row(5, 1, category, [3, 3, width, 4])])
 
 
+def repeat_an_id(root: Path) -> None:
+    """Give two held-out images one id."""
+    images = [{"id": 1, "file_name": f"{number}.png", "height": 32, "width": 40} for number in range(2)]
+    write_instances(root, "val", images, [row(5, 1, 7, [3, 3, 6, 4])])
+
+
 def masked(name: str, says: str, damage: Callable[[Path], Any]) -> Wrong:
     """Return a row of a segmenter on valid images and masks after `damage`."""
     config = {"TASK": "segmentation", "DATA": {"DATASET": "masks", "DATA_PATH": "wrong"}}
@@ -399,6 +405,11 @@ ROWS = [
         name="data: unknown user", flags=("--data-path", "~nobody-here/x"), says="there is no such user; give the fu"
     ),
     Wrong(
+        name="data: split of the digits",
+        config={"DATA": {"DATASET": "digits", "DATA_PATH": "", "VAL": "test"}},
+        says="DATA.DATASET digits has fixed splits; remove DATA.TRAIN and DATA.VAL",
+    ),
+    Wrong(
         name="data: folder for the digits",
         config={"DATA": {"DATASET": "digits"}},
         says="the digits are part of scikit-learn and take no --data-path; .*, add --opts DATA.DATASET imagenet",
@@ -608,6 +619,26 @@ ROWS = [
         name="data: masks for objects",
         config={"TASK": "detection", "DATA": {"DATASET": "digit_scenes", "IGNORE_LABEL": 0}},
         says="DATA.IGNORE_LABEL is not supported by TASK detection; leave it at 255",
+    ),
+    *(
+        Wrong(
+            name=f"data: mapped labels for {task}",
+            config={"TASK": task, "DATA": {"DATASET": kind, "DATA_PATH": "", "LABEL_MAP": {7: 0}}},
+            says=rf"DATA.LABEL_MAP is not supported by {by}; leave it at {{}}",
+        )
+        for task, kind, by in (
+            ("classification", "digits", "TASK classification"),
+            ("detection", "digit_scenes", "TASK detection"),
+            ("segmentation", "digit_scenes", "digit_scenes"),
+        )
+    ),
+    *(
+        Wrong(
+            name=f"data: named splits of scenes for {task}",
+            config={"TASK": task, "DATA": {"DATASET": "digit_scenes", "DATA_PATH": "", "VAL": "minival"}},
+            says="digit_scenes without a path has fixed splits; remove DATA.TRAIN and DATA.VAL",
+        )
+        for task in ("detection", "segmentation")
     ),
     Wrong(
         name="data: stream without a size",
@@ -957,11 +988,14 @@ ROWS = [
         r"none of the 5 images of wrong/instances_val.json exists: .*; check the data path",
         lambda root: (root / "val").rename(root / "value"),
     ),
+    annotated(
+        "two images of one id", r"wrong/instances_val\.json: two images have the id 1; give each its own", repeat_an_id
+    ),
     annotated("misspelt detector", r"MODEL.DETECTOR.NAME must be one of .*; did you mean retinanet\?", NAME="retina"),
     annotated("argument of a detector", "MODEL.DETECTOR.ARGS: .*unexpected .*'chanels'", ARGS={"chanels": 8}),
     annotated(
         "masks of boxes",
-        "MODEL.DETECTOR.NAME mask_rcnn needs masks, but the data set has only boxes; use a box detector",
+        "mask_rcnn needs masks, but the data set has only boxes .objects without masks: annotation 5 in .*; use a box",
         lambda root: without_boxes(root, width=4),
         NAME="mask_rcnn",
     ),

@@ -5,7 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+import torch
+
+from config import OPTIONS
 from training.weight_sets import WEIGHTS
+from utils import DeviceLost, pick_device
 
 
 def add_network(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -20,6 +24,54 @@ def add_network(parser: argparse.ArgumentParser, *, required: bool = False) -> N
     parser.add_argument("--checkpoint", required=required, metavar="FILE", help=published)
     parser.add_argument("--cfg", metavar="FILE", help=f"config, if the checkpoint has none{random}")
     parser.add_argument("--weights", choices=WEIGHTS, default="", help="default: those the checkpoint was selected by")
+
+
+def check_network(args: argparse.Namespace) -> None:
+    """Check the flags of `add_network`.
+
+    Raises:
+        ValueError: they name no network, or choose among the weights of a config, which has none.
+    """
+    if not args.checkpoint and not args.cfg:
+        raise ValueError("give --checkpoint FILE, or --cfg FILE for a network with random weights")
+    if args.weights and not args.checkpoint:
+        raise ValueError("--weights chooses a set of weights of a --checkpoint, and there is none; leave it out")
+
+
+def add_opts(parser: argparse.ArgumentParser, *, of: str) -> None:
+    """Add --opts, which may be repeated, for options of what `of` names."""
+    meaning = f"override options of {of}"
+    parser.add_argument("--opts", nargs="+", action="extend", default=[], metavar="KEY VALUE", help=meaning)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the device, for `device_of`."""
+    names = [name for name in OPTIONS["DEVICE"].check.choices if name]
+    parser.add_argument("--device", choices=names, default="", help="default: the best available")
+
+
+def device_of(args: argparse.Namespace) -> torch.device:
+    """Return the device that `add_device` chose.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    try:
+        return pick_device(args.device, 0, 1)
+    except DeviceLost as error:
+        raise ValueError(error) from None
+
+
+def check_least(args: argparse.Namespace, least: int, *flags: str) -> None:
+    """Check that the numbers of flags, where given, are at least `least`.
+
+    Raises:
+        ValueError: one is less.
+    """
+    for flag in flags:
+        value = getattr(args, flag.strip("-").replace("-", "_"))
+        if value is not None and value < least:
+            raise ValueError(f"{flag} must be at least {least}, not {value}")
 
 
 def image_size(sides: Sequence[int], *, flag: str = "--size") -> tuple[int, int]:

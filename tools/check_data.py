@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import multiprocessing
 import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,11 +33,14 @@ from data.build import open_dataset
 from data.images import UnreadableImage
 from data.sources import Dataset, ImageSource
 from data.wording import counted
+from tools.arguments import add_opts, check_least
 from tools.make_shards import dataset_config
+from tools.pool import map_in_processes
 
 # An image is tiny if a side has fewer pixels than TINY, and unusual if its aspect ratio is at least ODD.
 TINY = 32
 ODD = 4
+CHUNK = 64  # images that a worker inspects at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,13 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
     parser.add_argument("--show", type=int, default=10, help="images listed per kind (default: %(default)s)")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="other options of the data set")
+    add_opts(parser, of="the data set")
     args = parser.parse_args()
     try:
+        check_least(args, 1, "--workers")
+        check_least(args, 0, "--show")
         dataset = open_dataset(dataset_config(args.dataset, args.data_path, args.opts), args.parts)
-        faults = check(dataset, args.parts, workers=max(1, args.workers), show=args.show)
+        faults = check(dataset, args.parts, workers=args.workers, show=args.show)
     except (ValueError, OSError) as error:
         startup.refuse(error)
     print("verdict: " + ("; ".join(faults) if faults else "no problems found"))
@@ -99,21 +104,18 @@ def check(dataset: Dataset, parts: Sequence[str], *, workers: int, show: int) ->
 
 
 def _inspect_all(source: ImageSource, workers: int) -> Iterator[ImageStatistics]:
-    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else None)
-    with context.Pool(workers, initializer=_begin, initargs=(source,)) as pool:
-        yield from pool.imap(_inspect, range(len(source)), chunksize=64)
+    chunks = (range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK))
+    for seen in map_in_processes(partial(_inspect_chunk, source), chunks, workers=workers):
+        yield from seen
 
 
-_worker: dict[str, ImageSource] = {}  # the source of a process; as an argument it would be sent with every chunk
+def _inspect_chunk(source: ImageSource, chunk: Sequence[int]) -> list[ImageStatistics]:
+    return [_inspect(source, index) for index in chunk]
 
 
-def _begin(source: ImageSource) -> None:
-    _worker["source"] = source
-
-
-def _inspect(index: int) -> ImageStatistics:
+def _inspect(source: ImageSource, index: int) -> ImageStatistics:
     try:
-        stored = _worker["source"].get(index)
+        stored = source.get(index)
         image = stored.decode()
     except UnreadableImage as error:
         return ImageStatistics(index, error=str(error))

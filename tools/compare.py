@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
-    startup.begin()
+    startup.begin("matplotlib")
 
 import torch
 from matplotlib.figure import Figure
@@ -38,6 +38,7 @@ from config import load_config
 from logger import read_rows
 from models.build import build_model
 from models.vit import ATTENTIONS
+from tools.arguments import add_opts
 from tools.complexity import count_macs, count_parameters
 from training.exit_status import FAILED, WRONG_INPUT
 
@@ -118,7 +119,7 @@ def _parse_arguments() -> tuple[argparse.Namespace, dict[str, Variant], Path]:
     parser.add_argument(
         "--seeds", nargs="+", type=int, default=[0], help="seeds of the runs of each variant (default: 0)"
     )
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override options of the configs")
+    add_opts(parser, of="the configs")
     args = parser.parse_args()
     try:
         return args, *choose(args.configs, args.variants, args.opts)

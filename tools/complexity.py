@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from config import load_config
 from models.build import build_model
 from models.detection import Detector
-from tools.arguments import image_size
+from tools.arguments import add_opts, image_size
 
 
 class Published(NamedTuple):
@@ -124,7 +124,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("configs", nargs="+", metavar="CONFIG", help="YAML files")
     parser.add_argument("--size", type=int, nargs="+", help="image size, one side or height and width (DATA.IMG_SIZE)")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override options of the config")
+    add_opts(parser, of="the configs")
     arguments = parser.parse_args()
     print(COLUMNS.format("model", "image", "parameters", "MACs", "published parameters", "published MACs"))
     for path in arguments.configs:

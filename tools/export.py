@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
-    startup.begin()
+    startup.begin("onnx", "onnxruntime", "onnxscript", "transformers")
 
 import torch
 from torch import Tensor, nn
@@ -32,8 +32,8 @@ from data.wording import counted
 from logger import RunLog
 from models.build import num_classes
 from tasks import Score, Task, build_task
-from tools.arguments import add_network, image_size
-from tools.exported import FORMATS, Run, Source
+from tools.arguments import add_network, check_network, image_size
+from tools.exported import FORMATS, ONNX_FORMATS, Run, Source
 from training.report.held_out import check_classes
 from training.trained_model import load_trained, untrained
 from utils import World
@@ -87,8 +87,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: wrong input.
     """
-    if not args.checkpoint and not args.cfg:
-        raise ValueError("nothing to export; give --checkpoint, --cfg, or both")
+    _check_flags(args)
     if args.checkpoint:
         model = load_trained(args.checkpoint, cfg=args.cfg, weights=args.weights)
     else:
@@ -115,6 +114,20 @@ def run(args: argparse.Namespace) -> int:
         print(f"{path}  {_megabytes(path):.1f} MB  {words}{'' if good else '  MISMATCH'}")
         failed |= not good
     return int(failed)
+
+
+def _check_flags(args: argparse.Namespace) -> None:
+    """Check that every flag has an effect.
+
+    Raises:
+        ValueError: one has none.
+    """
+    check_network(args)
+    if args.opset is not None and set(ONNX_FORMATS).isdisjoint(args.formats):
+        raise ValueError(f"--opset is for ONNX files; leave it out, or add one of --formats {', '.join(ONNX_FORMATS)}")
+    for flag, value in (("--data-path", args.data_path), ("--max-drop", args.max_drop)):
+        if value is not None and not args.validate:
+            raise ValueError(f"{flag} is for --validate; add it, or leave {flag} out")
 
 
 @torch.inference_mode()

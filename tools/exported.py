@@ -109,7 +109,11 @@ class Source:
 
     @cached_property
     def onnx(self) -> onnx.ModelProto:
-        """The ONNX graph, with classes and preprocessing in its metadata."""
+        """The ONNX graph, with classes and preprocessing in its metadata.
+
+        Raises:
+            ValueError: it cannot be of the wanted opset.
+        """
         names = {0: "batch", **({2: "height", 3: "width"} if self.dynamic else {})}
         with torch.no_grad():
             exported = torch.onnx.export(
@@ -125,6 +129,12 @@ class Source:
         onnxscript.optimizer.fold_constants(exported.model)
         onnxscript.optimizer.remove_unused_nodes(exported.model)
         proto = exported.model_proto
+        (opset,) = (one.version for one in proto.opset_import if not one.domain)
+        if self.opset not in (None, opset):
+            raise ValueError(
+                f"--opset {self.opset}: PyTorch exports this network with opset {opset}, which could not be converted; "
+                f"use --opset {opset}, or leave it out"
+            )
         for part in (proto.graph, *proto.graph.node, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
             part.ClearField("metadata_props")  # source locations of the operators: as large as the weights
         onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in self.metadata().items()})
@@ -250,3 +260,4 @@ FORMATS = {
     "safetensors": Format("", _write_safetensors, _run_safetensors, 1e-4),
     "aoti": Format(".aoti.pt2", _write_aoti, lambda path: torch._inductor.aoti_load_package(str(path)), 1e-4),
 }
+ONNX_FORMATS = tuple(name for name, kind in FORMATS.items() if kind.load is run_onnx)

@@ -10,6 +10,7 @@ processes. The environment variable MAX_RESTARTS is the maximum number of restar
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -43,12 +44,12 @@ def main(words: Sequence[str]) -> int:
     if list(words) in (["--help"], ["-h"]):
         print(_USAGE)
         return 0
-    if not words or not words[0].isdigit():
+    if not words or not re.fullmatch("[1-9][0-9]*", words[0]):
         print(_USAGE, file=sys.stderr)
         return 2
     processes, *arguments = words
     wanted = os.environ.get("MAX_RESTARTS", "3")
-    if not wanted.isdigit():
+    if not re.fullmatch("[0-9]+", wanted):
         print(
             f"launch.py: the variable MAX_RESTARTS must be a whole number, such as 3, not {wanted!r}", file=sys.stderr
         )

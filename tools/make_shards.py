@@ -2,10 +2,10 @@
 
     python tools/make_shards.py --data-path imagenet --output imagenet-shards --short-side 320
 
-Each split becomes `<split>-000000.tar`, ... in WebDataset's layout: `<key>.jpg` and `<key>.cls`, the label.
-`classes.txt` names the classes, `shards.json` lists the shards with their checksums, and `<split>.index` has the offset
-of each image. The order of the images is kept. After an interruption the same command continues and writes the same
-bytes.
+Each split becomes `<split>-000000.tar`, ... in WebDataset's layout: `<key>.jpg` and `<key>.cls`, the label, which is a
+position in the list of classes, `classes.txt`. `shards.json` lists the shards with their checksums, and `<split>.index`
+has the offset of each image. The order of the images is kept. After an interruption the same command continues and
+writes the same bytes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import io
 import json
-import multiprocessing
 import os
 import sys
 import tarfile
@@ -32,20 +31,24 @@ if __name__ == "__main__":
     startup.begin()
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 from tqdm import tqdm
 from yacs.config import CfgNode
 
 from config import apply_overrides, default_config
 from data.build import is_stream, open_dataset
-from data.formats.tar import MANIFEST, build_index, index_name
+from data.formats.series import MANIFEST
+from data.formats.tar_index import build_index, index_name
 from data.images import StoredImage, UnreadableImage
 from data.sources import SEPARATOR, Dataset, ImageSource
 from data.wording import counted
+from tools.arguments import add_opts, check_least
+from tools.pool import map_in_processes
 from utils import STAGED, write_atomically
 
 PLAN = "plan.json"
-_ENDINGS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
+# Extension by Pillow's name of a format whose files are kept; MPO is the JPEG of some cameras and phones.
+_ENDINGS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,11 @@ def _parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--short-side", type=int, default=0, help="shrink larger images to it and write JPEG (default: 0, unchanged)"
     )
-    parser.add_argument("--quality", type=int, default=90, help="JPEG quality of shrunk images (default: %(default)s)")
+    parser.add_argument(
+        "--quality", type=int, default=90, help="quality of JPEG files that are shrunk or turned (default: %(default)s)"
+    )
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: one per core)")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="other options of the data set")
+    add_opts(parser, of="the data set")
     return parser.parse_args()
 
 
@@ -127,19 +132,15 @@ def pack(args: argparse.Namespace) -> None:
         print(f"continuing: {kept} of {counted(len(shards), 'shard')} in {args.output} are complete", flush=True)
     write = partial(_write, sources=sources, folder=args.output, plan=plan)
     entries = {}
-    with (
-        multiprocessing.get_context("fork" if hasattr(os, "fork") else None).Pool(args.workers) as pool,
-        tqdm(total=sum(plan.images.values()), unit="image", disable=None) as bar,
-    ):
-        for shard, entry in pool.imap_unordered(write, shards):
+    with tqdm(total=sum(plan.images.values()), unit="image", disable=None) as bar:
+        for shard, entry in zip(shards, map_in_processes(write, shards, workers=args.workers), strict=True):
             entries[shard.name] = entry
             bar.update(shard.stop - shard.first)
     for part in sources:
         paths = [args.output / shard.name for shard in shards if shard.part == part]
         several = sources[part].labels.ndim == 2
         build_index(paths, several=several).save(args.output / index_name(part, several=several))
-    manifest = {"shards": {shard.name: entries[shard.name] for shard in shards}}
-    write_atomically(args.output / MANIFEST, json.dumps(manifest, indent=1))
+    write_atomically(args.output / MANIFEST, json.dumps({"shards": entries}, indent=1))
     (args.output / PLAN).unlink()
     for left in args.output.glob("*.part"):
         left.unlink()
@@ -163,9 +164,7 @@ def dataset_config(dataset: str, path: str, options: Sequence[str]) -> CfgNode:
 
 
 def _plan(args: argparse.Namespace, dataset: Dataset, sources: dict[str, ImageSource]) -> Plan:
-    for name, value, least in (("--per-shard", args.per_shard, 1), ("--workers", args.workers, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, not {value}")
+    check_least(args, 1, "--per-shard", "--workers")
     if not 1 <= args.quality <= 100 or args.short_side < 0:
         raise ValueError(f"--quality {args.quality} must be 1 to 100 and --short-side {args.short_side} 0 or more")
     content = hashlib.sha256()
@@ -211,7 +210,7 @@ def _label(label: int | np.ndarray) -> bytes:
     return SEPARATOR.join(map(str, labels)).encode()
 
 
-def _write(shard: Shard, sources: dict[str, ImageSource], folder: Path, plan: Plan) -> tuple[Shard, dict[str, Any]]:
+def _write(shard: Shard, sources: dict[str, ImageSource], folder: Path, plan: Plan) -> dict[str, Any]:
     """Write a shard atomically unless it exists, and return its entry of the manifest."""
     path = folder / shard.name
     if not path.exists():
@@ -228,7 +227,7 @@ def _write(shard: Shard, sources: dict[str, ImageSource], folder: Path, plan: Pl
         staged.replace(path)
     with path.open("rb") as file:
         digest = _digest(file)
-    return shard, {"images": shard.stop - shard.first, "bytes": path.stat().st_size, "sha256": digest}
+    return {"images": shard.stop - shard.first, "bytes": path.stat().st_size, "sha256": digest}
 
 
 def _digest(file: BinaryIO) -> str:
@@ -241,20 +240,25 @@ def _digest(file: BinaryIO) -> str:
 def _encode(stored: StoredImage, plan: Plan) -> tuple[bytes, str]:
     """Return the bytes of an image, possibly shrunk, and its file extension."""
     image = stored.decode()  # even if its bytes are kept, so that unreadable images are found here and not in training
-    if plan.short_side and min(image.size) > plan.short_side:
+    kind, orientation = stored.describe()
+    ending, is_turned = _ENDINGS.get(kind), stored.exif and orientation != 1
+    is_shrunk = 0 < plan.short_side < min(image.size)
+    if ending and not is_turned and not is_shrunk:
+        return stored.data, ending
+    if is_shrunk:
         scale = plan.short_side / min(image.size)
         size = tuple(max(plan.short_side, round(side * scale)) for side in image.size)
-        return _save(image.resize(size, Image.Resampling.BICUBIC), "JPEG", quality=plan.quality), "jpg"
-    if isinstance(stored.data, bytes) and not stored.exif:
-        with Image.open(io.BytesIO(stored.data)) as kept:
-            if kept.format in _ENDINGS:
-                return stored.data, _ENDINGS[kept.format]
-    return _save(image, "PNG"), "png"
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left = 1 if is_turned else orientation
+    if is_shrunk or ending == "jpg":
+        return _save(image, "JPEG", left, quality=plan.quality), "jpg"
+    return _save(image, "PNG", left), "png"
 
 
-def _save(image: Image.Image, kind: str, **settings: int) -> bytes:
-    content = io.BytesIO()
-    image.save(content, kind, **settings)
+def _save(image: Image.Image, kind: str, orientation: int, **settings: int) -> bytes:
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[ExifTags.Base.Orientation] = orientation
+    image.save(content, kind, exif=exif if orientation != 1 else b"", **settings)
     return content.getvalue()
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
-    startup.begin()
+    startup.begin("matplotlib")
 
 from training.report.curves import planned_rates, plot_curves
 

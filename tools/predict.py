@@ -18,6 +18,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -36,13 +37,19 @@ from data.formats.folders import count_by_extension, select_images, skipped_file
 from data.wording import counted
 from models.contract import compile_parts
 from tasks.pictures import SHOWN
-from tools.arguments import add_network, free_name
+from tools.arguments import add_device, add_network, check_least, device_of, free_name
 from tools.predictions import Prediction, Predictor
 from training.report import markup
 from training.run import AUTOCAST
 from training.trained_model import TrainedModel, load_trained
 
-DEVICES = ("cpu", "cuda", "mps")
+CLASSES = 5  # shown by default
+# Flags that have an effect on some tasks only, and these tasks.
+FLAGS = {
+    "--top": ("classification", "segmentation"),
+    "--threshold": ("detection",),
+    "--draw": ("detection", "segmentation"),
+}
 TEMPLATE = Path(__file__).parent / "templates" / "predict.html"
 
 
@@ -53,20 +60,17 @@ def main() -> None:
         "images", nargs="+", metavar="IMAGE", help="files and folders; - reads names from standard input, one per line"
     )
     add_network(parser, required=True)
-    parser.add_argument("--top", type=int, default=5, metavar="K", help="classes per image (default: 5)")
-    parser.add_argument("--threshold", type=float, default=SHOWN, metavar="S", help=f"minimum score (default: {SHOWN})")
+    parser.add_argument("--top", type=int, metavar="K", help=f"classes per image (default: {CLASSES})")
+    parser.add_argument(
+        "--threshold", type=float, metavar="S", help=f"minimum score of objects, 0 to 1 (default: {SHOWN})"
+    )
     parser.add_argument("--format", choices=WRITERS, default="text", help="default: text")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with the pictures")
     parser.add_argument(
         "--draw", type=Path, metavar="FOLDER", help="also draw objects, or classes of pixels, over images"
     )
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="batch size (default: 32)")
-    parser.add_argument(
-        "--device",
-        choices=DEVICES,
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="default: cuda if available, else cpu",
-    )
+    add_device(parser)
     parser.add_argument("--amp", choices=AUTOCAST, default="off", help="mixed precision (default: off)")
     parser.add_argument("--compile", action="store_true", help="torch.compile, block by block")
     args = parser.parse_args()
@@ -82,9 +86,10 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: wrong input.
     """
-    for flag, value in (("--top", args.top), ("--batch-size", args.batch_size)):
-        if value < 1:
-            raise ValueError(f"{flag} must be at least 1, not {value}")
+    check_least(args, 1, "--top", "--batch-size")
+    if args.threshold is not None and not 0 <= args.threshold <= 1:
+        raise ValueError(f"--threshold must be from 0 to 1, not {args.threshold:g}")
+    device = device_of(args)
     if "-" in args.images and isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="surrogateescape")  # file names are bytes, as on the command line
     files, warnings = find_images(args.images, sys.stdin)
@@ -92,19 +97,72 @@ def run(args: argparse.Namespace) -> int:
         print(warning, file=sys.stderr)
     model = load_trained(args.checkpoint, cfg=args.cfg, weights=args.weights)
     print(model.words(), file=sys.stderr)
-    network = model.network.to(args.device, memory_format=torch.channels_last)
+    check_task(args, model.config.TASK)
+    network = model.network.to(device, memory_format=torch.channels_last)
     if args.compile:
         compile_parts(network)
-    task, unreadable = model.config.TASK, []
-    if args.draw and task not in ("detection", "segmentation"):
-        raise ValueError(f"--draw takes a detector or segmenter; the TASK of {args.checkpoint} is {task}")
-    settings = {name: getattr(args, name) for name in ("top", "threshold", "batch_size", "amp")}
-    for folder in filter(None, (args.draw, args.html and args.html.parent)):
-        folder.mkdir(parents=True, exist_ok=True)
-    predictions = Predictor(model, on_unreadable=unreadable.append, **settings).predict(files)
+    unreadable: list[str] = []
+    predictor = Predictor(
+        model,
+        top=args.top or CLASSES,
+        threshold=SHOWN if args.threshold is None else args.threshold,
+        batch_size=args.batch_size,
+        amp=args.amp,
+        on_unreadable=unreadable.append,
+    )
+    with open_page(args.html) as file:
+        done = write_predictions(predictor, files, args)
+        for message in unreadable:
+            print(f"skipped: {message}", file=sys.stderr)
+        if file:
+            file.write(page(model, done, unreadable))
+            print(args.html, file=sys.stderr)
+    return 1 if unreadable else 0
+
+
+def check_task(args: argparse.Namespace, task: str) -> None:
+    """Check that the flags have an effect on a network of a task.
+
+    Raises:
+        ValueError: one has none.
+    """
+    for flag, tasks in FLAGS.items():
+        if getattr(args, flag.strip("-")) is not None and task not in tasks:
+            raise ValueError(f"{flag} is for TASK {' or '.join(tasks)}; the TASK of {args.checkpoint} is {task}")
+
+
+@contextmanager
+def naming(flag: str, path: Path) -> Iterator[None]:
+    """Let errors of the file system name the flag whose file or folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{flag} {path} cannot be written: {error.strerror}") from None
+
+
+def open_page(path: Path | None) -> AbstractContextManager[TextIO | None]:
+    """Open the file of --html, if any, before the predictions, which may take long.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    if path is None:
+        return nullcontext()
+    with naming("--html", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("w", encoding="utf-8", newline="\n")
+
+
+def write_predictions(predictor: Predictor, files: Sequence[str], args: argparse.Namespace) -> list[Prediction]:
+    """Predict, write the results and draw them, and return the predictions if they are wanted for a page."""
+    model = predictor.model
+    predictions = predictor.predict(files)
+    if args.draw:
+        with naming("--draw", args.draw):
+            args.draw.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=len(files), unit="image", disable=None, leave=False)
     done, taken = [], set()
-    write = WRITERS[args.format](sys.stdout, NUMBERS[task], min(args.top, len(model.classes)))
+    write = WRITERS[args.format](sys.stdout, NUMBERS[model.config.TASK], min(predictor.top, len(model.classes)))
     for prediction in predictions:
         write(prediction)
         if args.draw:
@@ -114,12 +172,7 @@ def run(args: argparse.Namespace) -> int:
             done.append(prediction)
         bar.update()
     bar.close()
-    for message in unreadable:
-        print(f"skipped: {message}", file=sys.stderr)
-    if args.html:
-        args.html.write_text(page(model, done, unreadable), encoding="utf-8", newline="\n")
-        print(args.html, file=sys.stderr)
-    return 1 if unreadable else 0
+    return done
 
 
 def find_images(names: Sequence[str], listed: TextIO) -> tuple[list[str], list[str]]:

@@ -11,14 +11,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision import tv_tensors
-from torchvision.transforms.v2 import functional as F
-from yacs.config import CfgNode
 
-from data.detection import transforms as detection
 from data.images import UnreadableImage
-from data.segmentation import transforms as segmentation
+from data.segmentation.transforms import EvalTransform
 from data.transforms import normalize
+from tasks.classification import Mirrored
 from tasks.coco import Detections
 from tasks.detection import detect
 from tasks.pictures import draw_objects, paint, with_legend
@@ -55,15 +52,6 @@ class Prediction:
         if self.labels is not None:
             pixels = with_legend(paint(pixels, self.labels), self.labels, self.classes)
         return Image.fromarray(pixels)
-
-
-def dense_input(config: CfgNode, image: Image.Image) -> Tensor:
-    """Return the normalised input `[3, h, w]` of a detector or segmenter for an image, as in its evaluation."""
-    if config.TASK == "segmentation":
-        return normalize(segmentation.EvalTransform(config.image_size).apply(image))
-    options = config.DETECTION
-    transform = detection.EvalTransform(short_side=options.TEST_SHORT_SIDE, long_side=options.LONG_SIDE)
-    return normalize(transform(tv_tensors.Image(F.pil_to_tensor(image))).as_subclass(Tensor))
 
 
 @dataclass(frozen=True)
@@ -106,28 +94,34 @@ class Predictor:
                 self.on_unreadable(str(error))
 
     def _classify(self, images: Iterator[tuple[str, Image.Image]]) -> Iterator[Prediction]:
-        transform = self.model.transform()
+        transform, network = self.model.transform(), self.model.network
+        network = Mirrored(network) if self.model.config.TEST.FLIP else network
         while batch := list(islice(images, self.batch_size)):
             pixels = torch.stack([transform(image) for _, image in batch])
             with self._running():
-                logits = self.model.network(pixels.to(self._device, memory_format=torch.channels_last)).float()
+                logits = network(pixels.to(self._device, memory_format=torch.channels_last)).float()
             several = self.model.config.DATA.MULTI_LABEL  # each label then has its own probability
             rows = (logits.sigmoid() if several else logits.softmax(dim=1)).cpu()
             for (path, _), row in zip(batch, rows, strict=True):
                 yield Prediction(path, self._largest(row))
 
     def _segment(self, images: Iterator[tuple[str, Image.Image]]) -> Iterator[Prediction]:
+        config = self.model.config
+        transform = EvalTransform(config.image_size)
         for path, image in images:
             with self._running():
-                pixels = dense_input(self.model.config, image).to(self._device)
-                labels = predict_pixels(self.model.network, pixels, (image.height, image.width)).cpu()
+                scales = config.SEGMENTATION.TEST_SCALES
+                views = [normalize(transform.apply(image, scale)).to(self._device) for scale in scales]
+                size = image.height, image.width
+                labels = predict_pixels(self.model.network, views, size, flip=config.TEST.FLIP).cpu()
             shares = torch.bincount(labels.flatten(), minlength=len(self.model.classes)) / labels.numel()
             yield Prediction(path, self._largest(shares), labels=labels.byte().numpy(), classes=self.model.classes)
 
     def _detect(self, images: Iterator[tuple[str, Image.Image]]) -> Iterator[Prediction]:
+        transform = self.model.transform()
         for path, image in images:
             with self._running():
-                pixels = dense_input(self.model.config, image).to(self._device)
+                pixels = transform(image).to(self._device)
                 found = detect(self.model.network, pixels, (image.height, image.width))
             found = found.above(self.threshold)
             names = [self.model.classes[label] for label in found.labels]

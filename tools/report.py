@@ -19,30 +19,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
-    startup.begin()
+    startup.begin("matplotlib")
 
-import torch
-
+from tools.arguments import add_device, device_of
 from training.report.curves import plot_curves
 from training.report.page import write_report
 
 
-def main() -> None:
-    """Write the reports of the runs on the command line."""
+def main() -> int:
+    """Write the reports of the runs on the command line, and return the exit status: 2 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of a run")
     parser.add_argument("--data-path", default="", metavar="FOLDER", help="the data set (default: that of the run)")
-    parser.add_argument(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if available, else cpu"
-    )
+    add_device(parser)
     args = parser.parse_args()
     try:
-        for run in args.runs:
-            plot_curves({run.name: run / "metrics.jsonl"}, run / "curves.png")
-            print(write_report(run, torch.device(args.device), data_path=args.data_path))
-    except (ValueError, OSError) as error:
+        device = device_of(args)
+    except ValueError as error:
         startup.refuse(error)
+    failed = False
+    for run in args.runs:
+        try:
+            plot_curves({run.name: run / "metrics.jsonl"}, run / "curves.png")
+            print(write_report(run, device, data_path=args.data_path))
+        except (ValueError, OSError) as error:
+            startup.complain(error)
+            failed = True
+    return 2 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

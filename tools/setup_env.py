@@ -61,18 +61,22 @@ def install(environment: Path) -> None:
     print(f"setup: done in {time.monotonic() - begin:.0f} s")
 
 
+def refuse(problem: str, *, status: int = 2) -> int:
+    """Print why there is no environment on standard error, and return the exit status."""
+    print(f"setup: {problem}", file=sys.stderr)
+    return status
+
+
 def main() -> int:
     """Set up the environment, and return the exit status."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if not PYTHONS[0] <= sys.version_info[:2] <= PYTHONS[1]:
         low, high = (".".join(map(str, version)) for version in PYTHONS)
-        print(
-            f"setup: Python {low} to {high} is needed, this is {sys.version.split()[0]}; try make PYTHON=python{high}"
+        return refuse(
+            f"Python {low} to {high} is needed, this is {sys.version.split()[0]}; try make PYTHON=python{high}"
         )
-        return 2
     if LINK.exists() and not LINK.is_symlink():
-        print("setup: .venv is a folder of your own; move it away, then make setup puts its link there")
-        return 2
+        return refuse(".venv is a folder of your own; move it away, then make setup puts its link there")
     environment = cached_environment()
     environment.parent.mkdir(parents=True, exist_ok=True)
     with environment.with_suffix(".lock").open("w") as lock:  # a concurrent call waits for the first
@@ -81,8 +85,7 @@ def main() -> int:
             try:
                 install(environment)
             except subprocess.CalledProcessError as error:
-                print(f"setup: the installation failed (pip ended with {error.returncode}); see above")
-                return 1
+                return refuse(f"the installation failed (pip ended with {error.returncode}); see above", status=1)
         LINK.unlink(missing_ok=True)
         LINK.symlink_to(environment, target_is_directory=True)
     print("setup: .venv is ready; its interpreter is .venv/bin/python")

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training import startup
 
 if __name__ == "__main__":
-    startup.begin()
+    startup.begin("matplotlib")
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,10 +38,9 @@ from data.transforms import as_pixels
 from data.wording import counted
 from models.segmentation.parts import pad_to
 from models.vit import VisionTransformer
-from tools.arguments import add_network, free_name, image_size
+from tools.arguments import add_network, add_opts, check_network, free_name, image_size
 from tools.deformations import BlockAttention, Place, inspect_blocks
 from tools.drawing import NetworkAttention, draw
-from tools.predictions import dense_input
 from tools.windows import draw_windows
 from training.report import markup
 from training.trained_model import TrainedModel, load_trained, untrained
@@ -65,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", metavar="IMAGE", help="images; without any, windows of a ViT are drawn")
     add_network(parser)
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="override options of --cfg")
+    add_opts(parser, of="--cfg")
     parser.add_argument(
         "--before", nargs="?", const="", metavar="FILE", help="also show the initial weights, or an earlier checkpoint"
     )
@@ -105,9 +104,7 @@ def visualize(args: argparse.Namespace) -> None:
     entries, taken = [], set()
     for path in args.images:
         pixels, seen = attention_of(path, networks, size, stages=args.stages, every_block=args.every_block)
-        most = max(block.heads for block in seen[0].blocks)
-        if max(args.heads, default=0) > most:
-            raise ValueError(f"--heads {max(args.heads)}: the blocks have at most {counted(most, 'head')}")
+        _check_blocks(seen, args.heads)
         target = args.output / f"{free_name(Path(path).stem, taken)}.png"
         draw(pixels, seen, queries=queries, heads=[head - 1 for head in args.heads]).savefig(target, dpi=130)
         print(target)
@@ -119,6 +116,24 @@ def visualize(args: argparse.Namespace) -> None:
         markup.fill(TEMPLATE, title=markup.text(title), data=markup.data(values)), encoding="utf-8", newline="\n"
     )
     print(page)
+
+
+def _check_blocks(seen: Sequence[NetworkAttention], heads: Sequence[int]) -> None:
+    """Check that the networks can be drawn side by side with these heads.
+
+    Raises:
+        ValueError: they have different blocks, or one has fewer heads.
+    """
+    first, *others = ([block.name for block in one.blocks] for one in seen)
+    for one, names in zip(seen[1:], others, strict=True):
+        if names != first:
+            raise ValueError(
+                f"--before: the deformable blocks of {seen[0].title} are {', '.join(first)}, those of {one.title} "
+                f"{', '.join(names)}; give a checkpoint of the same architecture"
+            )
+    most = min(max(block.heads for block in one.blocks) for one in seen)
+    if max(heads, default=0) > most:
+        raise ValueError(f"--heads {max(heads)}: the blocks have at most {counted(most, 'head')}")
 
 
 def show_windows(model: TrainedModel, folder: Path) -> None:
@@ -155,9 +170,9 @@ def attention_of(
 
 def _prepare(model: TrainedModel, image: Image.Image, size: tuple[int, int] | None) -> Tensor:
     """Return the input ``[3, H, W]`` of the network: of this size, or as in the evaluation of its task."""
+    pixels = model.transform(size)(image)
     if model.config.TASK not in ("detection", "segmentation"):
-        return model.transform(size)(image)
-    pixels = model.transform(size)(image) if size else dense_input(model.config, image)
+        return pixels
     # Padded as the network would do: the figures show places as shares of the image that its backbone sees.
     return pad_to(pixels, model.network.divisor)
 
@@ -198,9 +213,8 @@ def _block_entry(block: BlockAttention) -> dict[str, Any]:
 
 def _networks(args: argparse.Namespace) -> list[tuple[str, TrainedModel]]:
     """Return the networks with their titles, the earlier one first."""
+    check_network(args)
     if not args.checkpoint:
-        if not args.cfg:
-            raise ValueError("give --checkpoint FILE, or --cfg FILE for a network with random weights")
         if args.before is not None:
             raise ValueError("--before needs the --checkpoint that comes after it")
         initial = untrained(load_config(args.cfg, args.opts))

@@ -21,13 +21,16 @@ _OLDEST = (3, 10)
 _PR_SET_PDEATHSIG = 1  # see prctl(2)
 
 
-def begin() -> None:
+def begin(*needs: str) -> None:
     """Exit if a package is missing, and let Ctrl-C end this process without a traceback until a run handles signals.
 
     Under torchrun the process also stops if torchrun dies: otherwise it would keep training, or wait for the others
     forever.
+
+    Args:
+        needs: modules of further packages in requirements.txt that this program imports.
     """
-    _require_packages()
+    _require_packages(*_MODULES, *needs)
     if isinstance(sys.stdout, io.TextIOWrapper):  # not that of a notebook
         sys.stdout.reconfigure(errors="backslashreplace")  # code pages of Windows lack most letters of names
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:  # not ignored, as in the background
@@ -36,12 +39,12 @@ def begin() -> None:
         stop_with_parent()
 
 
-def _require_packages() -> None:
+def _require_packages(*modules: str) -> None:
     """Exit with one line if this Python is too old or lacks a package, for example outside the environment."""
     instead = "run .venv/bin/python instead, which `make setup` creates"
     if sys.version_info < _OLDEST:
         refuse(f"{sys.executable} is Python {platform.python_version()}, but 3.10 or later is needed; {instead}")
-    missing = [name for name in _MODULES if importlib.util.find_spec(name) is None]
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         install = "or install requirements.txt into this Python"
         refuse(f"{sys.executable} has no package {', '.join(missing)}; {instead}, {install}")
@@ -49,8 +52,13 @@ def _require_packages() -> None:
 
 def refuse(problem: Exception | str) -> NoReturn:
     """End a program that cannot do what is asked: one line on standard error, without the flags, and exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
+    complain(problem)
     sys.exit(2)
+
+
+def complain(problem: Exception | str) -> None:
+    """Print one line on standard error: what a program cannot do."""
+    print(f"{Path(sys.argv[0]).name}: {problem}", file=sys.stderr)
 
 
 def stop_with_parent() -> None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms.v2 import functional as F
 from yacs.config import CfgNode
 
 from config import complete, load_config
+from data.detection import transforms as detection
 from data.images import read_image
-from data.transforms import eval_transform
+from data.segmentation import transforms as segmentation
+from data.transforms import eval_transform, normalize
 from data.wording import counted
 from models.build import build_model, num_classes, set_num_classes
 from models.class_names import IMAGENET_1K
@@ -46,12 +51,15 @@ class TrainedModel:
     notes: Sequence[str] = ()
 
     def transform(self, size: tuple[int, int] | None = None) -> Callable[[Image.Image], Tensor]:
-        """Return the evaluation transform from an RGB image to the network's input ``[3, H, W]``.
+        """Return the transform from an RGB image to the network's normalised input ``[3, H, W]``.
 
         Args:
-            size: height and width in pixels; None for that of the config, with its crop.
+            size: height and width in pixels; None for the transform of the task's evaluation, of a segmenter at a scale
+                of 1.
         """
         config = self.config
+        if size is None and config.TASK in _DENSE_INPUTS:
+            return partial(_DENSE_INPUTS[config.TASK], config)
         return eval_transform(
             size or config.image_size,
             interpolation=config.DATA.INTERPOLATION,
@@ -100,6 +108,19 @@ def untrained(config: CfgNode, classes: list[str] | None = None) -> TrainedModel
     seed_everything(config.SEED)
     network = build_model(config).eval()
     return TrainedModel(network, config, _class_names(classes, num_classes(config)), "", "")
+
+
+def _detection_input(config: CfgNode, image: Image.Image) -> Tensor:
+    options = config.DETECTION
+    transform = detection.EvalTransform(short_side=options.TEST_SHORT_SIDE, long_side=options.LONG_SIDE)
+    return normalize(transform(tv_tensors.Image(F.pil_to_tensor(image))).as_subclass(Tensor))
+
+
+def _segmentation_input(config: CfgNode, image: Image.Image) -> Tensor:
+    return normalize(segmentation.EvalTransform(config.image_size).apply(image))
+
+
+_DENSE_INPUTS = {"detection": _detection_input, "segmentation": _segmentation_input}
 
 
 def _fit_classes(network: nn.Module, config: CfgNode, weights: dict[str, Tensor]) -> nn.Module:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from data.sources import other_form
 from data.wording import counted, shorten
 
 UNKNOWN = -1  # label of invalid annotations
+_NAMED = 3  # objects in a message
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +79,29 @@ class Faults:
         ]
 
 
+class _Texts:
+    """Texts in one array, which forked workers share.
+
+    Strings, and Python objects for a million annotations, would be copied into each worker, as reading them changes
+    their reference counts.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+        self._ends = array("q", [0])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> bytes:
+        return bytes(self._bytes[self._ends[index] : self._ends[index + 1]])
+
+    def append(self, text: bytes) -> None:
+        """Add a text at the end."""
+        self._bytes += text
+        self._ends.append(len(self._bytes))
+
+
 class AnnotatedImages(DetectionSource):
     """Image files and their annotations.
 
@@ -86,19 +111,23 @@ class AnnotatedImages(DetectionSource):
             annotations are objects with the label `UNKNOWN`, with the outline of their box if their own is invalid.
 
     Attributes:
-        masks: whether every object so far has an outline.
+        without_outline: names of the first objects that have only a box.
         empty: whether no image so far has an object, crowds aside unless `pixels`.
     """
 
     def __init__(self, *, exif: bool, pixels: bool = False) -> None:
         self._exif = exif
         self._pixels = pixels
-        self._paths: list[str] = []
-        self._sizes: list[tuple[int, int]] = []
-        # One string per image: Python objects for a million annotations would take gigabytes in every worker.
-        self._objects: list[bytes] = []
-        self.masks = True
+        self._paths = _Texts()
+        self._sizes = array("q")  # height and width of each image
+        self._objects = _Texts()
+        self.without_outline: list[str] = []
         self.empty = True
+
+    @property
+    def masks(self) -> bool:
+        """Whether every object so far has an outline."""
+        return not self.without_outline
 
     def add(
         self, path: Path, size: tuple[int, int], annotations: Sequence[Annotation], faults: Faults, *, empty: bool
@@ -129,26 +158,32 @@ class AnnotatedImages(DetectionSource):
                 for one, region in left_out
                 if region
             ]
-        self.masks &= all(row[4] for row in rows)
-        self._paths.append(os.fspath(path))
-        self._sizes.append(size)
+        bare_boxes = [one.name for one, box in boxes if box is not None and not one.outline]
+        self.without_outline += bare_boxes[: _NAMED - len(self.without_outline)]
+        self._paths.append(str(path).encode(errors="surrogatepass"))
+        self._sizes.extend(size)
         self._objects.append(json.dumps(rows).encode())
         return True
 
     def missing(self) -> list[str]:
         """Return the missing files, listing each folder once."""
-        folders = {Path(path).parent for path in self._paths}
+        paths = [self._path(index) for index in range(len(self))]
+        folders = {Path(path).parent for path in paths}
         there = {entry.path for folder in folders if folder.is_dir() for entry in os.scandir(folder)}
-        return [path for path in self._paths if path not in there]
+        return [path for path in paths if path not in there]
 
     def __len__(self) -> int:
         return len(self._paths)
 
     def get(self, index: int) -> StoredImage:
-        return StoredImage(read_file(self._paths[index]), self._paths[index], exif=self._exif)
+        path = self._path(index)
+        return StoredImage(read_file(path), path, exif=self._exif)
+
+    def _path(self, index: int) -> str:
+        return self._paths[index].decode(errors="surrogatepass")
 
     def size(self, index: int) -> tuple[int, int]:
-        return self._sizes[index]
+        return self._sizes[2 * index], self._sizes[2 * index + 1]
 
     def objects(self, index: int) -> Objects:
         rows = json.loads(self._objects[index])
@@ -158,7 +193,7 @@ class AnnotatedImages(DetectionSource):
             labels=np.array(labels, dtype=np.int64),
             areas=np.array(areas, dtype=np.float64),
             crowd=np.array(crowd, dtype=bool),
-            masks=[_encoded(outline, self._sizes[index]) for outline in outlines] if self.masks else None,
+            masks=[_encoded(outline, self.size(index)) for outline in outlines] if self.masks else None,
         )
 
 

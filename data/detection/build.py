@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.build import build_loader, choose_format, fit_shared_memory, on_unreadable, request, train_sampler
+from data.build import (
+    PIXEL,
+    build_loader,
+    choose_format,
+    fit_shared_memory,
+    mask_labels,
+    on_unreadable,
+    request,
+    train_sampler,
+)
 from data.detection.coco import open_coco
 from data.detection.datasets import EvalSamples, TrainSamples, collate
 from data.detection.digit_scenes import open_digit_scenes
-from data.detection.sources import DetectionDataset
+from data.detection.sources import DetectionDataset, DetectionSource
 from data.detection.transforms import EvalTransform, TrainTransform
 from data.detection.voc import open_voc
 from data.detection.yolo import open_yolo
@@ -34,8 +44,10 @@ def open_dataset(config: CfgNode, needs: Sequence[str]) -> DetectionDataset:
         needs: the splits to open, of "train" and "val".
 
     Raises:
-        ValueError: DATA.DATASET is unknown, or the data path is missing or has a wrong layout.
+        ValueError: DATA.DATASET is unknown, an option is of another task, or the data path is missing or has a wrong
+            layout.
     """
+    mask_labels(config).check_unmapped(f"TASK {config.TASK}")
     return choose_format(config, FORMATS)(request(config, needs))
 
 
@@ -58,7 +70,8 @@ def build_train_loader(
     unreadable = on_unreadable(config, training=True)
     samples = TrainSamples(dataset.train, transform, masks=masks, seed=config.SEED, on_unreadable=unreadable)
     sampler = train_sampler(config, len(samples), rank=rank, world_size=world_size)
-    return build_loader(config, samples, sampler, fit_shared_memory(config, largest_image(config), collate))
+    size = largest_sample(config, dataset.train) if masks else largest_image(config)
+    return build_loader(config, samples, sampler, fit_shared_memory(config, size, collate))
 
 
 def build_eval_loader(config: CfgNode, dataset: DetectionDataset, *, rank: int, world_size: int) -> DataLoader:
@@ -70,6 +83,12 @@ def build_eval_loader(config: CfgNode, dataset: DetectionDataset, *, rank: int, 
 
 
 def largest_image(config: CfgNode) -> tuple[int, int]:
-    """Return the largest height and width of the images of a batch; their masks are not counted."""
+    """Return the largest height and width of the images of a batch, without masks."""
     options = config.DETECTION
     return min(max([*options.SHORT_SIDES, options.TEST_SHORT_SIDE]), options.LONG_SIDE), options.LONG_SIDE
+
+
+def largest_sample(config: CfgNode, source: DetectionSource) -> tuple[int, int]:
+    """Return height and width of an image with as many bytes as the largest image with masks of many objects."""
+    height, width = largest_image(config)
+    return math.ceil(height * (1 + source.many() / PIXEL)), width  # masks have a byte a pixel

@@ -6,7 +6,7 @@ COCO's own names are understood as well: `annotations/instances_{train,val}2017.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -64,6 +64,7 @@ def open_coco(request: Request, *, pixels: bool = False) -> DetectionDataset:
     return DetectionDataset(
         classes=classes,
         masks=all(source.masks for source in sources.values()),
+        without_masks=[f"{name} in {where[split]}" for split in sources for name in sources[split].without_outline],
         train=sources.get("train"),
         held_out=sources.get("val"),
         format_warnings=warnings,
@@ -96,6 +97,10 @@ def _read(path: Path) -> dict[str, Any]:
             _check_types(entry, needed, f"{path}: {{}} of its {key} must be {{}}, unlike {{!r}} in {{}}")
         if len({isinstance(entry["id"], str) for entry in lists[key]}) > 1:
             raise ValueError(f"{path}: some ids of its {key} are numbers and others text; use one of them")
+    for key in ("images", "categories"):
+        ids = Counter(entry["id"] for entry in lists[key])
+        if twice := [str(number) for number, count in ids.items() if count > 1]:
+            raise ValueError(f"{path}: two {key} have the id {shorten(twice)}; give each its own")
     broken = next((one for one in lists["annotations"] if not _is_box(one["bbox"])), None)
     if broken:
         raise ValueError(
@@ -135,17 +140,16 @@ def _read_split(
     """Add the images of an annotation file to a source, and return warnings about them."""
     faults, without = Faults(), []
     by_image = defaultdict(list)
-    for annotation in content["annotations"]:
+    for annotation in content.pop("annotations"):
         by_image[annotation["image_id"]].append(annotation)
     for image in sorted(content["images"], key=lambda image: image["id"]):
-        objects = [_annotation(one, labels) for one in by_image[image["id"]]]
+        objects = [_annotation(one, labels) for one in by_image.pop(image["id"], ())]
         size = image["height"], image["width"]
         if not source.add(folder / image["file_name"], size, objects, faults, empty=not learned):
             without.append(image["file_name"])
-    strays = by_image.keys() - {image["id"] for image in content["images"]}
-    if strays:
-        of_strays = [f"annotation {one['id']}" for one in content["annotations"] if one["image_id"] in strays]
-        faults.names["of images that are not listed"] += of_strays
+    if by_image:
+        strays = [f"annotation {one['id']}" for annotations in by_image.values() for one in annotations]
+        faults.names["of images that are not listed"] += strays
     return split_warnings(source, path, faults, without)
 
 

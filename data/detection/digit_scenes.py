@@ -16,10 +16,11 @@ def open_digit_scenes(request: Request) -> DetectionDataset:
     """Open the digit scenes, or the data set in the layout of COCO at a given path.
 
     Raises:
-        ValueError: see `open_coco`.
+        ValueError: splits are named; or see `open_coco`.
     """
     if request.path:
         return open_coco(request)
+    request.refuse_split_names("digit_scenes without a path")
     return DetectionDataset(
         classes=DigitScenes.classes,
         masks=True,

@@ -12,6 +12,8 @@ from faster_coco_eval.core import mask as rle
 
 from data.images import StoredImage
 
+_SOME = 16  # images in which objects are counted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Objects:
@@ -57,6 +59,11 @@ class DetectionSource(ABC):
     def objects(self, index: int) -> Objects:
         """Return the objects in an image."""
 
+    def many(self) -> int:
+        """Return a large number of learned objects in an image: the largest in a few images."""
+        some = np.linspace(0, len(self) - 1, _SOME).astype(int).tolist()
+        return max(int((~self.objects(index).crowd).sum()) for index in some)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionDataset:
@@ -64,7 +71,8 @@ class DetectionDataset:
 
     Attributes:
         classes: names by label.
-        masks: whether its objects have masks.
+        masks: whether all its objects have masks.
+        without_masks: the first objects without one, for messages, in formats that have masks.
         train: training images; None if not requested.
         held_out: held-out images; None if not requested.
         format_warnings: warnings from the format.
@@ -72,6 +80,7 @@ class DetectionDataset:
 
     classes: list[str]
     masks: bool
+    without_masks: Sequence[str] = ()
     train: DetectionSource | None = None
     held_out: DetectionSource | None = None
     format_warnings: Sequence[str] = ()

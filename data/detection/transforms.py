@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ Pair = tuple[tv_tensors.Image, dict[str, Any]]
 # Limit of the long side before a crop, relative to the largest side of the options. Only images of which one side is
 # over four times the other reach it, and very thin ones would take gigabytes without it.
 _LONGEST = 4
+_BILINEAR = v2.InterpolationMode.BILINEAR
 
 
 class TrainTransform:
@@ -72,8 +74,8 @@ class EvalTransform:
         return self._resize(image)
 
 
-class RandomShortSide(v2.RandomShortestSize):
-    """Resizing to a random short side, in which no side of a thin image is rounded to 0 pixels.
+class RandomShortSide(v2.Transform):
+    """Resizing to a random short side; no side of a thin image is rounded to 0 pixels.
 
     Args:
         short_sides: one of these is drawn for the short side, in pixels.
@@ -81,11 +83,22 @@ class RandomShortSide(v2.RandomShortestSize):
     """
 
     def __init__(self, short_sides: Sequence[int], long_side: int) -> None:
-        super().__init__(list(short_sides), max_size=long_side)
+        super().__init__()
+        self._short_sides = short_sides
+        self._long_side = long_side
 
-    def make_params(self, flat_inputs: list[Any]) -> dict[str, tuple[int, ...]]:
-        """Draw the short side, and return the height and width that follow."""
-        return {"size": tuple(max(1, side) for side in super().make_params(flat_inputs)["size"])}
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, list[int]]:
+        """Draw the short side, and return the height and width that follow, rounded as by mmdetection."""
+        sides = v2.query_size(flat_inputs)
+        short = self._short_sides[int(torch.randint(len(self._short_sides), ()))]
+        factor = min(short / min(sides), self._long_side / max(sides))
+        return {"size": [max(1, math.floor(side * factor + 0.5)) for side in sides]}
+
+    def transform(self, inpt: Any, params: dict[str, list[int]]) -> Any:
+        """Return one of the inputs resized."""
+        # The other nearest neighbor takes pixels from half a pixel further left and above than boxes and colours.
+        mode = v2.InterpolationMode.NEAREST_EXACT if isinstance(inpt, tv_tensors.Mask) else _BILINEAR
+        return self._call_kernel(F.resize, inpt, **params, interpolation=mode)
 
 
 class RandomSizedCrop(v2.Transform):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from PIL import ExifTags, Image
@@ -36,8 +38,9 @@ def open_yolo(request: Request) -> DetectionDataset:
                 raise ValueError(f"no folder {needed} in data path {root}; {_LAYOUT}")
         source, faults, without = AnnotatedImages(exif=request.exif), Faults(), []
         images, skipped = select_images(folder, below=False)
-        for path in images:
-            size = _size(path, exif=request.exif)
+        with ThreadPoolExecutor() as pool:  # opening files takes most of the time, above all on network disks
+            sizes = pool.map(partial(_size, exif=request.exif), images)
+        for path, size in zip(images, sizes, strict=True):
             labels = labelled / f"{path.stem}.txt"
             objects = _annotations(labels, size, len(classes)) if labels.is_file() else []
             if not source.add(path, size, objects, faults, empty=split != "train"):

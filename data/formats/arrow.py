@@ -5,7 +5,10 @@ Both are memory-mapped as Arrow files: rows can be read in any order and are sha
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +40,27 @@ _IMAGES = ("image", "img", "jpg", "png")
 _LABELS = ("label", "labels", "fine_label", "class", "cls", "target")
 
 
+@dataclass(frozen=True)
+class Origin:
+    """The files, or the folder, of a table, for messages.
+
+    Attributes:
+        paths: where its rows are, in order.
+        ends: number of rows up to the end of each path.
+    """
+
+    paths: Sequence[Path]
+    ends: Sequence[int]
+
+    def __str__(self) -> str:
+        return f"{self.paths[0]} to {self.paths[-1].name}" if len(self.paths) > 1 else str(self.paths[0])
+
+    def row(self, index: int) -> str:
+        """Return file and row in it, from 0 on, of a row of the table."""
+        place = bisect_right(self.ends, index)
+        return f"{self.paths[place]}, row {index - (self.ends[place - 1] if place else 0)}"
+
+
 def open_saved(request: Request) -> Dataset:
     """Open a data set saved to disk by `datasets`.
 
@@ -55,12 +79,11 @@ def open_saved(request: Request) -> Dataset:
         raise ValueError(f"data path {root} is one data set without splits; {SAVED_LAYOUT}")
     tables, where = {}, {}
     for split in ("train", "val"):
-        name = request.train if split == "train" else request.val
-        found = next((n for n in ((name,) if name else SPLITS[split]) if n in saved), None)
+        found = request.choose_split(split, saved)
         if found:
-            tables[split], where[split] = saved[found], root / found
+            tables[split], where[split] = saved[found], Origin([root / found], [len(saved[found])])
         elif split in request.needs:
-            wanted = name or split
+            wanted = request.split_names(split)[0]
             raise ValueError(
                 f"no split {wanted!r} in data path {root}: it contains {shorten(list(saved))}; {SAVED_LAYOUT}"
             )
@@ -86,15 +109,33 @@ def open_parquet(request: Request) -> Dataset:
             )
         if files:
             check_series(files)
-            where[split] = files[0]
+            where[split] = _rows_of(files)
             try:
                 tables[split] = datasets.Dataset.from_parquet(
                     [str(path) for path in files], cache_dir=str(cache_folder() / "parquet")
                 )
             except Exception as error:  # pyarrow and datasets wrap each other's exceptions
                 cause = error.__cause__ or error
-                raise ValueError(f"{files[0]} cannot be read: {' '.join(str(cause).split())}") from None
+                raise ValueError(f"{where[split]} cannot be read: {' '.join(str(cause).split())}") from None
     return _join(tables, request, where, PARQUET_LAYOUT)
+
+
+def _rows_of(files: Sequence[Path]) -> Origin:
+    """Return Parquet files with the numbers of their rows.
+
+    Raises:
+        ValueError: one cannot be read.
+    """
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = []
+    for file in files:
+        try:
+            rows.append(parquet.read_metadata(file).num_rows)
+        except (OSError, pa.ArrowException) as error:
+            raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from None
+    return Origin(files, list(accumulate(rows)))
 
 
 class ArrowSource(ImageSource):
@@ -103,14 +144,14 @@ class ArrowSource(ImageSource):
     Args:
         table: the table, whose images are not decoded.
         column: the column of images.
-        name: name of the table in messages.
+        origin: where its rows are from.
         labels: classes of the rows.
         exif: whether to apply the EXIF orientation.
     """
 
-    def __init__(self, table: Any, column: str, name: str, labels: np.ndarray, *, exif: bool = False) -> None:
+    def __init__(self, table: Any, column: str, origin: Origin, labels: np.ndarray, *, exif: bool = False) -> None:
         self._table = table.select_columns(column).with_format("arrow")
-        self._name = name
+        self._origin = origin
         self._exif = exif
         self.labels = labels
 
@@ -121,7 +162,7 @@ class ArrowSource(ImageSource):
             UnreadableImage: the row has no image, or its file cannot be read.
         """
         value = self._table[index].column(0)[0].as_py()
-        name = f"{self._name}, row {index}"
+        name = self._origin.row(index)
         if isinstance(value, dict):
             path, value = value["path"], value["bytes"]
             value = read_file(path) if value is None and path else value
@@ -147,7 +188,7 @@ def _parquet_files(request: Request, split: str, root: Path) -> list[Path]:
     return next((files for pattern in patterns if (files := find_files(root, pattern))), [])
 
 
-def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layout: str) -> Dataset:
+def _join(tables: dict[str, Any], request: Request, where: dict[str, Origin], layout: str) -> Dataset:
     """Return the data set of the tables of its splits."""
     labels, names = {}, {}
     for split, table in tables.items():
@@ -158,13 +199,14 @@ def _join(tables: dict[str, Any], request: Request, where: dict[str, Path], layo
     sources = {}
     for split in request.needs:
         column = _column(tables[split], request.image_column, _IMAGES, "DATA.IMAGE_COLUMN", where[split])
+        _check_images(tables[split], column, where[split])
         known = labels[split]
         if request.multi_label:
             known = to_matrix([lookups[split][row] for row in known], len(classes))
         else:
             known = relabel(known, lookups[split])
-        name = str(where[split])
-        sources[split] = ArrowSource(_undecoded(tables[split], column), column, name, known, exif=request.exif)
+        table = _undecoded(tables[split], column)
+        sources[split] = ArrowSource(table, column, where[split], known, exif=request.exif)
     return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
 
 
@@ -175,7 +217,25 @@ def _undecoded(table: Any, column: str) -> Any:
     return table.cast_column(column, Image(decode=False)) if isinstance(table.features[column], Image) else table
 
 
-def _column(table: Any, given: str, usual: Sequence[str], option: str, where: Path) -> str:
+def _check_images(table: Any, column: str, where: Origin) -> None:
+    """Check that a column holds the bytes of images.
+
+    Raises:
+        ValueError: it holds something else, such as paths.
+    """
+    import pyarrow as pa
+
+    kind = table.data.schema.field(column).type
+    is_image = pa.types.is_struct(kind) and {"bytes", "path"} <= {field.name for field in kind}
+    if not (is_image or pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        holds = "text, such as paths" if pa.types.is_string(kind) or pa.types.is_large_string(kind) else f"{kind}"
+        raise ValueError(
+            f"{where}: column {column} holds {holds}, not the bytes of images; choose another by DATA.IMAGE_COLUMN, or "
+            "list the paths of files in a table for DATA.DATASET csv"
+        )
+
+
+def _column(table: Any, given: str, usual: Sequence[str], option: str, where: Origin) -> str:
     names = [given] if given else usual
     found = next((name for name in names if name in table.column_names), None)
     if found is None:
@@ -186,7 +246,7 @@ def _column(table: Any, given: str, usual: Sequence[str], option: str, where: Pa
     return found
 
 
-def _labels(table: Any, request: Request, where: Path) -> tuple[Any, list[str]]:
+def _labels(table: Any, request: Request, where: Origin) -> tuple[Any, list[str]]:
     """Return the labels of all rows, as lists for multi-label data, and the class names."""
     column = _column(table, request.label_column, _LABELS, "DATA.LABEL_COLUMN", where)
     feature = table.features[column]
@@ -205,13 +265,14 @@ def _labels(table: Any, request: Request, where: Path) -> tuple[Any, list[str]]:
     wrong = {value for value in set(flat) if value is None or (classes and not 0 <= value < len(classes))}
     if wrong:
         row = next(i for i, row in enumerate(values) if wrong.intersection(row if several else [row]))
-        raise ValueError(f"{where}, row {row}: label {values[row]} is out of range; images for training need labels")
+        raise ValueError(f"{where.row(row)}: label {values[row]} is out of range; images for training need labels")
     if classes is None and not flat:
         raise ValueError(f"{where}: no image has a label in column {column}; choose another by DATA.LABEL_COLUMN")
     if classes is None and all(isinstance(value, int) for value in flat):
         if min(flat) < 0 or max(flat) >= max(1000, len(values)):
             wrong = min(flat) if min(flat) < 0 else max(flat)
-            raise ValueError(f"{where}: label {wrong} is out of range; labels count from 0")
+            row = next(i for i, row in enumerate(values) if wrong in (row if several else [row]))
+            raise ValueError(f"{where.row(row)}: label {wrong} is out of range; labels count from 0")
         classes = [str(number) for number in range(max(flat) + 1)]
     elif classes is None:
         names = {value: compose(str(value)) for value in set(flat)}

@@ -17,13 +17,14 @@ def open_digits(request: Request) -> Dataset:
     """Open the digits.
 
     Raises:
-        ValueError: a path was given; the digits have none.
+        ValueError: a path or a split was given; the digits have neither.
     """
     if request.path:
         raise ValueError(
             "the digits are part of scikit-learn and take no --data-path; "
             "to use folders with this config, add --opts DATA.DATASET imagenet"
         )
+    request.refuse_split_names("DATA.DATASET digits")
     return Dataset(
         classes=CLASSES,
         train=digits_of(train=True) if "train" in request.needs else None,

@@ -26,12 +26,13 @@ def open_cifar(dataset: type[datasets.CIFAR10], folder: str, request: Request) -
         request: the data options of the run.
 
     Raises:
-        ValueError: it is missing or damaged, or cannot be downloaded.
+        ValueError: it is missing or damaged, cannot be downloaded, or a split is named.
     """
     layout = f"DATA_PATH holds {folder} as {dataset.url} unpacks, or folders of images train/<class> and val/<class>"
     root = request.root(layout)
     if (root / "train").is_dir() or (root / "val").is_dir():
         return open_folders(request)  # a copy of it as image files
+    request.refuse_split_names(f"{dataset.__name__} in its published form")
     root = root.parent if root.name == folder else root
     if request.download:
         _download(dataset, root)
@@ -58,11 +59,12 @@ def open_mnist(dataset: type[datasets.MNIST], request: Request) -> Dataset:
         request: the data options of the run.
 
     Raises:
-        ValueError: it is missing or damaged, or cannot be downloaded.
+        ValueError: it is missing or damaged, cannot be downloaded, or a split is named.
     """
     name = dataset.__name__
     layout = "DATA_PATH holds train-images-idx3-ubyte, train-labels-idx1-ubyte and the two of t10k, with .gz or without"
     root = request.root(layout)
+    request.refuse_split_names(name)
     if request.download:
         _download(dataset, root)
     folders, sources = (root, root / name / "raw", root / "raw"), {}

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.wording import shorten
+
+# Sizes and checksums of the shards next to it, written by tools/make_shards.py. Labels in these shards are positions in
+# classes.txt.
+MANIFEST = "shards.json"
 
 
 def find_files(folder: Path, pattern: str) -> list[Path]:
@@ -41,6 +46,32 @@ def check_series(paths: Sequence[Path]) -> None:
             f"{'shards' if len(missing) > 1 else 'shard'} {named} missing next to {there}; copy again what is "
             "missing, or number the others without gaps"
         )
+
+
+def check_shards(paths: Sequence[Path]) -> None:
+    """Check that no shard of a numbered series, or of its manifest, is missing.
+
+    Raises:
+        ValueError: one is missing, or the manifest is damaged.
+    """
+    manifest = paths[0].with_name(MANIFEST)
+    if not manifest.is_file():
+        check_series(paths)
+        return
+    try:
+        listed = sorted(json.loads(manifest.read_text(encoding="utf-8"))["shards"])
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{manifest} is damaged or of another program; copy it again, or remove it") from None
+    names = {path.name for path in paths}
+    missing = [name for name in listed if _series(name) == _series(paths[0].name) and name not in names]
+    if missing:
+        raise ValueError(
+            f"{paths[0].parent} lacks {shorten(missing)}, which {manifest} lists; copy again what is missing"
+        )
+
+
+def _series(name: str) -> str:
+    return re.sub(r"\d+", "", name)
 
 
 def first_may_be_missing(paths: Sequence[Path]) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from data.formats.folders import image_extensions
-from data.formats.tar import label_of
+from data.formats.labels import ClassList, label_of
 from data.images import StoredImage, UnusableImage
-from data.sources import Dataset, Request, read_class_list, split_labels, to_matrix
+from data.sources import Dataset, Request, split_labels, to_matrix
+from data.wording import shorten
 
 LAYOUT = (
     "DATA_PATH is a folder with classes.txt, a class on each line; DATA.TRAIN and DATA.VAL say where shards come from, "
@@ -34,7 +35,8 @@ class ImageStream:
 
     Attributes:
         urls: the URLs of the shards, as accepted by `webdataset.gopen`: `pipe:` and a command, a URL, a file.
-        labels: labels by class name in the shards.
+        listed: the classes, as written in the shards.
+        labels: their labels, `[classes]`.
         length: images per epoch.
         exif: whether to apply the EXIF orientation.
         multi_label: whether an image may have several labels, or none.
@@ -42,7 +44,8 @@ class ImageStream:
     """
 
     urls: Sequence[str]
-    labels: Mapping[str, int]
+    listed: ClassList
+    labels: np.ndarray
     length: int
     exif: bool = False
     multi_label: bool = False
@@ -53,33 +56,41 @@ class ImageStream:
 
     def relabelled(self, lookup: np.ndarray) -> ImageStream:
         """Return the same images with `lookup[label]` as the label of each."""
-        return replace(self, labels={name: int(lookup[label]) for name, label in self.labels.items()})
+        return replace(self, labels=lookup[self.labels])
 
     def read(self, url: str) -> Iterator[tuple[StoredImage, int | np.ndarray]]:
         """Yield the images of a shard with their labels.
 
         Raises:
-            OSError: the shard cannot be read to its end.
+            OSError: the shard cannot be read to its end, or has no image.
             UnusableImage: an image has no label, or an unknown one.
         """
+        first, found = None, False
         for sample in _samples(url):
+            first = first or sample
             ending = next((key for key in sample if f".{key}" in image_extensions()), None)
             if ending is not None:
+                found = True
                 name = f"{url}/{sample['__key__']}.{ending}"
                 yield StoredImage(sample[ending], name, exif=self.exif), self._label(sample, name)
+        if not found:
+            held = [f"{first['__key__']}.{key}" for key in first if not key.startswith("__")]
+            raise OSError(
+                f"shard {url} has no image: its first sample is {shorten(held)}; the extension begins at the first dot "
+                f"of a name, and that of an image is .jpg, .png or another of the {len(image_extensions())} that "
+                "Pillow reads"
+            )
 
     def _label(self, sample: dict[str, Any], name: str) -> int | np.ndarray:
         written = next((label_of(sample[key], f".{key}") for key in ("cls", "json") if key in sample), None)
         if written is None:
             raise UnusableImage(f"{name!r} has no label; {LAYOUT}")
         names = split_labels(written) if self.multi_label else (written,)
-        unknown = next((one for one in names if one not in self.labels), None)
-        if unknown is not None:
-            raise UnusableImage(
-                f"{name!r} has the label {unknown!r}, which is neither a class nor a line of classes.txt"
-            )
-        places = [self.labels[one] for one in names]
-        return to_matrix([places], 1 + max(self.labels.values()))[0] if self.multi_label else places[0]
+        try:
+            labels = [int(self.labels[self.listed.label(one)]) for one in names]
+        except ValueError as error:
+            raise UnusableImage(f"{name!r}: {error}") from None
+        return to_matrix([labels], len(self.labels))[0] if self.multi_label else labels[0]
 
 
 def open_stream(request: Request) -> Dataset:
@@ -89,22 +100,22 @@ def open_stream(request: Request) -> Dataset:
         ValueError: a split is not given, has no size or an invalid name, or the list of classes is missing.
     """
     root = request.existing_root(LAYOUT)
-    classes = read_class_list(root)
-    if not classes:
+    listed = ClassList.of_shards(root)
+    if not listed.names:
         raise ValueError(f"{root} has no classes.txt; {LAYOUT}")
-    labels = {name: label for label, name in enumerate(classes)} | {str(label): label for label in range(len(classes))}
     streams = {}
     for split in request.needs:
         length = _length(request, split)
         streams[split] = ImageStream(
             urls=_shards(request, split),
-            labels=labels,
+            listed=listed,
+            labels=np.arange(len(listed.names)),
             length=length,
             exif=request.exif,
             multi_label=request.multi_label,
             warnings=[APPROXIMATE.format(length)] if split == "train" else [],
         )
-    return Dataset(classes=classes, train=streams.get("train"), held_out=streams.get("val"))
+    return Dataset(classes=listed.names, train=streams.get("train"), held_out=streams.get("val"))
 
 
 def _shards(request: Request, split: str) -> list[str]:

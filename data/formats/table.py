@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from data.formats.folders import FileSource
+from data.formats.labels import ClassList
 from data.listing import Listing
 from data.sources import (
-    SPLITS,
     Dataset,
     Request,
     check_no_decimals,
@@ -55,23 +55,24 @@ def open_table(request: Request) -> Dataset:
     """
     root = request.root(LAYOUT)
     tables = dict.fromkeys(request.needs, root) if root.is_file() else _tables(request, root)
-    rows = {split: read_rows(path, split, multi_label=request.multi_label) for split, path in tables.items()}
-    if root.is_file() and len(tables) > 1 and not _has_splits(root):
+    # In a folder, the options of the splits name tables; in one table, they name values of its column.
+    inside = request if root.is_file() else replace(request, train="", val="")
+    rows = {split: _read_split(path, split, inside) for split, path in tables.items()}
+    if root.is_file() and len(tables) > 1 and _split_names(root) is None:
         raise ValueError(
             f"table {root} has no column split, so that the same images would be used for training and validation; "
             "add the column, with train or val on each line, or give a folder with train.csv and val.csv"
         )
     for split, path in tables.items():
         _check_files(path, rows[split])
-    listed = read_class_list(next(iter(tables.values())).parent)
-    if listed:
-        classes = listed
-        places = {name: label for label, name in enumerate(classes)}
-        named = {split: [_listed_label(tables[split], row, places) for row in rows[split]] for split in rows}
+    listed = ClassList(read_class_list(next(iter(tables.values())).parent))
+    if listed.names:
+        classes = listed.names
+        named = {split: [_listed_label(tables[split], row, listed) for row in rows[split]] for split in rows}
     else:
         names = {split: _names(path, rows[split]) for split, path in tables.items()}
         if "train" not in names and (train := root if root.is_file() else _table(request, "train", root)):
-            names["train"] = _names(train, read_rows(train, "train", multi_label=request.multi_label))
+            names["train"] = _names(train, _read_split(train, "train", inside))
         where = {"train": "train"} | tables
         check_no_decimals(names, where)
         classes, _ = join_classes(names, where, LAYOUT)
@@ -86,14 +87,33 @@ def open_table(request: Request) -> Dataset:
     return Dataset(classes=classes, train=sources.get("train"), held_out=sources.get("val"))
 
 
-def read_rows(path: Path, split: str, *, multi_label: bool) -> list[Row]:
-    """Return the rows of a table that belong to a split.
-
-    A header line is recognised by a column of paths (`path`, `image`, `file`, ...); columns may then be in any order,
-    with additional ones, and a column `split` selects the rows of the split. Without a header there are two columns.
+def _read_split(path: Path, split: str, request: Request) -> list[Row]:
+    """Return the rows of a table that belong to a split: all, if it has no column of splits.
 
     Raises:
         ValueError: the table cannot be read, or has no rows for the split.
+    """
+    found, given = _split_names(path), getattr(request, split)
+    if found is None and given:
+        raise ValueError(f"{path} has no column split for DATA.{split.upper()} {given}; add the column, or remove that")
+    name = request.choose_split(split, found) if found else None
+    if found and name is None:
+        wanted = " or ".join(request.split_names(split))
+        raise ValueError(f"{path} has no images whose split is {wanted}, only {shorten(found)}; {LAYOUT}")
+    rows = read_rows(path, name, multi_label=request.multi_label)
+    if not rows:
+        raise ValueError(f"{path} has no images; {LAYOUT}")
+    return rows
+
+
+def read_rows(path: Path, split: str | None, *, multi_label: bool) -> list[Row]:
+    """Return the rows of a table, or those with a value in its column `split`.
+
+    A header line is recognised by a column of paths (`path`, `image`, `file`, ...); columns may then be in any order,
+    with additional ones. Without a header there are two columns.
+
+    Raises:
+        ValueError: the table cannot be read.
     """
     rows = []
     columns = (0, 1, None)
@@ -103,15 +123,12 @@ def read_rows(path: Path, split: str, *, multi_label: bool) -> list[Row]:
             continue
         if len(cells) <= max(index for index in columns if index is not None) or (columns[2] is None and not cells[0]):
             raise ValueError(f"{path}, line {line}: a path and a label are expected, not {cells!r}; {LAYOUT}")
-        if columns[2] is None or cells[columns[2]].strip() in SPLITS[split]:
+        if split is None or cells[columns[2]].strip() == split:
             text = compose(cells[columns[1]].strip())
             if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):  # bytes that are not UTF-8
                 raise ValueError(f"{path}, line {line}: label {text!r} is not UTF-8 text; save the table as UTF-8")
             labels = split_labels(text) if multi_label else (text,)
             rows.append(Row(line, cells[columns[0]].strip(), labels))
-    if not rows:
-        selected = f" whose split is {' or '.join(SPLITS[split])}" if columns[2] is not None else ""
-        raise ValueError(f"{path} has no images{selected}; {LAYOUT}")
     return rows
 
 
@@ -153,9 +170,14 @@ def _text(path: Path, file: Iterable[str]) -> Iterator[str]:
         yield text
 
 
-def _has_splits(path: Path) -> bool:
-    columns = next((_columns(cells) for line, cells in _lines(path) if line == 1), None)
-    return columns is not None and columns[2] is not None
+def _split_names(path: Path) -> list[str] | None:
+    """Return the values of the column `split` in the order of the table; None if it has no such column."""
+    lines = _lines(path)
+    line, titles = next(lines, (0, []))
+    columns = _columns(titles) if line == 1 else None
+    if columns is None or columns[2] is None:
+        return None
+    return list(dict.fromkeys(cells[columns[2]].strip() for _, cells in lines if len(cells) > columns[2]))
 
 
 def _columns(cells: Sequence[str]) -> tuple[int, int, int | None] | None:
@@ -177,20 +199,12 @@ def _names(path: Path, rows: Sequence[Row]) -> list[str]:
     return classes_of((name for row in rows for name in row.labels), max(1000, len(rows)), locate)
 
 
-def _listed_label(path: Path, row: Row, places: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the labels of a row as indices into the list of classes, by name or by number."""
-    found = []
-    for label in row.labels:
-        if label in places:
-            found.append(places[label])
-        elif label.isdecimal() and int(label) < len(places):
-            found.append(int(label))
-        else:
-            raise ValueError(
-                f"{path}, line {row.line}: label {label!r} is out of range; classes.txt has "
-                f"{counted(len(places), 'class', 'classes')}, labels are their names or 0 to {len(places) - 1}"
-            )
-    return tuple(found)
+def _listed_label(path: Path, row: Row, listed: ClassList) -> tuple[int, ...]:
+    """Return the labels of a row as indices into the list of classes."""
+    try:
+        return tuple(map(listed.label, row.labels))
+    except ValueError as error:
+        raise ValueError(f"{path}, line {row.line}: {error}") from None
 
 
 def _check_files(path: Path, rows: Sequence[Row]) -> None:

@@ -8,7 +8,15 @@ from collections.abc import Callable, Mapping, Sequence
 from torch.utils.data import DataLoader
 from yacs.config import CfgNode
 
-from data.build import build_loader, choose_format, fit_shared_memory, on_unreadable, request, train_sampler
+from data.build import (
+    build_loader,
+    choose_format,
+    fit_shared_memory,
+    mask_labels,
+    on_unreadable,
+    request,
+    train_sampler,
+)
 from data.samplers import EvalSampler
 from data.segmentation.coco import open_coco
 from data.segmentation.datasets import MaskedImages, collate, stack
@@ -37,7 +45,7 @@ def open_dataset(config: CfgNode, needs: Sequence[str] = ("train", "val")) -> Ma
         ValueError: DATA.DATASET is unknown, the data path is missing or has a wrong layout, or a mask has another size
             than its image or an unknown label.
     """
-    dataset = choose_format(config, FORMATS)(request(config, needs), _labels(config))
+    dataset = choose_format(config, FORMATS)(request(config, needs), mask_labels(config))
     check_some(dataset)
     return dataset
 
@@ -76,12 +84,3 @@ def largest_sample(config: CfgNode) -> tuple[int, int]:
     factor = max(1.0, math.hypot(*config.SEGMENTATION.TEST_SCALES))
     height, width = (math.ceil(factor * side) for side in config.image_size)
     return height, width
-
-
-def _labels(config: CfgNode) -> Labels:
-    data, mapping = config.DATA, {}
-    for value, label in data.LABEL_MAP.items():
-        if not (str(value).isdecimal() and int(value) <= 255 and isinstance(label, int) and 0 <= label <= 255):
-            raise ValueError(f"DATA.LABEL_MAP {{{value}: {label!r}}}: both must be numbers from 0 to 255")
-        mapping[int(value)] = label
-    return Labels(mapping=mapping, reduce_zero=data.REDUCE_ZERO_LABEL, ignored=data.IGNORE_LABEL)

@@ -10,19 +10,22 @@ from data.detection.sources import DetectionSource
 from data.images import StoredImage
 from data.segmentation.sources import IGNORED, Labels, MaskedDataset, MaskedSource
 from data.sources import Request
+from data.wording import shorten
 
 
-def open_coco(request: Request, labels: Labels) -> MaskedDataset:  # noqa: ARG001 - the categories are the classes
+def open_coco(request: Request, labels: Labels) -> MaskedDataset:
     """Open a data set in the layout of COCO; class 0 is the background, the others follow the ids of the categories.
 
     Raises:
-        ValueError: as for detection, or objects have only boxes, or there are too many classes for a mask.
+        ValueError: as for detection, or objects have only boxes, or there are too many classes for a mask, or `labels`
+            are mapped.
     """
+    labels.check_unmapped("annotations in the format of COCO")
     objects = open_objects(request, pixels=True)
     if not objects.masks:
         raise ValueError(
-            f"data path {request.path}: some objects have only a box; TASK segmentation needs the outline of each "
-            f"(the key segmentation of its annotation)"
+            f"data path {request.path}: some objects have only a box, such as {shorten(objects.without_masks)}; TASK "
+            f"segmentation needs the outline of each (the key segmentation of its annotation)"
         )
     if len(objects.classes) > 254:
         raise ValueError(

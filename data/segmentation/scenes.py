@@ -15,10 +15,12 @@ def open_scenes(request: Request, labels: Labels) -> MaskedDataset:
     """Open the digit scenes, or the data set in the layout of COCO at a given path.
 
     Raises:
-        ValueError: see `open_coco`.
+        ValueError: splits are named, or labels mapped; or see `open_coco`.
     """
     if request.path:
         return open_coco(request, labels)
+    request.refuse_split_names("digit_scenes without a path")
+    labels.check_unmapped("digit_scenes")
     return MaskedDataset(
         classes=["background", *DigitScenes.classes],
         train=SceneSource(train=True, scenes=request.scenes) if "train" in request.needs else None,

@@ -92,6 +92,23 @@ class Labels:
         table[self.ignored] = IGNORED
         return table.astype(np.uint8)
 
+    def check_unmapped(self, by: str) -> None:
+        """Check that every option has its default.
+
+        Args:
+            by: what has no use for them, for the message.
+
+        Raises:
+            ValueError: one has another value.
+        """
+        for option, value, default in (
+            ("LABEL_MAP", self.mapping, {}),
+            ("REDUCE_ZERO_LABEL", self.reduce_zero, False),
+            ("IGNORE_LABEL", self.ignored, IGNORED),
+        ):
+            if value != default:
+                raise ValueError(f"DATA.{option} is not supported by {by}; leave it at {default}")
+
 
 def read_mask(path: str, table: np.ndarray, classes: int) -> np.ndarray:
     """Return the classes `[height, width]` in a mask file, uint8.

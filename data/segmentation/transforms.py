@@ -48,7 +48,8 @@ class TrainTransform:
         pixels, labels = tv_tensors.Image(F.pil_to_tensor(image)), tv_tensors.Mask(mask)
         factor = torch.empty(()).uniform_(*self._scale).item()
         size = resized(pixels.shape[-2:], factor * min(self._size))
-        pixels, labels = F.resize(pixels, size), F.resize(labels, size, v2.InterpolationMode.NEAREST)
+        # Not NEAREST, which takes labels from up to half a pixel further left and above than colours.
+        pixels, labels = F.resize(pixels, size), F.resize(labels, size, v2.InterpolationMode.NEAREST_EXACT)
         window = self._window(labels)
         pixels, labels = self._distort(F.crop(pixels, *window)), F.crop(labels, *window)
         pixels, labels = self._flip(self._filled(pixels), self._filled(labels))

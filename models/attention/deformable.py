@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..fusing import have_biases, may_fuse
-from ..layers import Float32Conv2d, Float32Linear, LayerNorm, as_pair, pad_small, pointwise
+from ..layers import Float32Conv2d, Float32Linear, LayerNorm, as_pair, check_map, pad_small, pointwise
 from ..ops.deformable import attention, deformable_attention
 from ..ops.forms import is_checkpointed, needs_plain_operations
 from ..ops.grids import COORDINATES, query_grid, reference_points
 from ..ops.position_bias import fixed_bias, log_continuous_bias, table_bias
 from ..ops.precision import at_least_float32, autocast_disabled
 from ..ops.sampling import sample
-from ..options import OFF, Option, StageOption, StageOptions, at_least, check_divisible, one_of
+from ..options import OFF, Option, StageOption, StageOptions, at_least, check_divisible, one_of, positive_count, rate
 from ..tables import Resize, between_corners, per_query_and_key
 from .letters import Mixer, register
 
@@ -118,11 +118,15 @@ class DeformableAttention(nn.Module):
         check_divisible("heads", heads, "groups", groups)
         one_of(*POSITION_BIASES).require("position_bias", position_bias)
         OPTIONS["coordinates"].check.require("coordinates", coordinates)
-        for name, number in (("stride", stride), ("kernel_size", kernel_size)):
-            at_least(1).require(name, number)
+        native_size = as_pair(map_size)
+        counts = [("stride", stride), ("kernel_size", kernel_size), *(("map_size", side) for side in native_size)]
+        for name, number in counts:
+            positive_count().require(name, number)
+        rate().require("attn_drop", attn_drop)
+        self.dim = dim
         self.heads = heads
         self.groups = groups
-        self.native_size = as_pair(map_size)
+        self.native_size = native_size
         self.stride = stride
         self.kernel_size = kernel_size
         self.padding = 0 if kernel_size == stride and coordinates == "dat++" else kernel_size // 2
@@ -174,6 +178,7 @@ class DeformableAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
+        check_map(x, self.dim)
         size = x.shape[-2:]
         q = pointwise(self.proj_q, x)
         if self._recomputes_keys(x):
@@ -231,6 +236,7 @@ class DeformableAttention(nn.Module):
     @torch.no_grad()
     def inspect(self, x: Tensor) -> Deformation:
         """Return the sampling positions and attention weights for a map ``[B, C, H, W]``."""
+        check_map(x, self.dim)
         size = x.shape[-2:]
         q = pointwise(self.proj_q, x)
         samples, positions, key_size = self._sample_keys(x, q)

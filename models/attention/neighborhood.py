@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ..layers import linear, pad_small
+from ..layers import check_map, linear, pad_small
 from ..ops.forms import needs_plain_operations
 from ..ops.neighborhood import neighborhood_attention
-from ..options import Option, StageOption, StageOptions, check_divisible, odd
+from ..options import Option, StageOption, StageOptions, check_divisible, odd, positive_count, rate
 from ..tables import Resize, by_cells
 from .letters import Mixer, register
 
@@ -54,7 +54,10 @@ class NeighborhoodAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_divisible("dim", dim, "heads", heads)
+        positive_count().require("kernel_size", kernel_size)
         OPTIONS["nat_ksizes"].each.require("kernel_size", kernel_size)
+        rate().require("attn_drop", attn_drop)
+        self.dim = dim
         self.heads = heads
         self.kernel_size = kernel_size
         self.scale = (dim // heads) ** -0.5
@@ -75,6 +78,7 @@ class NeighborhoodAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[B, C, H, W]`` to the same shape."""
+        check_map(x, self.dim)
         height, width = x.shape[-2:]
         x = pad_small(x, self.kernel_size).permute(0, 2, 3, 1)  # [B, H, W, C]
         q, k, v = linear(self.qkv, x).unflatten(-1, (3, self.heads, -1)).unbind(3)  # [B, H, W, heads, d]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..layers import LayerNorm, pad_small, pointwise
 from ..ops.products import dot_product_attention
-from ..options import StageOption, StageOptions, at_least, check_divisible
+from ..options import StageOption, StageOptions, at_least, check_divisible, rate
 from .letters import Mixer, register
 
 OPTIONS = {
@@ -32,6 +32,7 @@ class PyramidAttention(nn.Module):
     def __init__(self, dim: int, *, heads: int, sr_ratio: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
         super().__init__()
         check_divisible("dim", dim, "heads", heads)
+        rate().require("attn_drop", attn_drop)
         OPTIONS["sr_ratios"].each.require("sr_ratio", sr_ratio)
         self.heads = heads
         self.sr_ratio = sr_ratio

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..layers import as_pair, linear
 from ..ops.products import dot_product_attention
 from ..ops.window import merge, padding_mask, partition, relative_position_index, shift_mask
-from ..options import StageOption, StageOptions, at_least, check_divisible
+from ..options import StageOption, StageOptions, at_least, check_divisible, rate
 from ..tables import Resize, square_along
 from .letters import Mixer, register
 
@@ -49,6 +49,7 @@ class WindowAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_divisible("dim", dim, "heads", heads)
+        rate().require("attn_drop", attn_drop)
         WINDOW_SIZES.each.require("window_size", window_size)
         self.heads = heads
         self.window_size = window_size

@@ -29,7 +29,7 @@ class DetectorKind:
     """
 
     build: Callable[..., Detector]
-    maps: int = 4
+    maps: int = Detector.maps
     masks: bool = False
 
 
@@ -53,10 +53,11 @@ def _co_detr(backbone: nn.Module, **options: Any) -> Detector:
 
 
 DETECTORS: Mapping[str, DetectorKind] = {
-    "retinanet": DetectorKind(RetinaNet, maps=3),
+    "retinanet": DetectorKind(RetinaNet, maps=RetinaNet.maps),
     "mask_rcnn": DetectorKind(MaskRCNN, masks=True),
     "cascade": DetectorKind(CascadeMaskRCNN, masks=True),
     **{kind: DetectorKind(partial(_of_transformers, kind), maps=KINDS[kind].maps) for kind in KINDS},
-    "dino": DetectorKind(_dino, maps=3),
-    "co_detr": DetectorKind(_co_detr, maps=3),
+    # As Deformable DETR, on which they are built.
+    "dino": DetectorKind(_dino, maps=KINDS["deformable_detr"].maps),
+    "co_detr": DetectorKind(_co_detr, maps=KINDS["deformable_detr"].maps),
 }

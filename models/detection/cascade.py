@@ -152,7 +152,8 @@ class CascadeHeads(RoIHeads):
     def _refined(
         self, coder: BoxCoder, offsets: Tensor, regions: list[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        boxes = coder.decode(offsets, regions)[:, 0].split([len(region) for region in regions])
+        # torchvision decodes offsets to [n, 1, 4], but none to [0, 4].
+        boxes = coder.decode(offsets, regions).reshape(-1, 4).split([len(region) for region in regions])
         return [clip_boxes_to_image(box, size) for box, size in zip(boxes, sizes, strict=True)]
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 
 from ..backbone import DATBackbone, TimmBackbone
+from ..options import at_least, not_negative
 from .atss import ATSSHead
 from .dino import DINO, Memory
 from .faster_rcnn_head import FasterRCNNHead
@@ -49,6 +50,8 @@ class CoDETR(DINO):
         **options: Any,
     ) -> None:
         super().__init__(backbone, num_classes=num_classes, **options)
+        at_least(1).require("positive_queries", positive_queries)
+        not_negative().require("head_weight", head_weight)
         self.positive_queries, self.head_weight = positive_queries, head_weight
         config = self.transformer.config
         more = config.num_feature_levels - len(backbone.strides)

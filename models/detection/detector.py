@@ -4,19 +4,41 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision.models.detection.image_list import ImageList
 
+from ..backbone import DATBackbone, TimmBackbone
 from ..contract import ConvertedWeights
 from ..dense import DenseModel
 from .mmdetection import from_mmdetection, is_mmdetection
 
 
 class Detector(DenseModel):
-    """Base class of detectors: the interface to the task."""
+    """Base class of detectors: the interface to the task.
+
+    Args:
+        backbone: maps images to `maps` feature maps.
+
+    Attributes:
+        maps: number of feature maps that it uses, the coarsest of the backbone.
+
+    Raises:
+        ValueError: the backbone has another number of maps.
+    """
+
+    maps: ClassVar[int] = 4
+
+    def __init__(self, backbone: DATBackbone | TimmBackbone) -> None:
+        super().__init__(backbone)
+        if len(backbone.strides) != self.maps:
+            raise ValueError(
+                f"{type(self).__name__} uses {self.maps} feature map{'s' * (self.maps > 1)}; the backbone gives those "
+                f"of strides {', '.join(map(str, backbone.strides))}: choose them by its out_indices"
+            )
 
     def forward(
         self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
@@ -32,7 +54,18 @@ class Detector(DenseModel):
             In training, named losses, whose sum is minimised. In evaluation, for each image, ``boxes``, ``labels`` and
             ``scores``, the most probable first, and for detectors with masks ``masks`` ``[n, m, m]``, probabilities on
             a grid over each box.
+
+        Raises:
+            ValueError: in training, there are no targets.
         """
+        if self.training and targets is None:
+            raise ValueError("a detector in training mode needs targets; call eval() for detections")
+        return self.process(pad_images(images, self.divisor), targets)
+
+    def process(
+        self, batch: ImageList, targets: Sequence[dict[str, Tensor]] | None
+    ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
+        """Return what `forward` does, for its images padded to a batch ``[B, 3, H, W]``."""
         raise NotImplementedError
 
     def run_layers(self, images: Tensor) -> None:

@@ -19,14 +19,15 @@ from transformers.models.deformable_detr.modeling_deformable_detr import Deforma
 from transformers.models.deformable_detr.modeling_deformable_detr import inverse_sigmoid
 
 from ..backbone import DATBackbone, TimmBackbone
+from ..options import Check, at_least, check_divisible, not_negative
 from ..transformers_config import build_config, check_names
 from .backbone_adapter import AdapterConfig, adapt
 from .denoising import noised_queries
-from .detector import pad_images
 from .float32_boxes import compute_boxes_in_float32
 from .initial_weights import draw_weights, set_prior
 from .queries import Assignment, Queries, Targets, match, set_losses
 from .set_prediction import SetDetector, best_boxes, image_mask, relative_targets
+from .transformers_kinds import KINDS
 
 # Arguments of transformers' config with an effect on DINO; losses, matching and the number of queries are its own.
 ARGUMENTS = (
@@ -35,6 +36,8 @@ ARGUMENTS = (
     *("decoder_layers", "decoder_ffn_dim", "decoder_attention_heads", "decoder_n_points"),
     *("dropout", "attention_dropout", "activation_dropout"),
 )
+
+_TWICE_A_SHARE = Check(lambda value: 0 <= value <= 2, "between 0 and 2")
 
 
 class Memory(NamedTuple):
@@ -81,9 +84,10 @@ class DINO(SetDetector):
         **arguments: arguments of transformers' `DeformableDetrConfig` that are in `ARGUMENTS`, such as ``d_model``.
 
     Raises:
-        ValueError: an argument is unknown, or its value has the wrong type.
+        ValueError: an argument is unknown, or its value has the wrong type or is out of range.
     """
 
+    maps = KINDS["deformable_detr"].maps
     sized_by_classes = ("transformer.decoder.class_embed.", "label_contents.")
 
     def __init__(
@@ -102,6 +106,10 @@ class DINO(SetDetector):
     ) -> None:
         super().__init__(backbone)
         check_names(type(self).__name__, arguments, {*ARGUMENTS, *DINO.__init__.__kwdefaults__})
+        at_least(1).require("num_queries", num_queries)
+        not_negative().require("denoising", denoising)
+        not_negative().require("box_noise", box_noise)
+        _TWICE_A_SHARE.require("label_noise", label_noise)
         self.num_classes, self.num_queries, self.denoising = num_classes, num_queries, denoising
         self.label_noise, self.box_noise, self.look_forward_twice = label_noise, box_noise, look_forward_twice
         config = build_config(
@@ -113,6 +121,7 @@ class DINO(SetDetector):
             with_box_refine=True,
             **{"dropout": 0.0, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048, **arguments},
         )
+        _check_sizes(config)
         self.transformer = DeformableDetrModel(config)
         adapt(self.transformer, backbone)
         width, heads = config.d_model, config.decoder_layers + 1  # the last one is for the encoder's proposals
@@ -128,10 +137,9 @@ class DINO(SetDetector):
             # These layers compute contents and positions from proposals.
             del self.transformer.pos_trans, self.transformer.pos_trans_norm
 
-    def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    def process(
+        self, batch: ImageList, targets: Sequence[dict[str, Tensor]] | None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        batch = pad_images(images, self.divisor)
         inside = image_mask(batch)
         if not self.training:
             return best_boxes(*self.predict(batch.tensors, inside), batch)
@@ -271,3 +279,13 @@ class DINO(SetDetector):
         """Return positions and contents of queries, computed from boxes before the sigmoid as in Deformable DETR."""
         parts = self.transformer
         return parts.pos_trans_norm(parts.pos_trans(self._sine(logits))).chunk(2, dim=-1)
+
+
+def _check_sizes(config: DeformableDetrConfig) -> None:
+    """Raise a ValueError if numbers of layers, levels, points or heads do not give a network."""
+    at_least(DINO.maps).require("num_feature_levels", config.num_feature_levels)
+    not_negative().require("encoder_layers", config.encoder_layers)
+    for name in ("decoder_layers", "encoder_n_points", "decoder_n_points", "encoder_ffn_dim", "decoder_ffn_dim"):
+        at_least(1).require(name, getattr(config, name))
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        check_divisible("d_model", config.d_model, name, getattr(config, name))

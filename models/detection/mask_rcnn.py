@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 
 from ..backbone import DATBackbone, TimmBackbone
-from .detector import Detector, pad_images
+from ..options import at_least, positive
+from .detector import Detector
 from .mask_loss import mask_loss
 from .proposals import RegionProposals
 from .pyramid import AlignedPool, Pyramid
@@ -65,6 +67,9 @@ class TwoStageDetector(Detector):
 
     Attributes:
         proposals_in_training: number of proposals per image in training, as a multiple of those in evaluation.
+
+    Raises:
+        ValueError: a value is out of range, or the backbone has another number of maps.
     """
 
     proposals_in_training = 1
@@ -82,6 +87,10 @@ class TwoStageDetector(Detector):
         detection: dict[str, float] | None = None,
     ) -> None:
         super().__init__(backbone)
+        numbers = {"channels": channels, "hidden": hidden, "proposals": proposals, "samples": samples}
+        for name, number in numbers.items():
+            at_least(1).require(name, number)
+        positive().require("anchor_scale", anchor_scale)
         self.neck = Pyramid(backbone.channels, backbone.strides, width=channels, convolved=False)
         self.rpn = RegionProposals(
             channels,
@@ -98,10 +107,9 @@ class TwoStageDetector(Detector):
         """Build the heads for classes, boxes and masks of the regions."""
         raise NotImplementedError
 
-    def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    def process(
+        self, batch: ImageList, targets: Sequence[dict[str, Tensor]] | None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        batch = pad_images(images, self.divisor)
         if targets is not None:
             targets = [{**target, "labels": target["labels"] + 1} for target in targets]
         maps = self.neck(self.backbone(batch.tensors))

@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, sigmoid_focal_loss
 
 from ..backbone import DATBackbone, TimmBackbone
-from .detector import Detector, pad_images
+from ..options import at_least, check_divisible, not_negative, positive, share
+from .detector import Detector
 from .matching import AnchorMatcher
 from .pyramid import Anchors, Pyramid
 
@@ -34,8 +36,12 @@ class RetinaNet(Detector):
         nms_threshold: IoU threshold of NMS.
         candidates: largest number of detections per map before NMS.
         detections: largest number of detections per image.
+
+    Raises:
+        ValueError: a value is out of range, or the backbone has another number of maps.
     """
 
+    maps = 3
     sized_by_classes = ("head.classification_head.cls_logits.",)
 
     def __init__(
@@ -52,6 +58,14 @@ class RetinaNet(Detector):
         detections: int = 100,
     ) -> None:
         super().__init__(backbone)
+        for name, number in {"channels": channels, "candidates": candidates, "detections": detections}.items():
+            at_least(1).require(name, number)
+        positive().require("anchor_scale", anchor_scale)
+        share().require("score_threshold", score_threshold)
+        share().require("nms_threshold", nms_threshold)
+        not_negative().require("norm_groups", norm_groups)
+        if norm_groups:
+            check_divisible("channels", channels, "norm_groups", norm_groups)
         self.neck = Pyramid(backbone.channels, backbone.strides, width=channels, convolved=True)
         self.anchors = Anchors(self.neck.strides, scales=[anchor_scale * scale for scale in _SCALES])
         norm = partial(nn.GroupNorm, norm_groups) if norm_groups else None
@@ -63,10 +77,9 @@ class RetinaNet(Detector):
         self._candidates = candidates
         self._detections = detections
 
-    def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    def process(
+        self, batch: ImageList, targets: Sequence[dict[str, Tensor]] | None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        batch = pad_images(images, self.divisor)
         maps = list(self.neck(self.backbone(batch.tensors)).values())
         out = self.head(maps)
         logits, deltas = out["cls_logits"].float(), out["bbox_regression"].float()  # [B, anchors, classes or 4]

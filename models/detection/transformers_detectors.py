@@ -12,16 +12,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from torchvision.models.detection.image_list import ImageList
 
 from ..backbone import DATBackbone, TimmBackbone
+from ..options import at_least
 from ..ranks import all_ranks_factor
 from ..transformers_config import build_config, check_names
 from .backbone_adapter import AdapterConfig, adapt
-from .detector import pad_images
 from .float32_boxes import compute_boxes_in_float32
 from .initial_weights import draw_weights, set_prior
 from .set_prediction import SetDetector, best_boxes, image_mask, padded_sizes, relative_targets
-from .transformers_kinds import KINDS
+from .transformers_kinds import KINDS, WITHOUT_EFFECT, Kind
 from .transformers_losses import guarded_loss
 
 
@@ -47,11 +48,12 @@ class TransformersDetector(SetDetector):
     )
 
     def __init__(self, kind: str, backbone: DATBackbone | TimmBackbone, *, num_classes: int, **arguments: Any) -> None:
+        self.maps = KINDS[kind].maps
         super().__init__(backbone)
         self.name, self.kind = kind, KINDS[kind]
         self.config = _configuration(kind, backbone, num_classes, arguments)
         self.detector = getattr(transformers, f"{self.kind.name}ForObjectDetection")(self.config)
-        self._weights = {} if self.kind.pyramid else _weights(self.config, self.kind.class_weight)
+        self._weights = {} if self.kind.pyramid else _weights(self.config, self.kind)
         self.detector.loss_function = partial(guarded_loss, self.detector.loss_function)
         two_stage = getattr(self.config, "two_stage", False)
         self._proposals = "two_stage_num_proposals" if two_stage else self.kind.proposals
@@ -61,10 +63,9 @@ class TransformersDetector(SetDetector):
         if not (self.kind.background or self.kind.pyramid):
             set_prior(self.detector, num_classes)
 
-    def forward(
-        self, images: Sequence[Tensor], targets: Sequence[dict[str, Tensor]] | None = None
+    def process(
+        self, batch: ImageList, targets: Sequence[dict[str, Tensor]] | None
     ) -> dict[str, Tensor] | list[dict[str, Tensor]]:
-        batch = pad_images(images, self.divisor)
         inside = image_mask(batch)
         if not self.training:
             return best_boxes(*self.predict(batch.tensors, inside), batch, of_padded=not self.kind.masked)
@@ -159,17 +160,28 @@ def _configuration(kind: str, backbone: DATBackbone | TimmBackbone, num_classes:
             "num_feature_levels": len(channels),
             "freeze_backbone_batch_norms": False,
         }
-    check_names(kind, arguments, cls.__annotations__.keys() - fixed.keys())
+    unused = {*fixed, *WITHOUT_EFFECT, *KINDS[kind].without_effect}
+    if "two_stage" in cls.__annotations__:
+        unused.add("num_queries" if given.get("two_stage") else "two_stage_num_proposals")
+    check_names(kind, arguments, cls.__annotations__.keys() - unused)
     config = build_config(kind, cls, **given, **fixed)
     if config.decoder_layers < 2:
         raise ValueError(f"decoder_layers = {config.decoder_layers} of {kind} is not allowed; give at least 2")
+    for name, smallest in {
+        "num_queries": 1,
+        "two_stage_num_proposals": 1,
+        "encoder_layers": 0,
+        "num_feature_levels": len(channels),
+    }.items():
+        if hasattr(config, name):
+            at_least(smallest).require(f"{name} of {kind}", getattr(config, name))
     return config
 
 
-def _weights(config: Any, classes: float) -> dict[str, float]:
+def _weights(config: Any, kind: Kind) -> dict[str, float]:
     """Return the loss weights by name. RT-DETR and D-FINE apply them themselves."""
     return {
-        "loss_ce": classes,
+        "loss_ce": getattr(config, "cls_loss_coefficient", kind.class_weight),
         "loss_bbox": config.bbox_loss_coefficient,
         "loss_giou": config.giou_loss_coefficient,
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,6 +37,11 @@ def dot_product_attention(
     """
     arguments = {"attn_mask": bias, "dropout_p": dropout, "scale": scale}
     if not (plain or is_transformed()):
-        return F.scaled_dot_product_attention(q, k, v, **arguments)
+        x = F.scaled_dot_product_attention(q, k, v, **arguments)
+        if torch.compiler.is_exporting() and torch.is_grad_enabled():
+            # The decomposition of the ONNX exporter has another memory layout than the kernel, so that a view recorded
+            # after the kernel would be impossible.
+            return x.clone(memory_format=torch.contiguous_format)
+        return x
     with sdpa_kernel(SDPBackend.MATH):  # the fused kernels do not support forward-mode derivatives
         return F.scaled_dot_product_attention(q, k, v, **arguments)

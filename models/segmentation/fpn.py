@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backbone import DATBackbone, TimmBackbone
+from ..options import at_least, rate
 from .parts import ConvModule, Segmenter, classifier_layer, resize
 
 
@@ -32,6 +33,9 @@ class SemanticFPN(Segmenter):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(backbone)
+        at_least(1).require("channels", channels)
+        at_least(1).require("pyramid_channels", pyramid_channels)
+        rate().require("dropout", dropout)
         self.neck = Pyramid(backbone.channels, pyramid_channels)
         self.decode_head = FPNHead(pyramid_channels, channels, num_classes, dropout)
 

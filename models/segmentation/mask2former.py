@@ -15,11 +15,19 @@ from transformers.models.mask2former.modeling_mask2former import (
 )
 
 from ..backbone import DATBackbone, TimmBackbone
+from ..options import at_least
 from ..ranks import all_ranks_factor
 from ..transformers_config import build_config, check_names
 from .parts import IGNORED, Segmenter, resize
 
-_WITHOUT_EFFECT = {"backbone_config", "ignore_value", "output_auxiliary_logits"}
+_WITHOUT_EFFECT = {
+    *("backbone_config", "ignore_value", "init_std", "init_xavier_std"),
+    *("output_auxiliary_logits", "use_auxiliary_loss"),
+}
+_EMBEDDINGS = (
+    *("transformer.queries_embedder.weight", "transformer.queries_features.weight"),
+    *("transformer.level_embed.weight", "pixel_decoder.level_embed"),
+)
 _LOSSES = {"class": "loss_cross_entropy", "mask": "loss_mask", "dice": "loss_dice"}
 
 
@@ -34,7 +42,7 @@ class Mask2Former(Segmenter):
         **options: options of `transformers.Mask2FormerConfig`.
 
     Raises:
-        ValueError: an option is unknown, or its value has the wrong type.
+        ValueError: an option is unknown, or its value has the wrong type or is out of range.
     """
 
     gives_probabilities = True
@@ -46,7 +54,12 @@ class Mask2Former(Segmenter):
         check_names("mask2former", options, Mask2FormerConfig.__annotations__.keys() - _WITHOUT_EFFECT)
         strides = {"feature_strides": backbone.strides, "common_stride": backbone.strides[0]}
         config = build_config("mask2former", Mask2FormerConfig, num_labels=num_classes, **{**strides, **options})
+        at_least(1).require("num_queries of mask2former", config.num_queries)
         self.decode_head = Mask2FormerHead(config, backbone.channels)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters exempt from weight decay: embeddings, as in the authors' code."""
+        return super().no_weight_decay() | {f"decode_head.{name}" for name in _EMBEDDINGS}
 
     def logits(self, maps: list[Tensor]) -> Tensor:
         masks, classes = self.decode_head(maps)

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..backbone import DATBackbone, TimmBackbone
+from ..options import Check, at_least, not_negative, rate
 from .parts import ConvModule, Segmenter, classifier_layer, cross_entropy, resize
+
+_POOLS = Check(
+    lambda sides: (
+        isinstance(sides, (list, tuple)) and bool(sides) and all(isinstance(side, int) and side >= 1 for side in sides)
+    ),
+    "a list of positive whole numbers, not empty",
+)
 
 
 class UperNet(Segmenter):
@@ -38,6 +46,11 @@ class UperNet(Segmenter):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(backbone)
+        at_least(1).require("channels", channels)
+        at_least(1).require("auxiliary_channels", auxiliary_channels)
+        not_negative().require("auxiliary_weight", auxiliary_weight)
+        rate().require("dropout", dropout)
+        _POOLS.require("pools", pools)
         self.auxiliary_weight = auxiliary_weight
         # A global pool has a single pixel, and the batch norm after it needs at least two values per channel.
         self.smallest_batch = 2 if 1 in pools else 1

@@ -14,9 +14,9 @@ from benchmarks import dense
 from data.detection.coco import open_coco
 from data.sources import Request
 from tests.data.detection.samples import write_coco
-from tests.runs import ROOT
-from tests.training.test_detection import BACKBONE
-from tests.training.test_interruption import LINUX, wait_until
+from tests.launched import wait_until
+from tests.runs import ROOT, TINY, call, printed_by
+from tests.training.test_interruption import LINUX
 
 
 def test_samples_have_the_size_and_the_objects(tmp_path: Path) -> None:
@@ -34,25 +34,20 @@ def test_samples_have_the_size_and_the_objects(tmp_path: Path) -> None:
 def arguments(folder: Path) -> list[str]:
     """Write a data set and a config into a folder, and return the command line that measures it."""
     config = folder / "tiny.yaml"
-    model = {"DAT": BACKBONE, "DETECTOR": {"ARGS": {"channels": 16}}}
+    model = {"DAT": TINY["MODEL"]["DAT"], "DETECTOR": {"ARGS": {"channels": 16}}}
     config.write_text(yaml.safe_dump({"BASE": str(ROOT / "configs/detection/digits_retinanet.yaml"), "MODEL": model}))
     return [str(write_coco(folder / "data")), "--cfg", str(config), "--sizes", "64x96"]
 
 
-def test_a_missing_data_set_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["dense.py", str(tmp_path / "absent"), "--cfg", "tiny.yaml"])
-    with pytest.raises(SystemExit, match="2"):
-        dense.main()
-    assert capsys.readouterr().err.startswith("dense.py: ")
+def test_a_missing_data_set_is_an_error(tmp_path: Path) -> None:
+    status, _, err = call(dense.main, tmp_path / "absent", "--cfg", "tiny.yaml")
+    assert status == 2
+    assert err.startswith("dense.py: ")
 
 
 @pytest.mark.slow
-def test_a_run_gives_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr(sys, "argv", ["dense", *arguments(tmp_path)])
-    dense.main()
-    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[-1].split("|")]
+def test_a_run_gives_a_row(tmp_path: Path) -> None:
+    cells = [cell.strip() for cell in printed_by(dense.main, *arguments(tmp_path)).splitlines()[-1].split("|")]
     assert cells[1:3] == ["tiny", "64x96"]
     assert len(cells[3].split(", ")) == 2
     assert 0 <= float(cells[4]) <= 1

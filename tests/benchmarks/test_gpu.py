@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,17 +11,15 @@ import torch
 
 from benchmarks import gpu, launches
 from tests.models.small import build_small
+from tests.runs import call
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("flags", [[], ["--check"]])
-def test_missing_gpu_is_reported(
-    flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu.py", *flags])
-    with pytest.raises(SystemExit, match="2"):
-        gpu.main()
-    assert capsys.readouterr().err.startswith("gpu.py: PyTorch sees no GPU here")
+def test_missing_gpu_is_reported(flags: list[str]) -> None:
+    status, _, err = call(gpu.main, *flags)
+    assert status == 2
+    assert err.startswith("gpu.py: PyTorch sees no GPU here")
 
 
 def test_make_checks_for_a_gpu_before_the_tests_of_the_kernels() -> None:
@@ -48,9 +45,8 @@ def test_tables_are_written_one_by_one(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(gpu, "networks", lambda size, device: built.append(size))
     monkeypatch.setattr(gpu, "table", table)
     file = tmp_path / "gpu.md"
-    monkeypatch.setattr(sys, "argv", f"gpu.py --sizes 224 --batch-sizes 1 2 4 --output {file}".split())
     with pytest.raises(RuntimeError):
-        gpu.main()
+        call(gpu.main, "--sizes", 224, "--batch-sizes", 1, 2, 4, "--output", file)
     assert file.read_text(encoding="utf-8").splitlines()[3:] == ["", "224 1", "", "224 2"]
     assert built == [224]
 

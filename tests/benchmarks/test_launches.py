@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import pytest
 import timm
 import torch
 from torch import nn
 
 from benchmarks import launches
 from tests.benchmarks.test_models import SMALL, rows
+from tests.runs import call, printed_by
 
 MAP = 2 * 8 * 4 * 4 * 4  # bytes of a map of 2 x 8 x 4 x 4 values
 
@@ -44,21 +43,17 @@ def test_stochastic_depth_is_off() -> None:
     assert "bernoulli_" not in forward.kernels
 
 
-def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables(tmp_path: Path) -> None:
     config = tmp_path / "small.yaml"
     config.write_text(SMALL)
-    argv = ["launches", "--cfg", str(config), "--timm", "test_vit", "--img-size", "160", "--batch-size", "2"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--operations", "2"])
-    launches.main()
-    table = rows(capsys.readouterr().out)
+    words = ("--cfg", config, "--timm", "test_vit", "--img-size", 160, "--batch-size", 2, "--operations", 2)
+    table = rows(printed_by(launches.main, *words))
     assert [row[:2] for row in table[:4]] == [
         [name, task] for name in ("test_vit", "small") for task in ("forward", "backward")
     ]
     assert len(table) == 4 + 4 * 2
 
 
-def test_missing_network_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["launches.py", "--img-size", "64"])
-    with pytest.raises(SystemExit, match="2"):
-        launches.main()
-    assert capsys.readouterr().err == "launches.py: nothing to count; give networks with --cfg and --timm\n"
+def test_missing_network_is_an_error() -> None:
+    said = "launches.py: nothing to count; give networks with --cfg and --timm\n"
+    assert call(launches.main, "--img-size", 64) == (2, "", said)

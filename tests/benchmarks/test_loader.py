@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,13 @@ import pytest
 from benchmarks import loader
 from tests.data.formats.writers import write_tar
 from tests.data.samples import write_folder
+from tests.runs import call, printed_by
 
 
-def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables(tmp_path: Path) -> None:
     photos = write_folder(tmp_path / "data", {"train/cat": 5, "train/dog": 4, "val/cat": 1})
-    argv = ["loader", "--data-path", str(photos), "--also", f"tar:{write_tar(photos, tmp_path / 'tars')}"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--size", "32", "--batch-size", "2", "--images", "6", "--runs", "2"])
-    loader.main()
-    said = capsys.readouterr().out
+    words = ("--data-path", photos, "--also", f"tar:{write_tar(photos, tmp_path / 'tars')}")
+    said = printed_by(loader.main, *words, "--size", 32, "--batch-size", 2, "--images", 6, "--runs", 2)
     rows = [line.strip("| ").split(" | ") for line in said.splitlines() if line.startswith("|")]
     rates = [row for row in rows if row[0] in ("recipe", "light")]
     names = ["timm, folder", "timm, folder, prefetcher", "imagenet", "tar"]
@@ -31,14 +29,12 @@ def test_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert [row[0] for row in rows[-2:]] == ["Pillow", "simplejpeg"]
 
 
-def test_synthetic_listing(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["loader", "--listing", "5000"])
-    loader.main()
-    assert "5000 images: 0.00 GiB, mapped once by all processes" in capsys.readouterr().out
+def test_synthetic_listing() -> None:
+    said = printed_by(loader.main, "--listing", 5000)
+    assert "5000 images: 0.00 GiB, mapped once by all processes" in said
 
 
-def test_wrong_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["loader.py", "--data-path", str(tmp_path)])
-    with pytest.raises(SystemExit, match="2"):
-        loader.main()
-    assert capsys.readouterr().err.startswith("loader.py: no folder 'train' in data path")
+def test_wrong_folder(tmp_path: Path) -> None:
+    status, _, err = call(loader.main, "--data-path", tmp_path)
+    assert status == 2
+    assert err.startswith("loader.py: no folder 'train' in data path")

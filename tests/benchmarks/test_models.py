@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from config import load_config
 from models.attention import deformable as deformable_layer
 from models.build import build_model
 from models.ops.cpu import deformable as deformable_operation
+from tests.runs import call, printed_by
 from tools.complexity import count_macs
 
 SMALL = """
@@ -46,11 +46,9 @@ def rows(text: str) -> list[list[str]]:
     return [line for line in lines if any(cell.lstrip("+").rstrip("%").replace(".", "").isdigit() for cell in line)]
 
 
-def test_model(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["model", "--cfg", config, "--timm", "test_vit", "--batch-size", "1", "2", "--runs", "1", "--amp", "bf16"]
-    monkeypatch.setattr(sys, "argv", [*argv, "--img-size", "160"])
-    model.main()
-    table = rows(capsys.readouterr().out)
+def test_model(config: str) -> None:
+    words = ("--cfg", config, "--timm", "test_vit", "--img-size", 160)
+    table = rows(printed_by(model.main, *words, "--batch-size", 1, 2, "--runs", 1, "--amp", "bf16"))
     assert [row[:5] for row in table] == [
         ["1", batch, "bf16", task, "eager"] for batch in "12" for task in ("inference", "training")
     ]
@@ -59,44 +57,27 @@ def test_model(config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         assert float(ratio) == pytest.approx(ours / base, rel=0.2)
 
 
-def test_floor_counts_the_products_of_the_reference_form(
-    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_floor_counts_the_products_of_the_reference_form(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "_mac_rate", lambda *_: 1e6)
-    monkeypatch.setattr(sys, "argv", ["model", "--cfg", config, "--batch-size", "1", "--runs", "1"])
-    model.main()
-    inference, training = rows(capsys.readouterr().out)
+    inference, training = rows(printed_by(model.main, "--cfg", config, "--batch-size", 1, "--runs", 1))
     macs = count_macs(build_model(load_config(config)), (64, 64))
     assert [int(inference[5]), int(training[5])] == [round(macs / 1e3), round(3 * macs / 1e3)]
 
 
-def test_model_benchmark_without_a_network_is_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["model.py", "--img-size", "64"])
-    with pytest.raises(SystemExit, match="2"):
-        model.main()
-    assert capsys.readouterr().err == "model.py: nothing to measure; give networks with --cfg and --timm\n"
+def test_model_benchmark_without_a_network_is_an_error() -> None:
+    said = "model.py: nothing to measure; give networks with --cfg and --timm\n"
+    assert call(model.main, "--img-size", 64) == (2, "", said)
 
 
-def test_sizes_of_a_missing_config_are_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["sizes.py", "--cfg", "absent.yaml"])
-    with pytest.raises(SystemExit, match="2"):
-        sizes.main()
-    assert re.fullmatch(r"sizes\.py: .*absent\.yaml.*\n", capsys.readouterr().err)
+def test_sizes_of_a_missing_config_are_an_error() -> None:
+    status, _, err = call(sizes.main, "--cfg", "absent.yaml")
+    assert status == 2
+    assert re.fullmatch(r"sizes\.py: .*absent\.yaml.*\n", err)
 
 
-def test_sizes(
-    config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sizes(config: str, tmp_path: Path) -> None:
     plot = tmp_path / "plot.png"
-    monkeypatch.setattr(
-        sys, "argv", ["sizes", "--cfg", config, "--sizes", "32", "64", "--runs", "1", "--plot", str(plot)]
-    )
-    sizes.main()
-    table = rows(capsys.readouterr().out)
+    table = rows(printed_by(sizes.main, "--cfg", config, "--sizes", 32, 64, "--runs", 1, "--plot", plot))
     assert [row[1] for row in table] == ["32", "64"] * 2
     assert [row[3] for row in table[::2]] == ["1.000"] * 2
     assert plot.stat().st_size > 5000
@@ -105,15 +86,12 @@ def test_sizes(
 @pytest.mark.parametrize(
     ("flags", "columns"), [(["--batch-size", "1", "--runs", "1"], 11), (["--batch-size", "16", "--memory"], 8)]
 )
-def test_attention(
-    flags: list[str], columns: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_attention(flags: list[str], columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deformable_layer, "RECOMPUTE_FROM", 1 << 15)  # as for 128 images instead of 16
     monkeypatch.setattr(deformable_operation, "SAVED", 1 << 19)
-    argv = ["attention", "--models", "T", "--sizes", "224", *flags, "--operations"]
-    monkeypatch.setattr(sys, "argv", [*argv, "neighborhood", "deformable", "mlp", "linear", "layer"])
-    attention.main()
-    table = rows(capsys.readouterr().out)
+    operations = ("neighborhood", "deformable", "mlp", "linear", "layer")
+    words = ("--models", "T", "--sizes", 224, *flags, "--operations", *operations)
+    table = rows(printed_by(attention.main, *words))
     assert len(table) == 19  # five operations in four stages, but no neighborhood attention in the last
     assert {len(row) for row in table} == {columns}
     chosen = {row[3]: row[4] for row in table}

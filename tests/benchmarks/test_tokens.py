@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import tokens
+from tests.runs import printed_by
 
 
 class Numbers(TorchDispatchMode):
@@ -37,14 +37,10 @@ def test_numbers_written_grow_with_the_number_of_tokens(name: str) -> None:
     assert counts[1] / counts[0] == pytest.approx(4, rel=0.1)
 
 
-def test_the_table_and_the_figure(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
-) -> None:
+def test_the_table_and_the_figure(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     figure = tmp_path / "tokens.png"
     options = ["--sides", "4", "8", "--dim", "12", "--heads", "2", "--runs", "1", "--plot", str(figure)]
-    monkeypatch.setattr(sys, "argv", ["tokens", *options])
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
-    tokens.main()
-    lines = capsys.readouterr().out.splitlines()
+    lines = printed_by(tokens.main, *options).splitlines()
     assert [line.split("|")[1].strip() for line in lines[4:]] == ["16", "64", "power"]
     assert figure.stat().st_size > 1000

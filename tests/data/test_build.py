@@ -15,8 +15,9 @@ import torch
 from yacs.config import CfgNode
 
 from config import set_option
-from data.build import build_erasing, build_mixup, loader_warnings, open_dataset
+from data.build import build_erasing, build_mixup, loader_warnings, open_dataset, request
 from data.datasets import Batch
+from data.detection.build import open_dataset as open_objects
 from data.formats import FORMATS
 from data.generators import seed_generators
 from data.images import UnreadableImage
@@ -239,6 +240,30 @@ def test_more_workers_than_cores(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
+@pytest.mark.parametrize(
+    ("cores", "env", "workers"),
+    [
+        (8, {"LOCAL_WORLD_SIZE": "4"}, 2),  # torchrun's processes share the cores
+        (8, {"LOCAL_WORLD_SIZE": "16"}, 1),
+        (8, {"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "32"}, 8),  # each task is bound to cores of its own
+        (16, {"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "32"}, 8),  # two tasks are bound to each half
+        (8, {"LOCAL_WORLD_SIZE": "4", "SLURM_CPUS_ON_NODE": "8"}, 2),  # no task is bound
+    ],
+)
+def test_processes_share_the_cores(
+    root: Path, monkeypatch: pytest.MonkeyPatch, cores: int, env: dict[str, str], workers: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert build_train_loader(small_config(root, NUM_WORKERS=10), rank=0, world_size=1).num_workers == workers
+    warning = loader_warnings(small_config(root, NUM_WORKERS=10), (32, 32))[0]
+    processes = env["LOCAL_WORLD_SIZE"]
+    assert warning == (
+        f"DATA.NUM_WORKERS 10 is reduced to {workers}, the number of cores here for each of {processes} processes"
+    )
+
+
 def test_small_shared_memory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(root, NUM_WORKERS=1)
     wanted = train_batches(config)
@@ -310,6 +335,35 @@ def test_classes_without_held_out_images(root: Path) -> None:
 def test_splits_that_are_swapped_by_name(root: Path, train: str, val: str) -> None:
     with pytest.raises(ValueError, match=r"^DATA\.(TRAIN|VAL) \S+: the splits seem swapped; exchange DATA\.TRAIN and"):
         open_dataset(small_config(root, TRAIN=train, VAL=val))
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "needs"),
+    [
+        ("", "train", ("val",)),
+        ("val", "train", ("val",)),
+        ("val", "emu", ("train", "val")),
+        ("train", "train", ("train", "val")),
+        ("test.csv", "", ("train",)),
+    ],
+)
+def test_splits_that_may_have_the_usual_name_of_the_other(train: str, val: str, needs: tuple[str, ...]) -> None:
+    opened = request(small_config(TRAIN=train, VAL=val), needs)
+    assert (opened.train, opened.val, opened.needs) == (train, val, needs)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "default"),
+    [("LABEL_MAP.7", 0, "{}"), ("IGNORE_LABEL", 0, "255"), ("REDUCE_ZERO_LABEL", True, "False")],
+)
+def test_options_of_masks_are_for_segmentation(key: str, value: object, default: str) -> None:
+    for task, opened in (("classification", open_dataset), ("detection", open_objects)):
+        config = small_config(DATASET="digits" if task == "classification" else "digit_scenes")
+        config.TASK = task
+        set_option(config, f"DATA.{key}", value)
+        says = rf"^DATA\.{key.partition('.')[0]} is not supported by TASK {task}; leave it at {default}$"
+        with pytest.raises(ValueError, match=says):
+            opened(config, ("val",))
 
 
 def test_splits_that_are_swapped_by_size(root: Path) -> None:

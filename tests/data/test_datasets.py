@@ -23,8 +23,10 @@ class Source(ImageSource):
     def __init__(self, length: int = 20, bad: frozenset[int] = frozenset()) -> None:
         self.labels = np.arange(length)
         self.bad = bad
+        self.tried: list[int] = []
 
     def get(self, index: int) -> StoredImage:
+        self.tried.append(index)
         if index in self.bad:
             raise UnreadableImage(f"cannot read image '{index}.jpg': broken", f"{index}.jpg")
         return StoredImage(np.asarray(photograph()), f"{index}.jpg")
@@ -79,17 +81,29 @@ def test_substitutes_depend_on_the_draw_alone() -> None:
     assert np.array_equal(images[Draw(3, 0)].pixels, augmented_as)
 
 
-def test_unreadable_substitutes_are_listed_too() -> None:
+@pytest.mark.parametrize("length", [2, 4, 11])
+def test_no_image_is_tried_twice(length: int) -> None:
+    for epoch in range(20):
+        source = Source(length, bad=frozenset(range(1, length)))
+        images = TransformedImages(source, three_generators, seed=5, on_unreadable="substitute")
+        assert images[Draw(1, epoch)].target == 0
+        assert len(set(source.tried)) == len(source.tried)
+
+
+def test_each_file_is_counted_once() -> None:
+    """A substitute that cannot be read, either, is counted when it is drawn itself."""
     bad = frozenset(range(1, 20, 2))
-    tries = [dataset(bad)[Draw(1, epoch)] for epoch in range(40)]
-    assert all(sample.target not in bad for sample in tries)
-    assert {len(sample.unreadable) for sample in tries} >= {1, 2, 3}
-    assert all(path in {f"{index}.jpg" for index in bad} for sample in tries for path in sample.unreadable)
+    samples = dataset(bad).__getitems__([Draw(index, 0, repeat) for repeat in range(2) for index in range(20)])
+    assert all(sample.target not in bad for sample in samples)
+    assert sorted(path for sample in samples for path in sample.unreadable) == sorted(f"{index}.jpg" for index in bad)
 
 
-def test_only_unreadable_images() -> None:
-    with pytest.raises(UnreadableImage, match=rf"broken \(after {MAX_SUBSTITUTES} others in a row\)$"):
-        dataset(frozenset(range(20)))[Draw(0, 0)]
+@pytest.mark.parametrize(("length", "others"), [(20, f"{MAX_SUBSTITUTES} others"), (2, "1 other")])
+def test_only_unreadable_images(length: int, others: str) -> None:
+    source = Source(length, bad=frozenset(range(length)))
+    images = TransformedImages(source, three_generators, seed=5, on_unreadable="substitute")
+    with pytest.raises(UnreadableImage, match=rf"broken \(after {others} in a row\)$"):
+        images[Draw(0, 0)]
 
 
 def test_marked_images_are_black_and_without_target() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import pickle
 import resource
@@ -13,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import ExifTags, Image, ImageOps
 
-from data.images import UnreadableImage, read_image
+from data.images import StoredImage, UnreadableImage, read_image
 from tests.data.samples import photograph
 
 GREY_16 = np.linspace(0, 65535, 48 * 36).reshape(36, 48).astype(np.uint16)
@@ -97,6 +99,49 @@ def test_damaged_metadata_is_ignored(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pixels(tmp_path / "a.jpg").shape == (36, 48, 3)
+
+
+def encoded(orientation: int | None, kind: str = "JPEG") -> bytes:
+    """Return a photograph of 201 x 133 stored pixels as a file with an EXIF orientation."""
+    exif, content = Image.Exif(), io.BytesIO()
+    if orientation is not None:
+        exif[ExifTags.Base.Orientation] = orientation
+    photograph(width=201, height=133).save(content, kind, exif=exif)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+@pytest.mark.parametrize("orientation", [None, *range(10)])
+def test_orientation_is_applied_as_pillow_applies_it(kind: str, orientation: int | None) -> None:
+    content = encoded(orientation, kind)
+    with Image.open(io.BytesIO(content)) as image:
+        expected = np.asarray(ImageOps.exif_transpose(image))
+    stored = StoredImage(content, "a", exif=True)
+    assert np.array_equal(np.asarray(stored.decode()), expected)
+    assert stored.size() == expected.shape[:2]
+    part = stored.crop(10, 20, 30, 40, at_least=(99, 99))
+    assert np.array_equal(part, expected[10:40, 20:60])
+    assert np.array_equal(torch.from_numpy(part), part)
+
+
+@pytest.mark.parametrize("orientation", [None, 1, 6])
+def test_orientation_leaves_jpeg_to_the_fast_decoder(monkeypatch: pytest.MonkeyPatch, orientation: int | None) -> None:
+    stored = StoredImage(encoded(orientation), "a", exif=True)
+    whole = np.asarray(stored.decode().resize([side // 4 for side in stored.decode().size]), dtype=int)
+    monkeypatch.setattr(StoredImage, "decode", lambda self: pytest.fail("decoded by Pillow"))
+    height, width = stored.size()
+    assert (height > width) == (orientation == 6)
+    quarter = stored.crop(0, 0, height, width, at_least=(height // 4, width // 4))
+    assert quarter.shape[:2] == (-(-height // 4), -(-width // 4))
+    assert np.abs(quarter[: height // 4, : width // 4] - whole).mean() < 8
+
+
+def test_orientation_beside_damaged_metadata() -> None:
+    damaged = (0x0112, 3, 1, 6), (0x0100, 2, 2, 0x4142)  # turned, and a width that is text
+    entries = b"".join(struct.pack("<HHII", *entry) for entry in damaged)
+    content = io.BytesIO()
+    photograph().save(content, "JPEG", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4))
+    assert StoredImage(content.getvalue(), "a", exif=True).decode().size == (36, 48)
 
 
 def write_bad(folder: Path, kind: str) -> Path:

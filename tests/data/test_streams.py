@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from yacs.config import CfgNode
 
 from data.datasets import Batch
 from data.images import UnreadableImage, UnusableImage
-from tests.data.formats.writers import write_shards
+from tests.data.formats.writers import add_bytes, write_shards
 from tests.data.samples import build_eval_loader, build_train_loader, small_config, write_folder
 from tests.launched import Job, run_forked
 from tests.runs import write_config
@@ -109,6 +110,21 @@ def test_unreadable_image_is_replaced_by_another_of_the_batch(tmp_path: Path) ->
         training(config)
 
 
+def test_unreadable_image_of_a_batch_of_one_is_replaced_by_one_that_follows(tmp_path: Path) -> None:
+    photos = write_folder(tmp_path / "photos", LAYOUT)
+    for number in (1, 2):
+        (photos / f"train/cat/{number}.jpg").write_bytes(b"no image")
+    root = write_shards(photos, tmp_path / "shards")
+    config = stream_config(root, BATCH_SIZE=1)
+    batches = training(config)
+    assert [len(batch.images) for batch in batches] == [1] * 12
+    assert sorted(name.rpartition("/")[2] for batch in batches for name in batch.unreadable) == [
+        "00000001.jpg",
+        "00000002.jpg",
+    ]
+    assert equal(training(config, start=5), batches[5:])
+
+
 @pytest.mark.parametrize(
     ("command", "says"),
     [
@@ -159,17 +175,41 @@ def test_fewer_shards_than_processes(shards: Path) -> None:
 def test_labels_by_name_and_in_numbers(shards: Path, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text("dog\n")
     config = stream_config(shards, DATA_PATH=str(tmp_path))
-    with pytest.raises(UnusableImage, match=r"has the label '1', which is neither a class nor a line of classes\.txt$"):
+    with pytest.raises(UnusableImage, match=r"\d\.jpg': label '1' is out of range; classes\.txt has 1 class"):
         training(config)
     (tmp_path / "classes.txt").write_text("10\n2\n")
     config.DATA.CLASS_ORDER = "number"
     assert np.unique(np.concatenate([batch.targets for batch in training(config)])).tolist() == [0, 1]
 
 
+def test_number_that_is_both_a_name_and_a_position(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("1\n0\n")
+    config = stream_config(shards, DATA_PATH=str(tmp_path))
+    with pytest.raises(UnusableImage, match=r"\d\.jpg': label '[01]' is the name of a class and the position of anoth"):
+        training(config)
+    (tmp_path / "shards.json").write_text('{"shards": []}')  # of tools/make_shards.py, which writes positions
+    assert np.unique(np.concatenate([batch.targets for batch in training(config)])).tolist() == [0, 1]
+
+
+def test_shard_without_images(tmp_path: Path) -> None:
+    """The names have a second dot, which is why they have none; without an error they would be read forever."""
+    with tarfile.open(tmp_path / "train-000000.tar", "w") as archive:
+        for name in ("img_0.1.jpg", "img_0.1.cls"):
+            add_bytes(archive, name, b"0")
+    (tmp_path / "classes.txt").write_text("cat\n")
+    config = stream_config(tmp_path, TRAIN=f"{tmp_path}/train-000000.tar")
+    says = (
+        rf"^shard {tmp_path}/train-000000\.tar has no image: its first sample is img_0\.1\.jpg, img_0\.1\.cls; the "
+        r"extension begins at the first dot of a name, and that of an image is \.jpg, \.png or another of the \d+ that"
+    )
+    with pytest.raises(OSError, match=says):
+        training(config)
+
+
 @pytest.mark.parametrize(
     ("classes", "images", "says"),
     [
-        ("dog\n", 7, ".*jpg' has the label '1', which is neither a class nor a line of classes.txt"),
+        ("dog\n", 7, ".*jpg': label '1' is out of range; classes.txt has 1 class, labels are"),
         ("cat\ndog\n", 9, r"evaluated 7 images of a data set of 9 \(DATA\.STREAM\.VAL_IMAGES, if it is a stream"),
     ],
 )

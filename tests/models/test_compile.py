@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from models.attention import DeformableAttention, NeighborhoodAttention
+from models.attention import DeformableAttention, NeighborhoodAttention, WindowAttention
 from models.layers import ConvMLP
 from tests.models.small import build_small, without_gradient
 
@@ -20,7 +20,7 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
-def gradients(out: Tensor, module: torch.nn.Module) -> dict[str, Tensor]:
+def gradients(out: Tensor, module: nn.Module) -> dict[str, Tensor]:
     return dict(
         zip(
             (name for name, _ in module.named_parameters()),
@@ -99,6 +99,24 @@ def test_export_with_any_number_of_images(letter: str) -> None:
     exported = torch.export.export(model, (torch.randn(2, 3, 64, 64),), dynamic_shapes=({0: batch},))
     images = torch.randn(5, 3, 64, 64)
     torch.testing.assert_close(exported.module()(images), model(images), atol=1e-5, rtol=1e-4)
+
+
+def check_onnx(model: nn.Module, x: Tensor) -> None:
+    """Check that ``model`` can be exported while gradients are enabled, and that its output stays the same."""
+    program = torch.onnx.export(model.eval(), (x,), dynamo=True, verbose=False, optimize=False)
+    torch.testing.assert_close(program(x)[0], model(x).detach(), atol=1e-4, rtol=1e-3)
+
+
+def test_export_of_attention_to_onnx() -> None:
+    deformable = DeformableAttention(16, heads=4, groups=2, map_size=8, stride=2, kernel_size=3)
+    window = WindowAttention(16, heads=4, window_size=4, map_size=8, shifted=False)
+    check_onnx(nn.Sequential(deformable, window), torch.randn(1, 16, 8, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("letters", ["LDNX", "QPES"])
+def test_export_of_networks_to_onnx(letters: str) -> None:
+    check_onnx(build_small(letters, **DAT_PP), torch.randn(1, 3, 64, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

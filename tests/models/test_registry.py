@@ -205,10 +205,43 @@ def test_published_files_load_for_other_classes_channels_and_sizes(tmp_path: Pat
     features = timm.create_model("dat_tiny", features_only=True, **load, **TINY).state_dict()
     assert torch.equal(features[f"model.{LINEAR}"], weights[LINEAR])
 
-    damaged = {**published, "model": OrderedDict(list(weights.items())[:-3])}
-    torch.save(damaged, tmp_path / "published.pth")
-    with pytest.raises(RuntimeError, match="Missing key"):
-        timm.create_model("dat_tiny", **load, **TINY)
+
+def test_fine_tuned_files_keep_their_head_for_equal_classes_only(tmp_path: Path) -> None:
+    weights = DAT(**{**TINY, "num_classes": 5}).state_dict()
+    torch.save({"format": 1, "model": weights}, tmp_path / "best.pth")
+    load = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(tmp_path / "best.pth")}}
+    model = timm.create_model("dat_tiny", **load, **{**TINY, "num_classes": 5})
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    for classes in (0, 7, 1000):
+        other = timm.create_model("dat_tiny", **load, **{**TINY, "num_classes": classes})
+        assert other.num_classes == classes
+        assert torch.equal(other.state_dict()[LINEAR], weights[LINEAR])
+
+
+@pytest.mark.parametrize("classes", [5, 1000])
+def test_files_without_all_entries_are_rejected(classes: int, tmp_path: Path) -> None:
+    weights = DAT(**TINY).state_dict()
+    path = tmp_path / "damaged.pth"
+    load = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    for damaged in (
+        {"model": OrderedDict(list(weights.items())[:-3])},
+        {"model": {}},
+        {"state_dict": {f"backbone.{name}": value for name, value in weights.items()}},
+    ):
+        torch.save(damaged, path)
+        with pytest.raises(ValueError, match=r"the pretrained file lacks \d+ of \d+ entries of the network, such as"):
+            timm.create_model("dat_tiny", **load, **{**TINY, "num_classes": classes})
+
+
+def test_names_without_a_file_cannot_be_pretrained() -> None:
+    with pytest.raises(ValueError, match=r'downloaded by name; give their file as pretrained_cfg_overlay=\{"f'):
+        timm.create_model("dat_tiny", pretrained=True)
+
+
+@pytest.mark.parametrize("classes", [-3, 3.0, "10"])
+def test_numbers_of_classes_are_checked(classes: int) -> None:
+    with pytest.raises(ValueError, match=r"num_classes = .* must be"):
+        DAT(**TINY).reset_classifier(classes)
 
 
 def test_checkpoints_of_the_trainer_load_by_path(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,40 @@ def test_batch_norm_statistics_cover_all_processes(tmp_path: Path) -> None:
     for name in ("mean", "var"):
         torch.testing.assert_close(parts[0][name], whole[name])
         assert torch.equal(parts[0][name], parts[1][name])
+
+
+def test_embeddings_of_queries_and_levels_do_not_decay() -> None:
+    model = small("mask2former")
+    names = {name for name in model.no_weight_decay() if name.startswith("decode_head.")}
+    parts = ("transformer.queries_embedder.", "transformer.queries_features.", "level_embed")
+    assert names == {name for name, _ in model.named_parameters() if any(part in name for part in parts)}
+    assert len(names) == 4
+
+
+@pytest.mark.parametrize("name", ["use_auxiliary_loss", "init_std", "init_xavier_std", "ignore_value"])
+def test_arguments_of_mask2former_without_effect_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"mask2former does not take the argument '{name}'"):
+        small("mask2former", **{name: 1})
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("fpn", "channels", 0),
+        ("fpn", "dropout", 1.0),
+        ("upernet", "pools", 3),
+        ("upernet", "pools", []),
+        ("upernet", "pools", [1, 0]),
+        ("upernet", "auxiliary_weight", -1.0),
+        ("mask2former", "num_queries", 0),
+    ],
+)
+def test_values_out_of_range_are_refused(name: str, argument: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=re.escape(argument) + ".* = " + re.escape(repr(value)) + " must be"):
+        small(name, **{argument: value})
+
+
+def test_a_class_map_needs_a_classifier(tmp_path: Path) -> None:
+    model = small("mask2former")
+    with pytest.raises(ValueError, match="Mask2Former has no classifier to apply a class map to"):
+        adapt(model.state_dict(), model, class_map=tmp_path / "map.txt")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from config import load_config
 from models.build import build_model
+from tests.runs import call
 from tools import compare
 from tools.complexity import count_macs
 
@@ -58,9 +58,7 @@ def test_table_and_figure(tmp_path: Path) -> None:
     assert (tmp_path / "comparison.png").stat().st_size > 5000
 
 
-def test_finished_runs_are_not_repeated(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_finished_runs_are_not_repeated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     started = []
 
     def train(command: list[str]) -> object:
@@ -75,17 +73,18 @@ def test_finished_runs_are_not_repeated(
     write_run(tmp_path / "compare_digits" / "performer_seed7", [1.0, 2.0, 3.0, 9.0])
     arguments = [str(ROOT / "configs/compare/digits.yaml"), "--variants", "softmax", "performer", "dat"]
     arguments += ["--seeds", "7", "--opts", "OUTPUT", str(tmp_path), *TINY]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
-    assert compare.main() == 75
+    ended, out, _ = call(compare.main, *arguments)
+    assert ended == 75
     assert started == ["softmax_seed7", "dat_seed7"]
-    assert "dat_seed7 ended with status 75; the same command continues" in capsys.readouterr().out
+    assert "dat_seed7 ended with status 75; the same command continues" in out
     for status, advice in (
         (1, "repeating the command does not help"),
         (2, "correct the options, or choose another OUT"),
     ):
         monkeypatch.setattr(compare, "_train", lambda _, status=status: status)
-        assert compare.main() == status
-        assert f"dat_seed7 ended with status {status}; {advice}" in capsys.readouterr().out
+        ended, out, _ = call(compare.main, *arguments)
+        assert ended == status
+        assert f"dat_seed7 ended with status {status}; {advice}" in out
     assert len((tmp_path / "compare_digits" / "comparison.md").read_text().splitlines()) == 4
 
 
@@ -103,8 +102,7 @@ def test_several_configs_are_trained_as_they_are(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compare, "measure", lambda _: compare.Cost(1, 2, 3.0))
     paths = [str(ROOT / f"configs/cifar10/{name}.yaml") for name in ("dat_small", "ablations/one_group", "resnet")]
     arguments = [*paths, "--variants", "dat_small", "one_group", "--opts", "OUTPUT", str(tmp_path), "TRAIN.EPOCHS", "2"]
-    monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
-    assert compare.main() == 0
+    assert call(compare.main, *arguments)[0] == 0
     assert started == [
         ("cifar10_dat_small", "dat_small_seed0"),
         ("cifar10_ablations_one_group", "one_group_seed0"),
@@ -113,7 +111,7 @@ def test_several_configs_are_trained_as_they_are(monkeypatch: pytest.MonkeyPatch
     assert [row.split(" | ")[0] for row in rows] == ["| dat_small", "| one_group"]
 
 
-def test_wrong_variants_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_wrong_variants_are_named() -> None:
     one, other = (str(ROOT / f"configs/{folder}/resnet.yaml") for folder in ("cifar10", "cifar100"))
     for arguments, said in (
         ([one, other], "same file name"),
@@ -121,7 +119,6 @@ def test_wrong_variants_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         ([one, str(ROOT / "configs/detection/digits_retinanet.yaml")], "digits_retinanet.yaml is not compared: only"),
         ([one, "--opts", "DATA.MULTI_LABEL", "True"], "resnet.yaml is not compared: only classifiers of one label"),
     ):
-        monkeypatch.setattr(sys, "argv", ["compare.py", *arguments])
-        with pytest.raises(SystemExit):
-            compare.main()
-        assert said in capsys.readouterr().err
+        status, _, err = call(compare.main, *arguments)
+        assert status == 2
+        assert said in err

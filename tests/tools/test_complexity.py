@@ -16,6 +16,7 @@ from models.build import build_model
 from models.detection import DETECTORS, Detector
 from tests.models.detection.small import small_arguments, small_backbone
 from tests.models.detection.test_detectors import REGIONS, TINY
+from tests.runs import call
 from tools.complexity import PUBLISHED, count_macs, count_parameters, main, with_plain_operations
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -86,10 +87,9 @@ def test_a_detector_counts_what_it_computes(name: str) -> None:
     assert count_macs(detector, (64, 96)) == counter.get_total_flops() // 2 > 1e6
 
 
-def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["complexity.py", str(CONFIGS / "digits.yaml"), "--size", "32", "48"])
-    main()
-    line = capsys.readouterr().out.splitlines()[1].split()
+def test_table() -> None:
+    _, out, _ = call(main, CONFIGS / "digits.yaml", "--size", 32, 48)
+    line = out.splitlines()[1].split()
     assert line[:2] == ["digits", "32x48"]
 
 
@@ -97,14 +97,9 @@ def test_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
     ("arguments", "message"),
     [(["missing.yaml"], "missing.yaml"), ([str(CONFIGS / "digits.yaml"), "--size", "1", "2", "3"], "--size 1 2 3")],
 )
-def test_wrong_input(
-    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["complexity.py", *arguments])
-    with pytest.raises(SystemExit) as exit_info:
-        main()
-    assert exit_info.value.code == 2
-    said = capsys.readouterr().err
+def test_wrong_input(arguments: list[str], message: str) -> None:
+    status, _, said = call(main, *arguments)
+    assert status == 2
     assert said.startswith("complexity.py: ")
     assert message in said
     assert said.count("\n") == 1

@@ -29,7 +29,7 @@ from tasks import Task
 from tasks.classification import Classification
 from tasks.segmentation import Segmentation
 from tests.data.segmentation.samples import write_masks
-from tests.runs import write_config
+from tests.runs import call, write_config
 from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
 from tools import export, exported
 from tools.export import Difference, Exported, compare
@@ -42,26 +42,17 @@ QUERIES = (
     *("deformable_detr", "deformable_detr_refined", "deformable_detr_two_stage"),
 )
 CONFIGS = Path(__file__).parents[2] / "configs"
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
-    monkeypatch.setattr("sys.argv", ["export.py", *map(str, words)])
-    with pytest.raises(SystemExit) as ended:
-        export.main()
-    return int(ended.value.code or 0)
+DIGITS = ("--cfg", str(CONFIGS / "digits.yaml"))
 
 
 @pytest.mark.slow
 def test_files_of_a_checkpoint_equal_the_network_and_are_served(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = write_checkpoint(tmp_path)
     formats = ("onnx", "onnx-fp16", "onnx-int8", "pt2", "safetensors")
-    assert run(monkeypatch, "--checkpoint", checkpoint, "--output", tmp_path, "--formats", *formats) == 0
-    assert capsys.readouterr().out.count("largest difference") == len(formats)
+    status, out, _ = call(export.main, "--checkpoint", checkpoint, "--output", tmp_path, "--formats", *formats)
+    assert (status, out.count("largest difference")) == (0, len(formats))
     assert "pre-processing" not in caplog.text
     modes = {(tmp_path / "tiny" / name).stat().st_mode for name in ("config.json", "model.safetensors")}
     assert len(modes) == 1  # whoever may read the one may read the other
@@ -161,16 +152,15 @@ def test_the_server_reads_16_bits_of_grey_as_in_training(tmp_path: Path, monkeyp
     assert np.array_equal(np.asarray(served), np.asarray(read_image(path)))
 
 
-def test_a_file_that_differs_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_file_that_differs_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     other = FORMATS["pt2"]._replace(
         write=lambda _, path: path.touch(), load=lambda _: lambda images: images[:, 0, :10, 0]
     )
     monkeypatch.setitem(export.FORMATS, "pt2", other)
     words = ("--checkpoint", write_checkpoint(tmp_path), "--output", tmp_path, "--formats", "pt2")
-    assert run(monkeypatch, *words) == 1
-    assert "MISMATCH" in capsys.readouterr().out
+    status, out, _ = call(export.main, *words)
+    assert status == 1
+    assert "MISMATCH" in out
     assert not Difference(float("nan"), 1.0).within(1e-4)
 
 
@@ -187,7 +177,6 @@ def test_a_file_that_differs_is_an_error(
 def test_a_score_that_falls_is_an_error(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
     task: type[Task],
     scores: tuple[float, float],
     flags: tuple,
@@ -199,8 +188,9 @@ def test_a_score_that_falls_is_an_error(
     monkeypatch.setattr(export, "_held_out", lambda *_: SimpleNamespace(score=task.score))
     monkeypatch.setattr(export, "_evaluate", lambda *_: next(results))
     words = ("--checkpoint", write_checkpoint(tmp_path), "--output", tmp_path, "--formats", "pt2", "--validate")
-    assert run(monkeypatch, *words, *flags) == status
-    assert said in capsys.readouterr().out
+    ended, out, _ = call(export.main, *words, *flags)
+    assert ended == status
+    assert said in out
 
 
 def write_exact(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] | None = None) -> None:
@@ -229,29 +219,32 @@ def segmenter(folder: Path, *, images: int = 2, **sections: object) -> tuple[obj
 
 
 def test_a_segmenter_is_validated_over_mirrored_images_and_scales(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_exact(monkeypatch)
     words = segmenter(tmp_path, TEST={"FLIP": True}, SEGMENTATION={"TEST_SCALES": [1.0, 1.5]})
-    assert run(monkeypatch, *words, "--dynamic-size") == 0
-    found = re.search(r"score (0\.\d{3}) \(the network: (0\.\d{3})\)", capsys.readouterr().out)
+    status, out, _ = call(export.main, *words, "--dynamic-size")
+    assert status == 0
+    found = re.search(r"score (0\.\d{3}) \(the network: (0\.\d{3})\)", out)
     assert found[1] == found[2]
 
 
 def test_validation_refuses_images_of_other_sizes_than_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_exact(monkeypatch, (32, 32))
-    assert run(monkeypatch, *segmenter(tmp_path)) == 2
+    status, _, err = call(export.main, *segmenter(tmp_path))
+    assert status == 2
     says = "become 32 x 38 pixels (height x width), but the file has a fixed size of 32 x 32; add --dynamic-size"
-    assert says in capsys.readouterr().err
+    assert says in err
 
 
 def test_validation_of_a_segmenter_whose_images_have_the_size_of_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_exact(monkeypatch, (40, 48))
-    assert run(monkeypatch, *segmenter(tmp_path, images=1), "--size", 40, 48) == 0
+    status, *_ = call(export.main, *segmenter(tmp_path, images=1), "--size", 40, 48)
+    assert status == 0
 
 
 def test_a_program_of_torch_export_can_be_evaluated() -> None:
@@ -266,15 +259,21 @@ def test_a_program_of_torch_export_can_be_evaluated() -> None:
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        ([], "nothing to export; give --checkpoint"),
-        (["--cfg", str(CONFIGS / "digits.yaml"), "--size", "1", "2", "3"], "--size 1 2 3 must be one side, or height"),
+        ([], "give --checkpoint FILE, or --cfg FILE for a network with random weights"),
+        ([*DIGITS, "--weights", "raw"], "--weights chooses a set of weights of a --checkpoint, and there is none"),
+        ([*DIGITS, "--data-path", "photos"], "--data-path is for --validate; add it, or leave --data-path out"),
+        ([*DIGITS, "--max-drop", "0"], "--max-drop is for --validate; add it, or leave --max-drop out"),
+        (
+            [*DIGITS, "--opset", "18", "--formats", "pt2", "safetensors"],
+            "--opset is for ONNX files; leave it out, or add one of --formats onnx, onnx-fp16, onnx-int8",
+        ),
+        ([*DIGITS, "--size", "1", "2", "3"], "--size 1 2 3 must be one side, or height"),
     ],
 )
-def test_wrong_input_is_reported(
-    words: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, *words) == 2
-    assert says in capsys.readouterr().err
+def test_wrong_input_is_reported(words: list[str], says: str) -> None:
+    status, _, err = call(export.main, *words)
+    assert status == 2
+    assert says in err
 
 
 def test_size_that_cannot_be_dynamic_is_rejected() -> None:
@@ -332,6 +331,32 @@ def test_detectors_need_a_size_without_padding() -> None:
 def check_onnx(source: Source, path: Path) -> None:
     FORMATS["onnx"].write(source, path)
     assert compare(source.network, run_onnx(path), source.sizes()).largest < 1e-4
+
+
+class Head(torch.nn.Module):
+    """A network that is exported within a second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 10)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.layer(images.mean((2, 3)))
+
+
+def test_an_opset_is_reached_or_refused() -> None:
+    model = dataclasses.replace(untrained(load_config(CONFIGS / "digits.yaml")), network=Head().eval())
+    (version,) = (one.version for one in Source(model, (4, 4), opset=20).onnx.opset_import if not one.domain)
+    assert version == 20
+    with pytest.raises(ValueError, match=r"--opset 5: PyTorch exports this network with opset \d+, which could not be"):
+        _ = Source(model, (4, 4), opset=5).onnx
+
+
+def test_the_tiny_network_becomes_a_program_and_onnx(tmp_path: Path) -> None:
+    source = Source(load_trained(write_checkpoint(tmp_path)), (32, 32))
+    for name in ("pt2", "onnx"):
+        FORMATS[name].write(source, tmp_path / name)
+        assert compare(source.network, FORMATS[name].load(tmp_path / name), source.sizes()).largest < 1e-4
 
 
 @pytest.mark.slow

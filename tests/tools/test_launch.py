@@ -53,6 +53,15 @@ def test_only_a_lost_process_is_started_again(tmp_path: Path, plan: list, runs: 
     assert len(list(tmp_path.glob("main.py.*.0"))) == runs
 
 
+@pytest.mark.parametrize("number", ["0", "02", "-1", "two", "\u00b2"])
+def test_number_of_processes_that_is_none(
+    number: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "run_once", lambda *_: [0])
+    assert launch.main([number, "--cfg", "tiny.yaml"]) == 2
+    assert capsys.readouterr().err == "usage: python tools/launch.py <processes> <flags of main.py...>\n"
+
+
 @pytest.mark.parametrize("requeued", ["0", "1"])
 def test_every_start_is_told_when_the_launcher_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, requeued: str

@@ -9,15 +9,18 @@ import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from data.build import open_dataset
+from data.formats.folders import FileSource
 from data.sources import Dataset
-from tests.data.samples import small_config, write_folder
+from tests.data.samples import photograph, small_config, write_folder
 from tests.runs import ROOT
 from tools import make_shards
 
@@ -68,6 +71,91 @@ def test_images_are_shrunk_but_not_enlarged(photos: Path, tmp_path: Path, monkey
     for side, size in ((24, (32, 24)), (100, (48, 36))):
         run(monkeypatch, "--data-path", photos, "--output", tmp_path / str(side), "--short-side", side)
         assert opened(tmp_path / str(side)).train.read(0).size == size
+
+
+def write_turned(path: Path, orientation: int | None, kind: str = "JPEG") -> None:
+    """Write a photograph with an EXIF orientation; MPO is the JPEG of some cameras, with a preview behind it."""
+    exif = Image.Exif()
+    if orientation is not None:
+        exif[ExifTags.Base.Orientation] = orientation
+    more = {"save_all": True, "append_images": [photograph(9)]} if kind == "MPO" else {}
+    photograph(5).save(path, kind, exif=exif, **more)
+
+
+TURNED = {
+    "a.jpg": (None, "JPEG"),
+    "b.jpg": (1, "JPEG"),
+    "c.jpg": (6, "JPEG"),
+    "d.jpg": (6, "MPO"),
+    "e.jpg": (None, "MPO"),
+    "f.png": (8, "PNG"),
+    "g.avif": (3, "AVIF"),
+    "h.tif": (6, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("side", [0, 24])
+@pytest.mark.parametrize("exif", ["ignore", "apply"])
+def test_orientation_is_that_of_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, side: int, exif: str
+) -> None:
+    """Images are upright in the shards if EXIF orientation is applied; otherwise it can be applied later."""
+    (tmp_path / "photos/train/cat").mkdir(parents=True)
+    for name, (orientation, kind) in TURNED.items():
+        write_turned(tmp_path / "photos/train/cat" / name, orientation, kind)
+    flags = ("--short-side", side, "--parts", "train", "--opts", "DATA.EXIF", exif)
+    run(monkeypatch, "--data-path", tmp_path / "photos", "--output", tmp_path / "shards", *flags)
+    for later in ("ignore", "apply"):
+        of_shards = open_dataset(small_config(tmp_path / "shards", DATASET="tar", EXIF=later), ("train",)).train
+        of_files = open_dataset(
+            small_config(tmp_path / "photos", EXIF="apply" if exif == "apply" else later), ("train",)
+        ).train
+        for index, name in enumerate(TURNED):
+            one, other = of_shards.read(index), of_files.read(index)
+            assert (one.width > one.height) == (other.width > other.height), name
+            error = np.abs(np.asarray(one.resize(other.size), dtype=int) - np.asarray(other)).mean()
+            assert error < 12, name
+
+
+def test_files_are_kept_unless_they_are_turned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "photos/train/cat"
+    folder.mkdir(parents=True)
+    for name, (orientation, kind) in TURNED.items():
+        write_turned(folder / name, orientation, kind)
+    flags = ("--parts", "train", "--quality", 40, "--opts", "DATA.EXIF", "apply")
+    run(monkeypatch, "--data-path", tmp_path / "photos", "--output", tmp_path / "shards", *flags)
+    with tarfile.open(tmp_path / "shards/train-000000.tar") as archive:
+        packed = {member.name: archive.extractfile(member).read() for member in archive if ".cls" not in member.name}
+    endings = [name.partition(".")[2] for name in packed]
+    assert endings == ["jpg", "jpg", "jpg", "jpg", "jpg", "png", "png", "tif"]
+    files = [(folder / name).read_bytes() for name in TURNED]
+    kept = [content == file for content, file in zip(packed.values(), files, strict=True)]
+    assert kept == [True, True, False, False, True, False, False, True]
+    for name, content in packed.items():
+        if name.endswith("jpg") and content not in files:
+            assert len(content) < len(files[2])
+
+
+def test_data_set_is_not_sent_with_every_shard(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: FileSource) -> None:
+        raise TypeError("pickled")
+
+    monkeypatch.setattr(FileSource, "__reduce__", refuse)
+    run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards", "--per-shard", 4)
+
+
+def test_classes_that_are_numbers(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The label of class 10 is its position, 2, which is the name of another class."""
+    for name, number in (("cat", "10"), ("dog", "2")):
+        for part in ("train", "val"):
+            (photos / part / name).rename(photos / part / number)
+    for number in ("0", "1"):
+        write_folder(photos, {f"train/{number}": 1})
+    run(monkeypatch, "--data-path", photos, "--output", tmp_path / "shards")
+    shards, folders = opened(tmp_path / "shards"), open_dataset(small_config(photos))
+    assert shards.classes == folders.classes == ["0", "1", "10", "2"]
+    assert shards.train.labels.tolist() == folders.train.labels.tolist()
+    assert shards.held_out.labels.tolist() == folders.held_out.labels.tolist()
 
 
 def test_images_without_files_are_written_as_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

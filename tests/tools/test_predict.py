@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,10 +24,10 @@ from models.build import build_model
 from tasks.pictures import palette, with_legend
 from tests.browser import Browser, needs_browser
 from tests.models.detection.test_detectors import REGIONS
-from tests.runs import ROOT
+from tests.runs import ROOT, call
 from tests.tools.samples import CLASSES, tiny_config, write_checkpoint, write_photograph
 from tools.predict import main
-from training.trained_model import load_trained
+from training.trained_model import load_trained, untrained
 
 
 @pytest.fixture
@@ -37,17 +38,6 @@ def photographs(tmp_path: Path) -> list[Path]:
     return [write_photograph(folder / name, seed=seed) for seed, name in enumerate(names)]
 
 
-def predict(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *words: object, stdin: str = ""
-) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["predict.py", *map(str, words)])
-    monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, said.err
-
-
 def expected(checkpoint: Path, path: Path) -> torch.Tensor:
     model = load_trained(checkpoint)
     with torch.inference_mode():
@@ -55,16 +45,10 @@ def expected(checkpoint: Path, path: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 8])
-def test_json_lines_have_the_predictions(
-    tmp_path: Path,
-    photographs: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    batch_size: int,
-) -> None:
+def test_json_lines_have_the_predictions(tmp_path: Path, photographs: list[Path], batch_size: int) -> None:
     checkpoint = write_checkpoint(tmp_path, ema=True)
     words = ("--checkpoint", checkpoint, "--format", "jsonl", "--top", 3, "--batch-size", batch_size)
-    status, out, err = predict(monkeypatch, capsys, *words, tmp_path / "photos")
+    status, out, err = call(main, *words, tmp_path / "photos")
     assert status == 0
     assert "tiny, 10 classes (0 = ant, 1 = bee, 2 = cat, ..., 9 = jay), averaged weights" in err
     rows = [json.loads(line) for line in out.splitlines()]
@@ -75,54 +59,45 @@ def test_json_lines_have_the_predictions(
         assert [one["probability"] for one in row["top"]] == pytest.approx(values.tolist(), abs=1e-5)
 
 
-def test_text_csv_and_lists(
-    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_text_csv_and_lists(tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = write_checkpoint(tmp_path)
-    stdin = "".join(f"{path}\n" for path in photographs)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{path}\n" for path in photographs)))
     words = ("--checkpoint", checkpoint, "--top", 20)
-    _, text, _ = predict(monkeypatch, capsys, *words, "-", stdin=stdin)
+    _, text, _ = call(main, *words, "-")
     best = expected(checkpoint, photographs[0]).max(0)
     assert text.splitlines()[0].startswith(f"{photographs[0]}: {CLASSES[best.indices]} {100 * best.values:.1f} %, ")
-    _, out, _ = predict(monkeypatch, capsys, *words, "--format", "csv", *photographs)
+    _, out, _ = call(main, *words, "--format", "csv", *photographs)
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [row["file"] for row in rows] == list(map(str, photographs))
     assert sorted(rows[0][f"class{place}"] for place in range(1, 11)) == CLASSES
     assert sum(float(rows[0][f"probability{place}"]) for place in range(1, 11)) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_list_may_have_names_that_are_not_utf_8(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_list_may_have_names_that_are_not_utf_8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = os.fsencode(tmp_path) + b"/\xe4.png"
     Path(os.fsdecode(name)).write_bytes(write_photograph(tmp_path / "a.png").read_bytes())
     listed = io.TextIOWrapper(io.BytesIO(name + b"\n"), encoding="utf-8")
-    monkeypatch.setattr("sys.argv", ["predict.py", "--checkpoint", str(write_checkpoint(tmp_path)), "-"])
     monkeypatch.setattr("sys.stdin", listed)
-    with pytest.raises(SystemExit, match="0"):
-        main()
-    assert "\\udce4.png: " in capsys.readouterr().out
+    status, out, _ = call(main, "--checkpoint", write_checkpoint(tmp_path), "-")
+    assert status == 0
+    assert "\\udce4.png: " in out
 
 
-def test_files_that_cannot_be_read_are_named_and_skipped(
-    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_files_that_cannot_be_read_are_named_and_skipped(tmp_path: Path, photographs: list[Path]) -> None:
     photographs[1].write_bytes(b"no image")
     words = ("--checkpoint", write_checkpoint(tmp_path), "--format", "jsonl", "--batch-size", 2)
-    status, out, err = predict(monkeypatch, capsys, *words, tmp_path / "photos")
+    status, out, err = call(main, *words, tmp_path / "photos")
     assert status == 1
     assert [json.loads(line)["file"] for line in out.splitlines()] == [str(photographs[0]), str(photographs[2])]
     assert f"skipped: cannot read image '{photographs[1]}'" in err
 
 
-def test_files_of_folders_that_are_skipped_are_counted(
-    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_files_of_folders_that_are_skipped_are_counted(tmp_path: Path, photographs: list[Path]) -> None:
     folder = tmp_path / "photos"
     photographs[0].rename(folder / "a.jfif")
     for name in ("d.heic", "more/e.HEIC", "f.pdf", "._a.jpg"):
         (folder / name).write_bytes(b"no image")
-    status, out, err = predict(monkeypatch, capsys, "--checkpoint", write_checkpoint(tmp_path), "--top", 1, folder)
+    status, out, err = call(main, "--checkpoint", write_checkpoint(tmp_path), "--top", 1, folder)
     assert status == 0
     assert len(out.splitlines()) == 3
     assert f"3 files skipped in {folder}, with extensions that Pillow does not read: 2 .heic, 1 .pdf\n" in err
@@ -138,12 +113,10 @@ def test_names_that_the_console_cannot_show_are_escaped(tmp_path: Path) -> None:
     assert r"\u732b" in done.stdout.decode("cp1252")
 
 
-def test_half_precision_is_close(
-    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_half_precision_is_close(tmp_path: Path, photographs: list[Path]) -> None:
     checkpoint = write_checkpoint(tmp_path)
     words = ("--checkpoint", checkpoint, "--format", "jsonl", "--top", 1, "--amp", "bf16", "--device", "cpu")
-    _, out, _ = predict(monkeypatch, capsys, *words, photographs[0])
+    _, out, _ = call(main, *words, photographs[0])
     values = expected(checkpoint, photographs[0])
     assert json.loads(out)["top"][0]["probability"] == pytest.approx(values.max().item(), abs=0.02)
     assert json.loads(out)["top"][0]["probability"] != values.max().item()
@@ -154,36 +127,47 @@ def test_half_precision_is_close(
     [
         (["nowhere.jpg"], "nowhere.jpg does not exist; give images, folders, or -"),
         (["photos", "--top", "0"], "--top must be at least 1, not 0"),
+        (["photos", "--threshold", "1.5"], "--threshold must be from 0 to 1, not 1.5"),
+        (["photos", "--threshold", "nan"], "--threshold must be from 0 to 1, not nan"),
         (["empty"], "folder empty contains no images"),
         (["phone"], "folder phone contains no images, but 1 .heic"),
         (["-"], "no images were listed on standard input"),
     ],
 )
 def test_wrong_input_is_reported(
-    tmp_path: Path,
-    photographs: list[Path],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
-    words: list[str],
-    said: str,
+    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, words: list[str], said: str
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "phone").mkdir()
     (tmp_path / "phone" / "a.heic").touch()
     monkeypatch.chdir(tmp_path)
-    status, _, err = predict(monkeypatch, capsys, "--checkpoint", write_checkpoint(tmp_path), *words)
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    status, _, err = call(main, "--checkpoint", write_checkpoint(tmp_path), *words)
     assert status == 2
     assert err.startswith(f"predict.py: {said}")
     assert err.count("\n") == 1
 
 
-@needs_browser
-def test_the_page_shows_each_picture(
-    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def write_page(folder: Path, photographs: list[Path]) -> Path:
+    """Write a page of two pictures, and of a file that is none."""
     photographs[0].write_bytes(b"no image")
-    page = tmp_path / "pages" / "page.html"
-    predict(monkeypatch, capsys, "--checkpoint", write_checkpoint(tmp_path), "--html", page, tmp_path / "photos")
+    page = folder / "pages" / "page.html"
+    call(main, "--checkpoint", write_checkpoint(folder), "--html", page, folder / "photos")
+    return page
+
+
+def test_the_page_has_each_picture_with_its_classes(tmp_path: Path, photographs: list[Path]) -> None:
+    page = write_page(tmp_path, photographs).read_text(encoding="utf-8")
+    assert page.count("<figure") == page.count('src="data:image/') == 2
+    assert page.count('class="bar') == 10
+    captions = re.findall(r"<figcaption[^>]*>(.*?)</figcaption>", page, re.DOTALL)
+    assert ["b &lt;i&gt;.jpg" in captions[0], "c.webp" in captions[1]] == [True, True]
+    assert "a.png" in re.search(r"<li>(.*?)</li>", page)[1]
+
+
+@needs_browser
+def test_the_page_shows_each_picture(tmp_path: Path, photographs: list[Path]) -> None:
+    page = write_page(tmp_path, photographs)
     with Browser(tmp_path / "profile") as browser:
         browser.open(page)
         browser.wait_for("[...document.images].every(image => image.complete && image.naturalWidth)")
@@ -194,33 +178,27 @@ def test_the_page_shows_each_picture(
         assert browser.problems == []
 
 
-def test_several_labels_have_their_own_probabilities(
-    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_several_labels_have_their_own_probabilities(tmp_path: Path, photographs: list[Path]) -> None:
     config = tiny_config(tmp_path)
     config.DATA.MULTI_LABEL = True
     network, checkpoint = build_model(config), tmp_path / "several.pth"
     torch.nn.init.constant_(network.cls_head.bias, 100)
     torch.save({"format": 1, "model": network.state_dict(), "classes": CLASSES, "config": config.dump()}, checkpoint)
     words = ("--checkpoint", checkpoint, photographs[0], "--format", "jsonl")
-    _, out, _ = predict(monkeypatch, capsys, *words)
+    _, out, _ = call(main, *words)
     assert [one["probability"] for one in json.loads(out)["top"]] == [1.0] * 5
 
 
-def test_tasks_without_predictions_are_refused(
-    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_tasks_without_predictions_are_refused(tmp_path: Path, photographs: list[Path]) -> None:
     config = tiny_config(tmp_path)
     config.TASK = "regression"
     checkpoint = write_checkpoint(tmp_path, config=config.dump())
-    status, _, err = predict(monkeypatch, capsys, "--checkpoint", checkpoint, photographs[0])
+    status, _, err = call(main, "--checkpoint", checkpoint, photographs[0])
     assert status == 2
     assert "predictions of TASK regression cannot be shown, only those of classification" in err
 
 
-def test_segmenter_prints_shares_of_pixels_and_draws_them(
-    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_segmenter_prints_shares_of_pixels_and_draws_them(tmp_path: Path, photographs: list[Path]) -> None:
     config = tiny_config(tmp_path)
     config.TASK, config.MODEL.SEGMENTER.ARGS = "segmentation", CfgNode({"channels": 8, "pyramid_channels": 8})
     network = build_model(config)
@@ -230,7 +208,7 @@ def test_segmenter_prints_shares_of_pixels_and_draws_them(
     torch.save({"format": 1, "model": network.state_dict(), "classes": CLASSES, "config": config.dump()}, checkpoint)
     same_name = write_photograph(photographs[0].parent / "more" / "a.png", seed=3)
     words = ("--checkpoint", checkpoint, photographs[0].parent, "--format", "jsonl", "--draw", tmp_path / "maps")
-    status, out, _ = predict(monkeypatch, capsys, *words)
+    status, out, _ = call(main, *words)
     assert status == 0
     for line in out.splitlines():
         assert json.loads(line)["top"][0] == {"class": "dog", "share": 1.0}
@@ -254,9 +232,7 @@ def test_a_legend_names_the_largest_classes_first_and_counts_the_rest() -> None:
     assert squares[:20].tolist() == palette()[np.arange(29, 9, -1)].tolist()
 
 
-def test_detector_prints_and_draws_objects(
-    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_detector_prints_and_draws_objects(tmp_path: Path, photographs: list[Path]) -> None:
     config = tiny_config(tmp_path)
     config.TASK, config.MODEL.DETECTOR.NAME, config.DETECTION.TEST_SHORT_SIDE = "detection", "mask_rcnn", 64
     config.MODEL.DETECTOR.ARGS = CfgNode({**REGIONS, "detection": CfgNode({"score_thresh": 0.0})})
@@ -269,7 +245,7 @@ def test_detector_prints_and_draws_objects(
         (found,) = network([normalize(resized.as_subclass(torch.Tensor))])
     threshold = found["scores"].median().item()
     words = ("--checkpoint", checkpoint, "--threshold", threshold, "--draw", tmp_path / "boxes", photographs[0])
-    status, out, _ = predict(monkeypatch, capsys, *words, "--format", "jsonl")
+    status, out, _ = call(main, *words, "--format", "jsonl")
     objects, chosen = json.loads(out)["objects"], found["scores"] >= threshold
     assert (status, len(objects)) == (0, int(chosen.sum()))
     assert [one["class"] for one in objects] == [CLASSES[label] for label in found["labels"][chosen]]
@@ -280,19 +256,39 @@ def test_detector_prints_and_draws_objects(
     assert drawn.shape == (240, 360, 3)  # enlarged six times
     x, y = (6 * boxes[0, :2]).int().tolist()
     assert (drawn[y : y + 2, x + 12 : x + 14] == palette()[found["labels"][0]]).all(-1).any()
-    _, out, _ = predict(monkeypatch, capsys, *words, "--format", "csv")
+    _, out, _ = call(main, *words, "--format", "csv")
     rows = list(csv.DictReader(io.StringIO(out)))
     assert [float(row["x1"]) for row in rows] == pytest.approx(boxes[:, 0].tolist())
-    _, out, _ = predict(monkeypatch, capsys, *words)
+    _, out, _ = call(main, *words)
     assert out.count(" at ") == len(objects)
-    _, out, _ = predict(monkeypatch, capsys, *words, "--threshold", 2)
+    _, out, _ = call(main, *words, "--threshold", 1)
     assert out == f"{photographs[0]}: no objects\n"
 
 
-def test_classifiers_do_not_draw(
-    tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize(
+    ("task", "words", "said"),
+    [
+        ("classification", ("--draw", "maps"), "--draw is for TASK detection or segmentation"),
+        ("classification", ("--threshold", 0.5), "--threshold is for TASK detection"),
+        ("segmentation", ("--threshold", 0.5), "--threshold is for TASK detection"),
+        ("detection", ("--top", 1), "--top is for TASK classification or segmentation"),
+    ],
+)
+def test_flags_without_an_effect_are_refused(
+    task: str, words: tuple, said: str, tmp_path: Path, photographs: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ("--checkpoint", write_checkpoint(tmp_path), photographs[0], "--draw", tmp_path / "maps")
-    status, _, err = predict(monkeypatch, capsys, *words)
-    assert status == 2
-    assert "--draw takes a detector or segmenter; the TASK of " in err
+    loaded = untrained(tiny_config(tmp_path))
+    loaded.config.TASK = task
+    monkeypatch.setattr("tools.predict.load_trained", lambda *_, **__: loaded)
+    status, out, err = call(main, "--checkpoint", "best.pth", photographs[0], *words)
+    assert (status, out) == (2, "")
+    assert err.endswith(f"predict.py: {said}; the TASK of best.pth is {task}\n")
+
+
+def test_files_that_cannot_be_written_are_found_before_the_predictions(tmp_path: Path, photographs: list[Path]) -> None:
+    words = ("--checkpoint", write_checkpoint(tmp_path), photographs[0])
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path, "Is a directory"), (tmp_path / "file" / "page.html", "File exists")):
+        status, out, err = call(main, *words, "--html", path)
+        assert (status, out) == (2, "")
+        assert err.endswith(f"predict.py: --html {path} cannot be written: {why}\n")

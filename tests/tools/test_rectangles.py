@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 
 import onnxruntime
@@ -11,25 +9,15 @@ import pytest
 
 from benchmarks import model
 from tests.launched import run_forked
-from tests.runs import ROOT, read_metrics, write_config
+from tests.runs import ROOT, printed_by, read_metrics, write_config
 from tests.tools.samples import write_photograph
 from tools import compare, complexity, export, predict, visualize
 
 HEIGHT, WIDTH = 32, 64
 
 
-def call(monkeypatch: pytest.MonkeyPatch, command: Callable[[], None], *words: object, ends: bool = False) -> None:
-    """Call the main function of a tool with command-line arguments; `ends`: it exits with status 0."""
-    monkeypatch.setattr("sys.argv", ["tool", *map(str, words)])
-    with pytest.raises(SystemExit) if ends else nullcontext() as ended:
-        command()
-    assert not ended or not ended.value.code
-
-
 @pytest.mark.slow
-def test_a_rectangle_is_trained_evaluated_and_read_by_the_tools(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_rectangle_is_trained_evaluated_and_read_by_the_tools(tmp_path: Path) -> None:
     data = {"IMG_SIZE": [HEIGHT, WIDTH], "BATCH_SIZE": 512, "NUM_WORKERS": 0}  # two updates
     config = write_config(tmp_path, DATA=data, TRAIN={"EPOCHS": 1, "WARMUP_EPOCHS": 0})
     common = ("--cfg", config, "--output", tmp_path)
@@ -41,22 +29,18 @@ def test_a_rectangle_is_trained_evaluated_and_read_by_the_tools(
     assert f"at {HEIGHT}x{WIDTH}" in run_forked(*common, "--throughput")
 
     photograph, checkpoint = write_photograph(tmp_path / "photo.png"), ("--checkpoint", folder / "best.pth")
-    call(monkeypatch, predict.main, photograph, *checkpoint, ends=True)
-    assert "photo.png: " in capsys.readouterr().out
-    call(monkeypatch, visualize.main, photograph, *checkpoint, "--output", tmp_path / "drawn")
+    assert "photo.png: " in printed_by(predict.main, photograph, *checkpoint)
+    printed_by(visualize.main, photograph, *checkpoint, "--output", tmp_path / "drawn")
     assert (tmp_path / "drawn" / "index.html").is_file()
-    call(monkeypatch, export.main, *checkpoint, "--output", tmp_path, ends=True)
+    printed_by(export.main, *checkpoint, "--output", tmp_path)
     (images,) = onnxruntime.InferenceSession(tmp_path / "tiny.onnx").get_inputs()
     assert images.shape[1:] == [3, HEIGHT, WIDTH]
 
 
-def test_costs_of_rectangles(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_costs_of_rectangles(tmp_path: Path) -> None:
     config = write_config(tmp_path, DATA={"IMG_SIZE": [HEIGHT, WIDTH]})
-    call(monkeypatch, complexity.main, config)
-    call(monkeypatch, model.main, "--cfg", config, "--runs", 1, "--batch-size", 1)
-    assert capsys.readouterr().out.count(f"{HEIGHT}x{WIDTH}") == 2
+    assert f"{HEIGHT}x{WIDTH}" in printed_by(complexity.main, config)
+    assert f"{HEIGHT}x{WIDTH}" in printed_by(model.main, "--cfg", config, "--runs", 1, "--batch-size", 1)
     square, wide = (
         compare.measure(compare.Variant(str(ROOT / "configs" / "digits.yaml"), options, tmp_path), batch=1, runs=1)
         for options in ([], ["DATA.IMG_SIZE", "[32, 64]"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,21 +13,17 @@ import torch
 from PIL import Image
 from yacs.config import CfgNode
 
+from config import load_config
 from models.build import build_model
 from models.vit import VisionTransformer
 from tests.browser import Browser, needs_browser
-from tests.runs import run_command, write_config
+from tests.runs import call, printed_by, write_config
 from tests.tools.samples import tiny_config, write_checkpoint, write_photograph
 from tools.deformations import inspect_blocks
 from tools.drawing import first_heads
 from tools.visualize import attention_of, main
 from tools.windows import draw_windows
 from training.trained_model import untrained
-
-
-def visualize(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
-    monkeypatch.setattr("sys.argv", ["visualize.py", *map(str, words)])
-    main()
 
 
 def page_data(page: Path) -> dict:
@@ -120,9 +115,9 @@ def test_images_are_prepared_as_in_the_evaluation_of_the_task(
     assert seen.blocks[0].map_size == (shape[0] // 32, shape[1] // 32)
 
 
-def test_a_picture_for_each_photograph_and_one_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_for_each_photograph_and_one_page(tmp_path: Path) -> None:
     photographs = [write_photograph(tmp_path / name / "one.png", seed=i) for i, name in enumerate(_folders(tmp_path))]
-    visualize(monkeypatch, *photographs, "--checkpoint", write_checkpoint(tmp_path), "--output", tmp_path / "out")
+    printed_by(main, *photographs, "--checkpoint", write_checkpoint(tmp_path), "--output", tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["index.html", "one-2.png", "one.png"]
     page = page_data(tmp_path / "out" / "index.html")
     assert [image["name"] for image in page["images"]] == ["one.png", "one.png"]
@@ -137,10 +132,10 @@ def _folders(folder: Path) -> list[str]:
     return ["a", "b"]
 
 
-def test_before_and_after_stand_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_and_after_stand_side_by_side(tmp_path: Path) -> None:
     image, checkpoint = write_photograph(tmp_path / "one.png"), write_checkpoint(tmp_path)
-    visualize(monkeypatch, image, "--checkpoint", checkpoint, "--output", tmp_path / "one")
-    visualize(monkeypatch, image, "--checkpoint", checkpoint, "--before", "--output", tmp_path / "two")
+    printed_by(main, image, "--checkpoint", checkpoint, "--output", tmp_path / "one")
+    printed_by(main, image, "--checkpoint", checkpoint, "--before", "--output", tmp_path / "two")
     networks = page_data(tmp_path / "two" / "index.html")["images"][0]["networks"]
     assert [network["title"] for network in networks] == ["before training", "after training"]
     assert networks[0]["blocks"][0]["weights"] != networks[1]["blocks"][0]["weights"]
@@ -152,7 +147,7 @@ def test_before_and_after_stand_side_by_side(tmp_path: Path, monkeypatch: pytest
 def test_large_maps_keep_some_of_their_queries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tools.visualize.MOST_WEIGHTS", 40)
     image, checkpoint = write_photograph(tmp_path / "one.png"), write_checkpoint(tmp_path)
-    visualize(monkeypatch, image, "--checkpoint", checkpoint, "--stages", 3, "--output", tmp_path / "out")
+    printed_by(main, image, "--checkpoint", checkpoint, "--stages", 3, "--output", tmp_path / "out")
     entry = page_data(tmp_path / "out" / "index.html")["images"][0]["networks"][0]["blocks"][0]
     assert entry["map"] == [2, 2]
     assert entry["queries"] == [1, 1]
@@ -168,27 +163,59 @@ def test_large_maps_keep_some_of_their_queries(tmp_path: Path, monkeypatch: pyte
         (["--stages", "1"], "stage 1 has no deformable attention"),
     ],
 )
-def test_error_if_nothing_can_be_drawn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, words: list[str], said: str
-) -> None:
+def test_error_if_nothing_can_be_drawn(tmp_path: Path, words: list[str], said: str) -> None:
     image, checkpoint = write_photograph(tmp_path / "one.png"), write_checkpoint(tmp_path)
-    with pytest.raises(SystemExit, match="2"):
-        visualize(monkeypatch, image, "--checkpoint", checkpoint, "--output", tmp_path / "out", *words)
-    assert said in capsys.readouterr().err
+    status, _, err = call(main, image, "--checkpoint", checkpoint, "--output", tmp_path / "out", *words)
+    assert status == 2
+    assert said in err
 
 
-def test_command_without_a_network_is_an_error(tmp_path: Path) -> None:
-    result = run_command(sys.executable, "tools/visualize.py", "photo.jpg")
-    assert result.returncode == 2
-    assert "give --checkpoint FILE, or --cfg FILE" in result.stderr
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "give --checkpoint FILE, or --cfg FILE for a network with random weights"),
+        (
+            ("--cfg", "tiny.yaml", "--weights", "ema"),
+            "--weights chooses a set of weights of a --checkpoint, and there is",
+        ),
+    ],
+)
+def test_flags_that_name_no_weights_are_refused(words: tuple[str, ...], said: str) -> None:
+    status, _, err = call(main, "photo.jpg", *words)
+    assert status == 2
+    assert err.startswith(f"visualize.py: {said}")
+
+
+def write_other(folder: Path, *options: str) -> Path:
+    """Write a checkpoint of another architecture."""
+    config = load_config(write_config(folder), options)
+    torch.save({"format": 1, "model": build_model(config).state_dict(), "config": config.dump()}, folder / "other.pth")
+    return folder / "other.pth"
+
+
+def test_networks_with_other_blocks_are_not_compared(tmp_path: Path) -> None:
+    other = write_other(tmp_path, "MODEL.DAT.stage_spec", "[N, N, D, D]")
+    words = (write_photograph(tmp_path / "one.png"), "--checkpoint", write_checkpoint(tmp_path), "--before", other)
+    status, _, err = call(main, *words, "--output", tmp_path / "out")
+    assert status == 2
+    assert err == (
+        "visualize.py: --before: the deformable blocks of other are stages.2.attns.0, stages.3.attns.0, those of best "
+        "stages.1.attns.0, stages.2.attns.0, stages.3.attns.0; give a checkpoint of the same architecture\n"
+    )
+
+
+def test_heads_are_those_of_all_networks(tmp_path: Path) -> None:
+    image, checkpoint, other = write_photograph(tmp_path / "one.png"), write_checkpoint(tmp_path), write_other(tmp_path)
+    for pair in ((checkpoint, other), (other, checkpoint)):
+        words = (image, "--checkpoint", pair[0], "--before", pair[1], "--output", tmp_path / "out")
+        status, _, err = call(main, *words, "--heads", 3)
+        assert (status, err) == (2, "visualize.py: --heads 3: the blocks have at most 2 heads\n")
 
 
 @needs_browser
-def test_the_page_follows_the_mouse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_follows_the_mouse(tmp_path: Path) -> None:
     images = [write_photograph(tmp_path / f"{name}.png", seed=seed) for seed, name in enumerate("ab")]
-    visualize(
-        monkeypatch, *images, "--checkpoint", write_checkpoint(tmp_path), "--before", "--output", tmp_path / "out"
-    )
+    printed_by(main, *images, "--checkpoint", write_checkpoint(tmp_path), "--before", "--output", tmp_path / "out")
     with Browser(tmp_path / "profile") as browser:
         browser.open(tmp_path / "out" / "index.html", ready="document.body.dataset.ready")
 
@@ -221,9 +248,7 @@ def test_the_page_follows_the_mouse(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert browser.problems == []
 
 
-def test_windows_of_a_vision_transformer_by_epochs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_windows_of_a_vision_transformer_by_epochs(tmp_path: Path) -> None:
     vit = {"embed_dim": 8, "depth": 1, "num_heads": 2, "locality_reach": [0, 1], "locality_epochs": [2, 5]}
     for locality, seen in (("sequence", [1, 3, 16]), ("box", [1, 9, 16])):
         network = VisionTransformer(img_size=16, locality=locality, **vit)
@@ -237,12 +262,11 @@ def test_windows_of_a_vision_transformer_by_epochs(
         assert [int(one.images[0].get_array().sum()) for one in axes[3:]] == seen
     config = write_config(tmp_path, MODEL={"TYPE": "vit", "VIT": vit}, DATA={"IMG_SIZE": 16})
     words = ("--cfg", config, "--output", tmp_path / "out")
-    visualize(monkeypatch, *words, "--opts", "MODEL.VIT.locality", "box")
-    assert ", random weights\n" in capsys.readouterr().out
+    assert ", random weights\n" in printed_by(main, *words, "--opts", "MODEL.VIT.locality", "box")
     assert (tmp_path / "out" / "windows.png").stat().st_size > 1000
     (tmp_path / "dat").mkdir()
     dat = ("--cfg", write_config(tmp_path / "dat"))
     for wrong, says in ((words, "has no windows"), (dat, "give images; without any, the windows of a Vision Trans")):
-        with pytest.raises(SystemExit):
-            visualize(monkeypatch, *wrong)
-        assert says in capsys.readouterr().err
+        status, _, err = call(main, *wrong)
+        assert status == 2
+        assert says in err

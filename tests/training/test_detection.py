@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import re
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.data.detection.samples import write_coco
-from tests.launched import Trial, first_difference, run_forked
+from tests.launched import run_forked, whole_and_killed
 from tests.models.detection.test_detectors import TINY
 from tests.runs import read_metrics
 
 pytestmark = pytest.mark.xdist_group("dense")
-
-BACKBONE = {
-    **{"dim_stem": 8, "dims": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "stage_spec": ["N", "D", "D", "D"]},
-    **{"heads": [1, 2, 2, 2], "groups": [1, 1, 1, 1]},
-}
 
 
 def sections(name: str, data: Path, processes: int) -> dict[str, Any]:
@@ -29,7 +22,7 @@ def sections(name: str, data: Path, processes: int) -> dict[str, Any]:
             **{"DATASET": "coco", "DATA_PATH": str(data), "IMG_SIZE": 64},
             **{"BATCH_SIZE": 4 // processes, "NUM_WORKERS": 0},
         },
-        "MODEL": {"NAME": "tiny", "DETECTOR": {"NAME": name, "ARGS": TINY[name]}, "DAT": BACKBONE},
+        "MODEL": {"DETECTOR": {"NAME": name, "ARGS": TINY[name]}},
         "DETECTION": {"SHORT_SIDES": [48, 64], "LONG_SIDE": 80, "CROP_SIDES": [48], "CROP": [32, 48]}
         | {"TEST_SHORT_SIDE": 48},
         "TRAIN": {"EPOCHS": 2, "WARMUP_EPOCHS": 0, "EMA": {"ENABLED": name == "retinanet"}},
@@ -41,17 +34,8 @@ def sections(name: str, data: Path, processes: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["retinanet", "mask_rcnn", pytest.param("cascade", marks=pytest.mark.slow)])
 def test_a_killed_detector_ends_as_one_that_was_not(tmp_path: Path, name: str) -> None:
-    data, left, processes = write_coco(tmp_path / "data"), [], 2 if name == "mask_rcnn" else 1
-    for run in ("whole", "killed"):
-        trial = Trial(tmp_path / run, processes, 0, **sections(name, data, processes))
-        if run == "killed":
-            job = trial.start()
-            job.wait_until(lambda trial=trial: trial.rows() >= 2)  # after the first mid-epoch checkpoint
-            job.signal(signal.SIGKILL)
-            job.wait()
-        left.append(trial.finish())
-    assert re.search("continuing from .*, update [1-9]", (tmp_path / "killed" / "console.txt").read_text())
-    assert first_difference(*left) is None
+    processes = 2 if name == "mask_rcnn" else 1
+    trial = whole_and_killed(tmp_path, processes, rows=2, **sections(name, write_coco(tmp_path / "data"), processes))
     assert (trial.folder / "samples.png").is_file()
     if name == "mask_rcnn":
         found = read_metrics(trial.folder, "eval")[-1]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import errno
-import logging
 import os
 import signal
 import socket
@@ -18,6 +18,7 @@ from packaging.utils import canonicalize_name
 import main
 from tests.launched import Trial
 from tests.runs import ROOT, run_command
+from tests.test_imports import OURS, imports_of
 from tests.test_requirements import read
 from training import startup
 from training.exit_status import FAILED, LOST_PEER, WRONG_INPUT, report_failure
@@ -40,10 +41,8 @@ BY_ITSELF = "the launcher restarts all processes from the last checkpoint"
     ],
 )
 def test_lost_process_is_reported_with_its_cause(
-    monkeypatch: pytest.MonkeyPatch, error: str, env: dict[str, str], what: str, how: str
+    logged: list[str], monkeypatch: pytest.MonkeyPatch, error: str, env: dict[str, str], what: str, how: str
 ) -> None:
-    logged: list[str] = []
-    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
     for name in ("DAT_RESTARTS_LEFT", "TORCHELASTIC_MAX_RESTARTS", "TORCHELASTIC_RESTART_COUNT", "DAT_TIMEOUT_MINUTES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in env.items():
@@ -114,10 +113,8 @@ TAKEN = "The server socket has failed to listen on any local address. port: 2940
     ],
 )
 def test_failed_communication_is_reported_with_its_reason(
-    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, status: int, what: str, reason: str
+    logged: list[str], monkeypatch: pytest.MonkeyPatch, error: RuntimeError, status: int, what: str, reason: str
 ) -> None:
-    logged: list[str] = []
-    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
     for name in ("DAT_RESTARTS_LEFT", "DAT_TIMEOUT_MINUTES"):
         monkeypatch.delenv(name, raising=False)
     assert report_failure(error) == status
@@ -149,10 +146,8 @@ ECC = "CUDA error: uncorrectable ECC error encountered"
     ],
 )
 def test_a_gpu_that_fails_is_named_and_is_worth_a_restart(
-    monkeypatch: pytest.MonkeyPatch, error: RuntimeError, reason: str
+    logged: list[str], monkeypatch: pytest.MonkeyPatch, error: RuntimeError, reason: str
 ) -> None:
-    logged: list[str] = []
-    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
     monkeypatch.delenv("DAT_RESTARTS_LEFT", raising=False)
     for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "CUDA_VISIBLE_DEVICES": "2,3"}.items():
         monkeypatch.setenv(name, value)
@@ -189,9 +184,7 @@ def test_a_wrong_call_of_the_gpu_is_an_error_of_the_program(reason: str) -> None
     ],
     ids=repr,
 )
-def test_out_of_memory_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    logged: list[str] = []
-    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
+def test_out_of_memory_is_told_with_its_cure(logged: list[str], error: Exception) -> None:
     assert report_failure(error) == FAILED
     assert len(logged) == 1
     assert logged[0].startswith("out of memory; reduce --batch-size ")
@@ -216,10 +209,8 @@ def test_out_of_memory_is_told_with_its_cure(monkeypatch: pytest.MonkeyPatch, er
     ],
 )
 def test_killed_worker_is_reported_at_any_moment(
-    monkeypatch: pytest.MonkeyPatch, error: RuntimeError | OSError | EOFError, reason: str
+    logged: list[str], monkeypatch: pytest.MonkeyPatch, error: RuntimeError | OSError | EOFError, reason: str
 ) -> None:
-    logged: list[str] = []
-    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
     monkeypatch.delenv("DAT_RESTARTS_LEFT", raising=False)
     assert report_failure(error) == LOST_PEER
     assert logged == [f"rank 0: {reason} (fewer DATA.NUM_WORKERS need less memory); {BY_HAND}"]
@@ -233,18 +224,16 @@ def test_killed_worker_is_reported_at_any_moment(
         "shared memory. Please try to raise your shared memory limit.",
     ],
 )
-def test_full_shared_memory_is_reported_with_its_cure(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
-    logged: list[str] = []
-    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
+def test_full_shared_memory_is_reported_with_its_cure(
+    logged: list[str], monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
     monkeypatch.delenv("DAT_RESTARTS_LEFT", raising=False)
     assert report_failure(RuntimeError(f"Caught RuntimeError in DataLoader worker process 0.\n{reason}\n")) == LOST_PEER
     cure = "give the container more with --shm-size or --ipc=host, or use smaller batches"
     assert logged == [f"rank 0: {reason} ({cure}); {BY_HAND}"]
 
 
-def test_an_operation_without_a_deterministic_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[str] = []
-    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
+def test_an_operation_without_a_deterministic_kernel_is_named(logged: list[str]) -> None:
     error = (
         "adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but you set "
         "'torch.use_deterministic_algorithms(True)'. You can turn off determinism just for this operation"
@@ -258,9 +247,9 @@ FILE = "images/cat.jpg"
 
 
 @pytest.mark.parametrize("name", ["EIO", "ESTALE", "EREMOTEIO", "ENOLINK", "EHOSTDOWN", "ETIMEDOUT", "ECONNRESET"])
-def test_a_file_that_the_machine_fails_to_read_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    logged: list[str] = []
-    monkeypatch.setattr(logging.getLogger("dat"), "error", logged.append)
+def test_a_file_that_the_machine_fails_to_read_is_named(
+    logged: list[str], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     monkeypatch.delenv("DAT_RESTARTS_LEFT", raising=False)
     number = getattr(errno, name)
     assert report_failure(OSError(number, "it failed", FILE)) == LOST_PEER
@@ -331,7 +320,38 @@ def test_killed_process_is_not_reported_as_timeout(tmp_path: Path) -> None:
 
 SETUP = ROOT / "tools" / "setup_env.py"
 FILES = [path for folder in ("tools", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
-PROGRAMS = [path for path in FILES if "startup.begin()" in path.read_text("utf-8")]
+PROGRAMS = [path for path in FILES if "startup.begin(" in path.read_text("utf-8")]
+
+
+def needs(program: Path) -> set[str]:
+    """Return the modules that a program asks for, besides those of every program."""
+    calls = [node for node in ast.walk(ast.parse(program.read_text("utf-8"))) if isinstance(node, ast.Call)]
+    begins = (call for call in calls if ast.unparse(call.func) == "startup.begin")
+    return {ast.literal_eval(word) for begin in begins for word in begin.args}
+
+
+def loaded_by(path: Path, seen: set[Path]) -> set[str]:
+    """Return the modules of other packages that a file imports at once, itself or by files that are not in `seen`."""
+    seen.add(path)
+    found = set()
+    for name in imports_of(path, at_once=True):
+        parts = name.split(".")
+        if parts[0] not in OURS:
+            found.add(parts[0])
+            continue
+        for place in (ROOT.joinpath(*parts[:length]) for length in range(1, len(parts) + 1)):
+            for file in (place.with_suffix(".py"), place / "__init__.py"):
+                if file.is_file() and file not in seen:
+                    found |= loaded_by(file, seen)
+    return found - sys.stdlib_module_names
+
+
+TOOLS = [path for path in PROGRAMS if path.parent.name == "tools"]
+
+
+@pytest.mark.parametrize("program", [ROOT / "main.py", *TOOLS], ids=lambda path: path.name)
+def test_programs_ask_for_the_packages_that_they_import(program: Path) -> None:
+    assert loaded_by(program, set()) - set(startup._MODULES) == needs(program)
 
 
 def test_programs_check_that_their_packages_are_installed() -> None:
@@ -351,7 +371,8 @@ def test_python_without_the_packages_gets_one_line(program: Path) -> None:
 
 @pytest.mark.parametrize("program", [ROOT / "main.py", *PROGRAMS], ids=lambda path: path.name)
 def test_ctrl_c_ends_a_program_without_a_traceback(program: Path, tmp_path: Path) -> None:
-    for name in (*startup._MODULES, "matplotlib"):  # each stands for the package, and for a user who presses Ctrl-C
+    # Each stands for the package, and for a user who presses Ctrl-C.
+    for name in (*startup._MODULES, "matplotlib", *needs(program)):
         (tmp_path / f"{name}.py").write_text("import os, signal\n\nos.kill(os.getpid(), signal.SIGINT)\n")
     done = run_command(sys.executable, "-S", program, "1", PYTHONPATH=str(tmp_path))
     assert done.returncode == -signal.SIGINT

@@ -8,10 +8,12 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import PIPE
@@ -20,21 +22,23 @@ import pytest
 
 from config import default_config
 from logger import RunLog
-from tests.launched import UPDATES, Job, Trial, Uninterrupted, first_difference, start_launcher
+from tests.launched import (
+    UPDATES,
+    Job,
+    Trial,
+    Uninterrupted,
+    first_difference,
+    is_running,
+    start_launcher,
+    wait_until,
+)
 from tests.runs import ROOT, read_metrics
 from training.checkpoint import load_checkpoint
+from utils import StopSignal
 
 pytestmark = pytest.mark.xdist_group("serial")
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes of a launcher in /proc")
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    """Return as soon as `holds()`."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def start_and_wait_for_rows(trial: Trial, rows: int, *flags: str | Path) -> Job:
@@ -60,14 +64,18 @@ def test_a_signal_to_one_rank_stops_all_and_the_command_continues(uninterrupted:
 def _interrupt_evaluation() -> None:
     from tasks.classification import Accuracy
 
-    add = Accuracy.add
+    add, listen, stops = Accuracy.add, StopSignal.listen, []
+
+    def note(stop: StopSignal) -> None:
+        stops.append(stop)
+        listen(stop)
 
     def add_and_signal(*args: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(0.2)
+        wait_until(lambda: stops[-1].received is not None)
         add(*args)
 
-    Accuracy.add = add_and_signal
+    Accuracy.add, StopSignal.listen = add_and_signal, note
 
 
 def test_a_signal_during_evaluation_repeats_the_evaluation_alone(uninterrupted: Uninterrupted, tmp_path: Path) -> None:
@@ -84,15 +92,28 @@ def test_a_second_interrupt_ends_even_a_process_that_hangs(tmp_path: Path) -> No
     job = start_and_wait_for_rows(trial, 1)
     job.signal(signal.SIGSTOP, 1)
     job.signal(signal.SIGINT, 0)
-    time.sleep(0.3)
-    job.signal(signal.SIGINT, 0)  # the one that torchrun passes on
-    job.ranks[0].join(1.5)
-    assert job.ranks[0].is_alive()
-    job.signal(signal.SIGINT, 0)
-    job.ranks[0].join(20)
+    wait_until(lambda: "SIGINT: stopping after this update; Ctrl-C again ends at once" in job.console())
+
+    def interrupt() -> bool:
+        job.signal(signal.SIGINT, 0)
+        return not job.ranks[0].is_alive()
+
+    wait_until(interrupt, 20)  # at first, for the same Ctrl-C that torchrun passes on
     assert job.ranks[0].exitcode == 128 + signal.SIGINT
     job.signal(signal.SIGKILL, 1)
     job.wait()
+
+
+def test_an_interrupt_that_torchrun_passes_on_is_no_second_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    stop, (numbers, written), ended = StopSignal(), socket.socketpair(), []
+    monkeypatch.setattr("utils.os._exit", ended.append)
+    threading.Thread(target=stop._listen, args=(numbers,), daemon=True).start()
+    # After the interrupts, another signal tells that they were handled.
+    for seconds, last, statuses in ((1000.0, signal.SIGTERM, []), (0.0, signal.SIGHUP, [128 + signal.SIGINT])):
+        monkeypatch.setattr(StopSignal, "_SAME_CTRL_C", seconds)
+        written.send(bytes([signal.SIGINT, signal.SIGINT, last] if seconds else [signal.SIGINT, last]))
+        wait_until(lambda last=last: stop.received == last)
+        assert ended == statuses
 
 
 def test_hung_process_is_reported_in_one_line(tmp_path: Path) -> None:
@@ -152,26 +173,31 @@ def test_processes_stop_when_their_launcher_is_killed(uninterrupted: Uninterrupt
     assert "stopped on request" in (tmp_path / "launcher.txt").read_text()
 
 
+def is_importing(process: int) -> bool:
+    """Return whether a process has begun to import PyTorch, which takes seconds."""
+    return "libtorch" in Path("/proc", str(process), "maps").read_text()
+
+
 @LINUX
 def test_importing_processes_end_when_their_launcher_is_killed(tmp_path: Path) -> None:
     trial = Trial(tmp_path / "trial", 2, 0)
     launcher = start_launcher(trial.words, tmp_path / "launcher.txt")
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
     wait_until(lambda: len(children.read_text().split()) == 2)
-    started = [Path("/proc", number, "stat") for number in children.read_text().split()]
-    time.sleep(0.5)
+    started = list(map(int, children.read_text().split()))
+    wait_until(lambda: all(map(is_importing, started)))
     assert not trial.folder.exists()
     launcher.kill()
-    wait_until(lambda: all(not stat.exists() or stat.read_text().split()[2] == "Z" for stat in started), 30)
+    wait_until(lambda: not any(map(is_running, started)), 30)
 
 
-@pytest.mark.parametrize("moment", ["while importing", "before the first update"])
+@pytest.mark.parametrize("moment", [pytest.param("while importing", marks=LINUX), "before the first update"])
 def test_an_interrupt_before_the_training_ends_the_process_without_a_traceback(tmp_path: Path, moment: str) -> None:
     trial = Trial(tmp_path / "trial", 1, 0)
     words = [sys.executable, str(ROOT / "main.py"), *map(str, trial.words)]
     with subprocess.Popen(words, stdout=PIPE, stderr=subprocess.STDOUT, text=True) as process:
         if moment == "while importing":
-            time.sleep(0.7)
+            wait_until(lambda: is_importing(process.pid))
         else:
             wait_until(lambda: (trial.folder / ".lock").exists())
         process.send_signal(signal.SIGINT)

@@ -17,7 +17,7 @@ from tests.runs import write_config
 from tests.tools.samples import CLASSES, write_checkpoint, write_photograph
 from tests.training.test_vit import VIT, WINDOWS
 from training.build import assemble
-from training.trained_model import load_trained, untrained
+from training.trained_model import TrainedModel, load_trained, untrained
 from utils import World
 
 
@@ -117,3 +117,19 @@ def test_a_network_of_timm_has_as_many_classes_as_its_weights(tmp_path: Path) ->
     assert holds(model.network, network.state_dict())
     assert model.classes == [f"class {label}" for label in range(7)]
     assert model.transform()(Image.new("RGB", (50, 60))).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_the_transform_of_dense_tasks_is_that_of_their_evaluation(tmp_path: Path, task: str) -> None:
+    config = load_config(
+        write_config(
+            tmp_path,
+            TASK=task,
+            DATA={"DATASET": "digit_scenes", "IMG_SIZE": 48},
+            **({"DETECTION": {"TEST_SHORT_SIDE": 48, "LONG_SIDE": 80}} if task == "detection" else {}),
+        )
+    )
+    image = Image.new("RGB", (60, 40), (200, 30, 90))
+    pixels = TrainedModel(nn.Identity(), config, [], "", "").transform()(image)
+    assert pixels.shape == (3, 48, 72)
+    assert TrainedModel(nn.Identity(), config, [], "", "").transform((32, 32))(image).shape == (3, 32, 32)

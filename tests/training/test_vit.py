@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from main import main
 from models.vit import ATTENTIONS
+from tests.launched import resumed_equals_whole
 from tests.runs import read_metrics, write_config
 
 pytestmark = pytest.mark.xdist_group("training")
@@ -37,17 +37,11 @@ def test_a_resumed_run_ends_bit_for_bit_the_same(
     tmp_path: Path, options: dict[str, str], capsys: pytest.CaptureFixture
 ) -> None:
     command = ["--cfg", config_of(tmp_path, options), "--output", str(tmp_path)]
-    assert main([*command, "--tag", "whole"]) == 0
-    whole = tmp_path / "tiny" / "whole"
-    assert main([*command, "--tag", "resumed", "--resume", str(whole / "epoch_1.pth")]) == 0
-    kept = [torch.load(tmp_path / "tiny" / tag / "last.pth", weights_only=True) for tag in ("whole", "resumed")]
-    for part in ("model", "ema"):
-        torch.testing.assert_close(kept[1][part], kept[0][part], rtol=0, atol=0)
-    rows = [read_metrics(tmp_path / "tiny" / tag, "eval") for tag in ("whole", "resumed")]
-    assert rows[1][-1]["loss"] == rows[0][-1]["loss"]
+    whole = resumed_equals_whole(command, tmp_path)
+    (first, *_) = read_metrics(whole, "eval")
     # A checkpoint is evaluated with the window and the features that its epoch had.
     capsys.readouterr()
     assert (
         main([*command, "--eval", "--resume", str(whole / "epoch_1.pth"), "--opts", "TRAIN.EMA.ENABLED", "False"]) == 0
     )
-    assert f"Loss {rows[0][0]['loss']:.4f}" in capsys.readouterr().out
+    assert f"Loss {first['loss']:.4f}" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.build import loader_warnings
 from data.datasets import PipedCollate
-from data.detection.build import build_eval_loader, build_train_loader, largest_image, open_dataset
+from data.detection.build import build_eval_loader, build_train_loader, largest_image, largest_sample, open_dataset
 from data.detection.coco import open_coco
 from data.detection.datasets import EvalSamples, TrainSamples
 from data.detection.transforms import EvalTransform, TrainTransform
@@ -58,18 +58,23 @@ def test_batches_that_exceed_shared_memory_go_through_pipes(tmp_path: Path, monk
     config = small_config(write_coco(tmp_path), DATASET="coco", NUM_WORKERS=1)
     config.DETECTION.SHORT_SIDES, config.DETECTION.TEST_SHORT_SIDE, config.DETECTION.LONG_SIDE = [48], 48, 60
     dataset = open_dataset(config, ("train", "val"))
-    needed = 4 * 4 * 48 * 60 * 4  # four batches of four images, larger than DATA.IMG_SIZE
-    batches = {}
-    for free in (needed, needed - 1):
+    images = 4 * 4 * 48 * 60 * 4  # four batches of four images, larger than DATA.IMG_SIZE
+    masks = images * 6 // 4  # two objects each, without the crowd
+    assert largest_sample(config, dataset.train) == (72, 60)
+    batches = []
+    for free in (masks, masks - 1, images - 1):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(0, 0, free))
-        short = free < needed
-        assert len(loader_warnings(config, largest_image(config))) == short
-        loaders = (
-            build_train_loader(config, dataset, masks=True, rank=0, world_size=1),
-            build_eval_loader(config, dataset, rank=0, world_size=1),
-        )
-        assert all(isinstance(loader.collate_fn, PipedCollate) == short for loader in loaders)
-        batches[short] = [batch for loader in loaders for batch in loader]
-    for (images, targets, _), (others, other_targets, _) in zip(batches[True], batches[False], strict=True):
+        assert len(loader_warnings(config, largest_image(config))) == (free < images)
+        assert len(loader_warnings(config, largest_sample(config, dataset.train))) == (free < masks)
+        loaders = {
+            masks: build_train_loader(config, dataset, masks=True, rank=0, world_size=1),
+            images: build_eval_loader(config, dataset, rank=0, world_size=1),
+        }
+        assert all(isinstance(loader.collate_fn, PipedCollate) == (free < needed) for needed, loader in loaders.items())
+        batches.append([batch for loader in loaders.values() for batch in loader])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, images))
+    boxes = build_train_loader(config, dataset, masks=False, rank=0, world_size=1)
+    assert not isinstance(boxes.collate_fn, PipedCollate)
+    for (images, targets, _), (others, other_targets, _) in zip(batches[0], batches[2], strict=True):
         assert all(map(torch.equal, images, others))
         assert all(torch.equal(a[name], b[name]) for a, b in zip(targets, other_targets, strict=True) for name in a)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import threading
 from pathlib import Path
+from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
@@ -11,6 +14,7 @@ from PIL import ExifTags, Image
 
 from data.detection.coco import open_coco
 from data.detection.digit_scenes import open_digit_scenes
+from data.detection.sources import DetectionSource
 from data.detection.voc import open_voc
 from data.detection.yolo import open_yolo
 from data.formats.digit_scenes import DigitScenes
@@ -340,3 +344,100 @@ def test_yolo_sizes_of_rotated_tiff_files(tmp_path: Path, turned: bool) -> None:
     Image.new("RGB", (40, 32)).save(tmp_path / "images" / "val" / "a.tif", tiffinfo={274: 6})
     images = open_yolo(Request(path=str(tmp_path), needs=("val",), exif=turned)).held_out
     assert images.size(0) == np.asarray(images.get(0).decode()).shape[:2]
+
+
+def write_voc_images(root: Path, files: dict[str, str], images: tuple[str, ...]) -> None:
+    """Write annotations of training images by name, with their `<filename>`, and images whose red is their number."""
+    for folder in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    box = "<bndbox><xmin>3</xmin><ymin>1</ymin><xmax>9</xmax><ymax>8</ymax></bndbox>"
+    size = "<size><width>40</width><height>32</height></size>"
+    for name, file in files.items():
+        content = f"<annotation><filename>{file}</filename>{size}<object><name>cat</name>{box}</object></annotation>"
+        (root / "Annotations" / f"{name}.xml").write_text(content)
+    (root / "ImageSets" / "Main" / "train.txt").write_text("\n".join(files))
+    for number, image in enumerate(images):
+        Image.new("RGB", (40, 32), (number, 0, 0)).save(root / "JPEGImages" / image)
+
+
+@pytest.mark.parametrize(
+    ("files", "images", "read"),
+    [
+        (dict.fromkeys("abc", "a.png"), ("a.png", "b.png", "c.png"), [0, 1, 2]),  # copied annotations
+        ({"a": "", "b": "b"}, ("a.png", "b.png"), [0, 1]),
+        ({"a": "one.png", "b": "b.png"}, ("one.png", "b.png"), [0, 1]),  # under another name
+        ({"a": "a.png"}, ("a.bmp", "a.png"), [1]),  # two of one name
+    ],
+)
+def test_voc_images_are_those_in_the_list(
+    tmp_path: Path, files: dict[str, str], images: tuple[str, ...], read: list[int]
+) -> None:
+    write_voc_images(tmp_path, files, images)
+    source = open_voc(Request(path=str(tmp_path), needs=("train",))).train
+    assert [np.asarray(source.get(index).decode())[0, 0, 0] for index in range(len(source))] == read
+
+
+def test_voc_images_occur_once(tmp_path: Path) -> None:
+    write_voc_images(tmp_path, dict.fromkeys("ab", "one.png"), ("one.png",))
+    listed = tmp_path / "ImageSets" / "Main" / "train.txt"
+    for names in ("a\nb\n", "a\na\n"):
+        listed.write_text(names)
+        with pytest.raises(ValueError, match=r"train\.txt has the image one\.png more than once; list each image once"):
+            open_voc(Request(path=str(tmp_path), needs=("train",)))
+
+
+@pytest.mark.parametrize("key", ["images", "categories"])
+def test_ids_occur_once(tmp_path: Path, key: str) -> None:
+    write_coco(tmp_path)
+    path = tmp_path / "instances_val.json"
+    content = json.loads(path.read_text())
+    content[key][1]["id"] = content[key][0]["id"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"val\.json: two {key} have the id {content[key][0]['id']}; give each its"):
+        open_coco(Request(path=str(tmp_path)))
+
+
+def test_objects_without_an_outline_are_named(tmp_path: Path) -> None:
+    write_coco(tmp_path)
+    outline = [[3, 3, 9, 3, 9, 9, 3, 9]]
+    objects = [row(i, 10, 3, [3, 3, 6, 6], **({} if i % 2 else {"segmentation": outline})) for i in range(20)]
+    write_instances(tmp_path, "val", [IMAGE], objects)
+    dataset = open_coco(Request(path=str(tmp_path)))
+    assert not dataset.masks
+    assert dataset.without_masks == [f"annotation {i} in {tmp_path / 'instances_val.json'}" for i in (1, 3, 5)]
+
+
+def count_objects(source: DetectionSource) -> int:
+    """Return the number of Python objects that a source holds."""
+    seen, ahead = {}, [source]
+    while ahead:
+        one = ahead.pop()
+        if id(one) not in seen and not isinstance(one, (type, ModuleType, FunctionType)):
+            seen[id(one)] = one
+            ahead += gc.get_referents(one)
+    return len(seen)
+
+
+def test_annotations_are_held_in_a_few_arrays(tmp_path: Path) -> None:
+    """Reading an object writes its reference count, which copies its page of memory into each forked worker."""
+    counts = []
+    for number in (10, 100):
+        images = [IMAGE | {"id": i, "file_name": f"{i}.png", "width": 40 + i} for i in range(number)]
+        write_instances(tmp_path, "val", images, [row(i, i, 3, [3, 3, 6, 6 + i % 3]) for i in range(number)])
+        (tmp_path / "val").mkdir(exist_ok=True)
+        (tmp_path / "val" / "0.png").touch()
+        source = open_coco(Request(path=str(tmp_path), needs=("val",))).held_out
+        assert (len(source), source.size(9), source.objects(8).boxes.tolist()) == (number, (32, 49), [[3, 3, 9, 11]])
+        counts.append(count_objects(source))
+    assert counts[0] == counts[1]
+
+
+def test_yolo_sizes_are_read_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_yolo(tmp_path, b"1 0.5 0.5 0.25 0.5\n")
+    for kind, ending in (("images", "png"), ("labels", "txt")):
+        file = tmp_path / kind / "val" / f"a.{ending}"
+        file.with_stem("b").write_bytes(file.read_bytes())
+    two, read = threading.Barrier(2, timeout=5), Image.open
+    monkeypatch.setattr(Image, "open", lambda path: (two.wait(), read(path))[1])
+    images = open_yolo(Request(path=str(tmp_path), needs=("val",))).held_out
+    assert [images.size(index) for index in range(2)] == [(32, 40)] * 2

@@ -58,10 +58,8 @@ def test_objects_keep_their_pixels(crop_sides: list[int], hflip: float) -> None:
 def test_thin_images_keep_a_pixel_and_do_not_grow_without_limit(
     size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes, resize = [], v2.RandomShortestSize.transform
-    monkeypatch.setattr(
-        v2.RandomShortestSize, "transform", lambda *args: sizes.append(args[2]["size"]) or resize(*args)
-    )
+    sizes, resize = [], RandomShortSide.transform
+    monkeypatch.setattr(RandomShortSide, "transform", lambda *args: sizes.append(args[2]["size"]) or resize(*args))
     image, box = tv_tensors.Image(torch.zeros(3, *size, dtype=torch.uint8)), torch.tensor([[0.0, 0, size[1], size[0]]])
     assert min(EvalTransform(short_side=800, long_side=1333)(image).shape) == 1
     transform = TrainTransform(short_sides=[800], long_side=1333, crop_sides=[600], crop=(384, 600), hflip=0.0)
@@ -74,14 +72,28 @@ def test_thin_images_keep_a_pixel_and_do_not_grow_without_limit(
     assert max(max(size) for size in sizes) < 10_000
 
 
-def test_usual_images_are_resized_as_by_torchvision() -> None:
+def test_usual_images_are_resized_as_by_torchvision_which_rounds_down() -> None:
     for height, width in ((480, 640), (333, 500), (1080, 1920), (500, 100)):
         blank = tv_tensors.Image(torch.zeros(1, height, width, dtype=torch.uint8))
         for sides, longest in (([480, 512, 800], 1333), ([400, 500, 600], 5332)):
             torch.manual_seed(height)
-            expected = v2.RandomShortestSize(sides, max_size=longest).make_params([blank])
+            expected = v2.RandomShortestSize(sides, max_size=longest).make_params([blank])["size"]
             torch.manual_seed(height)
-            assert RandomShortSide(sides, longest).make_params([blank]) == expected
+            size = RandomShortSide(sides, longest).make_params([blank])["size"]
+            assert all(0 <= one - other <= 1 for one, other in zip(size, expected, strict=True))
+
+
+def test_the_short_side_or_the_long_one_is_exact() -> None:
+    resize = RandomShortSide([800], 1333)
+    for height in range(200, 641):
+        sizes = []
+        for width in (height * 3 // 2, 2 * height):
+            blank = tv_tensors.Image(torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, height, width))
+            sizes.append(resize.make_params([blank])["size"])
+        (short, long), (limited, longest) = sizes
+        assert (short, longest) == (800, 1333)
+        assert abs(long - 800 * (height * 3 // 2) / height) <= 0.5
+        assert limited in (666, 667)
 
 
 def test_a_flip_moves_boxes_to_the_other_side() -> None:
@@ -89,3 +101,9 @@ def test_a_flip_moves_boxes_to_the_other_side() -> None:
     _, target = transform(*painted())
     expected = [[SIZE[1] - x2, y1, SIZE[1] - x1, y2] for x1, y1, x2, y2 in PLACES]
     torch.testing.assert_close(target["boxes"].as_subclass(Tensor), torch.tensor(expected, dtype=torch.float32))
+
+
+def test_masks_are_not_shifted() -> None:
+    masks = tv_tensors.Mask(torch.randint(2, (3, 60, 96), dtype=torch.uint8))
+    resized = RandomShortSide([20], 100)(masks)
+    assert torch.equal(resized, masks[:, 1::3, 1::3])  # the middle of each three pixels

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -85,8 +86,8 @@ def test_columns_by_name(tmp_path: Path) -> None:
     ("train", "val", "label", "says"),
     [
         ([0, -1], [0], ClassLabel(names=["a", "b"]), "row 1: label -1 is out of range"),
-        ([0, -1], [0], Value("int64"), "label -1 is out of range"),
-        ([0, 5000], [0], Value("int64"), "label 5000 is out of range"),
+        ([0, -1], [0], Value("int64"), "row 1: label -1 is out of range"),
+        ([0, 5000], [0], Value("int64"), "row 1: label 5000 is out of range"),
         ([0, None], [0], Value("int64"), "row 1: label None is out of range"),
         ([0.0, 1.0], [0.0], Value("float32"), "train: label 0.0 is a whole number with decimals; write it as 0"),
         ([0, 1], [3], Value("int64"), "has classes that .* does not have: 2, 3"),
@@ -112,6 +113,44 @@ def test_number_beyond_the_names(tmp_path: Path) -> None:
     labels.info.features["label"] = ClassLabel(names=["a"])
     labels.to_parquet(tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"train\.parquet, row 1: label 1 is out of range"):
+        open_parquet(Request(path=str(tmp_path), needs=("train",)))
+
+
+def test_messages_name_the_file_and_the_row_in_it(tmp_path: Path) -> None:
+    rows = table(tmp_path, [0, 1, 0, 1, 0], Value("int64"), image="jpg")
+    rows = rows.map(lambda row, index: {"jpg": b"no image" if index == 3 else row["jpg"]}, with_indices=True)
+    ends = (0, 2, 2, 5)
+    for number, (first, stop) in enumerate(pairwise(ends)):
+        rows.select(range(first, stop)).to_parquet(tmp_path / f"train-{number:05}-of-00003.parquet")
+    request = Request(path=str(tmp_path), needs=("train",))
+    images = open_parquet(request).train
+    names = [f"{tmp_path}/train-{number:05}-of-00003.parquet, row" for number in range(3)]
+    assert [images.get(index).name for index in range(5)] == [
+        f"{names[0]} 0",
+        f"{names[0]} 1",
+        f"{names[2]} 0",
+        f"{names[2]} 1",
+        f"{names[2]} 2",
+    ]
+    with pytest.raises(UnreadableImage, match=f"cannot read image '{names[2]} 1': cannot identify"):
+        images.read(3)
+    labels = table(tmp_path, [0, -1], Value("int64"), image="jpg")
+    labels.to_parquet(tmp_path / "train-00001-of-00003.parquet")
+    with pytest.raises(ValueError, match=f"^{names[1]} 1: label -1 is out of range"):
+        open_parquet(request)
+    (tmp_path / "train-00002-of-00003.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ValueError, match=r"train-00002-of-00003\.parquet cannot be read: "):
+        open_parquet(request)
+
+
+@pytest.mark.parametrize(
+    ("values", "holds"), [(["a.jpg", "b.jpg"], "text, such as paths"), ([[1], [2]], r"list<\w+: int64>")]
+)
+def test_column_without_images(tmp_path: Path, values: list, holds: str) -> None:
+    rows = Dataset.from_dict({"image": values, "label": [0, 1]})
+    rows.to_parquet(tmp_path / "train.parquet")
+    says = rf"^{tmp_path}/train\.parquet: column image holds {holds}, not the bytes of images; choose another by DATA"
+    with pytest.raises(ValueError, match=says):
         open_parquet(Request(path=str(tmp_path), needs=("train",)))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.data.formats.writers import WRITERS, idx, images
-from tests.launched import Trial, Uninterrupted, first_difference, outcome
+from tests.launched import Trial, Uninterrupted, first_difference, outcome, whole_and_killed
 
 pytestmark = pytest.mark.xdist_group("resume")
 
@@ -26,11 +25,8 @@ def test_a_kill_in_mid_epoch_changes_nothing(kind: str, tmp_path: Path, uninterr
     name, write = WRITERS[kind]
     data = {"DATASET": name, "DATA_PATH": str(write(photos, tmp_path / kind)), "BATCH_SIZE": 12, "NUM_WORKERS": 0}
     trial = Trial(tmp_path / "trial", 1, 0, DATA=data)
-    job = trial.start(XDG_CACHE_HOME=str(tmp_path / "cache"))
-    job.wait_until(lambda: trial.rows() >= 1)
-    job.signal(signal.SIGKILL)
-    assert job.wait() == [-signal.SIGKILL]
-    assert first_difference(expected, trial.finish()) is None
+    left = trial.finish_killed(XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert first_difference(expected, left) is None
 
 
 def write_cifar10(photos: Path, root: Path) -> None:
@@ -70,14 +66,6 @@ def test_a_kill_changes_nothing_on_files_as_published(kind: str, tmp_path: Path,
     write = {"cifar10": write_cifar10, "mnist": write_mnist}[kind]
     write(Trial(tmp_path / "folders", 1, 0).images, tmp_path / kind)
     data = {"DATASET": kind, "DATA_PATH": str(tmp_path / kind), "BATCH_SIZE": 12, "NUM_WORKERS": 0}
-    whole, killed = (Trial(tmp_path / name, 1, 0, DATA=data) for name in ("whole", "killed"))
-    job = killed.start(prepare=trust_checksums)
-    job.wait_until(lambda: killed.rows() >= 1)
-    job.signal(signal.SIGKILL)
-    assert job.wait() == [-signal.SIGKILL]
-    for trial in (whole, killed):
-        assert trial.start(prepare=trust_checksums).wait(240) == [0]
-    expected = outcome(whole.folder)
-    assert first_difference(expected, outcome(killed.folder)) is None
+    trial = whole_and_killed(tmp_path, 1, prepare=trust_checksums, DATA=data)
     if kind == "cifar10":  # has the pixels of the folders
-        assert first_difference(uninterrupted.of(1)[0], expected) is None
+        assert first_difference(uninterrupted.of(1)[0], outcome(trial.folder)) is None

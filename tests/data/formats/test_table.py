@@ -145,10 +145,50 @@ def test_missing_tables(root: Path) -> None:
         open_table(Request(path=str(root / "gone")))
 
 
+def write_splits(root: Path, *splits: str) -> Request:
+    """Write one table, with the split and the class of each image, and return a request for it."""
+    rows = [f"images/{number}.jpg,{split},{split}\n" for number, split in enumerate(splits)]
+    (root / "all.csv").write_text("path,label,split\n" + "".join(rows))
+    return Request(path=str(root / "all.csv"), needs=("train",))
+
+
 def test_split_column_without_rows(root: Path) -> None:
-    (root / "all.csv").write_text("path,label,split\nimages/0.jpg,cat,train\n")
-    with pytest.raises(ValueError, match=r"all.csv has no images whose split is val or validation or valid or test"):
-        open_table(Request(path=str(root / "all.csv")))
+    request = replace(write_splits(root, "train", "dev"), needs=("train", "val"))
+    says = r"all.csv has no images whose split is val or validation or valid or test, only train, dev; the layout is"
+    with pytest.raises(ValueError, match=says):
+        open_table(request)
+
+
+def test_one_name_in_the_split_column_is_used(root: Path) -> None:
+    """The first of the usual names that occurs, or the one that is given; others are other splits."""
+    request = write_splits(root, "train", "test", "training", "validation", "dev")
+    for chosen, names in (
+        ({}, ["train"]),
+        ({"train": "training"}, ["training"]),
+        ({"train": "dev"}, ["dev"]),
+        ({"train": "train"}, ["train"]),
+    ):
+        assert open_table(replace(request, **chosen)).classes == names
+    held_out = open_table(replace(request, needs=("val",), train="validation")).held_out
+    assert [held_out.file_name(index) for index in range(len(held_out))] == ["3.jpg"]
+    held_out = open_table(replace(request, needs=("val",), val="test", train="test")).held_out
+    assert [held_out.file_name(index) for index in range(len(held_out))] == ["1.jpg"]
+    with pytest.raises(ValueError, match=r"whose split is eval, only train, test, training, validation, dev; the"):
+        open_table(replace(request, train="eval"))
+    (root / "all.csv").write_text("path,label\nimages/0.jpg,cat\n")
+    with pytest.raises(ValueError, match=r"all.csv has no column split for DATA\.TRAIN train; add the column, or"):
+        open_table(replace(request, train="train"))
+
+
+def test_number_that_is_both_a_name_and_a_position(root: Path) -> None:
+    (root / "classes.txt").write_text("0\n1\n10\n2\n07\n")
+    assert labels(opened(root, "images/0.jpg,10\nimages/1.jpg,4\nimages/2.jpg,07\n", "images/5.jpg,1\n")) == [2, 4, 4]
+    says = (
+        r"train\.csv, line 2: label '2' is the name of a class and the position of another one in classes\.txt, '10'; "
+        "rename the classes"
+    )
+    with pytest.raises(ValueError, match=says):
+        opened(root, "images/0.jpg,1\nimages/1.jpg,2\n", "images/5.jpg,0\n")
 
 
 def test_names_in_two_forms_of_unicode_are_one_class(root: Path) -> None:

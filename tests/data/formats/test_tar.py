@@ -239,7 +239,7 @@ def test_classes_that_differ(root: Path, photos: Path) -> None:
 def test_label_beyond_the_list_of_classes(photos: Path, tmp_path: Path) -> None:
     root = write_shards(photos, tmp_path / "shards")
     (root / "classes.txt").write_text("cat\n")
-    assert "train-000000.tar has the label 1, but classes.txt has 1 class, labels 0 to 0" in refusal(root)
+    assert "train-000001.tar, 00000005.jpg: label '1' is out of range; classes.txt has 1 class, labels" in refusal(root)
 
 
 def test_image_without_label(tmp_path: Path) -> None:
@@ -309,6 +309,60 @@ def test_class_with_the_name_of_a_split(tmp_path: Path) -> None:
         ]
 
 
+def names(dataset: Dataset) -> list[str]:
+    """Return the images of the held-out split, which contain their names."""
+    return [dataset.held_out.get(index).data.decode() for index in range(len(dataset.held_out))]
+
+
+def write_members(path: Path, *members: str) -> Path:
+    """Write an archive of files that contain their names."""
+    with tarfile.open(path, "w") as archive:
+        for member in members:
+            add_bytes(archive, member, member.encode())
+    return path
+
+
+def test_one_folder_of_an_archive_is_a_split(tmp_path: Path) -> None:
+    """The first of the usual names that exists, or the one that is given; others are other splits."""
+    members = ("train/a/0.png", "test/a/1.png", "validation/a/2.png", "dev/a/3.png")
+    archive = write_members(tmp_path / "all.tar", *(f"some/{member}" for member in members))
+    for _ in ("indices are built", "indices are read"):
+        assert names(opened(archive, "val")) == ["some/validation/a/2.png"]
+        assert names(opened(archive, "val", val="test")) == ["some/test/a/1.png"]
+        assert names(opened(archive, "val", train="dev", val="dev")) == ["some/dev/a/3.png"]
+    assert (tmp_path / "all.val.index").exists()
+    says = "archive ROOT has no folder eval: it contains train, test, validation, some; the layout is"
+    assert refusal(archive, "val", val="eval").startswith(says)
+    assert refusal(archive, "val", val="val").startswith("archive ROOT has no folder val: it contains train, test,")
+
+
+def test_class_of_a_chosen_folder_with_the_name_of_a_split(tmp_path: Path) -> None:
+    archive = write_members(tmp_path / "all.tar", "dev/a/0.png", "dev/a/1.png", "dev/test/2.png", "test/a/3.png")
+    dataset = opened(archive, train="dev")
+    assert (dataset.classes, len(dataset.train), names(dataset)) == (["a", "test"], 3, ["test/a/3.png"])
+
+
+def test_usual_folder_without_images_is_not_replaced_by_another(tmp_path: Path) -> None:
+    archive = write_members(tmp_path / "all.tar", "train/a/0.png", "val/a/1.heic", "test/a/2.png")
+    assert refusal(archive).startswith("no images in ROOT in a folder val, but 1 .heic; ")
+
+
+def test_chosen_archives_have_indices_of_their_own(tmp_path: Path) -> None:
+    for name in ("val", "test"):
+        write_members(tmp_path / f"{name}.tar", f"a/{name}.png")
+    for _ in ("indices are built", "indices are read"):
+        for chosen, found in (("", "val"), ("val.tar", "val"), ("test.tar", "test"), ("*.tar", "val test")):
+            expected = sorted(f"a/{name}.png" for name in found.split())
+            assert names(opened(tmp_path, "val", val=chosen)) == expected
+    assert len(list(tmp_path.glob("val*.index"))) == 4
+
+
+@pytest.mark.parametrize("twice", ["a/0.png", "a/0.cls"])
+def test_member_that_is_there_twice(tmp_path: Path, twice: str) -> None:
+    write_members(tmp_path / "train.tar", "a/0.png", "a/0.cls", "a/notes.txt", "a/notes.txt", f"./{twice}")
+    assert refusal(tmp_path, "train") == f"archive ROOT/train.tar contains {twice} twice; pack it again"
+
+
 @pytest.mark.parametrize("ending", ["cls", "json"])
 def test_labels_in_two_forms_of_unicode_are_one_class(tmp_path: Path, ending: str) -> None:
     with tarfile.open(tmp_path / "train.tar", "w") as archive:
@@ -367,6 +421,31 @@ def test_labels_out_of_range(tmp_path: Path, labels: list[str], says: str) -> No
 def test_numbers_with_leading_zeros_are_names(tmp_path: Path) -> None:
     write_labels(tmp_path / "train.tar", ["00", "07"])
     assert opened(tmp_path, "train").classes == ["00", "07"]
+
+
+def test_number_that_is_both_a_name_and_a_position(tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text("0\n1\n10\n2\n")
+    write_labels(tmp_path / "train.tar", ["10", "1", "3"])
+    dataset = opened(tmp_path, "train")
+    assert (dataset.classes, dataset.train.labels.tolist()) == (["0", "1", "10", "2"], [2, 1, 3])
+    write_labels(tmp_path / "val.tar", ["1", "2"])
+    assert refusal(tmp_path, "val") == (
+        "ROOT/val.tar, 1.jpg: label '2' is the name of a class and the position of another one in classes.txt, '10'; "
+        "rename the classes, or list each at the position that is its name"
+    )
+    (tmp_path / "shards.json").write_text('{"shards": []}')  # of tools/make_shards.py, which writes positions
+    assert opened(tmp_path, "val").held_out.labels.tolist() == [1, 2]
+    assert "train.tar, 0.jpg: label '10' is out of range; classes.txt has 4 classes, labels are 0 to 3" in refusal(
+        tmp_path, "train"
+    )
+
+
+def test_list_of_classes_orders_written_names(tmp_path: Path) -> None:
+    """As in a table and in a stream."""
+    (tmp_path / "classes.txt").write_text("emu\ndog\ncat\n")
+    write_labels(tmp_path / "train.tar", ["cat", "emu", "1"])
+    dataset = opened(tmp_path, "train")
+    assert (dataset.classes, dataset.train.labels.tolist()) == (["emu", "dog", "cat"], [2, 0, 1])
 
 
 def write_labels(path: Path, labels: list[str]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from data.segmentation.coco import open_coco
+from data.segmentation.scenes import open_scenes
 from data.segmentation.sources import IGNORED, Labels
 from data.sources import Request
 from tests.data.detection.samples import row, write_coco, write_instances
@@ -75,5 +76,20 @@ def test_data_set_without_masks_is_rejected(tmp_path: Path) -> None:
     write_instances(
         root, "val", [{"id": 10, "file_name": "0.png", "height": 32, "width": 40}], [row(1, 10, 3, [0, 0, 5, 5])]
     )
-    with pytest.raises(ValueError, match="some objects have only a box"):
+    with pytest.raises(ValueError, match=r"only a box, such as annotation 1 in .*instances_val\.json; "):
         open_coco(Request(path=str(root)), Labels())
+
+
+@pytest.mark.parametrize(
+    ("labels", "option"),
+    [
+        (Labels(mapping={3: 0}), "LABEL_MAP"),
+        (Labels(reduce_zero=True), "REDUCE_ZERO_LABEL"),
+        (Labels(ignored=0), "IGNORE_LABEL"),
+    ],
+)
+def test_options_of_mask_files_are_refused(tmp_path: Path, labels: Labels, option: str) -> None:
+    write_coco(tmp_path)
+    for open_data, path in ((open_coco, str(tmp_path)), (open_scenes, str(tmp_path)), (open_scenes, "")):
+        with pytest.raises(ValueError, match=rf"^DATA\.{option} is not supported by \w.*; leave it at "):
+            open_data(Request(path=path), labels)

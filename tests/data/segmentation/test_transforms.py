@@ -65,6 +65,13 @@ def test_scale_flip_and_distortion_are_drawn() -> None:
         assert torch.equal(one.flip(-1), other)
 
 
+def test_classes_are_not_shifted() -> None:
+    mask = torch.randint(9, (60, 96), dtype=torch.uint8)
+    transform = TrainTransform((20, 32), **{**PLAIN, "scale": (1.0, 1.0), "hflip": 0.0})
+    _, labels = transform(Image.new("RGB", (96, 60)), mask)
+    assert torch.equal(labels, mask[1::3, 1::3])  # the middle of each three pixels
+
+
 def distorted(colour: tuple[int, int, int], seed: int) -> Tensor:
     """Return a colour after all distortions, `[3]`; below the image, the crop is padded."""
     transform = TrainTransform((4, 2), **{**PLAIN, "scale": (1.0, 1.0), "photometric": 1.0})

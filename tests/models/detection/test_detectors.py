@@ -11,6 +11,7 @@ from models import ranks
 from models.backbone import DATBackbone, TimmBackbone
 from models.detection import DETECTORS, Detector
 from models.weights import adapt
+from optimizer import parameter_groups
 from tests.models.detection.small import small_arguments, small_backbone
 from tests.models.small import SMALL, without_gradient
 
@@ -144,3 +145,75 @@ def test_weights_of_a_detector_on_more_maps_start_another() -> None:
     assert torch.equal(state["backbone.norms.1.norm.weight"], weights["backbone.norms.1.norm.weight"])
     assert "backbone.norms.0.norm.weight" in report.left_out
     assert set(report.new) == {name for name in state if not name.startswith("backbone.")}
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_detectors_check_the_number_of_maps_and_need_targets_in_training(name: str) -> None:
+    kind, arguments = DETECTORS[name], TINY[name] if name in TINY else small_arguments(name)
+    more = range(4) if kind.maps < 4 else range(1, 4)
+    with pytest.raises(ValueError, match=f"uses {kind.maps} feature map.*; the backbone gives those of strides"):
+        kind.build(small_backbone(*more), num_classes=3, **arguments)
+    detector = build_any(name)
+    assert detector.maps == kind.maps
+    with pytest.raises(ValueError, match="a detector in training mode needs targets"):
+        detector(images())
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "value"),
+    [
+        ("retinanet", "anchor_scale", 0.0),
+        ("retinanet", "score_threshold", 1.5),
+        ("retinanet", "nms_threshold", -0.1),
+        ("retinanet", "channels", 0),
+        ("retinanet", "detections", 0),
+        ("retinanet", "norm_groups", 5),
+        ("mask_rcnn", "proposals", 0),
+        ("cascade", "anchor_scale", -8.0),
+        ("dino", "num_feature_levels", 2),
+        ("dino", "decoder_layers", 0),
+        ("dino", "num_queries", 0),
+        ("dino", "denoising", -1),
+        ("dino", "label_noise", 2.5),
+        ("dino", "box_noise", -1.0),
+        ("dino", "decoder_attention_heads", 5),
+        ("co_detr", "positive_queries", 0),
+    ],
+)
+def test_values_out_of_range_are_refused(name: str, argument: str, value: float) -> None:
+    kind = DETECTORS[name]
+    arguments = {**(TINY[name] if name in TINY else small_arguments(name)), argument: value}
+    with pytest.raises(ValueError, match=f"{argument} = {value}"):
+        kind.build(small_backbone(*range(4 - kind.maps, 4)), num_classes=3, **arguments)
+
+
+@torch.no_grad()
+def test_a_cascade_without_proposals_detects_nothing() -> None:
+    detector = build("cascade").eval()
+    maps = detector.neck(detector.backbone(torch.rand(1, 3, 64, 64)))
+    (found,), _ = detector.roi_heads(maps, [torch.zeros(0, 4)], [(64, 64)])
+    assert found["boxes"].shape == (0, 4)
+    assert found["masks"].shape == (0, 1, 28, 28)
+
+
+def test_layers_of_a_detector_are_those_of_its_backbone_below_its_head() -> None:
+    detector = build("retinanet")
+    groups = parameter_groups(detector, weight_decay=0.1, layer_decay=0.5)
+    scale = {id(x): group["lr_scale"] for group in groups for x in group["params"]}
+    scales = {name: scale[id(x)] for name, x in detector.named_parameters()}
+    assert all(scales[name] == 1 for name in scales if not name.startswith("backbone."))
+    classifier = parameter_groups(detector.backbone, weight_decay=0.1, layer_decay=0.5)
+    own = {id(x): group["lr_scale"] for group in classifier for x in group["params"]}
+    assert all(scales[f"backbone.{name}"] == own[id(x)] for name, x in detector.backbone.named_parameters())
+    with pytest.raises(ValueError, match=r"TRAIN.LAYER_DECAY: TimmBackbone does not define its layers"):
+        parameter_groups(build("retinanet", timm=True), weight_decay=0.1, layer_decay=0.5)
+
+
+def test_classes_taken_for_new_names_are_reported() -> None:
+    detector = build_any("retinanet")
+    weights = detector.state_dict()
+    report = adapt(weights, detector, classes=["ant", "bee", "cat"], names=["x", "y", "z"])[1]
+    says = "classes taken for new names of those of the weights: x -> ant, y -> bee, z -> cat"
+    assert says in report.lines()
+    for names in ([], ["ant", "bee", "cat"], ["x", "y", "z", "ant"]):
+        assert not adapt(weights, detector, classes=["ant", "bee", "cat"], names=names)[1].renamed

@@ -15,7 +15,7 @@ from models.backbone import TimmBackbone
 from models.detection.detector import pad_images
 from models.detection.set_prediction import AllQueries, image_mask, padded_sizes, relative_targets
 from models.detection.transformers_detectors import TransformersDetector
-from models.detection.transformers_kinds import KINDS
+from models.detection.transformers_kinds import KINDS, WITHOUT_EFFECT
 from tests.models.detection.small import CLASSES, small_arguments, small_backbone, two_images
 from tests.models.small import without_gradient
 
@@ -23,9 +23,8 @@ from tests.models.small import without_gradient
 def small_detector(kind: str, **arguments: Any) -> TransformersDetector:
     torch.manual_seed(0)
     maps = range(4 - KINDS[kind].maps, 4)
-    return TransformersDetector(
-        kind, small_backbone(*maps), num_classes=CLASSES, **{**small_arguments(kind), **arguments}
-    )
+    chosen = {name: value for name, value in {**small_arguments(kind), **arguments}.items() if value is not None}
+    return TransformersDetector(kind, small_backbone(*maps), num_classes=CLASSES, **chosen)
 
 
 def box_layers(detector: TransformersDetector) -> dict[str, nn.Linear]:
@@ -62,8 +61,8 @@ def test_losses_sum_to_the_loss_of_transformers_except_for_the_class_weight(kind
     mask = {"pixel_mask": image_mask(batch).long()} if KINDS[kind].masked else {}
     labels = relative_targets(targets, batch.image_sizes if KINDS[kind].masked else padded_sizes(batch))
     torch.manual_seed(1)
-    if KINDS[kind].class_weight != 1:
-        losses["ce"] = losses["ce"] / 2
+    if "ce" in losses:
+        losses["ce"] = losses["ce"] / {"detr": 1, "dab_detr": 1}.get(kind, 2)
     torch.testing.assert_close(sum(losses.values()), detector.detector(batch.tensors, **mask, labels=labels).loss)
 
 
@@ -91,9 +90,7 @@ def test_initial_boxes_are_those_of_the_authors(kind: str) -> None:
 
 
 def test_two_stages_do_not_start_with_small_boxes_however_they_are_chosen() -> None:
-    detector = small_detector(
-        "deformable_detr", with_box_refine=True, two_stage=True, two_stage_num_proposals=20, num_queries=300
-    )
+    detector = small_detector("deformable_detr_refined", two_stage=True, two_stage_num_proposals=20, num_queries=None)
     assert not any(layer.bias.any() for layer in box_layers(detector).values())
 
 
@@ -233,7 +230,48 @@ def test_wrong_arguments_are_rejected(arguments: dict[str, Any], message: str) -
 @pytest.mark.parametrize("name", ["num_feature_levels", "feat_strides", "backbone_config"])
 def test_arguments_that_follow_from_the_backbone_are_rejected(name: str) -> None:
     with pytest.raises(ValueError, match=f"rt_detr does not take the argument '{name}'"):
-        small_detector("rt_detr", **{name: None})
+        small_detector("rt_detr", **{name: 1})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_arguments_without_effect_are_refused(kind: str) -> None:
+    names = set(type(small_detector(kind).config).__annotations__)
+    refused = {*WITHOUT_EFFECT, *KINDS[kind].without_effect}
+    if "two_stage" in names:
+        refused.add("num_queries" if kind.endswith("two_stage") else "two_stage_num_proposals")
+    assert len(refused & names) > 5
+    for name in refused & names:
+        with pytest.raises(ValueError, match=f"does not take the argument '{name}'"):
+            small_detector(kind, **{name: 1})
+
+
+def test_the_weight_of_the_class_loss_is_that_of_the_config() -> None:
+    images, targets = two_images()
+    for kind, default in (("conditional_detr", 2), ("dab_detr", 1)):
+        plain, larger = (small_detector(kind, cls_loss_coefficient=weight) for weight in (None, 3 * default))
+        torch.manual_seed(1)
+        expected = plain(images, targets)
+        torch.manual_seed(1)
+        torch.testing.assert_close(larger(images, targets)["ce"], 3 * expected["ce"])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind.startswith("deformable")])
+def test_deformable_detr_matches_with_the_class_cost_of_the_authors(kind: str) -> None:
+    assert small_detector(kind).config.class_cost == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        ("detr", "num_queries", 0),
+        ("rt_detr", "num_queries", 0),
+        ("deformable_detr", "num_feature_levels", 2),
+        ("deformable_detr_two_stage", "two_stage_num_proposals", 0),
+    ],
+)
+def test_numbers_that_give_no_detector_are_refused(kind: str, name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} of {kind} = {value} must be at least"):
+        small_detector(kind, **{name: value})
 
 
 @pytest.mark.parametrize("kind", ["detr", "deformable_detr_two_stage", "rt_detr"])

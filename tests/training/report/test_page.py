@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import re
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -31,24 +34,44 @@ def command(folder: Path) -> list[str]:
     return ["--cfg", str(config), "--output", str(folder)]
 
 
-@needs_browser
-def test_the_page_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    assert main(command(tmp_path)) == 0
-    run = tmp_path / "tiny" / "default"
-    assert "report.html" in capsys.readouterr().out.splitlines()[-1]
-    best = max(row["top1"] for row in read_metrics(run, "eval_ema"))
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """Return a run with its report, and the best of its accuracies."""
+    folder, out = tmp_path_factory.mktemp("report"), io.StringIO()
+    with redirect_stdout(out):
+        assert main(command(folder)) == 0
+    assert "report.html" in out.getvalue().splitlines()[-1]
+    run = folder / "tiny" / "default"
     (run / "report.html").unlink()
     page.write_report(run, torch.device("cpu"))
+    return run, max(row["top1"] for row in read_metrics(run, "eval_ema"))
+
+
+def test_the_page_of_a_run_has_its_results(trained: tuple[Path, float]) -> None:
+    run, best = trained
+    content, right = (run / "report.html").read_text(encoding="utf-8"), round(best * 8 / 100)
+    said = re.sub(r"<[^>]*>", " ", content)
+    for words in (
+        f"{right} of 8 correct: {best:.2f} %",
+        f"{best:.2f} % best accuracy, in epoch",
+        *("&lt;cat&gt;", "2 of 2", "TRAIN.EMA.DECAY", torch.__version__.partition("+")[0]),
+    ):
+        assert words in said
+    assert content.count('<figure class="card"><img') == 8 - right
+    matrix = re.search(r'<table class="matrix">.*?</table>', content, re.DOTALL)[0]
+    assert sum(map(int, re.findall(r'<td class="number"[^>]*>(\d+)</td>', matrix))) == 8
+
+
+@needs_browser
+def test_the_page_of_a_run_is_shown(trained: tuple[Path, float], tmp_path: Path) -> None:
+    run, best = trained
     with Browser(tmp_path / "profile") as browser:
         browser.open(run / "report.html")
         browser.wait_for("[...document.images].every(image => image.complete && image.naturalWidth)")
         text = browser.evaluate("document.body.innerText")
-        right = round(best * 8 / 100)
-        assert f"{right} of 8 correct: {best:.2f} %" in text
         assert f"{best:.2f} %\nbest accuracy, in epoch" in text
-        for words in ("<cat>", "2 of 2", "TRAIN.EMA.DECAY", f"torch\t{torch.__version__.partition('+')[0]}"):
-            assert words in text
-        assert browser.evaluate("document.querySelectorAll('.images figure').length") == 8 - right
+        assert f"torch\t{torch.__version__.partition('+')[0]}" in text
+        assert browser.evaluate("document.querySelectorAll('.images figure').length") == 8 - round(best * 8 / 100)
         counts = "[...document.querySelectorAll('table.matrix td.number')].map(cell => Number(cell.textContent))"
         assert sum(browser.evaluate(counts)) == 8
         assert browser.problems == []
