@@ -383,8 +383,8 @@ def test_dat_tiny_in_onnx_runtime(size: int, tmp_path: Path) -> None:
 def test_dynamic_sizes(tmp_path: Path) -> None:
     model = untrained(load_config(CONFIGS / "digits.yaml"))
     check_onnx(Source(model, (64, 64), dynamic=True), tmp_path / "x.onnx")
-    described = json.loads(onnx.load(tmp_path / "x.onnx").metadata_props[0].value)
-    assert described == model.classes
+    described = {entry.key: entry.value for entry in onnx.load(tmp_path / "x.onnx").metadata_props}
+    assert json.loads(described["classes"]) == model.classes
 
 
 @pytest.mark.slow
