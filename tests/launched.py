@@ -284,6 +284,17 @@ def free_port() -> int:
         return sock.getsockname()[1]
 
 
+def run_in_processes(function: Callable[..., None], size: int, *arguments: object) -> None:
+    """Call `function(rank, port, *arguments)` in `size` processes, which may meet at a free port."""
+    port = free_port()
+    processes = [CONTEXT.Process(target=function, args=(rank, port, *arguments)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * size
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """Return the results of a run that must be equal after an interruption."""
     checkpoints = {path.name: torch.load(path, weights_only=True) for path in sorted(folder.glob("*.pth"))}

@@ -19,7 +19,7 @@ from models.build import build_model
 from models.segmentation import IGNORED, SEGMENTERS, Segmenter
 from models.segmentation.parts import BatchNorm, cross_entropy
 from models.weights import adapt
-from tests.launched import CONTEXT, free_port
+from tests.launched import run_in_processes
 from tests.models.small import SMALL, without_gradient
 from tests.runs import ROOT
 from training.weight_sets import count_classes, pick_weights
@@ -207,12 +207,7 @@ def norm_in_process(rank: int, port: int, folder: Path) -> None:
 
 @pytest.mark.xdist_group("serial")
 def test_batch_norm_statistics_cover_all_processes(tmp_path: Path) -> None:
-    port = free_port()
-    processes = [CONTEXT.Process(target=norm_in_process, args=(rank, port, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
+    run_in_processes(norm_in_process, 2, tmp_path)
     parts = [torch.load(tmp_path / str(rank)) for rank in range(2)]
     whole = norm_batch(nn.BatchNorm2d(2), slice(None))
     for name in ("y", "x"):

@@ -16,7 +16,7 @@ from tasks import detection
 from tasks.coco import Detections
 from tasks.detection import AveragePrecision
 from tests.data.detection.samples import write_coco
-from tests.launched import CONTEXT, free_port
+from tests.launched import run_in_processes
 from utils import EvaluationFailed, World
 
 IMAGES = 4
@@ -48,12 +48,7 @@ def evaluate(rank: int, port: int, folder: Path) -> None:
 @pytest.mark.xdist_group("serial")
 def test_one_rank_computes_and_all_have_the_result_or_the_error(tmp_path: Path) -> None:
     write_coco(tmp_path, val=IMAGES)
-    port = free_port()
-    processes = [CONTEXT.Process(target=evaluate, args=(rank, port, tmp_path)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
+    run_in_processes(evaluate, 2, tmp_path)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert (first["calls"], second["calls"]) == ([0], [])
     assert first["metrics"] == second["metrics"]

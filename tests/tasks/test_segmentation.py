@@ -25,7 +25,7 @@ from tasks import build_task
 from tasks.pictures import palette
 from tasks.segmentation import LabelledPixels, MeanIoU, predict
 from tests.data.segmentation.samples import write_masks
-from tests.launched import CONTEXT, free_port
+from tests.launched import run_in_processes
 from tests.runs import write_config
 from utils import EvaluationFailed, World
 
@@ -44,7 +44,7 @@ class Colours(nn.Module):
         return self.conv(images)
 
 
-def evaluate(rank: int, size: int, port: int, folder: Path) -> None:
+def evaluate(rank: int, port: int, size: int, folder: Path) -> None:
     if size > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         dist.init_process_group("gloo", rank=rank, world_size=size)
@@ -62,13 +62,8 @@ def test_one_and_three_processes_and_a_count_by_hand_agree_to_the_last_digit(tmp
     write_masks(tmp_path / "data", val=7)
     data = {"DATASET": "masks", "DATA_PATH": str(tmp_path / "data"), "BATCH_SIZE": 2, "NUM_WORKERS": 0}
     write_config(tmp_path, TASK="segmentation", DATA=data)
-    evaluate(0, 1, 0, tmp_path)
-    port = free_port()
-    processes = [CONTEXT.Process(target=evaluate, args=(rank, 3, port, tmp_path)) for rank in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
+    evaluate(0, 0, 1, tmp_path)
+    run_in_processes(evaluate, 3, 3, tmp_path)
     one = torch.load(tmp_path / "1-0.pt")
     assert [torch.load(tmp_path / f"3-{rank}.pt") for rank in range(3)] == [one] * 3
     assert one == by_hand(tmp_path)
